@@ -1,0 +1,62 @@
+"""RLHF for causal language models in JAX: SFT, reward models and PPO, from a Hugging Face model to a Hugging Face model.
+
+The names below are imported when they are first used, so that `import jaxrlhf` (and the command line) does not start jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxrlhf.config import PPOConfig, RewardConfig, SFTConfig
+    from jaxrlhf.data.tokenizer import load_tokenizer
+    from jaxrlhf.models import ModelConfig
+    from jaxrlhf.rollout.decode import generate
+    from jaxrlhf.training.ppo import PPOTrainer
+    from jaxrlhf.training.reward import RewardTrainer
+    from jaxrlhf.training.sft import SFTTrainer
+    from jaxrlhf.weights import export, load
+
+    __version__: str
+
+__all__ = [
+    "ModelConfig",
+    "PPOConfig",
+    "PPOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+    "__version__",
+    "export",
+    "generate",
+    "load",
+    "load_tokenizer",
+]
+
+_HOMES = {
+    "ModelConfig": "jaxrlhf.models",
+    "PPOConfig": "jaxrlhf.config",
+    "PPOTrainer": "jaxrlhf.training.ppo",
+    "RewardConfig": "jaxrlhf.config",
+    "RewardTrainer": "jaxrlhf.training.reward",
+    "SFTConfig": "jaxrlhf.config",
+    "SFTTrainer": "jaxrlhf.training.sft",
+    "export": "jaxrlhf.weights",
+    "generate": "jaxrlhf.rollout.decode",
+    "load": "jaxrlhf.weights",
+    "load_tokenizer": "jaxrlhf.data.tokenizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("jaxrlhf")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxrlhf' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,55 @@
+"""Advantages from rewards and values."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxrlhf.algorithms import masked
+from jaxrlhf.algorithms.masked import Scalar
+
+VARIANCE_FLOOR = 1e-8  # added to the variance, as TRL does
+
+
+def gae(
+    rewards: Float[Array, "B R"],
+    values: Float[Array, "B R"],
+    mask: Bool[Array, "B R"],
+    bootstrap: Float[Array, " B"],
+    gamma: Scalar,
+    lam: Scalar,
+) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
+    """Generalised advantage estimation and the returns to regress values on (https://arxiv.org/abs/1506.02438, eq. 16).
+
+        A_t = delta_t + gamma lam A_t+,   delta_t = r_t + gamma V_t+ - V_t,   return_t = A_t + V_t
+
+    t+ is the next *real* token: masked columns (padding, and holes such as tool output) are stepped over, and their
+    rewards and values are never read. After the last real token A is 0 and V is `bootstrap`: 0 where the episode ends
+    there, the value of what follows where a response was only cut short. Both results are 0 outside the mask.
+    """
+
+    def step(carry, column):
+        advantage_next, value_next = carry
+        reward, value, real = column
+        advantage = reward + gamma * value_next - value + gamma * lam * advantage_next
+        carry = jnp.where(real, advantage, advantage_next), jnp.where(real, value, value_next)
+        return carry, jnp.where(real, advantage, 0.0)
+
+    rewards, values = masked.keep(rewards, mask), masked.keep(values, mask)
+    end = jnp.zeros_like(bootstrap), bootstrap
+    _, advantages = jax.lax.scan(step, end, (rewards.T, values.T, mask.T), reverse=True)
+    return advantages.T, advantages.T + values
+
+
+def whiten(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], shift_mean: bool) -> Float[Array, "*shape"]:
+    """`x` over its standard deviation under the mask, 0 elsewhere; with `shift_mean` the mean becomes 0, else it stays.
+
+    To be called on the whole batch, never on a micro-batch or one device's share. The variance is the unbiased one
+    (divided by n - 1) plus 1e-8, TRL's choice, so that runs compare; at a thousand tokens n would differ by 0.05 %.
+    One real token has no variance to speak of: it is treated as 0.
+    """
+    n = jnp.sum(mask)
+    mean = masked.total(x, mask) / jnp.maximum(n, 1)
+    centred = masked.keep(x - mean, mask)
+    variance = jnp.sum(jnp.square(centred)) / jnp.maximum(n - 1, 1)
+    scaled = centred * jax.lax.rsqrt(variance + VARIANCE_FLOOR)
+    return scaled if shift_mean else masked.keep(scaled + mean, mask)

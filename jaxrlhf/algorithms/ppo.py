@@ -1,0 +1,114 @@
+"""Proximal policy optimisation (https://arxiv.org/abs/1707.06347) on token-level rewards.
+
+The whole recipe, with the choices that matter, is that of https://arxiv.org/abs/1909.08593 and "The N implementation
+details of RLHF with PPO" (Huang et al., 2023).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxrlhf.algorithms import masked
+from jaxrlhf.algorithms.kl import k1
+from jaxrlhf.algorithms.masked import Scalar
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+def token_rewards(
+    scores: Float[Array, " B"],
+    old_logprobs: Float[Array, "B R"],
+    ref_logprobs: Float[Array, "B R"],
+    mask: Bool[Array, "B R"],
+    kl_coef: Scalar,
+) -> Float[Array, "B R"]:
+    """r_t = -kl_coef (log pi_old - log ref)_t + [t is the last real token] score (https://arxiv.org/abs/1909.08593, 2).
+
+    0 outside the mask. A row without a real token gets no score: there is nothing to reward.
+    """
+    penalty = kl_coef * k1(masked.keep(old_logprobs, mask), masked.keep(ref_logprobs, mask))
+    return jnp.where(masked.last(mask), scores[:, None], 0.0) - penalty
+
+
+def policy_loss(
+    logprobs: Float[Array, "B R"],
+    old_logprobs: Float[Array, "B R"],
+    advantages: Float[Array, "B R"],
+    mask: Bool[Array, "B R"],
+    count: Scalar,
+    cliprange: Scalar,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The clipped surrogate (https://arxiv.org/abs/1707.06347, eq. 7), to minimise.
+
+        loss = 1 / count  sum_t max(-A_t rho_t, -A_t clip(rho_t, 1 - c, 1 + c)),   rho = exp(log pi - log pi_old)
+
+    `count` is the number of real tokens of the whole optimizer batch. Metrics add up over micro-batches like the loss;
+    `additive_to_final` turns their sum into what is logged.
+    """
+    log_ratio = masked.keep(logprobs, mask) - masked.keep(old_logprobs, mask)
+    advantages = masked.keep(advantages, mask)
+    upper, lower = 1 + cliprange, 1 - cliprange
+    clipped = ((advantages > 0) & (log_ratio > jnp.log(upper))) | ((advantages < 0) & (log_ratio < jnp.log(lower)))
+    # A clipped token enters exp() as 0: its gradient is 0 and must stay so where the ratio overflows (0 * inf is nan).
+    ratio = jnp.exp(jnp.where(clipped, 0.0, log_ratio))
+    surrogate = advantages * jnp.where(clipped, jnp.where(advantages > 0, upper, lower), ratio)
+    loss = -jnp.sum(surrogate) / count
+    log_ratio = jax.lax.stop_gradient(log_ratio)
+    return loss, {
+        "loss/policy_avg": loss,
+        "policy/approxkl_avg": 0.5 * jnp.sum(jnp.square(log_ratio)) / count,
+        "policy/clipfrac_avg": jnp.sum(clipped) / count,
+        "val/ratio": masked.total(jnp.exp(log_ratio), mask) / count,
+        "val/ratio_spread": jnp.sum(jnp.square(jnp.expm1(log_ratio))) / count,
+    }
+
+
+def value_loss(
+    values: Float[Array, "B R"],
+    old_values: Float[Array, "B R"],
+    returns: Float[Array, "B R"],
+    mask: Bool[Array, "B R"],
+    count: Scalar,
+    cliprange_value: Scalar,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Squared error of the values, pessimistic about moves beyond the clip range (OpenAI baselines' ppo2, and since).
+
+    loss = 1 / (2 count)  sum_t max((V_t - R_t)^2, (clip(V_t, V_old_t - c, V_old_t + c) - R_t)^2)
+    """
+    values, old_values, returns = (masked.keep(x, mask) for x in (values, old_values, returns))
+    near = old_values + jnp.clip(values - old_values, -cliprange_value, cliprange_value)
+    free_error, near_error = jnp.square(values - returns), jnp.square(near - returns)
+    loss = 0.5 * jnp.sum(jnp.maximum(free_error, near_error)) / count
+    return loss, {"loss/value_avg": loss, "val/clipfrac_avg": jnp.sum(near_error > free_error) / count}
+
+
+def additive_to_final(metrics: Metrics) -> Metrics:
+    """The sum of the micro-batches' metrics -> what is logged: val/ratio_var in place of val/ratio_spread.
+
+    E[(rho - 1)^2] is what adds up; Var[rho] = E[(rho - 1)^2] - (E[rho] - 1)^2, without the cancellation of E[rho^2].
+    """
+    metrics = dict(metrics)
+    variance = metrics.pop("val/ratio_spread") - jnp.square(metrics["val/ratio"] - 1)
+    return metrics | {"val/ratio_var": jnp.maximum(variance, 0.0)}
+
+
+def rollout_metrics(
+    scores: Float[Array, " B"],
+    old_logprobs: Float[Array, "B R"],
+    ref_logprobs: Float[Array, "B R"],
+    mask: Bool[Array, "B R"],
+    finished: Bool[Array, " B"],
+    kl_coef: Scalar,
+) -> Metrics:
+    """What a rollout was worth: means over sequences of sums over real tokens; the KL is k1, in nats per response."""
+    old_logprobs = masked.keep(old_logprobs, mask)
+    kl = jnp.mean(jnp.sum(k1(old_logprobs, masked.keep(ref_logprobs, mask)), axis=1))
+    score = jnp.mean(scores)
+    return {
+        "objective/kl": kl,
+        "objective/entropy": -jnp.mean(jnp.sum(old_logprobs, axis=1)),
+        "objective/scores": score,
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": score - kl_coef * kl,
+        "val/num_eos_tokens": jnp.sum(finished).astype(jnp.float32),
+    }

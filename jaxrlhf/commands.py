@@ -1,0 +1,256 @@
+"""What each command does, and its arguments. What is heavy is imported by the command that needs it."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf import config_file, config_text, runtime
+from jaxrlhf.errors import ConfigError, DataError, StorageError
+from jaxrlhf.spelling import did_you_mean
+
+Options = argparse.Namespace
+Overrides = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A verb: what it runs, and its arguments as keywords of argparse's add_argument by name."""
+
+    run: Callable[[Options, Overrides], int | None]
+    help: str
+    arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    overrides: bool = False  # whether it takes --section.key value
+
+
+def _config_path(given: str | None) -> Path | None:
+    """A config file, or a preset by name. Raises ConfigError for neither."""
+    if given is None or Path(given).is_file():
+        return Path(given) if given else None
+    here = Path(__file__).parent
+    presets = {p.stem: p for folder in (here / "configs", here.parent / "configs") for p in folder.glob("*.yaml")}
+    if given.removesuffix(".yaml") in presets:
+        return presets[given.removesuffix(".yaml")]
+    raise ConfigError(
+        f"there is no config file {given}, nor a preset of that name ({', '.join(sorted(presets))})"
+        f"{did_you_mean(given, list(presets))}"
+    )
+
+
+def train_help(method: str) -> int:
+    import tyro
+
+    print(
+        f"usage: jaxrlhf {method} CONFIG.yaml [--section.key value ...] [--fresh] [--dry-run] [--debug]\n\n"
+        "CONFIG.yaml is a file or the name of a preset; `jaxrlhf new "
+        + method
+        + "` prints one with every key. Overrides come\n"
+        "after it. An existing run directory is resumed; --fresh starts over. --dry-run says what would be done.\n"
+    )
+    cls = config_file.METHODS[method]
+    try:
+        tyro.cli(
+            cls,
+            default=cls(),
+            args=["--help"],
+            prog=f"jaxrlhf {method} CONFIG.yaml",
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    except SystemExit:
+        return 0
+    return 0
+
+
+def _train(options: Options, overrides: Overrides) -> int | None:
+    if options.config is None and not overrides:
+        print(f"jaxrlhf {options.verb}: give a CONFIG.yaml; `jaxrlhf new {options.verb}` prints one", file=sys.stderr)
+        return 2
+    config = config_file.read(options.verb, _config_path(options.config), overrides)
+    runtime.configure()
+    trainer = _trainer(options.verb)(config, fresh=options.fresh)
+    if options.dry_run:
+        print(config_text.dump(config))
+        print(trainer.describe())
+        return 0
+    trainer.train()
+    return 0
+
+
+def _trainer(method: str) -> Any:
+    from jaxrlhf.training.ppo import PPOTrainer
+    from jaxrlhf.training.reward import RewardTrainer
+    from jaxrlhf.training.sft import SFTTrainer
+
+    return {"sft": SFTTrainer, "reward": RewardTrainer, "ppo": PPOTrainer}[method]
+
+
+def _demo(options: Options, overrides: Overrides) -> None:
+    runtime.configure()
+    from jaxrlhf.demo.pipeline import run
+
+    run(Path(options.output), options.seed, quiet=options.quiet)
+
+
+def _doctor(options: Options, overrides: Overrides) -> int:
+    runtime.configure()
+    from jaxrlhf import doctor
+
+    return 0 if doctor.examine(options.model) else 1
+
+
+def _new(options: Options, overrides: Overrides) -> None:
+    print(config_text.render_new(options.method, config_file.METHODS[options.method]), end="")
+
+
+def _data(options: Options, overrides: Overrides) -> None:
+    config = config_file.read("sft", None, [("data.path", options.file), *overrides], partial=True)
+    runtime.configure()
+    from jaxrlhf import doctor
+
+    print(doctor.examine_data(config))
+
+
+def _generate(options: Options, overrides: Overrides) -> None:
+    flags = {
+        "sampling.response_length": options.max_new_tokens,
+        "sampling.temperature": options.temperature,
+        "sampling.top_k": options.top_k,
+        "sampling.top_p": options.top_p,
+        "sampling.min_p": options.min_p,
+        "sampling.greedy": "true" if options.greedy else None,
+        "seed": options.seed,
+        "model.path": options.model,
+    }
+    given = [(key, value) for key, value in flags.items() if value is not None]
+    config = config_file.read("ppo", None, [*given, *overrides], partial=True)
+    runtime.configure()
+    from jaxrlhf import evaluate
+
+    texts = evaluate.complete(config, options.prompt, options.num)
+    for i, text in enumerate(texts):
+        if options.num > 1:
+            print(f"--- {i + 1} of {options.num} ---")
+        print(text)
+
+
+def _evaluate(options: Options, overrides: Overrides) -> None:
+    flags = {
+        "model.path": options.model,
+        "data.path": options.prompts,
+        "reward.function": options.reward,
+        "reward.model": options.reward_model,
+        "seed": options.seed,
+    }
+    given = [(key, value) for key, value in flags.items() if value is not None]
+    config = config_file.read("ppo", None, [*given, *overrides])
+    runtime.configure()
+    from jaxrlhf import evaluate
+
+    result = evaluate.evaluate(config, num_prompts=options.num_prompts, num_completions=options.num_completions)
+    print(evaluate.table(result))
+    if options.output:
+        print(f"\nwrote {evaluate.write(result, Path(options.output))}")
+
+
+def _plot(options: Options, overrides: Overrides) -> None:
+    from jaxrlhf import plots
+
+    for path in plots.plot(Path(options.run)):
+        print(path)
+
+
+def _export(options: Options, overrides: Overrides) -> None:
+    import json
+    import shutil
+
+    run, target = Path(options.run), Path(options.directory)
+    if not (run / "config.yaml").is_file():
+        raise DataError(f"{run} is not a run directory: it has no config.yaml")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StorageError(f"{target} exists and is not empty; give a new folder")
+    if (run / "export").is_dir():  # a finished run has chosen its best state
+        part = target.with_name(target.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(run / "export", part)
+        if target.exists():
+            target.rmdir()
+        os.replace(part, target)
+    else:
+        method = json.loads((run / "run.json").read_text(encoding="utf-8"))["method"]
+        runtime.configure()
+        config = config_file.read(method, run / "config.yaml", [("run_dir", str(run))])
+        trainer = _trainer(method)(config)
+        trainer.restore()
+        trainer.save_pretrained(target)
+    print(target)
+
+
+_CONFIG: dict[str, dict[str, Any]] = {
+    "config": {"nargs": "?", "metavar": "CONFIG.yaml", "help": "a file, or the name of a preset"},
+    "--fresh": {"action": "store_true", "help": "start over in an existing run directory"},
+    "--dry-run": {"action": "store_true", "help": "say what would be done and stop"},
+}
+_MODEL: dict[str, Any] = {"metavar": "MODEL", "help": "a folder, a hub id or a run directory"}
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        _demo,
+        "SFT, a reward model and PPO on a tiny task, in two minutes on a CPU",
+        {
+            "--seed": {"type": int, "default": 0},
+            "--output": {"default": "runs/demo", "metavar": "DIR", "help": "default: runs/demo"},
+            "--quiet": {"action": "store_true"},
+        },
+    ),
+    "doctor": Command(_doctor, "check this computer and, if given, a model", {"model": {"nargs": "?", **_MODEL}}),
+    "new": Command(
+        _new, "print a commented config file", {"method": {"choices": list(config_file.METHODS), "metavar": "METHOD"}}
+    ),
+    "data": Command(
+        _data, "say what a data file holds and how it will be read", {"file": {"metavar": "FILE"}}, overrides=True
+    ),
+    "sft": Command(_train, "supervised fine-tuning", _CONFIG, overrides=True),
+    "reward": Command(_train, "train a reward model on preference pairs", _CONFIG, overrides=True),
+    "ppo": Command(_train, "PPO against a reward model or a reward function", _CONFIG, overrides=True),
+    "generate": Command(
+        _generate,
+        "continue a prompt and print the text",
+        {
+            "model": _MODEL,
+            "--prompt": {"required": True, "metavar": "TEXT", "help": "empty: start from bos"},
+            "--greedy": {"action": "store_true", "help": "always the likeliest token"},
+            "--max-new-tokens": {"metavar": "N"},
+            "--temperature": {"metavar": "T"},
+            "--top-k": {"metavar": "K"},
+            "--top-p": {"metavar": "P"},
+            "--min-p": {"metavar": "P"},
+            "--seed": {"metavar": "N"},
+            "--num": {"type": int, "default": 1, "metavar": "N", "help": "how many texts"},
+        },
+        overrides=True,
+    ),
+    "evaluate": Command(
+        _evaluate,
+        "score completions of random prompts and rank them BEST, MEDIUM, WORST",
+        {
+            "model": _MODEL,
+            "--prompts": {"required": True, "metavar": "FILE", "help": "a data file with prompts"},
+            "--num-prompts": {"type": int, "default": 20, "metavar": "N"},
+            "--num-completions": {"type": int, "default": 4, "metavar": "N"},
+            "--reward": {"metavar": "path.py:name", "help": "reward function"},
+            "--reward-model": {"metavar": "DIR"},
+            "--seed": {"metavar": "N"},
+            "--output": {"metavar": "FILE.json", "help": "everything, as JSON"},
+        },
+        overrides=True,
+    ),
+    "plot": Command(_plot, "draw a run's curves (PNG) and write its metrics as CSV", {"run": {"metavar": "RUN"}}),
+    "export": Command(
+        _export,
+        "write a run's model in Hugging Face layout",
+        {"run": {"metavar": "RUN"}, "directory": {"metavar": "DIR"}},
+    ),
+}
+TOP_LEVEL = {key for cls in config_file.METHODS.values() for key, _ in config_file.keys(cls) if "." not in key}

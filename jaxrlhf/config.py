@@ -1,0 +1,348 @@
+"""Every run's configuration: frozen, strict and complete. A default is said here and nowhere else; no jax in sight.
+
+A run's config is one of `SFTConfig`, `RewardConfig`, `PPOConfig`; each is a record of sections. `config_file.py` reads
+them from YAML and overrides. Names are TRL's where the meaning is TRL's.
+"""
+
+import dataclasses
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+
+import pydantic
+from pydantic import ConfigDict, Field
+
+from jaxrlhf.errors import ConfigError
+
+T = TypeVar("T")
+Int = Annotated[int, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Natural = Annotated[int, Field(strict=True, ge=0)]
+Bool = Annotated[bool, Field(strict=True)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+DType = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def section(cls: type[T]) -> type[T]:
+    """A frozen, keyword-only dataclass that pydantic validates and that refuses unknown keys."""
+    wrap = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+    return wrap(cls)  # type: ignore[return-value]
+
+
+def replace(config: T, **changes: Any) -> T:
+    """A copy of `config` with `changes`, validated like the first. Keys may be dotted: `**{"ppo.kl_coef": 0.1}`."""
+    here: dict[str, Any] = {}
+    for key, value in changes.items():
+        head, _, rest = key.partition(".")
+        if head not in {f.name for f in dataclasses.fields(config)}:  # type: ignore[arg-type]
+            raise ConfigError(f"unknown key '{key}'")
+        here[head] = replace(here.get(head, getattr(config, head)), **{rest: value}) if rest else value
+    return dataclasses.replace(config, **here)  # type: ignore[type-var]
+
+
+@section
+class ModelSource:
+    """Where a model comes from and in which precision it lives."""
+
+    path: str = ""
+    """A folder in Hugging Face layout, a run directory, or a hub id. Required."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; pin a commit to make a run repeatable."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` builds the model from config.json alone."""
+    param_dtype: DType = "auto"
+    """Storage. auto: float32 for what trains; for what is frozen, the compute dtype."""
+    compute_dtype: DType = "auto"
+    """Operands of matrix products; sums, norms, softmax and losses stay float32. auto: float32 on CPU, else bfloat16."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What backward recomputes: nothing, whole layers, or all but matrix products. Less memory, more time."""
+
+
+@section
+class TokenizerSource:
+    """Which tokenizer, and the decisions it leaves open."""
+
+    path: str = ""
+    """A folder or hub id; empty: the model's own."""
+    chat_template: str = "auto"
+    """auto: the tokenizer's own, if any. none: plain text. `chatml` adds a chat format to a tokenizer without one.
+    Or a .jinja file."""
+    pad_token: str | None = None
+    """None: the tokenizer's own; failing that a reserved token; failing that eos (masks never come from ids)."""
+    eos_token: str | None = None
+    """None: the tokenizer's own."""
+
+
+@section
+class Data:
+    """Rows to train on. Formats are recognised from the columns; see `jaxrlhf data FILE`."""
+
+    path: str = ""
+    """JSON, JSONL (.gz), CSV or Parquet file, a `datasets` folder, or a hub id. Required."""
+    split: str = "train"
+    """Split of a `datasets` folder or hub id; of a plain folder, the files with this word in their names."""
+    subset: str = ""
+    """Configuration of a hub data set that has several, `main` of openai/gsm8k for example."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Rename columns before the format is recognised, {our name: name in the file}."""
+    template: str = ""
+    """Prompt text with {column} fields, for rows without a finished prompt. Used as it is: no chat format around it."""
+    completion_prefix: str = ""
+    """Text between prompt and completion where both are plain text, a space for example."""
+    control_tokens: Bool = False
+    """Read control tokens spelt out in plain text columns (`<|im_end|>`) as such. Those in messages are always text."""
+    max_rows: Count | None = None
+    """Use the first rows only."""
+    max_length: Count = 512
+    """Tokens of prompt and completion together."""
+    max_prompt_length: Count | None = None
+    """Tokens of the prompt; None: what max_length leaves."""
+    truncation: Literal["drop", "error", "left", "right"] = "drop"
+    """What happens to a row that is too long. left and right cut the prompt (left) or the completion (right)."""
+    validation_path: str = ""
+    """Held-out rows from a file of their own."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Or a share of `path`, chosen by `split_seed` and the number of rows alone."""
+    split_seed: Natural = 0
+    shuffle: Bool = True
+    """A new order each epoch, a function of (seed, epoch)."""
+
+
+@section
+class Optim:
+    """AdamW, a schedule and a clip."""
+
+    learning_rate: Positive = 1e-5
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """After the warm-up: stay, or fall to `final_lr_fraction` at the last step."""
+    warmup_steps: Natural = 0
+    final_lr_fraction: Fraction = 0.0
+    weight_decay: NonNegative = 0.0
+    """Decoupled; never on norms and biases."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: Positive = 1e-8
+    max_grad_norm: Positive = 1.0
+    """Global norm above which a gradient is scaled down. `.inf` is not a number here: use a large one to switch it off."""
+
+
+@section
+class Train:
+    """Epochs and batches of supervised training (SFT, reward models)."""
+
+    num_train_epochs: Positive = 1.0
+    max_steps: Count | None = None
+    """Stop after so many optimizer steps, whatever the epochs."""
+    batch_size: Count = 8
+    """Rows per optimizer step over all devices."""
+    micro_batch_size: Count | None = None
+    """Rows per forward pass; None: all. A divisor of batch_size. Changes memory, not the result."""
+    eval_every: Natural = 0
+    """Optimizer steps between evaluations; 0: at the end of each epoch."""
+    keep_best: Bool = True
+    """With held-out rows: what is saved at the end is the best state and not the last."""
+    eval_batch_size: Count = 16
+
+
+@section
+class Mesh:
+    """Devices as data x fsdp x tensor. 1 x 1 x 1 is one device; data 0 takes what the other two leave."""
+
+    data: Natural = 1
+    fsdp: Count = 1
+    tensor: Count = 1
+
+
+@section
+class Logging:
+    """What a run says while it works. metrics.jsonl is always written."""
+
+    log_every: Count = 1
+    sample_every: Natural = 10
+    """Steps between printed generations; 0: never."""
+    num_samples: Count = 3
+    tensorboard: Bool = True
+    wandb_project: str = ""
+    """Log to this Weights & Biases project too (extra `wandb`)."""
+    quiet: Bool = False
+
+
+@section
+class Checkpoint:
+    """When the whole state goes to disk."""
+
+    save_every: Natural = 50
+    """Steps between checkpoints; 0: only at the end and when asked to stop."""
+    keep: Count = 2
+    """How many of the latest stay."""
+    synchronous: Literal["auto", "always", "never"] = "auto"
+    """auto: write in the background unless free memory is less than the state."""
+
+
+@section
+class Sampling:
+    """How a response is drawn."""
+
+    response_length: Count = 64
+    """Most tokens of a response."""
+    min_length: Natural = 0
+    """No stop token before so many tokens."""
+    temperature: Positive = 1.0
+    greedy: Bool = False
+    """Always the likeliest token; temperature and filters do not count."""
+    top_k: Natural = 0
+    """0: off."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Keep tokens at least so likely as a share of the likeliest."""
+    stop_token_ids: tuple[Natural, ...] = ()
+    """Besides those of the tokenizer and generation_config.json."""
+
+
+@section
+class RewardSource:
+    """What a completion is worth: a reward model, a Python function, or the weighted sum of both."""
+
+    model: str = ""
+    """Folder, run directory or hub id of a sequence classification model with one or two labels."""
+    revision: str | None = None
+    model_weight: Real = 1.0
+    model_dtype: DType = "auto"
+    function: str = ""
+    """`path.py:name` or `package.module:name`: def reward(prompts, completions, **columns) -> list[float | None]."""
+    function_weight: Real = 1.0
+    micro_batch_size: Count = 16
+    """Rows per forward of the reward model."""
+
+
+@section
+class Critic:
+    """The value model of PPO."""
+
+    init: Literal["policy", "reward"] = "policy"
+    """Whose trunk it starts from. The head always starts at zero."""
+    head: Literal["linear", "mlp"] = "linear"
+    frozen_trunk: Bool = False
+    """Train the head alone, on the reference's (or the reward model's) trunk: no second copy."""
+    learning_rate: Positive | None = None
+    """None: the policy's."""
+
+
+@section
+class PPO:
+    """Proximal policy optimisation (https://arxiv.org/abs/1707.06347) on token-level rewards with a KL penalty."""
+
+    total_episodes: Count = 1024
+    """Completions in the whole run."""
+    batch_size: Count = 16
+    """Completions per update."""
+    num_ppo_epochs: Count = 4
+    num_mini_batches: Count = 1
+    """Optimizer steps per epoch; a divisor of batch_size."""
+    micro_batch_size: Count | None = None
+    """Rows per forward pass in annotation and update; None: a mini-batch. Changes memory, not the result."""
+    kl_coef: NonNegative = 0.05
+    """Of k1 = log pi - log ref, subtracted from each token's reward."""
+    cliprange: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    cliprange_value: Positive = 0.2
+    vf_coef: Positive = 0.1
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    lam: Fraction = 0.95
+    whiten_rewards: Bool = False
+    """Scale rewards to unit variance over the batch; the mean stays."""
+    whiten_advantages: Bool = True
+    missing_eos_penalty: NonNegative = 0.0
+    """Subtracted from the score of a response that ran out of room."""
+    bootstrap_truncated: Bool = False
+    """Treat running out of room as an interruption: the value after the last token stands in for what would follow."""
+
+
+def _adam_ppo() -> "Optim":
+    return Optim(eps=1e-5, learning_rate=3e-6)
+
+
+@section
+class SFTConfig:
+    """Supervised fine-tuning."""
+
+    run_dir: str = "runs/sft"
+    seed: Natural = 0
+    model: ModelSource = Field(default_factory=ModelSource)
+    tokenizer: TokenizerSource = Field(default_factory=TokenizerSource)
+    data: Data = Field(default_factory=Data)
+    completion_only: Bool = True
+    """Learn completions (assistant turns) only; false: every token. Rows of plain text are always learnt whole."""
+    train: Train = Field(default_factory=Train)
+    optim: Optim = Field(default_factory=Optim)
+    sampling: Sampling = Field(default_factory=Sampling)
+    """For the samples that are printed while it trains."""
+    mesh: Mesh = Field(default_factory=Mesh)
+    logging: Logging = Field(default_factory=Logging)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+
+    def __post_init__(self) -> None:
+        _check_train(self.train)
+
+
+@section
+class RewardConfig:
+    """A reward model from preference pairs (Bradley-Terry)."""
+
+    run_dir: str = "runs/reward"
+    seed: Natural = 0
+    model: ModelSource = Field(default_factory=ModelSource)
+    head: Literal["linear", "mlp"] = "linear"
+    frozen_trunk: Bool = False
+    """Train the head alone."""
+    tokenizer: TokenizerSource = Field(default_factory=TokenizerSource)
+    data: Data = Field(default_factory=Data)
+    train: Train = Field(default_factory=Train)
+    optim: Optim = Field(default_factory=Optim)
+    mesh: Mesh = Field(default_factory=Mesh)
+    logging: Logging = Field(default_factory=Logging)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+
+    def __post_init__(self) -> None:
+        _check_train(self.train)
+
+
+@section
+class PPOConfig:
+    """PPO against a reward model, a reward function, or both."""
+
+    run_dir: str = "runs/ppo"
+    seed: Natural = 0
+    model: ModelSource = Field(default_factory=ModelSource)
+    tokenizer: TokenizerSource = Field(default_factory=TokenizerSource)
+    reference_dtype: DType = "auto"
+    """Storage of the frozen reference. auto: the policy's compute dtype."""
+    data: Data = Field(default_factory=Data)
+    reward: RewardSource = Field(default_factory=RewardSource)
+    critic: Critic = Field(default_factory=Critic)
+    ppo: PPO = Field(default_factory=PPO)
+    sampling: Sampling = Field(default_factory=Sampling)
+    optim: Optim = Field(default_factory=_adam_ppo)
+    mesh: Mesh = Field(default_factory=Mesh)
+    logging: Logging = Field(default_factory=Logging)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+
+    def __post_init__(self) -> None:
+        ppo = self.ppo
+        if ppo.batch_size % ppo.num_mini_batches:
+            raise ValueError(f"ppo.num_mini_batches ({ppo.num_mini_batches}) must divide ppo.batch_size ({ppo.batch_size})")
+        rows = ppo.batch_size // ppo.num_mini_batches
+        if ppo.micro_batch_size and rows % ppo.micro_batch_size:
+            raise ValueError(f"ppo.micro_batch_size ({ppo.micro_batch_size}) must divide a mini-batch ({rows} rows)")
+        if self.critic.init == "reward" and not self.reward.model:
+            raise ValueError("critic.init is 'reward' but reward.model is empty; give a reward model or use 'policy'")
+
+
+def _check_train(train: Train) -> None:
+    if train.micro_batch_size and train.batch_size % train.micro_batch_size:
+        raise ValueError(
+            f"train.micro_batch_size ({train.micro_batch_size}) must divide train.batch_size ({train.batch_size})"
+        )

@@ -1,0 +1,55 @@
+"""Rows of token lists to padded arrays, on the host. Masks come from lengths, never from token ids."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxrlhf.data.datasets import PairRow, PromptRow, SFTRow
+from jaxrlhf.types import Batch, Pairs, Prompts
+
+
+def bucket(length: int, limit: int) -> int:
+    """The padded length for `length` tokens: the next of 16, 24, 32, 48, 64, 96, ... and never more than `limit`.
+
+    Two sizes per doubling: few programs to compile, and less than a third of a batch's columns is padding added here.
+    """
+    assert length <= limit, f"{length} tokens do not fit in {limit}"
+    size = 16
+    while size < length:
+        size += size // 2 if size & (size - 1) == 0 else size // 3
+    return min(size, limit)
+
+
+def batch(rows: Sequence[SFTRow], pad_id: int, length: int) -> Batch:
+    """Right-padded `Batch` of numpy arrays [len(rows), length]; every row must fit."""
+    tokens = np.full((len(rows), length), pad_id, np.int32)
+    mask = np.zeros((len(rows), length), bool)
+    loss_mask = np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        size = len(row.tokens)
+        assert size <= length, f"{size} tokens do not fit in {length}"
+        tokens[i, :size] = row.tokens
+        mask[i, :size] = True
+        loss_mask[i, :size] = row.loss_mask
+    return Batch(tokens=tokens, mask=mask, loss_mask=loss_mask)  # type: ignore[arg-type]
+
+
+def pairs(rows: Sequence[PairRow], pad_id: int, length: int) -> Pairs:
+    """`Pairs` of two right-padded batches, each [len(rows), length]."""
+    chosen, rejected = [row.chosen for row in rows], [row.rejected for row in rows]
+    return Pairs(chosen=batch(chosen, pad_id, length), rejected=batch(rejected, pad_id, length))
+
+
+def prompts(rows: Sequence[PromptRow], pad_id: int, length: int, samples: Sequence[int] | None = None) -> Prompts:
+    """Left-padded `Prompts` [len(rows), length]. `samples` numbers each row's completion of its prompt; None: all 0."""
+    tokens = np.full((len(rows), length), pad_id, np.int32)
+    mask = np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        size = len(row.tokens)
+        assert 0 < size <= length, f"{size} tokens do not fit in {length}"
+        tokens[i, length - size :] = row.tokens
+        mask[i, length - size :] = True
+    index = np.array([row.index for row in rows], np.int32)
+    sample = np.zeros(len(rows), np.int32) if samples is None else np.asarray(samples, np.int32)
+    assert sample.shape == index.shape, (sample.shape, index.shape)
+    return Prompts(tokens=tokens, mask=mask, index=index, sample=sample)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""The whole pipeline in miniature, on a task whose truth is known."""

@@ -1,0 +1,67 @@
+"""The folder that the demo's SFT starts from: a tokenizer and a config.json in Hugging Face layout, no weights."""
+
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from jaxrlhf.demo import task
+
+PAD, BOS, EOS, UNKNOWN = SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
+"""Their ids are 0, 1, 2, 3."""
+_PIECE = r" ?[A-Za-z]+|[^A-Za-z]"  # a word with the space before it, or one other character
+
+
+def write_base(directory: str | Path) -> Path:
+    """Writes tokenizer.json, tokenizer_config.json and config.json of a tiny Llama into `directory`, and returns it."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = build()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    names = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+    _write(directory / "tokenizer_config.json", {**about, "model_max_length": _MODEL["max_position_embeddings"]})
+    ids = {name.replace("token", "token_id"): SPECIAL.index(token) for name, token in names.items() if token != UNKNOWN}
+    _write(directory / "config.json", {**_MODEL, **ids, "vocab_size": tokenizer.get_vocab_size()})
+    return directory
+
+
+def build() -> Tokenizer:
+    """A tokenizer of whole words over the task's closed vocabulary; decoding gives the text back exactly.
+
+    A word carries the space before it, so the first word of a question has a token of its own.
+    """
+    splitter = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
+    lines = [*task.questions(), *(f" {sentence}" for sentence in task.sentences())]
+    pieces = {piece for line in lines for piece, _ in splitter.pre_tokenize_str(line)}
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *sorted(pieces)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    return tokenizer
+
+
+_MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 24,
+    "intermediate_size": 256,
+    "hidden_act": "silu",
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+    "dtype": "float32",
+}
+
+
+def _write(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,269 @@
+"""What a model answers and what that is worth: random prompts, several completions of each, scored and ranked."""
+
+import dataclasses
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jaxrlhf import runtime, weights
+from jaxrlhf.config import Data, PPOConfig
+from jaxrlhf.data import batching
+from jaxrlhf.data.datasets import PromptRow, prompt_rows
+from jaxrlhf.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from jaxrlhf.errors import DataError, StorageError
+from jaxrlhf.models import ModelConfig
+from jaxrlhf.rewards.compose import Scorer
+from jaxrlhf.rollout.decode import generate
+from jaxrlhf.types import Params, Rollout
+
+T = TypeVar("T")
+Z95 = 1.959964  # two-sided 95 % of a normal distribution
+
+
+def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and its standard error, s / sqrt(n) with the n - 1 variance; the error of a single value is 0."""
+    data = np.asarray(list(values), np.float64)
+    return float(data.mean()), float(data.std(ddof=1) / np.sqrt(len(data))) if len(data) > 1 else 0.0
+
+
+def wilson(successes: int, total: int, z: float = Z95) -> tuple[float, float]:
+    """Score interval of a share (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953); (0, 1) for no trials."""
+    if total == 0:
+        return 0.0, 1.0
+    share = successes / total
+    centre = share + z * z / (2 * total)
+    half = z * np.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    low, high = float((centre - half) / scale), float((centre + half) / scale)
+    return min(max(0.0, low), share), max(min(1.0, high), share)  # rounding must not put the share outside
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Different word n-grams as a share of all (Li et al. 2016, https://arxiv.org/abs/1510.03055); 0 if none."""
+    words = [text.split() for text in texts]
+    grams = Counter(tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1))
+    return len(grams) / max(1, grams.total())
+
+
+def evaluate(
+    config: PPOConfig,
+    *,
+    num_prompts: int,
+    num_completions: int,
+    function: Callable[..., Any] | None = None,
+) -> dict[str, Any]:
+    """Complete `num_prompts` random prompts of `config.data` `num_completions` times each and score them.
+
+    Uses model, tokenizer, data, reward and sampling of `config`; prompts and completions depend on its seed alone.
+    `function` stands in for `reward.function`. Returns what `write` writes and `table` shows: `statistics` and, for
+    each prompt, its completions from best to worst with their rank, score, the parts of the score, and length.
+    """
+    model, params, tokenizer = open_model(config)
+    scorer = Scorer(config.reward, tokenizer, function)
+    room = model.max_positions - config.sampling.response_length
+    rows = choose(prompt_rows(_fitting(config.data, room), tokenizer).train, num_prompts, config.seed)
+    repeated = [row for row in rows for _ in range(num_completions)]
+    samples = [i for _ in rows for i in range(num_completions)]
+    answers: list[dict[str, Any]] = []
+    size = max(config.reward.micro_batch_size, 1)
+    length = batching.bucket(max(len(row.tokens) for row in rows), room)
+    for start in range(0, len(repeated), size):
+        part = repeated[start : start + size]
+        filled = part + part[:1] * (size - len(part))  # one shape, one program
+        numbers = samples[start : start + size] + [0] * (size - len(part))
+        rollout = respond(config, model, params, tokenizer, filled, numbers, length)
+        answers += _score(scorer, tokenizer, filled, rollout)[: len(part)]
+    groups = [answers[i : i + num_completions] for i in range(0, len(answers), num_completions)]
+    prompts = [_ranked(row, group) for row, group in zip(rows, groups, strict=True)]
+    return {
+        "model": config.model.path,
+        "prompts_from": config.data.path,
+        "reward": dataclasses.asdict(config.reward),
+        "sampling": dataclasses.asdict(config.sampling) | {"stop_token_ids": list(config.sampling.stop_token_ids)},
+        "seed": config.seed,
+        "statistics": statistics(prompts),
+        "prompts": prompts,
+    }
+
+
+def complete(config: PPOConfig, prompt: str, count: int) -> list[str]:
+    """`count` continuations of a plain text, each with the text itself; an empty one starts from bos."""
+    model, params, tokenizer = open_model(config)
+    tokens = tokenizer.encode(prompt, special=True) if config.data.control_tokens else tokenizer.prompt_ids(prompt)
+    room = model.max_positions - len(tokens)
+    if room < 1:
+        raise DataError(f"the prompt has {len(tokens)} tokens and the model's context is {model.max_positions}")
+    sampling = dataclasses.replace(config.sampling, response_length=min(config.sampling.response_length, room))
+    config = dataclasses.replace(config, sampling=sampling)
+    length = batching.bucket(len(tokens), model.max_positions - sampling.response_length)
+    row = PromptRow(tokens=tokens, text=prompt, columns={}, index=0)
+    rollout = respond(config, model, params, tokenizer, [row] * count, range(count), length)
+    return [prompt + tokenizer.decode(ids, after=tokens) for ids in response_ids(rollout)]
+
+
+def open_model(config: PPOConfig) -> tuple[ModelConfig, Params, Tokenizer]:
+    """The language model of a config in its compute dtype, with its tokenizer. Raises DataError if they do not fit."""
+    source = config.model
+    folder = weights.resolve(config.tokenizer.path or source.path, None if config.tokenizer.path else source.revision)
+    tokenizer = load_tokenizer(folder, config.tokenizer)
+    dtype = runtime.resolve_dtype(source.compute_dtype, jax.default_backend())
+    model, params = weights.load(
+        source.path,
+        revision=source.revision,
+        dtype=dtype,
+        head="lm",
+        compute_dtype=dtype,
+        init=source.init,
+        key=jax.random.key(config.seed),
+    )
+    check_vocab(tokenizer, model.vocab_size)
+    return model, params, tokenizer
+
+
+def respond(
+    config: PPOConfig,
+    model: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    rows: Sequence[PromptRow],
+    samples: Sequence[int],
+    length: int,
+) -> Rollout:
+    """A response to each row, as host arrays; prompts are padded to `length`."""
+    prompts = batching.prompts(rows, tokenizer.pad_id, length, samples)
+    key = jax.random.key(config.seed)
+    rollout = generate(params, model, prompts, key, config.sampling, tokenizer.stop_ids, tokenizer.pad_id)
+    return jax.device_get(rollout)
+
+
+def response_ids(rollout: Rollout) -> list[list[int]]:
+    """Token ids of each response (host arrays), without the stop token that ended it."""
+    start = rollout.tokens.shape[1] - rollout.response_mask.shape[1]
+    rows = zip(rollout.tokens[:, start:], rollout.response_mask, rollout.finished, strict=True)
+    return [tokens[mask][: -1 if finished else None].tolist() for tokens, mask, finished in rows]
+
+
+def choose(rows: Sequence[T], count: int, seed: int) -> list[T]:
+    """`count` random rows without repetition, in file order; all of them where there are fewer."""
+    picked = np.random.default_rng(seed).permutation(len(rows))[:count]
+    return [rows[i] for i in sorted(picked)]
+
+
+def statistics(prompts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Figures over all completions. Completions of one prompt are not independent, so the standard error of the mean is
+    that of the prompts' means."""
+    answers = [answer for prompt in prompts for answer in prompt["completions"]]
+    scores = np.array([answer["score"] for answer in answers])
+    texts = [answer["text"] for answer in answers]
+    finished = sum(answer["finished"] for answer in answers)
+    lengths = np.array([answer["tokens"] for answer in answers])
+    mean, error = mean_and_error(prompt["mean"] for prompt in prompts)
+    return {
+        "prompts": len(prompts),
+        "completions": len(answers),
+        "mean": mean,
+        "standard_error": error,
+        "std": float(scores.std(ddof=1)) if len(scores) > 1 else 0.0,
+        "min": float(scores.min()),
+        "max": float(scores.max()),
+        "spread_within_prompt": float(np.mean([prompt["spread"] for prompt in prompts])),
+        "best_of_n_mean": float(np.mean([prompt["completions"][0]["score"] for prompt in prompts])),
+        "distinct_1": distinct(texts, 1),
+        "distinct_2": distinct(texts, 2),
+        "identical_completions": 1 - len(set(texts)) / len(texts),
+        "tokens_mean": float(lengths.mean()),
+        "finished": finished / len(answers),
+        "finished_interval_95": list(wilson(finished, len(answers))),
+        "components": {
+            name: dict(
+                zip(("mean", "standard_error"), mean_and_error(a["components"][name] for a in answers), strict=True)
+            )
+            for name in answers[0]["components"]
+        },
+    }
+
+
+def table(result: dict[str, Any], width: int = 100) -> str:
+    """The result for a console: every prompt with its ranked completions, then the statistics."""
+    lines = []
+    for prompt in result["prompts"]:
+        lines += ["", _one_line(prompt["prompt"], width)]
+        for answer in prompt["completions"]:
+            lines.append(f"  {answer['rank']:<6} {answer['score']:>9.3f}  {_one_line(answer['text'], width - 19)}")
+    stats = result["statistics"]
+    low, high = stats["finished_interval_95"]
+    lines += [
+        "",
+        f"{stats['prompts']} prompts, {stats['completions']} completions of {result['model']}",
+        f"score         {stats['mean']:.4f} +- {stats['standard_error']:.4f} (standard error over prompts)",
+        f"              std {stats['std']:.4f}, from {stats['min']:.4f} to {stats['max']:.4f}",
+        f"per prompt    best - worst {stats['spread_within_prompt']:.4f}, mean best {stats['best_of_n_mean']:.4f}",
+        f"length        {stats['tokens_mean']:.1f} tokens, finished {stats['finished']:.2f} [{low:.2f}, {high:.2f}]",
+        f"variety       distinct-1 {stats['distinct_1']:.2f}, distinct-2 {stats['distinct_2']:.2f}, "
+        f"identical {stats['identical_completions']:.2f}",
+    ]
+    lines += [
+        f"{name:<13} {part['mean']:.4f} +- {part['standard_error']:.4f}" for name, part in stats["components"].items()
+    ]
+    return "\n".join(lines).lstrip("\n")
+
+
+def write(result: dict[str, Any], path: Path) -> Path:
+    """Write the result as JSON, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def _fitting(data: Data, room: int) -> Data:
+    """`data` with prompts limited to the room that the response leaves in the context."""
+    if room < 1:
+        raise DataError("sampling.response_length leaves no room for a prompt in the model's context; lower it")
+    return dataclasses.replace(data, max_prompt_length=min(data.max_prompt_length or room, room))
+
+
+def _score(scorer: Scorer, tokenizer: Tokenizer, rows: Sequence[PromptRow], rollout: Rollout) -> list[dict[str, Any]]:
+    ids = response_ids(rollout)
+    texts = [tokenizer.decode(response, after=row.tokens) for response, row in zip(ids, rows, strict=True)]
+    names = dict.fromkeys(name for row in rows for name in row.columns)
+    columns = {name: [row.columns.get(name) for row in rows] for name in names}
+    scores, components = scorer.score([row.text for row in rows], texts, rollout, columns)
+    return [
+        {
+            "score": float(scores[i]),
+            "components": {name: float(values[i]) for name, values in components.items()},
+            "text": texts[i],
+            "tokens": int(rollout.response_mask[i].sum()),
+            "finished": bool(rollout.finished[i]),
+        }
+        for i in range(len(rows))
+    ]
+
+
+def _ranked(row: PromptRow, answers: list[dict[str, Any]]) -> dict[str, Any]:
+    ranked = sorted(answers, key=lambda answer: -answer["score"])
+    names = ["BEST", *["MEDIUM"] * (len(ranked) - 2), "WORST"][: len(ranked)]
+    scores = [answer["score"] for answer in ranked]
+    return {
+        "prompt": row.text,
+        "index": row.index,
+        "mean": float(np.mean(scores)),
+        "spread": scores[0] - scores[-1],
+        "completions": [{"rank": name, **answer} for name, answer in zip(names, ranked, strict=True)],
+    }
+
+
+def _one_line(text: str, width: int) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 3] + "..."

@@ -1,0 +1,298 @@
+"""What a run measures and where it goes: one record per step -> metrics.jsonl, TensorBoard, W&B and the console."""
+
+import datetime
+import importlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.config import Logging
+from jaxrlhf.errors import ConfigError
+
+METRICS: dict[str, str] = {
+    # every trainer
+    "epoch": "passes over the training rows so far",
+    "learning_rate": "learning rate of this step (SFT, reward model)",
+    "grad_norm": "global norm of the gradient before clipping",
+    "grad_norm_clipped": "global norm of the gradient after clipping",
+    "num_tokens": "tokens learnt in this step",
+    "skipped_updates": "optimizer steps of this record that were left out because loss or gradient was not finite",
+    # SFT
+    "loss": "SFT: mean over loss tokens of -log p; reward model: mean over pairs of -log sigmoid(chosen - rejected)",
+    "entropy": "mean over loss tokens of the entropy of the next-token distribution, nats",
+    "eval/loss": "`loss` over all held-out rows",
+    "eval/entropy": "`entropy` over all held-out rows",
+    # reward model
+    "accuracy": "share of pairs whose chosen completion scores higher",
+    "margin": "mean over pairs of chosen score - rejected score",
+    "min_reward": "least score of the batch, chosen and rejected together",
+    "mean_reward": "mean score of the batch, chosen and rejected together",
+    "max_reward": "greatest score of the batch, chosen and rejected together",
+    "eval/accuracy": "`accuracy` over all held-out pairs",
+    "eval/margin": "`margin` over all held-out pairs",
+    "eval/mean_reward": "`mean_reward` over all held-out pairs",
+    # PPO; per sequence: the sum over response tokens, then the mean over the batch
+    "objective/kl": "per sequence: sum of k1 = log pi_old - log ref at the sampled tokens, nats",
+    "objective/kl_per_token": "mean over response tokens of k1, nats",
+    "objective/kl_coef": "coefficient of the KL penalty in this step's rewards",
+    "objective/entropy": "per sequence: sum of the entropy of pi_old at each response token, nats",
+    "objective/non_score_reward": "per sequence: sum of the KL penalty, -kl_coef * k1",
+    "objective/rlhf_reward": "mean over sequences of score + sum of the KL penalty",
+    "objective/scores": "mean over sequences of the score, after missing_eos_penalty",
+    "objective/scores_std": "standard deviation over sequences of the score",
+    "policy/approxkl_avg": "mean over response tokens and optimizer steps of 0.5 (log pi - log pi_old)^2",
+    "policy/clipfrac_avg": "share of response tokens where the clipped policy loss is the larger",
+    "policy/entropy_avg": "mean over response tokens and optimizer steps of the policy's entropy, nats",
+    "loss/policy_avg": "clipped policy loss, mean over response tokens and optimizer steps",
+    "loss/value_avg": "clipped value loss (halved squares), mean over response tokens and optimizer steps",
+    "val/clipfrac_avg": "share of response tokens where the clipped value loss is the larger",
+    "val/ratio": "pi / pi_old, mean over response tokens and optimizer steps",
+    "val/ratio_var": "variance of pi / pi_old over response tokens, mean over optimizer steps",
+    "val/first_log_ratio_max": "largest |log pi - log pi_old| at the first optimizer step: 0 up to rounding",
+    "val/log_ratio_max": "largest |log pi - log pi_old| over response tokens and optimizer steps",
+    "val/sampler_logprob_gap": "mean over response tokens of |log-prob of the sampler - log-prob of the trainer|",
+    "val/num_eos_tokens": "responses of the batch that ended with a stop token",
+    "val/explained_variance": "1 - Var(returns - values) / Var(returns) over response tokens",
+    "policy/grad_norm": "global norm of the policy's gradient before clipping, mean over optimizer steps",
+    "policy/grad_norm_clipped": "the same after clipping",
+    "critic/grad_norm": "global norm of the critic's gradient before clipping, mean over optimizer steps",
+    "critic/grad_norm_clipped": "the same after clipping",
+    "tokens/mean_length": "mean response length, stop token included",
+    "tokens/finished": "share of responses that ended with a stop token",
+    "lr": "learning rate of the policy in this step (PPO)",
+    "episode": "responses generated since the start",
+    "perf/response_tokens_per_second": "response tokens per wall-clock second of generation",
+    "perf/rollout_seconds": "wall-clock seconds of generation",
+    "perf/reward_seconds": "wall-clock seconds of scoring",
+}
+"""Every key of a record and what it means. `perf/...` are timings: they alone differ between equal runs."""
+
+REWARDS = "rewards/"
+"""Keys that begin so are a part of the score by its own name: mean and std over the batch, before its weight."""
+
+SUMMARY: dict[str, dict[str, str]] = {
+    "sft": {"loss": "loss", "eval/loss": "eval", "learning_rate": "lr"},
+    "reward": {"loss": "loss", "accuracy": "acc", "margin": "margin", "eval/accuracy": "eval", "learning_rate": "lr"},
+    "ppo": {"objective/scores": "score", "objective/kl": "kl", "tokens/mean_length": "len", "lr": "lr"},
+}
+"""What the console shows of a record, by method: key -> label."""
+
+SHOWN = 600
+"""Characters of a prompt or completion on the console; samples.jsonl has all of them."""
+
+
+class Logger:
+    """Writes the records of one run. Files are flushed line by line, so a killed run loses no finished step.
+
+    Args:
+        directory: the run directory.
+        config: what to show and where to send it.
+        method: "sft", "reward" or "ppo".
+        total_steps: steps of the whole run, for progress and time left.
+    """
+
+    def __init__(self, directory: Path, config: Logging, method: str, total_steps: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory, self._config, self._method, self._total = directory, config, method, total_steps
+        self._start: tuple[int, float] | None = None  # step and time of the first record: what is slow at first is over
+        self._purge: int | None = None
+        self._writer: Any = None
+        self._wandb = _wandb(config, directory) if config.wandb_project else None
+        self._bar = _bar(method, total_steps) if sys.stdout.isatty() and not config.quiet else None
+        self._open()
+
+    def log(self, step: int, record: Mapping[str, Any]) -> None:
+        """Write the record of `step` (1, 2, ...): numbers by their key in METRICS."""
+        unknown = {key for key in record if key not in METRICS and not key.startswith(REWARDS)}
+        assert not unknown, f"not in METRICS: {sorted(unknown)}"
+        numbers = {key: _number(value) for key, value in record.items()}
+        self._metrics.write(_line({"step": step, **numbers}))
+        self._metrics.flush()
+        if self._config.tensorboard:
+            for key, value in numbers.items():
+                self._tensorboard().add_scalar(key, value, step)
+        if self._wandb:
+            self._wandb.log(numbers, step=step)
+        self._show(step, numbers)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows ("prompt", "completion", and "score" or anything else that is JSON), and show the first few."""
+        self._samples.writelines(_line({"step": step, **row}) for row in rows)
+        self._samples.flush()
+        for row in rows[: self._config.num_samples]:
+            title = f"sample at step {step}" + "".join(
+                f"  {key}={_short(value)}" for key, value in row.items() if isinstance(value, float | int)
+            )
+            body = [(part, _clip(_visible(str(row[part])))) for part in ("prompt", "completion") if part in row]
+            self._panel(title, body)
+
+    def note(self, text: str) -> None:
+        """Say something on the console, between the progress lines."""
+        self._print(_visible(text))
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written after `step`, and lines that a kill cut short: what follows is written anew."""
+        self._metrics.close()
+        self._samples.close()
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _cut(self._directory / name, step)
+        self._purge = step + 1
+        self._open()
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._metrics.close()
+        self._samples.close()
+        if self._writer is not None:
+            self._writer.close()
+        if self._wandb:
+            self._wandb.finish()
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _open(self) -> None:
+        # half of a surrogate pair, which UTF-8 refuses, becomes \udxxx: that is how JSON spells it
+        mode: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
+        self._metrics = open(self._directory / "metrics.jsonl", "a", **mode)  # noqa: SIM115
+        self._samples = open(self._directory / "samples.jsonl", "a", **mode)  # noqa: SIM115
+
+    def _tensorboard(self) -> Any:
+        if self._writer is None:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._directory / "tensorboard"), purge_step=self._purge, flush_secs=10)
+        return self._writer
+
+    def _show(self, step: int, numbers: Mapping[str, Any]) -> None:
+        if self._config.quiet:
+            return
+        first, began = self._start = self._start or (step, time.monotonic())
+        labels = SUMMARY[self._method].items()
+        parts = [f"{label}={_short(numbers[key])}" for key, label in labels if key in numbers]
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, facts=" ".join(parts))
+        elif step == first or step % self._config.log_every == 0 or step == self._total:
+            if step > first:
+                left = (time.monotonic() - began) / (step - first) * (self._total - step)
+                parts.append(f"eta={_duration(left)}")
+            now = datetime.datetime.now().isoformat(timespec="seconds")
+            self._print(f"{now} {self._method} step {step}/{self._total} {' '.join(parts)}")
+
+    def _panel(self, title: str, body: Iterable[tuple[str, str]]) -> None:
+        if self._config.quiet:
+            return
+        if self._bar is None:
+            lines = [f"    {part}: " + text.replace("\n", "\n      ") for part, text in body]
+            self._print("\n".join([f"  {title}", *lines]))
+        else:
+            from rich.panel import Panel
+            from rich.text import Text
+
+            text = Text("\n").join(Text(text, style="dim" if part == "prompt" else "") for part, text in body)
+            self._bar.console.print(Panel(text, title=Text(title), title_align="left"))
+
+    def _print(self, text: str) -> None:
+        if self._config.quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+            return
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def read(path: Path | str) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, or the rows of a samples.jsonl. A line that is being written is left out.
+
+    "NaN", "Infinity" and "-Infinity" under a key of METRICS become floats again.
+    """
+    records = []
+    for line in Path(path).read_bytes().split(b"\n")[:-1]:
+        record = json.loads(line)
+        records.append({k: float(v) if k in METRICS and isinstance(v, str) else v for k, v in record.items()})
+    return records
+
+
+def _number(value: Any) -> float | int:
+    """A Python number of a Python, numpy or jax scalar. Floats keep every bit (float32 as float64)."""
+    value = value.item() if hasattr(value, "item") else value
+    return value if isinstance(value, int) and not isinstance(value, bool) else float(value)
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(dict(record)), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for what is not finite: a string takes its place."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _cut(path: Path, step: int) -> None:
+    """Keep the whole lines of `path` up to `step`, in one atomic replacement."""
+    kept = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(b"".join(kept))
+    os.replace(temporary, path)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.1e}" if value and abs(value) < 1e-3 else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+def _visible(text: str) -> str:
+    """Text that cannot move the cursor or change colours: every control character in its escaped spelling."""
+    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text) - SHOWN} more characters)"
+
+
+def _bar(method: str, total: int) -> Any:
+    """The status line of a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn(method), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"), TimeRemainingColumn()
+    )
+    bar.add_task(method, total=total, facts="")
+    bar.start()
+    return bar
+
+
+def _wandb(config: Logging, directory: Path) -> Any:
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise ConfigError(
+            f"logging.wandb_project is '{config.wandb_project}' but wandb is not installed; "
+            "pip install 'jaxrlhf[wandb]', or leave it empty"
+        ) from error
+    wandb.init(project=config.wandb_project, name=directory.name, dir=str(directory))
+    return wandb

@@ -1,0 +1,20 @@
+"""The decoder and its heads: a model is a pair of a frozen `ModelConfig` and a plain nested dict of arrays."""
+
+from jaxrlhf.models.config import ModelConfig, Rope
+from jaxrlhf.models.heads import init_head, label_logits, lm_logits, scores
+from jaxrlhf.models.transformer import KVCache, empty_cache, forward, forward_cached, init, unstack
+
+__all__ = [
+    "KVCache",
+    "ModelConfig",
+    "Rope",
+    "empty_cache",
+    "forward",
+    "forward_cached",
+    "init",
+    "init_head",
+    "label_logits",
+    "lm_logits",
+    "scores",
+    "unstack",
+]

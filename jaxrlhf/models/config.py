@@ -1,0 +1,63 @@
+"""What a model is: one frozen, hashable description that covers every family we run."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embeddings and how they are stretched. Fields that a `kind` does not use keep their defaults."""
+
+    theta: float
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_positions: int = 0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn; None: 0.1 ln(factor) + 1, or from the mscale pair
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn: round the correction range to whole dimensions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder. Static under jit; the parameters that go with it are a plain nested dict (see models/transformer.py)."""
+
+    family: str  # Hugging Face model_type: which name table applies
+    vocab_size: int  # V   rows of the embedding, which may exceed the tokenizer's size
+    hidden_size: int  # D
+    num_layers: int  # L
+    num_heads: int  # N
+    num_kv_heads: int  # K   divides N
+    head_dim: int  # H   need not be D / N
+    mlp_size: int  # F
+    max_positions: int  # longest sequence the model was made for
+    norm: Literal["rmsnorm", "layernorm"]
+    norm_eps: float
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
+    gated_mlp: bool  # act(x W_gate) * (x W_up) W_down, else act(x W_up) W_down
+    rope: Rope | None  # None: learned absolute positions
+    qkv_bias: bool
+    attention_out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool  # RMSNorm over each head of q and k
+    sliding_window: int | None  # a query sees itself and the window - 1 tokens before it
+    sliding_layers: tuple[bool, ...]  # [L], which layers the window holds for
+    tie_embeddings: bool
+    head: Literal["lm", "linear", "mlp"] = "lm"  # lm: logits; else scores
+    num_labels: int = 1  # of a scalar head; 2: the score is the probability of label 1
+    attention_scale: float | None = None  # None: head_dim ** -0.5
+    attention_scale_by_layer: bool = False  # GPT-2's scale_attn_by_inverse_layer_idx
+    dtype: Literal["float32", "bfloat16"] = "float32"  # operands of matrix products; they accumulate in float32
+    remat: Literal["none", "full", "dots"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads ({self.num_kv_heads}) must divide num_heads ({self.num_heads})")
+        if len(self.sliding_layers) != self.num_layers:
+            raise ValueError(f"sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers")
+        if self.rope is not None and self.head_dim % 2:
+            raise ValueError(f"rotary embeddings need an even head_dim, got {self.head_dim}")

@@ -1,0 +1,82 @@
+"""What stands on the hidden states: the language-model head, and the scalar heads of reward and value models."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.layers import along_last, product
+from jaxrlhf.types import Params
+
+MLP_SIZES = (512, 256)
+DROPOUT = 0.1
+LEAD = "abcefg"  # einsum letters of leading axes
+
+
+def init_head(model: ModelConfig, key: Array) -> Params:
+    """The parameters beside the decoder: `lm_head`, `score`, or nothing where the embedding is also the output."""
+    if model.head == "lm":
+        if model.tie_embeddings:
+            return {}
+        return {"lm_head": {"kernel": 0.02 * jax.random.normal(key, (model.hidden_size, model.vocab_size))}}
+    if model.head == "linear":
+        return {"score": {"kernel": _scalar_kernel(key, model.hidden_size, model.num_labels)}}
+    sizes = (model.hidden_size, *MLP_SIZES, model.num_labels)
+    keys = jax.random.split(key, len(sizes) - 1)
+    return {
+        "score": {
+            f"dense_{i}": {"kernel": _scalar_kernel(keys[i], sizes[i], sizes[i + 1]), "bias": jnp.zeros(sizes[i + 1])}
+            for i in range(len(sizes) - 1)
+        }
+    }
+
+
+def _scalar_kernel(key: Array, size: int, outputs: int) -> Array:
+    """N(0, 1 / (D + 1)): scores of unit scale on normalised hidden states (Stiennon et al. 2020, appendix B)."""
+    return jax.random.normal(key, (size, outputs)) * (size + 1) ** -0.5
+
+
+def lm_logits(params: Params, model: ModelConfig, hidden: Float[Array, "*lead D"]) -> Float[Array, "*lead V"]:
+    """Next-token logits, float32."""
+    lead = LEAD[: hidden.ndim - 1]
+    if model.tie_embeddings:
+        return product(f"{lead}d,vd->{lead}v", hidden, params["embed"]["embedding"], model.dtype)
+    return product(f"{lead}d,dv->{lead}v", hidden, params["lm_head"]["kernel"], model.dtype)
+
+
+def label_logits(
+    params: Params, model: ModelConfig, hidden: Float[Array, "*lead D"], dropout_key: Array | None = None
+) -> Float[Array, "*lead labels"]:
+    """Outputs of the scalar head, float32 throughout: a score is one number, and a cheap one.
+
+    With `dropout_key`, the MLP head drops a tenth of each hidden layer; the linear head has nothing to drop.
+    """
+    score, x = params["score"], hidden
+    if model.head == "linear":
+        return _matmul(x, score["kernel"])
+    for i in range(len(MLP_SIZES)):
+        x = jax.nn.relu(_affine(score[f"dense_{i}"], x))
+        if dropout_key is not None:
+            kept = jax.random.bernoulli(jax.random.fold_in(dropout_key, i), 1 - DROPOUT, x.shape)
+            x = jnp.where(kept, x / (1 - DROPOUT), 0)
+    return _affine(score[f"dense_{len(MLP_SIZES)}"], x)
+
+
+def _affine(layer: Params, x: Array) -> Array:
+    y = _matmul(x, layer["kernel"])
+    return y + along_last(layer["bias"], y)
+
+
+def _matmul(x: Array, kernel: Array) -> Array:
+    lead = LEAD[: x.ndim - 1]
+    return product(f"{lead}i,io->{lead}o", x, kernel, jnp.float32)
+
+
+def scores(
+    params: Params, model: ModelConfig, hidden: Float[Array, "*lead D"], dropout_key: Array | None = None
+) -> Float[Array, "*lead"]:
+    """One number per position: the output itself, or with two labels the probability of label 1."""
+    outputs = label_logits(params, model, hidden, dropout_key)
+    if model.num_labels == 1:
+        return outputs[..., 0]
+    return jax.nn.softmax(outputs, axis=-1)[..., 1]

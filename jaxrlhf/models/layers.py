@@ -1,0 +1,254 @@
+"""The parts of a decoder layer, and the one definition of the layer itself.
+
+Operands of every matrix product are in `model.dtype` and accumulate in float32; the residual stream, norms, rotary
+angles and the attention softmax are float32.
+"""
+
+import math
+from functools import partial
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrlhf.models.config import ModelConfig, Rope
+
+MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite; float32 and bfloat16 hold it
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+NORMAL = nn.initializers.normal(0.02)
+
+
+def product(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
+    """Contraction of two operands in `dtype`, accumulated and returned in float32; `subscripts` as for `jnp.einsum`.
+
+    `a` is float32 (an activation), `b` a weight or an activation; every letter of one operand must occur in the other
+    or in the result. The gradient is a product of the same kind: left alone, JAX would multiply a float32 cotangent
+    by a bfloat16 operand, which has no fast kernel on CPUs and runs the slow path on accelerators.
+    """
+    return cast(Array, _product(subscripts, a, b, dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _product(subscripts: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
+    return jnp.einsum(subscripts, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _product_forward(subscripts, a, b, dtype):
+    # b is kept as it came: a weight is alive anyway, so only the activation costs memory
+    a = a.astype(dtype)
+    return _product(subscripts, a, b, dtype), (a, b)
+
+
+def _product_backward(subscripts, dtype, kept, cotangent):
+    a, b = kept
+    operands, result = subscripts.split("->")
+    left, right = operands.split(",")
+    grad_a = product(f"{result},{right}->{left}", cotangent, b, dtype)
+    grad_b = product(f"{result},{left}->{right}", cotangent, a, dtype)
+    return grad_a, grad_b.astype(b.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def along_last(vector: Float[Array, "D"], like: Float[Array, "*lead D"]) -> Float[Array, "*ones D"]:
+    """A vector with axes of size 1 put before it, to combine with the last axis of `like`."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
+    """Angle per position of each of the head_dim / 2 planes (float32 [H/2]), and the factor on cos and sin.
+
+    Su et al. 2021, eq. 15, theta^(-2i/H), stretched: `linear` divides all by `factor` (Chen et al. 2023); `llama3`
+    leaves wavelengths below original/high_freq_factor, divides those above original/low_freq_factor, and blends in
+    between; `yarn` blends by the number of turns over the original length and scales attention (Peng et al. 2023,
+    eq. 17-23, where the temperature appears as a factor on q and k).
+    """
+    frequencies = rope.theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    scale = 1.0
+    if rope.kind == "linear":
+        frequencies = frequencies / rope.factor
+    elif rope.kind == "llama3":
+        turns = rope.original_max_positions * frequencies / (2 * math.pi)
+        keep = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+        frequencies = frequencies * (keep + (1 - keep) / rope.factor)
+    elif rope.kind == "yarn":
+        keep = _yarn_keep(rope, head_dim)
+        frequencies = frequencies * (keep + (1 - keep) / rope.factor)
+        scale = _yarn_attention_factor(rope)
+    return frequencies.astype(np.float32), scale
+
+
+def _yarn_keep(rope: Rope, head_dim: int) -> np.ndarray:
+    """How much of each frequency YaRN keeps: 1 for planes that turn often, 0 for those that turn less than once."""
+
+    def plane(turns: float) -> float:
+        return head_dim * math.log(rope.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = plane(rope.beta_fast), plane(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    return 1 - np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
+
+
+def _yarn_attention_factor(rope: Rope) -> float:
+    def temperature(mscale: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
+
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return temperature(rope.mscale) / temperature(rope.mscale_all_dim)
+    return temperature(1.0)
+
+
+Rotation = tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]
+
+
+def rotation(model: ModelConfig, positions: Int[Array, "B T"]) -> Rotation | None:
+    """Cosine and sine of every rotary angle, the same for all layers; None for a model without rotary embeddings."""
+    if model.rope is None:
+        return None
+    frequencies, scale = rope_frequencies(model.rope, model.head_dim)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rotate(x: Float[Array, "B T heads H"], by: Rotation | None) -> Float[Array, "B T heads H"]:
+    """Turns plane i, made of components i and i + H/2, by its angle."""
+    if by is None:
+        return x
+    cos, sin = by
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
+    dtype: DTypeLike,
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention: query heads n*G .. n*G + G - 1 share key head n. `q` is already scaled."""
+    batch, length, heads, head_dim = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
+    logits = product("btkgh,bskh->bkgts", grouped, k, dtype)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, MASKED), axis=-1)
+    return product("bkgts,bskh->btkgh", weights, v, dtype).reshape(batch, length, heads, head_dim)
+
+
+class Dense(nn.Module):
+    """x W (+ b), with W [in, out]."""
+
+    features: int
+    bias: bool
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+        y = product("bti,io->bto", x, self.param("kernel", NORMAL, (x.shape[-1], self.features)), self.dtype)
+        if self.bias:
+            y = y + along_last(self.param("bias", nn.initializers.zeros, (self.features,)), y)
+        return y
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016) over the last axis, in float32."""
+
+    kind: str
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
+        width = x.shape[-1:]
+        scale = along_last(self.param("scale", nn.initializers.ones, width), x)
+        if self.kind == "rmsnorm":
+            return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return x * scale + along_last(self.param("bias", nn.initializers.zeros, width), x)
+
+
+class Attention(nn.Module):
+    """Causal self-attention. With a cache, new keys and values go to slots `slot` .. `slot` + T - 1 of it."""
+
+    model: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, rotation, mask, scale, cache, slot):
+        m = self.model
+        heads = {"q": m.num_heads, "k": m.num_kv_heads, "v": m.num_kv_heads}
+        q, k, v = (
+            Dense(count * m.head_dim, m.qkv_bias, m.dtype, name=name)(x).reshape(*x.shape[:2], count, m.head_dim)
+            for name, count in heads.items()
+        )
+        if m.qk_norm:
+            q, k = Norm("rmsnorm", m.norm_eps, name="q_norm")(q), Norm("rmsnorm", m.norm_eps, name="k_norm")(k)
+        q, k = rotate(q, rotation) * scale, rotate(k, rotation)
+        # rounded here, so that training sees the very keys and values that a cache would hold
+        k, v = k.astype(m.dtype), v.astype(m.dtype)
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), slot, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), slot, axis=1)
+            cache = k, v
+        y = attend(q, k, v, mask, m.dtype).reshape(*x.shape[:2], -1)
+        return Dense(x.shape[-1], m.attention_out_bias, m.dtype, name="o")(y), cache
+
+
+class Mlp(nn.Module):
+    """Gated (Shazeer 2020) or plain feed-forward part."""
+
+    model: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        m = self.model
+        activation = ACTIVATIONS[m.activation]
+        up = Dense(m.mlp_size, m.mlp_bias, m.dtype, name="up")(x)
+        if m.gated_mlp:
+            inner = activation(Dense(m.mlp_size, m.mlp_bias, m.dtype, name="gate")(x)) * up
+        else:
+            inner = activation(up)
+        return Dense(x.shape[-1], m.mlp_bias, m.dtype, name="down")(inner)
+
+
+Cached = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]] | None
+
+
+class Block(nn.Module):
+    """One pre-norm decoder layer, for training, scoring and decoding alike."""
+
+    model: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rotation: Rotation | None,
+        mask: Bool[Array, "B T S"],
+        scale: Float[Array, ""],
+        cache: Cached = None,
+        slot: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B T D"], Cached]:
+        """Hidden states [B, T, D] and the cache with the new keys and values in it (None without a cache)."""
+        norm = partial(Norm, self.model.norm, self.model.norm_eps)
+        y, cache = Attention(self.model, name="attention")(
+            norm(name="attention_norm")(x), rotation, mask, scale, cache, slot
+        )
+        x = x + y
+        return x + Mlp(self.model, name="mlp")(norm(name="mlp_norm")(x)), cache

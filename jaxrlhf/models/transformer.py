@@ -1,0 +1,172 @@
+"""The decoder: parameters, the whole-sequence pass, and the pass with a key-value cache.
+
+Parameters are a plain nested dict. The leaves of all layers are stacked on their first axis, so that the whole-sequence
+pass is a scan: one layer is traced and compiled, and rematerialisation saves memory. Decoding has no use for either
+and unrolls the layers over `unstack`ed parameters, so that no weight is sliced out of a stack at every token.
+Both run `layers.Block`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.heads import init_head
+from jaxrlhf.models.layers import Block, Norm, rotation
+from jaxrlhf.types import Params
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens seen so far, per layer; what each slot holds is said once for all layers."""
+
+    k: tuple[Array, ...]  # per layer [B, S, K, H]
+    v: tuple[Array, ...]  # per layer [B, S, K, H]
+    positions: Array  # int32 [B, S]
+    valid: Array  # bool [B, S]   a real token was written here
+
+
+def init(model: ModelConfig, key: Array, dtype: DTypeLike = "float32") -> Params:
+    """Fresh parameters, all of `dtype`: kernels and embeddings N(0, 0.02^2), norms 1, biases 0; heads see `init_head`.
+
+    Runs under `jit` (with `out_shardings`) and `eval_shape`.
+    """
+    embed_key, position_key, layer_key, head_key = jax.random.split(key, 4)
+    x = jnp.zeros((1, 1, model.hidden_size))
+    turn = rotation(model, jnp.zeros((1, 1), jnp.int32))
+
+    def layer(key):
+        return Block(model).init(key, x, turn, jnp.ones((1, 1, 1), bool), jnp.float32(1))["params"]
+
+    params = {
+        "embed": {"embedding": 0.02 * jax.random.normal(embed_key, (model.vocab_size, model.hidden_size))},
+        "layers": jax.vmap(layer)(jax.random.split(layer_key, model.num_layers)),
+        "norm": Norm(model.norm, model.norm_eps).init(key, x)["params"],
+        **init_head(model, head_key),
+    }
+    if model.rope is None:
+        table = 0.02 * jax.random.normal(position_key, (model.max_positions, model.hidden_size))
+        params["positions"] = {"embedding": table}
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def forward(
+    params: Params,
+    model: ModelConfig,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    positions: Int[Array, "B T"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T D"]:
+    """Hidden states after the final norm, float32, at every position; what stands at padding is finite and meaningless.
+
+    `mask` marks real tokens, wherever the padding is. `positions` count the real tokens unless given; with `segments`
+    (packed sequences) a token attends only to its own segment, and positions must be given.
+    """
+    if positions is None:
+        assert segments is None, "packed sequences need positions of their own"
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    full, windowed = _may_attend(model, positions, positions, mask, segments)
+    turn = rotation(model, positions)
+
+    def layer(x, inputs):
+        weights, scale, sliding = inputs
+        x, _ = _apply(Block(model), weights, x, turn, jnp.where(sliding, windowed, full), scale)
+        return x, None
+
+    inputs = params["layers"], jnp.array(_attention_scales(model), jnp.float32), jnp.array(model.sliding_layers)
+    x, _ = jax.lax.scan(_rematerialised(layer, model), _embed(params, model, tokens, positions), inputs)
+    return _apply(Norm(model.norm, model.norm_eps), params["norm"], x)
+
+
+def empty_cache(model: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
+    """A cache with nothing in it."""
+    shape = (batch, slots, model.num_kv_heads, model.head_dim)
+    layers = range(model.num_layers)
+    return KVCache(
+        k=tuple(jnp.zeros(shape, dtype) for _ in layers),
+        v=tuple(jnp.zeros(shape, dtype) for _ in layers),
+        positions=jnp.zeros((batch, slots), jnp.int32),
+        valid=jnp.zeros((batch, slots), bool),
+    )
+
+
+def unstack(params: Params, model: ModelConfig) -> Params:
+    """The same parameters with "layers" a tuple of one tree per layer. Inside jit, and outside the decode loop."""
+
+    def layer(index: int) -> Params:
+        return jax.tree.map(lambda leaf: leaf[index], params["layers"])
+
+    return {**params, "layers": tuple(layer(i) for i in range(model.num_layers))}
+
+
+def forward_cached(
+    unstacked: Params,
+    model: ModelConfig,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: KVCache,
+    slot: Int[Array, ""] | int,
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    """`forward` for T more tokens, which take slots `slot` .. `slot` + T - 1 and see every valid slot before them.
+
+    The caller sees to it that `slot` + T does not exceed the cache: past its end the write would move back.
+    """
+    write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
+    key_positions, valid = write(cache.positions, positions), write(cache.valid, mask)
+    full, windowed = _may_attend(model, positions, key_positions, valid, None)
+    turn = rotation(model, positions)
+    x = _embed(unstacked, model, tokens, positions)
+    scales, written = _attention_scales(model), []
+    for i, weights in enumerate(unstacked["layers"]):
+        may_attend = windowed if model.sliding_layers[i] else full
+        pair = cache.k[i], cache.v[i]
+        x, pair = _apply(Block(model), weights, x, turn, may_attend, jnp.float32(scales[i]), pair, slot)
+        written.append(pair)
+    keys, values = zip(*written, strict=True)
+    x = _apply(Norm(model.norm, model.norm_eps), unstacked["norm"], x)
+    return x, KVCache(k=keys, v=values, positions=key_positions, valid=valid)
+
+
+def _apply(module: nn.Module, weights: Params, *args: Any) -> Any:
+    return module.apply({"params": weights}, *args)
+
+
+def _embed(params: Params, model: ModelConfig, tokens: Array, positions: Array) -> Array:
+    x = params["embed"]["embedding"][tokens].astype(jnp.float32)
+    if model.rope is None:
+        x = x + params["positions"]["embedding"][positions]
+    return x
+
+
+def _attention_scales(model: ModelConfig) -> list[float]:
+    """The factor on q k of every layer."""
+    scale = model.head_dim**-0.5 if model.attention_scale is None else model.attention_scale
+    return [scale / (i + 1) if model.attention_scale_by_layer else scale for i in range(model.num_layers)]
+
+
+def _may_attend(
+    model: ModelConfig, queries: Array, keys: Array, valid: Array, segments: Array | None
+) -> tuple[Array, Array]:
+    """Which keys [B, S] each query [B, T] sees, both given by position: in a full layer and in a sliding one."""
+    distance = queries[:, :, None] - keys[:, None, :]
+    full = (distance >= 0) & valid[:, None, :]
+    if segments is not None:
+        full &= segments[:, :, None] == segments[:, None, :]
+    return full, full if model.sliding_window is None else full & (distance < model.sliding_window)
+
+
+def _rematerialised(layer, model: ModelConfig):
+    if model.remat == "none":
+        return layer
+    # "dots" keeps the results of matrix products with weights and recomputes the rest, attention included
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if model.remat == "dots" else None
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)  # inside a scan nothing can be merged

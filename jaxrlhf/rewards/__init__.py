@@ -1,0 +1,1 @@
+"""Rewards: functions that people write, reward models, and their weighted sum."""

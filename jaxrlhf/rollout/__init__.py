@@ -1,0 +1,5 @@
+"""Sampling responses from a policy."""
+
+from jaxrlhf.rollout.decode import generate
+
+__all__ = ["generate"]

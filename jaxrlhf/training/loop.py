@@ -1,0 +1,197 @@
+"""What all trainers share while they run: an open run directory, logging one step late, saving, stopping, the end."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from jaxrlhf import checkpoint, runs
+from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.errors import NumericsError, Preempted, StorageError
+from jaxrlhf.metrics import Logger
+from jaxrlhf.training.setup import RunConfig, State
+from jaxrlhf.types import Rollout, TrainState
+
+Metrics = dict[str, Any]
+MAX_SKIPPED = 5  # updates in a row that may be skipped for non-finite numbers before a run gives up
+
+
+class Session:
+    """An open run: its lock and directory, its log, its checkpoints, and the request to stop.
+
+    Metrics are fetched one step late, so that the device works on step n + 1 while step n is written. They are always
+    written before a checkpoint of their step, so a resumed run never misses a line.
+    """
+
+    def __init__(
+        self, run: runs.Run, config: RunConfig, method: str, total_steps: int, state: State, best: Literal["min", "max"] | None
+    ) -> None:
+        self.run, self.config, self.total_steps = run, config, total_steps
+        self.logger = Logger(run.directory, config.logging, method, total_steps)
+        self.best = best
+        self.checkpoints = open_checkpoints(config, run.directory, state, best)
+        self._pending: tuple[int, Metrics] | None = None
+        self._skipped = 0.0
+
+    def resume(self, state: State) -> int:
+        """Take up the newest whole checkpoint, if there is one, and cut the logs back to it. Returns its step, or 0."""
+        found = self.checkpoints.restore(state.template)
+        step = 0
+        if found:
+            step, state.value, _ = found
+            self.logger.note(f"resuming at step {step} of {self.total_steps} (--fresh starts over)")
+        for note in self.run.notes:
+            self.logger.note(note)
+        self.logger.rewind(step)
+        return step
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Hand over a step's metrics (arrays on the device may still be computing) and write those of the step before."""
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Write what is waiting. Raises NumericsError after too many skipped updates in a row."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        self.logger.log(step, values)
+        skipped = values.get("skipped_updates", 0.0)
+        self._skipped = self._skipped + 1 if skipped else 0
+        if self._skipped >= MAX_SKIPPED:
+            raise NumericsError(
+                f"{MAX_SKIPPED} steps in a row had non-finite losses or gradients (last: step {step}); the parameters "
+                "are as they were before. Lower optim.learning_rate, or look at the data and rewards of these steps"
+            )
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is to be written after `step`."""
+        every = self.config.checkpoint.save_every
+        return step == self.total_steps or (every > 0 and step % every == 0)
+
+    def save(self, step: int, state: TrainState, metric: float | None = None, *, block: bool = False) -> None:
+        self.flush()
+        self.checkpoints.save(step, state, {"seed": self.config.seed}, metric=metric, block=block)
+
+    def stop_if_asked(self, step: int, state: TrainState, *, saved: bool = False) -> None:
+        """Save and raise Preempted if a signal asked the run to stop. `state` is that of the boundary after `step`."""
+        if self.run.stopping:
+            if not saved:
+                self.save(step, state, block=True)
+            raise Preempted(f"stopped after step {step} of {self.total_steps}; the same command goes on from there")
+
+    def close(self) -> None:
+        """Wait for pending saves and close the files."""
+        try:
+            self.checkpoints.close()
+        finally:
+            self.logger.close()
+
+
+@contextlib.contextmanager
+def session(
+    config: RunConfig,
+    method: str,
+    total_steps: int,
+    state: State,
+    *,
+    fresh: bool,
+    best: Literal["min", "max"] | None = None,
+) -> Iterator[Session]:
+    """Open the run directory of `config` for `method`; when the block ends pending saves land and the lock goes.
+
+    With `best`, checkpoints carry a metric and the one with the smallest or largest is kept beside the newest.
+    """
+    with runs.open_run(config, method, fresh) as run:
+        opened = Session(run, config, method, total_steps, state, best)
+        try:
+            yield opened
+            opened.flush()
+        finally:
+            opened.close()
+
+
+def open_checkpoints(
+    config: RunConfig, directory: Path, state: State, best: Literal["min", "max"] | None = None
+) -> checkpoint.Checkpoints:
+    """The checkpoints of a run directory, written in the background unless memory is too short for a second copy."""
+    policy = config.checkpoint
+    short = policy.synchronous == "auto" and checkpoint.short_of_memory(state.template)
+    return checkpoint.Checkpoints(directory / "checkpoints", policy.keep, short or policy.synchronous == "always", best)
+
+
+def restore(config: RunConfig, state: State) -> int:
+    """Take up the newest checkpoint of `config.run_dir` outside a run, to export it. Returns its step.
+
+    Raises StorageError if there is none.
+    """
+    checkpoints = open_checkpoints(config, Path(config.run_dir), state)
+    try:
+        found = checkpoints.restore(state.template)
+    finally:
+        checkpoints.close()
+    if not found:
+        raise StorageError(f"{config.run_dir} has no checkpoint yet: nothing to export")
+    step, state.value, _ = found
+    return step
+
+
+def fit(
+    session: Session,
+    state: State,
+    *,
+    update: Callable[[int], Metrics],
+    evaluate: Callable[[], Metrics] | None,
+    eval_every: int,
+    metric: str,
+    samples: Callable[[], list[dict[str, Any]]] | None,
+) -> Metrics:
+    """Run what is left of supervised training (SFT, reward models); return the last step's metrics.
+
+    `update(step)` moves `state` on from step to step + 1. `evaluate` runs every `eval_every` steps and at the end, and
+    its `metric` goes into a checkpoint made at that moment. `samples` runs every `logging.sample_every` steps. If the
+    session keeps the best state, `state` is that one in the end.
+    """
+    total, sample_every = session.total_steps, session.config.logging.sample_every
+    record: Metrics = {}
+    for step in range(session.resume(state) + 1, total + 1):
+        record = update(step - 1)
+        results = evaluate() if evaluate and (step % eval_every == 0 or step == total) else {}
+        record |= results
+        session.log(step, record)
+        if samples and sample_every and (step % sample_every == 0 or step == 1):
+            session.flush()
+            session.logger.samples(step, samples())
+        saved = session.due(step) or (bool(results) and session.best is not None)
+        if saved:
+            session.save(step, state.value, float(results[metric]) if results and session.best else None)
+        session.stop_if_asked(step, state.value, saved=saved)
+    session.flush()
+    session.checkpoints.wait()
+    if session.checkpoints.best_step is not None:
+        step, state.value, _ = session.checkpoints.restore_step("best", state.template)
+        session.logger.note(f"kept the best state by {metric}, of step {step}")
+    return record
+
+
+def num_steps(num_rows: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
+    """Optimizer steps for so many epochs over an endless stream of rows, the last one filled from the next epoch."""
+    steps = max(1, math.ceil(num_rows * epochs / batch_size))
+    return min(steps, max_steps) if max_steps else steps
+
+
+def weighted_mean(records: list[tuple[float, Metrics]]) -> Metrics:
+    """Means over batches of different weight: [(count, {key: mean over count})] -> {key: mean over all}."""
+    total = sum(count for count, _ in records)
+    return {k: sum(count * float(m[k]) for count, m in records) / max(total, 1) for k in records[0][1]}
+
+
+def responses(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
+    """The texts of a rollout's responses (host arrays), without special tokens."""
+    start = rollout.tokens.shape[1] - rollout.response_mask.shape[1]
+    rows = zip(rollout.tokens[:, start:], rollout.response_mask, strict=True)
+    return [tokenizer.decode([int(t) for t in tokens[mask]]) for tokens, mask in rows]

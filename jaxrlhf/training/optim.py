@@ -1,0 +1,54 @@
+"""From an `Optim` section to an optax chain."""
+
+from dataclasses import dataclass
+
+import jax
+import optax
+
+from jaxrlhf.config import Optim
+from jaxrlhf.sharding import path_of
+from jaxrlhf.types import Params
+
+DECAYED = ("kernel", "embedding")
+
+
+def schedule(config: Optim, learning_rate: float, total_steps: int) -> optax.Schedule:
+    """Learning rate by optimizer step: linear warm-up from 0, then constant, or down to the final share at the end."""
+    final = learning_rate * config.final_lr_fraction
+    steps = max(total_steps - config.warmup_steps, 1)
+    after = {
+        "constant": optax.constant_schedule(learning_rate),
+        "linear": optax.linear_schedule(learning_rate, final, steps),
+        "cosine": optax.cosine_decay_schedule(learning_rate, steps, config.final_lr_fraction),
+    }[config.schedule]
+    if not config.warmup_steps:
+        return after
+    # Step 0 already moves: a warm-up of n reaches the full rate at step n.
+    warmup = optax.linear_schedule(
+        learning_rate / (config.warmup_steps + 1), learning_rate, config.warmup_steps
+    )
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+@dataclass(frozen=True, eq=False)
+class Optimizer:
+    """A role's optimizer. Compared by identity, so that it can be a static argument of a jitted update."""
+
+    chain: optax.GradientTransformation
+    max_grad_norm: float  # clipping is done in training/step.py, which reports the norm before and after
+    rate: optax.Schedule
+
+
+def make_optimizer(config: Optim, learning_rate: float, total_steps: int) -> Optimizer:
+    """AdamW (https://arxiv.org/abs/1711.05101) on a schedule; decay touches matrices and embeddings only."""
+    rate = schedule(config, learning_rate, total_steps)
+    chain = optax.chain(
+        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=_decayed) if config.weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(rate),
+    )
+    return Optimizer(chain, config.max_grad_norm, rate)
+
+
+def _decayed(params: Params) -> Params:
+    return jax.tree_util.tree_map_with_path(lambda keys, _: path_of(keys).endswith(DECAYED), params)

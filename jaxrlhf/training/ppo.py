@@ -1,0 +1,229 @@
+"""PPO: three jitted calls and one host hop per update (generate, score, annotate, update)."""
+
+import collections
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrlhf import sharding
+from jaxrlhf.config import PPOConfig
+from jaxrlhf.data import batching
+from jaxrlhf.data.datasets import PromptRow, prompt_rows, prompts_from_texts
+from jaxrlhf.data.loader import rows_at
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.rewards.compose import Scorer
+from jaxrlhf.rollout.decode import generate
+from jaxrlhf.training import loop, setup
+from jaxrlhf.training.optim import make_optimizer
+from jaxrlhf.training.ppo_update import Roles, annotate, make_critic, update
+from jaxrlhf.training.step import Metrics
+from jaxrlhf.types import Experience, Params, Rollout
+
+
+class PPOTrainer:
+    """Train `config.model` to score well by a reward model, by `reward`, or by both, without leaving its reference far.
+
+    `reward(prompts, completions, **columns) -> list[float | None]` is a function in place of `config.reward.function`.
+    `.train()` runs `config`; `.ppo_step(prompts)` is one update on prompts of your own; `.save_pretrained(directory)`.
+    What can be wrong with the config, the data or the models is raised here, before training begins.
+    """
+
+    def __init__(
+        self, config: PPOConfig, reward: Callable[..., Sequence[float | None]] | None = None, *, fresh: bool = False
+    ) -> None:
+        self.config, self._fresh = config, fresh
+        ppo, sampling = config.ppo, config.sampling
+        if sampling.greedy:
+            raise ConfigError("sampling.greedy is true: PPO learns from samples; leave it false")
+        self.mesh = sharding.make_mesh(config.mesh)
+        micro = ppo.micro_batch_size or ppo.batch_size // ppo.num_mini_batches
+        sharding.check_rows(micro, self.mesh, "ppo.micro_batch_size, or a mini-batch without it,")
+        self._key = jax.random.key(config.seed)
+        self.tokenizer = setup.open_tokenizer(config.tokenizer, config.model)
+        self.data = prompt_rows(config.data, self.tokenizer) if config.data.path else None
+        self.model, policy = setup.load_model(
+            config.model,
+            tokenizer=self.tokenizer,
+            mesh=self.mesh,
+            key=self._key,
+            head="lm",
+            storage=setup.trained_dtype(config.model),
+        )
+        if self.data:
+            lengths = [len(row.tokens) + sampling.response_length for row in self.data.train]
+            setup.check_context(lengths, self.model, "the longest prompt + sampling.response_length")
+        self.scorer = Scorer(config.reward, self.tokenizer, reward, mesh=self.mesh)
+        judge = self.scorer.model and (self.scorer.model.model, self.scorer.model.params)
+        reference = setup.copy(policy, self.model.dtype if config.reference_dtype == "auto" else config.reference_dtype, self.mesh)
+        critic_model, critic, trunk = make_critic(
+            config, self.model, policy, reference, judge, self.mesh
+        )
+        self.frozen = {"reference": reference, "critic": trunk}
+        self.total_steps = -(-ppo.total_episodes // ppo.batch_size)
+        steps = self.total_steps * ppo.num_ppo_epochs * ppo.num_mini_batches
+        rate = config.optim.learning_rate
+        self._optimizers = {
+            "policy": make_optimizer(config.optim, rate, steps),
+            "critic": make_optimizer(config.optim, config.critic.learning_rate or rate, steps),
+        }
+        self.roles = Roles(
+            policy=self.model,
+            critic=critic_model,
+            optimizers=tuple(self._optimizers.items()),
+            ppo=ppo,
+            temperature=sampling.temperature,
+            mesh=self.mesh,
+        )
+        self.state = setup.State({"policy": policy, "critic": critic}, self._optimizers, self.mesh, ppo.kl_coef)
+        self._results: dict[str, float] = {}
+
+    @property
+    def params(self) -> Params:
+        """The policy's parameters as they are now."""
+        return self.state.value.params["policy"]
+
+    def describe(self) -> str:
+        """What `.train()` works with, and the first prompt as the model sees it."""
+        report = self.data.report if self.data else "no data set: prompts come with ppo_step"
+        about = setup.describe(self.config, self.model, self.tokenizer, report, self.mesh)
+        first = f"\nfirst prompt:\n{self.data.train[0].text}" if self.data else ""
+        return f"{about}\n{self.total_steps} updates of {self.config.ppo.batch_size} completions{first}"
+
+    def train(self) -> dict[str, float]:
+        """Train to the end, from the newest checkpoint if there is one; export; return the last update's metrics."""
+        config = self.config
+        if not self.data:
+            raise ConfigError("data.path is empty: give a file of prompts, or call ppo_step with prompts of your own")
+        rows, size, sample_every = self.data.train, config.ppo.batch_size, config.logging.sample_every
+        with loop.session(config, "ppo", self.total_steps, self.state, fresh=self._fresh) as session:
+            session.logger.note(setup.describe(config, self.model, self.tokenizer, self.data.report, self.mesh))
+            metrics: Metrics = {}
+            for step in range(session.resume(self.state), self.total_steps):
+                batch = [rows[i] for i in rows_at(step, size, len(rows), config.seed, config.data.shuffle)]
+                started = time.monotonic()
+                rollout, texts = self.generate(batch)
+                session.stop_if_asked(step, self.state.value)
+                generated = time.monotonic()
+                scores, components = self.scorer.score([row.text for row in batch], texts, rollout, columns(batch), step)
+                session.stop_if_asked(step, self.state.value)
+                scored = time.monotonic()
+                metrics = self.learn(rollout, scores)[1] | rewards(components)
+                tokens = int(np.sum(jax.device_get(rollout.response_mask)))
+                metrics |= {
+                    "episode": (step + 1) * size,
+                    "perf/rollout_seconds": generated - started,
+                    "perf/reward_seconds": scored - generated,
+                    "perf/response_tokens_per_second": tokens / (generated - started),
+                }
+                session.log(step + 1, metrics)
+                if sample_every and (step % sample_every == 0 or step + 1 == self.total_steps):
+                    session.flush()
+                    session.logger.samples(step + 1, show(batch, texts, scores)[: config.logging.num_samples])
+                saved = session.due(step + 1)
+                if saved:
+                    session.save(step + 1, self.state.value)
+                session.stop_if_asked(step + 1, self.state.value, saved=saved)
+            session.flush()
+            self._results = {k: float(v) for k, v in metrics.items()}
+            session.logger.note(f"exported to {self.save_pretrained(session.run.directory / 'export')}")
+        return self._results
+
+    def ppo_step(self, prompts: Sequence[str], **extra: Sequence[Any]) -> dict[str, Any]:
+        """One update on `prompts`: generate, score, learn. `extra` columns go to the reward function, a value a prompt.
+
+        Returns `generated_texts`, `rewards` (the score of each), `policy_loss`, `value_loss`, and every other metric of
+        the update under its logged name. The number of prompts must be a multiple of `ppo.num_mini_batches` (and of the
+        micro-batch, if one is set); each new number compiles once.
+        """
+        ppo = self.config.ppo
+        multiple = ppo.num_mini_batches * (ppo.micro_batch_size or 1)
+        if not prompts or len(prompts) % multiple:
+            raise ConfigError(f"ppo_step got {len(prompts)} prompts; it needs a positive multiple of {multiple}")
+        rows = prompts_from_texts(prompts, extra, self.config.data, self.tokenizer)
+        rollout, texts = self.generate(rows)
+        scores, components = self.scorer.score([row.text for row in rows], texts, rollout, columns(rows))
+        metrics = self.learn(rollout, scores)[1] | rewards(components)
+        numbers = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        return {
+            "generated_texts": texts,
+            "rewards": [float(score) for score in scores],
+            "policy_loss": numbers["loss/policy_avg"],
+            "value_loss": numbers["loss/value_avg"],
+            **numbers,
+        }
+
+    def generate(self, rows: Sequence[PromptRow]) -> tuple[Rollout, list[str]]:
+        """Responses of the policy as it is now to a batch of prompts, on the device and as text."""
+        sampling = self.config.sampling
+        room = self.model.max_positions - sampling.response_length
+        setup.check_context(
+            [len(row.tokens) + sampling.response_length for row in rows], self.model, "prompt + response_length"
+        )
+        length = batching.bucket(max(len(row.tokens) for row in rows), room)
+        prompts = batching.prompts(rows, self.tokenizer.pad_id, length, occurrences(rows))
+        rollout = generate(
+            self.params,
+            self.model,
+            sharding.put_rows(prompts, self.mesh),
+            jax.random.fold_in(self._step_key(), 0),
+            sampling,
+            self.tokenizer.stop_ids + sampling.stop_token_ids,
+            self.tokenizer.pad_id,
+        )
+        return rollout, loop.responses(jax.device_get(rollout), self.tokenizer)
+
+    def learn(self, rollout: Rollout, scores: np.ndarray) -> tuple[Experience, Metrics]:
+        """Annotate a scored rollout and make the update's optimizer steps; moves `state` on by one."""
+        done = int(self.state.value.step) * self.config.ppo.num_ppo_epochs * self.config.ppo.num_mini_batches
+        placed = sharding.put_rows(np.asarray(scores, np.float32), self.mesh)
+        experience, before = annotate(self.state.value, self.frozen, rollout, placed, roles=self.roles)
+        key = jax.random.fold_in(self._step_key(), 1)
+        self.state.value, after = update(self.state.value, self.frozen, experience, key, roles=self.roles)
+        return experience, before | after | {"lr": self._optimizers["policy"].rate(done)}
+
+    def restore(self) -> int:
+        """Take up the newest checkpoint of the run directory without training on; returns its step."""
+        return loop.restore(self.config, self.state)
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write the policy, its config and its tokenizer in Hugging Face layout."""
+        return setup.export(
+            directory, self.model, self.params, self.config, self.tokenizer,
+            method="ppo", step=int(self.state.value.step), results=self._results,
+        )  # fmt: skip
+
+    def _step_key(self) -> jax.Array:
+        return jax.random.fold_in(self._key, int(self.state.value.step))
+
+
+def occurrences(rows: Sequence[PromptRow]) -> list[int]:
+    """How often each row's prompt came before in the batch: a repeated prompt needs another random stream."""
+    seen: collections.Counter[int] = collections.Counter()
+    numbers = []
+    for row in rows:
+        numbers.append(seen[row.index])
+        seen[row.index] += 1
+    return numbers
+
+
+def columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
+    """The data set's extra columns, for reward functions; a row without one has None."""
+    names = dict.fromkeys(name for row in rows for name in row.columns)
+    return {name: [row.columns.get(name) for row in rows] for name in names}
+
+
+def rewards(components: dict[str, np.ndarray]) -> Metrics:
+    """Mean and spread of each part of the score."""
+    return {f"rewards/{name}/{k}": f(x) for name, x in components.items() for k, f in (("mean", np.mean), ("std", np.std))}
+
+
+def show(rows: Sequence[PromptRow], texts: Sequence[str], scores: np.ndarray) -> list[dict[str, Any]]:
+    """Records for the samples log."""
+    return [
+        {"prompt": row.text, "completion": text, "score": float(score)}
+        for row, text, score in zip(rows, texts, scores, strict=True)
+    ]

@@ -1,0 +1,182 @@
+"""A reward model from preferences: the chosen answer of a pair should score higher than the rejected one."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf import sharding
+from jaxrlhf.algorithms.reward import pairwise_loss
+from jaxrlhf.config import RewardConfig
+from jaxrlhf.data import batching
+from jaxrlhf.data.datasets import PairRow, pair_rows
+from jaxrlhf.data.loader import rows_at
+from jaxrlhf.logprobs import last_hidden
+from jaxrlhf.models import ModelConfig, scores
+from jaxrlhf.training import loop, setup
+from jaxrlhf.training.optim import Optimizer, make_optimizer
+from jaxrlhf.training.step import Metrics, apply, gradients, one_role
+from jaxrlhf.types import Pairs, Params, TrainState
+
+
+def pair_scores(
+    params: Params, pairs: Pairs, model: ModelConfig, dropout_keys: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """(chosen [B], rejected [B]) by one forward over 2B rows; `dropout_keys` [B] are for the MLP head in training."""
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), pairs.chosen, pairs.rejected)
+    hidden = last_hidden(params, model, both.tokens, both.mask)
+    if dropout_keys is None:
+        values = scores(params, model, hidden)
+    else:
+        # A key for each row: dropout must not depend on how rows are cut into micro-batches.
+        keys = jnp.concatenate([dropout_keys, jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, 1)])
+        values = jax.vmap(lambda row, key: scores(params, model, row, key))(hidden, keys)
+    chosen, rejected = jnp.split(values, 2)
+    return chosen, rejected
+
+
+@functools.partial(jax.jit, static_argnames=("model", "optimizer", "num_micro", "mesh"), donate_argnames="state")
+def update(
+    state: TrainState,
+    frozen: Params,
+    pairs: Pairs,
+    key: jax.Array,
+    *,
+    model: ModelConfig,
+    optimizer: Optimizer,
+    num_micro: int,
+    mesh: jax.sharding.Mesh,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step on `pairs`. `frozen` holds the trunk when the head alone trains, else nothing."""
+    count = pairs.chosen.tokens.shape[0]
+    row_keys = jax.random.split(key, count) if model.head == "mlp" else None
+
+    def loss(params: Params, rows: tuple[Pairs, jax.Array | None]) -> tuple[jax.Array, Metrics]:
+        chosen, rejected = pair_scores({**frozen, **params}, rows[0], model, rows[1])
+        value, metrics = pairwise_loss(chosen, rejected, count)
+        spread = {"max_reward_max": jnp.maximum(chosen, rejected).max(), "min_reward_max": -jnp.minimum(chosen, rejected).min()}
+        return value, metrics | spread
+
+    grads, metrics = gradients(loss, state.params["reward"], (pairs, row_keys), num_micro)
+    metrics["max_reward"], metrics["min_reward"] = metrics.pop("max_reward_max"), -metrics.pop("min_reward_max")
+    state, norms = apply(state, {"reward": grads}, metrics["loss"], (("reward", optimizer),))
+    state = dataclasses.replace(state, step=state.step + 1)
+    return sharding.constrain(state, mesh), metrics | one_role(norms)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def evaluate(params: Params, pairs: Pairs, *, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Scores (chosen [B], rejected [B]) of held-out pairs, without dropout."""
+    return pair_scores(params, pairs, model, None)
+
+
+class RewardTrainer:
+    """Train a reward model from `config.model` on the pairs of `config.data`: `.train()`, `.save_pretrained(directory)`.
+
+    What can be wrong with the config, the data or the model is raised here, before training begins.
+    """
+
+    def __init__(self, config: RewardConfig, *, fresh: bool = False) -> None:
+        self.config, self._fresh = config, fresh
+        train = config.train
+        self.mesh = sharding.make_mesh(config.mesh)
+        micro = train.micro_batch_size or train.batch_size
+        sharding.check_rows(micro, self.mesh, "train.micro_batch_size, or train.batch_size without it")
+        sharding.check_rows(train.eval_batch_size, self.mesh, "train.eval_batch_size")
+        self._num_micro = train.batch_size // micro
+        self.tokenizer = setup.open_tokenizer(config.tokenizer, config.model)
+        self.data = pair_rows(config.data, self.tokenizer)
+        self._key = jax.random.key(config.seed)
+        self.model, params = setup.load_model(
+            config.model,
+            tokenizer=self.tokenizer,
+            mesh=self.mesh,
+            key=self._key,
+            head=config.head,
+            storage=setup.trained_dtype(config.model),
+        )
+        rows = (*self.data.train, *self.data.validation)
+        lengths = [len(row.tokens) for pair in rows for row in (pair.chosen, pair.rejected)]
+        setup.check_context(lengths, self.model, "data.max_length")
+        self.total_steps = loop.num_steps(
+            len(self.data.train), train.batch_size, train.num_train_epochs, train.max_steps
+        )
+        self._optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
+        trained, self._frozen = setup.split_head(params, config.frozen_trunk)
+        self.state = setup.State({"reward": trained}, {"reward": self._optimizer}, self.mesh)
+        self._results: dict[str, float] = {}
+
+    @property
+    def params(self) -> Params:
+        """The parameters as they are now, trunk and head."""
+        return {**self._frozen, **self.state.value.params["reward"]}
+
+    def describe(self) -> str:
+        """What `.train()` works with, and the first pair as the model sees it."""
+        about = setup.describe(self.config, self.model, self.tokenizer, self.data.report, self.mesh)
+        first = self.data.train[0]
+        pair = (f"{side}: {self.tokenizer.decode(getattr(first, side).tokens)}" for side in ("chosen", "rejected"))
+        return "\n".join((about, f"{self.total_steps} steps", *pair))
+
+    def train(self) -> dict[str, float]:
+        """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""
+        train, held_out = self.config.train, bool(self.data.validation)
+        best = "min" if held_out and train.keep_best else None
+        with loop.session(self.config, "reward", self.total_steps, self.state, fresh=self._fresh, best=best) as session:
+            session.logger.note(setup.describe(self.config, self.model, self.tokenizer, self.data.report, self.mesh))
+            record = loop.fit(
+                session,
+                self.state,
+                update=self._update,
+                evaluate=self._evaluate if held_out else None,
+                eval_every=train.eval_every or -(-len(self.data.train) // train.batch_size),
+                metric="eval/loss",
+                samples=None,
+            )
+            self._results = {k: float(v) for k, v in record.items()}
+            if session.best:  # what is exported is the best state: say what that one reaches
+                self._results |= self._evaluate()
+            session.logger.note(f"exported to {self.save_pretrained(session.run.directory / 'export')}")
+        return self._results
+
+    def restore(self) -> int:
+        """Take up the newest checkpoint of the run directory without training on; returns its step."""
+        return loop.restore(self.config, self.state)
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write the reward model as a sequence classification model in Hugging Face layout."""
+        return setup.export(
+            directory, self.model, self.params, self.config, self.tokenizer,
+            method="reward", step=int(self.state.value.step), results=self._results,
+        )  # fmt: skip
+
+    def _pairs(self, rows: list[PairRow]) -> Pairs:
+        longest = max(len(row.tokens) for pair in rows for row in (pair.chosen, pair.rejected))
+        length = batching.bucket(longest, self.model.max_positions)
+        return sharding.put_rows(batching.pairs(rows, self.tokenizer.pad_id, length), self.mesh)
+
+    def _update(self, step: int) -> Metrics:
+        rows, size = self.data.train, self.config.train.batch_size
+        chosen = rows_at(step, size, len(rows), self.config.seed, self.config.data.shuffle)
+        self.state.value, metrics = update(
+            self.state.value,
+            self._frozen,
+            self._pairs([rows[i] for i in chosen]),
+            jax.random.fold_in(self._key, step),
+            model=self.model,
+            optimizer=self._optimizer,
+            num_micro=self._num_micro,
+            mesh=self.mesh,
+        )
+        return metrics | {"learning_rate": self._optimizer.rate(step), "epoch": (step + 1) * size / len(rows)}
+
+    def _evaluate(self) -> Metrics:
+        rows, size = self.data.validation, self.config.train.eval_batch_size
+        records = []
+        for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+            both = evaluate(self.params, self._pairs([*part, *[part[0]] * (size - len(part))]), model=self.model)
+            chosen, rejected = (x[: len(part)] for x in jax.device_get(both))
+            records.append((len(part), pairwise_loss(chosen, rejected, len(part))[1]))
+        return {f"eval/{key}": value for key, value in loop.weighted_mean(records).items()}

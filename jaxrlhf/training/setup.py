@@ -1,0 +1,170 @@
+"""Before the first step of any trainer: tokenizer, model, what trains and what is frozen, and the state."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf import runtime, sharding, weights
+from jaxrlhf.config import DType, ModelSource, PPOConfig, RewardConfig, Sampling, SFTConfig, TokenizerSource
+from jaxrlhf.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.models import ModelConfig, init
+from jaxrlhf.training.optim import Optimizer
+from jaxrlhf.types import Params, TrainState
+
+RunConfig = SFTConfig | RewardConfig | PPOConfig
+
+
+def open_tokenizer(source: TokenizerSource, model: ModelSource) -> Tokenizer:
+    """The tokenizer of a run: its own path if one is given, else the model's."""
+    path = weights.resolve(source.path or model.path, None if source.path else model.revision)
+    return load_tokenizer(path, source)
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    tokenizer: Tokenizer,
+    mesh: jax.sharding.Mesh,
+    key: jax.Array,
+    head: str | None,
+    storage: DType,
+) -> tuple[ModelConfig, Params]:
+    """A model of a run, placed on the mesh, with room for the tokens the tokenizer has added.
+
+    `storage` is the dtype of the parameters ("auto": the compute dtype). Raises ConfigError if `source.path` is empty
+    and DataError if the tokenizer has more tokens than the model has rows.
+    """
+    if not source.path:
+        raise ConfigError("model.path is empty: give a folder in Hugging Face layout or a hub id")
+    compute = runtime.resolve_dtype(source.compute_dtype, jax.default_backend())
+    model, params = weights.load(
+        source.path,
+        revision=source.revision,
+        dtype=compute if storage == "auto" else storage,
+        compute_dtype=compute,
+        head=head,
+        remat=source.remat,
+        init=source.init,
+        key=key,
+        mesh=mesh,
+    )
+    if tokenizer.added and tokenizer.size > model.vocab_size:
+        model, params = weights.resize_embeddings(model, params, tokenizer.size)
+        params = jax.device_put(params, sharding.shardings(params, mesh))
+    check_vocab(tokenizer, model.vocab_size)
+    return model, params
+
+
+def trained_dtype(source: ModelSource) -> DType:
+    """Storage of parameters that train: float32 unless the config says otherwise, whatever the compute dtype."""
+    return "float32" if source.param_dtype == "auto" else source.param_dtype
+
+
+def split_head(params: Params, frozen_trunk: bool) -> tuple[Params, Params]:
+    """(what trains, what is frozen) of a scalar model: everything, or the head alone."""
+    if not frozen_trunk:
+        return params, {}
+    return {"score": params["score"]}, {k: v for k, v in params.items() if k != "score"}
+
+
+def copy(params: Params, dtype: str, mesh: jax.sharding.Mesh) -> Params:
+    """A copy in `dtype`, in place on the mesh; never an alias, since what trains is donated and its buffers vanish."""
+    placed = sharding.shardings(params, mesh)
+    cast = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), tree), out_shardings=placed)
+    return cast(params)
+
+
+class State:
+    """The state of a run, made from `params` on first use (which consumes them) unless a checkpoint takes their place.
+
+    `template` has its shapes, dtypes and shardings without its memory.
+    """
+
+    def __init__(
+        self, params: dict[str, Params], optimizers: dict[str, Optimizer], mesh: jax.sharding.Mesh, kl_coef: float = 0.0
+    ) -> None:
+        def fresh(params: dict[str, Params]) -> TrainState:
+            moments = {role: optimizers[role].chain.init(params[role]) for role in params}
+            return TrainState(step=jnp.int32(0), params=params, opt_state=moments, kl_coef=jnp.float32(kl_coef))
+
+        shapes = jax.eval_shape(fresh, params)
+        placed = sharding.shardings(shapes, mesh)
+        self.template: TrainState = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
+        )
+        # One program makes everything where it belongs; moments made eagerly would all land on one device.
+        self._make = jax.jit(fresh, out_shardings=placed, donate_argnums=0)
+        self._params: dict[str, Params] | None = params
+        self._value: TrainState | None = None
+
+    @property
+    def value(self) -> TrainState:
+        if self._value is None:
+            assert self._params is not None
+            self._value, self._params = self._make(self._params), None
+        return self._value
+
+    @value.setter
+    def value(self, state: TrainState) -> None:
+        self._value, self._params = state, None
+
+
+def check_context(lengths: Sequence[int], model: ModelConfig, what: str) -> None:
+    """Refuse rows that are longer than the model's context; `what` names the config keys to lower."""
+    longest = max(lengths)
+    if longest > model.max_positions:
+        raise ConfigError(
+            f"{what} asks for {longest} tokens but the model's context is {model.max_positions}; lower it"
+        )
+
+
+def fit_response(sampling: Sampling, prompt_length: int, model: ModelConfig) -> Sampling:
+    """`sampling` with its response cut to the room the context leaves after the prompt (at least one token)."""
+    room = max(model.max_positions - prompt_length, 1)
+    return dataclasses.replace(sampling, response_length=min(sampling.response_length, room))
+
+
+def describe(config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, report: Any, mesh: jax.sharding.Mesh) -> str:
+    """What a run is about to work with, a line each: model, precision, devices, tokenizer decisions, data."""
+    shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))
+    millions = sum(x.size for x in jax.tree.leaves(shapes)) / 1e6
+    device = jax.devices()[0]
+    grid = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return "\n".join(
+        (
+            f"model {config.model.path}: {model.family}, {millions:.1f} M parameters, context {model.max_positions}, "
+            f"parameters {trained_dtype(config.model)}, products {model.dtype}",
+            f"devices: {grid} of {jax.device_count()} {device.platform} ({device.device_kind})",
+            *tokenizer.notes,
+            str(report),
+        )
+    )
+
+
+def export(
+    directory: str | Path,
+    model: ModelConfig,
+    params: Params,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    *,
+    method: str,
+    step: int,
+    results: dict[str, float],
+) -> Path:
+    """Write a model of a run in Hugging Face layout, with a card that says how it was made."""
+    card = {
+        "method": method,
+        "base_model": config.model.path,
+        "dataset": config.data.path,
+        "steps": step,
+        "config": dataclasses.asdict(config),
+        "metrics": {k: v for k, v in results.items() if not k.startswith("perf/")},
+    }
+    source = weights.resolve(config.model.path, config.model.revision)
+    return weights.export(directory, model, params, source=source, tokenizer=tokenizer, facts=card)

@@ -1,0 +1,180 @@
+"""Supervised fine-tuning: learn to continue prompts the way the data does."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf import sharding
+from jaxrlhf.algorithms.sft import sft_loss
+from jaxrlhf.config import SFTConfig
+from jaxrlhf.data import batching
+from jaxrlhf.data.datasets import PromptRow, SFTRow, sft_rows
+from jaxrlhf.data.loader import rows_at
+from jaxrlhf.logprobs import token_logprobs
+from jaxrlhf.models import ModelConfig, forward
+from jaxrlhf.rollout.decode import generate
+from jaxrlhf.training import loop, setup
+from jaxrlhf.training.optim import Optimizer, make_optimizer
+from jaxrlhf.training.step import Metrics, apply, gradients, one_role
+from jaxrlhf.types import Batch, Params, TrainState
+
+
+def loss(params: Params, batch: Batch, model: ModelConfig, count: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Cross-entropy of a batch's tokens to learn, summed and divided by `count`."""
+    hidden = forward(params, model, batch.tokens, batch.mask)
+    logprobs, entropy = token_logprobs(params, model, hidden[:, :-1], batch.tokens[:, 1:], 1.0)
+    return sft_loss(logprobs, entropy, batch.loss_mask[:, 1:], count)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "optimizer", "num_micro", "mesh"), donate_argnames="state")
+def update(
+    state: TrainState, batch: Batch, *, model: ModelConfig, optimizer: Optimizer, num_micro: int, mesh: jax.sharding.Mesh
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step on `batch`, in `num_micro` slices."""
+    tokens = jnp.sum(batch.loss_mask)
+    count = jnp.maximum(tokens, 1)
+    grads, metrics = gradients(lambda p, rows: loss(p, rows, model, count), state.params["policy"], batch, num_micro)
+    state, norms = apply(state, {"policy": grads}, metrics["loss"], (("policy", optimizer),))
+    state = dataclasses.replace(state, step=state.step + 1)
+    return sharding.constrain(state, mesh), metrics | one_role(norms) | {"num_tokens": tokens}
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def evaluate(params: Params, batch: Batch, *, model: ModelConfig) -> tuple[jax.Array, Metrics]:
+    """(tokens, mean loss and entropy) of a held-out batch."""
+    tokens = jnp.sum(batch.loss_mask)
+    return tokens, loss(params, batch, model, jnp.maximum(tokens, 1))[1]
+
+
+class SFTTrainer:
+    """Fine-tune `config.model` on `config.data`: `.train()`, then `.save_pretrained(directory)`.
+
+    What can be wrong with the config, the data or the model is raised here, before training begins.
+    """
+
+    def __init__(self, config: SFTConfig, *, fresh: bool = False) -> None:
+        self.config, self._fresh = config, fresh
+        train = config.train
+        self.mesh = sharding.make_mesh(config.mesh)
+        micro = train.micro_batch_size or train.batch_size
+        sharding.check_rows(micro, self.mesh, "train.micro_batch_size, or train.batch_size without it")
+        sharding.check_rows(train.eval_batch_size, self.mesh, "train.eval_batch_size")
+        self._num_micro = train.batch_size // micro
+        self.tokenizer = setup.open_tokenizer(config.tokenizer, config.model)
+        self.data = sft_rows(config.data, self.tokenizer, config.completion_only)
+        self._key = jax.random.key(config.seed)
+        self.model, params = setup.load_model(
+            config.model,
+            tokenizer=self.tokenizer,
+            mesh=self.mesh,
+            key=self._key,
+            head="lm",
+            storage=setup.trained_dtype(config.model),
+        )
+        rows = (*self.data.train, *self.data.validation)
+        setup.check_context([len(row.tokens) for row in rows], self.model, "data.max_length")
+        self.total_steps = loop.num_steps(
+            len(self.data.train), train.batch_size, train.num_train_epochs, train.max_steps
+        )
+        self._optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
+        self.state = setup.State({"policy": params}, {"policy": self._optimizer}, self.mesh)
+        self._results: dict[str, float] = {}
+
+    @property
+    def params(self) -> Params:
+        """The parameters as they are now."""
+        return self.state.value.params["policy"]
+
+    def describe(self) -> str:
+        """What `.train()` works with, and the first example as the model sees it."""
+        row = self.data.train[0]
+        pieces = zip(self.tokenizer.pieces(row.tokens), row.loss_mask, strict=True)
+        example = "".join(f"[{piece}]" if learnt else piece for piece, learnt in pieces)
+        about = setup.describe(self.config, self.model, self.tokenizer, self.data.report, self.mesh)
+        return f"{about}\n{self.total_steps} steps\nfirst example, tokens to learn in brackets:\n{example}"
+
+    def train(self) -> dict[str, float]:
+        """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""
+        train, held_out = self.config.train, bool(self.data.validation)
+        best = "min" if held_out and train.keep_best else None
+        with loop.session(self.config, "sft", self.total_steps, self.state, fresh=self._fresh, best=best) as session:
+            session.logger.note(setup.describe(self.config, self.model, self.tokenizer, self.data.report, self.mesh))
+            record = loop.fit(
+                session,
+                self.state,
+                update=self._update,
+                evaluate=self._evaluate if held_out else None,
+                eval_every=train.eval_every or -(-len(self.data.train) // train.batch_size),
+                metric="eval/loss",
+                samples=self._samples,
+            )
+            self._results = {k: float(v) for k, v in record.items()}
+            session.logger.note(f"exported to {self.save_pretrained(session.run.directory / 'export')}")
+        return self._results
+
+    def restore(self) -> int:
+        """Take up the newest checkpoint of the run directory without training on; returns its step."""
+        return loop.restore(self.config, self.state)
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write the model, its config and its tokenizer in Hugging Face layout."""
+        return setup.export(
+            directory, self.model, self.params, self.config, self.tokenizer,
+            method="sft", step=int(self.state.value.step), results=self._results,
+        )  # fmt: skip
+
+    def _batch(self, rows: list[SFTRow]) -> Batch:
+        length = batching.bucket(max(len(row.tokens) for row in rows), self.model.max_positions)
+        return sharding.put_rows(batching.batch(rows, self.tokenizer.pad_id, length), self.mesh)
+
+    def _update(self, step: int) -> Metrics:
+        rows, size = self.data.train, self.config.train.batch_size
+        chosen = rows_at(step, size, len(rows), self.config.seed, self.config.data.shuffle)
+        self.state.value, metrics = update(
+            self.state.value,
+            self._batch([rows[i] for i in chosen]),
+            model=self.model,
+            optimizer=self._optimizer,
+            num_micro=self._num_micro,
+            mesh=self.mesh,
+        )
+        return metrics | {"learning_rate": self._optimizer.rate(step), "epoch": (step + 1) * size / len(rows)}
+
+    def _evaluate(self) -> Metrics:
+        rows, size = self.data.validation, self.config.train.eval_batch_size
+        records = []
+        for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+            blank = dataclasses.replace(part[0], loss_mask=[False] * len(part[0].tokens))
+            batch = self._batch([*part, *[blank] * (size - len(part))])
+            records.append(evaluate(self.params, batch, model=self.model))
+        means = loop.weighted_mean([(float(count), metrics) for count, metrics in records])
+        return {f"eval/{key}": value for key, value in means.items()}
+
+    def _samples(self) -> list[dict[str, Any]]:
+        source = (self.data.validation or self.data.train)[: self.config.logging.num_samples]
+        rows = [_prompt(row, index) for index, row in enumerate(source)]
+        length = batching.bucket(max(len(row.tokens) for row in rows), self.model.max_positions)
+        sampling = setup.fit_response(self.config.sampling, length, self.model)
+        rollout = generate(
+            self.params,
+            self.model,
+            sharding.put_whole(batching.prompts(rows, self.tokenizer.pad_id, length), self.mesh),
+            jax.random.fold_in(self._key, int(self.state.value.step)),
+            sampling,
+            self.tokenizer.stop_ids + sampling.stop_token_ids,
+            self.tokenizer.pad_id,
+        )
+        texts = loop.responses(jax.device_get(rollout), self.tokenizer)
+        prompts = [self.tokenizer.decode(row.tokens) for row in rows]
+        return [{"prompt": p, "completion": t} for p, t in zip(prompts, texts, strict=True)]
+
+
+def _prompt(row: SFTRow, index: int) -> PromptRow:
+    """What comes before the first token to learn; of a text that is learnt whole, its first 8 tokens."""
+    start = int(np.argmax(row.loss_mask))
+    return PromptRow(tokens=row.tokens[: start if start > 1 else 8], text="", columns={}, index=index)

@@ -1,0 +1,76 @@
+"""The two halves of an optimizer step: gradients summed over micro-batches, and an update that a NaN cannot enter."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from jaxrlhf.training.optim import Optimizer
+from jaxrlhf.types import Params, TrainState
+
+Metrics = dict[str, Array]
+Loss = Callable[[Any, Any], tuple[Array, Metrics]]
+
+
+def split_rows(batch: Any, parts: int) -> Any:
+    """[B, ...] -> [parts, B / parts, ...] for every leaf. Strided, so that each device keeps its rows in every part."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def join_rows(parts: Any) -> Any:
+    """The inverse of `split_rows`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), parts)
+
+
+def gradients(loss: Loss, params: Params, batch: Any, num_micro: int) -> tuple[Params, Metrics]:
+    """Gradients and metrics of `loss(params, batch)` over `num_micro` slices of the batch.
+
+    `loss` is a sum over rows divided by a count of the WHOLE batch, so slices add up to the undivided result. Metrics
+    whose key ends in `_max` are combined by maximum, all others by addition.
+    """
+    grad = jax.value_and_grad(loss, has_aux=True)
+    if num_micro == 1:
+        (value, metrics), grads = grad(params, batch)
+        return grads, metrics | {"loss": value}
+
+    def micro(grads: Params, rows: Any) -> tuple[Params, Metrics]:
+        (value, metrics), new = grad(params, rows)
+        return jax.tree.map(jnp.add, grads, new), metrics | {"loss": value}
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads, stacked = jax.lax.scan(micro, zeros, split_rows(batch, num_micro))
+    return grads, {k: v.max(0) if k.endswith("_max") else v.sum(0) for k, v in stacked.items()}
+
+
+def apply(
+    state: TrainState, grads: dict[str, Params], loss: Array, optimizers: tuple[tuple[str, Optimizer], ...]
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step for every role, or none: a non-finite loss or gradient leaves the state as it was, bit for bit.
+
+    Each role's gradient is scaled down to its optimizer's `max_grad_norm` when its global norm is larger. Returns the
+    new state (its `step` untouched) and per role that norm before and after, plus `skipped_updates` (0 or 1).
+    """
+    norms = {role: optax.tree.norm(grads[role]) for role in grads}
+    finite = jnp.isfinite(loss) & jnp.all(jnp.stack([jnp.isfinite(n) for n in norms.values()]))
+    params, opt_state, metrics = {}, {}, {"skipped_updates": 1.0 - finite.astype(jnp.float32)}
+    for role, optimizer in optimizers:
+        scale = jnp.minimum(1.0, optimizer.max_grad_norm / jnp.maximum(norms[role], 1e-30))
+        clipped = jax.tree.map(lambda g, scale=scale: (g * scale).astype(g.dtype), grads[role])
+        updates, moments = optimizer.chain.update(clipped, state.opt_state[role], state.params[role])
+        stepped = optax.apply_updates(state.params[role], updates)
+        params[role], opt_state[role] = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (stepped, moments),
+            (state.params[role], state.opt_state[role]),
+        )
+        metrics |= {f"{role}/grad_norm": norms[role], f"{role}/grad_norm_clipped": norms[role] * scale}
+    return dataclasses.replace(state, params=params, opt_state=opt_state), metrics
+
+
+def one_role(metrics: Metrics) -> Metrics:
+    """Metrics of `apply` where only one role trains, without the role in the key: grad_norm, grad_norm_clipped."""
+    return {key.rpartition("/")[2]: value for key, value in metrics.items()}

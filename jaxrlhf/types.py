@@ -1,0 +1,90 @@
+"""The vocabulary: what the parts of jaxrlhf hand to each other.
+
+Axis letters, used in every shape comment, jaxtyping annotation and einsum string (lower case there):
+
+    B sequences   P prompt   R response   T = P + R   D hidden   N query heads   K kv heads   H head dim
+    F mlp         V vocab    L layers     S cache slots   G group
+
+Every class is a frozen dataclass and a pytree of arrays. Shapes are trailing comments and not annotations that run:
+jax builds these classes with tracers, shape structs and sharding objects in place of arrays.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import Array
+
+Params = dict[str, Any]
+"""A plain nested dict of arrays."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Sequences to learn from or to score, right-padded."""
+
+    tokens: Array  # int32 [B, T]
+    mask: Array  # bool [B, T]   real tokens
+    loss_mask: Array  # bool [B, T]   tokens to predict; never true where mask is false, nor in column 0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pairs:
+    """A preference batch; one forward runs over the 2B rows."""
+
+    chosen: Batch  # [B, T]
+    rejected: Batch  # [B, T]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts to continue, left-padded, so that every prompt ends in column P - 1."""
+
+    tokens: Array  # int32 [B, P]
+    mask: Array  # bool [B, P]
+    index: Array  # int32 [B]   row number in the data set: for RNG and logs, whatever the batch
+    sample: Array  # int32 [B]   which of a prompt's completions this is
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rollout:
+    """Prompts and what the policy answered: tokens[:, :P] is the prompt, tokens[:, P:] the response."""
+
+    tokens: Array  # int32 [B, T]
+    mask: Array  # bool [B, T]   real tokens; a stop token counts, what follows it does not
+    response_mask: Array  # bool [B, R]
+    logprobs: Array  # f32 [B, R]   as sampled, 0 outside response_mask
+    finished: Array  # bool [B]   ended with a stop token, not by running out of room
+    index: Array  # int32 [B]
+    sample: Array  # int32 [B]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Experience:
+    """A rollout with everything an update needs. All [B, R] arrays are 0 outside the response mask."""
+
+    rollout: Rollout
+    scores: Array  # f32 [B]
+    old_logprobs: Array  # f32 [B, R]
+    ref_logprobs: Array  # f32 [B, R]
+    values: Array  # f32 [B, R]   before the token of that column was chosen
+    rewards: Array  # f32 [B, R]
+    advantages: Array  # f32 [B, R]
+    returns: Array  # f32 [B, R]
+    bootstrap: Array  # f32 [B]   value after the last token of a truncated response, 0 where the end is terminal
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What an update changes, and so what a checkpoint holds. What does not train is `frozen` and travels beside it."""
+
+    step: Array  # int32 []   optimizer steps (SFT, reward) or updates (PPO) done
+    params: dict[str, Params]  # by role: "policy", "critic", "reward"; only what trains
+    opt_state: dict[str, Any]  # by role
+    kl_coef: Array  # f32 []

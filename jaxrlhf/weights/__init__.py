@@ -1,0 +1,6 @@
+"""Models in and out of Hugging Face layout: config.json, safetensors, the hub, model cards."""
+
+from jaxrlhf.weights.export import export
+from jaxrlhf.weights.hub import load, load_config, resize_embeddings, resolve
+
+__all__ = ["export", "load", "load_config", "resize_embeddings", "resolve"]

@@ -1,0 +1,212 @@
+"""From a folder, a run directory or a hub id to `(ModelConfig, params)`."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrlhf import models, sharding
+from jaxrlhf.data import tokenizer
+from jaxrlhf.errors import ConfigError, DataError
+from jaxrlhf.models import ModelConfig
+from jaxrlhf.runtime import resolve_dtype
+from jaxrlhf.types import Params
+from jaxrlhf.weights import families, mapping, safetensors
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
+_HUB_SCHEME = "hf://"
+
+
+def resolve(path: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The folder that `path` means: a model folder, the export/ of a run directory, or a download from the hub.
+
+    A local path never touches the network. `hf://org/name` is always a hub id. With `weights` false a download leaves
+    the weights out, and a folder needs no config.json (a tokenizer alone, for example).
+    Raises DataError that says what was looked for.
+    """
+    text = str(path)
+    folder = Path(text).expanduser()
+    if text.startswith(_HUB_SCHEME):
+        return _download(text.removeprefix(_HUB_SCHEME), revision, weights)
+    if not text:
+        raise DataError("the path of a model or tokenizer is empty; give a folder, a run directory or a hub id")
+    if folder.is_dir():
+        return _local(folder, weights)
+    if folder.exists():
+        raise DataError(f"{folder}: is a file; give the folder that holds {CONFIG} and the weights")
+    if _looks_local(text):
+        near = folder.parent if folder.parent.is_dir() else None
+        around = f"; {near} holds: {_listing(near)}" if near else f"; nor is there a folder {folder.parent}"
+        raise DataError(f"{folder}: no such folder{around}. For a model on the hub of that name write {_HUB_SCHEME}ORG/NAME")
+    return _download(text, revision, weights)
+
+
+def _local(folder: Path, weights: bool) -> Path:
+    if (folder / CONFIG).is_file():
+        return folder
+    if (folder / "export" / CONFIG).is_file():
+        return folder / "export"
+    if (folder / "run.json").exists():
+        raise DataError(f"{folder}: a run that has no export yet (looked for export/{CONFIG}); let it finish")
+    if weights:
+        raise DataError(f"{folder}: no {CONFIG} and no export/{CONFIG}; the folder holds: {_listing(folder)}")
+    return folder
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    return (", ".join(names[:20]) + (", ..." if len(names) > 20 else "")) or "nothing"
+
+
+def _looks_local(text: str) -> bool:
+    if text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
+        return True
+    return "/" in text and Path(text).parent.is_dir()
+
+
+def _download(name: str, revision: str | None, weights: bool) -> Path:
+    """A snapshot in the hub's cache; only what we read is fetched, with the hub's own progress bars."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    if not _HUB_ID.fullmatch(name):
+        raise DataError(f"'{name}' is not a hub id; ids look like ORG/NAME")
+    patterns = [CONFIG, GENERATION_CONFIG, *tokenizer.FILES]
+    if weights:
+        patterns += [safetensors.SINGLE, safetensors.INDEX, "model-*.safetensors"]
+    at = f" at revision '{revision}'" if revision else ""
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except errors.GatedRepoError as error:
+        raise DataError(
+            f"hub model '{name}': its owner asks for consent; accept the terms on https://huggingface.co/{name}, "
+            "then log in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise DataError(
+            f"'{name}': there is no such folder here and no such model on the hub; check the spelling, "
+            "or log in with `hf auth login` if it is private"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise DataError(f"hub model '{name}': has no revision '{revision}'; give a branch, a tag or a commit") from error
+    except Exception as error:  # two HTTP libraries and a disk stand behind this call
+        raise DataError(
+            f"'{name}': there is no such folder here, the hub's cache does not hold it{at}, and the hub could not be asked "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}). "
+            "Check the network (and HF_HUB_OFFLINE), or give the path of a local folder"
+        ) from error
+    if weights and not (folder / CONFIG).is_file():
+        raise DataError(f"hub model '{name}'{at}: has no {CONFIG}; it is not a transformers model")
+    if weights and not any((folder / n).exists() for n in (safetensors.SINGLE, safetensors.INDEX)):
+        raise DataError(
+            f"hub model '{name}'{at}: no {safetensors.SINGLE} and no {safetensors.INDEX} (or none in the cache, if the "
+            "network is off). jaxrlhf reads safetensors only; look for a revision that has them, or convert the model "
+            "with transformers: from_pretrained(...).save_pretrained(FOLDER)"
+        )
+    return folder
+
+
+def load_config(
+    path: str | Path, *, revision: str | None = None, head: str | None = None, compute_dtype: str = "auto", remat: str = "none"
+) -> ModelConfig:
+    """The description of a model from its config.json; arguments and errors as in `load`."""
+    folder = resolve(path, revision, weights=False)
+    return _describe(folder, head, compute_dtype, remat)[0]
+
+
+def _describe(folder: Path, head: str | None, compute_dtype: str, remat: str) -> tuple[ModelConfig, bool]:
+    """(the model, whether its head is to be made afresh)."""
+    file = folder / CONFIG
+    if not file.is_file():
+        raise DataError(f"{folder}: no {CONFIG}; the folder holds: {_listing(folder)}")
+    raw = safetensors.read_json(file)
+    model = families.parse(raw, str(file))
+    if head not in (None, "lm", "linear", "mlp"):
+        raise ConfigError(f"head must be 'lm', 'linear' or 'mlp', got {head!r}")
+    fresh = head is not None and head != model.head
+    if fresh and model.head != "lm":
+        have = f"{file}: describes a {'/'.join(raw.get('architectures') or ())} with a trained {model.head} score head"
+        if head == "lm":
+            raise DataError(f"{have} and no language-model head: it can score text, not write it. Give the language model")
+        raise DataError(f"{have}, but a head of kind '{head}' was asked for; ask for '{model.head}', or start from its base")
+    if fresh:
+        model = dataclasses.replace(model, head=head, num_labels=1)
+    return dataclasses.replace(model, dtype=resolve_dtype(compute_dtype, jax.default_backend()), remat=remat), fresh
+
+
+def load(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    head: str | None = None,
+    compute_dtype: str = "auto",
+    remat: str = "none",
+    init: Literal["pretrained", "random"] = "pretrained",
+    key: Array | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[ModelConfig, Params]:
+    """A model from a folder in Hugging Face layout, a run directory or a hub id: `(model, params)`.
+
+    dtype: of the parameters; "auto": as stored ("float32" for float16 files and for `init="random"`).
+    head: "lm", "linear" or "mlp"; None: what the folder holds. A language model asked for with a scalar head gets a
+        fresh one, drawn with `key`; a sequence classification folder is a reward model as it stands.
+    compute_dtype: operands of matrix products; "auto": float32 on a CPU, else bfloat16.
+    init: "random" reads config.json alone and draws the parameters with `key`.
+    mesh: where to place the parameters, by the rule table of sharding.py; None: the default device.
+    On a CPU, memory stays under the size of the parameters and of the largest tensor together.
+    Raises DataError for a folder that cannot be used, ConfigError for arguments that do not go together.
+    """
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ConfigError(f"dtype must be 'auto', 'float32' or 'bfloat16', got {dtype!r}")
+    folder = resolve(path, revision, weights=init == "pretrained")
+    model, fresh = _describe(folder, head, compute_dtype, remat)
+    made = "params" if init == "random" else "score" if fresh else ""
+    if made and key is None:
+        what = "random parameters need" if init == "random" else f"the folder has no '{head}' head, and a fresh one needs"
+        raise ConfigError(f"{folder}: {what} a key: load(..., key=jax.random.key(seed))")
+    draw = partial(models.init, model, dtype="float32" if dtype == "auto" else dtype)
+    abstract = jax.eval_shape(draw, jax.random.key(0))
+    placed = None if mesh is None else sharding.shardings(abstract, mesh)
+    if init == "random":
+        return model, jax.jit(draw, out_shardings=placed)(key)
+    entries = safetensors.scan_folder(folder)
+    found = mapping.match(model, abstract, entries, without=made, where=str(folder))
+    params = mapping.fill(model, abstract, found, without=made, dtype=dtype, shardings=placed)
+    if fresh:
+        params["score"] = _draw_score(draw, key, None if placed is None else placed["score"])
+    return model, params
+
+
+def _draw_score(draw: Callable[[Array], Params], key: Array | None, placed: Params | None) -> Params:
+    # Under jit the rest of the model is never computed
+    return jax.jit(lambda k: draw(k)["score"], out_shardings=placed)(key)
+
+
+def resize_embeddings(model: ModelConfig, params: Params, vocab_size: int) -> tuple[ModelConfig, Params]:
+    """The model with `vocab_size` >= V tokens; new rows of the embedding and of an untied head are the mean of the old.
+
+    A new token then starts as likely as an average one. The arrays lie where jax puts them; place them again if need be.
+    """
+    more = vocab_size - model.vocab_size
+    if more < 0:
+        raise ConfigError(f"cannot shrink a vocabulary of {model.vocab_size} to {vocab_size} tokens")
+    if more == 0:
+        return model, params
+
+    def grow(table: Array, axis: int) -> Array:
+        mean = jnp.mean(table, axis=axis, keepdims=True, dtype=jnp.float32).astype(table.dtype)
+        return jnp.concatenate([table, jnp.repeat(mean, more, axis=axis)], axis=axis)
+
+    params = {**params, "embed": {"embedding": grow(params["embed"]["embedding"], 0)}}
+    if "lm_head" in params:
+        params["lm_head"] = {"kernel": grow(params["lm_head"]["kernel"], 1)}
+    return dataclasses.replace(model, vocab_size=vocab_size), params

@@ -1,0 +1,272 @@
+"""Writes tests/fixtures/models: tiny random models and what transformers computes with them.
+
+    python scripts/make_fixtures.py          (needs torch and transformers: the `parity` extra)
+
+One folder per case, in Hugging Face layout (config.json, model.safetensors in bfloat16), with golden.safetensors:
+
+    tokens, lengths      [B, T], [B]   sequences to run, right-padded
+    logits               [sum(lengths), V]   at their real tokens, or
+    scores               [B, labels]   of a classifier
+    prompts, prompt_lengths, greedy    [G, P], [G], [G, 64]   greedy continuations
+    gradient/NAME        [5]   of the mean negative log-likelihood: see `digest`
+"""
+
+import json
+import pathlib
+import shutil
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
+
+FOLDER = pathlib.Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "models"
+LENGTHS, PROMPT_LENGTHS, NEW_TOKENS = (20, 13, 6), (9, 4), 64
+LEAST_MARGIN = 2e-3  # between the two best tokens of a greedy step: rounding must not be able to change the choice
+
+LINEAGE = {
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OLD = {"torch_dtype": "bfloat16", "rope_theta": 10000.0}
+NEW = {"dtype": "bfloat16", "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+GPT2 = {
+    "vocab_size": 64,
+    "n_embd": 24,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "layer_norm_epsilon": 1e-5,
+    "activation_function": "gelu_new",
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def rope(kind: str, theta: float = 10000.0, **options: Any) -> dict[str, Any]:
+    """A scaling in the newer spelling."""
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **options}}
+
+
+def case(family: str, classes: str, *parts: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """A config.json."""
+    merged: dict[str, Any] = {"architectures": [classes], "model_type": family}
+    for part in (*parts, options):
+        merged |= part
+    return merged
+
+
+def llama(*parts: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """A Llama language model on top of the common sizes."""
+    return case("llama", "LlamaForCausalLM", LINEAGE, *parts, **options)
+
+
+LABELS = {n: {"id2label": {str(i): f"LABEL_{i}" for i in range(n)}} for n in (1, 2)}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+CASES = {
+    "llama": llama(OLD),
+    "llama-linear-tied": llama(OLD, rope_scaling={"type": "linear", "factor": 2.5}, tie_word_embeddings=True),
+    "llama-llama3": llama(
+        rope(
+            "llama3",
+            theta=500.0,
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        )
+    ),
+    "llama-yarn": llama(OLD, rope_scaling={"rope_type": "yarn", **YARN}, head_dim=16),
+    "llama-yarn-mscale": llama(
+        rope("yarn", **YARN, mscale=0.9, mscale_all_dim=0.5, truncate=False, beta_fast=8.0, beta_slow=2.0), head_dim=16
+    ),
+    "llama-yarn-factor": llama(rope("yarn", **YARN, attention_factor=1.25)),
+    "llama-biases": llama(NEW, attention_bias=True, mlp_bias=True, head_dim=10, num_key_value_heads=1),
+    "llama-gelu": llama(NEW, num_key_value_heads=None, hidden_act="gelu_pytorch_tanh", rms_norm_eps=1e-2),
+    "mistral-window": case("mistral", "MistralForCausalLM", LINEAGE, OLD, sliding_window=5),
+    "mistral-full": case("mistral", "MistralForCausalLM", LINEAGE, NEW, sliding_window=None, head_dim=8),
+    "qwen2": case("qwen2", "Qwen2ForCausalLM", LINEAGE, OLD, sliding_window=4, tie_word_embeddings=True),
+    "qwen2-window": case(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        LINEAGE,
+        OLD,
+        num_hidden_layers=3,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=1,
+    ),
+    "qwen2-layer-types": case(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        LINEAGE,
+        rope("yarn", **YARN),
+        num_hidden_layers=3,
+        use_sliding_window=True,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "qwen3": case("qwen3", "Qwen3ForCausalLM", LINEAGE, OLD, head_dim=14, tie_word_embeddings=True),
+    "qwen3-window-biases": case(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        LINEAGE,
+        NEW,
+        head_dim=10,
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=1,
+    ),
+    "gpt2": case("gpt2", "GPT2LMHeadModel", GPT2),
+    "gpt2-options": case(
+        "gpt2",
+        "GPT2LMHeadModel",
+        GPT2,
+        n_inner=36,
+        activation_function="gelu",
+        scale_attn_by_inverse_layer_idx=True,
+        reorder_and_upcast_attn=True,
+        tie_word_embeddings=False,
+    ),
+    "gpt2-unscaled": case("gpt2", "GPT2LMHeadModel", GPT2, activation_function="relu", scale_attn_weights=False),
+    "llama-score": case("llama", "LlamaForSequenceClassification", LINEAGE, OLD, LABELS[1]),
+    "mistral-label": case("mistral", "MistralForSequenceClassification", LINEAGE, NEW, sliding_window=5),
+    "qwen2-score": case("qwen2", "Qwen2ForSequenceClassification", LINEAGE, NEW, LABELS[1], tie_word_embeddings=True),
+    "qwen3-label": case("qwen3", "Qwen3ForSequenceClassification", LINEAGE, NEW, LABELS[2], head_dim=8),
+    "gpt2-score": case("gpt2", "GPT2ForSequenceClassification", GPT2, LABELS[1]),
+    "gpt2-label": case("gpt2", "GPT2ForSequenceClassification", GPT2),
+}
+
+
+def digest(gradient: np.ndarray) -> np.ndarray:
+    """The norm of a gradient, and its products with four fixed directions: f64 [5]."""
+    flat = gradient.astype(np.float64).ravel()
+    directions = [np.cos((i + 1) * np.arange(flat.size)) for i in range(4)]
+    return np.array([np.linalg.norm(flat), *(flat @ direction for direction in directions)])
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Weights with which every part matters: norms off 1, biases off 0, logits of a few units; bfloat16 numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        if name.endswith("bias"):
+            new = 0.3 * noise
+        elif weight.ndim == 1:
+            new = 1 + 0.3 * noise
+        elif "embed" in name or "wte" in name or "wpe" in name:
+            new = 0.5 * noise
+        else:
+            new = 1.5 * noise * min(weight.shape) ** -0.5
+        weight.data = new.bfloat16().float()
+
+
+def padded(rows: list[np.ndarray], side: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, mask and positions of rows of several lengths."""
+    width = max(len(row) for row in rows)
+    tokens, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
+    for i, row in enumerate(rows):
+        at = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        tokens[i, at], mask[i, at] = row, 1
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    return torch.tensor(tokens), torch.tensor(mask), torch.tensor(positions)
+
+
+def random_rows(lengths: tuple[int, ...], seed: int) -> list[np.ndarray]:
+    """Sequences without the special ids 0, 1 and 2, by which a classifier would find its last token."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(3, 64, length) for length in lengths]
+
+
+def logits_of(model: Any, rows: list[np.ndarray], side: str) -> torch.Tensor:
+    """[sum of lengths, V], at real tokens."""
+    tokens, mask, positions = padded(rows, side)
+    return model(tokens, attention_mask=mask, position_ids=positions).logits[mask.bool()]
+
+
+def language_model(model: Any, seed: int) -> dict[str, np.ndarray] | None:
+    """The golden arrays of a language model, or None where two tokens of the continuation are too close to call."""
+    rows, prompts = random_rows(LENGTHS, seed), random_rows(PROMPT_LENGTHS, seed + 1)
+    logits = logits_of(model, rows, "right")
+    torch.testing.assert_close(logits_of(model, rows, "left"), logits, atol=1e-4, rtol=0)
+    predicts = np.concatenate([np.arange(length) < length - 1 for length in LENGTHS])
+    targets = torch.tensor(np.concatenate([row[1:] for row in rows]))
+    torch.nn.functional.cross_entropy(logits[torch.tensor(predicts)], targets).backward()
+    tokens, mask, _ = padded(prompts, "left")
+    model.generation_config.eos_token_id = None
+    written = model.generate(tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+    greedy = written[:, tokens.shape[1] :].numpy()
+    for prompt, continuation in zip(prompts, greedy, strict=True):
+        with torch.no_grad():
+            best = logits_of(model, [np.concatenate([prompt, continuation])], "right")[len(prompt) - 1 : -1].topk(2)
+        if (best.values[:, 0] - best.values[:, 1]).min() < LEAST_MARGIN:
+            return None
+        np.testing.assert_array_equal(best.indices[:, 0].numpy(), continuation)
+    return {
+        "tokens": padded(rows, "right")[0].numpy().astype(np.int32),
+        "lengths": np.array(LENGTHS, np.int32),
+        "logits": logits.detach().numpy(),
+        "prompts": tokens.numpy().astype(np.int32),
+        "prompt_lengths": np.array(PROMPT_LENGTHS, np.int32),
+        "greedy": greedy.astype(np.int32),
+    } | {f"gradient/{name}": digest(w.grad.numpy()) for name, w in model.named_parameters()}
+
+
+def classifier(model: Any, seed: int) -> dict[str, np.ndarray]:
+    """The golden arrays of a classifier."""
+    rows = random_rows(LENGTHS, seed)
+    tokens, mask, positions = padded(rows, "right")
+    with torch.no_grad():
+        scores = model(tokens, attention_mask=mask, position_ids=positions).logits
+    return {
+        "tokens": tokens.numpy().astype(np.int32),
+        "lengths": np.array(LENGTHS, np.int32),
+        "scores": scores.numpy(),
+    }
+
+
+def write(name: str, config: dict[str, Any]) -> None:
+    """Makes one folder; the seed follows from the name, and moves on until the continuation is clear."""
+    folder = FOLDER / name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    kind = getattr(transformers, config["architectures"][0])
+    for seed in range(zlib.crc32(name.encode()) % 10_000, 100_000):
+        loaded = transformers.AutoConfig.from_pretrained(folder)
+        model = kind._from_config(loaded, dtype=torch.float32, attn_implementation="eager").eval()
+        randomise(model, seed)
+        golden = classifier(model, seed) if "ForSequence" in kind.__name__ else language_model(model, seed)
+        if golden is not None:
+            break
+    weights = {key: value.detach().bfloat16().contiguous() for key, value in model.named_parameters()}
+    save_torch(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(golden, folder / "golden.safetensors", metadata={"transformers": transformers.__version__})
+
+
+def main() -> None:
+    """Makes all folders anew."""
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    torch.set_num_threads(1)
+    for name, config in CASES.items():
+        write(name, config)
+        print(f"{name}: {sum(file.stat().st_size for file in (FOLDER / name).iterdir()):,} bytes", flush=True)
+
+
+if __name__ == "__main__":
+    main()

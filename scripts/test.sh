@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# The tests. Arguments go to pytest: bash scripts/test.sh tests/models -k causal
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+prepare dev
+exec python -m pytest -n "${JAXRLHF_TEST_WORKERS:-2}" "$@"

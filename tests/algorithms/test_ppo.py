@@ -1,0 +1,169 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.algorithms import ppo
+
+SHAPE = (6, 5)
+
+
+def arrays(seed, number):
+    return np.random.default_rng(seed).normal(size=(number, *SHAPE)).astype(np.float32)
+
+
+@pytest.fixture
+def mask():
+    return jnp.asarray(np.random.default_rng(7).random(SHAPE) < 0.7)
+
+
+def poison(x, mask, value):
+    return jnp.asarray(np.where(mask, x, value).astype(np.float32))
+
+
+def test_the_score_lands_on_the_last_real_token():
+    mask = jnp.array([[1, 1, 1, 0], [1, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], bool)
+    old, reference = np.random.default_rng(0).normal(size=(2, *mask.shape)).astype(np.float32)
+    scores = jnp.array([0.7, -1.6, 0.25, 9.0, 3.0])
+    bad = np.where(mask, 0, np.inf).astype(np.float32)
+    rewards = np.asarray(ppo.token_rewards(scores, jnp.asarray(old + bad), jnp.asarray(reference - bad), mask, 0.05))
+    expected = np.where(mask, -0.05 * (old - reference), 0)
+    for row, column in ((0, 2), (1, 2), (2, 0), (4, 3)):
+        expected[row, column] += scores[row]
+    np.testing.assert_allclose(rewards, expected, rtol=1e-6)
+    assert rewards.dtype == np.float32
+
+
+def clipped_loss_by_hand(new, old, advantages, mask, cliprange):
+    losses, clipped = [], 0
+    for index in zip(*np.nonzero(mask), strict=True):
+        ratio = np.exp(np.float64(new[index]) - np.float64(old[index]))
+        free = -advantages[index] * ratio
+        bound = -advantages[index] * min(max(ratio, 1 - cliprange), 1 + cliprange)
+        losses.append(max(free, bound))
+        clipped += bound > free
+    return np.mean(losses), clipped / len(losses)
+
+
+def test_policy_loss_is_the_loop_over_tokens(mask):
+    new, old, advantages = arrays(0, 3)
+    count = jnp.asarray(mask.sum())
+    loss, metrics = ppo.policy_loss(jnp.asarray(new), jnp.asarray(old), jnp.asarray(advantages), mask, count, 0.2)
+    expected, clipfrac = clipped_loss_by_hand(new, old, advantages, mask, 0.2)
+    assert clipfrac > 0.2  # the case is not trivial
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["policy/clipfrac_avg"], clipfrac, rtol=1e-6)
+    d = np.float64(new - old)[mask]
+    np.testing.assert_allclose(metrics["policy/approxkl_avg"], 0.5 * np.mean(d**2), rtol=1e-5)
+    final = ppo.additive_to_final(metrics)
+    np.testing.assert_allclose(final["val/ratio"], np.exp(d).mean(), rtol=1e-5)
+    np.testing.assert_allclose(final["val/ratio_var"], np.exp(d).var(), rtol=1e-4)
+
+
+def test_no_gradient_flows_where_the_clip_holds(mask):
+    new, old, advantages = arrays(1, 3)
+    gradient = jax.grad(lambda x: ppo.policy_loss(x, jnp.asarray(old), jnp.asarray(advantages), mask, 1.0, 0.2)[0])
+    g = np.asarray(gradient(jnp.asarray(new)))
+    ratio = np.exp(new - old)
+    held = ~mask | ((advantages > 0) & (ratio > 1.2)) | ((advantages < 0) & (ratio < 0.8))
+    assert held.any() and (~held).any()
+    assert not g[held].any()
+    np.testing.assert_allclose(g[~held], (-advantages * ratio)[~held], rtol=1e-5)
+
+
+def test_at_ratio_one_the_gradient_is_the_policy_gradient(mask):
+    new, advantages = jnp.asarray(arrays(2, 2))
+    count = mask.sum()
+    clipped = jax.grad(lambda x: ppo.policy_loss(x, new, advantages, mask, int(count), 0.2)[0])(new)
+    np.testing.assert_allclose(clipped, np.where(mask, -advantages / count, 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_the_mask_hides_reaches_neither_loss_nor_gradient(mask, bad):
+    new, old, advantages, returns = arrays(3, 4)
+
+    def loss(new, old, advantages, returns):
+        policy, metrics = ppo.policy_loss(new, old, advantages, mask, 10.0, 0.2)
+        value, more = ppo.value_loss(new, old, returns, mask, 10.0, 0.2)
+        return policy + value, metrics | more
+
+    inputs = new, old, advantages, returns
+    run = jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
+    clean = run(*(poison(x, mask, 0) for x in inputs))
+    dirty = run(*(poison(x, mask, bad) for x in inputs))
+    jax.tree.map(np.testing.assert_array_equal, clean, dirty)
+
+
+def test_an_overflowing_ratio_that_is_clipped_stays_harmless():
+    new, old = jnp.array([[200.0, 0.1]]), jnp.zeros((1, 2))
+    run = jax.value_and_grad(lambda x: ppo.policy_loss(x, old, jnp.ones((1, 2)), jnp.ones((1, 2), bool), 2.0, 0.2)[0])
+    loss, gradient = run(new)
+    np.testing.assert_allclose(loss, -(1.2 + np.exp(0.1)) / 2, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[0, -np.exp(0.1) / 2]], rtol=1e-6)
+
+
+def test_value_loss_is_the_loop_over_tokens(mask):
+    values, old, returns = arrays(4, 3)
+    loss, metrics = ppo.value_loss(
+        jnp.asarray(values), jnp.asarray(old), jnp.asarray(returns), mask, mask.sum().item(), 0.2
+    )
+    losses, clipped = [], 0
+    for i in zip(*np.nonzero(mask), strict=True):
+        near = min(max(values[i], old[i] - 0.2), old[i] + 0.2)
+        losses.append(0.5 * max((values[i] - returns[i]) ** 2, (near - returns[i]) ** 2))
+        clipped += (near - returns[i]) ** 2 > (values[i] - returns[i]) ** 2
+    np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-5)
+    np.testing.assert_allclose(metrics["val/clipfrac_avg"], clipped / len(losses), rtol=1e-6)
+    assert clipped
+
+
+def test_micro_batches_add_up_to_the_batch(mask):
+    new, old, advantages, returns = (jnp.asarray(x) for x in arrays(5, 4))
+    count = jnp.asarray(mask.sum())
+
+    def loss(new, rows):
+        at = functools.partial(jnp.take, indices=jnp.asarray(rows), axis=0)
+        policy, metrics = ppo.policy_loss(at(new), at(old), at(advantages), at(mask), count, 0.2)
+        value, more = ppo.value_loss(at(new), at(old), at(returns), at(mask), count, 0.2)
+        return policy + 0.1 * value, metrics | more
+
+    run = jax.value_and_grad(loss, has_aux=True)
+    whole = run(new, range(6))
+    for cuts in ([[0], [1, 2], [3, 4, 5]], [[i] for i in range(6)]):
+        parts = [run(new, rows) for rows in cuts]
+        total = jax.tree.map(lambda *x: sum(x), *parts)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), total, whole)
+
+
+def test_rollout_metrics_by_hand(mask):
+    old, reference = arrays(6, 2)
+    scores = np.arange(6, dtype=np.float32)
+    finished = scores > 3
+    bad = np.where(mask, 0, np.nan).astype(np.float32)
+    metrics = ppo.rollout_metrics(
+        jnp.asarray(scores), jnp.asarray(old + bad), jnp.asarray(reference + bad), mask, jnp.asarray(finished), 0.5
+    )
+    kl = np.mean([(o - r)[m].sum() for o, r, m in zip(old, reference, mask, strict=True)])
+    expected = {
+        "objective/kl": kl,
+        "objective/entropy": -np.mean([o[m].sum() for o, m in zip(old, mask, strict=True)]),
+        "objective/scores": 2.5,
+        "objective/non_score_reward": -0.5 * kl,
+        "objective/rlhf_reward": 2.5 - 0.5 * kl,
+        "val/num_eos_tokens": 2,
+    }
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_rewards_sum_to_the_objective(mask):
+    """Token rewards of a row add up to score - kl_coef KL: what rlhf_reward averages."""
+    old, reference = (jnp.asarray(x) for x in arrays(8, 2))
+    mask = mask.at[:, 0].set(True)
+    scores = jnp.arange(6.0)
+    rewards = ppo.token_rewards(scores, old, reference, mask, 0.3)
+    metrics = ppo.rollout_metrics(scores, old, reference, mask, jnp.ones(6, bool), 0.3)
+    np.testing.assert_allclose(rewards.sum(1).mean(), metrics["objective/rlhf_reward"], rtol=1e-5)

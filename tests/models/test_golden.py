@@ -1,0 +1,67 @@
+"""Every family and option against what transformers computed (scripts/make_fixtures.py), without torch."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf import models
+
+NEW_TOKENS = 64
+QUICKLY_COMPILED = {"xla_backend_optimization_level": 0}  # halves the time of these tests, most of which is compilation
+
+
+def digest(gradient: np.ndarray) -> np.ndarray:
+    """The norm of a gradient, and its products with four fixed directions; as in the script."""
+    flat = gradient.astype(np.float64).ravel()
+    directions = [np.cos((i + 1) * np.arange(flat.size)) for i in range(4)]
+    return np.array([np.linalg.norm(flat), *(flat @ direction for direction in directions)])
+
+
+def test_language_model_is_transformers(language_model, padded):
+    model, golden = language_model.model, language_model.golden
+    rows = [row[:length] for row, length in zip(golden["tokens"], golden["lengths"], strict=True)]
+    prompts = [row[len(row) - n :] for row, n in zip(golden["prompts"], golden["prompt_lengths"], strict=True)]
+    written = [np.concatenate(pair) for pair in zip(prompts, golden["greedy"], strict=True)]
+    width = max(map(len, written)) + 1
+    # one batch, one compilation: the sequences padded right and left, then prompts with their continuation
+    parts = [padded(rows, "right", width), padded(rows, "left", width), padded(written, "left", width)]
+    tokens, mask = (jnp.concatenate(column) for column in zip(*parts, strict=True))
+    learns = mask[:, :-1] & mask[:, 1:] & (jnp.arange(len(tokens)) < 2 * len(rows))[:, None]
+
+    @partial(jax.jit, compiler_options=QUICKLY_COMPILED)
+    def run(params):
+        def loss(params):
+            logits = models.lm_logits(params, model, models.forward(params, model, tokens, mask))
+            logprobs = jax.nn.log_softmax(logits[:, :-1])
+            picked = jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
+            return -jnp.where(learns, picked, 0).sum() / learns.sum(), logits
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    gradient, logits = run(language_model.params)
+    logits, mask = np.asarray(logits), np.asarray(mask)
+    for i in range(2):
+        at = slice(i * len(rows), (i + 1) * len(rows))
+        np.testing.assert_allclose(logits[at][mask[at]], golden["logits"], atol=1e-4, rtol=0)
+    # token by token the likeliest, hence the greedy continuation
+    best = logits[2 * len(rows) :, -NEW_TOKENS - 1 : -1].argmax(-1)
+    np.testing.assert_array_equal(best, golden["greedy"])
+    ours = language_model.named(gradient)
+    assert set(ours) == {key.removeprefix("gradient/") for key in golden if key.startswith("gradient/")}
+    for key, value in ours.items():
+        theirs = golden[f"gradient/{key}"]
+        np.testing.assert_allclose(digest(value), theirs, atol=1e-4 * theirs[0], rtol=0, err_msg=key)
+
+
+def test_classifier_is_transformers(classifier, padded):
+    model, params, golden = classifier.model, classifier.params, classifier.golden
+    rows = [row[:length] for row, length in zip(golden["tokens"], golden["lengths"], strict=True)]
+    tokens, mask = padded(rows, "right", golden["tokens"].shape[1])
+    hidden = jax.jit(models.forward, static_argnums=1, compiler_options=QUICKLY_COMPILED)(params, model, tokens, mask)
+    last = hidden[np.arange(len(rows)), golden["lengths"] - 1]
+    expected = golden["scores"]
+    np.testing.assert_allclose(models.label_logits(params, model, last), expected, atol=1e-4, rtol=0)
+    score = expected[:, 0] if model.num_labels == 1 else 1 / (1 + np.exp(expected[:, 0] - expected[:, 1]))
+    np.testing.assert_allclose(models.scores(params, model, last), score, atol=1e-4, rtol=0)

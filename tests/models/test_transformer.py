@@ -1,0 +1,244 @@
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import models
+from jaxrlhf.models import Rope
+
+forward = jax.jit(models.forward, static_argnums=1)
+forward_cached = jax.jit(models.forward_cached, static_argnums=1)
+
+
+def mixed(make, **changes):
+    """One sliding layer among full ones."""
+    return make(sliding_window=3, sliding_layers=(False, True), **changes)
+
+
+def absolute(make, **changes):
+    """GPT-2's kind: learned positions, LayerNorm, biases, no gate."""
+    parts = {"norm": "layernorm", "activation": "gelu_tanh", "gated_mlp": False, "rope": None, "qk_norm": False}
+    biases = {"qkv_bias": True, "attention_out_bias": True, "mlp_bias": True}
+    return make(family="gpt2", num_kv_heads=4, head_dim=4, **parts, **biases, **changes)
+
+
+@pytest.fixture(params=[mixed, absolute])
+def model(request, make):
+    return request.param(make)
+
+
+def dots(function, *arguments):
+    """Operand dtypes and result dtype of every matrix product of the traced function, inner programs included."""
+    found = []
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                found.append(tuple(str(v.aval.dtype) for v in (*equation.invars, *equation.outvars)))
+            for value in equation.params.values():
+                for inner in value if isinstance(value, tuple | list) else (value,):
+                    if hasattr(inner, "eqns"):
+                        walk(inner)
+                    elif hasattr(getattr(inner, "jaxpr", None), "eqns"):
+                        walk(inner.jaxpr)
+
+    walk(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return found
+
+
+def loss_of(model, tokens, mask):
+    def loss(params):
+        return jnp.square(models.lm_logits(params, model, models.forward(params, model, tokens, mask))).mean()
+
+    return loss
+
+
+def test_parameters_are_as_documented(make, key):
+    model = make(tie_embeddings=False, qkv_bias=True)
+    shapes = jax.tree.map(jnp.shape, models.init(model, key))
+    assert shapes == {
+        "embed": {"embedding": (32, 16)},
+        "layers": {
+            "attention_norm": {"scale": (2, 16)},
+            "attention": {
+                "q": {"kernel": (2, 16, 24), "bias": (2, 24)},
+                "k": {"kernel": (2, 16, 12), "bias": (2, 12)},
+                "v": {"kernel": (2, 16, 12), "bias": (2, 12)},
+                "o": {"kernel": (2, 24, 16)},
+                "q_norm": {"scale": (2, 6)},
+                "k_norm": {"scale": (2, 6)},
+            },
+            "mlp_norm": {"scale": (2, 16)},
+            "mlp": {"gate": {"kernel": (2, 16, 20)}, "up": {"kernel": (2, 16, 20)}, "down": {"kernel": (2, 20, 16)}},
+        },
+        "norm": {"scale": (16,)},
+        "lm_head": {"kernel": (16, 32)},
+    }
+    gpt2 = models.init(absolute(make), key, "bfloat16")
+    assert gpt2["positions"]["embedding"].shape == (64, 16)
+    assert set(gpt2["layers"]["mlp"]) == {"up", "down"} and gpt2["norm"]["bias"].shape == (16,)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gpt2)} == {jnp.dtype("bfloat16")}
+
+
+def test_fresh_kernels_differ_and_have_the_stated_scale(make, key):
+    params = models.init(make(hidden_size=64, mlp_size=64), key)
+    up = params["layers"]["mlp"]["up"]["kernel"]
+    assert not jnp.array_equal(up[0], up[1])
+    for kernel in (up, params["layers"]["mlp"]["down"]["kernel"], params["embed"]["embedding"]):
+        assert jnp.std(kernel) == pytest.approx(0.02, rel=0.1)
+    assert jnp.all(params["layers"]["mlp_norm"]["scale"] == 1)
+
+
+def test_no_gradient_from_the_future_or_from_beyond_the_window(make, big_weights):
+    # every token occurs once, so the gradient by embedding row is the gradient by position
+    tokens, mask = jnp.arange(8, dtype=jnp.int32)[None], jnp.ones((1, 8), bool)
+    at = 5
+
+    def seen(model):
+        params = big_weights(model)
+
+        def state(table):
+            hidden = models.forward({**params, "embed": {"embedding": table}}, model, tokens, mask)
+            return jnp.sum(jnp.sin(hidden[0, at]))  # not constant under the norm
+
+        return (jnp.abs(jax.jit(jax.grad(state))(params["embed"]["embedding"])).max(1)[:8] > 0).tolist()
+
+    assert seen(make()) == [i <= at for i in range(8)]
+    sliding = make(num_layers=1, sliding_window=3, sliding_layers=(True,))
+    assert seen(sliding) == [at - 3 < i <= at for i in range(8)]
+
+
+def test_padding_changes_nothing(model, big_weights, padded):
+    generator = np.random.default_rng(0)
+    rows = [generator.integers(0, 32, length).astype(np.int32) for length in (9, 5, 2)]
+    params, found = big_weights(model), []
+    for side in ("right", "left"):
+        for filler in (0, 31):
+            tokens, mask = padded(rows, side, 12)
+            found.append(forward(params, model, jnp.where(mask, tokens, filler), mask)[mask])
+    alone = [forward(params, model, jnp.asarray(row)[None], jnp.ones((1, len(row)), bool))[0] for row in rows]
+    for hidden in found:
+        np.testing.assert_allclose(hidden, jnp.concatenate(alone), atol=2e-5)
+
+
+def test_a_row_with_nothing_in_it_stays_finite(model, big_weights):
+    tokens = jnp.zeros((2, 4), jnp.int32)
+    mask = jnp.array([[True] * 4, [False] * 4])
+    value, gradient = jax.jit(jax.value_and_grad(loss_of(model, tokens, mask)))(big_weights(model))
+    assert jnp.isfinite(value)
+    chex.assert_tree_all_finite(gradient)
+
+
+def test_decoding_with_a_cache_is_the_whole_pass(model, big_weights, padded):
+    generator = np.random.default_rng(1)
+    params = big_weights(model)
+    tokens, mask = padded([generator.integers(0, 32, length).astype(np.int32) for length in (10, 7)], "left", 11)
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    cache = models.empty_cache(model, 2, 16, "float32")
+    # what lies in slots that nobody wrote must not matter
+    cache = dataclasses.replace(cache, k=tuple(k + 1e3 for k in cache.k), v=tuple(v + 1e3 for v in cache.v))
+    unstacked, found = models.unstack(params, model), []
+    for start, stop in ((0, 4), (4, 8), (8, 9), (9, 10), (10, 11)):
+        at = slice(start, stop)
+        inputs = tokens[:, at], mask[:, at], positions[:, at]
+        hidden, cache = forward_cached(unstacked, model, *inputs, cache, start)
+        found.append(hidden)
+    whole = forward(params, model, tokens, mask)
+    np.testing.assert_allclose(jnp.concatenate(found, axis=1)[mask], whole[mask], atol=2e-5)
+    assert jnp.array_equal(cache.valid[:, :11], mask) and not cache.valid[:, 11:].any()
+
+
+def test_decoding_is_traced_once(make, big_weights):
+    model = mixed(make)
+    step = jax.jit(chex.assert_max_traces(models.forward_cached, n=1), static_argnums=1)
+    unstacked, cache = models.unstack(big_weights(model), model), models.empty_cache(model, 1, 6, "bfloat16")
+    for slot in range(6):
+        one = jnp.full((1, 1), slot, jnp.int32)
+        _, cache = step(unstacked, model, one, jnp.ones((1, 1), bool), one, cache, slot)
+    assert cache.k[0].dtype == jnp.bfloat16
+
+
+def test_packed_sequences_do_not_see_each_other(model, big_weights):
+    generator = np.random.default_rng(2)
+    params, tokens = big_weights(model), jnp.asarray(generator.integers(0, 32, (1, 9)), jnp.int32)
+    lengths = (4, 5)
+    segments = jnp.repeat(jnp.arange(2), jnp.array(lengths))[None]
+    positions = jnp.concatenate([jnp.arange(n, dtype=jnp.int32) for n in lengths])[None]
+    packed = forward(params, model, tokens, jnp.ones((1, 9), bool), positions, segments)
+    apart = [forward(params, model, part, jnp.ones_like(part, bool)) for part in (tokens[:, :4], tokens[:, 4:])]
+    np.testing.assert_allclose(packed, jnp.concatenate(apart, axis=1), atol=2e-5)
+
+
+def test_rematerialisation_changes_memory_and_nothing_else(make, big_weights):
+    tokens, mask = jnp.arange(12, dtype=jnp.int32).reshape(2, 6), jnp.ones((2, 6), bool)
+    results, products = {}, {}
+    for remat in ("none", "dots", "full"):
+        model = mixed(make, remat=remat)
+        params, function = big_weights(model), jax.value_and_grad(loss_of(model, tokens, mask))
+        results[remat], products[remat] = jax.jit(function)(params), len(dots(function, params))
+    # a layer has seven products with weights and two of attention; each has two more in the gradient
+    assert products["none"] == 9 * 3 + 3
+    assert products["dots"] - products["none"] in (1, 2)  # attention again; its last product is not always needed
+    assert products["full"] - products["none"] in (8, 9)
+    for remat in ("dots", "full"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), *map(results.get, (remat, "none"))
+        )
+
+
+def test_the_program_does_not_grow_with_depth(make):
+    def size(layers):
+        model = make(num_layers=layers)
+        params = jax.eval_shape(lambda key: models.init(model, key), jax.random.key(0))
+        tokens, mask = jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), bool)
+        return len(dots(jax.grad(loss_of(model, tokens, mask)), params))
+
+    assert size(2) == size(5)
+
+
+def test_bfloat16_is_close_and_runs_through_every_product(model, big_weights):
+    rough = dataclasses.replace(model, dtype="bfloat16")
+    params = jax.tree.map(lambda leaf: 0.5 * leaf, big_weights(model))
+    tokens, mask = jnp.arange(12, dtype=jnp.int32).reshape(2, 6), jnp.ones((2, 6), bool)
+    exact = jax.jit(jax.grad(loss_of(model, tokens, mask)))(params)
+    close = jax.jit(jax.grad(loss_of(rough, tokens, mask)))(params)
+    for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(close), strict=True):
+        assert b.dtype == jnp.float32
+        assert jnp.linalg.norm(a - b) <= 0.05 * jnp.linalg.norm(a) + 1e-4
+    assert set(dots(jax.grad(loss_of(rough, tokens, mask)), params)) == {("bfloat16", "bfloat16", "float32")}
+    assert models.forward(params, rough, tokens, mask).dtype == jnp.float32
+
+
+def test_grouped_heads_are_repeated_heads(make, big_weights):
+    grouped, full = make(), make(num_kv_heads=4)
+    params = big_weights(grouped)
+
+    def repeated(kernel):
+        layers, width, _ = kernel.shape
+        return jnp.repeat(kernel.reshape(layers, width, 2, 6), 2, axis=2).reshape(layers, width, 24)
+
+    attention = params["layers"]["attention"]
+    wide = attention | {name: {"kernel": repeated(attention[name]["kernel"])} for name in "kv"}
+    tokens, mask = jnp.arange(6, dtype=jnp.int32)[None], jnp.ones((1, 6), bool)
+    expected = forward(params, grouped, tokens, mask)
+    found = forward({**params, "layers": {**params["layers"], "attention": wide}}, full, tokens, mask)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_window_as_long_as_the_sequence_is_no_window(make, big_weights):
+    tokens, mask = jnp.arange(6, dtype=jnp.int32)[None], jnp.ones((1, 6), bool)
+    plain = make()
+    wide = make(sliding_window=6, sliding_layers=(True, True))
+    params = big_weights(plain)
+    np.testing.assert_array_equal(forward(params, wide, tokens, mask), forward(params, plain, tokens, mask))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_kv_heads": 3}, {"sliding_layers": (False,)}, {"head_dim": 5, "rope": Rope(theta=10.0)}]
+)
+def test_impossible_models_are_refused(make, changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        make(**changes)

@@ -1,0 +1,181 @@
+"""Reward functions: how they are found, what they are given, and what they may return."""
+
+import textwrap
+
+import numpy as np
+import pytest
+
+from jaxrlhf.errors import RewardError
+from jaxrlhf.rewards.functions import RewardFunction, load
+
+PROMPTS, COMPLETIONS = ["p", "q", "r"], ["one", "two two", "three"]
+
+
+def call(function, columns=None, step=None):
+    return RewardFunction(function, "my.py:f")(PROMPTS, COMPLETIONS, columns or {}, step)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def file(text: str, name: str = "mine.py") -> str:
+        (tmp_path / name).write_text(textwrap.dedent(text))
+        return str(tmp_path / name)
+
+    return file
+
+
+def test_a_function_gets_the_columns_it_names_and_no_others():
+    seen = {}
+
+    def some(completions, answer, extra=None):
+        seen.update(completions=completions, answer=answer, extra=extra)
+        return [len(c) for c in completions]
+
+    scores, unanswered = call(some, {"answer": [1, 2, 3], "other": "xyz"})
+    assert scores.dtype == np.float32
+    assert scores.tolist() == [3, 7, 5]
+    assert not unanswered.any()
+    assert seen == {"completions": COMPLETIONS, "answer": [1, 2, 3], "extra": None}
+
+    def everything(**columns):
+        seen.clear()
+        seen.update(columns)
+        return [0, 0, 0]
+
+    call(everything, {"answer": [1, 2, 3], "other": "xyz"})
+    assert set(seen) == {"prompts", "completions", "answer", "other"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [1, 2.5, True],
+        (1, 2.5, 1.0),
+        np.array([1, 2.5, 1], np.float16),
+        [np.float32(1), np.float64(2.5), np.bool_(True)],
+        [np.array(1), 2.5, 1],
+    ],
+)
+def test_numbers_of_every_kind_are_accepted(answer):
+    scores, unanswered = call(lambda completions: answer)
+    assert scores.tolist() == [1.0, 2.5, 1.0]
+    assert not unanswered.any()
+
+
+def test_jax_arrays_are_accepted():
+    import jax.numpy as jnp
+
+    assert call(lambda completions: jnp.arange(3.0))[0].tolist() == [0, 1, 2]
+    assert call(lambda completions: list(jnp.arange(3.0)))[0].tolist() == [0, 1, 2]
+
+
+def test_no_opinion_scores_zero_and_is_marked():
+    scores, unanswered = call(lambda completions: [None, 2, None])
+    assert scores.tolist() == [0, 2, 0]
+    assert unanswered.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([1, 2], r"reward my.py:f \(step 14\) returned 2 values for 3 completions; first completion: 'one'"),
+        (np.zeros((3, 1)), r"returned \[0.0\] \(list\), not a number, for completion 0"),
+        ([1, float("nan"), 3], r"\(step 14\) returned nan, not a finite float32, for completion 1: 'two two'"),
+        ([1, 2, float("-inf")], r"returned -inf, .* for completion 2: 'three'"),
+        ([1, 1e39, 2], r"returned 1e\+39, not a finite float32, for completion 1"),
+        ([10**400, 1, 2], r"not a finite float32, for completion 0"),
+        ([1, "2", 3], r"returned '2' \(str\), not a number, for completion 1"),
+        ("abc", "returned a str; expected a list of 3 numbers"),
+        ({0: 1}, "returned a dict"),
+        (1.0, "returned a float"),
+        (None, "returned a NoneType"),
+        (iter([1, 2, 3]), "returned a list_iterator"),
+    ],
+)
+def test_anything_else_is_refused_with_what_and_where(answer, message):
+    with pytest.raises(RewardError, match=message) as caught:
+        call(lambda completions: answer, step=14)
+    assert caught.value.exit_code == 5
+
+
+def test_a_raise_names_the_persons_own_line(write):
+    path = write(
+        """
+        import json
+        def f(completions):
+            return [helper(c) for c in completions]
+        def helper(text):
+            return json.loads(text)
+        """
+    )
+    with pytest.raises(RewardError, match=r"raised JSONDecodeError: Expecting value: .* at .*mine.py:6$"):
+        load(f"{path}:f")(PROMPTS, COMPLETIONS, {})
+
+
+def test_leaving_the_program_is_a_raise_and_ctrl_c_is_not():
+    def leave(completions):
+        raise SystemExit(3)
+
+    def interrupt(completions):
+        raise KeyboardInterrupt
+
+    with pytest.raises(RewardError, match="raised SystemExit: 3"):
+        call(leave)
+    with pytest.raises(KeyboardInterrupt):
+        call(interrupt)
+
+
+def test_a_column_that_is_not_there_is_named():
+    with pytest.raises(
+        RewardError, match=r"needs 'answer', which the data does not have; it has 'completions', 'n', 'p"
+    ):
+        call(lambda completions, answer: [0, 0, 0], {"n": [1, 2, 3]})
+
+
+def test_files_can_import_their_neighbours_and_define_dataclasses(write):
+    write("WORTH = 4\n", "neighbour_of_mine.py")
+    path = write(
+        """
+        import dataclasses
+        from neighbour_of_mine import WORTH
+        @dataclasses.dataclass
+        class Item:
+            worth: float = WORTH
+        def reward(prompts, completions):
+            return [Item().worth] * len(prompts)
+        """
+    )
+    function = load(f"{path}:reward")
+    assert function(PROMPTS, COMPLETIONS, {})[0].tolist() == [4, 4, 4]
+    assert function.label == "reward"
+    assert load("math:fsum").label == "fsum"
+    assert RewardFunction(lambda completions: [0]).label == "function"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("mine.py", "write it as path.py:name"),
+        (":f", "write it as path.py:name"),
+        ("/nowhere/mine.py:f", "there is no file /nowhere/mine.py"),
+        ("no_such_package.module:f", "ModuleNotFoundError"),
+        ("math:squirt", "math has no 'squirt'; did you mean 'sqrt'"),
+        ("math:pi", "'pi' is a float, not a function"),
+    ],
+)
+def test_what_cannot_be_found_is_explained(spec, message):
+    with pytest.raises(RewardError, match=message):
+        load(spec)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def f(:\n", r"SyntaxError: .* at .*mine.py:1"),
+        ("import nothing_here\n", r"ModuleNotFoundError: .* at .*mine.py:1"),
+        ("x = 1\nopen('/nowhere/words.txt')\n", r"FileNotFoundError.* at .*mine.py:2"),
+    ],
+)
+def test_a_file_that_does_not_load_is_explained(write, text, message):
+    with pytest.raises(RewardError, match=message):
+        load(f"{write(text)}:f")

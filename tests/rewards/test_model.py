@@ -1,0 +1,85 @@
+"""Reward models: scores do not depend on micro-batches, padding or the way the text arrives."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import sharding, weights
+from jaxrlhf.config import Mesh
+from jaxrlhf.errors import DataError
+from jaxrlhf.models import forward
+from jaxrlhf.rewards.model import RewardModel
+
+
+@pytest.fixture(scope="module")
+def judge(reward_folder) -> RewardModel:
+    return RewardModel(str(reward_folder), dtype="float32", micro_batch_size=2)
+
+
+def expected(judge: RewardModel, rows: list[list[int]]) -> list[float]:
+    """One row at a time without any padding, the head applied by hand."""
+    scores = []
+    for row in rows:
+        hidden = forward(judge.params, judge.model, jnp.array([row]), jnp.ones((1, len(row)), bool))
+        scores.append(float(hidden[0, -1] @ judge.params["score"]["kernel"][:, 0]))
+    return scores
+
+
+def test_a_rollout_scores_as_its_unpadded_rows_do(judge, policy_tokenizer, make_rollout):
+    made = make_rollout(policy_tokenizer)
+    scores, truncated = judge.score_rollout(made)
+    rows = [t[m].tolist() for t, m in zip(made.tokens, made.mask, strict=True)]
+    np.testing.assert_allclose(scores, expected(judge, rows), rtol=1e-4, atol=1e-5)
+    assert np.ptp(scores) > 0.1
+    assert scores.dtype == np.float32
+    assert not truncated.any()
+
+
+def test_text_in_its_own_tokens_scores_the_same(judge, policy_tokenizer, make_rollout, talk):
+    by_text, _ = judge.score_texts(*talk)
+    np.testing.assert_allclose(by_text, judge.score_rollout(make_rollout(policy_tokenizer))[0], rtol=1e-4, atol=1e-5)
+    unfinished, _ = judge.score_texts(talk.prompts, talk.completions, [False] * 3)
+    assert (np.abs(unfinished - by_text) > 1e-3).tolist() == talk.finished
+
+
+def test_a_mesh_and_its_rows_do_not_matter(reward_folder, judge, policy_tokenizer, make_rollout):
+    mesh = sharding.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
+    spread = RewardModel(str(reward_folder), dtype="float32", micro_batch_size=1, mesh=mesh)
+    assert spread.rows == 4
+    made = make_rollout(policy_tokenizer)
+    np.testing.assert_allclose(spread.score_rollout(made)[0], judge.score_rollout(made)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_text_longer_than_the_context_loses_its_beginning_and_is_counted(judge, policy_tokenizer, make_rollout):
+    long = "a" * 30 + " the end of a text that is much too long to fit"
+    scores, truncated = judge.score_texts(["", "hi "], [long, "x"], [False, False])
+    assert truncated.tolist() == [True, False]
+    kept = policy_tokenizer.encode(long)[-judge.model.max_positions :]
+    assert scores[0] == pytest.approx(expected(judge, [kept])[0], rel=1e-4)
+    made = make_rollout(policy_tokenizer, ["", "hi "], [long, "x"], [False, False])
+    again, truncated = judge.score_rollout(made)
+    np.testing.assert_allclose(again, scores, rtol=1e-4, atol=1e-5)
+    assert truncated.tolist() == [True, False]
+
+
+def test_tokenizers_are_told_apart(judge, policy_tokenizer, other_tokenizer):
+    assert judge.shares_tokenizer(policy_tokenizer)
+    assert not judge.shares_tokenizer(other_tokenizer)
+
+
+def test_a_language_model_is_not_a_reward_model(tiny_model):
+    with pytest.raises(DataError, match="is a language model, not a reward model"):
+        RewardModel(str(tiny_model), micro_batch_size=1)
+
+
+def test_two_labels_score_the_probability_of_label_one(tiny_model, tmp_path, talk):
+    model, params = weights.load(tiny_model, init="random", key=jax.random.key(1), head="linear")
+    kernel = jax.random.normal(jax.random.key(2), (model.hidden_size, 2))
+    two = dataclasses.replace(model, num_labels=2)
+    folder = weights.export(tmp_path / "m", two, params | {"score": {"kernel": kernel}}, source=tiny_model)
+    scores, _ = RewardModel(str(folder), dtype="float32", micro_batch_size=4).score_texts(*talk)
+    assert ((scores > 0) & (scores < 1)).all()
+    assert np.ptp(scores) > 0.01

@@ -1,0 +1,242 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxrlhf import models
+from jaxrlhf.config import Sampling
+from jaxrlhf.logprobs import response_hidden, token_logprobs
+from jaxrlhf.models import ModelConfig, Rope
+from jaxrlhf.rollout import decode
+from jaxrlhf.rollout.decode import generate
+from jaxrlhf.rollout.sampling import sample
+from jaxrlhf.types import Prompts
+
+LLAMA = ModelConfig(
+    family="llama",
+    vocab_size=11,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    mlp_size=16,
+    max_positions=64,
+    norm="rmsnorm",
+    norm_eps=1e-5,
+    activation="silu",
+    gated_mlp=True,
+    rope=Rope(theta=1e4),
+    qkv_bias=False,
+    attention_out_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    sliding_window=4,
+    sliding_layers=(False, True),
+    tie_embeddings=False,
+)
+GPT2 = dataclasses.replace(
+    LLAMA, family="gpt2", rope=None, norm="layernorm", gated_mlp=False, sliding_window=None, sliding_layers=(False,) * 2
+)
+STOPS = (7, 2)
+PAD = 0
+
+
+def weights(model):
+    return jax.tree.map(lambda x: 15 * x, models.init(model, jax.random.key(0)))
+
+
+def prompts_of(lengths, width=None, index=None, draws=None):
+    rng = np.random.default_rng(0)
+    width = width or max(lengths)
+    tokens, mask = np.full((len(lengths), width), PAD, np.int32), np.zeros((len(lengths), width), bool)
+    for i, n in enumerate(lengths):
+        tokens[i, width - n :], mask[i, width - n :] = rng.integers(0, 11, n), True
+    index = np.arange(len(lengths)) if index is None else index
+    draws = np.zeros(len(lengths), int) if draws is None else draws
+    return Prompts(*(jnp.asarray(x) for x in (tokens, mask, np.int32(index), np.int32(draws))))
+
+
+def rows(prompts, order):
+    return jax.tree.map(lambda x: x[jnp.asarray(order)], prompts)
+
+
+def one_by_one(params, model, prompts, key, sampling, stops):
+    """The same responses without a cache, a batch, a loop on the device, or padding before the tokens."""
+
+    @jax.jit
+    def draw(tokens, length, key):
+        hidden = models.forward(params, model, tokens[None], (jnp.arange(len(tokens)) < length)[None])
+        return sample(models.lm_logits(params, model, hidden[:, length - 1]), key[None], sampling, None)
+
+    responses = []
+    for tokens, mask, index, which in zip(prompts.tokens, prompts.mask, prompts.index, prompts.sample, strict=True):
+        prompt = np.asarray(tokens)[np.asarray(mask)]
+        row_key = jax.random.fold_in(jax.random.fold_in(key, index), which)
+        room = np.zeros(prompts.tokens.shape[1] + sampling.response_length, np.int32)
+        room[: len(prompt)] = prompt
+        response = []
+        for t in range(sampling.response_length):
+            n = len(prompt) + t
+            token, logprob = draw(jnp.asarray(room), n, jax.random.fold_in(row_key, t))
+            room[n] = token[0]
+            response.append((int(token[0]), float(logprob[0])))
+            if response[-1][0] in stops:
+                break
+        responses.append(response)
+    return responses
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT2], ids=lambda m: m.family)
+def test_generate_is_forward_and_sample_token_by_token(model, key):
+    params, prompts = weights(model), prompts_of([3, 6, 1, 4, 2, 5])
+    sampling = Sampling(response_length=7, temperature=0.8, top_k=6, stop_token_ids=(2,))
+    rollout = generate(params, model, prompts, key, sampling, (7,), PAD)
+    expected = one_by_one(params, model, prompts, key, sampling, STOPS)
+    lengths = [len(r) for r in expected]
+    assert len(set(lengths)) > 2 and 7 in lengths  # ends of every kind
+    for i, response in enumerate(expected):
+        tokens, logprobs = zip(*response, strict=True)
+        n = len(tokens)
+        assert rollout.tokens[i, 6:].tolist() == [*tokens] + [PAD] * (7 - n)
+        assert rollout.response_mask[i].tolist() == [True] * n + [False] * (7 - n)
+        np.testing.assert_allclose(rollout.logprobs[i], [*logprobs] + [0] * (7 - n), atol=1e-5)
+        assert bool(rollout.finished[i]) == (tokens[-1] in STOPS)
+    np.testing.assert_array_equal(rollout.tokens[:, :6], prompts.tokens)
+    np.testing.assert_array_equal(rollout.mask, np.hstack([prompts.mask, rollout.response_mask]))
+    np.testing.assert_array_equal(rollout.index, prompts.index)
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT2], ids=lambda m: m.family)
+def test_logprobs_as_sampled_are_those_of_training(model, key):
+    """Full support at the temperature, whatever was filtered or held back, from another program."""
+    params, prompts = weights(model), prompts_of([3, 6, 1, 4])
+    sampling = Sampling(response_length=9, temperature=0.7, top_p=0.9, min_length=3)
+    rollout = generate(params, model, prompts, key, sampling, STOPS, PAD)
+    logprobs, _ = token_logprobs(
+        params, model, response_hidden(params, model, rollout), rollout.tokens[:, 6:], sampling.temperature
+    )
+    np.testing.assert_allclose(np.where(rollout.response_mask, logprobs, 0), rollout.logprobs, atol=1e-5)
+
+
+def same_rows(rollout, other, order, padding=0):
+    np.testing.assert_array_equal(other.tokens[:, padding:], rollout.tokens[jnp.asarray(order)])
+    np.testing.assert_array_equal(other.response_mask, rollout.response_mask[jnp.asarray(order)])
+    np.testing.assert_allclose(other.logprobs, rollout.logprobs[jnp.asarray(order)], atol=1e-5)
+
+
+def test_a_response_depends_on_its_prompt_and_key_alone(key):
+    params, lengths = weights(LLAMA), [3, 6, 1, 4, 2, 5, 6, 6]
+    sampling = Sampling(response_length=8)
+
+    def run(prompts):
+        return generate(params, LLAMA, prompts, key, sampling, STOPS, PAD)
+
+    prompts = prompts_of(lengths)
+    rollout = run(prompts)
+    order = [5, 0, 7, 2, 1, 6, 3, 4]
+    same_rows(rollout, run(rows(prompts, order)), order)
+    same_rows(rollout, run(rows(prompts, [4, 1, 6])), [4, 1, 6])
+    same_rows(rollout, run(prompts_of(lengths, width=11)), range(8), padding=5)
+
+
+def test_keys_differ_by_prompt_sample_and_run(key):
+    params, sampling = weights(LLAMA), Sampling(response_length=12, temperature=1.5)
+
+    def run(prompts, key):
+        return np.asarray(generate(params, LLAMA, prompts, key, sampling, (), PAD).tokens[:, 4:])
+
+    one = prompts_of([4] * 3, index=[0, 0, 1], draws=[0, 1, 0])
+    one = dataclasses.replace(one, tokens=jnp.tile(one.tokens[:1], (3, 1)))
+    first = run(one, key)
+    assert len({tuple(row) for row in first}) == 3
+    np.testing.assert_array_equal(run(one, key), first)
+    assert (run(one, jax.random.key(1)) != first).any(axis=1).all()
+
+
+def test_masks_come_from_ends_and_not_from_ids(key):
+    """A pad id that was sampled is a token; one that is also a stop token ends the row and stays inside the mask."""
+    params, prompts = weights(LLAMA), prompts_of([3] * 32)
+    sampling = Sampling(response_length=10, temperature=3.0)
+    free = generate(params, LLAMA, prompts, key, sampling, (), PAD)
+    assert free.response_mask.all() and not free.finished.any() and (free.tokens[:, 3:] == PAD).any()
+    stopped = generate(params, LLAMA, prompts, key, sampling, (PAD,), PAD)
+    for before, after, mask, finished in zip(
+        *map(np.asarray, (free.tokens[:, 3:], stopped.tokens[:, 3:], stopped.response_mask, stopped.finished)),
+        strict=True,
+    ):
+        ends = np.flatnonzero(before == PAD)
+        length = ends[0] + 1 if len(ends) else 10
+        assert finished == bool(len(ends)) and mask.tolist() == [True] * length + [False] * (10 - length)
+        np.testing.assert_array_equal(after, np.where(mask, before, PAD))
+    assert stopped.finished.any()
+
+
+def test_no_stop_token_before_the_minimum_length(key):
+    params, prompts = weights(LLAMA), prompts_of([3] * 16)
+    everything = tuple(range(10))  # all stop but one token
+    for sampling in (Sampling(response_length=6, min_length=4), Sampling(response_length=6, min_length=4, greedy=True)):
+        rollout = generate(params, LLAMA, prompts, key, sampling, everything, PAD)
+        response, lengths = np.asarray(rollout.tokens[:, 3:]), np.asarray(rollout.response_mask).sum(1)
+        assert (response[:, :4] == 10).all() and (lengths >= 5).all() and (lengths == 5).any()
+
+
+def test_the_loop_leaves_when_every_row_has_ended(key, monkeypatch):
+    steps = []
+
+    def counted(*arguments):
+        jax.debug.callback(lambda: steps.append(1))
+        return sample(*arguments)
+
+    monkeypatch.setattr(decode, "sample", counted)
+    static = ("model", "sampling", "stop_ids", "pad_id")
+    run = jax.jit(lambda *a, **k: generate.__wrapped__(*a, **k), static_argnames=static)
+    arguments = {"model": LLAMA, "sampling": Sampling(response_length=30), "stop_ids": (1, 2, 3, 4, 5), "pad_id": PAD}
+    rollout = run(weights(LLAMA), prompts=prompts_of([3] * 4), key=key, **arguments)
+    jax.effects_barrier()
+    longest = int(rollout.response_mask.sum(1).max())
+    assert rollout.finished.all() and len(steps) == longest < 30
+
+
+def test_one_token_responses(key):
+    params, prompts = weights(LLAMA), prompts_of([2, 3])
+    rollout = generate(params, LLAMA, prompts, key, Sampling(response_length=1), tuple(range(11)), PAD)
+    assert rollout.response_mask.all() and rollout.finished.all() and rollout.tokens.shape == (2, 4)
+
+
+def test_nothing_recompiles_for_new_data(key):
+    sampling = Sampling(response_length=5, temperature=0.9)
+    before = generate._cache_size()
+    for seed in range(3):
+        params = jax.tree.map(lambda x, s=seed: (1 + s) * x, weights(LLAMA))
+        generate(params, LLAMA, prompts_of([1 + seed, 4]), jax.random.key(seed), sampling, STOPS, PAD)
+    assert generate._cache_size() == before + 1
+
+
+def test_a_mesh_changes_nothing(key):
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    params, prompts = weights(LLAMA), prompts_of([3, 6, 1, 4, 2, 5, 6, 6])
+    sampling = Sampling(response_length=8, top_p=0.95)
+    expected = generate(params, LLAMA, prompts, key, sampling, STOPS, PAD)
+
+    def place(leaf):
+        last = "tensor" if leaf.ndim > 1 and leaf.shape[-1] % 2 == 0 else None
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 1), last)))
+
+    over_rows = NamedSharding(mesh, PartitionSpec("data"))
+    rollout = generate(
+        jax.tree.map(place, params), LLAMA, jax.device_put(prompts, over_rows), key, sampling, STOPS, PAD
+    )
+    same_rows(expected, rollout, range(8))
+
+
+def test_bfloat16_decodes_and_keeps_float32_logprobs(key):
+    model = dataclasses.replace(LLAMA, dtype="bfloat16")
+    params, prompts = jax.tree.map(lambda x: x / 5, weights(LLAMA)), prompts_of([3, 6, 1, 4])
+    rollout = generate(params, model, prompts, key, Sampling(response_length=8), STOPS, PAD)
+    assert rollout.logprobs.dtype == jnp.float32
+    exact, _ = token_logprobs(params, LLAMA, response_hidden(params, LLAMA, rollout), rollout.tokens[:, 6:], 1.0)
+    np.testing.assert_allclose(np.where(rollout.response_mask, exact, 0), rollout.logprobs, atol=0.1)

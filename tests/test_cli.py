@@ -1,0 +1,247 @@
+"""The command line: what it imports, what it says, and which exit code it leaves."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxrlhf import commands, config_file, errors, weights
+from jaxrlhf.cli import main
+from jaxrlhf.commands import COMMANDS, Command
+from jaxrlhf.config import PPOConfig
+
+GIVEN = ["--model.path", "m", "--data.path", "d"]
+HEAVY = ("jax", "flax", "transformers", "datasets", "numpy", "orbax", "torch", "matplotlib")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["ppo", "--help"], 0),
+        (["generate", "--help"], 0),
+        (["new", "ppo"], 0),
+        (["ppo", "ppo", "--optim.lr", "1"], 3),
+        (["sft", "no_such_file.yaml"], 3),
+        (["pp"], 2),
+        ([], 2),
+    ],
+)
+def test_help_and_config_errors_import_nothing_heavy(arguments, code):
+    program = (
+        "import sys; from jaxrlhf.cli import main; code = main(sys.argv[1:]); "
+        f"print('LOADED', [name for name in {HEAVY} if name in sys.modules]); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.endswith("LOADED []\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_train_help_shows_every_key(capsys):
+    assert main(["ppo", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for key, _ in config_file.keys(PPOConfig):
+        if "." in key:
+            assert f"--{key.replace('_', '-')} " in shown, key
+    assert "--fresh" in shown
+
+
+def fail_with(monkeypatch, error):
+    def run(options, overrides):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "demo", Command(run, "fails"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.ConfigError("why"), 3),
+        (errors.DataError("why"), 4),
+        (errors.RewardError("why"), 5),
+        (errors.NumericsError("why"), 6),
+        (errors.StorageError("why"), 7),
+        (errors.OutOfMemory("why"), 8),
+        (errors.Preempted("why"), 75),
+        (MemoryError("why"), 8),
+        (RuntimeError("RESOURCE_EXHAUSTED: why"), 8),
+        (OSError(errno.ENOSPC, "why", "file"), 7),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_every_kind_of_error_has_its_exit_code_and_one_message(monkeypatch, capsys, error, code):
+    fail_with(monkeypatch, error)
+    assert main(["demo"]) == code
+    said = capsys.readouterr().err
+    assert said.startswith("jaxrlhf: ")
+    assert "Traceback" not in said
+    assert ("micro_batch_size" in said) == (code == 8 and not isinstance(error, errors.OutOfMemory))
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "demo"], ["demo", "--debug"]])
+def test_debug_anywhere_shows_the_traceback(monkeypatch, capsys, arguments):
+    fail_with(monkeypatch, errors.DataError("why"))
+    assert main(arguments) == 4
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert said.endswith("jaxrlhf: error: why\n")
+
+
+def test_a_bug_is_not_dressed_up(monkeypatch):
+    fail_with(monkeypatch, ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError):
+        main(["demo"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generat"], "unknown command 'generat'; did you mean 'generate'?"),
+        (["generate", "m", "--promt", "x"], "unknown option '--promt'; did you mean '--prompt'?"),
+        (["ppo", "c.yaml", "--frsh"], "unknown option '--frsh'; did you mean '--fresh'?"),
+        (["plot", "run", "--seed", "1"], "unknown option '--seed'"),
+        (["generate", "m"], "--prompt"),
+        (["new", "pp"], "invalid choice: 'pp'"),
+        (["sft"], "give a CONFIG.yaml"),
+    ],
+)
+def test_misuse_is_exit_code_2_with_a_hint(capsys, arguments, message):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_override_without_a_value_is_refused(capsys):
+    assert main(["ppo", "ppo", "--optim.eps", "--fresh"]) == 3
+    assert "override --optim.eps has no value" in capsys.readouterr().err
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Stands in for the trainers and keeps what they were given."""
+    seen = []
+
+    class Trainer:
+        def __init__(self, config, *, fresh=False):
+            self.config, self.fresh, self.did = config, fresh, []
+            seen.append(self)
+
+        def train(self):
+            self.did.append("train")
+
+        def describe(self):
+            return "what would be done"
+
+        def restore(self):
+            self.did.append("restore")
+
+        def save_pretrained(self, directory):
+            self.did.append(directory)
+
+    monkeypatch.setattr(commands, "_trainer", lambda method: Trainer)
+    return seen
+
+
+def test_a_config_with_overrides_reaches_the_trainer(trained, tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("optim: {learning_rate: 1}\nmodel: {path: m}\ndata: {path: d}\n")
+    arguments = ["--optim.learning-rate=1e-4", str(path), "--seed", "3", "--fresh", "--data.template", "-{x}: y"]
+    assert main(["sft", *arguments]) == 0
+    (trainer,) = trained
+    assert (trainer.config.optim.learning_rate, trainer.config.seed, trainer.fresh) == (1e-4, 3, True)
+    assert trainer.config.data.template == "-{x}: y"
+    assert trainer.did == ["train"]
+
+
+def test_dry_run_prints_the_resolved_config_and_does_not_train(trained, tmp_path, capsys):
+    assert main(["sft", *GIVEN, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert trained[0].did == []
+    config, _, rest = printed.partition("\n\n")
+    (tmp_path / "again.yaml").write_text(config)
+    assert config_file.read("sft", tmp_path / "again.yaml") == trained[0].config
+    assert "what would be done" in rest
+
+
+@pytest.mark.parametrize("method", config_file.METHODS)
+def test_presets_are_found_by_name_and_valid(trained, method):
+    reward = ["--reward.function", "r.py:f"] if method == "ppo" else []
+    assert main([method, method, *GIVEN, *reward]) == 0
+    assert trained[0].config != config_file.METHODS[method](), "a preset says something"
+
+
+def test_a_preset_that_is_not_there(capsys):
+    assert main(["ppo", "pqo"]) == 3
+    assert "did you mean 'ppo'?" in capsys.readouterr().err
+
+
+def test_new_prints_a_config_that_reads_back(capsys, tmp_path):
+    assert main(["new", "reward"]) == 0
+    (tmp_path / "r.yaml").write_text(capsys.readouterr().out)
+    assert config_file.read("reward", tmp_path / "r.yaml", partial=True) == config_file.METHODS["reward"]()
+
+
+def test_plot_prints_the_two_paths(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert main(["plot", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "plot.png"), str(tmp_path / "metrics.csv")]
+
+
+def test_export_copies_what_a_finished_run_has_chosen(tmp_path, trained):
+    run = tmp_path / "run"
+    (run / "export").mkdir(parents=True)
+    (run / "export" / "config.json").write_text("{}")
+    (run / "config.yaml").write_text("model: {path: m}\ndata: {path: d}\n")
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"
+    assert not trained
+    assert main(["export", str(run), str(tmp_path / "out")]) == 7, "not over something"
+    assert main(["export", str(tmp_path), str(tmp_path / "out2")]) == 4, "not a run"
+
+
+def test_export_of_an_unfinished_run_takes_its_checkpoint(tmp_path, trained):
+    (tmp_path / "config.yaml").write_text("model: {path: m}\ndata: {path: d}\n")
+    (tmp_path / "run.json").write_text(json.dumps({"method": "sft"}))
+    assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 0
+    assert trained[0].did == ["restore", tmp_path / "out"]
+    assert trained[0].config.run_dir == str(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_model, tmp_path_factory) -> Path:
+    model, params = weights.load(tiny_model, init="random", key=jax.random.key(1))
+    return weights.export(tmp_path_factory.mktemp("models") / "m", model, params, source=tiny_model)
+
+
+def test_generate_prints_the_prompt_and_what_follows(model_folder, capsys):
+    arguments = ["generate", str(model_folder), "--prompt", "hello", "--max-new-tokens", "8", "--seed", "5"]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("hello")
+    assert len(first) <= len("hello") + 8 + 1
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == first
+    assert main([*arguments, "--num", "3"]) == 0
+    several = capsys.readouterr().out
+    assert several.startswith(f"--- 1 of 3 ---\n{first}")
+    assert len(set(several.split("---\n")[1:])) == 3
+
+
+def test_generate_from_nothing_starts_at_bos(model_folder, capsys):
+    assert main(["generate", str(model_folder), "--prompt", "", "--greedy", "--max-new-tokens", "5"]) == 0
+    assert len(capsys.readouterr().out) <= 6
+
+
+def test_generate_refuses_a_prompt_longer_than_the_context(model_folder, capsys):
+    assert main(["generate", str(model_folder), "--prompt", "a" * 64]) == 4
+    assert "the prompt has 64 tokens and the model's context is 64" in capsys.readouterr().err
+
+
+def test_the_known_story(shared_data, capsys):
+    model = shared_data / "models" / "stories260K"
+    assert main(["generate", str(model), "--prompt", "", "--greedy", "--max-new-tokens", "40"]) == 0
+    assert capsys.readouterr().out.startswith("Once upon a time, there was a little girl named Lily.")

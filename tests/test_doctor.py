@@ -1,0 +1,92 @@
+"""The doctor finds a healthy model healthy, and a sick one sick."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxrlhf import doctor, weights
+from jaxrlhf.cli import main
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_model, tmp_path_factory) -> Path:
+    model, params = weights.load(tiny_model, init="random", key=jax.random.key(1))
+    return weights.export(tmp_path_factory.mktemp("models") / "m", model, params, source=tiny_model)
+
+
+def test_a_healthy_model_passes_every_check(model_folder, capsys):
+    assert main(["doctor", str(model_folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("packages: jax ") for line in lines)
+    assert any(line.startswith("memory: ") and "GiB free" in line for line in lines)
+    checks = [line.split(":")[0] for line in lines if line.startswith(("ok", "FAIL", "skip"))]
+    assert checks == [
+        "ok    tokenizer",
+        "ok    decode equals forward",
+        "ok    KL of a copy is zero",
+        "ok    padding changes nothing",
+        "ok    load and export",
+    ]
+
+
+def test_a_tokenizer_that_does_not_fit_fails_and_the_rest_is_still_checked(model_folder, tmp_path, capsys):
+    folder = tmp_path / "m"
+    shutil.copytree(model_folder, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {f"new{i}": 100 + i for i in range(3)}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert main(["doctor", str(folder)]) == 1
+    printed = capsys.readouterr().out
+    assert "FAIL  tokenizer: the tokenizer has ids up to" in printed
+    assert "ok    load and export" in printed
+
+
+def test_each_numeric_check_can_fail(model_folder, monkeypatch):
+    model, params = weights.load(model_folder)
+    tokens, mask = doctor._sample(model)
+    assert doctor.decode_equals_forward(params, model, tokens, mask)[0]
+    assert doctor.padding_is_invisible(params, model, tokens, mask)[0]
+    assert doctor.copy_has_no_divergence(params, model, tokens, mask)[0]
+    forward = doctor.forward
+    monkeypatch.setattr(doctor, "forward", lambda p, m, t, k: forward(p, m, t, jnp.ones(t.shape, bool)))
+    assert not doctor.padding_is_invisible(params, model, tokens, mask)[0], "a forward that ignores its mask"
+    assert not doctor.decode_equals_forward(params, model, tokens, mask)[0]
+
+
+def test_a_changed_tensor_is_found(model_folder, monkeypatch):
+    load = weights.load
+
+    def nudged(*args, **options):
+        model, params = load(*args, **options)
+        return model, params | {"norm": jax.tree.map(lambda x: x + 1e-6, params["norm"])}
+
+    monkeypatch.setattr(weights, "load", nudged)
+    passed, found = doctor.export_is_identical(model_folder)
+    assert passed is False
+    assert "1 of " in found
+    assert "model.norm.weight" in found
+
+
+def test_a_model_that_cannot_be_loaded_is_an_error_with_its_own_code(tmp_path, capsys):
+    assert main(["doctor", str(tmp_path / "nowhere")]) == 4
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_data_is_described_for_every_method(tmp_path, tiny_model, capsys):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "why? ", "chosen": "so.", "rejected": "no"}\n' * 2)
+    assert main(["data", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "2 rows with columns prompt, chosen, rejected" in printed
+    assert "jaxrlhf reward: preference from prompt, chosen, rejected" in printed
+    assert main(["data", str(file), "--tokenizer.path", str(tiny_model)]) == 0
+    printed = capsys.readouterr().out
+    assert "why? [[so.</s>]]" in printed
+    assert "why? [[no</s>]]" in printed
+    (tmp_path / "bad.jsonl").write_text('{"a": 1\n')
+    assert main(["data", str(tmp_path / "bad.jsonl")]) == 4
+    assert "bad.jsonl:1" in capsys.readouterr().err

@@ -1,0 +1,215 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import logprobs, models
+from jaxrlhf.logprobs import last_token_scores, response_hidden, token_logprobs
+from jaxrlhf.models import ModelConfig, Rope
+from jaxrlhf.types import Rollout
+
+TINY = ModelConfig(
+    family="llama",
+    vocab_size=29,
+    hidden_size=12,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    mlp_size=16,
+    max_positions=64,
+    norm="rmsnorm",
+    norm_eps=1e-5,
+    activation="silu",
+    gated_mlp=True,
+    rope=Rope(theta=1e4),
+    qkv_bias=False,
+    attention_out_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    sliding_window=None,
+    sliding_layers=(False, False),
+    tie_embeddings=True,
+)
+
+
+def spread(params):
+    """Kernels large enough for distributions that are far from flat; norms as they are."""
+    return jax.tree.map(lambda x: jnp.where(x == 1, x, 20 * x), params)
+
+
+def case(model, rows=3, columns=7):
+    rng = np.random.default_rng(0)
+    params = spread(models.init(model, jax.random.key(0)))
+    hidden = jnp.asarray(rng.normal(size=(rows, columns, model.hidden_size)).astype(np.float32))
+    return params, hidden, jnp.asarray(rng.integers(0, model.vocab_size, (rows, columns)))
+
+
+def materialised(params, model, hidden, targets, temperature):
+    logp = jax.nn.log_softmax(models.lm_logits(params, model, hidden) / temperature)
+    picked = jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
+    return picked, -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+
+
+@pytest.mark.parametrize("chunk", [1, 3 * 29 * 4, 2**24], ids=["column", "ragged", "whole"])
+@pytest.mark.parametrize(("tied", "temperature"), [(True, 1.0), (False, 0.6)])
+def test_values_and_gradients_are_those_of_log_softmax(monkeypatch, chunk, tied, temperature):
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk)
+    model = dataclasses.replace(TINY, tie_embeddings=tied)
+    params, hidden, targets = case(model)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=targets.shape).astype(np.float32))
+
+    def run(function):
+        def loss(params, hidden):
+            picked, entropy = function(params, model, hidden, targets, temperature)
+            return jnp.sum(weights * picked), (picked, entropy)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, hidden)
+
+    ours, theirs = run(token_logprobs), run(materialised)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), ours, theirs)
+    assert ours[0][1][0].std() > 0.5  # the case is not trivial
+
+
+def test_entropy_is_a_measurement_without_gradient():
+    params, hidden, targets = case(TINY)
+    gradient = jax.grad(lambda p: token_logprobs(p, TINY, hidden, targets, 1.0)[1].sum())(params)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
+def largest_array(jaxpr):
+    """Elements of the largest array that a traced program makes, loops and calls included."""
+    sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars]
+    for eqn in jaxpr.eqns:
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                sizes.append(largest_array(inner))
+    return max(sizes, default=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_of_the_whole_batch_never_exist(monkeypatch, tied):
+    rows, columns, size = 8, 512, 50_304
+    model = dataclasses.replace(TINY, vocab_size=size, tie_embeddings=tied)
+    params = jax.eval_shape(lambda: models.init(model, jax.random.key(0)))
+    hidden = jax.ShapeDtypeStruct((rows, columns, model.hidden_size), jnp.float32)
+    targets = jax.ShapeDtypeStruct((rows, columns), jnp.int32)
+
+    def gradient(function):
+        grad = jax.grad(lambda p, h, t: function(p, model, h, t, 1.0)[0].sum(), argnums=(0, 1))
+        return largest_array(jax.make_jaxpr(grad)(params, hidden, targets).jaxpr)
+
+    assert gradient(token_logprobs) <= logprobs.CHUNK_LOGITS + rows * size
+    assert gradient(materialised) >= rows * columns * size  # what the count would show
+
+
+def test_compiled_memory_is_that_of_a_chunk(monkeypatch):
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 2**18)
+    model = dataclasses.replace(TINY, vocab_size=2**15)
+    params = jax.eval_shape(lambda: models.init(model, jax.random.key(0)))["embed"]
+    hidden = jax.ShapeDtypeStruct((4, 64, model.hidden_size), jnp.float32)
+    targets = jax.ShapeDtypeStruct((4, 64), jnp.int32)
+    gradient = jax.jit(jax.grad(lambda p, h, t: token_logprobs({"embed": p}, model, h, t, 1.0)[0].sum()))
+    memory = gradient.lower(params, hidden, targets).compile().memory_analysis()
+    logits = 4 * 64 * 2**15 * 4
+    assert memory is not None and memory.temp_size_in_bytes < logits / 4
+
+
+def test_bfloat16_products_keep_float32_results():
+    model = dataclasses.replace(TINY, dtype="bfloat16")
+    params, hidden, targets = case(model)
+    hidden = 0.3 * hidden
+    run = jax.jit(lambda p, h: token_logprobs(p, model, h, targets, 1.0))
+    picked, entropy = run(params, hidden)
+    exact, _ = materialised(params, TINY, hidden, targets, 1.0)
+    assert picked.dtype == entropy.dtype == jnp.float32
+    np.testing.assert_allclose(picked, exact, atol=0.05)
+    assert (picked != exact).any()
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    gradient = jax.grad(lambda p: run(p, hidden)[0].sum())(half)["embed"]["embedding"]
+    expected = jax.grad(lambda p: materialised(p, TINY, hidden, targets, 1.0)[0].sum())(params)["embed"]["embedding"]
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(gradient.astype(jnp.float32), expected, atol=0.05)
+
+
+def test_kl_of_a_policy_and_its_copy_is_exactly_zero():
+    params, hidden, targets = case(TINY)
+    copy = jax.tree.map(jnp.copy, params)
+
+    @jax.jit
+    def difference(params, copy, temperature):
+        return (
+            token_logprobs(params, TINY, hidden, targets, temperature)[0]
+            - token_logprobs(copy, TINY, hidden, targets, temperature)[0]
+        )
+
+    assert not difference(params, copy, 0.7).any()
+
+
+def padded(rows, side, width):
+    """Rows of tokens at one side of a width; what fills the rest is a real token's id, to be caught if it is read."""
+    tokens, mask = np.full((len(rows), width), 5, np.int32), np.zeros((len(rows), width), bool)
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), None) if side == "left" else slice(0, len(row))
+        tokens[i, at], mask[i, at] = row, True
+    return jnp.asarray(tokens), jnp.asarray(mask)
+
+
+def rollout_of(prompts, responses, prompt_width, response_width):
+    left, left_mask = padded(prompts, "left", prompt_width)
+    right, right_mask = padded(responses, "right", response_width)
+    none = jnp.zeros(len(prompts))
+    return Rollout(
+        tokens=jnp.concatenate([left, right], axis=1),
+        mask=jnp.concatenate([left_mask, right_mask], axis=1),
+        response_mask=right_mask,
+        logprobs=jnp.zeros(right.shape),
+        finished=none > 0,
+        index=none,
+        sample=none,
+    )
+
+
+def test_response_logprobs_depend_on_real_tokens_only():
+    """With any padding on either side, the log-probability of each token given the real ones before it."""
+    params, *_ = case(TINY)
+    tokens = np.random.default_rng(3).integers(0, 29, (3, 7))
+    cuts = (1, 6, 4)
+    prompts = [row[:n] for row, n in zip(tokens, cuts, strict=True)]
+    responses = [row[n:] for row, n in zip(tokens, cuts, strict=True)]
+
+    @jax.jit
+    def run(rollout):
+        hidden = response_hidden(params, TINY, rollout)
+        return token_logprobs(params, TINY, hidden, rollout.tokens[:, -hidden.shape[1] :], 1.0)[0]
+
+    hidden = jax.jit(lambda x: models.forward(params, TINY, x, jnp.ones(x.shape, bool)))(jnp.asarray(tokens))
+    expected = materialised(params, TINY, hidden[:, :-1], jnp.asarray(tokens[:, 1:]), 1.0)[0]
+    narrow, wide = run(rollout_of(prompts, responses, 6, 6)), run(rollout_of(prompts, responses, 9, 8))
+    for i, n in enumerate(cuts):
+        np.testing.assert_allclose(narrow[i, : 7 - n], expected[i, n - 1 :], atol=1e-5)
+        np.testing.assert_allclose(wide[i, : 7 - n], expected[i, n - 1 :], atol=1e-5)
+
+
+@pytest.mark.parametrize(("head", "labels"), [("linear", 1), ("linear", 2), ("mlp", 1)])
+def test_scores_are_read_at_the_last_real_token(head, labels):
+    model = dataclasses.replace(TINY, head=head, num_labels=labels)
+    params = models.init(model, jax.random.key(1))
+    rng = np.random.default_rng(4)
+    rows = [rng.integers(0, 29, n) for n in (1, 7, 4)]
+    everywhere = jax.jit(lambda x, m: models.scores(params, model, models.forward(params, model, x, m)))
+    expected = np.asarray(everywhere(*padded(rows, "right", 7)))[[0, 1, 2], [0, 6, 3]]
+    assert np.std(expected) > 1e-3
+    run = jax.jit(lambda x, m: last_token_scores(params, model, x, m))
+    for side, width in (("left", 7), ("right", 9)):
+        np.testing.assert_allclose(run(*padded(rows, side, width)), expected, atol=1e-5)
+
+
+def test_a_row_without_tokens_has_a_finite_score():
+    model = dataclasses.replace(TINY, head="linear")
+    params = models.init(model, jax.random.key(1))
+    tokens, mask = padded([[], [1, 2]], "right", 4)
+    assert jnp.isfinite(jax.jit(lambda x, m: last_token_scores(params, model, x, m))(tokens, mask)).all()

@@ -1,0 +1,79 @@
+"""Four panels and a CSV from metrics.jsonl."""
+
+import csv
+import json
+import sys
+
+import pytest
+
+from jaxrlhf import plots
+from jaxrlhf.errors import DataError, JaxrlhfError
+
+RECORDS = [
+    {"step": 1, "loss/policy_avg": 0.5, "objective/kl": 0.0, "objective/scores": -1.0, "learning_rate": 1e-5},
+    {
+        "step": 2,
+        "loss/policy_avg": 0.25,
+        "objective/kl": 1.5,
+        "objective/scores": 1.0,
+        "learning_rate": 5e-6,
+        "eps": 3.0,
+    },
+]
+
+
+def write(run, records, tail=""):
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + tail)
+
+
+def test_the_csv_holds_every_value_and_the_picture_is_a_png(tmp_path):
+    write(tmp_path, RECORDS)
+    picture, table = plots.plot(tmp_path)
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [{k: float(v) for k, v in row.items() if v} for row in rows] == RECORDS
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert next(iter(rows[0])) == "step"
+
+
+def test_panels_draw_what_was_logged_and_say_what_was_not(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = {}
+
+    def keep(figure, *_, **__):
+        for axes in figure.axes:
+            lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+            drawn[axes.get_title()] = (lines, [text.get_text() for text in axes.texts])
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    write(tmp_path, [{k: v for k, v in r.items() if k != "objective/kl"} for r in RECORDS])
+    plots.plot(tmp_path)
+    assert len(drawn) == 4
+    assert drawn["loss"] == ({"loss/policy_avg": [0.5, 0.25]}, [])
+    assert drawn["mean reward"] == ({"objective/scores": [-1.0, 1.0]}, [])
+    assert drawn["KL to the reference (nats per response)"] == ({}, ["not logged in this run"])
+
+
+def test_without_matplotlib_the_csv_is_still_written(tmp_path, monkeypatch):
+    write(tmp_path, RECORDS)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(JaxrlhfError, match=r"jaxrlhf\[plots\]"):
+        plots.plot(tmp_path)
+    assert (tmp_path / "metrics.csv").read_text().count("\n") == 3
+
+
+def test_a_line_cut_short_by_a_crash_is_left_out_and_a_bad_line_is_named(tmp_path):
+    write(tmp_path, RECORDS, tail='{"step": 3, "lo')
+    assert plots.read_metrics(tmp_path / "metrics.jsonl") == RECORDS
+    write(tmp_path, RECORDS, tail='{"step": 3\n{"step": 4}\n')
+    with pytest.raises(DataError, match=r"metrics.jsonl:3: not JSON"):
+        plots.read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_folder_without_metrics_is_refused(tmp_path):
+    with pytest.raises(DataError, match="run directory"):
+        plots.plot(tmp_path)
+    write(tmp_path, [])
+    with pytest.raises(DataError, match="no metrics"):
+        plots.plot(tmp_path)

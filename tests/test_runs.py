@@ -1,0 +1,207 @@
+"""A run directory: one owner, a record, a resume that cannot mix two configs, an orderly stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jaxrlhf.config import Logging, Mesh, Optim, PPOConfig, SFTConfig, Train, replace
+from jaxrlhf.errors import Preempted, StorageError
+from jaxrlhf.runs import open_run
+
+
+@pytest.fixture
+def config(tmp_path):
+    return SFTConfig(run_dir=str(tmp_path / "run"), train=Train(batch_size=8), optim=Optim(schedule="constant"))
+
+
+def trained(config, method="sft"):
+    """A run that has a checkpoint."""
+    with open_run(config, method, fresh=False) as run:
+        (run.directory / "checkpoints" / "5").mkdir(parents=True)
+    return run.directory
+
+
+def test_what_is_written(config):
+    with open_run(config, "sft", fresh=False) as run:
+        assert not run.resumed and not run.stopping and run.notes == ()
+        assert run.directory == Path(config.run_dir)
+    settings = yaml.safe_load((run.directory / "config.yaml").read_text())
+    assert (
+        settings["optim"]["learning_rate"] == config.optim.learning_rate
+        and settings["sampling"]["stop_token_ids"] == []
+    )
+    record = json.loads((run.directory / "run.json").read_text())
+    assert record["method"] == "sft" and record["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert record["versions"]["jax"] and record["starts"][0]["command"] == sys.argv
+    assert record["starts"][0]["outcome"] == "done" and len(record["starts"][0]["config_sha256"]) == 64
+
+
+def test_same_config_resumes_and_starts_are_counted(config):
+    trained(config)
+    with pytest.raises(Preempted), open_run(config, "sft", fresh=False) as run:
+        assert run.resumed and run.notes == ()
+        raise Preempted("saved")
+    starts = json.loads((run.directory / "run.json").read_text())["starts"]
+    assert [start["outcome"] for start in starts] == ["done", "preempted"]
+
+
+def test_changed_mathematics_is_refused_with_every_difference(config):
+    directory = trained(config)
+    before = (directory / "config.yaml").read_text()
+    changed = replace(config, **{"optim.learning_rate": 0.5, "seed": 3, "logging": Logging(quiet=True)})
+    with pytest.raises(StorageError) as caught, open_run(changed, "sft", fresh=False):
+        pass
+    message = str(caught.value)
+    assert "optim.learning_rate: 1.0e-05 -> 0.5" in message or "optim.learning_rate: 1e-05 -> 0.5" in message
+    assert "seed: 0 -> 3" in message and "--fresh" in message and "logging" not in message
+    assert caught.value.exit_code == 7
+    assert (directory / "config.yaml").read_text() == before
+
+
+def test_harmless_changes_are_free_and_rounding_is_noted(config):
+    trained(config)
+    changes = {"logging.quiet": True, "checkpoint.keep": 7, "train.num_train_epochs": 3.0}
+    with open_run(replace(config, **changes), "sft", fresh=False) as run:
+        assert run.resumed and run.notes == ()
+    changes |= {"mesh": Mesh(data=2), "train.micro_batch_size": 4, "model.remat": "full"}
+    with open_run(replace(config, **changes), "sft", fresh=False) as run:
+        assert len(run.notes) == 3 and all("not bit for bit" in note for note in run.notes)
+
+
+def test_a_longer_run_under_a_falling_learning_rate_is_refused(config):
+    config = replace(config, **{"optim.schedule": "linear"})
+    trained(config)
+    longer = replace(config, **{"train.max_steps": 9})
+    with pytest.raises(StorageError, match="max_steps: None -> 9"), open_run(longer, "sft", fresh=False):
+        pass
+
+
+def test_before_the_first_checkpoint_a_config_may_still_be_mended(config):
+    with pytest.raises(ZeroDivisionError), open_run(config, "sft", fresh=False):
+        _ = 1 / 0
+    mended = replace(config, seed=4)
+    with open_run(mended, "sft", fresh=False) as run:
+        assert not run.resumed
+    assert yaml.safe_load((run.directory / "config.yaml").read_text())["seed"] == 4
+
+
+def test_another_method_or_other_versions(config, monkeypatch):
+    directory = trained(config)
+    with pytest.raises(StorageError, match="of 'sft' and not of 'ppo'"):
+        open_run(PPOConfig(run_dir=config.run_dir), "ppo", fresh=False).__enter__()
+    record = json.loads((directory / "run.json").read_text())
+    record["versions"]["jaxlib"] = "0.0.1"
+    (directory / "run.json").write_text(json.dumps(record))
+    with open_run(config, "sft", fresh=False) as run:
+        assert len(run.notes) == 1 and "jaxlib was 0.0.1" in run.notes[0]
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.yaml"])
+@pytest.mark.parametrize("content", [None, "", "[1", "[]"])
+def test_a_lost_record_is_not_guessed(config, name, content):
+    directory = trained(config)
+    if content is None:
+        (directory / name).unlink()
+    else:
+        (directory / name).write_text(content)
+    with pytest.raises(StorageError, match="cannot be read"), open_run(config, "sft", fresh=False):
+        pass
+
+
+def test_fresh_moves_the_old_run_aside(config, tmp_path):
+    for number in (0, 1, 2):
+        with open_run(config, "sft", fresh=True) as run:
+            assert not run.resumed and not (run.directory / "checkpoints").exists()
+            (run.directory / "checkpoints" / str(number + 1)).mkdir(parents=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.old-1", "run.old-2"]
+    assert (tmp_path / "run.old-2" / "checkpoints" / "2").exists()
+
+
+def test_fresh_leaves_alone_what_is_not_a_run(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    with pytest.raises(StorageError, match="not a run directory"), open_run(config, "sft", fresh=True):
+        pass
+    assert (tmp_path / "run" / "thesis.tex").exists()
+
+
+def test_a_path_that_cannot_be_a_directory(config, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(StorageError, match="cannot be used"), open_run(config, "sft", fresh=False):
+        pass
+
+
+def test_signals_only_in_the_main_thread(config):
+    seen = []
+
+    def work():
+        with open_run(config, "sft", fresh=False) as run:
+            seen.append(run.stopping)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False] and signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_asks_and_handlers_are_put_back(config, number, capfd):
+    before = signal.getsignal(number)
+    with open_run(config, "sft", fresh=False) as run:
+        os.kill(os.getpid(), number)
+        deadline = time.monotonic() + 5
+        while not run.stopping and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert run.stopping
+    assert signal.getsignal(number) is before
+    assert "state is saved" in capfd.readouterr().err
+
+
+HOLDER = """
+import sys, time
+from jaxrlhf.config import SFTConfig
+from jaxrlhf.runs import open_run
+with open_run(SFTConfig(run_dir=sys.argv[1]), "sft", fresh=False):
+    print("open", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "open\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_run_in_use_is_refused_until_its_owner_is_gone(holder, tmp_path):
+    config = SFTConfig(run_dir=str(tmp_path / "run"))
+    for fresh in (False, True):
+        match = rf"in use by host \S+, process {holder.pid};"
+        with pytest.raises(StorageError, match=match), open_run(config, "sft", fresh=fresh):
+            pass
+    holder.kill()
+    holder.wait()
+    with open_run(config, "sft", fresh=False) as run:
+        assert not run.resumed
+
+
+def test_second_signal_ends_at_once(holder):
+    holder.send_signal(signal.SIGTERM)
+    assert "stopping" in holder.stderr.readline() + holder.stderr.readline()
+    assert holder.poll() is None
+    holder.send_signal(signal.SIGTERM)
+    assert holder.wait(timeout=10) == 128 + signal.SIGTERM
