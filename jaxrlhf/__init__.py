@@ -1,6 +1,6 @@
-"""RLHF for causal language models in JAX: SFT, reward models and PPO, from a Hugging Face model to a Hugging Face model.
+"""RLHF for causal language models in JAX: SFT, reward models and PPO, between Hugging Face models.
 
-The names below are imported when they are first used, so that `import jaxrlhf` (and the command line) does not start jax.
+The names below are imported when they are first used, so that neither `import jaxrlhf` nor the command line loads jax.
 """
 
 import importlib

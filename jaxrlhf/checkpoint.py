@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -291,7 +292,8 @@ def _orbax() -> tuple[Any, Any]:
 
     absl_logging.set_verbosity(absl_logging.FATAL)
     # A failed read or write reaches us as an exception. Its sister tasks then report themselves once more, to the log
-    # of asyncio or, when their event loop is gone, as exceptions that nobody can catch.
+    # of asyncio, as warnings or, when their event loop is gone, as exceptions that nobody can catch.
+    warnings.filterwarnings("ignore", "coroutine 'Store", RuntimeWarning)
     logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
     hook, echoes = sys.unraisablehook, ("Event loop is closed", "Encountered error while reading array")
     sys.unraisablehook = lambda it: None if str(it.exc_value).startswith(echoes) else hook(it)

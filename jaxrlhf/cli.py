@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
-        return _dispatch([argument for argument in given if argument != "--debug"])
+        code = _dispatch([argument for argument in given if argument != "--debug"])
+        sys.stdout.flush()
+        return code
     except SystemExit as stop:  # argparse has said what is wrong
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
@@ -127,7 +129,10 @@ def _parser() -> argparse.ArgumentParser:
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        print(f"jaxrlhf {version('jaxrlhf')}")
+        try:
+            print(f"jaxrlhf {version('jaxrlhf')}")
+        except PackageNotFoundError:
+            print("jaxrlhf, not installed: run from its source folder")
         parser.exit()

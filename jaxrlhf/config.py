@@ -17,10 +17,10 @@ Int = Annotated[int, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Natural = Annotated[int, Field(strict=True, ge=0)]
 Bool = Annotated[bool, Field(strict=True)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Real = Annotated[float, Field(allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 DType = Literal["auto", "float32", "bfloat16"]
 
 
@@ -55,7 +55,7 @@ class ModelSource:
     param_dtype: DType = "auto"
     """Storage. auto: float32 for what trains; for what is frozen, the compute dtype."""
     compute_dtype: DType = "auto"
-    """Operands of matrix products; sums, norms, softmax and losses stay float32. auto: float32 on CPU, else bfloat16."""
+    """Operands of matrix products; sums, norms, softmax, losses stay float32. auto: float32 on CPU, else bfloat16."""
     remat: Literal["none", "full", "dots"] = "none"
     """What backward recomputes: nothing, whole layers, or all but matrix products. Less memory, more time."""
 
@@ -105,7 +105,7 @@ class Data:
     """What happens to a row that is too long. left and right cut the prompt (left) or the completion (right)."""
     validation_path: str = ""
     """Held-out rows from a file of their own."""
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    validation_fraction: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
     """Or a share of `path`, chosen by `split_seed` and the number of rows alone."""
     split_seed: Natural = 0
     shuffle: Bool = True
@@ -123,11 +123,11 @@ class Optim:
     final_lr_fraction: Fraction = 0.0
     weight_decay: NonNegative = 0.0
     """Decoupled; never on norms and biases."""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    beta1: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.999
     eps: Positive = 1e-8
     max_grad_norm: Positive = 1.0
-    """Global norm above which a gradient is scaled down. `.inf` is not a number here: use a large one to switch it off."""
+    """Global norm above which a gradient is scaled down; a very large number switches it off."""
 
 
 @section
@@ -196,8 +196,8 @@ class Sampling:
     """Always the likeliest token; temperature and filters do not count."""
     top_k: Natural = 0
     """0: off."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
     """Keep tokens at least so likely as a share of the likeliest."""
     stop_token_ids: tuple[Natural, ...] = ()
     """Besides those of the tokenizer and generation_config.json."""
@@ -247,10 +247,10 @@ class PPO:
     """Rows per forward pass in annotation and update; None: a mini-batch. Changes memory, not the result."""
     kl_coef: NonNegative = 0.05
     """Of k1 = log pi - log ref, subtracted from each token's reward."""
-    cliprange: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    cliprange: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.2
     cliprange_value: Positive = 0.2
     vf_coef: Positive = 0.1
-    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    gamma: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
     lam: Fraction = 0.95
     whiten_rewards: Bool = False
     """Scale rewards to unit variance over the batch; the mean stays."""
@@ -333,7 +333,9 @@ class PPOConfig:
     def __post_init__(self) -> None:
         ppo = self.ppo
         if ppo.batch_size % ppo.num_mini_batches:
-            raise ValueError(f"ppo.num_mini_batches ({ppo.num_mini_batches}) must divide ppo.batch_size ({ppo.batch_size})")
+            raise ValueError(
+                f"ppo.num_mini_batches ({ppo.num_mini_batches}) must divide ppo.batch_size ({ppo.batch_size})"
+            )
         rows = ppo.batch_size // ppo.num_mini_batches
         if ppo.micro_batch_size and rows % ppo.micro_batch_size:
             raise ValueError(f"ppo.micro_batch_size ({ppo.micro_batch_size}) must divide a mini-batch ({rows} rows)")

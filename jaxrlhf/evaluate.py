@@ -20,6 +20,7 @@ from jaxrlhf.errors import DataError, StorageError
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout.decode import generate
+from jaxrlhf.rollout.text import response_texts
 from jaxrlhf.types import Params, Rollout
 
 T = TypeVar("T")
@@ -104,7 +105,7 @@ def complete(config: PPOConfig, prompt: str, count: int) -> list[str]:
     length = batching.bucket(len(tokens), model.max_positions - sampling.response_length)
     row = PromptRow(tokens=tokens, text=prompt, columns={}, index=0)
     rollout = respond(config, model, params, tokenizer, [row] * count, range(count), length)
-    return [prompt + tokenizer.decode(ids, after=tokens) for ids in response_ids(rollout)]
+    return [prompt + text for text in response_texts(rollout, tokenizer)]
 
 
 def open_model(config: PPOConfig) -> tuple[ModelConfig, Params, Tokenizer]:
@@ -140,13 +141,6 @@ def respond(
     key = jax.random.key(config.seed)
     rollout = generate(params, model, prompts, key, config.sampling, tokenizer.stop_ids, tokenizer.pad_id)
     return jax.device_get(rollout)
-
-
-def response_ids(rollout: Rollout) -> list[list[int]]:
-    """Token ids of each response (host arrays), without the stop token that ended it."""
-    start = rollout.tokens.shape[1] - rollout.response_mask.shape[1]
-    rows = zip(rollout.tokens[:, start:], rollout.response_mask, rollout.finished, strict=True)
-    return [tokens[mask][: -1 if finished else None].tolist() for tokens, mask, finished in rows]
 
 
 def choose(rows: Sequence[T], count: int, seed: int) -> list[T]:
@@ -234,8 +228,7 @@ def _fitting(data: Data, room: int) -> Data:
 
 
 def _score(scorer: Scorer, tokenizer: Tokenizer, rows: Sequence[PromptRow], rollout: Rollout) -> list[dict[str, Any]]:
-    ids = response_ids(rollout)
-    texts = [tokenizer.decode(response, after=row.tokens) for response, row in zip(ids, rows, strict=True)]
+    texts = response_texts(rollout, tokenizer)
     names = dict.fromkeys(name for row in rows for name in row.columns)
     columns = {name: [row.columns.get(name) for row in rows] for name in names}
     scores, components = scorer.score([row.text for row in rows], texts, rollout, columns)

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from jaxrlhf import checkpoint
+from jaxrlhf import checkpoint, config_text
 from jaxrlhf.errors import Preempted, StorageError
 
 PACKAGES = ("jaxrlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers")
@@ -67,10 +67,10 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
             lock.close()
             lock = _lock(directory)
         resumed = checkpoint.exists(directory / "checkpoints")
-        settings = yaml.safe_load(_dump(config))
+        settings = yaml.safe_load(config_text.dump(config))
         record, notes = _continue(directory, settings, method) if resumed else ({}, ())
         record = _record(record, config, settings, method)
-        _write(directory / "config.yaml", f"# jaxrlhf {method}, every option resolved\n" + _dump(config))
+        _write(directory / "config.yaml", f"# jaxrlhf {method}, every option resolved\n" + config_text.dump(config))
         _write(directory / "run.json", json.dumps(record, indent=1) + "\n")
         run = Run(directory, resumed, notes)
         outcome = "done"
@@ -218,17 +218,6 @@ def _signals(run: Run) -> Iterator[None]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: set by C code, which cannot be put back
-
-
-def _dump(config: Any) -> str:
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
-
-
-def _plain(value: Any) -> Any:
-    """YAML knows lists and no tuples."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

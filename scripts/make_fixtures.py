@@ -18,7 +18,7 @@ import zlib
 from typing import Any
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 import transformers
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
@@ -247,13 +247,14 @@ def write(name: str, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     kind = getattr(transformers, config["architectures"][0])
-    for seed in range(zlib.crc32(name.encode()) % 10_000, 100_000):
-        loaded = transformers.AutoConfig.from_pretrained(folder)
-        model = kind._from_config(loaded, dtype=torch.float32, attn_implementation="eager").eval()
+    loaded = transformers.AutoConfig.from_pretrained(folder)
+    model = kind._from_config(loaded, dtype=torch.float32, attn_implementation="eager").eval()
+    seed, golden = zlib.crc32(name.encode()) % 10_000, None
+    while golden is None:
         randomise(model, seed)
+        model.zero_grad()
         golden = classifier(model, seed) if "ForSequence" in kind.__name__ else language_model(model, seed)
-        if golden is not None:
-            break
+        seed += 1
     weights = {key: value.detach().bfloat16().contiguous() for key, value in model.named_parameters()}
     save_torch(weights, folder / "model.safetensors", metadata={"format": "pt"})
     save_file(golden, folder / "golden.safetensors", metadata={"transformers": transformers.__version__})

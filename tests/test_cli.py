@@ -25,6 +25,7 @@ HEAVY = ("jax", "flax", "transformers", "datasets", "numpy", "orbax", "torch", "
         (["ppo", "--help"], 0),
         (["generate", "--help"], 0),
         (["new", "ppo"], 0),
+        (["--version"], 0),
         (["ppo", "ppo", "--optim.lr", "1"], 3),
         (["sft", "no_such_file.yaml"], 3),
         (["pp"], 2),
@@ -40,6 +41,15 @@ def test_help_and_config_errors_import_nothing_heavy(arguments, code):
     assert done.returncode == code, done.stderr
     assert done.stdout.endswith("LOADED []\n")
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = [sys.executable, "-m", "jaxrlhf", "new", "ppo"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
 
 def test_train_help_shows_every_key(capsys):

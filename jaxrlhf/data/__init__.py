@@ -1,2 +1,2 @@
-"""Files to arrays: sources (read rows), formats (recognise and normalise), tokenizer and chat (text to tokens),
-datasets (tokenised rows and the report), batching (padded arrays) and loader (order and position)."""
+"""Files to arrays: sources (rows), formats (what their columns mean), pretrained, tokenizer and chat (text and ids),
+sequences (ids, masks, cutting), datasets (splits and the report), batching (padded arrays), loader (order)."""

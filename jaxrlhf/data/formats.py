@@ -149,7 +149,10 @@ def normalise(rows: Rows, i: int, reading: Reading, config: Data, chat: bool, gu
     """Row `i` as an `Example`. Text comes back guarded (`Tokenizer.guard`), so that only the words of the template can
     be control tokens. `chat`: the tokenizer has a chat format. DataError names the row and the column."""
     row, where = rows.rows[i], f"data {rows.places[i]}"
-    values = [_content(row, name, where) for name in (reading.answer, reading.rejected) if name]
+    names = [name for name in (reading.answer, reading.rejected) if name]
+    if reading.kind == "prompt" and reading.prompt:  # an answer is of interest only where it shows the prompt's turns
+        names = [name for name in names if isinstance(row.get(name), list)]
+    values = [_content(row, name, where) for name in names]
     if reading.kind in ("text", "messages"):
         value = values[0]
         if isinstance(value, str) != (reading.kind == "text"):

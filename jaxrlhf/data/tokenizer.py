@@ -1,12 +1,11 @@
-"""The only door to transformers: a tokenizer whose open questions (BOS, EOS, pad, stop tokens, chat format) are decided
-once, when it is loaded, and said in `notes`.
+"""A tokenizer whose open questions (BOS, EOS, pad, stop tokens, chat format) are decided once, when it is loaded, and
+said in `notes`.
 
 What people write must not become control tokens: `guard` marks the spelling of a control token inside ordinary text,
 and `encode_all` reads marked spellings letter by letter. The mark is U+FDD0, a code point that text never holds.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -14,15 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config import TokenizerSource
+from jaxrlhf.data.pretrained import CHATML, FILES, chat_template, generation_stops, pretrained
 from jaxrlhf.errors import DataError
 
 GUARD = "\ufdd0"
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
-FILES += ("merges.txt", "tokenizer.model", "chat_template.jinja")
 _CHUNK = 8192  # texts per call of the backend, whose results are large until they are lists
 _CONTEXT = 8  # ids before a continuation that decide whether its first word has a space before it
 
@@ -215,9 +209,9 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
 def load_tokenizer(path: Path | str, source: TokenizerSource, revision: str | None = None) -> Tokenizer:
     """The tokenizer of `source`, or else of the model at `path` (a folder, never looked up on the network, or a hub
     id). Stop tokens are also taken from the model's generation_config.json. DataError says what to set."""
-    hf = _pretrained(str(source.path or path), None if source.path else revision)
+    hf = pretrained(str(source.path or path), None if source.path else revision)
     own_pad, known = hf.pad_token, len(hf)
-    template = _template(hf, source)
+    template = chat_template(hf, source)
     changed = template != hf.chat_template or source.eos_token is not None
     hf.chat_template = template
     if template == CHATML:
@@ -236,7 +230,7 @@ def load_tokenizer(path: Path | str, source: TokenizerSource, revision: str | No
         )
     spare = [token for token in specials if re.fullmatch(r"\W*(pad|finetune_right_pad_id|reserved\w*)\W*", token, re.I)]
     hf.pad_token = source.pad_token or own_pad or next(iter(sorted(spare, key=_is_reserved)), hf.eos_token)
-    stops = _generation_stops(Path(path).expanduser(), str(path), revision)
+    stops = generation_stops(Path(path).expanduser(), str(path), revision)
     origin = Path(source.path or path).expanduser()
     changed = changed or source.pad_token is not None or not origin.is_dir()
     return Tokenizer(hf, hf.pad_token_id, stops, len(hf) - known, None if changed else origin)
@@ -244,70 +238,3 @@ def load_tokenizer(path: Path | str, source: TokenizerSource, revision: str | No
 
 def _is_reserved(token: str) -> bool:
     return "reserved" in token.lower()
-
-
-def _pretrained(name: str, revision: str | None) -> Any:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it says that torch is missing, as it should be
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or it warns when a process is started later
-    from transformers import AutoTokenizer
-
-    folder = Path(name).expanduser()
-    local = folder.is_dir()
-    if local and not any((folder / file).exists() for file in FILES):
-        raise DataError(f"tokenizer {name}: the folder has no tokenizer files ({', '.join(FILES[:2])}, ...)")
-    if not local and (folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
-        raise DataError(f"tokenizer {name}: no such folder")
-    try:
-        hf = AutoTokenizer.from_pretrained(
-            str(folder) if local else name, revision=revision, trust_remote_code=False, local_files_only=local
-        )
-    except Exception as error:  # whatever is wrong with the files, each kind raises another class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"tokenizer {name}: cannot be loaded ({type(error).__name__}: {reason})") from error
-    if not getattr(hf, "is_fast", False):
-        raise DataError(
-            f"tokenizer {name}: it has no tokenizer.json; save it once as a fast tokenizer with transformers"
-        )
-    return hf
-
-
-def _template(hf: Any, source: TokenizerSource) -> str | None:
-    wanted = source.chat_template
-    if wanted in ("none", "chatml"):
-        return CHATML if wanted == "chatml" else None
-    if wanted != "auto":
-        try:
-            return Path(wanted).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"tokenizer.chat_template: {wanted!r} is not auto, none, chatml or a readable .jinja file ({error})"
-            ) from error
-    if isinstance(hf.chat_template, dict):
-        if "default" not in hf.chat_template:
-            raise DataError(
-                f"the tokenizer has several chat templates ({', '.join(hf.chat_template)}) and none called default; "
-                "save the one to use as a .jinja file and name it in tokenizer.chat_template"
-            )
-        return hf.chat_template["default"]
-    return hf.chat_template
-
-
-def _generation_stops(folder: Path, name: str, revision: str | None) -> list[int]:
-    """eos_token_id of generation_config.json: an id, a list, or absent."""
-    from transformers.utils.hub import cached_file
-
-    file: str | Path | None = folder / "generation_config.json"
-    if not folder.is_dir():
-        file = cached_file(
-            name, "generation_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
-        )
-    if file is None or not Path(file).exists():
-        return []
-    try:
-        eos = json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{file}: not a JSON object ({error})") from error
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise DataError(f"{file}: eos_token_id is {eos!r}; a token id or a list of them was expected")
-    return ids

@@ -6,6 +6,7 @@ closed table of facts. `judge` reads an answer by that table. No model is involv
 never sees the judge: it learns from pairs.
 """
 
+import itertools
 import random
 import re
 from collections.abc import Sequence
@@ -171,7 +172,7 @@ def make_preferences(n: int, seed: int) -> list[dict[str, str]]:
         right = RIGHT_LEVEL[fact.category]
         wrong = rng.choices(list(REJECTED), list(REJECTED.values()))[0]
         level = rng.choice(_wrong_levels(right)) if wrong == "tone" else right
-        rejected = answer(level, rng.choice(wrong_statements(fact)) if wrong == "fact" else fact.truth, rng)
+        rejected = answer(level, rng.choice(rng.choice(wrong_statements(fact))) if wrong == "fact" else fact.truth, rng)
         while wrong == "form" and truth([prompt], [rejected]) == [1.0]:
             rejected = garble(rejected, rng)
         rows.append({"prompt": prompt, "chosen": answer(right, fact.truth, rng), "rejected": rejected})
@@ -230,12 +231,13 @@ def garble(text: str, rng: random.Random) -> str:
     return " ".join([*parts[:i], *change, *parts[i + 1 :]])
 
 
-def wrong_statements(fact: Fact) -> list[str]:
-    """Statements to be wrong with: agreeing with the claim, the fact with another's predicate, another's fact."""
+def wrong_statements(fact: Fact) -> list[list[str]]:
+    """Statements to be wrong with, by kind: the claim itself, another fact's predicate, a true one beside the point."""
     agreeing = [] if fact.category == GOOD_QUESTION else [f"{_sentence(fact.claim)}."]
     swapped = [f"{fact.subject} {other.predicate}." for other in FACTS if other.group == fact.group and other != fact]
-    beside = [other.truth for other in FACTS if other.category == fact.category and other != fact]
-    return [*agreeing, *swapped, *beside]
+    close = [other.truth for other in FACTS if other.category == fact.category and other != fact]
+    far = [other.truth for other in FACTS if other.category != fact.category]
+    return [kind for kind in (agreeing, swapped, close, far) if kind]
 
 
 @cache
@@ -286,4 +288,4 @@ def _tones() -> frozenset[str]:
 
 @cache
 def _statements() -> frozenset[str]:
-    return frozenset(text for fact in FACTS for text in (fact.truth, *wrong_statements(fact)))
+    return frozenset(text for fact in FACTS for text in (fact.truth, *itertools.chain(*wrong_statements(fact))))

@@ -39,23 +39,28 @@ def product(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."], dty
     return cast(Array, _product(subscripts, a, b, dtype))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _product(subscripts: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
-    return jnp.einsum(subscripts, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+def _contract(subscripts: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
+    # GPUs and TPUs would otherwise round float32 operands to 10 or 7 bits; who asks for float32 means it
+    precision = "highest" if jnp.dtype(dtype) == jnp.float32 else None
+    a, b = a.astype(dtype), b.astype(dtype)
+    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+_product = jax.custom_vjp(_contract, nondiff_argnums=(0, 3))
 
 
 def _product_forward(subscripts, a, b, dtype):
     # b is kept as it came: a weight is alive anyway, so only the activation costs memory
     a = a.astype(dtype)
-    return _product(subscripts, a, b, dtype), (a, b)
+    return _contract(subscripts, a, b, dtype), (a, b)
 
 
 def _product_backward(subscripts, dtype, kept, cotangent):
     a, b = kept
     operands, result = subscripts.split("->")
     left, right = operands.split(",")
-    grad_a = product(f"{result},{right}->{left}", cotangent, b, dtype)
-    grad_b = product(f"{result},{left}->{right}", cotangent, a, dtype)
+    grad_a = _contract(f"{result},{right}->{left}", cotangent, b, dtype)
+    grad_b = _contract(f"{result},{left}->{right}", cotangent, a, dtype)
     return grad_a, grad_b.astype(b.dtype)
 
 

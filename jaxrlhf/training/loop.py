@@ -9,11 +9,10 @@ from typing import Any, Literal
 import jax
 
 from jaxrlhf import checkpoint, runs
-from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import NumericsError, Preempted, StorageError
 from jaxrlhf.metrics import Logger
 from jaxrlhf.training.setup import RunConfig, State
-from jaxrlhf.types import Rollout, TrainState
+from jaxrlhf.types import TrainState
 
 Metrics = dict[str, Any]
 MAX_SKIPPED = 5  # updates in a row that may be skipped for non-finite numbers before a run gives up
@@ -27,7 +26,13 @@ class Session:
     """
 
     def __init__(
-        self, run: runs.Run, config: RunConfig, method: str, total_steps: int, state: State, best: Literal["min", "max"] | None
+        self,
+        run: runs.Run,
+        config: RunConfig,
+        method: str,
+        total_steps: int,
+        state: State,
+        best: Literal["min", "max"] | None,
     ) -> None:
         self.run, self.config, self.total_steps = run, config, total_steps
         self.logger = Logger(run.directory, config.logging, method, total_steps)
@@ -49,7 +54,7 @@ class Session:
         return step
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Hand over a step's metrics (arrays on the device may still be computing) and write those of the step before."""
+        """Hand over a step's metrics (the device may still compute them) and write those of the step before."""
         self.flush()
         self._pending = (step, metrics)
 
@@ -188,10 +193,3 @@ def weighted_mean(records: list[tuple[float, Metrics]]) -> Metrics:
     """Means over batches of different weight: [(count, {key: mean over count})] -> {key: mean over all}."""
     total = sum(count for count, _ in records)
     return {k: sum(count * float(m[k]) for count, m in records) / max(total, 1) for k in records[0][1]}
-
-
-def responses(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
-    """The texts of a rollout's responses (host arrays), without special tokens."""
-    start = rollout.tokens.shape[1] - rollout.response_mask.shape[1]
-    rows = zip(rollout.tokens[:, start:], rollout.response_mask, strict=True)
-    return [tokenizer.decode([int(t) for t in tokens[mask]]) for tokens, mask in rows]

@@ -24,9 +24,7 @@ def schedule(config: Optim, learning_rate: float, total_steps: int) -> optax.Sch
     if not config.warmup_steps:
         return after
     # Step 0 already moves: a warm-up of n reaches the full rate at step n.
-    warmup = optax.linear_schedule(
-        learning_rate / (config.warmup_steps + 1), learning_rate, config.warmup_steps
-    )
+    warmup = optax.linear_schedule(learning_rate / (config.warmup_steps + 1), learning_rate, config.warmup_steps)
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 

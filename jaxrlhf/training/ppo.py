@@ -17,10 +17,11 @@ from jaxrlhf.data.loader import rows_at
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout.decode import generate
+from jaxrlhf.rollout.text import response_texts
 from jaxrlhf.training import loop, setup
+from jaxrlhf.training.loop import Metrics
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.ppo_update import Roles, annotate, make_critic, update
-from jaxrlhf.training.step import Metrics
 from jaxrlhf.types import Experience, Params, Rollout
 
 
@@ -58,10 +59,10 @@ class PPOTrainer:
             setup.check_context(lengths, self.model, "the longest prompt + sampling.response_length")
         self.scorer = Scorer(config.reward, self.tokenizer, reward, mesh=self.mesh)
         judge = self.scorer.model and (self.scorer.model.model, self.scorer.model.params)
-        reference = setup.copy(policy, self.model.dtype if config.reference_dtype == "auto" else config.reference_dtype, self.mesh)
-        critic_model, critic, trunk = make_critic(
-            config, self.model, policy, reference, judge, self.mesh
+        reference = setup.copy(
+            policy, self.model.dtype if config.reference_dtype == "auto" else config.reference_dtype, self.mesh
         )
+        critic_model, critic, trunk = make_critic(config, self.model, policy, reference, judge, self.mesh)
         self.frozen = {"reference": reference, "critic": trunk}
         self.total_steps = -(-ppo.total_episodes // ppo.batch_size)
         steps = self.total_steps * ppo.num_ppo_epochs * ppo.num_mini_batches
@@ -108,7 +109,9 @@ class PPOTrainer:
                 rollout, texts = self.generate(batch)
                 session.stop_if_asked(step, self.state.value)
                 generated = time.monotonic()
-                scores, components = self.scorer.score([row.text for row in batch], texts, rollout, columns(batch), step)
+                scores, components = self.scorer.score(
+                    [row.text for row in batch], texts, rollout, columns(batch), step + 1
+                )
                 session.stop_if_asked(step, self.state.value)
                 scored = time.monotonic()
                 metrics = self.learn(rollout, scores)[1] | rewards(components)
@@ -174,7 +177,7 @@ class PPOTrainer:
             self.tokenizer.stop_ids + sampling.stop_token_ids,
             self.tokenizer.pad_id,
         )
-        return rollout, loop.responses(jax.device_get(rollout), self.tokenizer)
+        return rollout, response_texts(rollout, self.tokenizer)
 
     def learn(self, rollout: Rollout, scores: np.ndarray) -> tuple[Experience, Metrics]:
         """Annotate a scored rollout and make the update's optimizer steps; moves `state` on by one."""
@@ -218,7 +221,9 @@ def columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
 
 def rewards(components: dict[str, np.ndarray]) -> Metrics:
     """Mean and spread of each part of the score."""
-    return {f"rewards/{name}/{k}": f(x) for name, x in components.items() for k, f in (("mean", np.mean), ("std", np.std))}
+    return {
+        f"rewards/{name}/{k}": f(x) for name, x in components.items() for k, f in (("mean", np.mean), ("std", np.std))
+    }
 
 
 def show(rows: Sequence[PromptRow], texts: Sequence[str], scores: np.ndarray) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
-"""The two device programs of a PPO update: `annotate` turns a scored rollout into experience, `update` learns from it."""
+"""The device programs of a PPO update: `annotate` turns a scored rollout into experience, `update` learns from it."""
 
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,11 +89,22 @@ def sequence_logprobs(params: Params, model: ModelConfig, rollout: Rollout, temp
     return masked.keep(logprobs, rollout.response_mask), masked.keep(entropy, rollout.response_mask)
 
 
-def sequence_values(params: Params, model: ModelConfig, rollout: Rollout) -> tuple[Array, Array]:
-    """(values [B, R] before each response token, value [B] after the last column)."""
-    hidden = forward(params, model, rollout.tokens, rollout.mask)
-    values = scalar(params, model, hidden[:, -rollout.response_mask.shape[1] - 1 :])
-    return masked.keep(values[:, :-1], rollout.response_mask), values[:, -1]
+class Measured(NamedTuple):
+    """What policy and critic say about a rollout; 0 outside the response mask."""
+
+    logprobs: Array  # f32 [B, R]
+    entropy: Array  # f32 [B, R]
+    values: Array  # f32 [B, R]   before each response token
+    tail: Array  # f32 [B]   value after the last column
+
+
+def measure(params: dict[str, Params], frozen: dict[str, Params], rollout: Rollout, roles: Roles) -> Measured:
+    """One forward of policy and critic over a rollout."""
+    logprobs, entropy = sequence_logprobs(params["policy"], roles.policy, rollout, roles.temperature)
+    critic = {**frozen["critic"], **params["critic"]}
+    hidden = forward(critic, roles.critic, rollout.tokens, rollout.mask)
+    values = scalar(critic, roles.critic, hidden[:, -rollout.response_mask.shape[1] - 1 :])
+    return Measured(logprobs, entropy, masked.keep(values[:, :-1], rollout.response_mask), values[:, -1])
 
 
 @functools.partial(jax.jit, static_argnames="roles")
@@ -106,35 +118,30 @@ def annotate(
     """
     batch = scores.shape[0]
 
-    def rows(part: Rollout) -> tuple[Array, ...]:
+    def rows(part: Rollout) -> tuple[Array, Measured | None]:
         ref_logprobs, _ = sequence_logprobs(frozen["reference"], roles.policy, part, roles.temperature)
         if roles.one_step(batch):
-            return (ref_logprobs,)
-        logprobs, entropy = sequence_logprobs(state.params["policy"], roles.policy, part, roles.temperature)
-        critic = {**frozen["critic"], **state.params["critic"]}
-        return ref_logprobs, logprobs, entropy, *sequence_values(critic, roles.critic, part)
+            return ref_logprobs, None
+        return ref_logprobs, measure(state.params, frozen, part, roles)
 
     parts = jax.lax.map(rows, split_rows(rollout, batch // roles.micro_rows(batch)))
-    ref_logprobs, *measured = join_rows(parts)
-    if not measured:
+    ref_logprobs, measured = join_rows(parts)
+    if measured is None:
         blank = jnp.zeros_like(ref_logprobs)
         return Experience(rollout, scores, blank, ref_logprobs, blank, blank, blank, blank, jnp.zeros_like(scores)), {}
-    return complete(rollout, scores, ref_logprobs, *measured, state.kl_coef, roles.ppo)
+    return complete(rollout, scores, ref_logprobs, measured, state.kl_coef, roles.ppo)
 
 
 def complete(
     rollout: Rollout,
     scores: Array,
     ref_logprobs: Array,
-    logprobs: Array,
-    entropy: Array,
-    values: Array,
-    tail: Array,
+    measured: Measured,
     kl_coef: Array,
     ppo: PPO,
 ) -> tuple[Experience, Metrics]:
     """Rewards, advantages and returns of a whole batch, and what it was worth. No gradient flows through."""
-    logprobs, entropy, values, tail = jax.lax.stop_gradient((logprobs, entropy, values, tail))
+    logprobs, entropy, values, tail = jax.lax.stop_gradient(measured)
     mask, finished = rollout.response_mask, rollout.finished
     count = jnp.maximum(jnp.sum(mask), 1)
 
@@ -186,20 +193,19 @@ def update(
 
         def loss(params: dict[str, Params], part: Experience) -> tuple[Array, Metrics]:
             rollout, mask, extra = part.rollout, part.rollout.response_mask, {}
-            logprobs, entropy = sequence_logprobs(params["policy"], roles.policy, rollout, roles.temperature)
-            values, tail = sequence_values({**frozen["critic"], **params["critic"]}, roles.critic, rollout)
+            now = measure(params, frozen, rollout, roles)
             if roles.one_step(batch):
-                part, extra = complete(
-                    rollout, part.scores, part.ref_logprobs, logprobs, entropy, values, tail, state.kl_coef, ppo
-                )
-            policy, about_policy = policy_loss(logprobs, part.old_logprobs, part.advantages, mask, count, ppo.cliprange)
-            value, about_value = value_loss(values, part.values, part.returns, mask, count, ppo.cliprange_value)
+                part, extra = complete(rollout, part.scores, part.ref_logprobs, now, state.kl_coef, ppo)
+            policy, about_policy = policy_loss(
+                now.logprobs, part.old_logprobs, part.advantages, mask, count, ppo.cliprange
+            )
+            value, about_value = value_loss(now.values, part.values, part.returns, mask, count, ppo.cliprange_value)
             return policy + ppo.vf_coef * value, {
                 **about_policy,
                 **about_value,
                 **extra,
-                "policy/entropy_avg": masked.total(entropy, mask) / count,
-                "val/log_ratio_max": jnp.max(jnp.abs(logprobs - part.old_logprobs)),
+                "policy/entropy_avg": masked.total(now.entropy, mask) / count,
+                "val/log_ratio_max": jnp.max(jnp.abs(now.logprobs - part.old_logprobs)),
             }
 
         grads, metrics = gradients(loss, state.params, chosen, num_micro)

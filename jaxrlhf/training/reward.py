@@ -56,7 +56,10 @@ def update(
     def loss(params: Params, rows: tuple[Pairs, jax.Array | None]) -> tuple[jax.Array, Metrics]:
         chosen, rejected = pair_scores({**frozen, **params}, rows[0], model, rows[1])
         value, metrics = pairwise_loss(chosen, rejected, count)
-        spread = {"max_reward_max": jnp.maximum(chosen, rejected).max(), "min_reward_max": -jnp.minimum(chosen, rejected).min()}
+        spread = {
+            "max_reward_max": jnp.maximum(chosen, rejected).max(),
+            "min_reward_max": -jnp.minimum(chosen, rejected).min(),
+        }
         return value, metrics | spread
 
     grads, metrics = gradients(loss, state.params["reward"], (pairs, row_keys), num_micro)
@@ -73,7 +76,7 @@ def evaluate(params: Params, pairs: Pairs, *, model: ModelConfig) -> tuple[jax.A
 
 
 class RewardTrainer:
-    """Train a reward model from `config.model` on the pairs of `config.data`: `.train()`, `.save_pretrained(directory)`.
+    """Train a reward model from `config.model` on the pairs of `config.data`: `.train()`, `.save_pretrained(folder)`.
 
     What can be wrong with the config, the data or the model is raised here, before training begins.
     """
@@ -137,7 +140,7 @@ class RewardTrainer:
             )
             self._results = {k: float(v) for k, v in record.items()}
             if session.best:  # what is exported is the best state: say what that one reaches
-                self._results |= self._evaluate()
+                self._results |= {k: float(v) for k, v in self._evaluate().items()}
             session.logger.note(f"exported to {self.save_pretrained(session.run.directory / 'export')}")
         return self._results
 
@@ -177,6 +180,6 @@ class RewardTrainer:
         records = []
         for part in (rows[i : i + size] for i in range(0, len(rows), size)):
             both = evaluate(self.params, self._pairs([*part, *[part[0]] * (size - len(part))]), model=self.model)
-            chosen, rejected = (x[: len(part)] for x in jax.device_get(both))
+            chosen, rejected = (jnp.asarray(x[: len(part)]) for x in jax.device_get(both))
             records.append((len(part), pairwise_loss(chosen, rejected, len(part))[1]))
         return {f"eval/{key}": value for key, value in loop.weighted_mean(records).items()}

@@ -20,9 +20,12 @@ RunConfig = SFTConfig | RewardConfig | PPOConfig
 
 
 def open_tokenizer(source: TokenizerSource, model: ModelSource) -> Tokenizer:
-    """The tokenizer of a run: its own path if one is given, else the model's."""
-    path = weights.resolve(source.path or model.path, None if source.path else model.revision)
-    return load_tokenizer(path, source)
+    """The tokenizer of a run: its own path if one is given, else the model's. ConfigError if there is neither."""
+    if not model.path:
+        raise ConfigError("model.path is empty: give a folder in Hugging Face layout, a run directory or a hub id")
+    folder = weights.resolve(model.path, model.revision, weights=False)
+    own = str(weights.resolve(source.path, weights=False)) if source.path else ""
+    return load_tokenizer(folder, dataclasses.replace(source, path=own))
 
 
 def load_model(
@@ -36,11 +39,9 @@ def load_model(
 ) -> tuple[ModelConfig, Params]:
     """A model of a run, placed on the mesh, with room for the tokens the tokenizer has added.
 
-    `storage` is the dtype of the parameters ("auto": the compute dtype). Raises ConfigError if `source.path` is empty
-    and DataError if the tokenizer has more tokens than the model has rows.
+    `storage` is the dtype of the parameters ("auto": the compute dtype). Raises DataError
+    if the tokenizer has more tokens than the model has rows.
     """
-    if not source.path:
-        raise ConfigError("model.path is empty: give a folder in Hugging Face layout or a hub id")
     compute = runtime.resolve_dtype(source.compute_dtype, jax.default_backend())
     model, params = weights.load(
         source.path,
@@ -106,7 +107,8 @@ class State:
     def value(self) -> TrainState:
         if self._value is None:
             assert self._params is not None
-            self._value, self._params = self._make(self._params), None
+            self.value = self._make(self._params)
+        assert self._value is not None
         return self._value
 
     @value.setter
@@ -166,5 +168,5 @@ def export(
         "config": dataclasses.asdict(config),
         "metrics": {k: v for k, v in results.items() if not k.startswith("perf/")},
     }
-    source = weights.resolve(config.model.path, config.model.revision)
+    source = weights.resolve(config.model.path, config.model.revision, weights=False)
     return weights.export(directory, model, params, source=source, tokenizer=tokenizer, facts=card)

@@ -18,6 +18,7 @@ from jaxrlhf.data.loader import rows_at
 from jaxrlhf.logprobs import token_logprobs
 from jaxrlhf.models import ModelConfig, forward
 from jaxrlhf.rollout.decode import generate
+from jaxrlhf.rollout.text import response_texts
 from jaxrlhf.training import loop, setup
 from jaxrlhf.training.optim import Optimizer, make_optimizer
 from jaxrlhf.training.step import Metrics, apply, gradients, one_role
@@ -33,7 +34,13 @@ def loss(params: Params, batch: Batch, model: ModelConfig, count: jax.Array) -> 
 
 @functools.partial(jax.jit, static_argnames=("model", "optimizer", "num_micro", "mesh"), donate_argnames="state")
 def update(
-    state: TrainState, batch: Batch, *, model: ModelConfig, optimizer: Optimizer, num_micro: int, mesh: jax.sharding.Mesh
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: ModelConfig,
+    optimizer: Optimizer,
+    num_micro: int,
+    mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on `batch`, in `num_micro` slices."""
     tokens = jnp.sum(batch.loss_mask)
@@ -169,7 +176,7 @@ class SFTTrainer:
             self.tokenizer.stop_ids + sampling.stop_token_ids,
             self.tokenizer.pad_id,
         )
-        texts = loop.responses(jax.device_get(rollout), self.tokenizer)
+        texts = response_texts(rollout, self.tokenizer)
         prompts = [self.tokenizer.decode(row.tokens) for row in rows]
         return [{"prompt": p, "completion": t} for p, t in zip(prompts, texts, strict=True)]
 

@@ -49,7 +49,7 @@ def gradients(loss: Loss, params: Params, batch: Any, num_micro: int) -> tuple[P
 def apply(
     state: TrainState, grads: dict[str, Params], loss: Array, optimizers: tuple[tuple[str, Optimizer], ...]
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step for every role, or none: a non-finite loss or gradient leaves the state as it was, bit for bit.
+    """One optimizer step for every role, or none: a non-finite loss or gradient leaves the state as it was, to the bit.
 
     Each role's gradient is scaled down to its optimizer's `max_grad_norm` when its global norm is larger. Returns the
     new state (its `step` untouched) and per role that norm before and after, plus `skipped_updates` (0 or 1).

@@ -32,8 +32,12 @@ def card(model: ModelConfig, config: Mapping[str, Any], facts: Mapping[str, Any]
     if _hub_id(facts.get("dataset")):
         front["datasets"] = [facts["dataset"]]
     if facts.get("license"):
-        front["license"] = str(facts["license"])
-    front["tags"] = [TAG, *([str(method)] if method else []), "language-model" if model.head == "lm" else "reward-model"]
+        front["license"] = _line(facts["license"])
+    front["tags"] = [
+        TAG,
+        *([_line(method)] if method else []),
+        "language-model" if model.head == "lm" else "reward-model",
+    ]
     kind = "language model" if model.head == "lm" else "reward model"
     by = f" by {_METHODS.get(str(method), _text(method))}" if method else ""
     parts = [
@@ -74,8 +78,8 @@ def _notes(model: ModelConfig, config: Mapping[str, Any]) -> list[str]:
         )
     if model.head == "mlp":
         notes.append(
-            "The head is an MLP, for which transformers has no class: AutoModelForSequenceClassification would load the "
-            "decoder and leave a random head on it. jaxrlhf.load reads the whole model."
+            "The head is an MLP, for which transformers has no class: AutoModelForSequenceClassification would load "
+            "the decoder and leave a random head on it. jaxrlhf.load reads the whole model."
         )
     pad, eos = config.get("pad_token_id"), config.get("eos_token_id")
     if model.head != "lm" and pad is None:
@@ -92,9 +96,13 @@ def _hub_id(name: Any) -> bool:
     return isinstance(name, str) and bool(_ON_THE_HUB.fullmatch(name)) and not Path(name).exists()
 
 
+def _line(value: Any) -> str:
+    return " ".join(str(value).split())
+
+
 def _text(value: Any) -> str:
     """Plain text on one line of Markdown."""
-    return re.sub(r"([\\`*\[\]<>#|!&~$])", r"\\\1", " ".join(str(value).split()))
+    return re.sub(r"([\\`*\[\]<>#|!&~$])", r"\\\1", _line(value))
 
 
 def _number(value: Any) -> str:

@@ -8,15 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from jaxrlhf.data.tokenizer import FILES as TOKENIZER_FILES
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError, StorageError
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.types import Params
-from jaxrlhf.weights import card, families, mapping, safetensors
+from jaxrlhf.weights import card, families, mapping, safetensors, writer
 from jaxrlhf.weights.hub import CONFIG, GENERATION_CONFIG
 
 CARD = "README.md"
@@ -42,7 +39,8 @@ def export(
     facts: what the model card says about the run (see `card.card`).
     dtype: of the written tensors; None: that of the parameters.
     Everything is written to a hidden folder beside `directory` that takes its name at the end. A directory that is
-    there already is replaced if it is empty or an earlier export, else StorageError is raised, as when the disk is full.
+    there already is replaced if it is empty or an earlier export; else StorageError is raised, as when the disk is
+    full.
     """
     directory = Path(directory).expanduser().absolute()
     _check_target(directory)
@@ -57,7 +55,7 @@ def export(
         partial.mkdir()
         config = _write_configs(partial, model, params, None if source is None else Path(source), tokenizer, dtype)
         (partial / CARD).write_text(card.card(model, config, facts or {}), encoding="utf-8")
-        safetensors.write(partial, found, _bytes(max_shard_size))
+        writer.write(partial, found, _bytes(max_shard_size))
         _swap(partial, directory, old)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -65,26 +63,30 @@ def export(
 
 
 def _write_configs(
-    folder: Path, model: ModelConfig, params: Params, source: Path | None, tokenizer: Tokenizer | None, dtype: str | None
+    folder: Path,
+    model: ModelConfig,
+    params: Params,
+    source: Path | None,
+    tokenizer: Tokenizer | None,
+    dtype: str | None,
 ) -> dict[str, Any]:
     """Everything but weights and card; returns what config.json says."""
     original, generation = (
         safetensors.read_json(source / name) if source is not None and (source / name).is_file() else {}
         for name in (CONFIG, GENERATION_CONFIG)
     )
-    stored = dtype or str(np.result_type(*(leaf.dtype for leaf in jax.tree.leaves(params))))
-    config = families.render(model, original, stored)
+    config = families.render(model, original, dtype or str(params["embed"]["embedding"].dtype))
     if tokenizer is not None:
         tokenizer.save(folder)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         config = _with_ids(config, ids)
-        stops = tuple(sorted({tokenizer.eos_id, *tokenizer.stop_ids}))
-        generation = _with_ids(generation, ids | {"eos_token_id": list(stops) if len(stops) > 1 else stops[0]})
+        stops = sorted({tokenizer.eos_id, *tokenizer.stop_ids})
+        generation = _with_ids(generation, ids | {"eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id})
     elif source is not None:
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-    if config.get("pad_token_id") is None and generation.get("pad_token_id") is not None:
+    if model.head != "lm" and config.get("pad_token_id") is None and generation.get("pad_token_id") is not None:
         config["pad_token_id"] = generation["pad_token_id"]
     _write_json(folder / CONFIG, config)
     if generation and model.head == "lm":
@@ -114,8 +116,8 @@ def _check_target(directory: Path) -> None:
     allowed = {CONFIG, GENERATION_CONFIG, CARD, safetensors.INDEX, *TOKENIZER_FILES}
     strange = sorted(n for n in names if n not in allowed and not _OURS.fullmatch(n))
     if strange or (names and not _has_our_card(directory)):
-        why = f"it also holds {', '.join(strange[:5])}" if any(strange) else "it does not look like an export of jaxrlhf"
-        raise StorageError(f"{directory}: exists and is not replaced, because {why}; give another folder or remove this one")
+        why = f"it also holds {', '.join(strange[:5])}" if any(strange) else "it is not an export of jaxrlhf"
+        raise StorageError(f"{directory}: exists and is not replaced, because {why}; give another folder")
 
 
 def _has_our_card(directory: Path) -> bool:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrlhf import models, sharding
+from jaxrlhf.config import DType
 from jaxrlhf.data import tokenizer
 from jaxrlhf.errors import ConfigError, DataError
 from jaxrlhf.models import ModelConfig
@@ -21,6 +22,7 @@ from jaxrlhf.weights import families, mapping, safetensors
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+Remat = Literal["none", "full", "dots"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 _HUB_SCHEME = "hf://"
 
@@ -45,7 +47,7 @@ def resolve(path: str | Path, revision: str | None = None, *, weights: bool = Tr
     if _looks_local(text):
         near = folder.parent if folder.parent.is_dir() else None
         around = f"; {near} holds: {_listing(near)}" if near else f"; nor is there a folder {folder.parent}"
-        raise DataError(f"{folder}: no such folder{around}. For a model on the hub of that name write {_HUB_SCHEME}ORG/NAME")
+        raise DataError(f"{folder}: no such folder{around}. For a model on the hub write {_HUB_SCHEME}ORG/NAME")
     return _download(text, revision, weights)
 
 
@@ -96,11 +98,11 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
             "or log in with `hf auth login` if it is private"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise DataError(f"hub model '{name}': has no revision '{revision}'; give a branch, a tag or a commit") from error
+        raise DataError(f"hub model '{name}': has no revision '{revision}' (branch, tag or commit)") from error
     except Exception as error:  # two HTTP libraries and a disk stand behind this call
         raise DataError(
-            f"'{name}': there is no such folder here, the hub's cache does not hold it{at}, and the hub could not be asked "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}). "
+            f"'{name}': there is no such folder here, the hub's cache does not hold it{at}, and the hub could not be "
+            f"asked ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}). "
             "Check the network (and HF_HUB_OFFLINE), or give the path of a local folder"
         ) from error
     if weights and not (folder / CONFIG).is_file():
@@ -115,14 +117,19 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
 
 
 def load_config(
-    path: str | Path, *, revision: str | None = None, head: str | None = None, compute_dtype: str = "auto", remat: str = "none"
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    head: str | None = None,
+    compute_dtype: DType = "auto",
+    remat: Remat = "none",
 ) -> ModelConfig:
     """The description of a model from its config.json; arguments and errors as in `load`."""
     folder = resolve(path, revision, weights=False)
     return _describe(folder, head, compute_dtype, remat)[0]
 
 
-def _describe(folder: Path, head: str | None, compute_dtype: str, remat: str) -> tuple[ModelConfig, bool]:
+def _describe(folder: Path, head: str | None, compute_dtype: DType, remat: Remat) -> tuple[ModelConfig, bool]:
     """(the model, whether its head is to be made afresh)."""
     file = folder / CONFIG
     if not file.is_file():
@@ -135,8 +142,8 @@ def _describe(folder: Path, head: str | None, compute_dtype: str, remat: str) ->
     if fresh and model.head != "lm":
         have = f"{file}: describes a {'/'.join(raw.get('architectures') or ())} with a trained {model.head} score head"
         if head == "lm":
-            raise DataError(f"{have} and no language-model head: it can score text, not write it. Give the language model")
-        raise DataError(f"{have}, but a head of kind '{head}' was asked for; ask for '{model.head}', or start from its base")
+            raise DataError(f"{have} and no language-model head: it can score text, not write it")
+        raise DataError(f"{have}, not '{head}' as asked; ask for '{model.head}', or start from a language model")
     if fresh:
         model = dataclasses.replace(model, head=head, num_labels=1)
     return dataclasses.replace(model, dtype=resolve_dtype(compute_dtype, jax.default_backend()), remat=remat), fresh
@@ -146,10 +153,10 @@ def load(
     path: str | Path,
     *,
     revision: str | None = None,
-    dtype: str = "auto",
+    dtype: DType = "auto",
     head: str | None = None,
-    compute_dtype: str = "auto",
-    remat: str = "none",
+    compute_dtype: DType = "auto",
+    remat: Remat = "none",
     init: Literal["pretrained", "random"] = "pretrained",
     key: Array | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -165,13 +172,13 @@ def load(
     On a CPU, memory stays under the size of the parameters and of the largest tensor together.
     Raises DataError for a folder that cannot be used, ConfigError for arguments that do not go together.
     """
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+    if dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"dtype must be 'auto', 'float32' or 'bfloat16', got {dtype!r}")
     folder = resolve(path, revision, weights=init == "pretrained")
     model, fresh = _describe(folder, head, compute_dtype, remat)
     made = "params" if init == "random" else "score" if fresh else ""
     if made and key is None:
-        what = "random parameters need" if init == "random" else f"the folder has no '{head}' head, and a fresh one needs"
+        what = "random parameters need" if init == "random" else f"it has no '{head}' head, and a fresh one needs"
         raise ConfigError(f"{folder}: {what} a key: load(..., key=jax.random.key(seed))")
     draw = partial(models.init, model, dtype="float32" if dtype == "auto" else dtype)
     abstract = jax.eval_shape(draw, jax.random.key(0))
@@ -194,7 +201,8 @@ def _draw_score(draw: Callable[[Array], Params], key: Array | None, placed: Para
 def resize_embeddings(model: ModelConfig, params: Params, vocab_size: int) -> tuple[ModelConfig, Params]:
     """The model with `vocab_size` >= V tokens; new rows of the embedding and of an untied head are the mean of the old.
 
-    A new token then starts as likely as an average one. The arrays lie where jax puts them; place them again if need be.
+    So the logit of a new token is the mean of the others'. The arrays lie where jax puts them; place them again if they
+    are to lie on a mesh. Raises ConfigError if V is larger.
     """
     more = vocab_size - model.vocab_size
     if more < 0:

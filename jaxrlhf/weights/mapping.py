@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrlhf.errors import DataError
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.types import Params
-from jaxrlhf.weights import safetensors
+from jaxrlhf.weights import safetensors, writer
 from jaxrlhf.weights.names import Tensor, tensors
 from jaxrlhf.weights.safetensors import Entry
 
@@ -43,7 +43,9 @@ def shape_of(tensor: Tensor, leaf: Any) -> tuple[int, ...]:
     return tuple(reversed(shape)) if tensor.transpose else tuple(shape)
 
 
-def match(model: ModelConfig, abstract: Params, entries: dict[str, Entry], *, without: str, where: str) -> dict[str, Entry]:
+def match(
+    model: ModelConfig, abstract: Params, entries: dict[str, Entry], *, without: str, where: str
+) -> dict[str, Entry]:
     """{name in the family table: its entry}, for every tensor that `model` needs; leaves under `without` are left out.
 
     Stored constants are passed over, and so are an output head that the model does not have (a language model that
@@ -63,8 +65,8 @@ def match(model: ModelConfig, abstract: Params, entries: dict[str, Entry], *, wi
         embedding = next(t.name for t in tensors(model) if t.path == ("embed", "embedding"))
         if embedding in found and not safetensors.same(entries[LM_HEAD], found[embedding]):
             raise DataError(
-                f"{where}: config.json ties the output head to the embedding (tie_word_embeddings), but the file holds a "
-                f"{LM_HEAD} that differs from {found[embedding].name}; set tie_word_embeddings to false if that head is meant"
+                f"{where}: config.json ties the output head to the embedding (tie_word_embeddings), but there is a "
+                f"{LM_HEAD} that differs from {found[embedding].name}; if that head is meant, make it false"
             )
         unexpected.remove(LM_HEAD)
     lines = [f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in found]
@@ -89,7 +91,13 @@ def _printable(name: str) -> str:
 
 
 def fill(
-    model: ModelConfig, abstract: Params, entries: dict[str, Entry], *, without: str, dtype: str, shardings: Params | None
+    model: ModelConfig,
+    abstract: Params,
+    entries: dict[str, Entry],
+    *,
+    without: str,
+    dtype: str,
+    shardings: Params | None,
 ) -> Params:
     """The parameters, read from `entries` (of `match`); leaves under `without` are left out.
 
@@ -132,9 +140,12 @@ def _take(
     index, count = tensor.part
     if count > 1:
         array = np.split(array, count, axis=0 if tensor.transpose else -1)[index]
+    if array.dtype == np.float64:  # which jax does not take as it is
+        array = array.astype(np.float32)
     piece = _put(array, tensor, sharding)
     if leaf is None:
         return _whole(piece, dtype, tensor.transpose, sharding)
+    assert tensor.layer is not None
     return _into_layer(leaf, piece, tensor.layer, tensor.transpose, sharding)
 
 
@@ -162,7 +173,7 @@ def _into_layer(leaf: Array, piece: Array, layer: int, transpose: bool, sharding
     return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
 
 
-def sources(model: ModelConfig, params: Params, dtype: str | None) -> list[safetensors.Source]:
+def sources(model: ModelConfig, params: Params, dtype: str | None) -> list[writer.Source]:
     """What to write for `params`: every tensor of the family table, read from the device when its turn comes."""
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for tensor in tensors(model):
@@ -171,7 +182,7 @@ def sources(model: ModelConfig, params: Params, dtype: str | None) -> list[safet
     for name, tensors_ in parts.items():
         leaf = leaf_at(params, tensors_[0].path)
         kind = np.dtype(dtype or leaf.dtype)
-        found.append(safetensors.Source(name, kind, shape_of(tensors_[0], leaf), partial(_tensor, params, tensors_, kind)))
+        found.append(writer.Source(name, kind, shape_of(tensors_[0], leaf), partial(_tensor, params, tensors_, kind)))
     return found
 
 
@@ -182,4 +193,3 @@ def _tensor(params: Params, parts: list[Tensor], dtype: np.dtype) -> np.ndarray:
         arrays.append(np.asarray(leaf if tensor.layer is None else leaf[tensor.layer]).astype(dtype, copy=False))
     whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
     return whole.T if parts[0].transpose else whole
-

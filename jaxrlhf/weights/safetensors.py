@@ -1,4 +1,4 @@
-"""The safetensors format: a reader that trusts nothing, and a writer in shards.
+"""The safetensors format: a reader that trusts nothing. (writer.py writes.)
 
 A file is the length N of its header (8 bytes, little endian), N bytes of JSON
 `{name: {"dtype", "shape", "data_offsets": [begin, end]}}`, and the data (https://huggingface.co/docs/safetensors).
@@ -8,10 +8,8 @@ Tensors are read one at a time into memory of their own: a mapped file would cou
 
 import json
 import math
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,7 +38,6 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
 
@@ -94,7 +91,9 @@ def scan(file: Path) -> dict[str, Entry]:
     end = 0
     for begin, stop, entry in sorted(ranges, key=lambda item: item[:2]):
         if begin != end:
-            _refuse(file, f"the data of '{entry.name}' begins at byte {begin:,} where {end:,} was due (overlap or hole)")
+            _refuse(
+                file, f"the data of '{entry.name}' begins at byte {begin:,} where {end:,} was due (overlap or hole)"
+            )
         end = stop
     if end != size - 8 - length:
         _refuse(file, f"its tensors take {end:,} bytes and the file holds {size - 8 - length:,}; it may be cut short")
@@ -117,7 +116,9 @@ def _range(file: Path, name: str, fields: Any) -> tuple[int, int, Entry]:
     entry = Entry(name, file, DTYPES[fields["dtype"]], tuple(shape), 0)
     begin, stop = offsets
     if stop - begin != entry.nbytes:
-        _refuse(file, f"'{name}' {fields['dtype']} {shape} takes {entry.nbytes:,} bytes, data_offsets say {stop - begin:,}")
+        _refuse(
+            file, f"'{name}' {fields['dtype']} {shape} takes {entry.nbytes:,} bytes, data_offsets say {stop - begin:,}"
+        )
     return begin, stop, entry
 
 
@@ -142,9 +143,15 @@ def scan_folder(folder: Path) -> dict[str, Entry]:
     if len(shards) > MAX_FILES:
         raise DataError(f"{file}: names {len(shards):,} shards, more than the {MAX_FILES:,} allowed")
     if absent := sorted(s for s in shards if not (folder / s).is_file()):
-        raise DataError(f"{folder}: the index names shards that are not there: {', '.join(absent)}; complete the folder")
+        raise DataError(
+            f"{folder}: the index names shards that are not there: {', '.join(absent)}; complete the folder"
+        )
     found = {shard: scan(folder / shard) for shard in sorted(shards)}
-    wrong = [f"{name}: not in {shard}, where the index puts it" for name, shard in weight_map.items() if name not in found[shard]]
+    wrong = [
+        f"{name}: not in {shard}, where the index puts it"
+        for name, shard in weight_map.items()
+        if name not in found[shard]
+    ]
     wrong += [
         f"{name}: in {shard}, which the index does not say"
         for shard, entries in found.items()
@@ -163,7 +170,7 @@ def _refuse_folder(folder: Path) -> NoReturn:
         raise DataError(f"{looked}, only a LoRA adapter; merge it into its base model first")
     if foreign := [n for n in names if n.lower().endswith(_FOREIGN)]:
         raise DataError(
-            f"{looked}, only {', '.join(foreign)}, which jaxrlhf never opens: such files can run code when they are read. "
+            f"{looked}, only {', '.join(foreign)}, which jaxrlhf never opens: reading such files can run code. "
             "Convert them where that is safe: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) "
             "in transformers writes safetensors"
         )
@@ -201,7 +208,7 @@ def same(a: Entry, b: Entry) -> bool:
 
 
 def _read_bytes(entry: Entry, begin: int, raw: np.ndarray) -> None:
-    view, done = memoryview(raw), 0
+    view, done = raw.data, 0
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.offset + begin)
         while done < len(view):
@@ -209,59 +216,6 @@ def _read_bytes(entry: Entry, begin: int, raw: np.ndarray) -> None:
             if not count:
                 raise DataError(f"{entry.file}: ended inside '{entry.name}'; it changed while it was read")
             done += count
-
-
-@dataclass(frozen=True)
-class Source:
-    """A tensor to write; `read` is called once, when its turn comes."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def write(folder: Path, sources: Iterable[Source], max_shard_size: int) -> None:
-    """Write `model.safetensors`, or shards of at most `max_shard_size` bytes (or one tensor) with their index."""
-    shards: list[list[Source]] = [[]]
-    for source in sources:
-        if shards[-1] and sum(s.nbytes for s in shards[-1]) + source.nbytes > max_shard_size:
-            shards.append([])
-        shards[-1].append(source)
-    if len(shards) == 1:
-        write_file(folder / SINGLE, shards[0])
-        return
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        write_file(folder / name, shard)
-    total = sum(s.nbytes for shard in shards for s in shard)
-    weight_map = {s.name: name for name, shard in zip(names, shards, strict=True) for s in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def write_file(file: Path, sources: Sequence[Source]) -> None:
-    """Write one file and see it onto the disk. The data are ordered by falling item size, then name."""
-    ordered = sorted(sources, key=lambda s: (-s.dtype.itemsize, s.name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks which framework the layout is of
-    end = 0
-    for s in ordered:
-        header[s.name] = {"dtype": NAMES[s.dtype], "shape": list(s.shape), "data_offsets": [end, end + s.nbytes]}
-        end += s.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for s in ordered:
-            array = s.read()
-            assert array.shape == s.shape and array.dtype == s.dtype, (s.name, array.shape, array.dtype)
-            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _parse_json(text: bytes, where: str) -> dict[str, Any]:

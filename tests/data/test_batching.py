@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrlhf.data.batching import batch, bucket, pairs, prompts
@@ -39,6 +39,7 @@ def test_a_row_that_does_not_fit_is_a_mistake_of_ours():
         batch([SFTRow([1, 2, 3], [False] * 3)], PAD, 2)
 
 
+@settings(deadline=None)
 @given(length=st.integers(1, 5000), extra=st.integers(0, 5000))
 def test_buckets_hold_the_batch_waste_little_and_are_few(length, extra):
     limit = length + extra

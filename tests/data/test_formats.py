@@ -27,6 +27,7 @@ def example(row, task, chat=False, **options):
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 TALK = [user("hi"), said("hello"), user("bye"), said("see you")]
 RANKED = {"prompt": "q", "chosen": [user("q"), said("good")], "rejected": [user("q"), said("bad")], "score_chosen": 9}
+TURNS = Example([user("q")], [said("c")], [said("r")])
 PLAIN = [
     ("sft", {"text": "abc"}, Example(None, "abc")),
     ("sft", {"messages": TALK}, Example(None, TALK)),
@@ -44,11 +45,12 @@ PLAIN = [
     ("pairs", {"prompt": "q", "chosen": "c", "rejected": "r"}, Example("q", "c", "r")),
     ("sft", {"prompt": "q", "chosen": "c", "rejected": "r"}, Example("q", "c", "r")),
     ("pairs", {"prompt": "q", "accepted": "c", "rejected": "r"}, Example("q", "c", "r")),
-    ("pairs", {"prompt": [user("q")], "chosen": [said("c")], "rejected": [said("r")]}, Example([user("q")], [said("c")], [said("r")])),
+    ("pairs", {"prompt": [user("q")], "chosen": [said("c")], "rejected": [said("r")]}, TURNS),
     ("pairs", {"system": "s", "question": "q", "chosen": "c", "rejected": "r"}, Example("s\nq\n", "c", "r")),
     ("pairs", RANKED, Example([user("q")], [said("good")], [said("bad")])),
     ("sft", RANKED, Example([user("q")], [said("good")], [said("bad")])),
     ("prompts", {"prompt": "q", "answer": 3}, Example("q")),
+    ("prompts", {"prompt": "q", "completion": None}, Example("q")),
     ("prompts", {"question": "q", "answer": "a"}, Example("q\n")),
     ("prompts", {"messages": TALK}, Example(TALK[:3])),
     ("prompts", {"messages": TALK[:3]}, Example(TALK[:3])),
@@ -120,7 +122,7 @@ def test_the_common_beginning_of_two_conversations():
     # they part in the middle: an answer may be several turns
     early = [user("hi"), said("what"), user("bye")]
     assert example({"chosen": TALK, "rejected": early}, "pairs") == Example(TALK[:1], TALK[1:], early[1:])
-    with pytest.raises(DataError, match="x.jsonl:37: the conversations do not begin with the same messages"):
+    with pytest.raises(DataError, match=r"x\.jsonl:37: the conversations do not begin with the same messages"):
         example({"chosen": TALK, "rejected": [user("other"), said("x")]}, "pairs")
 
 

@@ -1,5 +1,5 @@
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrlhf.data.loader import permutation, rows_at
@@ -11,6 +11,7 @@ def stream(steps, batch_size, num_rows, seed, shuffle=True):
     return np.concatenate([rows_at(step, batch_size, num_rows, seed, shuffle) for step in range(steps)])
 
 
+@settings(deadline=None)
 @given(batch_size=sizes, num_rows=sizes, seed=st.integers(0, 2**63))
 def test_every_row_once_per_epoch_whatever_the_batch_size(batch_size, num_rows, seed):
     rows = stream(-(-3 * num_rows // batch_size), batch_size, num_rows, seed)
@@ -18,6 +19,7 @@ def test_every_row_once_per_epoch_whatever_the_batch_size(batch_size, num_rows, 
         assert sorted(rows[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(num_rows))
 
 
+@settings(deadline=None)
 @given(batch_size=sizes, other=sizes, num_rows=sizes, seed=st.integers(0, 9))
 def test_the_order_does_not_depend_on_the_batch_size(batch_size, other, num_rows, seed):
     one, two = stream(9, batch_size, num_rows, seed), stream(9, other, num_rows, seed)

@@ -9,7 +9,7 @@ from jaxrlhf.data.tokenizer import Tokenizer, load_tokenizer
 NAMES = ["tokenizers/gpt2", "tokenizers/smollm2", "tokenizers/qwen3", "models/stories260K"]
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(scope="module", params=NAMES)
 def tokenizer(request, shared_data) -> Tokenizer:
     return load_tokenizer(shared_data / request.param, TokenizerSource())
 

@@ -36,9 +36,7 @@ def test_plain_prompt_and_completion(base, sp):
     assert shown(made(example, base), base) == "the fox[ says hello<|endoftext|>]"
     assert shown(made(example, sp), sp) == "<s> the fox[ says hello</s>]"
     assert shown(made(example, sp, "pairs"), sp, 1) == "<s> the fox[ says</s>]"
-    assert shown(made(example, base), base, learn_all=True) == "t[he fox says hello<|endoftext|>]".replace(
-        "t[he", "the["
-    )
+    assert shown(made(example, base), base, learn_all=True) == "the[ fox says hello<|endoftext|>]"
 
 
 def test_plain_text_is_learnt_whole_but_for_its_first_token(base, sp):

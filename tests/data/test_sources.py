@@ -63,7 +63,7 @@ def test_folders(tmp_path):
     assert rows(tmp_path / "plain") == ROWS
     assert rows(tmp_path / "plain", split="test") == ROWS[:1]
     for folder in ("split", "plain"):
-        with pytest.raises(DataError, match="nosuch.*there are.*test"):
+        with pytest.raises(DataError, match=r"nosuch.*there are.*test"):
             rows(tmp_path / folder, split="nosuch")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no data files"):
@@ -91,7 +91,7 @@ def test_max_rows_stops_reading(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl")
     path.write_text(path.read_text() + "not json\n")
     assert rows(path, max_rows=2) == ROWS
-    with pytest.raises(DataError, match="a.jsonl:3: not JSON"):
+    with pytest.raises(DataError, match=r"a\.jsonl:3: not JSON"):
         rows(path)
 
 

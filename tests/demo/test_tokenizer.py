@@ -56,6 +56,7 @@ def test_the_longest_question_and_answer_fit_the_model(tmp_path):
         return max(len(built.encode(text).ids) for text in texts)
 
     tones = [[f" {text}" for level in table.values() for text in level] for table in (task.OPENINGS, task.CLOSINGS)]
-    statements = [f" {text}" for fact in task.FACTS for text in (fact.truth, *task.wrong_statements(fact))]
+    statements = [f" {fact.truth}" for fact in task.FACTS]
+    statements += [f" {text}" for fact in task.FACTS for kind in task.wrong_statements(fact) for text in kind]
     answer = longest(tones[0]) + longest(statements) + longest(tones[1]) + 1
     assert longest(task.questions()) + answer <= config["max_position_embeddings"]

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from jaxrlhf import models
+from jaxrlhf.models import heads
+
+init_head = jax.jit(heads.init_head, static_argnums=0)  # the decoder is not what these tests are about
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def test_two_labels_give_the_probability_of_the_second(make, big_weights, hidden
 
 def test_mlp_head_is_512_256_1(make, key, hidden):
     model = make(head="mlp")
-    params = models.init(model, key)
+    params = init_head(model, key)
     assert [params["score"][f"dense_{i}"]["kernel"].shape for i in range(3)] == [(16, 512), (512, 256), (256, 1)]
     params["score"] = jax.tree.map(lambda leaf: leaf + 0.1, params["score"])  # biases that matter
     np.testing.assert_allclose(models.scores(params, model, hidden), mlp_by_hand(params, hidden)[..., 0], rtol=1e-4)
@@ -55,7 +58,7 @@ def test_mlp_head_is_512_256_1(make, key, hidden):
 
 def test_fresh_scores_have_unit_scale(make, key):
     model = make(head="linear", hidden_size=512)
-    params = models.init(model, key)
+    params = init_head(model, key)
     assert jnp.std(params["score"]["kernel"]) == pytest.approx(513**-0.5, rel=0.1)
     hidden = jnp.asarray(np.random.default_rng(0).normal(size=(400, 512)), jnp.float32)
     assert 0.7 < jnp.std(models.scores(params, model, hidden)) < 1.3
@@ -63,7 +66,7 @@ def test_fresh_scores_have_unit_scale(make, key):
 
 def test_dropout_only_with_a_key_and_right_on_average(make, key, hidden):
     model = make(head="mlp")
-    params = models.init(model, key)
+    params = init_head(model, key)
     exact = models.scores(params, model, hidden)
     assert jnp.array_equal(exact, models.scores(params, model, hidden))
     dropped = models.scores(params, model, hidden, key)
@@ -84,7 +87,7 @@ def test_dropout_only_with_a_key_and_right_on_average(make, key, hidden):
 def test_scores_are_float32_whatever_is_stored(make, key, hidden):
     for head in ("linear", "mlp"):
         model = make(head=head, dtype="bfloat16")
-        params = models.init(model, key, "bfloat16")
+        params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), init_head(model, key))
         wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         found = models.scores(params, model, hidden)
         assert found.dtype == jnp.float32

@@ -89,9 +89,10 @@ def test_yarn_turns_fast_planes_as_before_and_slow_ones_less():
 
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
 def test_norms_by_the_formula(kind):
-    x, scale, bias = np.asarray(normal(2, 3, 8)) * 5 + 2, np.asarray(normal(8, seed=1)), np.asarray(normal(8, seed=2))
+    x, scale, bias = normal(2, 3, 8) * 5 + 2, normal(8, seed=1), normal(8, seed=2)
     params = {"scale": scale} | ({"bias": bias} if kind == "layernorm" else {})
     found = layers.Norm(kind, 1e-2).apply({"params": params}, x)
+    x, scale, bias = (np.asarray(array) for array in (x, scale, bias))
     if kind == "layernorm":
         expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-2) * scale + bias
     else:

@@ -37,19 +37,13 @@ def rows(padded):
     return [generator.integers(3, 64, length) for length in LENGTHS]
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_logits_and_gradients(language_model, rows, padded, side):
+def test_logits_and_gradients(language_model, rows, padded):
     model, theirs = language_model.model, reference(language_model.folder)
-    tokens, mask = padded(rows, side, max(LENGTHS) + 3)
-    learns = mask[:, 1:] & mask[:, :-1]
-    found = theirs(**as_torch(tokens, mask)).logits
-    logprobs = torch.log_softmax(found[:, :-1], -1).gather(-1, torch.tensor(np.array(tokens)[:, 1:, None]).long())[
-        ..., 0
-    ]
-    (-logprobs[torch.tensor(np.array(learns))].mean()).backward()
 
     @jax.jit
-    def run(params):
+    def run(params, tokens, mask):
+        learns = mask[:, 1:] & mask[:, :-1]
+
         def loss(params):
             logits = models.lm_logits(params, model, models.forward(params, model, tokens, mask))
             picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)[..., 0]
@@ -57,17 +51,25 @@ def test_logits_and_gradients(language_model, rows, padded, side):
 
         return jax.grad(loss, has_aux=True)(params)
 
-    gradient, logits = run(language_model.params)
-    real = np.asarray(mask)
-    difference = np.abs(np.asarray(logits)[real] - found.detach().numpy()[real]).max()
-    ours = language_model.named(gradient)
-    expected = {name: weight.grad.numpy() for name, weight in theirs.named_parameters()}
-    assert set(ours) == set(expected)
-    relative = {name: np.linalg.norm(ours[name] - value) / np.linalg.norm(value) for name, value in expected.items()}
-    worst = max(relative, key=relative.__getitem__)
-    print(f"{language_model.folder.name} {side}: logits {difference:.1e}, gradient {relative[worst]:.1e} ({worst})")
-    assert difference < 1e-4
-    assert relative[worst] < 1e-4, worst
+    for side in ("right", "left"):
+        tokens, mask = padded(rows, side, max(LENGTHS) + 3)
+        theirs.zero_grad()
+        inputs, real = as_torch(tokens, mask), np.asarray(mask)
+        found = theirs(**inputs).logits
+        logprobs = torch.log_softmax(found[:, :-1], -1).gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
+        (-logprobs[torch.tensor(real[:, 1:] & real[:, :-1])].mean()).backward()
+        gradient, logits = run(language_model.params, tokens, mask)
+        difference = np.abs(np.asarray(logits)[real] - found.detach().numpy()[real]).max()
+        ours = language_model.named(gradient)
+        expected = {name: weight.grad.numpy() for name, weight in theirs.named_parameters()}
+        assert set(ours) == set(expected)
+        relative = {
+            name: np.linalg.norm(ours[name] - value) / np.linalg.norm(value) for name, value in expected.items()
+        }
+        worst = max(relative, key=relative.__getitem__)
+        print(f"{language_model.folder.name} {side}: logits {difference:.1e}, gradient {relative[worst]:.1e} ({worst})")
+        assert difference < 1e-4
+        assert relative[worst] < 1e-4, worst
 
 
 def test_greedy_continuation_with_a_cache(language_model, rows, padded):

@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 
 import chex
 import jax
@@ -9,8 +10,10 @@ import pytest
 from jaxrlhf import models
 from jaxrlhf.models import Rope
 
-forward = jax.jit(models.forward, static_argnums=1)
-forward_cached = jax.jit(models.forward_cached, static_argnums=1)
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # halves the time of compilation
+forward = quick(models.forward, static_argnums=1)
+forward_cached = quick(models.forward_cached, static_argnums=1)
+init = quick(models.init, static_argnums=(0, 2))
 
 
 def mixed(make, **changes):
@@ -58,7 +61,7 @@ def loss_of(model, tokens, mask):
 
 def test_parameters_are_as_documented(make, key):
     model = make(tie_embeddings=False, qkv_bias=True)
-    shapes = jax.tree.map(jnp.shape, models.init(model, key))
+    shapes = jax.tree.map(jnp.shape, jax.eval_shape(partial(models.init, model), key))
     assert shapes == {
         "embed": {"embedding": (32, 16)},
         "layers": {
@@ -77,14 +80,14 @@ def test_parameters_are_as_documented(make, key):
         "norm": {"scale": (16,)},
         "lm_head": {"kernel": (16, 32)},
     }
-    gpt2 = models.init(absolute(make), key, "bfloat16")
+    gpt2 = jax.eval_shape(partial(models.init, absolute(make), dtype="bfloat16"), key)
     assert gpt2["positions"]["embedding"].shape == (64, 16)
     assert set(gpt2["layers"]["mlp"]) == {"up", "down"} and gpt2["norm"]["bias"].shape == (16,)
     assert {leaf.dtype for leaf in jax.tree.leaves(gpt2)} == {jnp.dtype("bfloat16")}
 
 
 def test_fresh_kernels_differ_and_have_the_stated_scale(make, key):
-    params = models.init(make(hidden_size=64, mlp_size=64), key)
+    params = init(make(hidden_size=64, mlp_size=64), key, "float32")
     up = params["layers"]["mlp"]["up"]["kernel"]
     assert not jnp.array_equal(up[0], up[1])
     for kernel in (up, params["layers"]["mlp"]["down"]["kernel"], params["embed"]["embedding"]):
@@ -104,7 +107,7 @@ def test_no_gradient_from_the_future_or_from_beyond_the_window(make, big_weights
             hidden = models.forward({**params, "embed": {"embedding": table}}, model, tokens, mask)
             return jnp.sum(jnp.sin(hidden[0, at]))  # not constant under the norm
 
-        return (jnp.abs(jax.jit(jax.grad(state))(params["embed"]["embedding"])).max(1)[:8] > 0).tolist()
+        return (jnp.abs(quick(jax.grad(state))(params["embed"]["embedding"])).max(1)[:8] > 0).tolist()
 
     assert seen(make()) == [i <= at for i in range(8)]
     sliding = make(num_layers=1, sliding_window=3, sliding_layers=(True,))
@@ -127,7 +130,7 @@ def test_padding_changes_nothing(model, big_weights, padded):
 def test_a_row_with_nothing_in_it_stays_finite(model, big_weights):
     tokens = jnp.zeros((2, 4), jnp.int32)
     mask = jnp.array([[True] * 4, [False] * 4])
-    value, gradient = jax.jit(jax.value_and_grad(loss_of(model, tokens, mask)))(big_weights(model))
+    value, gradient = quick(jax.value_and_grad(loss_of(model, tokens, mask)))(big_weights(model))
     assert jnp.isfinite(value)
     chex.assert_tree_all_finite(gradient)
 
@@ -178,11 +181,11 @@ def test_rematerialisation_changes_memory_and_nothing_else(make, big_weights):
     for remat in ("none", "dots", "full"):
         model = mixed(make, remat=remat)
         params, function = big_weights(model), jax.value_and_grad(loss_of(model, tokens, mask))
-        results[remat], products[remat] = jax.jit(function)(params), len(dots(function, params))
+        results[remat], products[remat] = quick(function)(params), len(dots(function, params))
     # a layer has seven products with weights and two of attention; each has two more in the gradient
     assert products["none"] == 9 * 3 + 3
-    assert products["dots"] - products["none"] in (1, 2)  # attention again; its last product is not always needed
-    assert products["full"] - products["none"] in (8, 9)
+    assert products["dots"] == products["none"] + 2  # those of attention again
+    assert products["full"] == products["none"] + 8  # all again but the last, whose result no gradient needs
     for remat in ("dots", "full"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), *map(results.get, (remat, "none"))
@@ -203,13 +206,13 @@ def test_bfloat16_is_close_and_runs_through_every_product(model, big_weights):
     rough = dataclasses.replace(model, dtype="bfloat16")
     params = jax.tree.map(lambda leaf: 0.5 * leaf, big_weights(model))
     tokens, mask = jnp.arange(12, dtype=jnp.int32).reshape(2, 6), jnp.ones((2, 6), bool)
-    exact = jax.jit(jax.grad(loss_of(model, tokens, mask)))(params)
-    close = jax.jit(jax.grad(loss_of(rough, tokens, mask)))(params)
+    exact = quick(jax.grad(loss_of(model, tokens, mask)))(params)
+    close = quick(jax.grad(loss_of(rough, tokens, mask)))(params)
     for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(close), strict=True):
         assert b.dtype == jnp.float32
         assert jnp.linalg.norm(a - b) <= 0.05 * jnp.linalg.norm(a) + 1e-4
     assert set(dots(jax.grad(loss_of(rough, tokens, mask)), params)) == {("bfloat16", "bfloat16", "float32")}
-    assert models.forward(params, rough, tokens, mask).dtype == jnp.float32
+    assert jax.eval_shape(lambda p: models.forward(p, rough, tokens, mask), params).dtype == jnp.float32
 
 
 def test_grouped_heads_are_repeated_heads(make, big_weights):

@@ -82,7 +82,9 @@ class Case:
         return state, experience, before | after
 
 
-def case(ppo: PPO | None = None, *, dtype: str = "float32", drift: float = 0.3, mesh: Mesh | None = None, **options) -> Case:
+def case(
+    ppo: PPO | None = None, *, dtype: str = "float32", drift: float = 0.3, mesh: Mesh | None = None, **options
+) -> Case:
     ppo = ppo or PPO(**{"batch_size": B, "num_ppo_epochs": 2, "num_mini_batches": 2} | options)
     model = dataclasses.replace(MODEL, dtype=dtype)
     reference = jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, init(model, jax.random.key(0)))

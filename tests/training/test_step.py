@@ -71,7 +71,9 @@ def test_adam_matches_the_paper_and_the_clip_is_reported():
     optimizer = make_optimizer(config, 0.1, 10)
     state = state_of({"w": jnp.array([1.0, 1.0])}, optimizer)
     raw = np.array([3.0, 4.0])
-    state, metrics = step.apply(state, {"policy": {"w": jnp.asarray(raw, jnp.float32)}}, jnp.float32(0), (("policy", optimizer),))
+    state, metrics = step.apply(
+        state, {"policy": {"w": jnp.asarray(raw, jnp.float32)}}, jnp.float32(0), (("policy", optimizer),)
+    )
     assert metrics["policy/grad_norm"] == pytest.approx(5) and metrics["policy/grad_norm_clipped"] == pytest.approx(1)
     g = raw / 5
     m, v = 0.1 * g / (1 - 0.9), 0.001 * g**2 / (1 - 0.999)  # Adam's first step, bias-corrected

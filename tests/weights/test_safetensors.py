@@ -13,8 +13,12 @@ from hypothesis import strategies as st
 
 from jaxrlhf.errors import DataError
 from jaxrlhf.weights import safetensors as ours
+from jaxrlhf.weights import writer
 
-GOOD = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]}}
+GOOD = {
+    "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
+}
 
 
 def raw_file(path: Path, header: dict | str, data: int = 32, length: int | None = None) -> Path:
@@ -36,8 +40,8 @@ def arrays(seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def sources(tensors: dict[str, np.ndarray]) -> list[ours.Source]:
-    return [ours.Source(k, v.dtype, v.shape, lambda v=v: v) for k, v in tensors.items()]
+def sources(tensors: dict[str, np.ndarray]) -> list[writer.Source]:
+    return [writer.Source(k, v.dtype, v.shape, lambda v=v: v) for k, v in tensors.items()]
 
 
 def test_reads_what_the_reference_library_writes(tmp_path):
@@ -53,14 +57,14 @@ def test_reads_what_the_reference_library_writes(tmp_path):
 
 def test_writes_the_very_bytes_of_the_reference_library(tmp_path):
     tensors = {k: v for k, v in arrays().items() if v.dtype == np.float32}
-    ours.write_file(tmp_path / "ours.safetensors", sources(tensors))
+    writer.write_file(tmp_path / "ours.safetensors", sources(tensors))
     safetensors.numpy.save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
 def test_the_reference_library_reads_what_we_write(tmp_path):
     tensors = arrays(1)
-    ours.write_file(tmp_path / "x.safetensors", sources(tensors))
+    writer.write_file(tmp_path / "x.safetensors", sources(tensors))
     found = safetensors.numpy.load_file(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()
     for name, array in tensors.items():
@@ -70,7 +74,7 @@ def test_the_reference_library_reads_what_we_write(tmp_path):
 
 def test_shards_keep_to_the_size_and_the_index_names_every_tensor(tmp_path):
     tensors = {f"t{i}": np.full((10 + i,), i, np.float32) for i in range(9)} | {"big": np.zeros(300, np.float32)}
-    ours.write(tmp_path, sources(tensors), max_shard_size=150)
+    writer.write(tmp_path, sources(tensors), max_shard_size=150)
     index = json.loads((tmp_path / ours.INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(v.nbytes for v in tensors.values())
     shards = sorted(p.name for p in tmp_path.glob("*.safetensors"))
@@ -85,7 +89,7 @@ def test_shards_keep_to_the_size_and_the_index_names_every_tensor(tmp_path):
 
 
 def test_one_shard_has_no_index(tmp_path):
-    ours.write(tmp_path, sources(arrays()), max_shard_size=10**9)
+    writer.write(tmp_path, sources(arrays()), max_shard_size=10**9)
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
@@ -177,7 +181,17 @@ def write_index(folder: Path, weight_map: object) -> None:
 
 @pytest.mark.parametrize(
     "shard",
-    ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "..\\x.safetensors", "x.bin", ".safetensors", "..", "x.safetensors\n", ""],
+    [
+        "../x.safetensors",
+        "/etc/x.safetensors",
+        "sub/x.safetensors",
+        "..\\x.safetensors",
+        "x.bin",
+        ".safetensors",
+        "..",
+        "x.safetensors\n",
+        "",
+    ],
 )
 def test_shards_outside_the_folder_are_refused(tmp_path, shard):
     inside = tmp_path / "model"
@@ -194,7 +208,9 @@ def test_index_and_shards_must_agree(tmp_path):
     raw_file(tmp_path / "two.safetensors", {"c": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}})
     write_index(tmp_path, {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"})
     assert ours.scan_folder(tmp_path).keys() == {"a", "b", "c"}
-    write_index(tmp_path, {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors", "d": "one.safetensors"})
+    write_index(
+        tmp_path, {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors", "d": "one.safetensors"}
+    )
     with pytest.raises(DataError) as caught:
         ours.scan_folder(tmp_path)
     said = str(caught.value)
@@ -250,7 +266,7 @@ def test_same_compares_bits_across_chunks(tmp_path, monkeypatch):
     x = np.arange(11, dtype=np.float32)
     y, z = x.copy(), x.reshape(1, 11)
     y[10] = np.nextafter(y[10], np.float32(0))
-    ours.write_file(tmp_path / "x.safetensors", sources({"x": x, "x2": x.copy(), "y": y, "z": z}))
+    writer.write_file(tmp_path / "x.safetensors", sources({"x": x, "x2": x.copy(), "y": y, "z": z}))
     e = ours.scan(tmp_path / "x.safetensors")
     assert ours.same(e["x"], e["x2"])
     assert not ours.same(e["x"], e["y"])

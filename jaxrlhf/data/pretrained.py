@@ -1,0 +1,87 @@
+"""The door to transformers: from files to a tokenizer, its chat template and the stop tokens of its model. Never remote
+code, never the network for a folder, never torch."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.config import TokenizerSource
+from jaxrlhf.errors import DataError
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+FILES += ("merges.txt", "tokenizer.model", "chat_template.jinja")
+
+
+def pretrained(name: str, revision: str | None) -> Any:
+    """The fast tokenizer of a folder or hub id, as transformers makes it."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it says that torch is missing, as it should be
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or it warns when a process is started later
+    from transformers import AutoTokenizer
+
+    folder = Path(name).expanduser()
+    local = folder.is_dir()
+    if local and not any((folder / file).exists() for file in FILES):
+        raise DataError(f"tokenizer {name}: the folder has no tokenizer files ({', '.join(FILES[:2])}, ...)")
+    if not local and (folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
+        raise DataError(f"tokenizer {name}: no such folder")
+    try:
+        hf = AutoTokenizer.from_pretrained(
+            str(folder) if local else name, revision=revision, trust_remote_code=False, local_files_only=local
+        )
+    except Exception as error:  # whatever is wrong with the files, each kind raises another class
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"tokenizer {name}: cannot be loaded ({type(error).__name__}: {reason})") from error
+    if not getattr(hf, "is_fast", False):
+        raise DataError(
+            f"tokenizer {name}: it has no tokenizer.json; save it once as a fast tokenizer with transformers"
+        )
+    return hf
+
+
+def chat_template(hf: Any, source: TokenizerSource) -> str | None:
+    """The chat template that `source` asks for; None for plain text."""
+    wanted = source.chat_template
+    if wanted in ("none", "chatml"):
+        return CHATML if wanted == "chatml" else None
+    if wanted != "auto":
+        try:
+            return Path(wanted).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"tokenizer.chat_template: {wanted!r} is not auto, none, chatml or a readable .jinja file ({error})"
+            ) from error
+    if isinstance(hf.chat_template, dict):
+        if "default" not in hf.chat_template:
+            raise DataError(
+                f"the tokenizer has several chat templates ({', '.join(hf.chat_template)}) and none called default; "
+                "save the one to use as a .jinja file and name it in tokenizer.chat_template"
+            )
+        return hf.chat_template["default"]
+    return hf.chat_template
+
+
+def generation_stops(folder: Path, name: str, revision: str | None) -> list[int]:
+    """eos_token_id of generation_config.json: an id, a list, or absent."""
+    from transformers.utils.hub import cached_file
+
+    file: str | Path | None = folder / "generation_config.json"
+    if not folder.is_dir():
+        file = cached_file(
+            name, "generation_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+    if file is None or not Path(file).exists():
+        return []
+    try:
+        eos = json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{file}: not a JSON object ({error})") from error
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise DataError(f"{file}: eos_token_id is {eos!r}; a token id or a list of them was expected")
+    return ids

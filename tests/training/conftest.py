@@ -1,0 +1,50 @@
+"""Tiny runs of every trainer: a model without weights, a few rows of text, no noise on the console."""
+
+import json
+import pathlib
+
+import pytest
+
+from jaxrlhf import config
+
+WORDS = ("red", "green", "blue", "black", "white", "grey", "pink", "brown")
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Rows that serve every trainer: a prompt, a completion for SFT, a better and a worse answer for pairs."""
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    made = []
+    for i, word in enumerate(WORDS * 3):
+        prompt = f"say {word}{'!' * (i % 4)} "
+        made.append(
+            {"prompt": prompt, "completion": word, "chosen": word, "rejected": "no" + "o" * (i % 5), "word": word}
+        )
+    file.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return file
+
+
+@pytest.fixture
+def parts(tiny_model: pathlib.Path, rows: pathlib.Path) -> dict:
+    """Sections common to all run configs."""
+    return {
+        "model": config.ModelSource(path=str(tiny_model), init="random"),
+        "data": config.Data(path=str(rows), validation_fraction=0.25),
+        "optim": config.Optim(learning_rate=1e-2),
+        "logging": config.Logging(quiet=True, tensorboard=False, sample_every=4, num_samples=2),
+        "checkpoint": config.Checkpoint(save_every=3),
+    }
+
+
+@pytest.fixture
+def supervised(parts: dict) -> dict:
+    return parts | {"train": config.Train(num_train_epochs=3, batch_size=6, eval_batch_size=4)}
+
+
+@pytest.fixture
+def ppo(parts: dict) -> dict:
+    return parts | {
+        "ppo": config.PPO(batch_size=8, total_episodes=32, num_mini_batches=2, num_ppo_epochs=2),
+        "sampling": config.Sampling(response_length=8),
+        "data": config.replace(parts["data"], validation_fraction=0.0),
+    }

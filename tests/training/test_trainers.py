@@ -1,0 +1,240 @@
+"""The trainers as a user meets them: runs, files, resuming, exports, and the step of a notebook."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import jaxrlhf
+from jaxrlhf import config
+from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted, RewardError, StorageError
+from jaxrlhf.training import loop
+from jaxrlhf.training.ppo import PPOTrainer, occurrences
+from jaxrlhf.training.reward import RewardTrainer
+from jaxrlhf.training.sft import SFTTrainer
+
+
+def length_reward(prompts, completions, **columns):
+    return [0.1 * len(text) for text in completions]
+
+
+def records(run: str | pathlib.Path) -> list[dict]:
+    """metrics.jsonl without timings, which alone may differ between equal runs."""
+    lines = pathlib.Path(run, "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines]
+
+
+def equal(a, b) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_sft_learns_its_rows_and_leaves_a_model(supervised, tmp_path):
+    supervised |= {"optim": config.Optim(learning_rate=3e-2)}
+    trainer = SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / "run"), **supervised))
+    assert "first example, tokens to learn in brackets" in trainer.describe()
+    result = trainer.train()
+    losses = [record["loss"] for record in records(tmp_path / "run")]
+    assert len(losses) == 9 and losses[-1] < 0.7 * losses[0] and result["eval/loss"] < losses[0]
+    model, params = jaxrlhf.load(tmp_path / "run")
+    assert model == trainer.model
+    equal(params, jax.device_get(trainer.params))
+    assert (tmp_path / "run" / "samples.jsonl").stat().st_size > 0
+
+
+def test_sft_exports_the_best_state_and_not_the_last(supervised, tmp_path):
+    # A rate that ruins the model after the first steps: the last state is worse than an earlier one.
+    supervised |= {"optim": config.Optim(learning_rate=0.5, schedule="constant"), "train": config.Train(
+        num_train_epochs=4, batch_size=6, eval_every=1, eval_batch_size=6)}  # fmt: skip
+    trainer = SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / "run"), **supervised))
+    trainer.train()
+    held_out = [record["eval/loss"] for record in records(tmp_path / "run")]
+    assert min(held_out) < held_out[-1]
+    np.testing.assert_allclose(trainer._evaluate()["eval/loss"], min(held_out), rtol=1e-6)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_reward_model_ranks_held_out_pairs(supervised, tmp_path, head):
+    trainer = RewardTrainer(config.RewardConfig(run_dir=str(tmp_path / "run"), head=head, **supervised))
+    result = trainer.train()
+    assert result["eval/accuracy"] == 1.0 and result["min_reward"] <= result["mean_reward"] <= result["max_reward"]
+    model, params = jaxrlhf.load(tmp_path / "run")
+    assert model.head == head
+    equal(params, jax.device_get(trainer.params))
+
+
+def test_frozen_trunk_trains_the_head_alone(supervised, tmp_path):
+    trainer = RewardTrainer(config.RewardConfig(run_dir=str(tmp_path / "run"), frozen_trunk=True, **supervised))
+    before = jax.device_get(trainer.params)
+    trainer.train()
+    after = jax.device_get(trainer.params)
+    equal(after["layers"], before["layers"])
+    assert np.abs(after["score"]["kernel"] - before["score"]["kernel"]).max() > 1e-3
+    assert set(trainer.state.value.params["reward"]) == {"score"}
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_micro_batches_do_not_change_supervised_training(supervised, tmp_path, micro):
+    # MLP head: its dropout must not depend on the cut either.
+    whole, parts = supervised["train"], config.replace(supervised["train"], micro_batch_size=micro)
+    optim = config.Optim(learning_rate=1e-3, eps=1e-3)
+    runs = []
+    for i, train in enumerate((whole, parts)):
+        options = supervised | {"train": config.replace(train, max_steps=3), "optim": optim}
+        trainer = RewardTrainer(config.RewardConfig(run_dir=str(tmp_path / str(i)), head="mlp", **options))
+        trainer.train()
+        runs.append(jax.device_get(trainer.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *runs)
+
+
+def test_ppo_raises_the_reward_it_is_given(ppo, tmp_path):
+    options = ppo | {"ppo": config.replace(ppo["ppo"], total_episodes=160, kl_coef=0.0)}
+    trainer = PPOTrainer(config.PPOConfig(run_dir=str(tmp_path / "run"), **options), reward=length_reward)
+    trainer.train()
+    scores = [record["objective/scores"] for record in records(tmp_path / "run")]
+    assert np.mean(scores[-3:]) > np.mean(scores[:3])
+    first = records(tmp_path / "run")[0]
+    assert first["objective/kl"] == 0 and first["val/first_log_ratio_max"] <= 1e-5
+    sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
+    assert set(sample) >= {"step", "prompt", "completion", "score"}
+
+
+def test_ppo_step_answers_as_a_notebook_expects(ppo):
+    trainer = PPOTrainer(config.PPOConfig(**ppo), reward=length_reward)
+    prompts = ["say red ", "say blue "]
+    result = trainer.ppo_step(prompts)
+    assert len(result["generated_texts"]) == len(result["rewards"]) == 2
+    np.testing.assert_allclose(result["rewards"], length_reward(prompts, result["generated_texts"]), rtol=1e-6)
+    assert {"policy_loss", "value_loss", "objective/kl"} <= set(result) and trainer.state.value.step == 1
+    assert trainer.ppo_step(prompts)["generated_texts"] != result["generated_texts"]  # another update, other keys
+    with pytest.raises(ConfigError, match="multiple of 2"):
+        trainer.ppo_step(["one"])
+
+
+def test_reward_columns_reach_the_function(ppo):
+    seen = {}
+
+    def reward(prompts, completions, word):
+        seen["word"] = word
+        return [0.0] * len(prompts)
+
+    PPOTrainer(config.PPOConfig(**ppo), reward=reward).ppo_step(["say red ", "say blue "], word=["red", "blue"])
+    assert seen["word"] == ["red", "blue"]
+
+
+@pytest.mark.parametrize("init", ["policy", "reward"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_critic_menu(ppo, supervised, tmp_path, init, frozen):
+    RewardTrainer(config.RewardConfig(run_dir=str(tmp_path / "rm"), **supervised)).train()
+    options = ppo | {
+        "reward": config.RewardSource(model=str(tmp_path / "rm")),
+        "critic": config.Critic(init=init, frozen_trunk=frozen, head="mlp", learning_rate=1e-3),
+    }
+    trainer = PPOTrainer(config.PPOConfig(**options))
+    trunk = jax.device_get({**trainer.frozen["critic"], **trainer.state.value.params["critic"]})
+    source = trainer.frozen["reference"] if init == "policy" else trainer.scorer.model.params
+    equal(trunk["layers"], jax.device_get(source["layers"]))
+    assert not np.any(trunk["score"]["dense_2"]["kernel"])
+    assert trainer.ppo_step(["say red ", "say blue "])["val/explained_variance"] == pytest.approx(0, abs=1e-5)
+    after = jax.device_get(trainer.state.value.params["critic"])
+    assert np.any(after["score"]["dense_2"]["kernel"]) and ("layers" in after) != frozen
+
+
+def test_a_prompt_that_comes_twice_in_a_batch_gets_two_answers(ppo):
+    trainer = PPOTrainer(config.PPOConfig(**ppo), reward=length_reward)
+    row = trainer.data.train[0]
+    assert occurrences([row, row, trainer.data.train[1]]) == [0, 1, 0]
+    _, texts = trainer.generate([row] * 8)
+    assert len(set(texts)) > 4
+
+
+@pytest.mark.parametrize("method", ["sft", "reward", "ppo"])
+def test_a_stopped_run_goes_on_bit_for_bit(supervised, ppo, tmp_path, monkeypatch, method):
+    def make(name: str):
+        if method == "ppo":
+            return PPOTrainer(config.PPOConfig(run_dir=str(tmp_path / name), **ppo), reward=length_reward)
+        kind, trainer = {"sft": (config.SFTConfig, SFTTrainer), "reward": (config.RewardConfig, RewardTrainer)}[method]
+        return trainer(kind(run_dir=str(tmp_path / name), **supervised))
+
+    whole = make("whole")
+    whole.train()
+
+    asked = []
+
+    def stop_once(self, step, state, *, saved=False):
+        if step == 2 and not asked:
+            asked.append(step)
+            self.run.stopping = True
+        original(self, step, state, saved=saved)
+
+    original = loop.Session.stop_if_asked
+    monkeypatch.setattr(loop.Session, "stop_if_asked", stop_once)
+    with pytest.raises(Preempted, match="after step 2"):
+        make("parts").train()
+    resumed = make("parts")
+    resumed.train()
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    equal(jax.device_get(resumed.params), jax.device_get(whole.params))
+
+
+def test_a_finished_run_can_be_exported_again(ppo, tmp_path):
+    settings = config.PPOConfig(run_dir=str(tmp_path / "run"), **ppo)
+    done = PPOTrainer(settings, reward=length_reward)
+    done.train()
+    again = PPOTrainer(settings, reward=length_reward)
+    assert again.restore() == 4
+    again.save_pretrained(tmp_path / "copy")
+    equal(jaxrlhf.load(tmp_path / "copy")[1], jaxrlhf.load(tmp_path / "run")[1])
+
+
+def test_export_of_a_run_without_checkpoint_is_refused(ppo, tmp_path):
+    settings = config.PPOConfig(run_dir=str(tmp_path / "none"), **ppo)
+    with pytest.raises(StorageError, match="no checkpoint"):
+        PPOTrainer(settings, reward=length_reward).restore()
+
+
+def test_bad_input_is_refused_at_the_door(ppo, supervised, tmp_path):
+    def long(section, **changes):
+        return config.replace(section, **changes)
+
+    with pytest.raises(ConfigError, match="no reward"):
+        PPOTrainer(config.PPOConfig(**ppo))
+    with pytest.raises(ConfigError, match="greedy"):
+        PPOTrainer(config.PPOConfig(**ppo | {"sampling": config.Sampling(greedy=True)}), reward=length_reward)
+    with pytest.raises(ConfigError, match=r"context is 64"):
+        PPOTrainer(config.PPOConfig(**ppo | {"sampling": config.Sampling(response_length=60)}), reward=length_reward)
+    with pytest.raises(ConfigError, match="model.path is empty"):
+        SFTTrainer(config.SFTConfig(**supervised | {"model": config.ModelSource()}))
+    with pytest.raises(DataError, match="data"):
+        SFTTrainer(config.SFTConfig(**supervised | {"data": config.Data(path=str(tmp_path / "absent.jsonl"))}))
+    with pytest.raises(ConfigError, match="multiple of mesh"):
+        SFTTrainer(config.SFTConfig(**supervised | {"mesh": config.Mesh(data=4)}))
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda n: [1.0] * (n - 1), "7 values for 8"),
+        (lambda n: [float("nan")] * n, "nan"),
+        (lambda n: 1 / 0, "ZeroDivisionError"),
+    ],
+)
+def test_a_bad_reward_stops_the_run_and_loses_nothing(ppo, tmp_path, answer, said):
+    calls = []
+
+    def reward(prompts, completions, **columns):
+        calls.append(1)
+        return answer(len(prompts)) if len(calls) == 4 else [0.5] * len(prompts)
+
+    settings = config.PPOConfig(run_dir=str(tmp_path / "run"), **ppo)
+    with pytest.raises(RewardError, match=said):
+        PPOTrainer(settings, reward=reward).train()
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3]
+    assert PPOTrainer(settings, reward=length_reward).train()["episode"] == 32  # goes on from step 3
+
+
+def test_endless_skipping_stops_the_run(supervised, tmp_path):
+    options = supervised | {"optim": config.Optim(learning_rate=1e30, schedule="constant")}
+    with pytest.raises(NumericsError, match="5 steps in a row"):
+        SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / "run"), **options)).train()

@@ -1,0 +1,291 @@
+import dataclasses
+import json
+import pathlib
+
+import jax
+import pytest
+
+from jaxrlhf import models
+from jaxrlhf.errors import DataError
+from jaxrlhf.models import ModelConfig, Rope
+from jaxrlhf.weights import families
+
+FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "models"
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+GPT2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 100, "n_embd": 32, "n_layer": 2}
+GPT2 |= {"n_head": 4, "n_positions": 64}
+CLASSIFIER = {"architectures": ["LlamaForSequenceClassification"]}
+
+
+def parse(config, **changes):
+    return families.parse(config | changes, "config.json")
+
+
+def stretched(kind, **options):
+    return {"rope_scaling": {"type": kind, **options}}
+
+
+def leaves(model):
+    abstract = jax.eval_shape(lambda key: models.init(model, key), jax.random.key(0))
+    flat, _ = jax.tree_util.tree_flatten_with_path(abstract)
+    return {tuple(entry.key for entry in path): leaf.shape for path, leaf in flat}
+
+
+def test_a_file_from_the_hub():
+    # HuggingFaceTB/SmolLM2-135M-Instruct, as published, less its special tokens
+    published = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "hidden_size": 576,
+        "initializer_range": 0.041666666666666664,
+        "intermediate_size": 1536,
+        "is_llama_config": True,
+        "max_position_embeddings": 8192,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 9,
+        "num_hidden_layers": 30,
+        "num_key_value_heads": 3,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "rope_theta": 100000,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 49152,
+    }
+    assert families.parse(published, "config.json") == ModelConfig(
+        family="llama",
+        vocab_size=49152,
+        hidden_size=576,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        mlp_size=1536,
+        max_positions=8192,
+        norm="rmsnorm",
+        norm_eps=1e-5,
+        activation="silu",
+        gated_mlp=True,
+        rope=Rope(theta=100000.0),
+        qkv_bias=False,
+        attention_out_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        sliding_window=None,
+        sliding_layers=(False,) * 30,
+        tie_embeddings=True,
+    )
+
+
+def test_gpt2_from_the_hub():
+    # openai-community/gpt2 has been there since before n_inner and the scaling options
+    model = parse(GPT2, activation_function="gelu_new", n_ctx=64, resid_pdrop=0.1)
+    assert (model.head_dim, model.mlp_size, model.num_kv_heads, model.max_positions) == (8, 128, 4, 64)
+    assert model.activation == "gelu_tanh" and model.norm == "layernorm" and model.rope is None
+    assert model.tie_embeddings and model.attention_scale is None and not model.attention_scale_by_layer
+    assert parse(GPT2, scale_attn_weights=False).attention_scale == 1.0
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.8, "mscale_all_dim": 0.5, "truncate": False}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("default", {}), ("linear", {"factor": 2.0}), ("llama3", LLAMA3), ("yarn", YARN)]
+)
+def test_both_spellings_of_rotary_embeddings_mean_the_same(kind, options):
+    newer = parse(LLAMA, rope_parameters={"rope_type": kind, "rope_theta": 500.0, **options}, dtype="bfloat16")
+    older = parse(LLAMA, rope_theta=500.0, rope_scaling={"rope_type": kind, **options}, torch_dtype="bfloat16")
+    oldest = parse(LLAMA, rope_theta=500.0, rope_scaling={"type": kind, **options})
+    assert newer == older == oldest
+    renamed = {"original_max_position_embeddings": "original_max_positions"}
+    assert newer.rope == Rope(theta=500.0, kind=kind, **{renamed.get(k, k): v for k, v in options.items()})
+
+
+def test_defaults_of_keys_that_old_files_lack():
+    assert parse(LLAMA).rope == Rope(theta=10000.0)
+    assert not parse(LLAMA).tie_embeddings
+    assert parse(LLAMA, num_key_value_heads=None).num_kv_heads == 4
+    assert parse(LLAMA, **stretched("yarn", factor=2.0)).rope.original_max_positions == 256
+    assert parse(MISTRAL).sliding_window == 4096
+    assert parse(MISTRAL, sliding_window=None).sliding_layers == (False, False)
+    qwen3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    assert parse(qwen3).head_dim == 128 and parse(qwen3, head_dim=20).head_dim == 20
+
+
+def test_which_layers_of_qwen2_slide():
+    on = {"use_sliding_window": True, "sliding_window": 8}
+    off = parse(QWEN2, sliding_window=8, max_window_layers=0)
+    assert off.sliding_window is None and off.sliding_layers == (False, False)
+    assert parse(QWEN2, **on, max_window_layers=1).sliding_layers == (False, True)
+    assert parse(QWEN2, **on, max_window_layers=0).sliding_layers == (True, True)
+    assert parse(QWEN2, **on, max_window_layers=2).sliding_window is None
+    given = parse(QWEN2, **on, max_window_layers=2, layer_types=["sliding_attention", "full_attention"])
+    assert given.sliding_layers == (True, False) and given.sliding_window == 8
+
+
+def test_classifiers():
+    assert parse(LLAMA, **CLASSIFIER, id2label={"0": "score"}).num_labels == 1
+    assert parse(LLAMA, **CLASSIFIER, num_labels=1).num_labels == 1
+    # two is transformers' default, which it does not write
+    assert parse(LLAMA, **CLASSIFIER).num_labels == 2 and parse(LLAMA, **CLASSIFIER).head == "linear"
+    assert parse(LLAMA, id2label={"0": "score"}).head == "lm"
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "says"),
+    [
+        (LLAMA, {"model_type": "mamba"}, r"'mamba'.*gpt2, llama, mistral, qwen2, qwen3"),
+        (LLAMA, {"model_type": None}, "model_type"),
+        (LLAMA, {"hidden_size": None}, "hidden_size is None; expected a whole number"),
+        (LLAMA, {"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
+        (LLAMA, {"num_hidden_layers": True}, "num_hidden_layers is True"),
+        (LLAMA, {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        (LLAMA, {"rms_norm_eps": -1e-5}, "rms_norm_eps"),
+        (LLAMA, {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        (LLAMA, {"num_key_value_heads": 3}, r"num_kv_heads \(3\) must divide"),
+        (LLAMA, {"head_dim": 7}, "even head_dim"),
+        (LLAMA, {"hidden_act": "gelu_10"}, "hidden_act is 'gelu_10'; expected one of silu"),
+        (LLAMA, {"attention_bias": "yes"}, "attention_bias is 'yes'; expected true or false"),
+        (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (LLAMA, {"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "auto_map"),
+        (LLAMA, {"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification"),
+        (LLAMA, {"architectures": ["Qwen2ForCausalLM"]}, "architectures"),
+        (LLAMA, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        (LLAMA, stretched("dynamic", factor=2.0), "'dynamic' is not supported"),
+        (LLAMA, stretched("longrope", factor=2.0), "'longrope' is not supported"),
+        (LLAMA, stretched("linear"), "rope_scaling: factor is missing"),
+        (LLAMA, stretched("linear", factor=2.0, beta_fast=1.0), "'linear' has no option 'beta_fast'"),
+        (LLAMA, stretched("yarn", factor=0), "factor is 0"),
+        (LLAMA, stretched("llama3", **LLAMA3 | {"high_freq_factor": 1.0}), "high_freq_factor"),
+        (LLAMA, {"rope_theta": 0}, "rope_theta"),
+        (LLAMA, {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
+        (
+            LLAMA,
+            stretched("linear", factor=2.0) | {"rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+            "contradicts",
+        ),
+        (LLAMA, CLASSIFIER | {"id2label": {"0": "a", "1": "b", "2": "c"}}, "3 labels"),
+        (LLAMA, CLASSIFIER | {"problem_type": "multi_label_classification"}, "problem_type"),
+        (QWEN2, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        (QWEN2, {"layer_types": ["full_attention"]}, "each of the 2 layers"),
+        (MISTRAL, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        (MISTRAL, {"sliding_window": 0}, "sliding_window is 0"),
+        (GPT2, {"add_cross_attention": True}, "add_cross_attention"),
+        (GPT2, {"n_head": 5}, r"n_embd is 32; expected a multiple of n_head \(5\)"),
+        (GPT2, {"pruned_heads": {"0": [1]}}, "pruned_heads"),
+        (GPT2, {"architectures": ["GPT2DoubleHeadsModel"]}, "GPT2DoubleHeadsModel"),
+    ],
+)
+def test_what_is_not_implemented_is_refused(config, changes, says):
+    with pytest.raises(DataError, match=says) as caught:
+        parse(config, **changes)
+    assert "config.json" in str(caught.value)
+
+
+CASES = sorted(folder.name for folder in FIXTURES.iterdir())
+
+
+@pytest.fixture(params=CASES)
+def original(request):
+    return json.loads((FIXTURES / request.param / "config.json").read_text())
+
+
+def test_rendering_what_was_read_changes_nothing(original):
+    model = families.parse(original, "config.json")
+    assert families.render(model, original) == original
+    computed = dataclasses.replace(model, dtype="bfloat16", remat="full")  # ours, no business of the file
+    assert families.render(computed, original) == original
+
+
+def test_a_new_file_says_the_same(original):
+    model = families.parse(original, "config.json")
+    assert families.parse(families.render(model, {}), "config.json") == model
+
+
+def test_only_what_changed_is_rewritten(original):
+    model = families.parse(original, "config.json")
+    larger = families.render(dataclasses.replace(model, vocab_size=80), original)
+    assert larger == original | {"vocab_size": 80}
+
+
+def test_a_language_model_becomes_a_reward_model():
+    reward = dataclasses.replace(parse(LLAMA), head="linear", num_labels=1)
+    stale = {"num_labels": 2, "problem_type": "single_label_classification", "id2label": {"0": "a", "1": "b"}}
+    written = families.render(reward, LLAMA | stale)
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    assert written == LLAMA | CLASSIFIER | labels
+    assert families.parse(written, "config.json") == reward
+
+
+def test_labels_of_the_original_are_kept():
+    config = LLAMA | CLASSIFIER | {"id2label": {"0": "BAD", "1": "GOOD"}, "label2id": {"BAD": 0, "GOOD": 1}}
+    model = parse(config)
+    assert families.render(model, config) == config
+    back = families.render(dataclasses.replace(model, head="lm", num_labels=1), config)
+    assert back["architectures"] == ["LlamaForCausalLM"] and "id2label" not in back
+
+
+def test_the_stored_dtype_keeps_its_spelling():
+    model = parse(LLAMA)
+    assert families.render(model, LLAMA | {"torch_dtype": "float16"}, "float32")["torch_dtype"] == "float32"
+    newer = families.render(model, LLAMA | {"dtype": "float16"}, "bfloat16")
+    assert newer["dtype"] == "bfloat16" and "torch_dtype" not in newer
+
+
+def test_changed_rotary_embeddings_replace_both_spellings():
+    original = LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    model = dataclasses.replace(parse(original), rope=Rope(theta=500.0, kind="linear", factor=2.0))
+    written = families.render(model, original)
+    assert "rope_parameters" not in written and families.parse(written, "config.json") == model
+
+
+def test_a_model_that_its_family_cannot_describe_is_refused():
+    with pytest.raises(DataError, match="cannot describe"):
+        families.render(dataclasses.replace(parse(LLAMA), qk_norm=True), LLAMA)
+
+
+def test_mlp_heads_are_written_and_read():
+    model = dataclasses.replace(parse(LLAMA), head="mlp")
+    assert families.parse(families.render(model, LLAMA), "config.json") == model
+
+
+@pytest.mark.parametrize("case", [*CASES, "mlp"])
+def test_every_leaf_has_its_tensors(case):
+    mlp = LLAMA | CLASSIFIER | {"score_head": "mlp", "num_labels": 1}
+    config = mlp if case == "mlp" else json.loads((FIXTURES / case / "config.json").read_text())
+    model = families.parse(config, "config.json")
+    shapes, covered = leaves(model), {}
+    for tensor in families.tensors(model):
+        assert tensor.path in shapes
+        covered.setdefault(tensor.path, []).append(tensor.layer)
+        assert tensor.transpose <= (len(shapes[tensor.path]) - (tensor.layer is not None) == 2)
+    assert covered.keys() == shapes.keys()
+    for path, found in covered.items():
+        assert found == (list(range(model.num_layers)) if path[0] == "layers" else [None])
+    by_name = {}
+    for tensor in families.tensors(model):
+        by_name.setdefault(tensor.name, []).append(tensor.part)
+    assert all(parts == [(i, len(parts)) for i in range(len(parts))] for parts in by_name.values())
