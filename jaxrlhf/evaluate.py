@@ -15,7 +15,7 @@ from jaxrlhf import runtime, weights
 from jaxrlhf.config import Data, PPOConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, prompt_rows
-from jaxrlhf.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
 from jaxrlhf.errors import DataError, StorageError
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
@@ -111,8 +111,7 @@ def complete(config: PPOConfig, prompt: str, count: int) -> list[str]:
 def open_model(config: PPOConfig) -> tuple[ModelConfig, Params, Tokenizer]:
     """The language model of a config in its compute dtype, with its tokenizer. Raises DataError if they do not fit."""
     source = config.model
-    folder = weights.resolve(config.tokenizer.path or source.path, None if config.tokenizer.path else source.revision)
-    tokenizer = load_tokenizer(folder, config.tokenizer)
+    tokenizer = weights.open_tokenizer(config.tokenizer, source)
     dtype = runtime.resolve_dtype(source.compute_dtype, jax.default_backend())
     model, params = weights.load(
         source.path,

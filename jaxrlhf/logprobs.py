@@ -18,7 +18,7 @@ from jaxrlhf.algorithms.masked import Scalar
 from jaxrlhf.models import ModelConfig, forward, scores
 from jaxrlhf.types import Params, Rollout
 
-CHUNK_LOGITS = 2**24  # logits alive at once, 64 MB: enough rows for fast products, little beside the weights
+CHUNK_LOGITS = 2**25  # logits alive at once, 128 MB: enough rows for fast products, little beside the weights
 
 
 def token_logprobs(

@@ -77,7 +77,9 @@ def llama(*parts: dict[str, Any], **options: Any) -> dict[str, Any]:
 
 
 LABELS = {n: {"id2label": {str(i): f"LABEL_{i}" for i in range(n)}} for n in (1, 2)}
-YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+# the original length and theta put both ends of the correction range inside a head of 16
+YARN = {"factor": 4.0, "original_max_position_embeddings": 2048}
+YARN_SIZES = {"max_position_embeddings": 8192, "head_dim": 16}
 CASES = {
     "llama": llama(OLD),
     "llama-linear-tied": llama(OLD, rope_scaling={"type": "linear", "factor": 2.5}, tie_word_embeddings=True),
@@ -91,11 +93,12 @@ CASES = {
             original_max_position_embeddings=64,
         )
     ),
-    "llama-yarn": llama(OLD, rope_scaling={"rope_type": "yarn", **YARN}, head_dim=16),
+    "llama-yarn": llama(YARN_SIZES, torch_dtype="bfloat16", rope_theta=100.0, rope_scaling={"type": "yarn", **YARN}),
     "llama-yarn-mscale": llama(
-        rope("yarn", **YARN, mscale=0.9, mscale_all_dim=0.5, truncate=False, beta_fast=8.0, beta_slow=2.0), head_dim=16
+        YARN_SIZES,
+        rope("yarn", 100.0, **YARN, mscale=0.9, mscale_all_dim=0.5, truncate=False, beta_fast=20.0, beta_slow=2.0),
     ),
-    "llama-yarn-factor": llama(rope("yarn", **YARN, attention_factor=1.25)),
+    "llama-yarn-factor": llama(YARN_SIZES, rope("yarn", 100.0, **YARN, attention_factor=1.25)),
     "llama-biases": llama(NEW, attention_bias=True, mlp_bias=True, head_dim=10, num_key_value_heads=1),
     "llama-gelu": llama(NEW, num_key_value_heads=None, hidden_act="gelu_pytorch_tanh", rms_norm_eps=1e-2),
     "mistral-window": case("mistral", "MistralForCausalLM", LINEAGE, OLD, sliding_window=5),
@@ -115,7 +118,8 @@ CASES = {
         "qwen2",
         "Qwen2ForCausalLM",
         LINEAGE,
-        rope("yarn", **YARN),
+        YARN_SIZES,
+        rope("yarn", 100.0, **YARN),
         num_hidden_layers=3,
         use_sliding_window=True,
         sliding_window=6,

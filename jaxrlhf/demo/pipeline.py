@@ -131,7 +131,7 @@ def write_data(directory: Path, seed: int) -> None:
     (directory / "data").mkdir(exist_ok=True)
     for name, rows in {
         "sft": task.make_sft_rows(4096, seed),
-        "preferences": task.make_preferences(3000, seed),
+        "preferences": task.make_preferences(6000, seed),
         "prompts": task.make_prompts(768, seed),
         "held_out": task.make_prompts(HELD_OUT, seed, held_out=True),
     }.items():

@@ -135,7 +135,7 @@ FACTS = (
     _reason("how plants grow", "Plants", "use light and water"),
 )
 
-REJECTED = {"tone": 0.4, "fact": 0.35, "form": 0.25}
+REJECTED = {"tone": 0.2, "fact": 0.5, "form": 0.3}
 """What is wrong with the rejected answers of the preference pairs, and how often."""
 
 

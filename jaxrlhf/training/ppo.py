@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrlhf import sharding
+from jaxrlhf import sharding, weights
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, prompt_rows, prompts_from_texts
@@ -44,7 +44,7 @@ class PPOTrainer:
         micro = ppo.micro_batch_size or ppo.batch_size // ppo.num_mini_batches
         sharding.check_rows(micro, self.mesh, "ppo.micro_batch_size, or a mini-batch without it,")
         self._key = jax.random.key(config.seed)
-        self.tokenizer = setup.open_tokenizer(config.tokenizer, config.model)
+        self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = prompt_rows(config.data, self.tokenizer) if config.data.path else None
         self.model, policy = setup.load_model(
             config.model,

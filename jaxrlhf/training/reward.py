@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf import sharding
+from jaxrlhf import sharding, weights
 from jaxrlhf.algorithms.reward import pairwise_loss
 from jaxrlhf.config import RewardConfig
 from jaxrlhf.data import batching
@@ -89,7 +89,7 @@ class RewardTrainer:
         sharding.check_rows(micro, self.mesh, "train.micro_batch_size, or train.batch_size without it")
         sharding.check_rows(train.eval_batch_size, self.mesh, "train.eval_batch_size")
         self._num_micro = train.batch_size // micro
-        self.tokenizer = setup.open_tokenizer(config.tokenizer, config.model)
+        self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = pair_rows(config.data, self.tokenizer)
         self._key = jax.random.key(config.seed)
         self.model, params = setup.load_model(

@@ -9,23 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf import runtime, sharding, weights
-from jaxrlhf.config import DType, ModelSource, PPOConfig, RewardConfig, Sampling, SFTConfig, TokenizerSource
-from jaxrlhf.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from jaxrlhf.config import DType, ModelSource, PPOConfig, RewardConfig, Sampling, SFTConfig
+from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import ModelConfig, init
 from jaxrlhf.training.optim import Optimizer
 from jaxrlhf.types import Params, TrainState
 
 RunConfig = SFTConfig | RewardConfig | PPOConfig
-
-
-def open_tokenizer(source: TokenizerSource, model: ModelSource) -> Tokenizer:
-    """The tokenizer of a run: its own path if one is given, else the model's. ConfigError if there is neither."""
-    if not model.path:
-        raise ConfigError("model.path is empty: give a folder in Hugging Face layout, a run directory or a hub id")
-    folder = weights.resolve(model.path, model.revision, weights=False)
-    own = str(weights.resolve(source.path, weights=False)) if source.path else ""
-    return load_tokenizer(folder, dataclasses.replace(source, path=own))
 
 
 def load_model(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import sharding
+from jaxrlhf import sharding, weights
 from jaxrlhf.algorithms.sft import sft_loss
 from jaxrlhf.config import SFTConfig
 from jaxrlhf.data import batching
@@ -72,7 +72,7 @@ class SFTTrainer:
         sharding.check_rows(micro, self.mesh, "train.micro_batch_size, or train.batch_size without it")
         sharding.check_rows(train.eval_batch_size, self.mesh, "train.eval_batch_size")
         self._num_micro = train.batch_size // micro
-        self.tokenizer = setup.open_tokenizer(config.tokenizer, config.model)
+        self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = sft_rows(config.data, self.tokenizer, config.completion_only)
         self._key = jax.random.key(config.seed)
         self.model, params = setup.load_model(

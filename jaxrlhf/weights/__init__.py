@@ -2,5 +2,6 @@
 
 from jaxrlhf.weights.export import export
 from jaxrlhf.weights.hub import load, load_config, resize_embeddings, resolve
+from jaxrlhf.weights.tokenizer import open_tokenizer
 
-__all__ = ["export", "load", "load_config", "resize_embeddings", "resolve"]
+__all__ = ["export", "load", "load_config", "open_tokenizer", "resize_embeddings", "resolve"]

@@ -1,16 +1,21 @@
 """Every family and option against transformers itself, in float32, on inputs that the golden files do not hold."""
 
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrlhf import models
+from jaxrlhf.weights import families
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 
+FOLDER = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "models"
 LENGTHS, NEW_TOKENS = (24, 15, 5), 64
 
 
@@ -119,3 +124,13 @@ def test_scores(classifier, rows, padded, side):
     ours = models.scores(classifier.params, model, hidden[np.arange(len(rows)), last])
     wanted = expected[:, 0] if model.num_labels == 1 else torch.softmax(expected, -1)[:, 1]
     np.testing.assert_allclose(ours, wanted.numpy(), atol=1e-4, rtol=0)
+
+
+def test_config_json_of_either_side_means_the_same(tmp_path):
+    for folder in sorted(FOLDER.iterdir()):
+        model = families.parse(json.loads((folder / "config.json").read_text()), folder.name)
+        transformers.AutoConfig.from_pretrained(folder).save_pretrained(tmp_path)
+        assert families.parse(json.loads((tmp_path / "config.json").read_text()), folder.name) == model
+        (tmp_path / "config.json").write_text(json.dumps(families.render(model, {})))
+        transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+        assert families.parse(json.loads((tmp_path / "config.json").read_text()), folder.name) == model

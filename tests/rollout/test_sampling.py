@@ -74,6 +74,22 @@ def test_a_token_without_probability_is_never_drawn(seed, size, spread, u):
     assert (odds[drawn(odds, uniforms, u)] > 0).all()
 
 
+def test_a_token_takes_the_uniforms_from_its_lower_edge_up():
+    assert drawn(np.ones(4, np.float32), 0.0, np.array([0, 0.2499, 0.25, 0.5, 0.75])).tolist() == [0, 0, 1, 2, 3]
+
+
+def test_rounding_of_cumulative_sums_draws_nothing_impossible():
+    """Sums made in parallel creep up over zeros too; uniforms that fall into such a step must land elsewhere."""
+    rng = np.random.default_rng(0)
+    sums = np.where(rng.random(594) < 0.5, 0, rng.random(594)).astype(np.float32)
+    odds = np.zeros(594 * BLOCK, np.float32)
+    odds[::BLOCK] = sums
+    cumulative = np.asarray(jnp.cumsum(jnp.asarray(sums)[None], axis=1))[0]
+    steps = np.flatnonzero((np.diff(cumulative) > 0) & (sums[1:] == 0))
+    uniforms = np.append(cumulative[steps] / cumulative[-1], [0, ALMOST_ONE])
+    assert (odds[drawn(odds, uniforms, 0.5)] > 0).all()
+
+
 @pytest.mark.parametrize("size", [151_936, 50_257])
 def test_a_large_flat_vocabulary_is_drawn_evenly(size):
     """The tokens of a flat distribution take equal shares of the two uniforms, the last and ragged block included."""
