@@ -2,20 +2,20 @@
 #
 #   prepare EXTRAS      installs this project with those extras ("dev", "plots", ...) and puts its python first on PATH
 #
-# PYTHON=...          which interpreter to build it from (3.11 to 3.13)
+# PYTHON=...          which interpreter to build it from (3.11 or newer)
 # JAXRLHF_VENV=...    where it lives (default: .venv)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 find_python() {
   local candidate
-  for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
-    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then
+  for candidate in ${PYTHON:-python3 python3.12 python3.11 python}; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  echo "jaxrlhf needs Python 3.11, 3.12 or 3.13; none of these is one: ${PYTHON:-python3 python3.13 python3.12 python3.11 python}" >&2
+  echo "jaxrlhf needs Python 3.11 or newer; none of these is one: ${PYTHON:-python3 python3.12 python3.11 python}" >&2
   echo "Install one, or say where it is: PYTHON=/path/to/python3.11 bash $0" >&2
   exit 1
 }

@@ -24,7 +24,7 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder. Static under jit; the parameters that go with it are a plain nested dict (see models/transformer.py)."""
+    """A decoder. Static under jit; the parameters that go with it are a plain nested dict (models/transformer.py)."""
 
     family: str  # Hugging Face model_type: which name table applies
     vocab_size: int  # V   rows of the embedding, which may exceed the tokenizer's size

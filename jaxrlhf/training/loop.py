@@ -10,7 +10,7 @@ import jax
 
 from jaxrlhf import checkpoint, runs
 from jaxrlhf.errors import NumericsError, Preempted, StorageError
-from jaxrlhf.metrics import Logger
+from jaxrlhf.metrics import Logger, read
 from jaxrlhf.training.setup import RunConfig, State
 from jaxrlhf.types import TrainState
 
@@ -53,6 +53,11 @@ class Session:
         self.logger.rewind(step)
         return step
 
+    def last(self) -> Metrics:
+        """The last record in the log: what a run that is already finished ended with; empty in a new run."""
+        records = read(self.run.directory / "metrics.jsonl")
+        return {key: value for key, value in records[-1].items() if key != "step"} if records else {}
+
     def log(self, step: int, metrics: Metrics) -> None:
         """Hand over a step's metrics (the device may still compute them) and write those of the step before."""
         self.flush()
@@ -79,7 +84,9 @@ class Session:
         return step == self.total_steps or (every > 0 and step % every == 0)
 
     def save(self, step: int, state: TrainState, metric: float | None = None, *, block: bool = False) -> None:
+        """Commit `state` as the checkpoint of `step`. With `block`, and at the last step, a failure is raised at once."""
         self.flush()
+        block = block or step == self.total_steps
         self.checkpoints.save(step, state, {"seed": self.config.seed}, metric=metric, block=block)
 
     def stop_if_asked(self, step: int, state: TrainState, *, saved: bool = False) -> None:
@@ -162,8 +169,9 @@ def fit(
     session keeps the best state, `state` is that one in the end.
     """
     total, sample_every = session.total_steps, session.config.logging.sample_every
-    record: Metrics = {}
-    for step in range(session.resume(state) + 1, total + 1):
+    done = session.resume(state)
+    record = session.last()
+    for step in range(done + 1, total + 1):
         record = update(step - 1)
         results = evaluate() if evaluate and (step % eval_every == 0 or step == total) else {}
         record |= results

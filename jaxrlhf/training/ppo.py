@@ -102,8 +102,9 @@ class PPOTrainer:
         rows, size, sample_every = self.data.train, config.ppo.batch_size, config.logging.sample_every
         with loop.session(config, "ppo", self.total_steps, self.state, fresh=self._fresh) as session:
             session.logger.note(setup.describe(config, self.model, self.tokenizer, self.data.report, self.mesh))
-            metrics: Metrics = {}
-            for step in range(session.resume(self.state), self.total_steps):
+            done = session.resume(self.state)
+            metrics = session.last()
+            for step in range(done, self.total_steps):
                 batch = [rows[i] for i in rows_at(step, size, len(rows), config.seed, config.data.shuffle)]
                 started = time.monotonic()
                 rollout, texts = self.generate(batch)

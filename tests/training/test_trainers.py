@@ -178,10 +178,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(supervised, ppo, tmp_path, monkeypatc
     equal(jax.device_get(resumed.params), jax.device_get(whole.params))
 
 
-def test_a_finished_run_can_be_exported_again(ppo, tmp_path):
+def test_a_finished_run_can_be_started_and_exported_again(ppo, tmp_path):
     settings = config.PPOConfig(run_dir=str(tmp_path / "run"), **ppo)
     done = PPOTrainer(settings, reward=length_reward)
-    done.train()
+    assert done.train() == PPOTrainer(settings, reward=length_reward).train()
+    assert len(records(tmp_path / "run")) == 4
     again = PPOTrainer(settings, reward=length_reward)
     assert again.restore() == 4
     again.save_pretrained(tmp_path / "copy")
@@ -238,3 +239,27 @@ def test_endless_skipping_stops_the_run(supervised, tmp_path):
     options = supervised | {"optim": config.Optim(learning_rate=1e30, schedule="constant")}
     with pytest.raises(NumericsError, match="5 steps in a row"):
         SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / "run"), **options)).train()
+
+
+def test_a_chat_format_that_is_added_travels_into_the_export(supervised, tiny_model, tmp_path):
+    """Two new tokens: two new rows at the mean, the template and the ids in the exported tokenizer, and it stops."""
+    turns = [{"role": "user", "content": "say red"}, {"role": "assistant", "content": "red"}]
+    (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 8)
+    options = supervised | {
+        "data": config.Data(path=str(tmp_path / "chat.jsonl")),
+        "tokenizer": config.TokenizerSource(chat_template="chatml"),
+        "train": config.Train(batch_size=4, max_steps=1),
+    }
+    trainer = SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / "run"), **options))
+    old = json.loads((tiny_model / "config.json").read_text())["vocab_size"]
+    rows = jax.device_get(trainer.params["embed"]["embedding"])
+    assert rows.shape[0] == trainer.tokenizer.size == old + 2
+    for row in rows[old:]:
+        np.testing.assert_allclose(row, rows[:old].mean(0), rtol=1e-5, atol=1e-7)
+    learnt = [p for p, m in zip(trainer.data.train[0].tokens, trainer.data.train[0].loss_mask, strict=True) if m]
+    assert trainer.tokenizer.pieces(learnt)[-1] == "<|im_end|>"
+    trainer.train()
+    again = SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / "again"), **supervised | {
+        "model": config.ModelSource(path=str(tmp_path / "run")), "data": options["data"]}))  # fmt: skip
+    assert again.model.vocab_size == old + 2 and again.tokenizer.added == 0
+    assert again.data.train == trainer.data.train and again.tokenizer.stop_ids == trainer.tokenizer.stop_ids
