@@ -1,44 +1,29 @@
-"""Checkpoints: the whole state in one atomic commit, checked when it is read back. The only door to orbax.
+"""The checkpoints of a run: which are kept, what happens when one fails, and which one training goes on from.
 
-A checkpoint is a folder named after its step. Orbax writes it under a temporary name and renames it, so a killed
-process leaves either a whole checkpoint or a temporary folder that nobody reads. Orbax does not checksum array data, so
-beside the arrays lies a JSON record with a digest of every leaf, sealed by a SHA-256 of the record itself. A checkpoint
-that fails either check is set aside as `corrupt-<step>-<time>` and the one before it is used.
-
-Leaves are stored flat, named by their path ("params.policy.layers.mlp.up.kernel"), so that a checkpoint depends on
-neither container classes nor shardings. One process writes a directory; the lock of the run (runs.py) sees to that.
+storage.py writes and reads a single checkpoint. One that cannot be read, or is not what was saved, is set aside as
+`corrupt-<step>-<time>` and the one before it is used. One process writes a directory; the lock of the run (runs.py)
+sees to that.
 """
 
 import contextlib
-import json
 import logging
 import os
 import shutil
-import sys
 import time
-import warnings
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import jax
-import jax.numpy as jnp
-
-from jaxrlhf.digest import check_fit, digests, leaves_by_name, name, sealed, size, some
+from jaxrlhf import storage
+from jaxrlhf.digest import leaves_by_name, size
 from jaxrlhf.errors import StorageError
+from jaxrlhf.storage import TEMPORARY, Damaged
 
 State = TypeVar("State")
-FORMAT = 1
-TEMPORARY = ".orbax-checkpoint-tmp"
 CORRUPT = "corrupt-"
 FAILURES = 3
 """Failed saves in a row after which a run stops."""
 
 _log = logging.getLogger(__name__)
-
-
-class _Damaged(Exception):
-    """A checkpoint that cannot be read or is not what was written."""
 
 
 def exists(directory: Path | str) -> bool:
@@ -114,13 +99,10 @@ class Checkpoints:
         if step not in self.steps:
             self._clean()
             leaves = leaves_by_name(state)
-            record = {"format": FORMAT, "step": step, "metric": metric, "extra": extra, "leaves": digests(leaves)}
+            record = storage.describe(step, leaves, extra, metric)
             try:
                 self._check_room(size(leaves))
-                ocp, context = _orbax()
-                with context:
-                    path = self.directory / str(step)
-                    response = ocp.save_checkpointables_async(path, {"state": leaves, "record": sealed(record)})
+                response = storage.write(self.directory, leaves, record)
             except Exception as error:
                 self._failed(step, error)
             else:
@@ -165,8 +147,8 @@ class Checkpoints:
         self.wait()
         for step in reversed(self.steps):
             try:
-                state, extra = self._load(step, template)
-            except _Damaged as error:
+                state, extra = storage.read(self.directory, step, template)
+            except Damaged as error:
                 self._set_aside(step, str(error))
             else:
                 return step, state, extra
@@ -190,52 +172,15 @@ class Checkpoints:
         if found not in self.steps:
             raise StorageError(f"{self.directory} has no checkpoint '{step}'; it has: {self.steps or 'none'}")
         try:
-            return found, *self._load(found, template)
-        except _Damaged as error:
+            return found, *storage.read(self.directory, found, template)
+        except Damaged as error:
             raise StorageError(f"checkpoint {found} in {self.directory} is damaged: {error}") from error
-
-    def _load(self, step: int, template: State) -> tuple[State, dict]:
-        record = self._record(step)
-        wanted = leaves_by_name(template)
-        check_fit(f"checkpoint {step} in {self.directory}", record["leaves"], wanted)
-        abstract = {path: _abstract(leaf) for path, leaf in wanted.items()}
-        ocp, context = _orbax()
-        try:
-            with context:
-                loaded = ocp.load_checkpointables(self.directory / str(step), {"state": abstract})["state"]
-        except Exception as error:
-            if _is_shortage(error):
-                raise
-            raise _Damaged(f"orbax cannot read it ({_first_line(error)})") from error
-        wrong = [path for path, digest in digests(loaded).items() if record["leaves"][path] != digest]
-        if wrong:
-            raise _Damaged(f"the bits of {some(wrong)} are not those that were saved")
-        leaves, structure = jax.tree_util.tree_flatten_with_path(template)
-        full = [loaded[name(path)] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves]
-        return jax.tree.unflatten(structure, full), record["extra"]
-
-    def _record(self, step: int) -> dict[str, Any]:
-        try:
-            record = json.loads((self.directory / str(step) / "record" / "data.json").read_bytes())
-            intact = record["seal"] == sealed(record)["seal"]
-        except PermissionError as error:
-            raise StorageError(f"checkpoint {step} in {self.directory} may not be read: {error}") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _Damaged(f"its record cannot be read ({_first_line(error)})") from error
-        if not intact or record["step"] != step:
-            raise _Damaged("its record was changed" if not intact else f"it is the checkpoint of step {record['step']}")
-        if record["format"] != FORMAT:
-            raise StorageError(
-                f"checkpoint {step} in {self.directory} has format {record['format']} and this jaxrlhf reads {FORMAT}; "
-                "use the version that wrote it (run.json names it)"
-            )
-        return record
 
     def _metric(self, step: int) -> float | None:
         if step not in self._metrics:
             try:
-                self._metrics[step] = self._record(step)["metric"]
-            except (_Damaged, StorageError):
+                self._metrics[step] = storage.record(self.directory, step)["metric"]
+            except (Damaged, StorageError):
                 self._metrics[step] = None
         return self._metrics[step]
 
@@ -250,7 +195,7 @@ class Checkpoints:
         """Give the disk back, warn, and stop the run where this goes on."""
         self._clean(again=True)
         self._failures += 1
-        self._problem = f"checkpoint {step} was not saved in {self.directory}: {_first_line(error)}"
+        self._problem = f"checkpoint {step} was not saved in {self.directory}: {storage.reason(error)}"
         if self._failures >= FAILURES:
             raise StorageError(
                 f"{self._problem}; the last {self._failures} saves failed. "
@@ -269,9 +214,8 @@ class Checkpoints:
         kept = {*self.steps[-self._keep :], self.best_step}
         for step in self.steps:
             if step not in kept:
-                doomed = (
-                    self.directory / f"{step}{TEMPORARY}"
-                )  # a half-deleted checkpoint must not look like a whole one
+                # a half-deleted checkpoint must not look like a whole one
+                doomed = self.directory / f"{step}{TEMPORARY}"
                 os.rename(self.directory / str(step), doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
 
@@ -284,55 +228,8 @@ class Checkpoints:
             (target / "reason.txt").write_text(reason + "\n")
 
 
-@cache
-def _orbax() -> tuple[Any, Any]:
-    """Orbax's v1 API and the context our calls run in: JSON is plain JSON, arrays are arrays, and the log is silent."""
-    from absl import logging as absl_logging
-    from orbax.checkpoint import v1 as ocp
-
-    absl_logging.set_verbosity(absl_logging.FATAL)
-    # A failed read or write reaches us as an exception. Its sister tasks then report themselves once more, to the log
-    # of asyncio, as warnings or, when their event loop is gone, as exceptions that nobody can catch.
-    warnings.filterwarnings("ignore", "coroutine 'Store", RuntimeWarning)
-    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
-    hook, echoes = sys.unraisablehook, ("Event loop is closed", "Encountered error while reading array")
-    sys.unraisablehook = lambda it: None if str(it.exc_value).startswith(echoes) else hook(it)
-    registry = ocp.handlers.local_registry()
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name="record")
-    context = ocp.Context()
-    context.checkpointables.registry = registry
-    return ocp, context
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    sharding.shard_shape(leaf.shape)  # a mesh that does not divide the shape is no fault of the checkpoint: raise here
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _root(error: BaseException) -> BaseException:
-    """What went wrong first: orbax wraps the cause in errors about its own handlers."""
-    while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
-        error = cause
-    return error
-
-
-def _is_shortage(error: Exception) -> bool:
-    """Errors that say nothing about the checkpoint: memory, permissions, open files."""
-    cause = _root(error)
-    words = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Permission denied", "Too many open files")
-    return isinstance(cause, MemoryError | PermissionError) or any(word in str(cause) for word in words)
-
-
 def _reason(path: Path) -> str:
     try:
         return (path / "reason.txt").read_text().strip()
     except OSError:
         return "damaged"
-
-
-def _first_line(error: Exception) -> str:
-    cause = _root(error)
-    text = str(cause).strip(" \n\"'") or type(cause).__name__
-    line = text.splitlines()[0]
-    return line if len(line) <= 240 else f"{line[:100]} ... {line[-140:]}"

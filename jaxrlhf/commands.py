@@ -1,6 +1,7 @@
 """What each command does, and its arguments. What is heavy is imported by the command that needs it."""
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -24,6 +25,16 @@ class Command:
     help: str
     arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
     overrides: bool = False  # whether it takes --section.key value
+
+
+def _whole(text: str, least: int = 0) -> int:
+    """An argument that is a whole number."""
+    if text.isdecimal() and int(text) >= least:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got '{text}'")
+
+
+_count = functools.partial(_whole, least=1)
 
 
 def _config_path(given: str | None) -> Path | None:
@@ -124,7 +135,7 @@ def _generate(options: Options, overrides: Overrides) -> None:
         "seed": options.seed,
         "model.path": options.model,
     }
-    given = [(key, value) for key, value in flags.items() if value is not None]
+    given = [(key, str(value)) for key, value in flags.items() if value is not None]
     config = config_file.read("ppo", None, [*given, *overrides], partial=True)
     runtime.configure()
     from jaxrlhf import evaluate
@@ -144,7 +155,7 @@ def _evaluate(options: Options, overrides: Overrides) -> None:
         "reward.model": options.reward_model,
         "seed": options.seed,
     }
-    given = [(key, value) for key, value in flags.items() if value is not None]
+    given = [(key, str(value)) for key, value in flags.items() if value is not None]
     config = config_file.read("ppo", None, [*given, *overrides])
     runtime.configure()
     from jaxrlhf import evaluate
@@ -163,7 +174,6 @@ def _plot(options: Options, overrides: Overrides) -> None:
 
 
 def _export(options: Options, overrides: Overrides) -> None:
-    import json
     import shutil
 
     run, target = Path(options.run), Path(options.directory)
@@ -171,7 +181,12 @@ def _export(options: Options, overrides: Overrides) -> None:
         raise DataError(f"{run} is not a run directory: it has no config.yaml")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StorageError(f"{target} exists and is not empty; give a new folder")
-    if (run / "export").is_dir():  # a finished run has chosen its best state
+    runtime.configure()
+    from jaxrlhf import runs
+
+    method, outcome = runs.what_ran(run)
+    # what a finished run exported is its outcome; of another the export, if there is one, is from before it went on
+    if (run / "export").is_dir() and (outcome == "done" or not any((run / "checkpoints").glob("[0-9]*"))):
         part = target.with_name(target.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(run / "export", part)
@@ -179,8 +194,6 @@ def _export(options: Options, overrides: Overrides) -> None:
             target.rmdir()
         os.replace(part, target)
     else:
-        method = json.loads((run / "run.json").read_text(encoding="utf-8"))["method"]
-        runtime.configure()
         config = config_file.read(method, run / "config.yaml", [("run_dir", str(run))])
         trainer = _trainer(method)(config)
         trainer.restore()
@@ -199,12 +212,16 @@ COMMANDS: dict[str, Command] = {
         _demo,
         "SFT, a reward model and PPO on a tiny task, in two minutes on a CPU",
         {
-            "--seed": {"type": int, "default": 0},
+            "--seed": {"type": _whole, "default": 0},
             "--output": {"default": "runs/demo", "metavar": "DIR", "help": "default: runs/demo"},
             "--quiet": {"action": "store_true"},
         },
     ),
-    "doctor": Command(_doctor, "check this computer and, if given, a model", {"model": {"nargs": "?", **_MODEL}}),
+    "doctor": Command(
+        _doctor,
+        "check this computer and, if given, a model; exit code 1 if a check fails",
+        {"model": {"nargs": "?", **_MODEL}},
+    ),
     "new": Command(
         _new, "print a commented config file", {"method": {"choices": list(config_file.METHODS), "metavar": "METHOD"}}
     ),
@@ -221,13 +238,13 @@ COMMANDS: dict[str, Command] = {
             "model": _MODEL,
             "--prompt": {"required": True, "metavar": "TEXT", "help": "empty: start from bos"},
             "--greedy": {"action": "store_true", "help": "always the likeliest token"},
-            "--max-new-tokens": {"metavar": "N"},
+            "--max-new-tokens": {"type": _count, "metavar": "N"},
             "--temperature": {"metavar": "T"},
             "--top-k": {"metavar": "K"},
             "--top-p": {"metavar": "P"},
             "--min-p": {"metavar": "P"},
-            "--seed": {"metavar": "N"},
-            "--num": {"type": int, "default": 1, "metavar": "N", "help": "how many texts"},
+            "--seed": {"type": _whole, "metavar": "N"},
+            "--num": {"type": _count, "default": 1, "metavar": "N", "help": "how many texts"},
         },
         overrides=True,
     ),
@@ -237,11 +254,11 @@ COMMANDS: dict[str, Command] = {
         {
             "model": _MODEL,
             "--prompts": {"required": True, "metavar": "FILE", "help": "a data file with prompts"},
-            "--num-prompts": {"type": int, "default": 20, "metavar": "N"},
-            "--num-completions": {"type": int, "default": 4, "metavar": "N"},
+            "--num-prompts": {"type": _count, "default": 20, "metavar": "N"},
+            "--num-completions": {"type": _count, "default": 4, "metavar": "N"},
             "--reward": {"metavar": "path.py:name", "help": "reward function"},
             "--reward-model": {"metavar": "DIR"},
-            "--seed": {"metavar": "N"},
+            "--seed": {"type": _whole, "metavar": "N"},
             "--output": {"metavar": "FILE.json", "help": "everything, as JSON"},
         },
         overrides=True,

@@ -144,7 +144,7 @@ class Train:
     eval_every: Natural = 0
     """Optimizer steps between evaluations; 0: at the end of each epoch."""
     keep_best: Bool = True
-    """With held-out rows: what is saved at the end is the best state and not the last."""
+    """With held-out rows: what is saved at the end is the best state (SFT: eval/loss, reward models: eval/accuracy)."""
     eval_batch_size: Count = 16
 
 
@@ -199,6 +199,9 @@ class Sampling:
     top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
     min_p: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
     """Keep tokens at least so likely as a share of the likeliest."""
+    renormalise_logprobs: Bool = False
+    """PPO takes log-probs, KL and entropy over the tokens that top_k, top_p, min_p and min_length left, not over the
+    whole vocabulary. The tokens are kept with the rollout: a bit for each response token and vocabulary entry."""
     stop_token_ids: tuple[Natural, ...] = ()
     """Besides those of the tokenizer and generation_config.json."""
 
@@ -246,7 +249,12 @@ class PPO:
     micro_batch_size: Count | None = None
     """Rows per forward pass in annotation and update; None: a mini-batch. Changes memory, not the result."""
     kl_coef: NonNegative = 0.05
-    """Of k1 = log pi - log ref, subtracted from each token's reward."""
+    """What a nat of KL to the reference costs."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """The KL is taken from each token's reward, or added to the loss."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Of the KL at a token, with d = log pi - log ref. In the reward: k1 = d. In the loss: k2 = d^2 / 2, or
+    k3 = exp(-d) - 1 + d with importance weights pi / pi_old. Other pairs have a wrong gradient and are refused."""
     cliprange: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.2
     cliprange_value: Positive = 0.2
     vf_coef: Positive = 0.1
@@ -331,7 +339,16 @@ class PPOConfig:
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
 
     def __post_init__(self) -> None:
-        ppo = self.ppo
+        ppo, sampling = self.ppo, self.sampling
+        reason = _WRONG_KL.get((ppo.kl_estimator, ppo.kl_in))
+        if reason:
+            raise ValueError(f"ppo.kl_estimator {ppo.kl_estimator} does not go with ppo.kl_in {ppo.kl_in}: {reason}")
+        filters = sampling.top_k or sampling.top_p < 1 or sampling.min_p or sampling.min_length
+        if sampling.renormalise_logprobs and not filters:
+            raise ValueError(
+                "sampling.renormalise_logprobs is true but sampling filters nothing: nothing to renormalise; "
+                "set top_k, top_p, min_p or min_length, or leave it false"
+            )
         if ppo.batch_size % ppo.num_mini_batches:
             raise ValueError(
                 f"ppo.num_mini_batches ({ppo.num_mini_batches}) must divide ppo.batch_size ({ppo.batch_size})"
@@ -341,6 +358,17 @@ class PPOConfig:
             raise ValueError(f"ppo.micro_batch_size ({ppo.micro_batch_size}) must divide a mini-batch ({rows} rows)")
         if self.critic.init == "reward" and not self.reward.model:
             raise ValueError("critic.init is 'reward' but reward.model is empty; give a reward model or use 'policy'")
+
+
+_NO_PATHWISE = (
+    "a reward is a constant to the gradient, so the part that flows through the estimate is lost, which near the "
+    "reference is nearly all of it; use k1, or kl_in 'loss'"
+)
+_WRONG_KL = {
+    ("k1", "loss"): "its expected gradient is zero, so nothing would hold the policy; use k2, k3, or kl_in 'reward'",
+    ("k2", "reward"): _NO_PATHWISE,
+    ("k3", "reward"): _NO_PATHWISE,
+}
 
 
 def _check_train(train: Train) -> None:

@@ -18,7 +18,7 @@ from jaxrlhf import weights
 from jaxrlhf.config import SFTConfig, TokenizerSource
 from jaxrlhf.data import datasets, formats, sources
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
-from jaxrlhf.errors import DataError, JaxrlhfError
+from jaxrlhf.errors import DataError, JaxrlhfError, quoted
 from jaxrlhf.logprobs import token_logprobs
 from jaxrlhf.models import ModelConfig, empty_cache, forward, forward_cached, unstack
 from jaxrlhf.types import Params
@@ -31,7 +31,7 @@ Outcome = tuple[bool | None, str]  # passed, or None for "not done"; what was fo
 
 
 def examine(path: str | None) -> bool:
-    """Print the state of this computer and of the model at `path`; whether every check passed."""
+    """Print the state of this computer and of the model at `path`; whether every check passed (if not: exit code 1)."""
     for line in computer():
         print(line)
     if path is None:
@@ -199,7 +199,7 @@ def examine_data(config: SFTConfig) -> str:
             lines.append(f"jaxrlhf {method}: {readable[task]}")
         except DataError as error:
             lines.append(f"jaxrlhf {method}: no. {error}")
-    first = "\n".join(f"  {name}: {_cut(value)}" for name, value in rows.rows[0].items())
+    first = "\n".join(f"  {name}: {quoted(value, 200)}" for name, value in rows.rows[0].items())
     lines.append(f"first row:\n{first}")
     place = config.tokenizer.path or config.model.path
     if not place:
@@ -231,11 +231,6 @@ def _marked(row: datasets.SFTRow, tokenizer: Tokenizer) -> str:
         text += ("[[" if learnt else "]]") if learnt != learning else ""
         text, learning = text + piece, learnt
     return text + ("]]" if learning else "")
-
-
-def _cut(value: object, width: int = 200) -> str:
-    text = repr(value)
-    return text if len(text) <= width else text[:width] + "..."
 
 
 def _version(name: str) -> str:

@@ -4,6 +4,18 @@ A message says what is wrong, where, why, and what to do. `jaxrlhf --debug` adds
 """
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception of somebody else's says, for a place in a message: its first line, without a long middle."""
+    line = (str(error).strip(" \n\"'") or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 240 else f"{line[:100]} ... {line[-140:]}"
+
+
+def quoted(value: object, width: int = 80) -> str:
+    """A value as Python spells it, without what goes beyond `width` characters."""
+    text = repr(value)
+    return text if len(text) <= width else text[:width] + "..."
+
+
 class JaxrlhfError(Exception):
     """Base of every error that a person can mend; `exit_code` is what the command line returns."""
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,9 +13,10 @@ import numpy as np
 from jaxrlhf import runtime, weights
 from jaxrlhf.config import Data, PPOConfig
 from jaxrlhf.data import batching
-from jaxrlhf.data.datasets import PromptRow, prompt_rows
+from jaxrlhf.data.datasets import PromptRow, columns, prompt_rows
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
-from jaxrlhf.errors import DataError, StorageError
+from jaxrlhf.errors import DataError
+from jaxrlhf.files import write_whole
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout.decode import generate
@@ -61,7 +61,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Complete `num_prompts` random prompts of `config.data` `num_completions` times each and score them.
 
-    Uses model, tokenizer, data, reward and sampling of `config`; prompts and completions depend on its seed alone.
+    Uses model, tokenizer, data, reward and sampling of `config`, and ppo.batch_size as the number of completions that
+    are made at once; which prompts and completions depends on its seed alone.
     `function` stands in for `reward.function`. Returns what `write` writes and `table` shows: `statistics` and, for
     each prompt, its completions from best to worst with their rank, score, the parts of the score, and length.
     """
@@ -72,14 +73,12 @@ def evaluate(
     repeated = [row for row in rows for _ in range(num_completions)]
     samples = [i for _ in rows for i in range(num_completions)]
     answers: list[dict[str, Any]] = []
-    size = max(config.reward.micro_batch_size, 1)
+    size = min(config.ppo.batch_size, len(repeated))
     length = batching.bucket(max(len(row.tokens) for row in rows), room)
     for start in range(0, len(repeated), size):
         part = repeated[start : start + size]
-        filled = part + part[:1] * (size - len(part))  # one shape, one program
-        numbers = samples[start : start + size] + [0] * (size - len(part))
-        rollout = respond(config, model, params, tokenizer, filled, numbers, length)
-        answers += _score(scorer, tokenizer, filled, rollout)[: len(part)]
+        rollout = respond(config, model, params, tokenizer, part, samples[start : start + size], length, size)
+        answers += _score(scorer, tokenizer, part, rollout)
     groups = [answers[i : i + num_completions] for i in range(0, len(answers), num_completions)]
     prompts = [_ranked(row, group) for row, group in zip(rows, groups, strict=True)]
     return {
@@ -104,7 +103,7 @@ def complete(config: PPOConfig, prompt: str, count: int) -> list[str]:
     config = dataclasses.replace(config, sampling=sampling)
     length = batching.bucket(len(tokens), model.max_positions - sampling.response_length)
     row = PromptRow(tokens=tokens, text=prompt, columns={}, index=0)
-    rollout = respond(config, model, params, tokenizer, [row] * count, range(count), length)
+    rollout = respond(config, model, params, tokenizer, [row] * count, range(count), length, count)
     return [prompt + text for text in response_texts(rollout, tokenizer)]
 
 
@@ -134,12 +133,15 @@ def respond(
     rows: Sequence[PromptRow],
     samples: Sequence[int],
     length: int,
+    size: int,
 ) -> Rollout:
-    """A response to each row, as host arrays; prompts are padded to `length`."""
-    prompts = batching.prompts(rows, tokenizer.pad_id, length, samples)
+    """A response to each row, as host arrays; prompts are padded to `length`, rows to `size`: one program."""
+    rest = size - len(rows)
+    filled = [*rows, *[rows[0]] * rest]
+    prompts = batching.prompts(filled, tokenizer.pad_id, length, [*samples, *[0] * rest])
     key = jax.random.key(config.seed)
     rollout = generate(params, model, prompts, key, config.sampling, tokenizer.stop_ids, tokenizer.pad_id)
-    return jax.device_get(rollout)
+    return jax.tree.map(lambda x: x[: len(rows)], jax.device_get(rollout))
 
 
 def choose(rows: Sequence[T], count: int, seed: int) -> list[T]:
@@ -208,15 +210,8 @@ def table(result: dict[str, Any], width: int = 100) -> str:
 
 
 def write(result: dict[str, Any], path: Path) -> Path:
-    """Write the result as JSON, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}") from error
-    return path
+    """Write the result as JSON, whole or not at all. Raises StorageError."""
+    return write_whole(path, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _fitting(data: Data, room: int) -> Data:
@@ -228,9 +223,7 @@ def _fitting(data: Data, room: int) -> Data:
 
 def _score(scorer: Scorer, tokenizer: Tokenizer, rows: Sequence[PromptRow], rollout: Rollout) -> list[dict[str, Any]]:
     texts = response_texts(rollout, tokenizer)
-    names = dict.fromkeys(name for row in rows for name in row.columns)
-    columns = {name: [row.columns.get(name) for row in rows] for name in names}
-    scores, components = scorer.score([row.text for row in rows], texts, rollout, columns)
+    scores, components = scorer.score([row.text for row in rows], texts, rollout, columns(rows))
     return [
         {
             "score": float(scores[i]),

@@ -1,23 +1,21 @@
 """What a run measures and where it goes: one record per step -> metrics.jsonl, TensorBoard, W&B and the console."""
 
-import datetime
 import importlib
 import json
 import math
-import os
-import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config import Logging
-from jaxrlhf.errors import ConfigError
+from jaxrlhf.console import Console
+from jaxrlhf.errors import ConfigError, DataError, first_line, quoted
+from jaxrlhf.files import write_whole
 
 METRICS: dict[str, str] = {
     # every trainer
     "epoch": "passes over the training rows so far",
-    "learning_rate": "learning rate of this step (SFT, reward model)",
+    "learning_rate": "learning rate of this step; in PPO the policy's",
     "grad_norm": "global norm of the gradient before clipping",
     "grad_norm_clipped": "global norm of the gradient after clipping",
     "num_tokens": "tokens learnt in this step",
@@ -39,10 +37,10 @@ METRICS: dict[str, str] = {
     # PPO; per sequence: the sum over response tokens, then the mean over the batch
     "objective/kl": "per sequence: sum of k1 = log pi_old - log ref at the sampled tokens, nats",
     "objective/kl_per_token": "mean over response tokens of k1, nats",
-    "objective/kl_coef": "coefficient of the KL penalty in this step's rewards",
+    "objective/kl_coef": "coefficient of the KL in this step's rewards or loss",
     "objective/entropy": "per sequence: sum of the entropy of pi_old at each response token, nats",
-    "objective/non_score_reward": "per sequence: sum of the KL penalty, -kl_coef * k1",
-    "objective/rlhf_reward": "mean over sequences of score + sum of the KL penalty",
+    "objective/non_score_reward": "per sequence: sum of rewards but for the score, -kl_coef * k1; 0 with kl_in: loss",
+    "objective/rlhf_reward": "mean over sequences of score - kl_coef * sum of k1, whether kl_in is reward or loss",
     "objective/scores": "mean over sequences of the score, after missing_eos_penalty",
     "objective/scores_std": "standard deviation over sequences of the score",
     "policy/approxkl_avg": "mean over response tokens and optimizer steps of 0.5 (log pi - log pi_old)^2",
@@ -50,6 +48,7 @@ METRICS: dict[str, str] = {
     "policy/entropy_avg": "mean over response tokens and optimizer steps of the policy's entropy, nats",
     "loss/policy_avg": "clipped policy loss, mean over response tokens and optimizer steps",
     "loss/value_avg": "clipped value loss (halved squares), mean over response tokens and optimizer steps",
+    "loss/kl_avg": "with kl_in: loss, mean over response tokens and optimizer steps of k2 or pi / pi_old * k3",
     "val/clipfrac_avg": "share of response tokens where the clipped value loss is the larger",
     "val/ratio": "pi / pi_old, mean over response tokens and optimizer steps",
     "val/ratio_var": "variance of pi / pi_old over response tokens, mean over optimizer steps",
@@ -60,11 +59,11 @@ METRICS: dict[str, str] = {
     "val/explained_variance": "1 - Var(returns - values) / Var(returns) over response tokens",
     "policy/grad_norm": "global norm of the policy's gradient before clipping, mean over optimizer steps",
     "policy/grad_norm_clipped": "the same after clipping",
+    "critic/learning_rate": "learning rate of the critic, mean over optimizer steps",
     "critic/grad_norm": "global norm of the critic's gradient before clipping, mean over optimizer steps",
     "critic/grad_norm_clipped": "the same after clipping",
     "tokens/mean_length": "mean response length, stop token included",
     "tokens/finished": "share of responses that ended with a stop token",
-    "lr": "learning rate of the policy in this step (PPO)",
     "episode": "responses generated since the start",
     "perf/response_tokens_per_second": "response tokens per wall-clock second of generation",
     "perf/rollout_seconds": "wall-clock seconds of generation",
@@ -74,16 +73,6 @@ METRICS: dict[str, str] = {
 
 REWARDS = "rewards/"
 """Keys that begin so are a part of the score by its own name: mean and std over the batch, before its weight."""
-
-SUMMARY: dict[str, dict[str, str]] = {
-    "sft": {"loss": "loss", "eval/loss": "eval", "learning_rate": "lr"},
-    "reward": {"loss": "loss", "accuracy": "acc", "margin": "margin", "eval/accuracy": "eval", "learning_rate": "lr"},
-    "ppo": {"objective/scores": "score", "objective/kl": "kl", "tokens/mean_length": "len", "lr": "lr"},
-}
-"""What the console shows of a record, by method: key -> label."""
-
-SHOWN = 600
-"""Characters of a prompt or completion on the console; samples.jsonl has all of them."""
 
 
 class Logger:
@@ -98,17 +87,16 @@ class Logger:
 
     def __init__(self, directory: Path, config: Logging, method: str, total_steps: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._directory, self._config, self._method, self._total = directory, config, method, total_steps
-        self._start: tuple[int, float] | None = None  # step and time of the first record: what is slow at first is over
+        self._directory, self._config = directory, config
         self._purge: int | None = None
         self._writer: Any = None
         self._wandb = _wandb(config, directory) if config.wandb_project else None
-        self._bar = _bar(method, total_steps) if sys.stdout.isatty() and not config.quiet else None
+        self._console = None if config.quiet else Console(method, total_steps, config.log_every)
         self._open()
 
     def log(self, step: int, record: Mapping[str, Any]) -> None:
         """Write the record of `step` (1, 2, ...): numbers by their key in METRICS."""
-        unknown = {key for key in record if key not in METRICS and not key.startswith(REWARDS)}
+        unknown = {key for key in record if not _is_metric(key)}
         assert not unknown, f"not in METRICS: {sorted(unknown)}"
         numbers = {key: _number(value) for key, value in record.items()}
         self._metrics.write(_line({"step": step, **numbers}))
@@ -118,22 +106,21 @@ class Logger:
                 self._tensorboard().add_scalar(key, value, step)
         if self._wandb:
             self._wandb.log(numbers, step=step)
-        self._show(step, numbers)
+        if self._console:
+            self._console.progress(step, numbers)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write rows ("prompt", "completion", and "score" or anything else that is JSON), and show the first few."""
         self._samples.writelines(_line({"step": step, **row}) for row in rows)
         self._samples.flush()
-        for row in rows[: self._config.num_samples]:
-            title = f"sample at step {step}" + "".join(
-                f"  {key}={_short(value)}" for key, value in row.items() if isinstance(value, float | int)
-            )
-            body = [(part, _clip(_visible(str(row[part])))) for part in ("prompt", "completion") if part in row]
-            self._panel(title, body)
+        if self._console:
+            for row in rows[: self._config.num_samples]:
+                self._console.sample(step, row)
 
     def note(self, text: str) -> None:
         """Say something on the console, between the progress lines."""
-        self._print(_visible(text))
+        if self._console:
+            self._console.note(text)
 
     def rewind(self, step: int) -> None:
         """Forget what was written after `step`, and lines that a kill cut short: what follows is written anew."""
@@ -152,8 +139,8 @@ class Logger:
             self._writer.close()
         if self._wandb:
             self._wandb.finish()
-        if self._bar is not None:
-            self._bar.stop()
+        if self._console:
+            self._console.close()
 
     def _open(self) -> None:
         # half of a surrogate pair, which UTF-8 refuses, becomes \udxxx: that is how JSON spells it
@@ -168,54 +155,29 @@ class Logger:
             self._writer = SummaryWriter(str(self._directory / "tensorboard"), purge_step=self._purge, flush_secs=10)
         return self._writer
 
-    def _show(self, step: int, numbers: Mapping[str, Any]) -> None:
-        if self._config.quiet:
-            return
-        first, began = self._start = self._start or (step, time.monotonic())
-        labels = SUMMARY[self._method].items()
-        parts = [f"{label}={_short(numbers[key])}" for key, label in labels if key in numbers]
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, facts=" ".join(parts))
-        elif step == first or step % self._config.log_every == 0 or step == self._total:
-            if step > first:
-                left = (time.monotonic() - began) / (step - first) * (self._total - step)
-                parts.append(f"eta={_duration(left)}")
-            now = datetime.datetime.now().isoformat(timespec="seconds")
-            self._print(f"{now} {self._method} step {step}/{self._total} {' '.join(parts)}")
-
-    def _panel(self, title: str, body: Iterable[tuple[str, str]]) -> None:
-        if self._config.quiet:
-            return
-        if self._bar is None:
-            lines = [f"    {part}: " + text.replace("\n", "\n      ") for part, text in body]
-            self._print("\n".join([f"  {title}", *lines]))
-        else:
-            from rich.panel import Panel
-            from rich.text import Text
-
-            text = Text("\n").join(Text(text, style="dim" if part == "prompt" else "") for part, text in body)
-            self._bar.console.print(Panel(text, title=Text(title), title_align="left"))
-
-    def _print(self, text: str) -> None:
-        if self._config.quiet:
-            return
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-            return
-        encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-
 
 def read(path: Path | str) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, or the rows of a samples.jsonl. A line that is being written is left out.
 
-    "NaN", "Infinity" and "-Infinity" under a key of METRICS become floats again.
+    "NaN", "Infinity" and "-Infinity" under the key of a metric become floats again. Raises DataError if the file is
+    missing or a line is not a record.
     """
-    records = []
-    for line in Path(path).read_bytes().split(b"\n")[:-1]:
-        record = json.loads(line)
-        records.append({k: float(v) if k in METRICS and isinstance(v, str) else v for k, v in record.items()})
+    path, records = Path(path), []
+    if not path.is_file():
+        raise DataError(f"{path.parent} has no {path.name}: is it a run directory?")
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not JSON ({first_line(error)})") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{path}:{number}: expected an object, found {quoted(record, 40)}")
+        records.append({k: float(v) if isinstance(v, str) and _is_metric(k) else v for k, v in record.items()})
     return records
+
+
+def _is_metric(key: str) -> bool:
+    return key in METRICS or key.startswith(REWARDS)
 
 
 def _number(value: Any) -> float | int:
@@ -248,42 +210,7 @@ def _cut(path: Path, step: int) -> None:
                 kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, path)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, int):
-        return str(value)
-    return f"{value:.1e}" if value and abs(value) < 1e-3 else f"{value:.4g}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
-
-
-def _visible(text: str) -> str:
-    """Text that cannot move the cursor or change colours: every control character in its escaped spelling."""
-    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _clip(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text) - SHOWN} more characters)"
-
-
-def _bar(method: str, total: int) -> Any:
-    """The status line of a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    bar = Progress(
-        TextColumn(method), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"), TimeRemainingColumn()
-    )
-    bar.add_task(method, total=total, facts="")
-    bar.start()
-    return bar
+    write_whole(path, b"".join(kept))
 
 
 def _wandb(config: Logging, directory: Path) -> Any:

@@ -1,17 +1,18 @@
 """Four panels of a run and all its metrics as CSV. Only this module imports matplotlib, and late."""
 
 import csv
-import json
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxrlhf.errors import DataError, JaxrlhfError
+from jaxrlhf.files import write_whole
+from jaxrlhf.metrics import read
 
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("loss", ("loss", "eval/loss", "loss/policy_avg", "loss/value_avg")),
-    ("learning rate", ("learning_rate", "lr")),
+    ("learning rate", ("learning_rate",)),
     ("mean reward", ("objective/scores", "objective/rlhf_reward", "mean_reward", "eval/mean_reward")),
     ("KL to the reference (nats per response)", ("objective/kl",)),
 )
@@ -22,9 +23,10 @@ def plot(run: Path) -> tuple[Path, Path]:
 
     Raises DataError if the directory has no readable metrics. If matplotlib is missing the CSV is written first.
     """
-    records = read_metrics(run / "metrics.jsonl")
-    table = run / "metrics.csv"
-    _write_csv(records, table)
+    records = read(run / "metrics.jsonl")
+    if not records:
+        raise DataError(f"{run / 'metrics.jsonl'} holds no metrics yet")
+    table = write_whole(run / "metrics.csv", _csv(records))
     try:
         import matplotlib
     except ImportError as error:
@@ -32,35 +34,7 @@ def plot(run: Path) -> tuple[Path, Path]:
             f'wrote {table}, but the plot needs matplotlib: pip install "jaxrlhf[plots]" and run this again'
         ) from error
     matplotlib.use("Agg")
-    picture = run / "plot.png"
-    _draw(records, picture, run.resolve().name)
-    return picture, table
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl. A last line that was cut short by a crash is left out.
-
-    Raises DataError if the file is missing or holds no record, or if another line is not a JSON object.
-    """
-    if not path.is_file():
-        raise DataError(f"{path.parent} has no {path.name}: is it a run directory?")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{path}:{number}: not JSON ({error.msg})") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{path}:{number}: expected an object, found {line[:40]}")
-        records.append(record)
-    if not records:
-        raise DataError(f"{path} holds no metrics yet")
-    return records
+    return write_whole(run / "plot.png", _draw(records, run.resolve().name)), table
 
 
 def series(records: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -69,18 +43,18 @@ def series(records: Sequence[dict[str, Any]], key: str) -> tuple[list[float], li
     return [float(step) for step, _ in pairs], [float(value) for _, value in pairs]
 
 
-def _write_csv(records: Sequence[dict[str, Any]], path: Path) -> None:
+def _csv(records: Sequence[dict[str, Any]]) -> str:
     columns = dict.fromkeys(key for record in records for key in record)
     columns = ["step", *sorted(columns.keys() - {"step"})] if "step" in columns else sorted(columns)
-    part = path.with_suffix(".csv.part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(records)
-    os.replace(part, path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
 
 
-def _draw(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+def _draw(records: Sequence[dict[str, Any]], title: str) -> bytes:
+    """A PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
@@ -99,4 +73,6 @@ def _draw(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         else:
             axes.text(0.5, 0.5, "not logged in this run", ha="center", va="center", transform=axes.transAxes)
             axes.set_axis_off()
-    figure.savefig(path, dpi=130)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130)
+    return picture.getvalue()

@@ -25,7 +25,8 @@ from typing import Any, TextIO
 import yaml
 
 from jaxrlhf import checkpoint, config_text
-from jaxrlhf.errors import Preempted, StorageError
+from jaxrlhf.errors import Preempted, StorageError, first_line
+from jaxrlhf.files import write_whole
 
 PACKAGES = ("jaxrlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers")
 FREE = ("run_dir", "logging.", "checkpoint.")
@@ -68,10 +69,12 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
             lock = _lock(directory)
         resumed = checkpoint.exists(directory / "checkpoints")
         settings = yaml.safe_load(config_text.dump(config))
-        record, notes = _continue(directory, settings, method) if resumed else ({}, ())
+        record, notes = _continue(directory, config, settings, method) if resumed else ({}, ())
         record = _record(record, config, settings, method)
-        _write(directory / "config.yaml", f"# jaxrlhf {method}, every option resolved\n" + config_text.dump(config))
-        _write(directory / "run.json", json.dumps(record, indent=1) + "\n")
+        write_whole(
+            directory / "config.yaml", f"# jaxrlhf {method}, every option resolved\n" + config_text.dump(config)
+        )
+        write_whole(directory / "run.json", json.dumps(record, indent=1) + "\n")
         run = Run(directory, resumed, notes)
         outcome = "done"
         try:
@@ -83,9 +86,19 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
         finally:
             record["starts"][-1] |= {"end": _now(), "outcome": outcome}
             with contextlib.suppress(OSError):  # a full disk must not hide what happened
-                _write(directory / "run.json", json.dumps(record, indent=1) + "\n")
+                write_whole(directory / "run.json", json.dumps(record, indent=1) + "\n")
     finally:
         lock.close()
+
+
+def what_ran(directory: Path) -> tuple[str, str]:
+    """(method, outcome of the last start) of a run directory: "done" if it came to its end, "" while it runs or if it
+    was killed. Raises StorageError if run.json cannot be read."""
+    try:
+        record = json.loads((directory / "run.json").read_bytes())
+        return record["method"], record["starts"][-1].get("outcome", "")
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise StorageError(f"{directory / 'run.json'} cannot be read: {first_line(error)}") from error
 
 
 def _lock(directory: Path) -> TextIO:
@@ -134,7 +147,9 @@ def _move_aside(directory: Path) -> bool:
     return True
 
 
-def _continue(directory: Path, settings: dict[str, Any], method: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _continue(
+    directory: Path, config: Any, settings: dict[str, Any], method: str
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The record of the run that is there, and notes; refuses a config that would change the mathematics."""
     try:
         record = json.loads((directory / "run.json").read_text())
@@ -150,6 +165,7 @@ def _continue(directory: Path, settings: dict[str, Any], method: str) -> tuple[d
             f"{directory} holds a run of '{began}' and not of '{method}'; choose another run_dir, or use --fresh"
         )
     now = _flat(settings)
+    before = _flat(yaml.safe_load(config_text.dump(type(config)()))) | before  # keys that are younger than the run
     steady = before.get("optim.schedule") == now.get("optim.schedule") == "constant"
     changed = [key for key in now | before if before.get(key, "(not set)") != now.get(key, "(not set)")]
     changed = [key for key in changed if not key.startswith(FREE) and not (steady and key in LENGTH)]
@@ -230,16 +246,6 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _change(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
     return f"{key}: {before.get(key, '(not set)')} -> {now.get(key, '(not set)')}"
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _now() -> str:

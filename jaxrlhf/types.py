@@ -61,6 +61,8 @@ class Rollout:
     finished: Array  # bool [B]   ended with a stop token, not by running out of room
     index: Array  # int32 [B]
     sample: Array  # int32 [B]
+    support: Array | None = None  # uint8 [B, R, ceil(V / 8)]   with sampling.renormalise_logprobs, tokens that could
+    # be drawn as bits (jnp.packbits along V), no bit set outside response_mask; None: the whole vocabulary
 
 
 @jax.tree_util.register_dataclass

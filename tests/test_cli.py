@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,15 @@ def test_a_bug_is_not_dressed_up(monkeypatch):
         (["generate", "m"], "--prompt"),
         (["new", "pp"], "invalid choice: 'pp'"),
         (["sft"], "give a CONFIG.yaml"),
+        (["demo", "--seed", "-1"], "expected a whole number from 0 on, got '-1'"),
+        (["generate", "m", "--prompt", "x", "--num", "0"], "expected a whole number from 1 on, got '0'"),
+        (["generate", "m", "--prompt", "x", "--num", "-1"], "expected a whole number from 1 on, got '-1'"),
+        (["generate", "m", "--prompt", "x", "--max-new-tokens", "0"], "expected a whole number from 1 on, got '0'"),
+        (["evaluate", "m", "--prompts", "p", "--num-prompts", "0"], "expected a whole number from 1 on, got '0'"),
+        (
+            ["evaluate", "m", "--prompts", "p", "--num-completions", "1.5"],
+            "expected a whole number from 1 on, got '1.5'",
+        ),
     ],
 )
 def test_misuse_is_exit_code_2_with_a_hint(capsys, arguments, message):
@@ -201,11 +211,19 @@ def test_plot_prints_the_two_paths(tmp_path, capsys):
     assert capsys.readouterr().out.split() == [str(tmp_path / "plot.png"), str(tmp_path / "metrics.csv")]
 
 
-def test_export_copies_what_a_finished_run_has_chosen(tmp_path, trained):
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run directory with a checkpoint and an export, that came to its end."""
     run = tmp_path / "run"
-    (run / "export").mkdir(parents=True)
+    (run / "checkpoints" / "20").mkdir(parents=True)
+    (run / "export").mkdir()
     (run / "export" / "config.json").write_text("{}")
     (run / "config.yaml").write_text("model: {path: m}\ndata: {path: d}\n")
+    (run / "run.json").write_text(json.dumps({"method": "sft", "starts": [{"outcome": "done"}]}))
+    return run
+
+
+def test_export_copies_what_a_finished_run_has_chosen(tmp_path, trained, run):
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "config.json").read_text() == "{}"
     assert not trained
@@ -213,12 +231,29 @@ def test_export_copies_what_a_finished_run_has_chosen(tmp_path, trained):
     assert main(["export", str(tmp_path), str(tmp_path / "out2")]) == 4, "not a run"
 
 
-def test_export_of_an_unfinished_run_takes_its_checkpoint(tmp_path, trained):
-    (tmp_path / "config.yaml").write_text("model: {path: m}\ndata: {path: d}\n")
-    (tmp_path / "run.json").write_text(json.dumps({"method": "sft"}))
-    assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 0
+@pytest.mark.parametrize("last", [{}, {"outcome": "preempted"}])
+@pytest.mark.parametrize("exported", [True, False])
+def test_export_of_a_run_that_went_on_takes_its_checkpoint(tmp_path, trained, run, last, exported):
+    (run / "run.json").write_text(json.dumps({"method": "sft", "starts": [{"outcome": "done"}, last]}))
+    if not exported:
+        shutil.rmtree(run / "export")
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
     assert trained[0].did == ["restore", tmp_path / "out"]
-    assert trained[0].config.run_dir == str(tmp_path)
+    assert trained[0].config.run_dir == str(run)
+
+
+def test_export_without_a_checkpoint_takes_the_export_that_is_there(tmp_path, trained, run):
+    (run / "run.json").write_text(json.dumps({"method": "sft", "starts": [{}]}))
+    (run / "checkpoints" / "20").rmdir()
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"
+    assert not trained
+
+
+def test_export_without_a_record_says_so(tmp_path, run, capsys):
+    (run / "run.json").write_text("{")
+    assert main(["export", str(run), str(tmp_path / "out")]) == 7
+    assert "run.json cannot be read" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

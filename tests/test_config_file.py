@@ -160,7 +160,7 @@ def test_dump_keeps_values_that_look_like_something_else(write):
 
 def test_every_documented_field_is_found():
     docs = field_docs()
-    assert docs["PPO", "kl_coef"].startswith("Of k1")
+    assert docs["PPO", "kl_coef"].startswith("What a nat")
     assert docs["ModelSource", "path"].endswith("Required.")
     assert ("PPO", "gamma") not in docs
 

@@ -90,3 +90,8 @@ def test_data_is_described_for_every_method(tmp_path, tiny_model, capsys):
     (tmp_path / "bad.jsonl").write_text('{"a": 1\n')
     assert main(["data", str(tmp_path / "bad.jsonl")]) == 4
     assert "bad.jsonl:1" in capsys.readouterr().err
+
+
+def test_help_tells_what_the_exit_code_means(capsys):
+    assert main(["doctor", "--help"]) == 0
+    assert "exit code 1 if a check fails" in " ".join(capsys.readouterr().out.split())

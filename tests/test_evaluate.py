@@ -12,7 +12,7 @@ import pytest
 
 from jaxrlhf import evaluate, weights
 from jaxrlhf.cli import main
-from jaxrlhf.config import Data, ModelSource, PPOConfig, RewardSource, Sampling
+from jaxrlhf.config import PPO, Data, ModelSource, PPOConfig, Sampling
 from jaxrlhf.errors import DataError
 
 
@@ -68,7 +68,7 @@ def config(model_folder, prompts_file) -> PPOConfig:
         seed=3,
         model=ModelSource(path=str(model_folder)),
         data=Data(path=str(prompts_file)),
-        reward=RewardSource(micro_batch_size=5),
+        ppo=PPO(batch_size=5),
         sampling=Sampling(response_length=6),
     )
 
@@ -95,6 +95,21 @@ def test_completions_are_scored_by_the_function_and_ranked(result):
         assert all(a["tokens"] <= 6 for a in answers)
 
 
+def test_the_function_sees_every_completion_once(config, result):
+    calls = []
+
+    def reward(prompts, completions, worth):
+        calls.append(list(zip(prompts, completions, strict=True)))
+        return vowels(prompts, completions, worth)
+
+    assert (
+        evaluate.evaluate(config, num_prompts=4, num_completions=3, function=reward)["statistics"]["completions"] == 12
+    )
+    assert [len(call) for call in calls] == [5, 5, 2]
+    seen = sorted(pair for call in calls for pair in call)
+    assert seen == sorted((p["prompt"], a["text"]) for p in result["prompts"] for a in p["completions"])
+
+
 def test_statistics_are_those_of_the_scores(result):
     stats = result["statistics"]
     table = np.array([[a["score"] for a in p["completions"]] for p in result["prompts"]])
@@ -110,7 +125,7 @@ def test_statistics_are_those_of_the_scores(result):
 
 
 def test_a_completion_depends_on_the_seed_and_not_on_the_batch(config, result):
-    batched = dataclasses.replace(config, reward=RewardSource(micro_batch_size=12))
+    batched = dataclasses.replace(config, ppo=PPO(batch_size=64))
     again = evaluate.evaluate(batched, num_prompts=4, num_completions=3, function=vowels)
     assert again["prompts"] == result["prompts"]
     other = dataclasses.replace(config, seed=4)

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -47,10 +48,11 @@ def case(model, rows=3, columns=7):
     return params, hidden, jnp.asarray(rng.integers(0, model.vocab_size, (rows, columns)))
 
 
-def materialised(params, model, hidden, targets, temperature):
-    logp = jax.nn.log_softmax(models.lm_logits(params, model, hidden) / temperature)
+def materialised(params, model, hidden, targets, temperature, inside=None):
+    logits = models.lm_logits(params, model, hidden) / temperature
+    logp = jax.nn.log_softmax(logits if inside is None else jnp.where(inside, logits, -jnp.inf))
     picked = jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
-    return picked, -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+    return picked, -jnp.sum(jnp.exp(logp) * jnp.where(jnp.isfinite(logp), logp, 0), axis=-1)
 
 
 @pytest.mark.parametrize("chunk", [1, 3 * 29 * 4, 2**24], ids=["column", "ragged", "whole"])
@@ -73,6 +75,33 @@ def test_values_and_gradients_are_those_of_log_softmax(monkeypatch, chunk, tied,
     assert ours[0][1][0].std() > 0.5  # the case is not trivial
 
 
+@pytest.mark.parametrize(("chunk", "tied"), [(3 * 29 * 4, True), (2**24, False)], ids=["ragged", "whole"])
+def test_on_a_support_they_are_those_of_log_softmax_over_it(monkeypatch, chunk, tied):
+    """The last columns have an empty support, as in padding: nothing of it may reach a gradient."""
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk)
+    model = dataclasses.replace(TINY, tie_embeddings=tied)
+    params, hidden, targets = case(model)
+    rng = np.random.default_rng(1)
+    inside = (rng.random((*targets.shape, 29)) < 0.3) | (np.arange(29) == targets[..., None])
+    empty = inside & (np.arange(7) < 5)[:, None]
+    support = jnp.packbits(jnp.asarray(empty), axis=-1)
+    weights = jnp.asarray(np.where(np.arange(7) < 5, rng.normal(size=targets.shape), 0).astype(np.float32))
+
+    def run(function, over):
+        def loss(params, hidden):
+            picked, entropy = function(params, model, hidden, targets, 0.6, over)
+            return jnp.sum(weights * picked), (picked[:, :5], entropy[:, :5])
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, hidden)
+
+    ours, theirs, full = run(token_logprobs, support), run(materialised, inside), run(token_logprobs, None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), ours, theirs)
+    assert np.abs(ours[0][1][0] - full[0][1][0]).max() > 0.1
+    everything = jnp.packbits(jnp.ones(inside.shape, bool), axis=-1)
+    whole = run(token_logprobs, everything)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), whole, full)
+
+
 def test_entropy_is_a_measurement_without_gradient():
     params, hidden, targets = case(TINY)
     gradient = jax.grad(lambda p: token_logprobs(p, TINY, hidden, targets, 1.0)[1].sum())(params)
@@ -90,20 +119,37 @@ def largest_array(jaxpr):
     return max(sizes, default=0)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_logits_of_the_whole_batch_never_exist(monkeypatch, tied):
+@pytest.mark.parametrize(("tied", "on_support"), [(True, False), (False, False), (True, True)])
+def test_logits_of_the_whole_batch_never_exist(tied, on_support):
     rows, columns, size = 8, 512, 50_304
     model = dataclasses.replace(TINY, vocab_size=size, tie_embeddings=tied)
     params = jax.eval_shape(lambda: models.init(model, jax.random.key(0)))
     hidden = jax.ShapeDtypeStruct((rows, columns, model.hidden_size), jnp.float32)
     targets = jax.ShapeDtypeStruct((rows, columns), jnp.int32)
+    support = jax.ShapeDtypeStruct((rows, columns, size // 8), jnp.uint8) if on_support else None
 
-    def gradient(function):
-        grad = jax.grad(lambda p, h, t: function(p, model, h, t, 1.0)[0].sum(), argnums=(0, 1))
-        return largest_array(jax.make_jaxpr(grad)(params, hidden, targets).jaxpr)
+    def gradient(function, *support):
+        grad = jax.grad(lambda p, h, t, *s: function(p, model, h, t, 1.0, *s)[0].sum(), argnums=(0, 1))
+        return largest_array(jax.make_jaxpr(grad)(params, hidden, targets, *support).jaxpr)
 
-    assert gradient(token_logprobs) <= logprobs.CHUNK_LOGITS + rows * size
+    assert gradient(token_logprobs, support) <= logprobs.CHUNK_LOGITS + rows * size
     assert gradient(materialised) >= rows * columns * size  # what the count would show
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_products_have_the_precision_of_the_models(dtype, precision):
+    """Left to the default, a GPU rounds float32 operands to 10 bits, here and not in the sampler's logits."""
+    model = dataclasses.replace(TINY, dtype=dtype)
+    params, hidden, targets = case(model)
+
+    def precisions(function):
+        gradient = jax.grad(lambda p, h: function(p, h).sum(), argnums=(0, 1))
+        return set(
+            re.findall(r"dot_general.*precision = \[(\w+), (\w+)\]", jax.jit(gradient).lower(params, hidden).as_text())
+        )
+
+    trainer = precisions(lambda p, h: token_logprobs(p, model, h, targets, 1.0)[0])
+    assert trainer == precisions(lambda p, h: models.lm_logits(p, model, h)) == {(precision, precision)}
 
 
 def test_compiled_memory_is_that_of_a_chunk(monkeypatch):

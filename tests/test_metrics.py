@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import metrics
+from jaxrlhf import console, metrics
 from jaxrlhf.config import Logging
-from jaxrlhf.errors import ConfigError
+from jaxrlhf.errors import ConfigError, DataError
 from jaxrlhf.metrics import Logger, read
 
 PLAIN = Logging(tensorboard=False)
@@ -38,13 +38,15 @@ def test_numbers_survive_to_the_last_bit(tmp_path):
 
 def test_what_is_not_finite_is_valid_json(tmp_path):
     logger = Logger(tmp_path, PLAIN, "ppo", 10)
-    logger.log(1, {"objective/kl": float("nan"), "val/ratio": np.float32("inf"), "grad_norm": -math.inf})
+    logger.log(1, {"objective/kl": float("nan"), "rewards/f/mean": np.float32("inf"), "grad_norm": -math.inf})
     logger.samples(1, [{"prompt": "a", "completion": "b", "score": float("nan"), "parts": [math.inf]}])
     line = (tmp_path / "metrics.jsonl").read_text()
-    assert strict(line) == {"step": 1, "objective/kl": "NaN", "val/ratio": "Infinity", "grad_norm": "-Infinity"}
+    assert strict(line) == {"step": 1, "objective/kl": "NaN", "rewards/f/mean": "Infinity", "grad_norm": "-Infinity"}
     assert strict((tmp_path / "samples.jsonl").read_text())["parts"] == ["Infinity"]
     record = read(tmp_path / "metrics.jsonl")[0]
-    assert math.isnan(record["objective/kl"]) and record["val/ratio"] == math.inf and record["grad_norm"] == -math.inf
+    assert (
+        math.isnan(record["objective/kl"]) and record["rewards/f/mean"] == math.inf and record["grad_norm"] == -math.inf
+    )
 
 
 def test_unknown_keys_are_a_mistake(tmp_path):
@@ -54,7 +56,7 @@ def test_unknown_keys_are_a_mistake(tmp_path):
 
 
 def test_every_shown_key_is_defined():
-    for labels in metrics.SUMMARY.values():
+    for labels in console.SUMMARY.values():
         assert labels.keys() <= metrics.METRICS.keys()
     assert all(text and "\n" not in text for text in metrics.METRICS.values())
 
@@ -79,6 +81,18 @@ def test_lines_are_on_disk_at_once_and_rewind_cuts(tmp_path, capsys):
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
+def test_a_file_that_is_no_log_is_refused_by_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(DataError, match="is it a run directory"):
+        read(path)
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2\n{"step": 3}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: not JSON"):
+        read(path)
+    path.write_text('{"step": 1, "loss": 2.0}\n[1]\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: expected an object, found \[1\]"):
+        read(path)
+
+
 def test_text_of_any_kind_comes_back(tmp_path):
     text = "é 漢 \u202e \x1b[31m \u2028 \x85 \r\n [bold] \ud800"
     Logger(tmp_path, Logging(tensorboard=False, quiet=True), "ppo", 1).samples(1, [{"prompt": text, "completion": ""}])
@@ -89,13 +103,23 @@ def test_text_of_any_kind_comes_back(tmp_path):
 def test_plain_console(tmp_path, capsys):
     logger = Logger(tmp_path, Logging(tensorboard=False, log_every=5), "ppo", 12)
     for step in range(1, 13):
-        record = {"objective/scores": 0.91, "objective/kl": 2.7, "tokens/mean_length": 12.1, "lr": 1e-5}
+        record = {"objective/scores": 0.91, "objective/kl": 2.7, "tokens/mean_length": 12.1, "learning_rate": 1e-5}
         logger.log(step, record | {"policy/approxkl_avg": 0.1})
     logger.close()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" score")[0].split("ppo ")[1] for line in lines] == [f"step {n}/12" for n in (1, 5, 10, 12)]
     assert lines[0].endswith("score=0.91 kl=2.7 len=12.1 lr=1.0e-05")
     assert " eta=" in lines[1] and "approxkl" not in lines[1] and lines[1][:2] == "20" and lines[1][10] == "T"
+
+
+def test_an_evaluation_is_shown_at_whatever_step_it_happens(tmp_path, capsys):
+    logger = Logger(tmp_path, Logging(tensorboard=False, log_every=50), "sft", 100)
+    for step in range(1, 50):
+        logger.log(step, {"loss": 2.0} | ({"eval/loss": 1.5} if step == 45 else {}))
+    logger.close()
+    shown = [line.split("sft ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert [line.split(" loss")[0] for line in shown] == ["step 1/100", "step 45/100"]
+    assert "eval=1.5" in shown[1]
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 
 import pytest
@@ -63,12 +64,14 @@ def test_without_matplotlib_the_csv_is_still_written(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.csv").read_text().count("\n") == 3
 
 
-def test_a_line_cut_short_by_a_crash_is_left_out_and_a_bad_line_is_named(tmp_path):
-    write(tmp_path, RECORDS, tail='{"step": 3, "lo')
-    assert plots.read_metrics(tmp_path / "metrics.jsonl") == RECORDS
-    write(tmp_path, RECORDS, tail='{"step": 3\n{"step": 4}\n')
-    with pytest.raises(DataError, match=r"metrics.jsonl:3: not JSON"):
-        plots.read_metrics(tmp_path / "metrics.jsonl")
+def test_what_is_not_finite_is_drawn_as_a_gap_and_written_as_a_number(tmp_path):
+    records = [*RECORDS, {"step": 3, "objective/kl": "NaN", "objective/scores": "-Infinity"}]
+    write(tmp_path, records, tail='{"step": 4, "lo')  # and a line that a kill cut short is left out
+    picture, table = plots.plot(tmp_path)
+    with table.open(newline="") as file:
+        last = list(csv.DictReader(file))[2]
+    assert math.isnan(float(last["objective/kl"])) and float(last["objective/scores"]) == -math.inf
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_folder_without_metrics_is_refused(tmp_path):

@@ -3,11 +3,16 @@
 With d = log pi(a) - log ref(a), a ~ pi. All three are elementwise and know no mask. Which one is right depends on where
 it is used: as a *reward* only k1 has the gradient of the KL (the score-function gradient of E[k2] and E[k3] lacks their
 pathwise term and almost vanishes near the reference); as a *loss*, k1 has zero expected gradient, k2 has the right one,
-and k3 only together with importance weights.
+and k3 only together with importance weights. `PPOConfig` refuses the other pairs.
 """
 
+from typing import Literal
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
+
+from jaxrlhf.algorithms import masked
+from jaxrlhf.algorithms.masked import Scalar
 
 
 def k1(logprobs: Float[Array, "*shape"], ref_logprobs: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -24,3 +29,29 @@ def k3(logprobs: Float[Array, "*shape"], ref_logprobs: Float[Array, "*shape"]) -
     """exp(-d) - 1 + d. Unbiased and never negative."""
     d = logprobs - ref_logprobs
     return jnp.expm1(-d) + d
+
+
+def kl_loss(
+    logprobs: Float[Array, "B R"],
+    old_logprobs: Float[Array, "B R"],
+    ref_logprobs: Float[Array, "B R"],
+    mask: Bool[Array, "B R"],
+    count: Scalar,
+    estimator: Literal["k2", "k3"],
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The KL as a term of the loss, in nats per token, to be multiplied by kl_coef.
+
+        loss = 1 / count  sum_t k2_t    or    1 / count  sum_t rho_t k3_t,    rho = exp(log pi - log pi_old)
+
+    For tokens drawn from pi_old, the expected gradient is that of KL(pi || ref) in the contexts of the rollout: for k2
+    while pi is pi_old (later steps weigh tokens as pi_old drew them), for k3, whose gradient also flows through rho,
+    at any pi. What a token does to the KL of later ones is not in it, as it is for a KL in the reward. `count` is the
+    number of real tokens of the whole optimizer batch.
+    """
+    logprobs, old_logprobs, ref_logprobs = (masked.keep(x, mask) for x in (logprobs, old_logprobs, ref_logprobs))
+    if estimator == "k2":
+        terms = k2(logprobs, ref_logprobs)
+    else:
+        terms = jnp.exp(logprobs - old_logprobs) * k3(logprobs, ref_logprobs)
+    loss = jnp.sum(terms) / count
+    return loss, {"loss/kl_avg": loss}

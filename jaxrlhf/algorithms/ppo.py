@@ -4,6 +4,8 @@ The whole recipe, with the choices that matter, is that of https://arxiv.org/abs
 details of RLHF with PPO" (Huang et al., 2023).
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -24,7 +26,8 @@ def token_rewards(
 ) -> Float[Array, "B R"]:
     """r_t = -kl_coef (log pi_old - log ref)_t + [t is the last real token] score (https://arxiv.org/abs/1909.08593, 2).
 
-    0 outside the mask. A row without a real token gets no score: there is nothing to reward.
+    0 outside the mask. A row without a real token gets no score: there is nothing to reward. `kl_coef` is 0 where the
+    KL is in the loss (`kl.kl_loss`).
     """
     penalty = kl_coef * k1(masked.keep(old_logprobs, mask), masked.keep(ref_logprobs, mask))
     return jnp.where(masked.last(mask), scores[:, None], 0.0) - penalty
@@ -99,16 +102,19 @@ def rollout_metrics(
     mask: Bool[Array, "B R"],
     finished: Bool[Array, " B"],
     kl_coef: Scalar,
+    kl_in: Literal["reward", "loss"],
 ) -> Metrics:
-    """What a rollout was worth: means over sequences of sums over real tokens; the KL is k1, in nats per response."""
-    old_logprobs = masked.keep(old_logprobs, mask)
-    kl = jnp.mean(jnp.sum(k1(old_logprobs, masked.keep(ref_logprobs, mask)), axis=1))
+    """What a rollout was worth: means over sequences of sums over real tokens; the KL is k1, in nats per response.
+
+    rlhf_reward is the objective, score - kl_coef KL, wherever the KL enters; non_score_reward is what of the KL is in
+    the rewards, so nothing where it is in the loss.
+    """
+    kl = jnp.mean(jnp.sum(k1(masked.keep(old_logprobs, mask), masked.keep(ref_logprobs, mask)), axis=1))
     score = jnp.mean(scores)
     return {
         "objective/kl": kl,
-        "objective/entropy": -jnp.mean(jnp.sum(old_logprobs, axis=1)),
         "objective/scores": score,
-        "objective/non_score_reward": -kl_coef * kl,
+        "objective/non_score_reward": -kl_coef * kl if kl_in == "reward" else jnp.zeros_like(kl),
         "objective/rlhf_reward": score - kl_coef * kl,
         "val/num_eos_tokens": jnp.sum(finished).astype(jnp.float32),
     }

@@ -126,6 +126,12 @@ def prompts_from_texts(
     return list(kept.values())
 
 
+def columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
+    """The columns of the data set, for reward functions: a value per row, None where a row has none."""
+    names = dict.fromkeys(name for row in rows for name in row.columns)
+    return {name: [row.columns.get(name) for row in rows] for name in names}
+
+
 def _prompt_row(tokens: Tokens, example: Example, rows: Rows, i: int) -> PromptRow:
     assert example.prompt is not None
     taken = {"prompts", "completions"} & set(rows.rows[i])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxrlhf.config import Data
-from jaxrlhf.errors import DataError
+from jaxrlhf.errors import DataError, first_line
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
@@ -241,7 +241,7 @@ def _saved_dataset(path: Path, config: Data) -> Iterator[tuple[Place, Row]]:
     try:
         data = datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises what it likes
-        raise DataError(f"data {path}: not a readable `datasets` folder ({_first_line(error)})") from error
+        raise DataError(f"data {path}: not a readable `datasets` folder ({first_line(error)})") from error
     if isinstance(data, datasets.DatasetDict):
         if config.split not in data:
             raise DataError(f"data {path}: no split {config.split!r}; there are {', '.join(map(str, data))}")
@@ -257,7 +257,7 @@ def _hub(source: str, config: Data) -> Iterator[tuple[Place, Row]]:
     except Exception as error:  # network, name, split, script: all arrive as different classes
         raise DataError(
             f"data {source}: no such file or folder here, and it could not be loaded from the hub "
-            f"({type(error).__name__}: {_first_line(error)})"
+            f"({type(error).__name__}: {first_line(error)})"
         ) from error
     yield from _numbered(source, data)
 
@@ -265,7 +265,3 @@ def _hub(source: str, config: Data) -> Iterator[tuple[Place, Row]]:
 def _numbered(source: str, rows: Iterable[Any]) -> Iterator[tuple[Place, Row]]:
     for number, row in enumerate(rows, 1):
         yield Place(source, number, line=False), dict(row)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

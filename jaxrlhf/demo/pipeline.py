@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrlhf import config as c
-from jaxrlhf import plots
+from jaxrlhf import metrics, plots
 from jaxrlhf.demo import task
 from jaxrlhf.demo.tokenizer import write_base
 from jaxrlhf.errors import StorageError
@@ -22,7 +22,7 @@ from jaxrlhf.training.reward import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
 
 MEASURES = {"right_level": "right strictness", "fact_right": "fact right", "well_formed": "well formed"}
-HELD_OUT = 256  # questions of the final evaluation: all there are
+HELD_OUT = 192  # questions of the final evaluation: all there are
 _INTRODUCTION = """\
 StrictBot in miniature: a tiny model learns to answer questions in any tone (SFT), a reward model learns from pairs
 which answers people prefer, and PPO teaches the first model to answer like that. The rule it has to find out: be strict
@@ -59,7 +59,7 @@ def run(directory: str | Path, seed: int, quiet: bool = False) -> dict[str, Any]
         before = time.monotonic()
         with console.status(f"[{number}/4] {name} ..."):
             trainer().train()
-        text, figures = summary(plots.read_metrics(Path(config.run_dir) / "metrics.jsonl"))
+        text, figures = summary(metrics.read(Path(config.run_dir) / "metrics.jsonl"))
         seconds = time.monotonic() - before
         stages[name] = figures | {"seconds": seconds}
         _line(console, number, name, text, seconds)
@@ -86,7 +86,7 @@ def configs(directory: Path, seed: int) -> tuple[c.SFTConfig, c.RewardConfig, c.
         seed=seed,
         model=c.ModelSource(path=str(directory / "base"), init="random"),
         data=c.Data(path=str(data / "sft.jsonl"), **shape),
-        train=c.Train(batch_size=64, max_steps=130, num_train_epochs=100),
+        train=c.Train(batch_size=64, max_steps=140, num_train_epochs=100),
         optim=c.Optim(learning_rate=8e-3, schedule="cosine", warmup_steps=10, final_lr_fraction=0.05),
         logging=logging,
         checkpoint=checkpoint,
@@ -96,7 +96,7 @@ def configs(directory: Path, seed: int) -> tuple[c.SFTConfig, c.RewardConfig, c.
         seed=seed,
         model=c.ModelSource(path=str(directory / "sft")),
         data=c.Data(path=str(data / "preferences.jsonl"), validation_fraction=0.1, **shape),
-        train=c.Train(batch_size=32, max_steps=200, num_train_epochs=100, eval_every=200, eval_batch_size=64),
+        train=c.Train(batch_size=32, max_steps=240, num_train_epochs=100, eval_every=80, eval_batch_size=64),
         optim=c.Optim(learning_rate=1e-3, schedule="cosine", warmup_steps=5, final_lr_fraction=0.05),
         logging=logging,
         checkpoint=checkpoint,
@@ -109,9 +109,9 @@ def configs(directory: Path, seed: int) -> tuple[c.SFTConfig, c.RewardConfig, c.
         reward=c.RewardSource(model=str(directory / "reward"), micro_batch_size=64),
         critic=c.Critic(init="reward"),
         ppo=c.PPO(
-            total_episodes=50 * 64,
-            batch_size=64,
-            num_ppo_epochs=2,
+            total_episodes=60 * 128,
+            batch_size=128,
+            num_ppo_epochs=1,
             num_mini_batches=2,
             kl_coef=0.3,
             cliprange_value=10.0,
@@ -132,7 +132,7 @@ def write_data(directory: Path, seed: int) -> None:
     for name, rows in {
         "sft": task.make_sft_rows(4096, seed),
         "preferences": task.make_preferences(6000, seed),
-        "prompts": task.make_prompts(768, seed),
+        "prompts": task.make_prompts(576, seed),
         "held_out": task.make_prompts(HELD_OUT, seed, held_out=True),
     }.items():
         lines = [json.dumps(row) + "\n" for row in rows]

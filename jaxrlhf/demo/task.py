@@ -44,13 +44,15 @@ _SAID = (".", ", right?", ". Is that so?", ". Do you agree?")
 _ASKED = ("?", "? I am curious.", "? I am not sure.", "? Please help me.")
 _TOLD = (".", ". I am curious.", ". Can you help?", ". Do you know?")
 _CLAIM_FRAMES = [
-    *_frames(("I read that", "I am sure that", "My friend says that"), _SAID),
-    *_frames(("They say that", "We learned that", "Someone told me that"), _SAID),
-    *_frames(("Is it true that", "Am I right that"), _ASKED),
+    *_frames(("I read that", "I am sure that", "My friend says that", "I think that"), _SAID),
+    *_frames(("They say that", "We learned that", "Someone told me that", "I know that"), _SAID),
+    *_frames(("Is it true that", "Am I right that", "Can it be that", "Do you agree that"), _ASKED),
 ]
 _QUESTION_FRAMES = [
     *_frames(("Can you tell me", "Do you know", "Could you explain", "Can you explain"), _ASKED),
-    *_frames(("I wonder", "I want to know", "We want to learn", "My friend asks"), _TOLD),
+    *_frames(("Can you show me", "Do you understand"), _ASKED),
+    *_frames(("I wonder", "I want to know", "We want to learn"), _TOLD),
+    *_frames(("My friend asks", "Please tell me", "I ask myself"), _TOLD),
 ]
 _HELD_OUT_SHARE = 4  # one phrasing of so many is kept from training
 
@@ -103,36 +105,20 @@ def _reason(question: str, subject: str, predicate: str) -> Fact:
 FACTS = (
     _capital("Australia", "Sydney", "Canberra"),
     _capital("Turkey", "Istanbul", "Ankara"),
-    _capital("Canada", "Toronto", "Ottawa"),
-    _capital("Morocco", "Casablanca", "Rabat"),
     _number("a spider", "legs", "six", "eight"),
     _number("an ant", "legs", "eight", "six"),
-    _number("a square", "sides", "three", "four"),
-    _number("a hexagon", "sides", "four", "six"),
     _belief("bats", "are blind", "can see well"),
     _belief("goldfish", "forget everything", "remember for months"),
-    _belief("lightning", "never strikes twice", "strikes where it likes"),
     _belief("glass", "flows slowly", "stays solid"),
     _belief("ostriches", "bury their heads", "run from danger"),
-    _belief("camels", "store water in humps", "store fat in humps"),
-    _belief("bulls", "hate red", "chase what moves"),
-    _belief("toads", "give you warts", "are safe to touch"),
     _argument("birds", "lay eggs", "turtles"),
     _argument("cows", "eat grass", "horses"),
     _argument("trains", "run on rails", "trams"),
-    _argument("stars", "shine at night", "lamps"),
     _argument("doctors", "wear white", "cooks"),
-    _argument("roses", "have thorns", "brambles"),
-    _argument("guitars", "have strings", "violins"),
-    _argument("boats", "can float", "corks"),
     _reason("why the sky is blue", "Air", "scatters blue light"),
     _reason("why the sea is salty", "Rivers", "carry salt to it"),
     _reason("why iron rusts", "Iron", "reacts with oxygen"),
     _reason("why ice floats", "Ice", "is lighter than water"),
-    _reason("why onions make us cry", "Onions", "release a gas"),
-    _reason("what causes the tides", "The Moon", "pulls the water"),
-    _reason("what causes thunder", "Lightning", "heats the air"),
-    _reason("how plants grow", "Plants", "use light and water"),
 )
 
 REJECTED = {"tone": 0.2, "fact": 0.5, "form": 0.3}

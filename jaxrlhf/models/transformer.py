@@ -141,9 +141,10 @@ def _apply(module: nn.Module, weights: Params, *args: Any) -> Any:
 
 
 def _embed(params: Params, model: ModelConfig, tokens: Array, positions: Array) -> Array:
-    x = params["embed"]["embedding"][tokens].astype(jnp.float32)
+    # Rounded like the operands of products, so that a copy stored in `model.dtype` computes exactly the same.
+    x = params["embed"]["embedding"][tokens].astype(model.dtype).astype(jnp.float32)
     if model.rope is None:
-        x = x + params["positions"]["embedding"][positions]
+        x = x + params["positions"]["embedding"][positions].astype(model.dtype)
     return x
 
 

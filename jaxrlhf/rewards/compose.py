@@ -35,6 +35,7 @@ class Scorer:
         if config.function:
             self.function = load(config.function)
         self.model: RewardModel | None = None
+        self.shares_tokenizer = False
         if config.model:
             self.model = RewardModel(
                 config.model,
@@ -43,7 +44,7 @@ class Scorer:
                 micro_batch_size=config.micro_batch_size,
                 mesh=mesh,
             )
-            self._same_tokenizer = self.model.shares_tokenizer(tokenizer)
+            self.shares_tokenizer = self.model.shares_tokenizer(tokenizer)
         if self.model is None and self.function is None:
             raise ConfigError("no reward: give reward.model, reward.function (path.py:name), or a Python function")
 
@@ -63,7 +64,7 @@ class Scorer:
         total = np.zeros(len(completions), np.float32)
         components: dict[str, np.ndarray] = {}
         if self.model is not None:
-            if self._same_tokenizer:
+            if self.shares_tokenizer:
                 components["model"], truncated = self.model.score_rollout(rollout)
             else:
                 finished = np.asarray(rollout.finished).tolist()

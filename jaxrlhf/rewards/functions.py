@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.errors import RewardError
+from jaxrlhf.errors import RewardError, quoted
 from jaxrlhf.spelling import did_you_mean
 
 
@@ -126,7 +126,7 @@ def _check(answer: Any, completions: Sequence[str], where: str) -> tuple[np.ndar
     if not isinstance(values, list | tuple):
         raise RewardError(f"{where} returned a {type(answer).__name__}; expected a list of {len(completions)} numbers")
     if len(values) != len(completions):
-        first = f"; first completion: {_cut(completions[0])}" if completions else ""
+        first = f"; first completion: {quoted(completions[0])}" if completions else ""
         raise RewardError(f"{where} returned {len(values)} values for {len(completions)} completions{first}")
     scores, unanswered = np.zeros(len(values), np.float32), np.zeros(len(values), bool)
     for i, value in enumerate(values):
@@ -136,7 +136,7 @@ def _check(answer: Any, completions: Sequence[str], where: str) -> tuple[np.ndar
         number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
         if not isinstance(number, numbers.Real):
             shown = f"{number!r} ({type(value).__name__}), not a number"
-            raise RewardError(f"{where} returned {shown}, for completion {i}: {_cut(completions[i])}")
+            raise RewardError(f"{where} returned {shown}, for completion {i}: {quoted(completions[i])}")
         with np.errstate(over="ignore"):
             try:
                 scores[i] = np.float32(float(number))
@@ -144,10 +144,6 @@ def _check(answer: Any, completions: Sequence[str], where: str) -> tuple[np.ndar
                 scores[i] = np.inf
         if not np.isfinite(scores[i]):
             raise RewardError(
-                f"{where} returned {number}, not a finite float32, for completion {i}: {_cut(completions[i])}"
+                f"{where} returned {number}, not a finite float32, for completion {i}: {quoted(completions[i])}"
             )
     return scores, unanswered
-
-
-def _cut(text: str, width: int = 80) -> str:
-    return repr(text if len(text) <= width else text[:width] + "...")

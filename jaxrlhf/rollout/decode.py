@@ -1,5 +1,6 @@
 """Prompts in, responses out: one jitted program of a prefill and a decode loop that leaves when every row has ended."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ class _Loop(NamedTuple):
     mask: Array  # bool [B, R]
     logprobs: Array  # f32 [B, R]
     finished: Array  # bool [B]
+    support: Array | None  # uint8 [B, R, ceil(V / 8)]
     cache: KVCache
 
 
@@ -38,6 +40,8 @@ def generate(
     response; what follows is `pad_id` under a false mask. Masks come from this alone: a `pad_id` that was sampled is a
     token like any other, and it may be a stop token. Prompts are left-padded and have at least one token.
 
+    With `sampling.renormalise_logprobs` the rollout says which tokens could be drawn, in `support`.
+
     Token t of a row is drawn with fold_in(fold_in(fold_in(key, index), sample), t): in float32, up to a rounding error
     that falls on the edge between two tokens, a response depends neither on the rest of the batch nor on its order.
     """
@@ -52,7 +56,7 @@ def generate(
         """Draw token t from the hidden state [B, D] before it."""
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, loop.t)
         logits = lm_logits(params, model, hidden)
-        tokens, logprobs = sample(logits, keys, sampling, _allowed(loop.t, stops, sampling, model.vocab_size))
+        tokens, logprobs, support = sample(logits, keys, sampling, _allowed(loop.t, stops, sampling, model.vocab_size))
         going = ~loop.finished
         stopped = jnp.isin(tokens, jnp.array(stops, jnp.int32))
 
@@ -65,6 +69,7 @@ def generate(
             mask=put(loop.mask, going),
             logprobs=put(loop.logprobs, jnp.where(going, logprobs, 0.0)),
             finished=loop.finished | stopped,
+            support=None if support is None else put(loop.support, jnp.packbits(support & going[:, None], axis=1)),
             cache=loop.cache,
         )
 
@@ -79,12 +84,14 @@ def generate(
     positions = jnp.maximum(jnp.cumsum(prompts.mask, axis=1, dtype=jnp.int32) - 1, 0)
     cache = empty_cache(model, batch, width + length, model.dtype)
     hidden, cache = forward_cached(params, model, prompts.tokens, prompts.mask, positions, cache, 0)
+    bits = batch, length, math.ceil(model.vocab_size / 8)
     loop = _Loop(
         t=jnp.int32(0),
         tokens=jnp.full((batch, length), pad_id, jnp.int32),
         mask=jnp.zeros((batch, length), bool),
         logprobs=jnp.zeros((batch, length), jnp.float32),
         finished=jnp.zeros(batch, bool),
+        support=jnp.zeros(bits, jnp.uint8) if sampling.renormalise_logprobs else None,
         cache=cache,
     )
     loop = jax.lax.while_loop(lambda x: (x.t < length) & ~jnp.all(x.finished), step, extend(loop, hidden[:, -1]))
@@ -96,6 +103,7 @@ def generate(
         finished=loop.finished,
         index=prompts.index,
         sample=prompts.sample,
+        support=loop.support,
     )
 
 

@@ -18,23 +18,28 @@ BLOCK = 256  # about the square root of V: the two levels of the inverse CDF the
 
 def sample(
     logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling, allowed: Bool[Array, " V"] | None
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """One token per row and its log-probability, a function of the row's logits and key alone.
+) -> tuple[Int[Array, " B"], Float[Array, " B"], Bool[Array, "B V"] | None]:
+    """One token per row, its log-probability, and its support; a function of the row's logits and key alone.
 
-    The log-probability is that of softmax(logits / temperature) over the whole vocabulary, before any filter: what
-    `token_logprobs` gives for the same token. `allowed` bans tokens (None: none) ahead of every filter. With
-    `sampling.greedy` the likeliest allowed token is taken, of equals the first.
+    The log-probability is that of softmax(logits / temperature) over the whole vocabulary, before any filter, and the
+    support is None. With `sampling.renormalise_logprobs`, the support is the tokens that bans and filters left, and the
+    log-probability is over those: that of the distribution drawn from. Either is what `token_logprobs` gives for the
+    same token and support. `allowed` bans tokens (None: none) ahead of every filter. With `sampling.greedy` the
+    likeliest allowed token is taken, of equals the first.
     """
     scaled = logits / sampling.temperature
     candidates = scaled if allowed is None else jnp.where(allowed, scaled, -jnp.inf)
+    odds = filtered(jnp.exp(candidates - jnp.max(candidates, axis=1, keepdims=True)), sampling)
     if sampling.greedy:
         tokens = jnp.argmax(candidates, axis=1)
     else:
-        odds = jnp.exp(candidates - jnp.max(candidates, axis=1, keepdims=True))
-        uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
-        tokens = draw(filtered(odds, sampling), uniforms)
+        tokens = draw(odds, jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys))
+    support = None
+    if sampling.renormalise_logprobs:
+        support = odds > 0
+        scaled = jnp.where(support, scaled, -jnp.inf)
     chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=1)[:, 0]
-    return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(scaled, axis=1)
+    return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(scaled, axis=1), support
 
 
 def filtered(odds: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:

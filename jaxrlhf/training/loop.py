@@ -15,7 +15,8 @@ from jaxrlhf.training.setup import RunConfig, State
 from jaxrlhf.types import TrainState
 
 Metrics = dict[str, Any]
-MAX_SKIPPED = 5  # updates in a row that may be skipped for non-finite numbers before a run gives up
+Best = Literal["min", "max"] | None
+MAX_SKIPPED = 5  # records in a row with a step skipped for non-finite numbers, before a run gives up
 
 
 class Session:
@@ -32,11 +33,12 @@ class Session:
         method: str,
         total_steps: int,
         state: State,
-        best: Literal["min", "max"] | None,
+        identity: dict[str, str],
+        best: Best,
     ) -> None:
         self.run, self.config, self.total_steps = run, config, total_steps
         self.logger = Logger(run.directory, config.logging, method, total_steps)
-        self.best = best
+        self.identity, self.best = identity, best
         self.checkpoints = open_checkpoints(config, run.directory, state, best)
         self._pending: tuple[int, Metrics] | None = None
         self._skipped = 0.0
@@ -46,6 +48,13 @@ class Session:
         found = self.checkpoints.restore(state.template)
         step = 0
         if found:
+            changed = [what for what, value in self.identity.items() if found[2].get(what, value) != value]
+            if changed:
+                raise StorageError(
+                    f"{self.run.directory} was started with other {' and '.join(changed)} than there is now, under the "
+                    "same config: the file, or the model it names, has changed since. Put the old one back, or start "
+                    "over with --fresh"
+                )
             step, state.value, _ = found
             self.logger.note(f"resuming at step {step} of {self.total_steps} (--fresh starts over)")
         for note in self.run.notes:
@@ -74,8 +83,8 @@ class Session:
         self._skipped = self._skipped + 1 if skipped else 0
         if self._skipped >= MAX_SKIPPED:
             raise NumericsError(
-                f"{MAX_SKIPPED} steps in a row had non-finite losses or gradients (last: step {step}); the parameters "
-                "are as they were before. Lower optim.learning_rate, or look at the data and rewards of these steps"
+                f"non-finite losses or gradients in {MAX_SKIPPED} steps in a row (last: step {step}). Each such update "
+                "was left out, so the parameters are sound. Lower optim.learning_rate, or look at the data and rewards"
             )
 
     def due(self, step: int) -> bool:
@@ -84,10 +93,10 @@ class Session:
         return step == self.total_steps or (every > 0 and step % every == 0)
 
     def save(self, step: int, state: TrainState, metric: float | None = None, *, block: bool = False) -> None:
-        """Commit `state` as the checkpoint of `step`. With `block`, and at the last step, a failure is raised at once."""
+        """Commit `state` as the checkpoint of `step`. With `block`, and at the last step, a failure raises at once."""
         self.flush()
         block = block or step == self.total_steps
-        self.checkpoints.save(step, state, {"seed": self.config.seed}, metric=metric, block=block)
+        self.checkpoints.save(step, state, self.identity, metric=metric, block=block)
 
     def stop_if_asked(self, step: int, state: TrainState, *, saved: bool = False) -> None:
         """Save and raise Preempted if a signal asked the run to stop. `state` is that of the boundary after `step`."""
@@ -110,16 +119,19 @@ def session(
     method: str,
     total_steps: int,
     state: State,
+    identity: dict[str, str],
     *,
     fresh: bool,
-    best: Literal["min", "max"] | None = None,
+    best: Best = None,
 ) -> Iterator[Session]:
     """Open the run directory of `config` for `method`; when the block ends pending saves land and the lock goes.
 
-    With `best`, checkpoints carry a metric and the one with the smallest or largest is kept beside the newest.
+    `identity` names what a config does not pin down (the content of the data, frozen parameters) and a hash of each: a
+    run is not resumed with another. With `best`, checkpoints carry a metric, and the one where it is least or greatest
+    is kept beside the newest.
     """
     with runs.open_run(config, method, fresh) as run:
-        opened = Session(run, config, method, total_steps, state, best)
+        opened = Session(run, config, method, total_steps, state, identity, best)
         try:
             yield opened
             opened.flush()
@@ -127,28 +139,23 @@ def session(
             opened.close()
 
 
-def open_checkpoints(
-    config: RunConfig, directory: Path, state: State, best: Literal["min", "max"] | None = None
-) -> checkpoint.Checkpoints:
+def open_checkpoints(config: RunConfig, directory: Path, state: State, best: Best = None) -> checkpoint.Checkpoints:
     """The checkpoints of a run directory, written in the background unless memory is too short for a second copy."""
     policy = config.checkpoint
     short = policy.synchronous == "auto" and checkpoint.short_of_memory(state.template)
     return checkpoint.Checkpoints(directory / "checkpoints", policy.keep, short or policy.synchronous == "always", best)
 
 
-def restore(config: RunConfig, state: State) -> int:
-    """Take up the newest checkpoint of `config.run_dir` outside a run, to export it. Returns its step.
+def restore(config: RunConfig, state: State, best: Best = None) -> int:
+    """Take up a checkpoint of `config.run_dir` outside a run, to export it: the best if one is kept, else the newest.
 
-    Raises StorageError if there is none.
+    Returns its step. Raises StorageError if there is none.
     """
-    checkpoints = open_checkpoints(config, Path(config.run_dir), state)
-    try:
-        found = checkpoints.restore(state.template)
-    finally:
-        checkpoints.close()
-    if not found:
+    checkpoints = open_checkpoints(config, Path(config.run_dir), state, best)
+    if not checkpoints.steps:
         raise StorageError(f"{config.run_dir} has no checkpoint yet: nothing to export")
-    step, state.value, _ = found
+    which = "best" if checkpoints.best_step is not None else checkpoints.steps[-1]
+    step, state.value, _ = checkpoints.restore_step(which, state.template)
     return step
 
 
@@ -188,6 +195,7 @@ def fit(
     if session.checkpoints.best_step is not None:
         step, state.value, _ = session.checkpoints.restore_step("best", state.template)
         session.logger.note(f"kept the best state by {metric}, of step {step}")
+        record |= evaluate() if evaluate else {}
     return record
 
 

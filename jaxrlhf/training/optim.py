@@ -1,6 +1,7 @@
 """From an `Optim` section to an optax chain."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import optax
@@ -35,6 +36,10 @@ class Optimizer:
     chain: optax.GradientTransformation
     max_grad_norm: float  # clipping is done in training/step.py, which reports the norm before and after
     rate: optax.Schedule
+
+    def rate_of(self, opt_state: Any) -> Any:
+        """The learning rate that the next step applies. Steps that were skipped do not count."""
+        return self.rate(opt_state[-1].count)
 
 
 def make_optimizer(config: Optim, learning_rate: float, total_steps: int) -> Optimizer:

@@ -12,9 +12,9 @@ import numpy as np
 from jaxrlhf import sharding, weights
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data import batching
-from jaxrlhf.data.datasets import PromptRow, prompt_rows, prompts_from_texts
+from jaxrlhf.data.datasets import PromptRow, columns, prompt_rows, prompts_from_texts
 from jaxrlhf.data.loader import rows_at
-from jaxrlhf.errors import ConfigError
+from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout.decode import generate
 from jaxrlhf.rollout.text import response_texts
@@ -40,25 +40,36 @@ class PPOTrainer:
         ppo, sampling = config.ppo, config.sampling
         if sampling.greedy:
             raise ConfigError("sampling.greedy is true: PPO learns from samples; leave it false")
+        if config.data.validation_path or config.data.validation_fraction:
+            raise ConfigError(
+                "data.validation_path and data.validation_fraction have no use in PPO: nothing would look at the rows "
+                "held out. Keep them in a file of their own, for `jaxrlhf evaluate`"
+            )
         self.mesh = sharding.make_mesh(config.mesh)
         micro = ppo.micro_batch_size or ppo.batch_size // ppo.num_mini_batches
         sharding.check_rows(micro, self.mesh, "ppo.micro_batch_size, or a mini-batch without it,")
-        self._key = jax.random.key(config.seed)
+        init_key, self._key = jax.random.split(jax.random.key(config.seed))
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = prompt_rows(config.data, self.tokenizer) if config.data.path else None
         self.model, policy = setup.load_model(
             config.model,
             tokenizer=self.tokenizer,
             mesh=self.mesh,
-            key=self._key,
+            key=init_key,
             head="lm",
             storage=setup.trained_dtype(config.model),
         )
-        if self.data:
-            lengths = [len(row.tokens) + sampling.response_length for row in self.data.train]
+        lengths = [len(row.tokens) + sampling.response_length for row in self.data.train] if self.data else []
+        if lengths:
             setup.check_context(lengths, self.model, "the longest prompt + sampling.response_length")
         self.scorer = Scorer(config.reward, self.tokenizer, reward, mesh=self.mesh)
         judge = self.scorer.model and (self.scorer.model.model, self.scorer.model.params)
+        if config.critic.init == "reward" and not self.scorer.shares_tokenizer:
+            raise ConfigError(
+                "critic.init is 'reward' but the reward model reads other tokens than the policy; use 'policy'"
+            )
+        if judge and self.scorer.shares_tokenizer and lengths:
+            setup.check_context(lengths, judge[0], "the reward model: the longest prompt + sampling.response_length")
         reference = setup.copy(
             policy, self.model.dtype if config.reference_dtype == "auto" else config.reference_dtype, self.mesh
         )
@@ -100,22 +111,36 @@ class PPOTrainer:
         if not self.data:
             raise ConfigError("data.path is empty: give a file of prompts, or call ppo_step with prompts of your own")
         rows, size, sample_every = self.data.train, config.ppo.batch_size, config.logging.sample_every
-        with loop.session(config, "ppo", self.total_steps, self.state, fresh=self._fresh) as session:
+        judge = self.scorer.model.params if self.scorer.model else {}
+        identity = {
+            "prompts": setup.fingerprint(rows),
+            "reference": setup.params_fingerprint(self.frozen["reference"]),
+            "reward model": setup.params_fingerprint(judge),
+        }
+        with loop.session(config, "ppo", self.total_steps, self.state, identity, fresh=self._fresh) as session:
             session.logger.note(setup.describe(config, self.model, self.tokenizer, self.data.report, self.mesh))
             done = session.resume(self.state)
             metrics = session.last()
             for step in range(done, self.total_steps):
                 batch = [rows[i] for i in rows_at(step, size, len(rows), config.seed, config.data.shuffle)]
+                jax.block_until_ready(self.state.value.step)  # the update before is not the rollout's time
                 started = time.monotonic()
-                rollout, texts = self.generate(batch)
+                rollout, texts = self.generate(batch, step)
                 session.stop_if_asked(step, self.state.value)
                 generated = time.monotonic()
-                scores, components = self.scorer.score(
-                    [row.text for row in batch], texts, rollout, columns(batch), step + 1
-                )
+                try:
+                    scores, components = self.scorer.score(
+                        [row.text for row in batch], texts, rollout, columns(batch), step + 1
+                    )
+                except RewardError as error:
+                    if step > done:
+                        session.save(step, self.state.value, block=True)
+                    raise RewardError(
+                        f"{error}\n{step} updates are saved; the same command goes on from there"
+                    ) from error
                 session.stop_if_asked(step, self.state.value)
                 scored = time.monotonic()
-                metrics = self.learn(rollout, scores)[1] | rewards(components)
+                metrics = self.learn(rollout, scores, step)[1] | rewards(components)
                 tokens = int(np.sum(jax.device_get(rollout.response_mask)))
                 metrics |= {
                     "episode": (step + 1) * size,
@@ -143,14 +168,23 @@ class PPOTrainer:
         the update under its logged name. The number of prompts must be a multiple of `ppo.num_mini_batches` (and of the
         micro-batch, if one is set); each new number compiles once.
         """
-        ppo = self.config.ppo
+        ppo, step = self.config.ppo, int(self.state.value.step)
+        if isinstance(prompts, str):
+            raise ConfigError("ppo_step got one text; it takes a list of prompts")
         multiple = ppo.num_mini_batches * (ppo.micro_batch_size or 1)
         if not prompts or len(prompts) % multiple:
             raise ConfigError(f"ppo_step got {len(prompts)} prompts; it needs a positive multiple of {multiple}")
+        micro = ppo.micro_batch_size or len(prompts) // ppo.num_mini_batches
+        sharding.check_rows(micro, self.mesh, "ppo_step: rows of a forward pass")
+        if step >= self.total_steps and self.config.optim.schedule != "constant":
+            raise ConfigError(
+                f"the learning rate schedule ended after {self.total_steps} updates (ppo.total_episodes / "
+                "ppo.batch_size); raise ppo.total_episodes or set optim.schedule: constant"
+            )
         rows = prompts_from_texts(prompts, extra, self.config.data, self.tokenizer)
-        rollout, texts = self.generate(rows)
+        rollout, texts = self.generate(rows, step)
         scores, components = self.scorer.score([row.text for row in rows], texts, rollout, columns(rows))
-        metrics = self.learn(rollout, scores)[1] | rewards(components)
+        metrics = self.learn(rollout, scores, step)[1] | rewards(components)
         numbers = {k: float(v) for k, v in jax.device_get(metrics).items()}
         return {
             "generated_texts": texts,
@@ -160,8 +194,8 @@ class PPOTrainer:
             **numbers,
         }
 
-    def generate(self, rows: Sequence[PromptRow]) -> tuple[Rollout, list[str]]:
-        """Responses of the policy as it is now to a batch of prompts, on the device and as text."""
+    def generate(self, rows: Sequence[PromptRow], step: int) -> tuple[Rollout, list[str]]:
+        """Responses of the policy as it is now to prompts, on the device and as text; `step` picks the random keys."""
         sampling = self.config.sampling
         room = self.model.max_positions - sampling.response_length
         setup.check_context(
@@ -173,21 +207,21 @@ class PPOTrainer:
             self.params,
             self.model,
             sharding.put_rows(prompts, self.mesh),
-            jax.random.fold_in(self._step_key(), 0),
+            jax.random.fold_in(jax.random.fold_in(self._key, step), 0),
             sampling,
-            self.tokenizer.stop_ids + sampling.stop_token_ids,
+            self.tokenizer.stop_ids,
             self.tokenizer.pad_id,
         )
         return rollout, response_texts(rollout, self.tokenizer)
 
-    def learn(self, rollout: Rollout, scores: np.ndarray) -> tuple[Experience, Metrics]:
-        """Annotate a scored rollout and make the update's optimizer steps; moves `state` on by one."""
-        done = int(self.state.value.step) * self.config.ppo.num_ppo_epochs * self.config.ppo.num_mini_batches
+    def learn(self, rollout: Rollout, scores: np.ndarray, step: int) -> tuple[Experience, Metrics]:
+        """Annotate a scored rollout and make the update's optimizer steps; moves `state` on from `step`."""
         placed = sharding.put_rows(np.asarray(scores, np.float32), self.mesh)
         experience, before = annotate(self.state.value, self.frozen, rollout, placed, roles=self.roles)
-        key = jax.random.fold_in(self._step_key(), 1)
+        key = jax.random.fold_in(jax.random.fold_in(self._key, step), 1)
         self.state.value, after = update(self.state.value, self.frozen, experience, key, roles=self.roles)
-        return experience, before | after | {"lr": self._optimizers["policy"].rate(done)}
+        rate = after.pop("policy/learning_rate")
+        return experience, before | after | {"learning_rate": rate}
 
     def restore(self) -> int:
         """Take up the newest checkpoint of the run directory without training on; returns its step."""
@@ -200,9 +234,6 @@ class PPOTrainer:
             method="ppo", step=int(self.state.value.step), results=self._results,
         )  # fmt: skip
 
-    def _step_key(self) -> jax.Array:
-        return jax.random.fold_in(self._key, int(self.state.value.step))
-
 
 def occurrences(rows: Sequence[PromptRow]) -> list[int]:
     """How often each row's prompt came before in the batch: a repeated prompt needs another random stream."""
@@ -212,12 +243,6 @@ def occurrences(rows: Sequence[PromptRow]) -> list[int]:
         numbers.append(seen[row.index])
         seen[row.index] += 1
     return numbers
-
-
-def columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
-    """The data set's extra columns, for reward functions; a row without one has None."""
-    names = dict.fromkeys(name for row in rows for name in row.columns)
-    return {name: [row.columns.get(name) for row in rows] for name in names}
 
 
 def rewards(components: dict[str, np.ndarray]) -> Metrics:

@@ -12,6 +12,7 @@ from jax import Array
 from jaxrlhf import sharding
 from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.advantages import gae, whiten
+from jaxrlhf.algorithms.kl import kl_loss
 from jaxrlhf.algorithms.ppo import additive_to_final, policy_loss, rollout_metrics, token_rewards, value_loss
 from jaxrlhf.config import PPO, PPOConfig
 from jaxrlhf.errors import ConfigError
@@ -40,7 +41,12 @@ class Roles:
         return self.ppo.micro_batch_size or batch // self.ppo.num_mini_batches
 
     def one_step(self, batch: int) -> bool:
-        """Whether the whole update is one forward and one optimizer step, so that pi_old is pi itself."""
+        """Whether the whole update is one forward and one optimizer step, so that pi_old is stop_gradient(pi).
+
+        Then annotation runs neither policy nor critic. An update of one optimizer step in several micro-batches is not
+        such: whitening needs every row's advantage before the first row's loss, so annotation runs, and its
+        old_logprobs are those of the update to rounding (1e-5) and not by definition.
+        """
         return self.ppo.num_ppo_epochs == 1 and self.micro_rows(batch) == batch
 
 
@@ -82,10 +88,13 @@ def make_critic(
 
 
 def sequence_logprobs(params: Params, model: ModelConfig, rollout: Rollout, temperature: float) -> tuple[Array, Array]:
-    """(log-probs, entropy) of every response token, f32 [B, R]: the one function for old, new and reference policy."""
+    """(log-probs, entropy) of every response token, f32 [B, R]: the one function for old, new and reference policy.
+
+    Over the rollout's `support` if it has one, the reference too, else over the whole vocabulary.
+    """
     hidden = response_hidden(params, model, rollout)
     targets = rollout.tokens[:, -rollout.response_mask.shape[1] :]
-    logprobs, entropy = token_logprobs(params, model, hidden, targets, temperature)
+    logprobs, entropy = token_logprobs(params, model, hidden, targets, temperature, rollout.support)
     return masked.keep(logprobs, rollout.response_mask), masked.keep(entropy, rollout.response_mask)
 
 
@@ -149,8 +158,8 @@ def complete(
         return masked.total(jnp.square(x - masked.total(x, mask) / count), mask) / count
 
     scores = scores - ppo.missing_eos_penalty * (~finished)
-    rewards = token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
-    metrics = rollout_metrics(scores, logprobs, ref_logprobs, mask, finished, kl_coef)
+    rewards = token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef if ppo.kl_in == "reward" else 0.0)
+    metrics = rollout_metrics(scores, logprobs, ref_logprobs, mask, finished, kl_coef, ppo.kl_in)
     if ppo.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     bootstrap = jnp.where(finished, 0.0, tail) if ppo.bootstrap_truncated else jnp.zeros_like(tail)
@@ -200,7 +209,14 @@ def update(
                 now.logprobs, part.old_logprobs, part.advantages, mask, count, ppo.cliprange
             )
             value, about_value = value_loss(now.values, part.values, part.returns, mask, count, ppo.cliprange_value)
-            return policy + ppo.vf_coef * value, {
+            total = policy + ppo.vf_coef * value
+            if ppo.kl_in == "loss":
+                assert ppo.kl_estimator != "k1"
+                kl, about_kl = kl_loss(
+                    now.logprobs, part.old_logprobs, part.ref_logprobs, mask, count, ppo.kl_estimator
+                )
+                total, extra = total + state.kl_coef * kl, extra | about_kl
+            return total, {
                 **about_policy,
                 **about_value,
                 **extra,

@@ -91,12 +91,12 @@ class RewardTrainer:
         self._num_micro = train.batch_size // micro
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = pair_rows(config.data, self.tokenizer)
-        self._key = jax.random.key(config.seed)
+        init_key, self._key = jax.random.split(jax.random.key(config.seed))
         self.model, params = setup.load_model(
             config.model,
             tokenizer=self.tokenizer,
             mesh=self.mesh,
-            key=self._key,
+            key=init_key,
             head=config.head,
             storage=setup.trained_dtype(config.model),
         )
@@ -109,6 +109,7 @@ class RewardTrainer:
         self._optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
         trained, self._frozen = setup.split_head(params, config.frozen_trunk)
         self.state = setup.State({"reward": trained}, {"reward": self._optimizer}, self.mesh)
+        self._best: loop.Best = "max" if self.data.validation and train.keep_best else None
         self._results: dict[str, float] = {}
 
     @property
@@ -126,8 +127,13 @@ class RewardTrainer:
     def train(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""
         train, held_out = self.config.train, bool(self.data.validation)
-        best = "min" if held_out and train.keep_best else None
-        with loop.session(self.config, "reward", self.total_steps, self.state, fresh=self._fresh, best=best) as session:
+        identity = {
+            "data": setup.fingerprint((*self.data.train, *self.data.validation)),
+            "frozen parameters": setup.params_fingerprint(self._frozen),
+        }
+        with loop.session(
+            self.config, "reward", self.total_steps, self.state, identity, fresh=self._fresh, best=self._best
+        ) as session:
             session.logger.note(setup.describe(self.config, self.model, self.tokenizer, self.data.report, self.mesh))
             record = loop.fit(
                 session,
@@ -135,18 +141,16 @@ class RewardTrainer:
                 update=self._update,
                 evaluate=self._evaluate if held_out else None,
                 eval_every=train.eval_every or -(-len(self.data.train) // train.batch_size),
-                metric="eval/loss",
+                metric="eval/accuracy",
                 samples=None,
             )
             self._results = {k: float(v) for k, v in record.items()}
-            if session.best:  # what is exported is the best state: say what that one reaches
-                self._results |= {k: float(v) for k, v in self._evaluate().items()}
             session.logger.note(f"exported to {self.save_pretrained(session.run.directory / 'export')}")
         return self._results
 
     def restore(self) -> int:
-        """Take up the newest checkpoint of the run directory without training on; returns its step."""
-        return loop.restore(self.config, self.state)
+        """Take up the best (or newest) checkpoint of the run directory without training on; returns its step."""
+        return loop.restore(self.config, self.state, self._best)
 
     def save_pretrained(self, directory: str | Path) -> Path:
         """Write the reward model as a sequence classification model in Hugging Face layout."""
@@ -173,7 +177,7 @@ class RewardTrainer:
             num_micro=self._num_micro,
             mesh=self.mesh,
         )
-        return metrics | {"learning_rate": self._optimizer.rate(step), "epoch": (step + 1) * size / len(rows)}
+        return metrics | {"epoch": (step + 1) * size / len(rows)}
 
     def _evaluate(self) -> Metrics:
         rows, size = self.data.validation, self.config.train.eval_batch_size

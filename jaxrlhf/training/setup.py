@@ -1,6 +1,7 @@
 """Before the first step of any trainer: tokenizer, model, what trains and what is frozen, and the state."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import jax.numpy as jnp
 from jaxrlhf import runtime, sharding, weights
 from jaxrlhf.config import DType, ModelSource, PPOConfig, RewardConfig, Sampling, SFTConfig
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
+from jaxrlhf.digest import digests, leaves_by_name
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import ModelConfig, init
 from jaxrlhf.training.optim import Optimizer
+from jaxrlhf.training.step import in_float32
 from jaxrlhf.types import Params, TrainState
 
 RunConfig = SFTConfig | RewardConfig | PPOConfig
@@ -65,10 +68,32 @@ def split_head(params: Params, frozen_trunk: bool) -> tuple[Params, Params]:
 
 
 def copy(params: Params, dtype: str, mesh: jax.sharding.Mesh) -> Params:
-    """A copy in `dtype`, in place on the mesh; never an alias, since what trains is donated and its buffers vanish."""
-    placed = sharding.shardings(params, mesh)
-    cast = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), tree), out_shardings=placed)
-    return cast(params)
+    """A copy with kernels and embeddings in `dtype`; never an alias, since what trains is donated and its buffers go.
+
+    Norms and biases keep their dtype: they enter the forward pass unrounded, so a copy for products in bfloat16 still
+    computes exactly what the original does.
+    """
+
+    def cast(keys: Any, x: jax.Array) -> jax.Array:
+        return jnp.array(x, dtype if sharding.path_of(keys).endswith(("kernel", "embedding")) else x.dtype, copy=True)
+
+    whole = jax.jit(
+        lambda tree: jax.tree_util.tree_map_with_path(cast, tree), out_shardings=sharding.shardings(params, mesh)
+    )
+    return whole(params)
+
+
+def fingerprint(rows: Sequence[Any]) -> str:
+    """A hash of tokenised rows: equal if and only if a resumed run reads the same data in the same words."""
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(repr(row).encode())
+    return total.hexdigest()
+
+
+def params_fingerprint(params: Any) -> str:
+    """A hash of arrays that a run uses and does not train."""
+    return hashlib.sha256(repr(sorted(digests(leaves_by_name(params)).items())).encode()).hexdigest()
 
 
 class State:
@@ -81,7 +106,7 @@ class State:
         self, params: dict[str, Params], optimizers: dict[str, Optimizer], mesh: jax.sharding.Mesh, kl_coef: float = 0.0
     ) -> None:
         def fresh(params: dict[str, Params]) -> TrainState:
-            moments = {role: optimizers[role].chain.init(params[role]) for role in params}
+            moments = {role: optimizers[role].chain.init(in_float32(params[role])) for role in params}
             return TrainState(step=jnp.int32(0), params=params, opt_state=moments, kl_coef=jnp.float32(kl_coef))
 
         shapes = jax.eval_shape(fresh, params)

@@ -74,12 +74,12 @@ class SFTTrainer:
         self._num_micro = train.batch_size // micro
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = sft_rows(config.data, self.tokenizer, config.completion_only)
-        self._key = jax.random.key(config.seed)
+        init_key, self._key = jax.random.split(jax.random.key(config.seed))
         self.model, params = setup.load_model(
             config.model,
             tokenizer=self.tokenizer,
             mesh=self.mesh,
-            key=self._key,
+            key=init_key,
             head="lm",
             storage=setup.trained_dtype(config.model),
         )
@@ -90,6 +90,7 @@ class SFTTrainer:
         )
         self._optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
         self.state = setup.State({"policy": params}, {"policy": self._optimizer}, self.mesh)
+        self._best: loop.Best = "min" if self.data.validation and train.keep_best else None
         self._results: dict[str, float] = {}
 
     @property
@@ -108,8 +109,10 @@ class SFTTrainer:
     def train(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""
         train, held_out = self.config.train, bool(self.data.validation)
-        best = "min" if held_out and train.keep_best else None
-        with loop.session(self.config, "sft", self.total_steps, self.state, fresh=self._fresh, best=best) as session:
+        identity = {"data": setup.fingerprint((*self.data.train, *self.data.validation))}
+        with loop.session(
+            self.config, "sft", self.total_steps, self.state, identity, fresh=self._fresh, best=self._best
+        ) as session:
             session.logger.note(setup.describe(self.config, self.model, self.tokenizer, self.data.report, self.mesh))
             record = loop.fit(
                 session,
@@ -125,8 +128,8 @@ class SFTTrainer:
         return self._results
 
     def restore(self) -> int:
-        """Take up the newest checkpoint of the run directory without training on; returns its step."""
-        return loop.restore(self.config, self.state)
+        """Take up the best (or newest) checkpoint of the run directory without training on; returns its step."""
+        return loop.restore(self.config, self.state, self._best)
 
     def save_pretrained(self, directory: str | Path) -> Path:
         """Write the model, its config and its tokenizer in Hugging Face layout."""
@@ -150,7 +153,7 @@ class SFTTrainer:
             num_micro=self._num_micro,
             mesh=self.mesh,
         )
-        return metrics | {"learning_rate": self._optimizer.rate(step), "epoch": (step + 1) * size / len(rows)}
+        return metrics | {"epoch": (step + 1) * size / len(rows)}
 
     def _evaluate(self) -> Metrics:
         rows, size = self.data.validation, self.config.train.eval_batch_size
@@ -173,7 +176,7 @@ class SFTTrainer:
             sharding.put_whole(batching.prompts(rows, self.tokenizer.pad_id, length), self.mesh),
             jax.random.fold_in(self._key, int(self.state.value.step)),
             sampling,
-            self.tokenizer.stop_ids + sampling.stop_token_ids,
+            self.tokenizer.stop_ids,
             self.tokenizer.pad_id,
         )
         texts = response_texts(rollout, self.tokenizer)

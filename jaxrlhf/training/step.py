@@ -26,22 +26,30 @@ def join_rows(parts: Any) -> Any:
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), parts)
 
 
+def in_float32(tree: Params) -> Params:
+    """The tree in float32: gradients are added up, and moments kept, in float32, however parameters are stored."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
 def gradients(loss: Loss, params: Params, batch: Any, num_micro: int) -> tuple[Params, Metrics]:
     """Gradients and metrics of `loss(params, batch)` over `num_micro` slices of the batch.
 
     `loss` is a sum over rows divided by a count of the WHOLE batch, so slices add up to the undivided result. Metrics
     whose key ends in `_max` are combined by maximum, all others by addition.
     """
-    grad = jax.value_and_grad(loss, has_aux=True)
+
+    def grad(rows: Any) -> tuple[Params, Metrics]:
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, rows)
+        return in_float32(grads), metrics | {"loss": value}
+
     if num_micro == 1:
-        (value, metrics), grads = grad(params, batch)
-        return grads, metrics | {"loss": value}
+        return grad(batch)
 
     def micro(grads: Params, rows: Any) -> tuple[Params, Metrics]:
-        (value, metrics), new = grad(params, rows)
-        return jax.tree.map(jnp.add, grads, new), metrics | {"loss": value}
+        new, metrics = grad(rows)
+        return jax.tree.map(jnp.add, grads, new), metrics
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    zeros = jax.tree.map(jnp.zeros_like, in_float32(params))
     grads, stacked = jax.lax.scan(micro, zeros, split_rows(batch, num_micro))
     return grads, {k: v.max(0) if k.endswith("_max") else v.sum(0) for k, v in stacked.items()}
 
@@ -52,14 +60,15 @@ def apply(
     """One optimizer step for every role, or none: a non-finite loss or gradient leaves the state as it was, to the bit.
 
     Each role's gradient is scaled down to its optimizer's `max_grad_norm` when its global norm is larger. Returns the
-    new state (its `step` untouched) and per role that norm before and after, plus `skipped_updates` (0 or 1).
+    new state (its `step` untouched) and per role that norm before and after and the learning rate applied, plus
+    `skipped_updates` (0 or 1).
     """
     norms = {role: optax.tree.norm(grads[role]) for role in grads}
     finite = jnp.isfinite(loss) & jnp.all(jnp.stack([jnp.isfinite(n) for n in norms.values()]))
     params, opt_state, metrics = {}, {}, {"skipped_updates": 1.0 - finite.astype(jnp.float32)}
     for role, optimizer in optimizers:
         scale = jnp.minimum(1.0, optimizer.max_grad_norm / jnp.maximum(norms[role], 1e-30))
-        clipped = jax.tree.map(lambda g, scale=scale: (g * scale).astype(g.dtype), grads[role])
+        clipped = jax.tree.map(lambda g, scale=scale: g * scale, grads[role])
         updates, moments = optimizer.chain.update(clipped, state.opt_state[role], state.params[role])
         stepped = optax.apply_updates(state.params[role], updates)
         params[role], opt_state[role] = jax.tree.map(
@@ -67,7 +76,11 @@ def apply(
             (stepped, moments),
             (state.params[role], state.opt_state[role]),
         )
-        metrics |= {f"{role}/grad_norm": norms[role], f"{role}/grad_norm_clipped": norms[role] * scale}
+        metrics |= {
+            f"{role}/grad_norm": norms[role],
+            f"{role}/grad_norm_clipped": norms[role] * scale,
+            f"{role}/learning_rate": optimizer.rate_of(state.opt_state[role]),
+        }
     return dataclasses.replace(state, params=params, opt_state=opt_state), metrics
 
 

@@ -57,7 +57,10 @@ def _local(folder: Path, weights: bool) -> Path:
     if (folder / "export" / CONFIG).is_file():
         return folder / "export"
     if (folder / "run.json").exists():
-        raise DataError(f"{folder}: a run that has no export yet (looked for export/{CONFIG}); let it finish")
+        raise DataError(
+            f"{folder}: a run that has no export yet (looked for export/{CONFIG}); let it finish, "
+            f"or write its newest checkpoint with `jaxrlhf export {folder} DIR`"
+        )
     if weights:
         raise DataError(f"{folder}: no {CONFIG} and no export/{CONFIG}; the folder holds: {_listing(folder)}")
     return folder

@@ -136,20 +136,19 @@ def test_micro_batches_add_up_to_the_batch(mask):
     jax.tree.map(close, total, run(new, rows=tuple(range(6))))
 
 
-def test_rollout_metrics_by_hand(mask):
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_rollout_metrics_by_hand(mask, kl_in):
     old, reference = arrays(6, 2)
     scores = np.arange(6, dtype=np.float32)
     finished = scores > 3
     bad = np.where(mask, 0, np.nan).astype(np.float32)
-    metrics = ppo.rollout_metrics(
-        jnp.asarray(scores), jnp.asarray(old + bad), jnp.asarray(reference + bad), mask, jnp.asarray(finished), 0.5
-    )
+    inputs = (jnp.asarray(x) for x in (scores, old + bad, reference + bad, mask, finished))
+    metrics = ppo.rollout_metrics(*inputs, 0.5, kl_in)
     kl = np.mean([(o - r)[m].sum() for o, r, m in zip(old, reference, mask, strict=True)])
     expected = {
         "objective/kl": kl,
-        "objective/entropy": -np.mean([o[m].sum() for o, m in zip(old, mask, strict=True)]),
         "objective/scores": 2.5,
-        "objective/non_score_reward": -0.5 * kl,
+        "objective/non_score_reward": -0.5 * kl if kl_in == "reward" else 0,
         "objective/rlhf_reward": 2.5 - 0.5 * kl,
         "val/num_eos_tokens": 2,
     }
@@ -164,5 +163,5 @@ def test_rewards_sum_to_the_objective(mask):
     mask = mask.at[:, 0].set(True)
     scores = jnp.arange(6.0)
     rewards = ppo.token_rewards(scores, old, reference, mask, 0.3)
-    metrics = ppo.rollout_metrics(scores, old, reference, mask, jnp.ones(6, bool), 0.3)
+    metrics = ppo.rollout_metrics(scores, old, reference, mask, jnp.ones(6, bool), 0.3, "reward")
     np.testing.assert_allclose(rewards.sum(1).mean(), metrics["objective/rlhf_reward"], rtol=1e-5)

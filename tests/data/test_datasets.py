@@ -3,7 +3,7 @@ import json
 import pytest
 
 from jaxrlhf.config import Data
-from jaxrlhf.data.datasets import pair_rows, prompt_rows, sft_rows
+from jaxrlhf.data.datasets import PromptRow, columns, pair_rows, prompt_rows, sft_rows
 from jaxrlhf.errors import ConfigError, DataError
 
 
@@ -138,3 +138,9 @@ def test_a_column_with_the_name_of_an_argument_is_refused(tmp_path, base):
     path = write(tmp_path / "p.jsonl", [{"prompt": "a", "completions": "b"}])
     with pytest.raises(DataError, match="may not be called 'completions'"):
         prompt_rows(Data(path=path), base)
+
+
+def test_columns_hold_a_value_per_row():
+    rows = [PromptRow([1], "p", {"a": 1, "b": "x"}, 0), PromptRow([1], "q", {"c": [2], "a": 3}, 1)]
+    assert columns(rows) == {"a": [1, 3], "b": ["x", None], "c": [None, [2]]}
+    assert columns([]) == {}

@@ -71,7 +71,7 @@ def one_by_one(params, model, prompts, key, sampling, stops):
     @jax.jit
     def draw(tokens, length, key):
         hidden = models.forward(params, model, tokens[None], (jnp.arange(len(tokens)) < length)[None])
-        return sample(models.lm_logits(params, model, hidden[:, length - 1]), key[None], sampling, None)
+        return sample(models.lm_logits(params, model, hidden[:, length - 1]), key[None], sampling, None)[:2]
 
     responses = []
     for tokens, mask, index, which in zip(prompts.tokens, prompts.mask, prompts.index, prompts.sample, strict=True):
@@ -121,6 +121,50 @@ def test_logprobs_as_sampled_are_those_of_training(model, key):
         params, model, response_hidden(params, model, rollout), rollout.tokens[:, 6:], sampling.temperature
     )
     np.testing.assert_allclose(np.where(rollout.response_mask, logprobs, 0), rollout.logprobs, atol=1e-5)
+
+
+FILTERED = [
+    Sampling(response_length=9, temperature=0.7, top_k=3, renormalise_logprobs=True),
+    Sampling(response_length=9, temperature=1.3, top_p=0.8, min_p=0.05, renormalise_logprobs=True),
+    Sampling(response_length=9, min_length=3, renormalise_logprobs=True),
+]
+
+
+@pytest.mark.parametrize("sampling", FILTERED, ids=["top_k", "top_p", "min_length"])
+def test_the_support_travels_with_the_rollout(key, sampling):
+    """Unpacked, it renormalises the model's own distribution to the sampler's, by brute force and in training."""
+    params, prompts = weights(LLAMA), prompts_of([3, 6, 1, 4])
+    rollout = generate(params, LLAMA, prompts, key, sampling, STOPS, PAD)
+    assert rollout.support.dtype == jnp.uint8 and rollout.support.shape == (4, 9, 2)
+    kept = np.unpackbits(np.asarray(rollout.support), axis=-1)
+    mask, tokens = np.asarray(rollout.response_mask), np.asarray(rollout.tokens[:, 6:])
+    assert not kept[~mask].any() and not kept[..., 11:].any()
+    assert mask.any(1).all() and not mask.all()
+    hidden = response_hidden(params, LLAMA, rollout)
+    logits = np.float64(models.lm_logits(params, LLAMA, hidden)) / sampling.temperature
+    given = params, LLAMA, hidden, rollout.tokens[:, 6:], sampling.temperature
+    (logprobs, entropy), (full, _) = token_logprobs(*given, rollout.support), token_logprobs(*given)
+    assert np.isfinite(logprobs).all() and np.isfinite(entropy).all()  # where the support is empty too
+    for row, t in zip(*np.nonzero(mask), strict=True):
+        inside = np.flatnonzero(kept[row, t])
+        if sampling.top_k:
+            assert set(inside) == set(np.argsort(logits[row, t])[-3:])
+        if sampling.min_length:
+            assert set(inside) == set(range(11)) - (set(STOPS) if t < 3 else set())
+        p = np.exp(logits[row, t, inside] - np.logaddexp.reduce(logits[row, t, inside]))
+        expected = np.log(p[list(inside).index(tokens[row, t])])
+        np.testing.assert_allclose([rollout.logprobs[row, t], logprobs[row, t]], [expected] * 2, atol=1e-5)
+        np.testing.assert_allclose(entropy[row, t], -(p * np.log(p)).sum(), atol=1e-5)
+    assert (np.asarray(logprobs - full)[mask] > 0.01).any()
+
+
+def test_without_renormalisation_no_support_is_made(key):
+    sampling = Sampling(response_length=4, top_k=3)
+    program = generate.lower(weights(LLAMA), LLAMA, prompts_of([3]), key, sampling, STOPS, PAD).as_text()
+    on = dataclasses.replace(sampling, renormalise_logprobs=True)
+    assert "ui8" not in program
+    assert "ui8" in generate.lower(weights(LLAMA), LLAMA, prompts_of([3]), key, on, STOPS, PAD).as_text()
+    assert generate(weights(LLAMA), LLAMA, prompts_of([3]), key, sampling, STOPS, PAD).support is None
 
 
 def same_rows(rollout, other, order, padding=0):
@@ -217,7 +261,7 @@ def test_nothing_recompiles_for_new_data(key):
 def test_a_mesh_changes_nothing(key):
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     params, prompts = weights(LLAMA), prompts_of([3, 6, 1, 4, 2, 5, 6, 6])
-    sampling = Sampling(response_length=8, top_p=0.95)
+    sampling = Sampling(response_length=8, top_p=0.95, renormalise_logprobs=True)
     expected = generate(params, LLAMA, prompts, key, sampling, STOPS, PAD)
 
     def place(leaf):
@@ -229,6 +273,7 @@ def test_a_mesh_changes_nothing(key):
         jax.tree.map(place, params), LLAMA, jax.device_put(prompts, over_rows), key, sampling, STOPS, PAD
     )
     same_rows(expected, rollout, range(8))
+    np.testing.assert_array_equal(rollout.support, expected.support)
 
 
 def test_bfloat16_decodes_and_keeps_float32_logprobs(key):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,7 +144,7 @@ def test_frequencies_and_logprobs_are_those_of_the_softmax(temperature):
     logits = np.array([0.5, -1.0, 2.0, -np.inf, 0.0, 1.5], np.float32)
     rows = 20_000
     keys = jax.random.split(jax.random.key(1), rows)
-    tokens, logprobs = sample(
+    tokens, logprobs, _ = sample(
         jnp.tile(logits, (rows, 1)), keys, sampling=Sampling(temperature=temperature), allowed=None
     )
     scaled = logits.astype(np.float64) / temperature
@@ -158,9 +160,31 @@ def test_logprobs_ignore_filters_and_bans():
     keys = jax.random.split(jax.random.key(0), 32)
     allowed = jnp.arange(60) % 3 != 0
     full = np.asarray(jax.nn.log_softmax(logits / 0.7))
-    tokens, logprobs = sample(logits, keys, Sampling(temperature=0.7, top_k=5, top_p=0.5, min_p=0.1), allowed)
+    tokens, logprobs, _ = sample(logits, keys, Sampling(temperature=0.7, top_k=5, top_p=0.5, min_p=0.1), allowed)
     assert np.asarray(allowed)[tokens].all()
     np.testing.assert_allclose(logprobs, full[np.arange(32), tokens], atol=1e-5)
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.3}, {"top_k": 9, "top_p": 0.8}, {}])
+def test_renormalised_logprobs_are_those_of_what_bans_and_filters_leave(filters):
+    logits = np.random.default_rng(2).normal(size=(32, 60)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 32)
+    allowed = np.arange(60) % 3 != 0
+    sampling = Sampling(temperature=0.7, renormalise_logprobs=True, **filters)
+    tokens, logprobs, support = (np.asarray(x) for x in sample(logits, keys, sampling, jnp.asarray(allowed)))
+    full = dataclasses.replace(sampling, renormalise_logprobs=False)
+    same, _, none = sample(logits, keys, full, jnp.asarray(allowed))
+    assert none is None
+    np.testing.assert_array_equal(tokens, same)  # what is drawn does not change
+    odds = np.where(allowed, np.exp(logits / 0.7 - np.max(np.where(allowed, logits / 0.7, -9), 1, keepdims=True)), 0)
+    values = sampling.top_k, sampling.top_p, sampling.min_p
+    for row in range(32):
+        kept = kept_by_definition(odds[row].astype(np.float32), *values)
+        np.testing.assert_array_equal(support[row], kept)
+        scaled = logits[row].astype(np.float64) / 0.7
+        expected = scaled[tokens[row]] - np.log(np.exp(scaled[kept]).sum())
+        np.testing.assert_allclose(logprobs[row], expected, atol=1e-5)
+    assert support.sum() < support.size and (support.sum(1) > 1).any()
 
 
 def test_bans_come_before_the_filters():
@@ -168,9 +192,9 @@ def test_bans_come_before_the_filters():
     logits = jnp.array([[5.0, 1.0, 0.9, -3.0]])
     allowed = jnp.array([False, True, True, True])
     keys = jax.random.split(jax.random.key(0), 64)
-    tokens, _ = sample(jnp.tile(logits, (64, 1)), keys, Sampling(top_k=2), allowed)
+    tokens, *_ = sample(jnp.tile(logits, (64, 1)), keys, Sampling(top_k=2), allowed)
     assert set(np.asarray(tokens).tolist()) == {1, 2}
-    greedy, _ = sample(logits, keys[:1], Sampling(greedy=True), allowed)
+    greedy, *_ = sample(logits, keys[:1], Sampling(greedy=True), allowed)
     assert greedy.tolist() == [1]
 
 
@@ -178,7 +202,7 @@ def test_one_hot_rows():
     logits = jnp.full((3, 700), -jnp.inf).at[jnp.arange(3), jnp.array([0, 400, 699])].set(0.0)
     keys = jax.random.split(jax.random.key(3), 3)
     for sampling in (Sampling(), Sampling(top_k=3, top_p=0.4, min_p=0.5), Sampling(greedy=True)):
-        tokens, logprobs = sample(logits, keys, sampling, None)
+        tokens, logprobs, _ = sample(logits, keys, sampling, None)
         assert tokens.tolist() == [0, 400, 699] and logprobs.tolist() == [0, 0, 0]
 
 
@@ -186,18 +210,18 @@ def test_a_row_is_drawn_from_its_own_logits_and_key_only():
     logits = jnp.asarray(np.random.default_rng(4).normal(size=(8, 300)).astype(np.float32))
     keys = jax.random.split(jax.random.key(5), 8)
     sampling = Sampling(top_p=0.9)
-    tokens, logprobs = sample(logits, keys, sampling, None)
+    tokens, logprobs, _ = sample(logits, keys, sampling, None)
     order = jnp.array([3, 1, 7, 0])
-    again, more = sample(logits[order], keys[order], sampling, None)
+    again, more, _ = sample(logits[order], keys[order], sampling, None)
     np.testing.assert_array_equal(again, tokens[order])
     np.testing.assert_array_equal(more, logprobs[order])
-    others, _ = sample(logits, jax.random.split(jax.random.key(6), 8), sampling, None)
+    others, *_ = sample(logits, jax.random.split(jax.random.key(6), 8), sampling, None)
     assert (others != tokens).any()
 
 
 def test_a_broken_row_stays_in_range_and_shows_in_its_logprob():
     logits = jnp.stack([jnp.full(300, jnp.nan), jnp.full(300, -jnp.inf), jnp.zeros(300)])
-    tokens, logprobs = sample(logits, jax.random.split(jax.random.key(0), 3), Sampling(top_k=5, top_p=0.9), None)
+    tokens, logprobs, _ = sample(logits, jax.random.split(jax.random.key(0), 3), Sampling(top_k=5, top_p=0.9), None)
     assert (tokens >= 0).all() and (tokens < 300).all()
     assert jnp.isnan(logprobs[:2]).all() and jnp.isfinite(logprobs[2])
 

@@ -33,5 +33,5 @@ def test_rollout_on_eight_devices_gives_the_same_tokens(ppo):
     for mesh in (config.Mesh(), config.Mesh(data=4, tensor=2)):
         options = ppo | {"ppo": config.replace(ppo["ppo"], num_mini_batches=1)}
         trainer = PPOTrainer(config.PPOConfig(mesh=mesh, **options), reward=lambda prompts, completions: [0.0] * 8)
-        texts.append(trainer.generate(trainer.data.train[:8])[1])
+        texts.append(trainer.generate(trainer.data.train[:8], 0)[1])
     assert texts[0] == texts[1]

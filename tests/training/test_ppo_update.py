@@ -9,7 +9,8 @@ import pytest
 
 from jaxrlhf import sharding
 from jaxrlhf.config import PPO, Mesh, Optim, PPOConfig, Sampling
-from jaxrlhf.models import ModelConfig, Rope, init
+from jaxrlhf.logprobs import response_hidden
+from jaxrlhf.models import ModelConfig, Rope, init, lm_logits
 from jaxrlhf.rollout.decode import generate
 from jaxrlhf.training import ppo_update, setup
 from jaxrlhf.training.optim import make_optimizer
@@ -83,7 +84,13 @@ class Case:
 
 
 def case(
-    ppo: PPO | None = None, *, dtype: str = "float32", drift: float = 0.3, mesh: Mesh | None = None, **options
+    ppo: PPO | None = None,
+    *,
+    dtype: str = "float32",
+    drift: float = 0.3,
+    mesh: Mesh | None = None,
+    filters: dict | None = None,
+    **options,
 ) -> Case:
     ppo = ppo or PPO(**{"batch_size": B, "num_ppo_epochs": 2, "num_mini_batches": 2} | options)
     model = dataclasses.replace(MODEL, dtype=dtype)
@@ -98,7 +105,7 @@ def case(
         temperature=0.7,
         mesh=sharding.make_mesh(mesh or Mesh()),
     )
-    sampling = Sampling(response_length=R, temperature=0.7)
+    sampling = Sampling(response_length=R, temperature=0.7, **filters or {})
     rollout = generate(policy, model, prompts(), jax.random.key(2), sampling, STOPS, PAD)
     return Case(roles, {"reference": reference, "critic": {}}, policy, rollout, jnp.linspace(-1, 1, B))
 
@@ -175,6 +182,63 @@ def test_kl_penalty_is_taken_from_every_token():
     total = problem.scores - 0.5 * (experience.old_logprobs - experience.ref_logprobs).sum(1)
     np.testing.assert_allclose(experience.rewards.sum(1), total, atol=1e-5)
     np.testing.assert_allclose(metrics["objective/rlhf_reward"], total.mean(), atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_a_kl_in_the_loss_is_not_in_the_rewards(estimator):
+    """One optimizer step, fused and annotated: both have the KL term that the annotated log-probs give by hand."""
+    options = {"kl_in": "loss", "kl_estimator": estimator, "kl_coef": 0.5, "num_ppo_epochs": 1, "num_mini_batches": 1}
+    a, _, fused = case(**options).run()
+    problem = case(micro_batch_size=B // 2, **options)
+    b, experience, metrics = problem.run()
+    np.testing.assert_allclose(experience.rewards.sum(1), problem.scores, atol=1e-6)
+    d = np.float64(experience.old_logprobs - experience.ref_logprobs)
+    terms = d**2 / 2 if estimator == "k2" else np.exp(-d) - 1 + d
+    expected = terms.sum() / experience.rollout.response_mask.sum()
+    np.testing.assert_allclose([fused["loss/kl_avg"], metrics["loss/kl_avg"]], expected, rtol=1e-4)
+    assert metrics["objective/non_score_reward"] == 0
+    objective = problem.scores.mean() - 0.5 * d.sum(1).mean()
+    np.testing.assert_allclose(metrics["objective/rlhf_reward"], objective, rtol=1e-4)
+    close(a.params, b.params, atol=2e-5)
+
+
+def exact_kl(problem, state):
+    """KL(pi || ref) over the whole vocabulary, mean over the response tokens of the rollout."""
+    policy, reference = (
+        jax.nn.log_softmax(lm_logits(p, MODEL, response_hidden(p, MODEL, problem.rollout)) / 0.7)
+        for p in (state.params["policy"], problem.frozen["reference"])
+    )
+    return jnp.mean(jnp.sum(jnp.exp(policy) * (policy - reference), axis=-1)[problem.rollout.response_mask])
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_a_kl_in_the_loss_holds_the_policy_to_its_reference(estimator):
+    problem = case(kl_in="loss", kl_estimator=estimator, kl_coef=30.0, drift=2.0)
+    free, *_ = problem.run(dataclasses.replace(problem.state(), kl_coef=jnp.float32(0)))
+    held, *_ = problem.run()
+    assert exact_kl(problem, held) < 0.8 * exact_kl(problem, free)
+
+
+FILTERED = {"top_k": 4, "renormalise_logprobs": True}
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.3])
+def test_log_probs_renormalised_on_the_sampled_support(drift):
+    """Old, new and reference are all over the tokens that could be drawn."""
+    problem = case(filters=FILTERED, drift=drift, micro_batch_size=2)
+    _, experience, metrics = problem.run()
+    np.testing.assert_allclose(experience.old_logprobs, problem.rollout.logprobs, atol=1e-5)
+    assert metrics["val/first_log_ratio_max"] <= 1e-5 and metrics["val/log_ratio_max"] > 1e-3
+    assert (metrics["objective/kl"] == 0) == (drift == 0)
+    mask = np.asarray(problem.rollout.response_mask)
+    kept = np.unpackbits(np.asarray(problem.rollout.support), axis=-1, count=V)[mask] > 0
+    assert (kept.sum(-1) == 4).all()
+    reference = problem.frozen["reference"]
+    logits = np.float64(lm_logits(reference, MODEL, response_hidden(reference, MODEL, problem.rollout)) / 0.7)[mask]
+    targets = np.asarray(problem.rollout.tokens[:, -R:])[mask]
+    expected = logits[np.arange(len(logits)), targets] - np.log(np.sum(np.exp(logits) * kept, axis=-1))
+    np.testing.assert_allclose(np.asarray(experience.ref_logprobs)[mask], expected, atol=1e-5)
+    assert metrics["policy/entropy_avg"] < np.log(4)
 
 
 def test_missing_eos_penalty_knows_which_rows_ran_out_of_room():

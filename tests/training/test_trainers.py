@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import jaxrlhf
-from jaxrlhf import config
+from jaxrlhf import config, sharding
 from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted, RewardError, StorageError
-from jaxrlhf.training import loop
+from jaxrlhf.training import loop, setup, sft
 from jaxrlhf.training.ppo import PPOTrainer, occurrences
 from jaxrlhf.training.reward import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
@@ -31,12 +31,12 @@ def equal(a, b) -> None:
 
 
 def test_sft_learns_its_rows_and_leaves_a_model(supervised, tmp_path):
-    supervised |= {"optim": config.Optim(learning_rate=3e-2)}
+    supervised |= {"train": config.Train(num_train_epochs=8, batch_size=6, eval_batch_size=4)}
     trainer = SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / "run"), **supervised))
     assert "first example, tokens to learn in brackets" in trainer.describe()
     result = trainer.train()
     losses = [record["loss"] for record in records(tmp_path / "run")]
-    assert len(losses) == 9 and losses[-1] < 0.7 * losses[0] and result["eval/loss"] < losses[0]
+    assert len(losses) == 24 and losses[-1] < 0.7 * losses[0] and result["eval/loss"] < losses[0]
     model, params = jaxrlhf.load(tmp_path / "run")
     assert model == trainer.model
     equal(params, jax.device_get(trainer.params))
@@ -48,10 +48,21 @@ def test_sft_exports_the_best_state_and_not_the_last(supervised, tmp_path):
     supervised |= {"optim": config.Optim(learning_rate=0.5, schedule="constant"), "train": config.Train(
         num_train_epochs=4, batch_size=6, eval_every=1, eval_batch_size=6)}  # fmt: skip
     trainer = SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / "run"), **supervised))
-    trainer.train()
+    result = trainer.train()
     held_out = [record["eval/loss"] for record in records(tmp_path / "run")]
     assert min(held_out) < held_out[-1]
-    np.testing.assert_allclose(trainer._evaluate()["eval/loss"], min(held_out), rtol=1e-6)
+    np.testing.assert_allclose(result["eval/loss"], min(held_out), rtol=1e-6)
+    model, params = jaxrlhf.load(tmp_path / "run")
+    np.testing.assert_allclose(
+        loop.weighted_mean(
+            [
+                (float(count), metrics)
+                for count, metrics in (sft.evaluate(params, trainer._batch(trainer.data.validation), model=model),)
+            ]
+        )["loss"],
+        min(held_out),
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
@@ -110,6 +121,51 @@ def test_ppo_step_answers_as_a_notebook_expects(ppo):
     assert trainer.ppo_step(prompts)["generated_texts"] != result["generated_texts"]  # another update, other keys
     with pytest.raises(ConfigError, match="multiple of 2"):
         trainer.ppo_step(["one"])
+    with pytest.raises(ConfigError, match="one text"):
+        trainer.ppo_step("say red ")
+    trainer.ppo_step(prompts), trainer.ppo_step(prompts)
+    with pytest.raises(ConfigError, match="ended after 4 updates"):
+        trainer.ppo_step(prompts)
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+def test_bfloat16_reference_and_moments(ppo, storage):
+    """Products in bfloat16, as on a GPU: the reference still is the policy, and Adam still counts in float32."""
+    model = config.replace(ppo["model"], compute_dtype="bfloat16", param_dtype=storage)
+    trainer = PPOTrainer(config.PPOConfig(**ppo | {"model": model}), reward=length_reward)
+    assert trainer.frozen["reference"]["layers"]["mlp"]["up"]["kernel"].dtype == "bfloat16"
+    # Norms and biases that bfloat16 cannot hold, as a trained model has them.
+    odd = jax.tree.map(lambda x: x * 1.001, trainer.params["norm"])
+    trainer.state.value.params["policy"]["norm"] = odd
+    trainer.frozen["reference"]["norm"] = jax.tree.map(lambda x: x.copy(), odd)
+    result = trainer.ppo_step(["say red ", "say blue "])
+    assert result["objective/kl"] == 0 and result["val/first_log_ratio_max"] <= 1e-5
+    moments = [x for x in jax.tree.leaves(trainer.state.value.opt_state) if x.ndim]
+    assert moments and all(x.dtype == "float32" for x in moments)
+    assert trainer.params["layers"]["mlp"]["up"]["kernel"].dtype == storage
+
+
+def test_copy_keeps_what_is_not_a_product(ppo):
+    params = {"norm": {"scale": jax.numpy.full(4, 1.001)}, "up": {"kernel": jax.numpy.full((4, 4), 1.001)}}
+    mesh = sharding.make_mesh(config.Mesh())
+    copied = setup.copy(params, "bfloat16", mesh)
+    equal(copied["norm"], params["norm"])
+    assert copied["up"]["kernel"].dtype == "bfloat16"
+    same = setup.copy(params, "float32", mesh)
+    assert same["norm"]["scale"].unsafe_buffer_pointer() != params["norm"]["scale"].unsafe_buffer_pointer()
+
+
+def test_a_run_is_not_resumed_with_other_data(ppo, tmp_path):
+    rows = [{"prompt": f"say {word} "} for word in ("red", "green", "blue", "pink")]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ppo | {"data": config.Data(path=str(file))}
+    settings = config.PPOConfig(run_dir=str(tmp_path / "run"), **options)
+    PPOTrainer(settings, reward=length_reward).train()
+    rows[2]["prompt"] = "say grey "
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(StorageError, match="other prompts"):
+        PPOTrainer(settings, reward=length_reward).train()
 
 
 def test_reward_columns_reach_the_function(ppo):
@@ -145,7 +201,7 @@ def test_a_prompt_that_comes_twice_in_a_batch_gets_two_answers(ppo):
     trainer = PPOTrainer(config.PPOConfig(**ppo), reward=length_reward)
     row = trainer.data.train[0]
     assert occurrences([row, row, trainer.data.train[1]]) == [0, 1, 0]
-    _, texts = trainer.generate([row] * 8)
+    _, texts = trainer.generate([row] * 8, 0)
     assert len(set(texts)) > 4
 
 
@@ -181,7 +237,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(supervised, ppo, tmp_path, monkeypatc
 def test_a_finished_run_can_be_started_and_exported_again(ppo, tmp_path):
     settings = config.PPOConfig(run_dir=str(tmp_path / "run"), **ppo)
     done = PPOTrainer(settings, reward=length_reward)
-    assert done.train() == PPOTrainer(settings, reward=length_reward).train()
+    before = done.train()
+    # A key that is younger than the run has its default and is no change.
+    saved = tmp_path / "run" / "config.yaml"
+    saved.write_text(saved.read_text().replace("  renormalise_logprobs: false\n", ""))
+    assert before == PPOTrainer(settings, reward=length_reward).train()
     assert len(records(tmp_path / "run")) == 4
     again = PPOTrainer(settings, reward=length_reward)
     assert again.restore() == 4
@@ -228,16 +288,19 @@ def test_a_bad_reward_stops_the_run_and_loses_nothing(ppo, tmp_path, answer, sai
         calls.append(1)
         return answer(len(prompts)) if len(calls) == 4 else [0.5] * len(prompts)
 
-    settings = config.PPOConfig(run_dir=str(tmp_path / "run"), **ppo)
-    with pytest.raises(RewardError, match=said):
+    options = ppo | {"checkpoint": config.Checkpoint(save_every=50)}
+    settings = config.PPOConfig(run_dir=str(tmp_path / "run"), **options)
+    with pytest.raises(RewardError, match=rf"(?s){said}.*3 updates are saved; the same command goes on"):
         PPOTrainer(settings, reward=reward).train()
-    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3]
-    assert PPOTrainer(settings, reward=length_reward).train()["episode"] == 32  # goes on from step 3
+    before = records(tmp_path / "run")
+    assert [record["step"] for record in before] == [1, 2, 3]
+    assert PPOTrainer(settings, reward=length_reward).train()["episode"] == 32
+    assert records(tmp_path / "run")[:3] == before and len(records(tmp_path / "run")) == 4
 
 
 def test_endless_skipping_stops_the_run(supervised, tmp_path):
     options = supervised | {"optim": config.Optim(learning_rate=1e30, schedule="constant")}
-    with pytest.raises(NumericsError, match="5 steps in a row"):
+    with pytest.raises(NumericsError, match="in 5 steps in a row"):
         SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / "run"), **options)).train()
 
 

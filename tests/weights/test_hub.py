@@ -48,7 +48,7 @@ def test_a_run_directory_means_its_export(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text("{}")
-    with pytest.raises(DataError, match="no export yet"):
+    with pytest.raises(DataError, match=r"no export yet .* `jaxrlhf export \S+ DIR`"):
         weights.resolve(run)
     (run / "export").mkdir()
     (run / "export" / "config.json").write_text("{}")
