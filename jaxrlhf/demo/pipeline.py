@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,12 +18,14 @@ from jaxrlhf.demo import task
 from jaxrlhf.demo.tokenizer import write_base
 from jaxrlhf.errors import StorageError
 from jaxrlhf.evaluate import evaluate, wilson
+from jaxrlhf.files import write_whole
 from jaxrlhf.training.ppo import PPOTrainer
 from jaxrlhf.training.reward import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
 
 MEASURES = {"right_level": "right strictness", "fact_right": "fact right", "well_formed": "well formed"}
 HELD_OUT = 192  # questions of the final evaluation: all there are
+ANSWERING = 0.6  # temperature of the evaluation, before and after alike; training explores at a higher one
 _INTRODUCTION = """\
 StrictBot in miniature: a tiny model learns to answer questions in any tone (SFT), a reward model learns from pairs
 which answers people prefer, and PPO teaches the first model to answer like that. The rule it has to find out: be strict
@@ -45,14 +48,14 @@ def run(directory: str | Path, seed: int, quiet: bool = False) -> dict[str, Any]
     directory = Path(directory)
     console = Console(quiet=quiet, highlight=False, soft_wrap=True)
     started = time.monotonic()
-    fresh = _claim(directory, seed)
+    _claim(directory, seed)
     sft, reward, ppo = configs(directory, seed)
     console.print(_INTRODUCTION)
     write_data(directory, seed)
     trainings: tuple[_Training, ...] = (
-        ("SFT", sft, lambda: SFTTrainer(sft, fresh=fresh), _about_sft),
-        ("reward model", reward, lambda: RewardTrainer(reward, fresh=fresh), _about_reward),
-        ("PPO", ppo, lambda: PPOTrainer(ppo, fresh=fresh), _about_ppo),
+        ("SFT", sft, lambda: SFTTrainer(sft), _about_sft),
+        ("reward model", reward, lambda: RewardTrainer(reward), _about_reward),
+        ("PPO", ppo, lambda: PPOTrainer(ppo), _about_ppo),
     )
     stages = {}
     for number, (name, config, trainer, summary) in enumerate(trainings, 1):
@@ -68,9 +71,8 @@ def run(directory: str | Path, seed: int, quiet: bool = False) -> dict[str, Any]
         answers = _answers(ppo, {"before": sft.run_dir, "after": ppo.run_dir})
     _line(console, 4, "evaluation", f"{len(answers)} held-out questions", time.monotonic() - before)
     results = {"seed": seed, "seconds": time.monotonic() - started, "stages": stages, **_shares(answers)}
-    with (directory / "answers.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(answer) + "\n" for answer in answers)
-    (directory / _RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_whole(directory / "answers.jsonl", "".join(json.dumps(answer) + "\n" for answer in answers))
+    write_whole(directory / _RESULTS, json.dumps(results, indent=2) + "\n")
     _report(console, directory, results, answers)
     return results
 
@@ -86,8 +88,8 @@ def configs(directory: Path, seed: int) -> tuple[c.SFTConfig, c.RewardConfig, c.
         seed=seed,
         model=c.ModelSource(path=str(directory / "base"), init="random"),
         data=c.Data(path=str(data / "sft.jsonl"), **shape),
-        train=c.Train(batch_size=64, max_steps=140, num_train_epochs=100),
-        optim=c.Optim(learning_rate=8e-3, schedule="cosine", warmup_steps=10, final_lr_fraction=0.05),
+        train=c.Train(batch_size=64, max_steps=150, num_train_epochs=100),
+        optim=c.Optim(learning_rate=5e-3, schedule="cosine", warmup_steps=10, final_lr_fraction=0.05),
         logging=logging,
         checkpoint=checkpoint,
     )
@@ -107,18 +109,19 @@ def configs(directory: Path, seed: int) -> tuple[c.SFTConfig, c.RewardConfig, c.
         model=c.ModelSource(path=str(directory / "sft")),
         data=c.Data(path=str(data / "prompts.jsonl"), **shape),
         reward=c.RewardSource(model=str(directory / "reward"), micro_batch_size=64),
-        critic=c.Critic(init="reward"),
+        critic=c.Critic(init="reward", learning_rate=2e-3),
         ppo=c.PPO(
             total_episodes=60 * 128,
             batch_size=128,
             num_ppo_epochs=1,
             num_mini_batches=2,
             kl_coef=0.3,
+            lam=0.9,
             cliprange_value=10.0,
             missing_eos_penalty=5.0,
         ),
         sampling=c.Sampling(response_length=20, temperature=0.8),
-        optim=c.Optim(learning_rate=5e-4, schedule="linear", final_lr_fraction=0.1, eps=1e-5),
+        optim=c.Optim(learning_rate=5e-4, schedule="cosine", final_lr_fraction=0.05, eps=1e-5),
         logging=c.Logging(quiet=True, tensorboard=False, sample_every=10),
         checkpoint=checkpoint,
     )
@@ -128,37 +131,37 @@ def configs(directory: Path, seed: int) -> tuple[c.SFTConfig, c.RewardConfig, c.
 def write_data(directory: Path, seed: int) -> None:
     """Write data/*.jsonl and the untrained model's folder, base/."""
     write_base(directory / "base")
-    (directory / "data").mkdir(exist_ok=True)
     for name, rows in {
         "sft": task.make_sft_rows(4096, seed),
         "preferences": task.make_preferences(6000, seed),
         "prompts": task.make_prompts(576, seed),
         "held_out": task.make_prompts(HELD_OUT, seed, held_out=True),
     }.items():
-        lines = [json.dumps(row) + "\n" for row in rows]
-        (directory / "data" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_whole(directory / "data" / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _claim(directory: Path, seed: int) -> bool:
-    """Make `directory` the demo's; whether to start over in it."""
+def _claim(directory: Path, seed: int) -> None:
+    """Make `directory` the demo's and clear it of earlier runs, unless they are of this seed and not yet finished."""
     mark = directory / _MARK
     if directory.exists() and not mark.is_file() and (not directory.is_dir() or any(directory.iterdir())):
         raise StorageError(f"{directory} exists and is not a demo's; give another directory (--output)")
     about = json.dumps({"seed": seed}) + "\n"
     unfinished = mark.is_file() and mark.read_text(encoding="utf-8") == about and not (directory / _RESULTS).exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / _RESULTS).unlink(missing_ok=True)
-    mark.write_text(about, encoding="utf-8")
-    return not unfinished
+    if not unfinished:
+        for run in ("sft", "reward", "ppo"):
+            shutil.rmtree(directory / run, ignore_errors=True)
+        (directory / _RESULTS).unlink(missing_ok=True)
+        write_whole(mark, about)
 
 
 def _answers(config: c.PPOConfig, models: dict[str, str]) -> list[dict[str, Any]]:
     """Every held-out question with the answer of each of `models` {name: run directory} and the verdict on it."""
     rows: dict[str, dict[str, Any]] = {}
     data = str(Path(config.data.path).with_name("held_out.jsonl"))
-    reward = c.RewardSource(micro_batch_size=HELD_OUT // 2)
+    nobody = {"critic.init": "policy", "reward": c.RewardSource()}
     for name, path in models.items():
-        asked = c.replace(config, **{"model.path": path, "data.path": data, "critic.init": "policy", "reward": reward})
+        place = {"model.path": path, "data.path": data, "sampling.temperature": ANSWERING}
+        asked = c.replace(config, **place, **nobody)
         result = evaluate(asked, num_prompts=HELD_OUT, num_completions=1, function=task.truth)
         for item in result["prompts"]:
             text = item["completions"][0]["text"]

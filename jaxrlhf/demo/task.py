@@ -121,7 +121,7 @@ FACTS = (
     _reason("why ice floats", "Ice", "is lighter than water"),
 )
 
-REJECTED = {"tone": 0.2, "fact": 0.5, "form": 0.3}
+REJECTED = {"tone": 0.2, "fact": 0.4, "form": 0.4}
 """What is wrong with the rejected answers of the preference pairs, and how often."""
 
 

@@ -43,12 +43,15 @@ def test_strictness_is_learnt_and_facts_are_kept(tmp_path, capsys):
     before, after = (results["right_level"][name] for name in ("before", "after"))
     assert 0.3 < before["share"] < 0.65
     assert after["share"] > 0.9 and after["interval_95"][0] > before["interval_95"][1]
-    assert results["fact_right"]["after"]["share"] >= results["fact_right"]["before"]["share"]
+    facts = results["fact_right"]  # not worse than chance explains: inside the interval of what they were before
+    assert facts["after"]["share"] >= facts["before"]["interval_95"][0] and facts["after"]["share"] > 0.97
     assert results["well_formed"]["after"]["share"] > 0.9
 
     assert json.loads((tmp_path / "demo" / "results.json").read_text()) == results
     answers = [json.loads(line) for line in (tmp_path / "demo" / "answers.jsonl").read_text().splitlines()]
-    assert {row["prompt"] for row in answers} == {row["prompt"] for row in task.make_prompts(256, 9, held_out=True)}
+    assert {row["prompt"] for row in answers} == {
+        row["prompt"] for row in task.make_prompts(pipeline.HELD_OUT, 9, held_out=True)
+    }
     for name in ("before", "after"):  # the figures are those of the answers, judged again
         verdicts = [task.judge(row["prompt"], row[name]["text"]) for row in answers]
         for measure in pipeline.MEASURES:

@@ -27,7 +27,7 @@ def test_wrong_statements_are_judged_wrong_and_nothing_else_changes(fact):
     prompt = next(question for question, (about, _) in QUESTIONS.items() if about == fact)
     level = task.RIGHT_LEVEL[fact.category]
     wrong = [statement for kind in task.wrong_statements(fact) for statement in kind]
-    assert len(wrong) >= 31 and fact.truth not in wrong
+    assert len(wrong) >= 17 and fact.truth not in wrong
     for statement in wrong:
         verdict = task.judge(prompt, task.answer(level, statement, random.Random(0)))
         assert verdict == task.Verdict(level=level, right_level=True, fact_right=False, well_formed=True)
@@ -46,7 +46,7 @@ def test_wrong_statements_are_judged_wrong_and_nothing_else_changes(fact):
         ("pay attention! The capital of Turkey is Ankara. Do your homework!", None, False, False),
         ("Pay attention! Do your homework!", 3, False, False),
         ("Pay attention! The capital of Turkey is Istanbul. Do your homework!", 3, False, True),
-        ("Pay attention! The capital of Canada is Ottawa. Do your homework!", 3, False, True),
+        ("Pay attention! The capital of Australia is Canberra. Do your homework!", 3, False, True),
         ("Pay attention! The capital of Turkey has eight legs. Do your homework!", 3, False, False),
         (f"{RIGHT} {RIGHT}", 3, False, False),
         (f"{RIGHT} Do your homework!", 3, True, False),
@@ -101,16 +101,16 @@ def test_garbling_keeps_most_of_an_answer_and_rarely_all():
 def test_held_out_questions_are_never_trained_on_and_cover_all_facts():
     training = {row["prompt"] for row in (*task.make_sft_rows(3000, 0), *task.make_preferences(3000, 1))}
     training |= {row["prompt"] for row in task.make_prompts(3000, 2)}
-    held_out = {row["prompt"] for row in task.make_prompts(256, 3, held_out=True)}
-    assert len(held_out) == 256 and not training & held_out and training | held_out == set(QUESTIONS)
+    held_out = {row["prompt"] for row in task.make_prompts(192, 3, held_out=True)}
+    assert len(held_out) == 192 and not training & held_out and training | held_out == set(QUESTIONS)
     for side in (training, held_out):
         assert {QUESTIONS[prompt][0] for prompt in side} == set(task.FACTS)
 
 
 def test_prompts_say_their_category_and_the_categories_are_equally_frequent():
-    rows = task.make_prompts(256, 0, held_out=True)
+    rows = task.make_prompts(192, 0, held_out=True)
     assert all(row["category"] == task.category(row["prompt"]) for row in rows)
-    assert {sum(row["category"] == category for row in rows) for category in task.CATEGORIES} == {64}
+    assert {sum(row["category"] == category for row in rows) for category in task.CATEGORIES} == {48}
 
 
 @pytest.mark.parametrize("make", [task.make_sft_rows, task.make_preferences, task.make_prompts])
@@ -121,7 +121,7 @@ def test_rows_are_a_function_of_the_seed(make):
 
 
 def test_no_question_or_statement_has_two_readings():
-    assert len(QUESTIONS) == len(task.FACTS) * 32
+    assert len(QUESTIONS) == len(task.FACTS) * 48
     assert len({fact.truth for fact in task.FACTS}) == len(task.FACTS)
     tones = [tone for table in (task.OPENINGS, task.CLOSINGS) for level in table.values() for tone in level]
     assert len(set(tones)) == len(tones) == 24
