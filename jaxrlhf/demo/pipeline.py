@@ -69,7 +69,8 @@ def run(directory: str | Path, seed: int, quiet: bool = False) -> dict[str, Any]
     before = time.monotonic()
     with console.status("[4/4] evaluation ..."):
         answers = _answers(ppo, {"before": sft.run_dir, "after": ppo.run_dir})
-    _line(console, 4, "evaluation", f"{len(answers)} held-out questions", time.monotonic() - before)
+    about = f"{len(answers)} held-out questions, temperature {ANSWERING}"
+    _line(console, 4, "evaluation", about, time.monotonic() - before)
     results = {"seed": seed, "seconds": time.monotonic() - started, "stages": stages, **_shares(answers)}
     write_whole(directory / "answers.jsonl", "".join(json.dumps(answer) + "\n" for answer in answers))
     write_whole(directory / _RESULTS, json.dumps(results, indent=2) + "\n")
@@ -98,7 +99,7 @@ def configs(directory: Path, seed: int) -> tuple[c.SFTConfig, c.RewardConfig, c.
         seed=seed,
         model=c.ModelSource(path=str(directory / "sft")),
         data=c.Data(path=str(data / "preferences.jsonl"), validation_fraction=0.1, **shape),
-        train=c.Train(batch_size=32, max_steps=240, num_train_epochs=100, eval_every=80, eval_batch_size=64),
+        train=c.Train(batch_size=32, max_steps=340, num_train_epochs=100, eval_every=340, eval_batch_size=64),
         optim=c.Optim(learning_rate=1e-3, schedule="cosine", warmup_steps=5, final_lr_fraction=0.05),
         logging=logging,
         checkpoint=checkpoint,
