@@ -134,7 +134,9 @@ class _Reader:
                 elif item["type"] == "unexpected_keyword_argument":
                     self.problems.append(f"{self._place(key)}: {self._unknown(key)}")
                 else:
-                    self.problems.append(f"{self._place(key)}: {key}: {_complaint(item)}")
+                    hint = f"; did you mean '{key}.path'?" if isinstance(item["input"], str) else ""
+                    hint = hint if item["type"] == "dataclass_type" and f"{key}.path" in self.known else ""
+                    self.problems.append(f"{self._place(key)}: {key}: {_complaint(item)}{hint}")
             return None
 
     def required(self, method: str, mapping: Mapping[str, Any]) -> None:
@@ -268,7 +270,7 @@ def _complaint(item: Any) -> str:
         return f"{_show(value)} is not one of {', '.join(map(repr, allowed))}{hint}"
     if kind in _BOUNDS:
         words, name = _BOUNDS[kind]
-        return f"must be {words} {context[name]:g}, got {_show(value)}"
+        return f"must be {words} {context[name]:.12g}, got {_show(value)}"
     if kind in _NEEDED:
         return f"must be {_NEEDED[kind]}, got {_show(value)}"
     return f"{item['msg']}, got {_show(value)}"

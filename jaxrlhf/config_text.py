@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from jaxrlhf import config as config_module
+from jaxrlhf.config import RewardSource, methods, sections
 
 _RESOLVERS = (  # the core schema of YAML 1.2, section 10.3.2: tag, pattern, first characters
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -45,7 +45,7 @@ def dump(config: Any) -> str:
 
 
 def render_new(method: str, cls: type) -> str:
-    """A config file for `method` with every key at its default, and the comment that stands under it in config.py."""
+    """A config file for `method` with every key at its default, and the comment that stands under it in config/."""
     default = cls()
     lines = [
         *_comment(f"jaxrlhf {method}: {inspect.getdoc(cls)}", ""),
@@ -68,7 +68,7 @@ def _entry(cls: type, field: dataclasses.Field, value: Any, indent: str) -> list
     choices = typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
     if choices:
         doc = f"{doc} One of: {', '.join(choices)}.".strip()
-    if cls is config_module.RewardSource and field.name in ("model", "function"):
+    if cls is RewardSource and field.name in ("model", "function"):
         mark = "  # required: model or function, or both"
     else:
         mark = "  # required" if doc.endswith(" Required.") else ""
@@ -83,9 +83,9 @@ def _comment(text: str, indent: str) -> list[str]:
 
 @functools.cache
 def field_docs() -> dict[tuple[str, str], str]:
-    """The text under each field of config.py, by (class, field)."""
+    """The text under each field of config/, by (class, field)."""
     docs: dict[tuple[str, str], str] = {}
-    for cls in ast.parse(inspect.getsource(config_module)).body:
+    for cls in [node for module in (sections, methods) for node in ast.parse(inspect.getsource(module)).body]:
         if not isinstance(cls, ast.ClassDef):
             continue
         for field, text in zip(cls.body, cls.body[1:], strict=False):

@@ -69,7 +69,11 @@ def evaluate(
     model, params, tokenizer = open_model(config)
     scorer = Scorer(config.reward, tokenizer, function)
     room = model.max_positions - config.sampling.response_length
-    rows = choose(prompt_rows(_fitting(config.data, room), tokenizer).train, num_prompts, config.seed)
+    rows = choose(
+        prompt_rows(_fitting(config.data, model.max_positions, config.sampling.response_length), tokenizer).train,
+        num_prompts,
+        config.seed,
+    )
     repeated = [row for row in rows for _ in range(num_completions)]
     samples = [i for _ in rows for i in range(num_completions)]
     answers: list[dict[str, Any]] = []
@@ -175,13 +179,13 @@ def statistics(prompts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "tokens_mean": float(lengths.mean()),
         "finished": finished / len(answers),
         "finished_interval_95": list(wilson(finished, len(answers))),
-        "components": {
-            name: dict(
-                zip(("mean", "standard_error"), mean_and_error(a["components"][name] for a in answers), strict=True)
-            )
-            for name in answers[0]["components"]
-        },
+        "components": {name: _component(prompts, name) for name in answers[0]["components"]},
     }
+
+
+def _component(prompts: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+    means = [np.mean([answer["components"][name] for answer in prompt["completions"]]) for prompt in prompts]
+    return dict(zip(("mean", "standard_error"), mean_and_error(means), strict=True))
 
 
 def table(result: dict[str, Any], width: int = 100) -> str:
@@ -204,7 +208,9 @@ def table(result: dict[str, Any], width: int = 100) -> str:
         f"identical {stats['identical_completions']:.2f}",
     ]
     lines += [
-        f"{name:<13} {part['mean']:.4f} +- {part['standard_error']:.4f}" for name, part in stats["components"].items()
+        f"{name:<13} {part['mean']:.4f} +- {part['standard_error']:.4f}"
+        for name, part in stats["components"].items()
+        if part["mean"] or not name.endswith(("_truncated", "_unanswered"))  # said only where it happened
     ]
     return "\n".join(lines).lstrip("\n")
 
@@ -214,10 +220,13 @@ def write(result: dict[str, Any], path: Path) -> Path:
     return write_whole(path, json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _fitting(data: Data, room: int) -> Data:
+def _fitting(data: Data, context: int, response: int) -> Data:
     """`data` with prompts limited to the room that the response leaves in the context."""
+    room = context - response
     if room < 1:
-        raise DataError("sampling.response_length leaves no room for a prompt in the model's context; lower it")
+        raise DataError(
+            f"sampling.response_length is {response} and the model's context {context}: no room for a prompt; lower it"
+        )
     return dataclasses.replace(data, max_prompt_length=min(data.max_prompt_length or room, room))
 
 

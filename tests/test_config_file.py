@@ -107,6 +107,17 @@ def test_every_problem_is_listed_with_its_place(write):
         assert sum(line in f"{problem}" for problem in found) == 1, line
 
 
+def test_a_path_where_a_section_stands_is_pointed_to_its_key(write):
+    data = write("data: {path: d}\nmodel: some/folder\n")
+    assert "my.yaml:2: model: must be a section" in problems("sft", data)[0]
+    assert problems("sft", data)[0].endswith("got 'some/folder'; did you mean 'model.path'?")
+
+
+def test_a_seed_that_would_meet_another_one_is_refused(write):
+    path = write("model: {path: m}\ndata: {path: d}\nseed: 4294967296\n")
+    assert "my.yaml:3: seed: must be less than 4294967296" in problems("sft", path)[0]
+
+
 def test_keys_that_do_not_go_together_are_refused_at_their_place(write):
     (found,) = problems("ppo", write(GIVEN + "ppo:\n  num_mini_batches: 3\n"))
     assert found.endswith("my.yaml:5: ppo.num_mini_batches (3) must divide ppo.batch_size (16)")

@@ -151,7 +151,7 @@ def test_choosing_is_seeded_and_never_repeats(result):
 
 def test_no_room_for_a_prompt_is_refused(config):
     greedy = dataclasses.replace(config, sampling=Sampling(response_length=64))
-    with pytest.raises(DataError, match="leaves no room"):
+    with pytest.raises(DataError, match="response_length is 64 and the model's context 64: no room"):
         evaluate.evaluate(greedy, num_prompts=1, num_completions=1, function=vowels)
 
 
@@ -169,5 +169,8 @@ def test_the_command_writes_json(model_folder, prompts_file, tmp_path, capsys):
     arguments += ["--num-prompts", "2", "--num-completions", "2", "--output", str(output)]
     assert main([*arguments, "--sampling.response_length", "6"]) == 0
     assert json.loads(output.read_text())["statistics"]["completions"] == 4
-    assert str(output) in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert str(output) in shown
+    assert "reward " in shown
+    assert "_unanswered" not in shown, "nothing went unanswered"
     assert main(["evaluate", str(model_folder), "--prompts", str(prompts_file)]) == 3, "a reward is required"

@@ -48,7 +48,7 @@ class PPOTrainer:
         self.mesh = sharding.make_mesh(config.mesh)
         micro = ppo.micro_batch_size or ppo.batch_size // ppo.num_mini_batches
         sharding.check_rows(micro, self.mesh, "ppo.micro_batch_size, or a mini-batch without it,")
-        init_key, self._key = jax.random.split(jax.random.key(config.seed))
+        init_key, self._key, critic_key = jax.random.split(jax.random.key(config.seed), 3)
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = prompt_rows(config.data, self.tokenizer) if config.data.path else None
         self.model, policy = setup.load_model(
@@ -73,7 +73,7 @@ class PPOTrainer:
         reference = setup.copy(
             policy, self.model.dtype if config.reference_dtype == "auto" else config.reference_dtype, self.mesh
         )
-        critic_model, critic, trunk = make_critic(config, self.model, policy, reference, judge, self.mesh)
+        critic_model, critic, trunk = make_critic(config, self.model, policy, reference, judge, self.mesh, critic_key)
         self.frozen = {"reference": reference, "critic": trunk}
         self.total_steps = -(-ppo.total_episodes // ppo.batch_size)
         steps = self.total_steps * ppo.num_ppo_epochs * ppo.num_mini_batches

@@ -57,6 +57,7 @@ def make_critic(
     reference: Params,
     reward: tuple[ModelConfig, Params] | None,
     mesh: jax.sharding.Mesh,
+    key: Array,
 ) -> tuple[ModelConfig, Params, Params]:
     """(model, what trains, what is frozen) of the value model: a trunk from elsewhere and a head that starts at zero.
 
@@ -80,7 +81,7 @@ def make_critic(
     trunk = {k: v for k, v in trunk.items() if k not in ("lm_head", "score")}
     if not config.critic.frozen_trunk:
         trunk = copy(trunk, policy["norm"]["scale"].dtype, mesh)
-    head = init_head(model, jax.random.key(config.seed))
+    head = init_head(model, key)
     output = "kernel" if config.critic.head == "linear" else "dense_2"
     head["score"][output] = jax.tree.map(jnp.zeros_like, head["score"][output])
     trained, frozen = split_head({**trunk, **sharding.put_whole(head, mesh)}, config.critic.frozen_trunk)

@@ -71,7 +71,13 @@ class Case:
 
     def critic(self):
         _, critic, _ = ppo_update.make_critic(
-            PPOConfig(), self.roles.policy, self.policy, self.frozen["reference"], None, self.roles.mesh
+            PPOConfig(),
+            self.roles.policy,
+            self.policy,
+            self.frozen["reference"],
+            None,
+            self.roles.mesh,
+            jax.random.key(0),
         )
         critic["score"] = {"kernel": 0.3 * jax.random.normal(jax.random.key(5), (16, 1))}
         return critic

@@ -1,45 +1,20 @@
-"""Every run's configuration: frozen, strict and complete. A default is said here and nowhere else; no jax in sight.
+"""The sections of a run's config: one dataclass each, the meaning of every option under it."""
 
-A run's config is one of `SFTConfig`, `RewardConfig`, `PPOConfig`; each is a record of sections. `config_file.py` reads
-them from YAML and overrides. Names are TRL's where the meaning is TRL's.
-"""
+from typing import Annotated, Literal
 
-import dataclasses
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+from pydantic import Field
 
-import pydantic
-from pydantic import ConfigDict, Field
-
-from jaxrlhf.errors import ConfigError
-
-T = TypeVar("T")
-Int = Annotated[int, Field(strict=True)]
-Count = Annotated[int, Field(strict=True, ge=1)]
-Natural = Annotated[int, Field(strict=True, ge=0)]
-Bool = Annotated[bool, Field(strict=True)]
-Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
-Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
-DType = Literal["auto", "float32", "bfloat16"]
-
-
-@dataclass_transform(kw_only_default=True, frozen_default=True)
-def section(cls: type[T]) -> type[T]:
-    """A frozen, keyword-only dataclass that pydantic validates and that refuses unknown keys."""
-    wrap = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-    return wrap(cls)  # type: ignore[return-value]
-
-
-def replace(config: T, **changes: Any) -> T:
-    """A copy of `config` with `changes`, validated like the first. Keys may be dotted: `**{"ppo.kl_coef": 0.1}`."""
-    here: dict[str, Any] = {}
-    for key, value in changes.items():
-        head, _, rest = key.partition(".")
-        if head not in {f.name for f in dataclasses.fields(config)}:  # type: ignore[arg-type]
-            raise ConfigError(f"unknown key '{key}'")
-        here[head] = replace(here.get(head, getattr(config, head)), **{rest: value}) if rest else value
-    return dataclasses.replace(config, **here)  # type: ignore[type-var]
+from jaxrlhf.config.base import (
+    Bool,
+    Count,
+    DType,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Real,
+    section,
+)
 
 
 @section
@@ -267,112 +242,3 @@ class PPO:
     """Subtracted from the score of a response that ran out of room."""
     bootstrap_truncated: Bool = False
     """Treat running out of room as an interruption: the value after the last token stands in for what would follow."""
-
-
-def _adam_ppo() -> "Optim":
-    return Optim(eps=1e-5, learning_rate=3e-6)
-
-
-@section
-class SFTConfig:
-    """Supervised fine-tuning."""
-
-    run_dir: str = "runs/sft"
-    seed: Natural = 0
-    model: ModelSource = Field(default_factory=ModelSource)
-    tokenizer: TokenizerSource = Field(default_factory=TokenizerSource)
-    data: Data = Field(default_factory=Data)
-    completion_only: Bool = True
-    """Learn completions (assistant turns) only; false: every token. Rows of plain text are always learnt whole."""
-    train: Train = Field(default_factory=Train)
-    optim: Optim = Field(default_factory=Optim)
-    sampling: Sampling = Field(default_factory=Sampling)
-    """For the samples that are printed while it trains."""
-    mesh: Mesh = Field(default_factory=Mesh)
-    logging: Logging = Field(default_factory=Logging)
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
-
-    def __post_init__(self) -> None:
-        _check_train(self.train)
-
-
-@section
-class RewardConfig:
-    """A reward model from preference pairs (Bradley-Terry)."""
-
-    run_dir: str = "runs/reward"
-    seed: Natural = 0
-    model: ModelSource = Field(default_factory=ModelSource)
-    head: Literal["linear", "mlp"] = "linear"
-    frozen_trunk: Bool = False
-    """Train the head alone."""
-    tokenizer: TokenizerSource = Field(default_factory=TokenizerSource)
-    data: Data = Field(default_factory=Data)
-    train: Train = Field(default_factory=Train)
-    optim: Optim = Field(default_factory=Optim)
-    mesh: Mesh = Field(default_factory=Mesh)
-    logging: Logging = Field(default_factory=Logging)
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
-
-    def __post_init__(self) -> None:
-        _check_train(self.train)
-
-
-@section
-class PPOConfig:
-    """PPO against a reward model, a reward function, or both."""
-
-    run_dir: str = "runs/ppo"
-    seed: Natural = 0
-    model: ModelSource = Field(default_factory=ModelSource)
-    tokenizer: TokenizerSource = Field(default_factory=TokenizerSource)
-    reference_dtype: DType = "auto"
-    """Storage of the frozen reference. auto: the policy's compute dtype."""
-    data: Data = Field(default_factory=Data)
-    reward: RewardSource = Field(default_factory=RewardSource)
-    critic: Critic = Field(default_factory=Critic)
-    ppo: PPO = Field(default_factory=PPO)
-    sampling: Sampling = Field(default_factory=Sampling)
-    optim: Optim = Field(default_factory=_adam_ppo)
-    mesh: Mesh = Field(default_factory=Mesh)
-    logging: Logging = Field(default_factory=Logging)
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
-
-    def __post_init__(self) -> None:
-        ppo, sampling = self.ppo, self.sampling
-        reason = _WRONG_KL.get((ppo.kl_estimator, ppo.kl_in))
-        if reason:
-            raise ValueError(f"ppo.kl_estimator {ppo.kl_estimator} does not go with ppo.kl_in {ppo.kl_in}: {reason}")
-        filters = sampling.top_k or sampling.top_p < 1 or sampling.min_p or sampling.min_length
-        if sampling.renormalise_logprobs and not filters:
-            raise ValueError(
-                "sampling.renormalise_logprobs is true but sampling filters nothing: nothing to renormalise; "
-                "set top_k, top_p, min_p or min_length, or leave it false"
-            )
-        if ppo.batch_size % ppo.num_mini_batches:
-            raise ValueError(
-                f"ppo.num_mini_batches ({ppo.num_mini_batches}) must divide ppo.batch_size ({ppo.batch_size})"
-            )
-        rows = ppo.batch_size // ppo.num_mini_batches
-        if ppo.micro_batch_size and rows % ppo.micro_batch_size:
-            raise ValueError(f"ppo.micro_batch_size ({ppo.micro_batch_size}) must divide a mini-batch ({rows} rows)")
-        if self.critic.init == "reward" and not self.reward.model:
-            raise ValueError("critic.init is 'reward' but reward.model is empty; give a reward model or use 'policy'")
-
-
-_NO_PATHWISE = (
-    "a reward is a constant to the gradient, so the part that flows through the estimate is lost, which near the "
-    "reference is nearly all of it; use k1, or kl_in 'loss'"
-)
-_WRONG_KL = {
-    ("k1", "loss"): "its expected gradient is zero, so nothing would hold the policy; use k2, k3, or kl_in 'reward'",
-    ("k2", "reward"): _NO_PATHWISE,
-    ("k3", "reward"): _NO_PATHWISE,
-}
-
-
-def _check_train(train: Train) -> None:
-    if train.micro_batch_size and train.batch_size % train.micro_batch_size:
-        raise ValueError(
-            f"train.micro_batch_size ({train.micro_batch_size}) must divide train.batch_size ({train.batch_size})"
-        )

@@ -1,0 +1,42 @@
+"""Every run's configuration: frozen, strict and complete. A default is said here and nowhere else; no jax in sight.
+
+A run's config is one of `SFTConfig`, `RewardConfig`, `PPOConfig`; each is a record of sections. `config_file.py` reads
+them from YAML and overrides. Names are TRL's where the meaning is TRL's.
+"""
+
+from jaxrlhf.config.base import DType, replace
+from jaxrlhf.config.methods import PPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.config.sections import (
+    PPO,
+    Checkpoint,
+    Critic,
+    Data,
+    Logging,
+    Mesh,
+    ModelSource,
+    Optim,
+    RewardSource,
+    Sampling,
+    TokenizerSource,
+    Train,
+)
+
+__all__ = [
+    "PPO",
+    "Checkpoint",
+    "Critic",
+    "DType",
+    "Data",
+    "Logging",
+    "Mesh",
+    "ModelSource",
+    "Optim",
+    "PPOConfig",
+    "RewardConfig",
+    "RewardSource",
+    "SFTConfig",
+    "Sampling",
+    "TokenizerSource",
+    "Train",
+    "replace",
+]

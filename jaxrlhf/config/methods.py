@@ -1,0 +1,130 @@
+"""What a run of each method is configured by, and which combinations are refused."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from jaxrlhf.config.base import Bool, DType, Seed, section
+from jaxrlhf.config.sections import (
+    PPO,
+    Checkpoint,
+    Critic,
+    Data,
+    Logging,
+    Mesh,
+    ModelSource,
+    Optim,
+    RewardSource,
+    Sampling,
+    TokenizerSource,
+    Train,
+)
+
+
+def _adam_ppo() -> "Optim":
+    return Optim(eps=1e-5, learning_rate=3e-6)
+
+
+@section
+class SFTConfig:
+    """Supervised fine-tuning."""
+
+    run_dir: str = "runs/sft"
+    seed: Seed = 0
+    model: ModelSource = Field(default_factory=ModelSource)
+    tokenizer: TokenizerSource = Field(default_factory=TokenizerSource)
+    data: Data = Field(default_factory=Data)
+    completion_only: Bool = True
+    """Learn completions (assistant turns) only; false: every token. Rows of plain text are always learnt whole."""
+    train: Train = Field(default_factory=Train)
+    optim: Optim = Field(default_factory=Optim)
+    sampling: Sampling = Field(default_factory=Sampling)
+    """For the samples that are printed while it trains."""
+    mesh: Mesh = Field(default_factory=Mesh)
+    logging: Logging = Field(default_factory=Logging)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+
+    def __post_init__(self) -> None:
+        _check_train(self.train)
+
+
+@section
+class RewardConfig:
+    """A reward model from preference pairs (Bradley-Terry)."""
+
+    run_dir: str = "runs/reward"
+    seed: Seed = 0
+    model: ModelSource = Field(default_factory=ModelSource)
+    head: Literal["linear", "mlp"] = "linear"
+    frozen_trunk: Bool = False
+    """Train the head alone."""
+    tokenizer: TokenizerSource = Field(default_factory=TokenizerSource)
+    data: Data = Field(default_factory=Data)
+    train: Train = Field(default_factory=Train)
+    optim: Optim = Field(default_factory=Optim)
+    mesh: Mesh = Field(default_factory=Mesh)
+    logging: Logging = Field(default_factory=Logging)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+
+    def __post_init__(self) -> None:
+        _check_train(self.train)
+
+
+@section
+class PPOConfig:
+    """PPO against a reward model, a reward function, or both."""
+
+    run_dir: str = "runs/ppo"
+    seed: Seed = 0
+    model: ModelSource = Field(default_factory=ModelSource)
+    tokenizer: TokenizerSource = Field(default_factory=TokenizerSource)
+    reference_dtype: DType = "auto"
+    """Storage of the frozen reference. auto: the policy's compute dtype."""
+    data: Data = Field(default_factory=Data)
+    reward: RewardSource = Field(default_factory=RewardSource)
+    critic: Critic = Field(default_factory=Critic)
+    ppo: PPO = Field(default_factory=PPO)
+    sampling: Sampling = Field(default_factory=Sampling)
+    optim: Optim = Field(default_factory=_adam_ppo)
+    mesh: Mesh = Field(default_factory=Mesh)
+    logging: Logging = Field(default_factory=Logging)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+
+    def __post_init__(self) -> None:
+        ppo, sampling = self.ppo, self.sampling
+        reason = _WRONG_KL.get((ppo.kl_estimator, ppo.kl_in))
+        if reason:
+            raise ValueError(f"ppo.kl_estimator {ppo.kl_estimator} does not go with ppo.kl_in {ppo.kl_in}: {reason}")
+        filters = sampling.top_k or sampling.top_p < 1 or sampling.min_p or sampling.min_length
+        if sampling.renormalise_logprobs and not filters:
+            raise ValueError(
+                "sampling.renormalise_logprobs is true but sampling filters nothing: nothing to renormalise; "
+                "set top_k, top_p, min_p or min_length, or leave it false"
+            )
+        if ppo.batch_size % ppo.num_mini_batches:
+            raise ValueError(
+                f"ppo.num_mini_batches ({ppo.num_mini_batches}) must divide ppo.batch_size ({ppo.batch_size})"
+            )
+        rows = ppo.batch_size // ppo.num_mini_batches
+        if ppo.micro_batch_size and rows % ppo.micro_batch_size:
+            raise ValueError(f"ppo.micro_batch_size ({ppo.micro_batch_size}) must divide a mini-batch ({rows} rows)")
+        if self.critic.init == "reward" and not self.reward.model:
+            raise ValueError("critic.init is 'reward' but reward.model is empty; give a reward model or use 'policy'")
+
+
+_NO_PATHWISE = (
+    "a reward is a constant to the gradient, so the part that flows through the estimate is lost, which near the "
+    "reference is nearly all of it; use k1, or kl_in 'loss'"
+)
+_WRONG_KL = {
+    ("k1", "loss"): "its expected gradient is zero, so nothing would hold the policy; use k2, k3, or kl_in 'reward'",
+    ("k2", "reward"): _NO_PATHWISE,
+    ("k3", "reward"): _NO_PATHWISE,
+}
+
+
+def _check_train(train: Train) -> None:
+    if train.micro_batch_size and train.batch_size % train.micro_batch_size:
+        raise ValueError(
+            f"train.micro_batch_size ({train.micro_batch_size}) must divide train.batch_size ({train.batch_size})"
+        )
