@@ -184,7 +184,7 @@ def statistics(prompts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _component(prompts: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
-    means = [np.mean([answer["components"][name] for answer in prompt["completions"]]) for prompt in prompts]
+    means = [float(np.mean([answer["components"][name] for answer in prompt["completions"]])) for prompt in prompts]
     return dict(zip(("mean", "standard_error"), mean_and_error(means), strict=True))
 
 
