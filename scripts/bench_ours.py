@@ -1,0 +1,318 @@
+"""The library's side of bench.py: `bench_ours.py NAME JOB`, started by it."""
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from bench_process import Job, Turns, peak_resident, timed
+from bench_shapes import SHAPES, gemms
+
+turns = Turns()
+name, job = sys.argv[1], Job(**json.loads(sys.argv[2]))
+if job.case == "startup":
+    cache = Path(job.work) / "xla"
+    if name == "cold":
+        shutil.rmtree(cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+
+from jaxrlhf import runtime  # noqa: E402
+
+runtime.configure()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from jaxrlhf import sharding, weights  # noqa: E402
+from jaxrlhf.config import PPO, Engine, Mesh, ModelSource, Optim, PPOConfig, RewardSource, Sampling  # noqa: E402
+from jaxrlhf.logprobs import token_logprobs  # noqa: E402
+from jaxrlhf.models import forward  # noqa: E402
+from jaxrlhf.rollout.decode import generate  # noqa: E402
+from jaxrlhf.rollout.engine import answer  # noqa: E402
+from jaxrlhf.rollout.inference_copy import inference_copy  # noqa: E402
+from jaxrlhf.training import ppo, reward, setup, sft  # noqa: E402
+from jaxrlhf.training.optim import make_optimizer  # noqa: E402
+from jaxrlhf.types import Batch, Pairs, Prompts, Rollout  # noqa: E402
+
+Repeat = Callable[[], dict[str, Any]]
+PAD = 1
+
+
+def compute_dtype(job: Job) -> Literal["float32", "bfloat16"]:
+    return "bfloat16" if job.dtype == "bfloat16" else "float32"
+
+
+def load(job: Job, head: str = "lm"):
+    """A random model as a trainer holds it: parameters in float32, products in the job's dtype."""
+    key = jax.random.key(0)
+    return weights.load(
+        job.model, init="random", key=key, head=head, dtype="float32", compute_dtype=compute_dtype(job), remat=job.remat
+    )
+
+
+def random_tokens(job: Job, rows: int, columns: int) -> np.ndarray:
+    """Words, no control tokens."""
+    return np.random.default_rng(0).integers(3, SHAPES[job.shape]["vocab_size"], (rows, columns), np.int32)
+
+
+def random_prompts(job: Job, rows: int, start: int = 0) -> Prompts:
+    tokens = random_tokens(job, start + rows, job.prompt)[start:]
+    index = jnp.arange(start, start + rows)
+    return Prompts(jnp.asarray(tokens), jnp.ones(tokens.shape, bool), index, jnp.zeros(rows, jnp.int32))
+
+
+def limits(job: Job, name: str) -> Repeat:
+    """Matrix products with float32 results, and reading memory: what the floors stand on."""
+    config = SHAPES[job.shape]
+    product = jax.jit(functools.partial(jnp.einsum, "mk,nk->mn", preferred_element_type=jnp.float32))
+    total = jax.jit(lambda x: jnp.max(x, axis=1))
+
+    def rate(amount: float, work: Callable[[], Any]) -> float:
+        jax.block_until_ready(work())
+        return amount / statistics.median(timed(lambda: jax.block_until_ready(work()))[0] for _ in range(9)) / 1e9
+
+    def measure() -> dict[str, float]:
+        rates = {}
+        for dtype in ("float32", "bfloat16"):
+            for m, k, n in gemms(config, job.device, job.quick):
+                x, w = jnp.ones((m, k), dtype), jnp.ones((n, k), dtype)
+                rates[f"{dtype} {m}x{k}x{n}"] = rate(2.0 * m * k * n, lambda x=x, w=w: product(x, w))
+        block = jnp.ones((256, 2**20 if job.shape != "T" else 2**14), jnp.float32)
+        rates["read"] = rate(block.nbytes, lambda: total(block))
+        return rates
+
+    def repeat() -> dict[str, Any]:
+        seconds, rates = timed(measure)
+        return {"seconds": seconds, "rates": rates}
+
+    return repeat
+
+
+def generation(job: Job, name: str) -> Repeat:
+    """A batch to its full length. The inference copy is made outside, and timed by itself."""
+    model, params = load(job)
+    prompts = random_prompts(job, job.batch)
+
+    def copy():
+        return jax.block_until_ready(inference_copy(model, params, job.dtype))
+
+    def run(copied, length: int, seed: int) -> Rollout:
+        small, weights_ = copied
+        sampling = Sampling(response_length=length)
+        return jax.block_until_ready(
+            generate(weights_, small, prompts, jax.random.key(seed), sampling, stop_ids=(), pad_id=PAD)
+        )
+
+    seed = 0
+
+    def repeat() -> dict[str, Any]:
+        nonlocal seed
+        seed += 1
+        copying, copied = timed(copy)
+        prefill, _ = timed(lambda: run(copied, 1, seed))
+        seconds, rollout = timed(lambda: run(copied, job.response, seed))
+        tokens = int(rollout.response_mask.sum())
+        return {"seconds": seconds, "tokens": tokens, "phases": {"inference_copy": copying, "prefill": prefill}}
+
+    repeat()
+    return repeat
+
+
+def ragged(job: Job, name: str) -> Repeat:
+    """More prompts than slots, responses of geometric length: every `response`-th token ends one, whatever the model.
+
+    Probabilities of a random model are nearly uniform, so a token ends a response with probability 1 / `response`.
+    """
+    model, params = load(job)
+    small, copied = inference_copy(model, params, job.dtype)
+    stop_ids = tuple(range(0, model.vocab_size, job.response))
+    sampling = Sampling(response_length=4 * job.response)
+
+    def static(seed: int) -> int:
+        tokens = 0
+        for start in range(0, job.batch, job.slots):
+            prompts = random_prompts(job, min(job.slots, job.batch - start), start)
+            rollout = generate(copied, small, prompts, jax.random.key(seed), sampling, stop_ids, PAD)
+            tokens += int(rollout.response_mask.sum())
+        return tokens
+
+    def engine(seed: int) -> int:
+        prompts, key = random_prompts(job, job.batch), jax.random.key(seed)
+        rollout = answer(copied, small, prompts, key, sampling, stop_ids, PAD, slots=job.slots)
+        return int(rollout.response_mask.sum())
+
+    run = engine if name == "ours" else static
+    seed = 0
+
+    def repeat() -> dict[str, Any]:
+        nonlocal seed
+        seed += 1
+        seconds, tokens = timed(lambda: run(seed))
+        return {"seconds": seconds, "tokens": tokens}
+
+    repeat()
+    return repeat
+
+
+def prefix(job: Job, name: str) -> Repeat:
+    """`samples` responses of one token to each prompt, which is read once, or ("ours-rows") once for each of them."""
+    model, params = load(job)
+    small, copied = inference_copy(model, params, job.dtype)
+    prompts, sampling = random_prompts(job, job.batch), Sampling(response_length=1)
+    group = job.samples
+    if name == "ours-rows":
+        prompts, group = jax.tree.map(lambda x: jnp.repeat(x, job.samples, axis=0), prompts), 1
+
+    def run() -> Rollout:
+        rollout = generate(copied, small, prompts, jax.random.key(0), sampling, stop_ids=(), pad_id=PAD, group=group)
+        return jax.block_until_ready(rollout)
+
+    def repeat() -> dict[str, Any]:
+        return {"seconds": timed(run)[0], "tokens": job.batch * job.samples * job.prompt}
+
+    repeat()
+    return repeat
+
+
+def scoring(job: Job, name: str) -> Repeat:
+    """Log-probs and entropy of responses by one forward."""
+    model, params = load(job)
+    tokens = jnp.asarray(random_tokens(job, job.batch, job.prompt + job.response))
+
+    @jax.jit
+    def logprobs(params, tokens):
+        hidden = forward(params, model, tokens, jnp.ones(tokens.shape, bool))[:, -job.response - 1 : -1]
+        return token_logprobs(params, model, hidden, tokens[:, -job.response :], 1.0)
+
+    def repeat() -> dict[str, Any]:
+        seconds, _ = timed(lambda: jax.block_until_ready(logprobs(params, tokens)))
+        return {"seconds": seconds, "tokens": tokens.size}
+
+    repeat()
+    return repeat
+
+
+def supervised(job: Job, name: str) -> Repeat:
+    """An optimizer step of SFT on all tokens, or of a reward model on pairs."""
+    role, head = ("policy", "lm") if job.case == "sft" else ("reward", "linear")
+    model, params = load(job, head)
+    mesh = sharding.make_mesh(Mesh())
+    optimizer = make_optimizer(Optim(learning_rate=1e-6), 1e-6, 10**6)
+    state = setup.State({role: params}, {role: optimizer}, mesh)
+    del params
+    width = job.prompt + job.response
+    tokens = jnp.asarray(random_tokens(job, 2 * job.batch, width))
+    learn = jnp.ones(tokens.shape, bool).at[:, 0].set(False)
+    first, second = (
+        Batch(t, jnp.ones(t.shape, bool), m) for t, m in zip(jnp.split(tokens, 2), jnp.split(learn, 2), strict=True)
+    )
+    static = {
+        "model": model,
+        "optimizer": optimizer,
+        "num_micro": job.batch // (job.micro_batch or job.batch),
+        "mesh": mesh,
+    }
+
+    def step() -> None:
+        if job.case == "sft":
+            state.value, _ = sft.update(state.value, first, **static)
+        else:
+            state.value, _ = reward.update(state.value, {}, Pairs(first, second), jax.random.key(0), **static)
+        jax.block_until_ready(state.value)
+
+    def repeat() -> dict[str, Any]:
+        return {"seconds": timed(step)[0], "tokens": job.batch * width * (1 if job.case == "sft" else 2)}
+
+    repeat()
+    return repeat
+
+
+def make_ppo(job: Job) -> tuple[ppo.PPOTrainer, list[str]]:
+    """PPO on random models (policy, critic from it, reference, reward model), and prompts of `job.prompt` words."""
+    judge = Path(job.work) / "reward"
+    if not judge.exists():
+        weights.export(judge, *load(dataclasses.replace(job, dtype="float32"), "linear"), source=job.model)
+    dtype = compute_dtype(job)
+    config = PPOConfig(
+        model=ModelSource(path=job.model, init="random", compute_dtype=dtype, remat=job.remat),
+        reward=RewardSource(model=str(judge), model_dtype=dtype),
+        ppo=PPO(batch_size=job.batch, num_ppo_epochs=job.epochs, micro_batch_size=job.micro_batch),
+        rollout=Engine(dtype=job.rollout_dtype),
+        sampling=Sampling(response_length=job.response, min_length=job.response),
+        optim=Optim(learning_rate=1e-6, schedule="constant", eps=1e-5),
+    )
+    texts = [" ".join(f"w{i}" for i in row) for row in random_tokens(job, job.batch, job.prompt)]
+    return ppo.PPOTrainer(config), texts
+
+
+def iteration(job: Job, name: str) -> Repeat:
+    """One PPO iteration; phases: rollout, update, and scoring (the reward model, and annotation before the update)."""
+    trainer, prompts = make_ppo(job)
+    spent: dict[str, float] = {}
+
+    def clocked(owner: Any, name: str) -> None:
+        inner = getattr(owner, name)
+
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            spent[name], result = timed(lambda: jax.block_until_ready(inner(*args, **kwargs)))
+            return result
+
+        setattr(owner, name, outer)
+
+    clocked(trainer, "generate")
+    clocked(ppo, "update")
+
+    def repeat() -> dict[str, Any]:
+        seconds, _ = timed(lambda: trainer.ppo_step(prompts))
+        rollout, update = spent["generate"], spent["update"]
+        phases = {"rollout": rollout, "scoring": seconds - rollout - update, "update": update}
+        return {"seconds": seconds, "tokens": job.batch * job.response, "phases": phases}
+
+    repeat()
+    return repeat
+
+
+def startup(job: Job, name: str) -> Repeat:
+    """What compilation adds to a first PPO iteration: with an empty cache, or with that of the cold one before."""
+    # The reward model of the trainer is made before, so that what is timed is what a run would do.
+    loading, (trainer, prompts) = timed(lambda: make_ppo(job))
+
+    def repeat() -> dict[str, Any]:
+        first, _ = timed(lambda: trainer.ppo_step(prompts))
+        second, _ = timed(lambda: trainer.ppo_step(prompts))
+        return {"seconds": first - second, "phases": {"loading": loading, "first": first, "second": second}}
+
+    return repeat
+
+
+CASES: dict[str, Callable[[Job, str], Repeat]] = {
+    "limits": limits,
+    "generate": generation,
+    "engine": ragged,
+    "prefix": prefix,
+    "logprobs": scoring,
+    "sft": supervised,
+    "reward": supervised,
+    "ppo": iteration,
+    "startup": startup,
+}
+
+
+def peak_bytes(job: Job) -> int:
+    """Of the device, if it has memory of its own, else of this process."""
+    if job.device == "cpu":
+        return peak_resident()
+    return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+
+
+if __name__ == "__main__":
+    repeat = CASES[job.case](job, name)
+    turns.ready("jaxrlhf", "jax", "jaxlib")
+    turns.serve(repeat, lambda: peak_bytes(job))

@@ -1,0 +1,168 @@
+"""Contestants of bench.py as processes. Imports the standard library alone: peers have environments of their own.
+
+A line of JSON goes down when a contestant is ready, and another after every "go" on its standard input; then one with
+its peak memory. What libraries print goes to standard error, and so into a file that is shown if the process dies.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+MKL = "int mkl_serv_intel_cpu_true(void) { return 1; }\n"
+ENVIRONMENT = ("GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a contestant is to do: bench.py's options, and two folders."""
+
+    case: str
+    quick: bool  # of limits: only what the floors need
+    model: str  # folder with config.json and tokenizer
+    work: str  # folder for whatever else it needs
+    shape: str
+    dtype: Literal["float32", "bfloat16", "int8"]
+    batch: int
+    prompt: int
+    response: int
+    slots: int
+    samples: int
+    epochs: int
+    micro_batch: int | None
+    remat: Literal["none", "full", "dots"]
+    rollout_dtype: Literal["auto", "float32", "bfloat16", "int8"]
+    checkpointing: bool
+    device: str
+    rounds: int
+
+
+class Contestant:
+    """The parent's end of the conversation."""
+
+    def __init__(
+        self, name: str, command: list[str], environment: dict[str, str], job: Job, knobs: str, work: Path
+    ) -> None:
+        self.name, self.job, self.knobs = name, job, knobs
+        self.about: dict[str, Any] = {}
+        self.peak_bytes = 0
+        self._command = [*command, json.dumps(dataclasses.asdict(job))]
+        self._environment = os.environ | environment
+        self._log = work / f"{name}-{job.case}.log"
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Start it, and wait until it has loaded and warmed up."""
+        with self._log.open("w") as errors:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=self._environment,
+            )
+        self.about = self._read()
+
+    def repeat(self) -> dict[str, Any]:
+        """Have it run once more."""
+        self._write("go")
+        return self._read()
+
+    def finish(self) -> None:
+        """Ask for its peak memory and let it go."""
+        self._write("end")
+        self.peak_bytes = max(self.peak_bytes, self._read()["peak_bytes"])
+        self.kill()
+
+    def kill(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _write(self, text: str) -> None:
+        assert self._process and self._process.stdin
+        try:
+            self._process.stdin.write(f"{text}\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._died()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process and self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            self._died()
+        return json.loads(line)
+
+    def _died(self) -> None:
+        assert self._process
+        code = self._process.wait()
+        tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
+        killed = " (killed: short of memory? --apart keeps one contestant in memory at a time)" if code == -9 else ""
+        sys.exit(f"{tail}\nbench: {self.name} ended with status {code}{killed}; above is the end of what it said")
+
+
+class Turns:
+    """A contestant's end of the conversation."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # whatever libraries print
+        self._started = time.perf_counter()
+
+    def ready(self, *packages: str) -> None:
+        environment = {name: Path(os.environ[name]).name for name in ENVIRONMENT if os.environ.get(name)}
+        self.say(
+            ready_seconds=round(time.perf_counter() - self._started, 2),
+            versions={name: metadata.version(name) for name in packages},
+            environment=environment,
+        )
+
+    def go(self) -> bool:
+        """Wait to be told; whether to run once more."""
+        return sys.stdin.readline().strip() == "go"
+
+    def say(self, **record: Any) -> None:
+        self._out.write(json.dumps(record) + "\n")
+        self._out.flush()
+
+    def serve(self, repeat: Callable[[], dict[str, Any]], peak_bytes: Callable[[], int]) -> None:
+        """Answer every "go" with a repetition."""
+        while self.go():
+            self.say(**repeat())
+        self.say(peak_bytes=peak_bytes())
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """(seconds, result)."""
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+def peak_resident() -> int:
+    """The most memory, in bytes, that this process ever held (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def strong_knobs(work: Path) -> dict[str, str]:
+    """The environment of torch at its best on this machine: MKL takes its AVX512 path on a processor of AMD too, and
+    large blocks of memory come in huge pages."""
+    source, library = work / "mkl.c", work / "libmkl_fast.so"
+    source.write_text(MKL)
+    try:
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        sys.exit("bench: --strong needs a C compiler called cc; on Debian and Ubuntu: sudo apt install gcc")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"bench: cc failed on a one-line function:\n{error.stderr}")
+    return {"LD_PRELOAD": str(library), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
