@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import jax
 
-from jaxrlhf import checkpoint, runs
+from jaxrlhf import checkpoint, programs, runs
 from jaxrlhf.errors import NumericsError, Preempted, StorageError
 from jaxrlhf.metrics import Logger, read
 from jaxrlhf.training.setup import RunConfig, State
@@ -133,7 +133,8 @@ def session(
     with runs.open_run(config, method, fresh) as run:
         opened = Session(run, config, method, total_steps, state, identity, best)
         try:
-            yield opened
+            with programs.announce(opened.logger.note):
+                yield opened
             opened.flush()
         finally:
             opened.close()

@@ -1,5 +1,6 @@
 """From an `Optim` section to an optax chain."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ class Optimizer:
         return self.rate(opt_state[-1].count)
 
 
+@functools.cache  # equal arguments give the same object, so that a second trainer finds the first one's programs
 def make_optimizer(config: Optim, learning_rate: float, total_steps: int) -> Optimizer:
     """AdamW (https://arxiv.org/abs/1711.05101) on a schedule; decay touches matrices and embeddings only."""
     rate = schedule(config, learning_rate, total_steps)

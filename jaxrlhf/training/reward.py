@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from jaxrlhf.data.datasets import PairRow, pair_rows
 from jaxrlhf.data.loader import rows_at
 from jaxrlhf.logprobs import last_hidden
 from jaxrlhf.models import ModelConfig, scores
+from jaxrlhf.programs import Ahead
 from jaxrlhf.training import loop, setup
 from jaxrlhf.training.optim import Optimizer, make_optimizer
 from jaxrlhf.training.step import Metrics, apply, gradients, one_role
@@ -49,9 +53,12 @@ def update(
     num_micro: int,
     mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step on `pairs`. `frozen` holds the trunk when the head alone trains, else nothing."""
+    """One optimizer step on `pairs`. `frozen` holds the trunk when the head alone trains, else nothing.
+
+    `key` is the run's; each step folds its number in.
+    """
     count = pairs.chosen.tokens.shape[0]
-    row_keys = jax.random.split(key, count) if model.head == "mlp" else None
+    row_keys = jax.random.split(jax.random.fold_in(key, state.step), count) if model.head == "mlp" else None
 
     def loss(params: Params, rows: tuple[Pairs, jax.Array | None]) -> tuple[jax.Array, Metrics]:
         chosen, rejected = pair_scores({**frozen, **params}, rows[0], model, rows[1])
@@ -78,10 +85,11 @@ def evaluate(params: Params, pairs: Pairs, *, model: ModelConfig) -> tuple[jax.A
 class RewardTrainer:
     """Train a reward model from `config.model` on the pairs of `config.data`: `.train()`, `.save_pretrained(folder)`.
 
-    What can be wrong with the config, the data or the model is raised here, before training begins.
+    What can be wrong with the config, the data or the model is raised here, before training begins. With `ahead` the
+    programs are compiled while the weights load, for a trainer that is sure to train; else when training begins.
     """
 
-    def __init__(self, config: RewardConfig, *, fresh: bool = False) -> None:
+    def __init__(self, config: RewardConfig, *, fresh: bool = False, ahead: bool = False) -> None:
         self.config, self._fresh = config, fresh
         train = config.train
         self.mesh = sharding.make_mesh(config.mesh)
@@ -92,14 +100,8 @@ class RewardTrainer:
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = pair_rows(config.data, self.tokenizer)
         init_key, self._key = jax.random.split(jax.random.key(config.seed))
-        self.model, params = setup.load_model(
-            config.model,
-            tokenizer=self.tokenizer,
-            mesh=self.mesh,
-            key=init_key,
-            head=config.head,
-            storage=setup.trained_dtype(config.model),
-        )
+        storage = setup.trained_dtype(config.model)
+        self.model = setup.model_of(config.model, self.tokenizer, config.head)
         rows = (*self.data.train, *self.data.validation)
         lengths = [len(row.tokens) for pair in rows for row in (pair.chosen, pair.rejected)]
         setup.check_context(lengths, self.model, "data.max_length")
@@ -107,6 +109,19 @@ class RewardTrainer:
             len(self.data.train), train.batch_size, train.num_train_epochs, train.max_steps
         )
         self._optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
+        self._static: dict[str, Any] = {
+            "model": self.model,
+            "optimizer": self._optimizer,
+            "num_micro": self._num_micro,
+            "mesh": self.mesh,
+        }
+        self._programs, self._begun = Ahead(), ahead
+        if ahead:
+            trained, frozen = setup.split_head(setup.shapes_of(self.model, storage, self.mesh), config.frozen_trunk)
+            self._compile(setup.State({"reward": trained}, {"reward": self._optimizer}, self.mesh).template, frozen)
+        _, params = setup.load_model(
+            config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=init_key, head=config.head, storage=storage
+        )
         trained, self._frozen = setup.split_head(params, config.frozen_trunk)
         self.state = setup.State({"reward": trained}, {"reward": self._optimizer}, self.mesh)
         self._best: loop.Best = "max" if self.data.validation and train.keep_best else None
@@ -135,6 +150,8 @@ class RewardTrainer:
             self.config, "reward", self.total_steps, self.state, identity, fresh=self._fresh, best=self._best
         ) as session:
             session.logger.note(setup.describe(self.config, self.model, self.tokenizer, self.data.report, self.mesh))
+            if not self._begun:
+                self._compile(self.state.template, self._frozen)
             record = loop.fit(
                 session,
                 self.state,
@@ -164,26 +181,33 @@ class RewardTrainer:
         length = batching.bucket(longest, self.model.max_positions)
         return sharding.put_rows(batching.pairs(rows, self.tokenizer.pad_id, length), self.mesh)
 
-    def _update(self, step: int) -> Metrics:
+    def _rows_of(self, step: int) -> list[PairRow]:
         rows, size = self.data.train, self.config.train.batch_size
-        chosen = rows_at(step, size, len(rows), self.config.seed, self.config.data.shuffle)
-        self.state.value, metrics = update(
-            self.state.value,
-            self._frozen,
-            self._pairs([rows[i] for i in chosen]),
-            jax.random.fold_in(self._key, step),
-            model=self.model,
-            optimizer=self._optimizer,
-            num_micro=self._num_micro,
-            mesh=self.mesh,
-        )
-        return metrics | {"epoch": (step + 1) * size / len(rows)}
+        return [rows[i] for i in rows_at(step, size, len(rows), self.config.seed, self.config.data.shuffle)]
+
+    def _compile(self, state: TrainState, frozen: Params) -> None:
+        """Begin to compile the first step and the evaluation; `state` and `frozen` may be shapes."""
+        self._programs.compile(update, state, frozen, self._pairs(self._rows_of(0)), self._key, **self._static)
+        for _, pairs in itertools.islice(self._held_out(), 1):
+            self._programs.compile(evaluate, {**frozen, **state.params["reward"]}, pairs, model=self.model)
+
+    def _update(self, step: int) -> Metrics:
+        self._programs.wait(update)
+        pairs = self._pairs(self._rows_of(step))
+        self.state.value, metrics = update(self.state.value, self._frozen, pairs, self._key, **self._static)
+        return metrics | {"epoch": (step + 1) * self.config.train.batch_size / len(self.data.train)}
+
+    def _held_out(self) -> Iterator[tuple[int, Pairs]]:
+        """(how many count, pairs) of the held-out rows; the last batch is filled with copies of a row."""
+        rows, size = self.data.validation, self.config.train.eval_batch_size
+        for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+            yield len(part), self._pairs([*part, *[part[0]] * (size - len(part))])
 
     def _evaluate(self) -> Metrics:
-        rows, size = self.data.validation, self.config.train.eval_batch_size
+        self._programs.wait(evaluate)
         records = []
-        for part in (rows[i : i + size] for i in range(0, len(rows), size)):
-            both = evaluate(self.params, self._pairs([*part, *[part[0]] * (size - len(part))]), model=self.model)
-            chosen, rejected = (jnp.asarray(x[: len(part)]) for x in jax.device_get(both))
-            records.append((len(part), pairwise_loss(chosen, rejected, len(part))[1]))
+        for count, pairs in self._held_out():
+            both = jax.device_get(evaluate(self.params, pairs, model=self.model))
+            chosen, rejected = (jnp.asarray(x[:count]) for x in both)
+            records.append((count, pairwise_loss(chosen, rejected, count)[1]))
         return {f"eval/{key}": value for key, value in loop.weighted_mean(records).items()}

@@ -1,6 +1,7 @@
 """Before the first step of any trainer: tokenizer, model, what trains and what is frozen, and the state."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,27 @@ from jaxrlhf.training.step import in_float32
 from jaxrlhf.types import Params, TrainState
 
 RunConfig = SFTConfig | RewardConfig | PPOConfig
+
+
+def model_of(source: ModelSource, tokenizer: Tokenizer, head: str | None) -> ModelConfig:
+    """The model that `load_model` will return with its parameters, before any weights are read."""
+    compute = runtime.resolve_dtype(source.compute_dtype, jax.default_backend())
+    model = weights.load_config(
+        source.path, revision=source.revision, head=head, compute_dtype=compute, remat=source.remat
+    )
+    if tokenizer.added and tokenizer.size > model.vocab_size:
+        return dataclasses.replace(model, vocab_size=tokenizer.size)
+    return model
+
+
+def shapes_of(model: ModelConfig, dtype: str, mesh: jax.sharding.Mesh) -> Params:
+    """Shapes, dtypes and places of a model's parameters stored in `dtype`."""
+    return _placed(jax.eval_shape(lambda: init(model, jax.random.key(0), dtype=dtype)), mesh)
+
+
+def _placed(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
+    places = sharding.shardings(shapes, mesh)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
 def load_model(
@@ -74,13 +96,15 @@ def copy(params: Params, dtype: str, mesh: jax.sharding.Mesh) -> Params:
     computes exactly what the original does.
     """
 
+    return _copy(params, dtype=dtype, mesh=mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "mesh"))
+def _copy(params: Params, *, dtype: str, mesh: jax.sharding.Mesh) -> Params:
     def cast(keys: Any, x: jax.Array) -> jax.Array:
         return jnp.array(x, dtype if sharding.path_of(keys).endswith(("kernel", "embedding")) else x.dtype, copy=True)
 
-    whole = jax.jit(
-        lambda tree: jax.tree_util.tree_map_with_path(cast, tree), out_shardings=sharding.shardings(params, mesh)
-    )
-    return whole(params)
+    return sharding.constrain(jax.tree_util.tree_map_with_path(cast, params), mesh)
 
 
 def fingerprint(rows: Sequence[Any]) -> str:
@@ -96,26 +120,31 @@ def params_fingerprint(params: Any) -> str:
     return hashlib.sha256(repr(sorted(digests(leaves_by_name(params)).items())).encode()).hexdigest()
 
 
+@functools.partial(jax.jit, static_argnames=("optimizers", "kl_coef", "mesh"), donate_argnames="params")
+def _begin(
+    params: dict[str, Params],
+    *,
+    optimizers: tuple[tuple[str, Optimizer], ...],
+    kl_coef: float,
+    mesh: jax.sharding.Mesh,
+) -> TrainState:
+    """The state of step 0. One program makes it where it belongs; eager moments would all land on one device."""
+    moments = {role: optimizer.chain.init(in_float32(params[role])) for role, optimizer in optimizers}
+    state = TrainState(step=jnp.int32(0), params=params, opt_state=moments, kl_coef=jnp.float32(kl_coef))
+    return sharding.constrain(state, mesh)
+
+
 class State:
     """The state of a run, made from `params` on first use (which consumes them) unless a checkpoint takes their place.
 
-    `template` has its shapes, dtypes and shardings without its memory.
+    `template` has its shapes, dtypes and shardings without its memory; for it alone, `params` may be shapes too.
     """
 
     def __init__(
         self, params: dict[str, Params], optimizers: dict[str, Optimizer], mesh: jax.sharding.Mesh, kl_coef: float = 0.0
     ) -> None:
-        def fresh(params: dict[str, Params]) -> TrainState:
-            moments = {role: optimizers[role].chain.init(in_float32(params[role])) for role in params}
-            return TrainState(step=jnp.int32(0), params=params, opt_state=moments, kl_coef=jnp.float32(kl_coef))
-
-        shapes = jax.eval_shape(fresh, params)
-        placed = sharding.shardings(shapes, mesh)
-        self.template: TrainState = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
-        )
-        # One program makes everything where it belongs; moments made eagerly would all land on one device.
-        self._make = jax.jit(fresh, out_shardings=placed, donate_argnums=0)
+        self._begin = functools.partial(_begin, optimizers=tuple(optimizers.items()), kl_coef=kl_coef, mesh=mesh)
+        self.template: TrainState = _placed(jax.eval_shape(self._begin, params), mesh)
         self._params: dict[str, Params] | None = params
         self._value: TrainState | None = None
 
@@ -123,7 +152,7 @@ class State:
     def value(self) -> TrainState:
         if self._value is None:
             assert self._params is not None
-            self.value = self._make(self._params)
+            self.value = self._begin(self._params)
         assert self._value is not None
         return self._value
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from jaxrlhf.data.datasets import PromptRow, SFTRow, sft_rows
 from jaxrlhf.data.loader import rows_at
 from jaxrlhf.logprobs import token_logprobs
 from jaxrlhf.models import ModelConfig, forward
+from jaxrlhf.programs import Ahead
 from jaxrlhf.rollout.decode import generate
+from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.rollout.text import response_texts
 from jaxrlhf.training import loop, setup
 from jaxrlhf.training.optim import Optimizer, make_optimizer
@@ -61,10 +65,11 @@ def evaluate(params: Params, batch: Batch, *, model: ModelConfig) -> tuple[jax.A
 class SFTTrainer:
     """Fine-tune `config.model` on `config.data`: `.train()`, then `.save_pretrained(directory)`.
 
-    What can be wrong with the config, the data or the model is raised here, before training begins.
+    What can be wrong with the config, the data or the model is raised here, before training begins. With `ahead` the
+    programs are compiled while the weights load, for a trainer that is sure to train; else when training begins.
     """
 
-    def __init__(self, config: SFTConfig, *, fresh: bool = False) -> None:
+    def __init__(self, config: SFTConfig, *, fresh: bool = False, ahead: bool = False) -> None:
         self.config, self._fresh = config, fresh
         train = config.train
         self.mesh = sharding.make_mesh(config.mesh)
@@ -75,20 +80,27 @@ class SFTTrainer:
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = sft_rows(config.data, self.tokenizer, config.completion_only)
         init_key, self._key = jax.random.split(jax.random.key(config.seed))
-        self.model, params = setup.load_model(
-            config.model,
-            tokenizer=self.tokenizer,
-            mesh=self.mesh,
-            key=init_key,
-            head="lm",
-            storage=setup.trained_dtype(config.model),
-        )
+        storage = setup.trained_dtype(config.model)
+        self.model = setup.model_of(config.model, self.tokenizer, "lm")
         rows = (*self.data.train, *self.data.validation)
         setup.check_context([len(row.tokens) for row in rows], self.model, "data.max_length")
         self.total_steps = loop.num_steps(
             len(self.data.train), train.batch_size, train.num_train_epochs, train.max_steps
         )
         self._optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
+        self._static: dict[str, Any] = {
+            "model": self.model,
+            "optimizer": self._optimizer,
+            "num_micro": self._num_micro,
+            "mesh": self.mesh,
+        }
+        self._programs, self._begun = Ahead(), ahead
+        if ahead:
+            shapes = setup.shapes_of(self.model, storage, self.mesh)
+            self._compile(setup.State({"policy": shapes}, {"policy": self._optimizer}, self.mesh).template)
+        _, params = setup.load_model(
+            config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=init_key, head="lm", storage=storage
+        )
         self.state = setup.State({"policy": params}, {"policy": self._optimizer}, self.mesh)
         self._best: loop.Best = "min" if self.data.validation and train.keep_best else None
         self._results: dict[str, float] = {}
@@ -114,6 +126,8 @@ class SFTTrainer:
             self.config, "sft", self.total_steps, self.state, identity, fresh=self._fresh, best=self._best
         ) as session:
             session.logger.note(setup.describe(self.config, self.model, self.tokenizer, self.data.report, self.mesh))
+            if not self._begun:
+                self._compile(self.state.template)
             record = loop.fit(
                 session,
                 self.state,
@@ -142,26 +156,31 @@ class SFTTrainer:
         length = batching.bucket(max(len(row.tokens) for row in rows), self.model.max_positions)
         return sharding.put_rows(batching.batch(rows, self.tokenizer.pad_id, length), self.mesh)
 
-    def _update(self, step: int) -> Metrics:
+    def _rows_of(self, step: int) -> list[SFTRow]:
         rows, size = self.data.train, self.config.train.batch_size
-        chosen = rows_at(step, size, len(rows), self.config.seed, self.config.data.shuffle)
-        self.state.value, metrics = update(
-            self.state.value,
-            self._batch([rows[i] for i in chosen]),
-            model=self.model,
-            optimizer=self._optimizer,
-            num_micro=self._num_micro,
-            mesh=self.mesh,
-        )
-        return metrics | {"epoch": (step + 1) * size / len(rows)}
+        return [rows[i] for i in rows_at(step, size, len(rows), self.config.seed, self.config.data.shuffle)]
 
-    def _evaluate(self) -> Metrics:
+    def _compile(self, state: TrainState) -> None:
+        """Begin to compile the first step and the evaluation for a `state` that may be shapes."""
+        self._programs.compile(update, state, self._batch(self._rows_of(0)), **self._static)
+        for batch in itertools.islice(self._held_out(), 1):
+            self._programs.compile(evaluate, state.params["policy"], batch, model=self.model)
+
+    def _update(self, step: int) -> Metrics:
+        self._programs.wait(update)
+        self.state.value, metrics = update(self.state.value, self._batch(self._rows_of(step)), **self._static)
+        return metrics | {"epoch": (step + 1) * self.config.train.batch_size / len(self.data.train)}
+
+    def _held_out(self) -> Iterator[Batch]:
+        """Batches of the held-out rows, the last one filled with rows that count for nothing."""
         rows, size = self.data.validation, self.config.train.eval_batch_size
-        records = []
         for part in (rows[i : i + size] for i in range(0, len(rows), size)):
             blank = dataclasses.replace(part[0], loss_mask=[False] * len(part[0].tokens))
-            batch = self._batch([*part, *[blank] * (size - len(part))])
-            records.append(evaluate(self.params, batch, model=self.model))
+            yield self._batch([*part, *[blank] * (size - len(part))])
+
+    def _evaluate(self) -> Metrics:
+        self._programs.wait(evaluate)
+        records = [evaluate(self.params, batch, model=self.model) for batch in self._held_out()]
         means = loop.weighted_mean([(float(count), metrics) for count, metrics in records])
         return {f"eval/{key}": value for key, value in means.items()}
 
@@ -170,9 +189,10 @@ class SFTTrainer:
         rows = [_prompt(row, index) for index, row in enumerate(source)]
         length = batching.bucket(max(len(row.tokens) for row in rows), self.model.max_positions)
         sampling = setup.fit_response(self.config.sampling, length, self.model)
+        model, copy = inference_copy(self.model, self.params, self.model.dtype)
         rollout = generate(
-            self.params,
-            self.model,
+            copy,
+            model,
             sharding.put_whole(batching.prompts(rows, self.tokenizer.pad_id, length), self.mesh),
             jax.random.fold_in(self._key, int(self.state.value.step)),
             sampling,

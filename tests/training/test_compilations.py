@@ -1,0 +1,119 @@
+"""Nothing compiles twice, what was compiled ahead is what runs, and no update takes anything from the host."""
+
+import collections
+import contextlib
+
+import jax
+import pytest
+
+from jaxrlhf import config
+from jaxrlhf.errors import Preempted
+from jaxrlhf.training import loop
+from jaxrlhf.training.ppo import PPOTrainer
+from jaxrlhf.training.reward import RewardTrainer
+from jaxrlhf.training.sft import SFTTrainer
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+SUPERVISED = {"sft": (config.SFTConfig, SFTTrainer), "reward": (config.RewardConfig, RewardTrainer)}
+
+
+@contextlib.contextmanager
+def compilations():
+    """Programs that jax compiled (or took from its persistent cache) in the block: name -> how often."""
+    count = collections.Counter()
+
+    def listen(event, seconds, **about):
+        if event == COMPILED:
+            count[about["fun_name"].removeprefix("jit(").removesuffix(")")] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield count
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """Programs of the tests before, which would hide a compilation."""
+    jax.clear_caches()
+
+
+@pytest.fixture
+def one_length(tmp_path):
+    """Rows that fall into one bucket, whichever of them make a batch."""
+    file = tmp_path / "rows.jsonl"
+    row = '{"prompt": "say red ", "completion": "red", "chosen": "red", "rejected": "no%s"}\n'
+    file.write_text("".join(row % ("o" * (i % 3)) for i in range(24)))
+    return str(file)
+
+
+def reward(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
+@pytest.fixture
+def make(supervised, ppo, one_length, tmp_path):
+    """A trainer of six steps over these rows, evaluating every other one."""
+
+    def build(method, **keywords):
+        base = ppo if method == "ppo" else supervised
+        options = base | {
+            "run_dir": str(tmp_path / "run"),
+            "data": config.replace(base["data"], path=one_length),
+            "logging": config.Logging(quiet=True, tensorboard=False, sample_every=0),
+        }
+        if method == "ppo":
+            return PPOTrainer(config.PPOConfig(**options), reward=reward)
+        options["train"] = config.Train(max_steps=6, batch_size=6, eval_batch_size=4, eval_every=2)
+        cls, trainer = SUPERVISED[method]
+        return trainer(cls(**options), **keywords)
+
+    return build
+
+
+@pytest.fixture
+def stop_at_two(monkeypatch):
+    """The first run of the test is asked to stop after its second step."""
+    asked, original = [], loop.Session.stop_if_asked
+
+    def stop_once(self, step, state, *, saved=False):
+        if step == 2 and not asked:
+            asked.append(step)
+            self.run.stopping = True
+        original(self, step, state, saved=saved)
+
+    monkeypatch.setattr(loop.Session, "stop_if_asked", stop_once)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("method", list(SUPERVISED))
+def test_supervised_programs_compile_once(method, ahead, make, stop_at_two):
+    with compilations() as count:
+        with pytest.raises(Preempted):
+            make(method, ahead=ahead).train()
+        assert count["update"] == 1 and count["evaluate"] == 1, count
+        make(method, ahead=ahead).train()  # resumes in the same process, and evaluates twice more
+    assert count["update"] == 1 and count["evaluate"] == 1, count
+
+
+def test_ppo_programs_compile_once(make, stop_at_two):
+    with compilations() as count:
+        with pytest.raises(Preempted):
+            make("ppo").train()
+        make("ppo").train()
+    assert {name: count[name] for name in ("generate", "annotate", "update")} == {
+        "generate": 1,
+        "annotate": 1,
+        "update": 1,
+    }, count
+
+
+@pytest.mark.parametrize("method", list(SUPERVISED))
+def test_a_step_takes_nothing_from_the_host_but_its_batch(method, make):
+    """The batch is put in place explicitly, which the guard allows; parameters, keys and counters stay put."""
+    trainer = make(method)
+    trainer._update(0)
+    with jax.transfer_guard("disallow"):
+        metrics = [trainer._update(step) for step in (1, 2)]
+    assert all(jax.tree.leaves(jax.device_get(m))[0].shape == () for m in metrics)
