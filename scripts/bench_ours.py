@@ -266,6 +266,7 @@ def iteration(job: Job, name: str) -> Repeat:
 
         setattr(owner, name, outer)
 
+    trainer.ppo_step(prompts)  # compiles, and must meet the jitted functions themselves
     clocked(trainer, "generate")
     clocked(ppo, "update")
 
@@ -275,7 +276,6 @@ def iteration(job: Job, name: str) -> Repeat:
         phases = {"rollout": rollout, "scoring": seconds - rollout - update, "update": update}
         return {"seconds": seconds, "tokens": job.batch * job.response, "phases": phases}
 
-    repeat()
     return repeat
 
 

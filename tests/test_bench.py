@@ -1,0 +1,124 @@
+"""scripts/bench.py runs, prints what it promises and refuses what makes no sense. Nothing here asserts a speed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench.py"
+RECORD = {
+    "case",
+    "shape",
+    "dtype",
+    "batch",
+    "prompt",
+    "response",
+    "device",
+    "rounds",
+    "machine",
+    "contestants",
+    "ratio",
+}
+CONTESTANT = {"seconds", "tokens_per_second", "peak_bytes", "knobs", "versions", "dtype", "environment"}
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, BENCH, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"XLA_FLAGS": ""},
+    )
+
+
+def record(*arguments: str) -> dict:
+    done = bench(*arguments)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    found = json.loads(line)
+    assert set(found) >= RECORD | {"limits"}
+    assert set(found["limits"]) == {"float32", "bfloat16", "read"}
+    for contestant in found["contestants"].values():
+        assert set(contestant) >= CONTESTANT
+        seconds = contestant["seconds"]
+        assert 0 <= seconds["min"] <= seconds["median"] <= seconds["max"]
+        assert contestant["peak_bytes"] > 0
+        assert contestant["versions"]["jax"]
+    return found
+
+
+def test_limits():
+    found = record("limits", "--shape", "T", "--rounds", "1")
+    rates = found["contestants"]["ours"]["rates"]
+    assert all(rate > 0 for rate in rates.values())
+    assert found["limits"]["read"] == pytest.approx(rates["read"], abs=0.1)
+
+
+def test_generate(tmp_path):
+    file = tmp_path / "results.jsonl"
+    size = ("--batch", "2", "--prompt", "16", "--response", "8", "--rounds", "2")
+    found = record("generate", "--shape", "T", *size, "--output", str(file))
+    ours = found["contestants"]["ours"]
+    assert set(ours["phases"]) == {"inference_copy", "prefill"}
+    assert ours["tokens_per_second"] > 0
+    assert ours["floor_percent"] > 0
+    assert json.loads(file.read_text()) == found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "contestants"),
+    [
+        ("engine", ["ours", "ours-static"]),
+        ("prefix", ["ours", "ours-rows"]),
+        ("logprobs", ["ours"]),
+        ("sft", ["ours"]),
+        ("reward", ["ours"]),
+        ("ppo", ["ours"]),
+        ("startup", ["cold", "cached"]),
+    ],
+)
+def test_other_cases(case, contestants):
+    size = ("--batch", "4", "--prompt", "16", "--response", "8", "--slots", "2", "--samples", "2", "--rounds", "1")
+    found = record(case, "--shape", "T", *size)
+    assert list(found["contestants"]) == contestants
+    if case == "ppo":
+        assert set(found["contestants"]["ours"]["phases"]) == {"rollout", "scoring", "update"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "invalid choice: 'fly'"),
+        (["generate", "--rounds", "0"], "--rounds is 0; it must be at least 1"),
+        (["generate", "--response", "4000"], "4064 tokens; the context of shape S is 2048"),
+        (["ppo", "--micro-batch", "3"], "--micro-batch 3 does not divide --batch 16"),
+        (["ppo", "--dtype", "int8"], "--dtype int8 is for generate, engine, prefix"),
+        (["ppo", "--peer", "hf"], "--peer hf has no ppo; it has limits, generate"),
+        (["generate", "--strong"], "give --peer hf or --peer trl"),
+        (["generate", "--peer", "hf", "--peer-python", "/nowhere/python"], "there is no file /nowhere/python"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    done = bench(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_contestant_that_dies_is_named_with_its_last_words():
+    """conftest's XLA flags reach the contestants; a flag that XLA does not know ends the first of them."""
+    done = subprocess.run(
+        [sys.executable, BENCH, "limits", "--shape", "T"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"XLA_FLAGS": "--xla_no_such_flag=1"},
+    )
+    assert done.returncode == 1
+    assert "bench: ours ended with status" in done.stderr
+    assert "xla_no_such_flag" in done.stderr
