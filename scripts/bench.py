@@ -22,6 +22,7 @@ import dataclasses
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -58,6 +59,7 @@ JOB = {f.name for f in dataclasses.fields(Job)}
 
 def main() -> None:
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the contestants end too
     with tempfile.TemporaryDirectory(prefix="bench-") as work:
         record = measure(args, Path(work))
     line = json.dumps(record)
