@@ -1,13 +1,14 @@
 """What each command does, and its arguments. What is heavy is imported by the command that needs it."""
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from jaxrlhf import config_file, config_text, runtime
 from jaxrlhf.errors import ConfigError, DataError, StorageError
@@ -81,13 +82,22 @@ def _train(options: Options, overrides: Overrides) -> int | None:
         return 2
     config = config_file.read(options.verb, _config_path(options.config), overrides)
     runtime.configure()
-    trainer = _trainer(options.verb)(config, fresh=options.fresh)
     if options.dry_run:
+        trainer = _trainer(options.verb)(config, fresh=options.fresh)
         print(config_text.dump(config))
         print(trainer.describe())
         return 0
-    trainer.train()
+    ahead = {} if options.verb == "ppo" else {"ahead": True}
+    with _compilations(sys.stdout, quiet=config.logging.quiet):
+        _trainer(options.verb)(config, fresh=options.fresh, **ahead).train()
     return 0
+
+
+def _compilations(stream: TextIO, *, quiet: bool = False) -> contextlib.AbstractContextManager[None]:
+    """While the block runs, a line on `stream` for every program that takes long to compile or load, unless `quiet`."""
+    from jaxrlhf import programs
+
+    return programs.announce(lambda line: None if quiet else print(line, file=stream, flush=True))
 
 
 def _trainer(method: str) -> Any:
@@ -140,7 +150,8 @@ def _generate(options: Options, overrides: Overrides) -> None:
     runtime.configure()
     from jaxrlhf import evaluate
 
-    texts = evaluate.complete(config, options.prompt, options.num)
+    with _compilations(sys.stderr, quiet=config.logging.quiet):  # standard output is the text
+        texts = evaluate.complete(config, options.prompt, options.num)
     for i, text in enumerate(texts):
         if options.num > 1:
             print(f"--- {i + 1} of {options.num} ---")
@@ -160,7 +171,8 @@ def _evaluate(options: Options, overrides: Overrides) -> None:
     runtime.configure()
     from jaxrlhf import evaluate
 
-    result = evaluate.evaluate(config, num_prompts=options.num_prompts, num_completions=options.num_completions)
+    with _compilations(sys.stderr, quiet=config.logging.quiet):
+        result = evaluate.evaluate(config, num_prompts=options.num_prompts, num_completions=options.num_completions)
     print(evaluate.table(result))
     if options.output:
         print(f"\nwrote {evaluate.write(result, Path(options.output))}")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import weights
+from jaxrlhf import runtime, weights
 from jaxrlhf.config import SFTConfig, TokenizerSource
 from jaxrlhf.data import datasets, formats, sources
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
@@ -41,7 +41,7 @@ def examine(path: str | None) -> bool:
 
 
 def computer() -> list[str]:
-    """Versions, devices, memory, disk and hub setting, a line each."""
+    """Versions, devices, memory, disk, hub and what was set before jax started, a line each."""
     versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     devices = jax.devices()
     kinds = sorted({f"{device.platform} ({device.device_kind})" for device in devices})
@@ -62,7 +62,8 @@ def computer() -> list[str]:
         "hub: offline (HF_HUB_OFFLINE is set); local folders and what is cached still work"
         if offline
         else "hub: online; HF_HUB_OFFLINE=1 keeps everything local",
-        f"compiled programs: {os.environ.get('JAX_COMPILATION_CACHE_DIR', 'not kept')}",
+        f"dtype auto: {runtime.resolve_dtype('auto', devices[0].platform)}",
+        *(f"setting {line}" for line in runtime.report()),
     ]
     if devices[0].platform == "cpu" and Path("/proc/driver/nvidia/version").exists():
         lines.append('note: there is an NVIDIA driver but jax sees no GPU: pip install "jaxrlhf[cuda]"')

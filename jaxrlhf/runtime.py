@@ -1,21 +1,79 @@
-"""What must be decided before jax starts. Imports no jax; whatever the environment already says stays."""
+"""What must be decided before jax starts, in one place. Imports no jax; whatever the environment already says stays."""
 
 import hashlib
+import math
 import os
 import platform
+import sys
+import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
+
+
+class Setting(NamedTuple):
+    """An environment variable that is read when `read` happens: an import, or the first use of a device."""
+
+    name: str
+    value: str
+    read: Literal["jax", "devices", "transformers"]
+
+
+OTHERS = ("JAX_PLATFORMS", "XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "HF_HUB_OFFLINE", "GLIBC_TUNABLES")
+"""What is left alone here and still worth showing where someone has set it."""
+
+_set_here: set[str] = set()
 
 
 def configure() -> None:
-    """Set the environment that jax and transformers read when they are imported: compilation cache and quiet logs."""
-    for name, value in {
-        "JAX_COMPILATION_CACHE_DIR": str(_cache_directory()),
-        "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA's own log: errors only
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    }.items():
-        os.environ.setdefault(name, value)
+    """Set the environment that jax, XLA and transformers read when they start, but for what is set already.
+
+    Warns once, in a line, about what comes too late because jax has started: it is set nevertheless, for processes that
+    this one starts.
+    """
+    late = []
+    for setting in defaults():
+        if setting.name not in os.environ:
+            os.environ[setting.name] = setting.value
+            _set_here.add(setting.name)
+            if setting.read != "transformers" and _has_happened(setting.read):
+                late.append(f"{setting.name}={setting.value}")
+    if late:
+        warnings.warn(
+            f"jax had started before jaxrlhf.runtime.configure() was called, so {len(late)} setting"
+            f"{'s have' if len(late) > 1 else ' has'} no effect: {' '.join(late)}. Call it before anything imports "
+            "jax, or set them in the environment that python starts in",
+            stacklevel=2,
+        )
+
+
+def defaults() -> list[Setting]:
+    """What `configure` sets where the environment says nothing."""
+    settings = [
+        Setting("JAX_COMPILATION_CACHE_DIR", str(_cache_directory()), "jax"),
+        # Small programs too: a run has dozens of them, and reading one takes milliseconds.
+        Setting("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0", "jax"),
+        Setting("TF_CPP_MIN_LOG_LEVEL", "2", "devices"),  # XLA's own log: errors only
+        Setting("TRANSFORMERS_VERBOSITY", "error", "transformers"),
+        Setting("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1", "transformers"),
+    ]
+    quota = cpu_quota()
+    if quota is not None and quota < _processors():
+        # XLA counts the processors it may run on; more threads than the container's share of time would be throttled.
+        settings.append(Setting("PJRT_NPROC", str(quota), "devices"))
+    if Path("/proc/driver/nvidia/version").exists() and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        # jax alone takes 0.75 of a card. It refuses to start when this name and the older one are both set.
+        settings.append(Setting("XLA_CLIENT_MEM_FRACTION", "0.9", "devices"))
+    return settings
+
+
+def report() -> list[str]:
+    """The settings that are in force and where each comes from, a line each."""
+    names = [*(setting.name for setting in defaults()), *OTHERS]
+    return [
+        f"{name}={os.environ[name]} ({'set by jaxrlhf' if name in _set_here else 'from the environment'})"
+        for name in dict.fromkeys(names)
+        if name in os.environ
+    ]
 
 
 def resolve_dtype(requested: Literal["auto", "float32", "bfloat16"], backend: str) -> Literal["float32", "bfloat16"]:
@@ -23,6 +81,29 @@ def resolve_dtype(requested: Literal["auto", "float32", "bfloat16"], backend: st
     if requested != "auto":
         return requested
     return "float32" if backend == "cpu" else "bfloat16"
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """The processors' worth of time that a container may use, rounded up; None without a limit."""
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((root / file).read_text(encoding="ascii") for file in files).split()
+            return max(1, math.ceil(int(quota) / int(period))) if int(quota) > 0 else None
+        except (OSError, ValueError):  # not this version of cgroups; or "max", which is no limit
+            continue
+    return None
+
+
+def _processors() -> int:
+    """The processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _has_happened(event: Literal["jax", "devices"]) -> bool:
+    if event == "jax":
+        return "jax" in sys.modules
+    bridge = sys.modules.get("jax._src.xla_bridge")  # no public name says it without starting them
+    return bridge is not None and bool(getattr(bridge, "backends_are_initialized", lambda: True)())
 
 
 def _cache_directory() -> Path:

@@ -146,7 +146,7 @@ def trained(monkeypatch):
     seen = []
 
     class Trainer:
-        def __init__(self, config, *, fresh=False):
+        def __init__(self, config, *, fresh=False, ahead=False):
             self.config, self.fresh, self.did = config, fresh, []
             seen.append(self)
 

@@ -23,6 +23,10 @@ def test_a_healthy_model_passes_every_check(model_folder, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("packages: jax ") for line in lines)
     assert any(line.startswith("memory: ") and "GiB free" in line for line in lines)
+    assert any(
+        line.startswith("setting JAX_COMPILATION_CACHE_DIR=") and line.endswith("environment)") for line in lines
+    )
+    assert "dtype auto: float32" in lines
     checks = [line.split(":")[0] for line in lines if line.startswith(("ok", "FAIL", "skip"))]
     assert checks == [
         "ok    tokenizer",

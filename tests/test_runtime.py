@@ -1,0 +1,85 @@
+"""What is set before jax starts: the environment wins, a container's share is kept, and late is said to be late."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from jaxrlhf import runtime
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run `code` in a process that has none of our settings but these."""
+    ours = {setting.name for setting in runtime.defaults()} | {"XLA_FLAGS"}
+    clean = {name: value for name, value in os.environ.items() if name not in ours}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean | environment
+    )
+
+
+def test_settings_reach_jax_and_the_environment_wins():
+    code = (
+        "from jaxrlhf import runtime; runtime.configure(); import jax;"
+        "print(jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs);"
+        "print(*runtime.report(), sep='\\n')"
+    )
+    done = python(code, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="3", XDG_CACHE_HOME="/tmp/some")
+    assert done.stderr == ""
+    first, *report = done.stdout.splitlines()
+    assert first.startswith("/tmp/some/jaxrlhf/xla-") and first.endswith(" 3.0")
+    assert f"JAX_COMPILATION_CACHE_DIR={first.split()[0]} (set by jaxrlhf)" in report
+    assert "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=3 (from the environment)" in report
+
+
+def test_a_setting_that_comes_too_late_is_named_with_the_remedy():
+    share = "from jaxrlhf import runtime; runtime.cpu_quota, runtime._processors = (lambda: 2), (lambda: 4);"
+    done = python(f"import jax; {share} runtime.configure(); runtime.configure()")
+    assert done.stderr.count("jax had started before jaxrlhf.runtime.configure()") == 1
+    assert "so 2 settings have no effect: JAX_COMPILATION_CACHE_DIR=" in done.stderr
+    assert "PJRT_NPROC" not in done.stderr, "no device has been used"
+    assert "before anything imports jax" in done.stderr
+    done = python(f"import jax; jax.devices(); {share} runtime.configure()")
+    assert "so 3 settings have no effect" in done.stderr and "PJRT_NPROC=2" in done.stderr
+
+
+def test_nothing_to_set_means_nothing_to_say(monkeypatch):
+    for setting in runtime.defaults():
+        monkeypatch.setenv(setting.name, setting.value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runtime.configure()
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "10000 100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_share_of_the_processors(files, expected, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert runtime.cpu_quota(tmp_path) == expected
+
+
+def test_threads_follow_the_share_only_where_it_is_less(monkeypatch):
+    monkeypatch.setattr(runtime, "_processors", lambda: 8)
+    for quota, expected in ((2, {"PJRT_NPROC": "2"}), (8, {}), (None, {})):
+        monkeypatch.setattr(runtime, "cpu_quota", lambda quota=quota: quota)
+        assert {s.name: s.value for s in runtime.defaults() if s.name == "PJRT_NPROC"} == expected
+
+
+@pytest.mark.parametrize(
+    ("requested", "backend", "dtype"),
+    [("auto", "cpu", "float32"), ("auto", "gpu", "bfloat16"), ("bfloat16", "cpu", "bfloat16")],
+)
+def test_auto_is_the_dtype_that_the_device_is_fast_at(requested, backend, dtype):
+    assert runtime.resolve_dtype(requested, backend) == dtype
