@@ -28,15 +28,33 @@ class Ahead:
     def __init__(self) -> None:
         self._pending: dict[Any, list[Future[Any]]] = {}
 
-    def compile(self, program: Any, *args: Any, **kwargs: Any) -> None:
-        """Begin to compile `program` for these arguments; arrays may be ShapeDtypeStructs with their shardings."""
-        begun = _pool.submit(lambda: program.lower(*args, **kwargs).compile())
+    def compile(self, program: Any, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Begin to compile `program` for these arguments; arrays may be ShapeDtypeStructs with their shardings.
+
+        Returns what will be its `outputs`.
+        """
+        return self.begin(lambda: outputs(program, *args, **kwargs), program)
+
+    def begin(self, work: Callable[[], Any], program: Any) -> Future[Any]:
+        """Begin `work`, which gets `program` ready. It may wait for the result of work that was begun before it: that
+        of `outputs`, for a program that takes what another one returns."""
+        begun = _pool.submit(work)  # first in, first out: what was begun before is under way, even with one thread
         self._pending.setdefault(program, []).append(begun)
+        return begun
 
     def wait(self, program: Any) -> None:
         """Until everything begun for `program` is ready. An error is left for the call itself to raise again."""
         for begun in self._pending.pop(program, ()):
             begun.exception()
+
+
+def outputs(program: Any, *args: Any, **kwargs: Any) -> Any:
+    """Compile a jitted function for these arguments; returns the shapes of what it will return, each with its place."""
+    lowered = program.lower(*args, **kwargs)
+    places = lowered.compile().output_shardings
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), lowered.out_info, places
+    )
 
 
 _listeners: list[Callable[[str], None]] = []

@@ -33,6 +33,29 @@ def test_what_was_compiled_ahead_is_not_compiled_again(lines):
         assert sum("jit(ahead)" in line for line in lines) == 2, "another shape is another program"
 
 
+def test_a_program_can_take_what_another_returns(lines):
+    @jax.jit
+    def first(x):
+        return {"y": jnp.tanh(x)}
+
+    @jax.jit
+    def second(tree, x):
+        return tree["y"] @ x
+
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("rows",))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+    x = jax.device_put(jnp.ones((16, 16)), rows)
+    waiting = programs.Ahead()
+    made = waiting.compile(first, x)
+    waiting.begin(lambda: programs.outputs(second, made.result(), x), second)
+    waiting.wait(first)
+    waiting.wait(second)
+    assert made.result()["y"].sharding.is_equivalent_to(rows, 2)
+    with programs.announce(lines.append):
+        second(first(x), x)
+    assert lines == []
+
+
 def test_an_error_ahead_is_the_calls_own():
     @jax.jit
     def bad(x):
