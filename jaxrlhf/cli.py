@@ -8,8 +8,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from jaxrlhf import config_file
-from jaxrlhf.commands import COMMANDS, TOP_LEVEL, Command, Overrides, train_help
+from jaxrlhf import config_file, runtime
+from jaxrlhf.commands import COMMANDS, COMPUTING, TOP_LEVEL, Command, Overrides, train_help
 from jaxrlhf.errors import ConfigError, JaxrlhfError, OutOfMemory, Preempted, StorageError
 from jaxrlhf.spelling import did_you_mean, suggestions
 
@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (see errors.py; 2 for usage, 130 when interrupted)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    if arguments is None and given and given[0] in COMPUTING and not {"--help", "-h"} & set(given):
+        runtime.restart_with_huge_pages()
     try:
         code = _dispatch([argument for argument in given if argument != "--debug"])
         sys.stdout.flush()

@@ -282,4 +282,5 @@ COMMANDS: dict[str, Command] = {
         {"run": {"metavar": "RUN"}, "directory": {"metavar": "DIR"}},
     ),
 }
+COMPUTING = {"demo", "doctor", "sft", "reward", "ppo", "generate", "evaluate"}  # these use the devices
 TOP_LEVEL = {key for cls in config_file.METHODS.values() for key, _ in config_file.keys(cls) if "." not in key}

@@ -21,6 +21,7 @@ class Setting(NamedTuple):
 OTHERS = ("JAX_PLATFORMS", "XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "HF_HUB_OFFLINE", "GLIBC_TUNABLES")
 """What is left alone here and still worth showing where someone has set it."""
 
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 _set_here: set[str] = set()
 
 
@@ -69,11 +70,34 @@ def defaults() -> list[Setting]:
 def report() -> list[str]:
     """The settings that are in force and where each comes from, a line each."""
     names = [*(setting.name for setting in defaults()), *OTHERS]
+    ours = _set_here | ({"GLIBC_TUNABLES"} if os.environ.get("GLIBC_TUNABLES") == HUGE_PAGES else set())
     return [
-        f"{name}={os.environ[name]} ({'set by jaxrlhf' if name in _set_here else 'from the environment'})"
+        f"{name}={os.environ[name]} ({'set by jaxrlhf' if name in ours else 'from the environment'})"
         for name in dict.fromkeys(names)
         if name in os.environ
     ]
+
+
+def restart_with_huge_pages() -> None:
+    """Start this process again, once, with glibc asking for huge pages; it reads that only when a process starts.
+
+    XLA gives large buffers back after each step and takes them again in the next, and every small page of them is a
+    fault of its own. Nothing happens where the kernel needs no asking, where glibc cannot, or where GLIBC_TUNABLES says
+    something already (GLIBC_TUNABLES=glibc.malloc.hugetlb=0 keeps small pages).
+    """
+    libc, version = platform.libc_ver()
+    old = libc != "glibc" or tuple(int(part) for part in version.split(".")[:2]) < (2, 35)
+    if sys.platform != "linux" or old or "GLIBC_TUNABLES" in os.environ or not _huge_pages_on_request():
+        return
+    environment = {**os.environ, "GLIBC_TUNABLES": HUGE_PAGES}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def _huge_pages_on_request(file: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")) -> bool:
+    try:
+        return "[madvise]" in file.read_text(encoding="ascii")
+    except OSError:
+        return False
 
 
 def resolve_dtype(requested: Literal["auto", "float32", "bfloat16"], backend: str) -> Literal["float32", "bfloat16"]:

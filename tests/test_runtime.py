@@ -1,6 +1,7 @@
 """What is set before jax starts: the environment wins, a container's share is kept, and late is said to be late."""
 
 import os
+import platform
 import subprocess
 import sys
 import warnings
@@ -10,12 +11,12 @@ import pytest
 from jaxrlhf import runtime
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+def python(code: str, *given: str, **environment: str) -> subprocess.CompletedProcess:
     """Run `code` in a process that has none of our settings but these."""
-    ours = {setting.name for setting in runtime.defaults()} | {"XLA_FLAGS"}
+    ours = {setting.name for setting in runtime.defaults()} | {"XLA_FLAGS", "GLIBC_TUNABLES"}
     clean = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean | environment
+        [sys.executable, "-c", code, *given], capture_output=True, text=True, check=True, env=clean | environment
     )
 
 
@@ -75,6 +76,24 @@ def test_threads_follow_the_share_only_where_it_is_less(monkeypatch):
     for quota, expected in ((2, {"PJRT_NPROC": "2"}), (8, {}), (None, {})):
         monkeypatch.setattr(runtime, "cpu_quota", lambda quota=quota: quota)
         assert {s.name: s.value for s in runtime.defaults() if s.name == "PJRT_NPROC"} == expected
+
+
+COMMAND = (
+    "import os, sys; from jaxrlhf import cli, runtime; runtime._huge_pages_on_request = lambda: {asked};"
+    "cli._dispatch = lambda given: print(given, os.environ.get('GLIBC_TUNABLES')); cli.main()"
+)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own setting")
+def test_a_command_that_computes_starts_again_with_huge_pages():
+    def tell(asked: bool, *given: str, **environment: str) -> str:
+        return python(COMMAND.format(asked=asked), *given, **environment).stdout.strip()
+
+    assert tell(True, "ppo", "a b") == "['ppo', 'a b'] glibc.malloc.hugetlb=1"
+    assert tell(False, "ppo") == "['ppo'] None"
+    assert tell(True, "new", "ppo") == "['new', 'ppo'] None"
+    assert tell(True, "ppo", "--help") == "['ppo', '--help'] None"
+    assert tell(True, "ppo", GLIBC_TUNABLES="glibc.malloc.hugetlb=0") == "['ppo'] glibc.malloc.hugetlb=0"
 
 
 @pytest.mark.parametrize(
