@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jaxrlhf.data.tokenizer import load_tokenizer
     from jaxrlhf.models import ModelConfig
     from jaxrlhf.rollout.decode import generate
+    from jaxrlhf.rollout.inference_copy import inference_copy
     from jaxrlhf.training.ppo import PPOTrainer
     from jaxrlhf.training.reward import RewardTrainer
     from jaxrlhf.training.sft import SFTTrainer
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "export",
     "generate",
+    "inference_copy",
     "load",
     "load_tokenizer",
 ]
@@ -43,6 +45,7 @@ _HOMES = {
     "SFTTrainer": "jaxrlhf.training.sft",
     "export": "jaxrlhf.weights",
     "generate": "jaxrlhf.rollout.decode",
+    "inference_copy": "jaxrlhf.rollout.inference_copy",
     "load": "jaxrlhf.weights",
     "load_tokenizer": "jaxrlhf.data.tokenizer",
 }

@@ -38,14 +38,8 @@ def short_of_memory(state: Any) -> bool:
     While a background save runs, the state it writes stays in memory beside the one that training goes on with. Where
     free memory is not known (not Linux) the answer is False.
     """
-    free = []
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    with contextlib.suppress(OSError, ValueError):  # a container's own limit; the file says "max" when there is none
-        group = Path("/sys/fs/cgroup")
-        free += [int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())]
-    return bool(free) and min(free) < size(leaves_by_name(state))
+    free = memory.free_on_host()
+    return free is not None and free < size(leaves_by_name(state))
 
 
 class Checkpoints:

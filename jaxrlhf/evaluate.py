@@ -20,6 +20,7 @@ from jaxrlhf.files import write_whole
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout.decode import generate
+from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.rollout.text import response_texts
 from jaxrlhf.types import Params, Rollout
 
@@ -112,7 +113,10 @@ def complete(config: PPOConfig, prompt: str, count: int) -> list[str]:
 
 
 def open_model(config: PPOConfig) -> tuple[ModelConfig, Params, Tokenizer]:
-    """The language model of a config in its compute dtype, with its tokenizer. Raises DataError if they do not fit."""
+    """The language model of a config as an inference copy in its rollout dtype, with its tokenizer.
+
+    Raises DataError if they do not fit.
+    """
     source = config.model
     tokenizer = weights.open_tokenizer(config.tokenizer, source)
     dtype = runtime.resolve_dtype(source.compute_dtype, jax.default_backend())
@@ -126,6 +130,7 @@ def open_model(config: PPOConfig) -> tuple[ModelConfig, Params, Tokenizer]:
         key=jax.random.key(config.seed),
     )
     check_vocab(tokenizer, model.vocab_size)
+    model, params = inference_copy(model, params, dtype if config.rollout.dtype == "auto" else config.rollout.dtype)
     return model, params, tokenizer
 
 

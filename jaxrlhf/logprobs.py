@@ -121,10 +121,9 @@ def _join(x: Array, columns: int) -> Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :columns]
 
 
-def response_hidden(params: Params, model: ModelConfig, rollout: Rollout) -> Float[Array, "B R D"]:
-    """The hidden states that predict each response token: those of the tokens before them."""
-    length = rollout.response_mask.shape[1]
-    return forward(params, model, rollout.tokens, rollout.mask)[:, -length - 1 : -1]
+def response_states(params: Params, model: ModelConfig, rollout: Rollout) -> Float[Array, "B _ D"]:
+    """The hidden states [B, R + 1, D] before each response token, which predict it, and after the last column."""
+    return forward(params, model, rollout.tokens, rollout.mask)[:, -rollout.response_mask.shape[1] - 1 :]
 
 
 def last_hidden(

@@ -79,6 +79,7 @@ class Experience:
     advantages: Array  # f32 [B, R]
     returns: Array  # f32 [B, R]
     bootstrap: Array  # f32 [B]   value after the last token of a truncated response, 0 where the end is terminal
+    features: Array | None = None  # f32 [B, R + 1, D]   what a frozen critic trunk says, before and after each token
 
 
 @jax.tree_util.register_dataclass

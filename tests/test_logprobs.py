@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf import logprobs, models
-from jaxrlhf.logprobs import last_token_scores, response_hidden, token_logprobs
+from jaxrlhf.logprobs import last_token_scores, response_states, token_logprobs
 from jaxrlhf.models import ModelConfig, Rope
 from jaxrlhf.types import Rollout
 
@@ -229,7 +229,7 @@ def test_response_logprobs_depend_on_real_tokens_only():
 
     @jax.jit
     def run(rollout):
-        hidden = response_hidden(params, TINY, rollout)
+        hidden = response_states(params, TINY, rollout)[:, :-1]
         return token_logprobs(params, TINY, hidden, rollout.tokens[:, -hidden.shape[1] :], 1.0)[0]
 
     hidden = jax.jit(lambda x: models.forward(params, TINY, x, jnp.ones(x.shape, bool)))(jnp.asarray(tokens))

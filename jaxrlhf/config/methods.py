@@ -10,6 +10,7 @@ from jaxrlhf.config.sections import (
     Checkpoint,
     Critic,
     Data,
+    Engine,
     Logging,
     Mesh,
     ModelSource,
@@ -85,6 +86,7 @@ class PPOConfig:
     critic: Critic = Field(default_factory=Critic)
     ppo: PPO = Field(default_factory=PPO)
     sampling: Sampling = Field(default_factory=Sampling)
+    rollout: Engine = Field(default_factory=Engine)
     optim: Optim = Field(default_factory=_adam_ppo)
     mesh: Mesh = Field(default_factory=Mesh)
     logging: Logging = Field(default_factory=Logging)

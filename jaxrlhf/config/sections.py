@@ -182,6 +182,18 @@ class Sampling:
 
 
 @section
+class Engine:
+    """What draws the responses: a copy of the policy made for decoding, and how many rows it answers at a time."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Weights and products of the copy. auto: model.compute_dtype. Another one samples from a slightly other policy:
+    log-probs for training never come from it, and val/sampler_logprob_gap says how far it is off."""
+    slots: Natural = 0
+    """Rows answered at a time; where one ends, the next prompt begins. 0: the whole batch. Fewer take less memory, and
+    less time where response lengths differ much."""
+
+
+@section
 class RewardSource:
     """What a completion is worth: a reward model, a Python function, or the weighted sum of both."""
 

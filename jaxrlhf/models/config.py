@@ -52,6 +52,7 @@ class ModelConfig:
     attention_scale: float | None = None  # None: head_dim ** -0.5
     attention_scale_by_layer: bool = False  # GPT-2's scale_attn_by_inverse_layer_idx
     dtype: Literal["float32", "bfloat16"] = "float32"  # operands of matrix products; they accumulate in float32
+    kernels: Literal["float", "int8"] = "float"  # int8: an inference copy's, see rollout/inference_copy.py
     remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.models.layers import along_last, product
+from jaxrlhf.models.layers import along_last, int8_product, product
 from jaxrlhf.types import Params
 
 MLP_SIZES = (512, 256)
@@ -38,6 +38,9 @@ def _scalar_kernel(key: Array, size: int, outputs: int) -> Array:
 
 def lm_logits(params: Params, model: ModelConfig, hidden: Float[Array, "*lead D"]) -> Float[Array, "*lead V"]:
     """Next-token logits, float32."""
+    if model.kernels == "int8":
+        table = params["embed"] if model.tie_embeddings else params["lm_head"]
+        return int8_product(hidden, table["embedding" if model.tie_embeddings else "kernel"], table["scale"])
     lead = LEAD[: hidden.ndim - 1]
     if model.tie_embeddings:
         return product(f"{lead}d,vd->{lead}v", hidden, params["embed"]["embedding"], model.dtype)

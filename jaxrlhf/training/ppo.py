@@ -16,7 +16,9 @@ from jaxrlhf.data.datasets import PromptRow, columns, prompt_rows, prompts_from_
 from jaxrlhf.data.loader import rows_at
 from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.rewards.compose import Scorer
-from jaxrlhf.rollout.decode import generate
+from jaxrlhf.rollout.decode import generate, trim
+from jaxrlhf.rollout.engine import answer
+from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.rollout.text import response_texts
 from jaxrlhf.training import loop, setup
 from jaxrlhf.training.loop import Metrics
@@ -88,9 +90,11 @@ class PPOTrainer:
             optimizers=tuple(self._optimizers.items()),
             ppo=ppo,
             temperature=sampling.temperature,
+            trunk="trained" if not trunk else "reference" if config.critic.init == "policy" else "frozen",
             mesh=self.mesh,
         )
         self.state = setup.State({"policy": policy, "critic": critic}, self._optimizers, self.mesh, ppo.kl_coef)
+        self._rollout_dtype = self.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
         self._results: dict[str, float] = {}
 
     @property
@@ -203,15 +207,15 @@ class PPOTrainer:
         )
         length = batching.bucket(max(len(row.tokens) for row in rows), room)
         prompts = batching.prompts(rows, self.tokenizer.pad_id, length, occurrences(rows))
-        rollout = generate(
-            self.params,
-            self.model,
-            sharding.put_rows(prompts, self.mesh),
-            jax.random.fold_in(jax.random.fold_in(self._key, step), 0),
-            sampling,
-            self.tokenizer.stop_ids,
-            self.tokenizer.pad_id,
-        )
+        model, copy = inference_copy(self.model, self.params, self._rollout_dtype)
+        key = jax.random.fold_in(jax.random.fold_in(self._key, step), 0)
+        rest = key, sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
+        slots = self.config.rollout.slots or len(rows)
+        if slots < len(rows):
+            made = sharding.put_rows(answer(copy, model, prompts, *rest, slots=slots, mesh=self.mesh), self.mesh)
+        else:
+            made = generate(copy, model, sharding.put_rows(prompts, self.mesh), *rest)
+        rollout = trim(made)
         return rollout, response_texts(rollout, self.tokenizer)
 
     def learn(self, rollout: Rollout, scores: np.ndarray, step: int) -> tuple[Experience, Metrics]:

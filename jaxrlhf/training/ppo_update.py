@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from jaxrlhf.algorithms.kl import kl_loss
 from jaxrlhf.algorithms.ppo import additive_to_final, policy_loss, rollout_metrics, token_rewards, value_loss
 from jaxrlhf.config import PPO, PPOConfig
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.logprobs import response_hidden, token_logprobs
-from jaxrlhf.models import ModelConfig, forward, init_head
+from jaxrlhf.logprobs import response_states, token_logprobs
+from jaxrlhf.models import ModelConfig, init_head
 from jaxrlhf.models import scores as scalar
 from jaxrlhf.training.optim import Optimizer
 from jaxrlhf.training.setup import copy, split_head
@@ -34,6 +34,7 @@ class Roles:
     optimizers: tuple[tuple[str, Optimizer], ...]
     ppo: PPO
     temperature: float
+    trunk: Literal["trained", "reference", "frozen"]  # the critic's; reference: frozen, and the reference's arrays
     mesh: jax.sharding.Mesh
 
     def micro_rows(self, batch: int) -> int:
@@ -88,12 +89,14 @@ def make_critic(
     return model, trained, frozen
 
 
-def sequence_logprobs(params: Params, model: ModelConfig, rollout: Rollout, temperature: float) -> tuple[Array, Array]:
+def sequence_logprobs(
+    params: Params, model: ModelConfig, rollout: Rollout, hidden: Array, temperature: float
+) -> tuple[Array, Array]:
     """(log-probs, entropy) of every response token, f32 [B, R]: the one function for old, new and reference policy.
 
-    Over the rollout's `support` if it has one, the reference too, else over the whole vocabulary.
+    `hidden` are the states [B, R, D] before the tokens. Over the rollout's `support` if it has one, the reference too,
+    else over the whole vocabulary.
     """
-    hidden = response_hidden(params, model, rollout)
     targets = rollout.tokens[:, -rollout.response_mask.shape[1] :]
     logprobs, entropy = token_logprobs(params, model, hidden, targets, temperature, rollout.support)
     return masked.keep(logprobs, rollout.response_mask), masked.keep(entropy, rollout.response_mask)
@@ -108,12 +111,16 @@ class Measured(NamedTuple):
     tail: Array  # f32 [B]   value after the last column
 
 
-def measure(params: dict[str, Params], frozen: dict[str, Params], rollout: Rollout, roles: Roles) -> Measured:
-    """One forward of policy and critic over a rollout."""
-    logprobs, entropy = sequence_logprobs(params["policy"], roles.policy, rollout, roles.temperature)
+def measure(
+    params: dict[str, Params], frozen: dict[str, Params], rollout: Rollout, features: Array | None, roles: Roles
+) -> Measured:
+    """What policy and critic say about a rollout: one forward each, or of the critic's head alone on `features`."""
+    hidden = response_states(params["policy"], roles.policy, rollout)[:, :-1]
+    logprobs, entropy = sequence_logprobs(params["policy"], roles.policy, rollout, hidden, roles.temperature)
     critic = {**frozen["critic"], **params["critic"]}
-    hidden = forward(critic, roles.critic, rollout.tokens, rollout.mask)
-    values = scalar(critic, roles.critic, hidden[:, -rollout.response_mask.shape[1] - 1 :])
+    if features is None:
+        features = response_states(critic, roles.critic, rollout)
+    values = scalar(critic, roles.critic, features)
     return Measured(logprobs, entropy, masked.keep(values[:, :-1], rollout.response_mask), values[:, -1])
 
 
@@ -124,22 +131,31 @@ def annotate(
     """Score a rollout's tokens by policy, reference and critic, and work out rewards, advantages and returns.
 
     Forwards run in slices of the update's micro-batch rows, so memory is bounded by those. When the update will be one
-    step, policy and critic are not run here: `update` completes the experience from its own forward.
+    step, policy and critic are not run here: `update` completes the experience from its own forward. A frozen critic
+    trunk runs here and nowhere else, and not at all where it is the reference's.
     """
     batch = scores.shape[0]
 
-    def rows(part: Rollout) -> tuple[Array, Measured | None]:
-        ref_logprobs, _ = sequence_logprobs(frozen["reference"], roles.policy, part, roles.temperature)
+    def rows(part: Rollout) -> tuple[Array, Array | None, Measured | None]:
+        hidden = response_states(frozen["reference"], roles.policy, part)
+        ref_logprobs, _ = sequence_logprobs(frozen["reference"], roles.policy, part, hidden[:, :-1], roles.temperature)
+        features = None
+        if roles.trunk != "trained":
+            features = hidden if roles.trunk == "reference" else response_states(frozen["critic"], roles.critic, part)
         if roles.one_step(batch):
-            return ref_logprobs, None
-        return ref_logprobs, measure(state.params, frozen, part, roles)
+            return ref_logprobs, features, None
+        return ref_logprobs, features, measure(state.params, frozen, part, features, roles)
 
     parts = jax.lax.map(rows, split_rows(rollout, batch // roles.micro_rows(batch)))
-    ref_logprobs, measured = join_rows(parts)
+    ref_logprobs, features, measured = join_rows(parts)
     if measured is None:
-        blank = jnp.zeros_like(ref_logprobs)
-        return Experience(rollout, scores, blank, ref_logprobs, blank, blank, blank, blank, jnp.zeros_like(scores)), {}
-    return complete(rollout, scores, ref_logprobs, measured, state.kl_coef, roles.ppo)
+        blank, metrics = jnp.zeros_like(ref_logprobs), {}
+        experience = Experience(
+            rollout, scores, blank, ref_logprobs, blank, blank, blank, blank, jnp.zeros_like(scores)
+        )
+    else:
+        experience, metrics = complete(rollout, scores, ref_logprobs, measured, state.kl_coef, roles.ppo)
+    return dataclasses.replace(experience, features=features), metrics
 
 
 def complete(
@@ -203,7 +219,7 @@ def update(
 
         def loss(params: dict[str, Params], part: Experience) -> tuple[Array, Metrics]:
             rollout, mask, extra = part.rollout, part.rollout.response_mask, {}
-            now = measure(params, frozen, rollout, roles)
+            now = measure(params, frozen, rollout, part.features, roles)
             if roles.one_step(batch):
                 part, extra = complete(rollout, part.scores, part.ref_logprobs, now, state.kl_coef, ppo)
             policy, about_policy = policy_loss(

@@ -36,7 +36,7 @@ def test_attention_against_a_loop():
     q, k, v = normal(2, 3, 4, 6), normal(2, 5, 2, 6, seed=1), normal(2, 5, 2, 6, seed=2)
     mask = np.random.default_rng(3).random((2, 3, 5)) < 0.6
     mask[:, :, 0] = True
-    found = layers.attend(q, k, v, jnp.asarray(mask), "float32")
+    found = layers.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(mask), "float32")
     for b, t, n in np.ndindex(2, 3, 4):
         seen = np.flatnonzero(mask[b, t])
         weights = np.exp([float(q[b, t, n] @ k[b, s, n // 2]) for s in seen])

@@ -8,10 +8,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrlhf import models
 from jaxrlhf.config import Sampling
-from jaxrlhf.logprobs import response_hidden, token_logprobs
+from jaxrlhf.logprobs import response_states, token_logprobs
 from jaxrlhf.models import ModelConfig, Rope
 from jaxrlhf.rollout import decode
-from jaxrlhf.rollout.decode import generate
+from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.rollout.sampling import sample
 from jaxrlhf.types import Prompts
 
@@ -48,6 +48,11 @@ PAD = 0
 def weights(model):
     """Kernels large enough for distributions that are far from flat; norms as they are."""
     return jax.tree.map(lambda x: jnp.where(x == 1, x, 15 * x), models.init(model, jax.random.key(0)))
+
+
+def generate(params, model, *rest):
+    model, params = inference_copy(model, params, model.dtype)
+    return decode.generate(params, model, *rest)
 
 
 def prompts_of(lengths, width=None, index=None, draws=None):
@@ -118,7 +123,7 @@ def test_logprobs_as_sampled_are_those_of_training(model, key):
     sampling = Sampling(response_length=9, temperature=0.7, top_p=0.9, min_length=3)
     rollout = generate(params, model, prompts, key, sampling, STOPS, PAD)
     logprobs, _ = token_logprobs(
-        params, model, response_hidden(params, model, rollout), rollout.tokens[:, 6:], sampling.temperature
+        params, model, response_states(params, model, rollout)[:, :-1], rollout.tokens[:, 6:], sampling.temperature
     )
     np.testing.assert_allclose(np.where(rollout.response_mask, logprobs, 0), rollout.logprobs, atol=1e-5)
 
@@ -140,7 +145,7 @@ def test_the_support_travels_with_the_rollout(key, sampling):
     mask, tokens = np.asarray(rollout.response_mask), np.asarray(rollout.tokens[:, 6:])
     assert not kept[~mask].any() and not kept[..., 11:].any()
     assert mask.any(1).all() and not mask.all()
-    hidden = response_hidden(params, LLAMA, rollout)
+    hidden = response_states(params, LLAMA, rollout)[:, :-1]
     logits = np.float64(models.lm_logits(params, LLAMA, hidden)) / sampling.temperature
     given = params, LLAMA, hidden, rollout.tokens[:, 6:], sampling.temperature
     (logprobs, entropy), (full, _) = token_logprobs(*given, rollout.support), token_logprobs(*given)
@@ -160,10 +165,13 @@ def test_the_support_travels_with_the_rollout(key, sampling):
 
 def test_without_renormalisation_no_support_is_made(key):
     sampling = Sampling(response_length=4, top_k=3)
-    program = generate.lower(weights(LLAMA), LLAMA, prompts_of([3]), key, sampling, STOPS, PAD).as_text()
-    on = dataclasses.replace(sampling, renormalise_logprobs=True)
-    assert "ui8" not in program
-    assert "ui8" in generate.lower(weights(LLAMA), LLAMA, prompts_of([3]), key, on, STOPS, PAD).as_text()
+    model, params = inference_copy(LLAMA, weights(LLAMA), "float32")
+
+    def program(sampling):
+        return decode.generate.lower(params, model, prompts_of([3]), key, sampling, STOPS, PAD).as_text()
+
+    assert "ui8" not in program(sampling)
+    assert "ui8" in program(dataclasses.replace(sampling, renormalise_logprobs=True))
     assert generate(weights(LLAMA), LLAMA, prompts_of([3]), key, sampling, STOPS, PAD).support is None
 
 
@@ -235,9 +243,10 @@ def test_the_loop_leaves_when_every_row_has_ended(key, monkeypatch):
 
     monkeypatch.setattr(decode, "sample", counted)
     static = ("model", "sampling", "stop_ids", "pad_id")
-    run = jax.jit(lambda *a, **k: generate.__wrapped__(*a, **k), static_argnames=static)
-    arguments = {"model": LLAMA, "sampling": Sampling(response_length=30), "stop_ids": (1, 2, 3, 4, 5), "pad_id": PAD}
-    rollout = run(weights(LLAMA), prompts=prompts_of([3] * 4), key=key, **arguments)
+    run = jax.jit(lambda *a, **k: decode.generate.__wrapped__(*a, **k), static_argnames=static)
+    model, params = inference_copy(LLAMA, weights(LLAMA), "float32")
+    arguments = {"model": model, "sampling": Sampling(response_length=30), "stop_ids": (1, 2, 3, 4, 5), "pad_id": PAD}
+    rollout = run(params, prompts=prompts_of([3] * 4), key=key, **arguments)
     jax.effects_barrier()
     longest = int(rollout.response_mask.sum(1).max())
     assert rollout.finished.all() and len(steps) == longest < 30
@@ -251,11 +260,11 @@ def test_one_token_responses(key):
 
 def test_nothing_recompiles_for_new_data(key):
     sampling = Sampling(response_length=5, temperature=0.9)
-    before = generate._cache_size()
+    before = decode.generate._cache_size()
     for seed in range(3):
         params = jax.tree.map(lambda x, s=seed: (1 + s) * x, weights(LLAMA))
         generate(params, LLAMA, prompts_of([1 + seed, 4]), jax.random.key(seed), sampling, STOPS, PAD)
-    assert generate._cache_size() == before + 1
+    assert decode.generate._cache_size() == before + 1
 
 
 def test_a_mesh_changes_nothing(key):
@@ -281,5 +290,47 @@ def test_bfloat16_decodes_and_keeps_float32_logprobs(key):
     params, prompts = weights(LLAMA), prompts_of([3, 6, 1, 4])
     rollout = generate(params, model, prompts, key, Sampling(response_length=8), STOPS, PAD)
     assert rollout.logprobs.dtype == jnp.float32
-    exact, _ = token_logprobs(params, LLAMA, response_hidden(params, LLAMA, rollout), rollout.tokens[:, 6:], 1.0)
+    exact, _ = token_logprobs(
+        params, LLAMA, response_states(params, LLAMA, rollout)[:, :-1], rollout.tokens[:, 6:], 1.0
+    )
     np.testing.assert_allclose(np.where(rollout.response_mask, exact, 0), rollout.logprobs, atol=0.1)
+
+
+def test_a_group_is_its_prompt_answered_several_times(key):
+    """Read once or written out: the same rows, drawn with the same keys."""
+    params, prompts, sampling = weights(LLAMA), prompts_of([3, 6, 1], draws=[0, 2, 1]), Sampling(response_length=8)
+    shared = generate(params, LLAMA, prompts, key, sampling, STOPS, PAD, 3)
+    written = rows(prompts, [0, 0, 0, 1, 1, 1, 2, 2, 2])
+    written = dataclasses.replace(written, sample=written.sample + jnp.array([0, 1, 2] * 3))
+    rollout = generate(params, LLAMA, written, key, sampling, STOPS, PAD)
+    same_rows(rollout, shared, range(9))
+    np.testing.assert_array_equal(shared.sample, written.sample)
+    assert len({tuple(row) for row in np.asarray(shared.tokens[:3])}) == 3
+
+
+def test_trimming_takes_columns_that_no_row_has_reached(key):
+    params = weights(LLAMA)
+    long = generate(params, LLAMA, prompts_of([3, 4]), key, Sampling(response_length=32), tuple(range(9)), PAD)
+    longest = int(long.response_mask.sum(1).max())
+    assert longest <= 8
+    cut = decode.trim(long)
+    size = cut.response_mask.shape[1]
+    assert longest <= size < 2 * longest and cut.tokens.shape == (2, 4 + size)
+    np.testing.assert_array_equal(cut.tokens, long.tokens[:, : 4 + size])
+    np.testing.assert_array_equal(cut.mask, long.mask[:, : 4 + size])
+    assert int(cut.response_mask.sum()) == int(long.response_mask.sum())
+    full = generate(params, LLAMA, prompts_of([3, 4]), key, Sampling(response_length=5), (), PAD)
+    assert decode.trim(full) is full
+
+
+def test_the_cache_is_updated_in_place(key):
+    """The loop holds one cache: memory beyond arguments and results is less than two, and no step copies one."""
+    model = dataclasses.replace(LLAMA, head_dim=32, num_kv_heads=4, sliding_window=None, sliding_layers=(False,) * 2)
+    model, params = inference_copy(model, models.init(model, key), "float32")
+    compiled = decode.generate.lower(
+        params, model, prompts_of([8] * 16), key, Sampling(response_length=120), STOPS, PAD
+    ).compile()
+    cache = 2 * model.num_layers * 16 * 4 * 128 * 32 * 4
+    assert cache < compiled.memory_analysis().temp_size_in_bytes < 2 * cache
+    copies = [line for line in compiled.as_text().splitlines() if " copy(" in line and "f32[16,4,128,32]" in line]
+    assert not [line for line in copies if "while/body" in line], copies

@@ -30,7 +30,7 @@ def drawn(odds, u, v):
     """Tokens of one distribution at every pair of uniforms."""
     uniforms = np.stack(np.broadcast_arrays(u, v), axis=1).astype(np.float32)
     rows = jnp.broadcast_to(jnp.asarray(odds), (len(uniforms), len(odds)))
-    return np.asarray(draw(rows, jnp.asarray(uniforms)))
+    return np.asarray(draw(rows, jnp.asarray(uniforms))[0])
 
 
 @settings(max_examples=25, deadline=None)
@@ -158,10 +158,10 @@ def test_frequencies_and_logprobs_are_those_of_the_softmax(temperature):
 def test_logprobs_ignore_filters_and_bans():
     logits = jnp.asarray(np.random.default_rng(2).normal(size=(32, 60)).astype(np.float32))
     keys = jax.random.split(jax.random.key(0), 32)
-    allowed = jnp.arange(60) % 3 != 0
+    allowed = jnp.arange(60)[None] % 3 != 0
     full = np.asarray(jax.nn.log_softmax(logits / 0.7))
     tokens, logprobs, _ = sample(logits, keys, Sampling(temperature=0.7, top_k=5, top_p=0.5, min_p=0.1), allowed)
-    assert np.asarray(allowed)[tokens].all()
+    assert np.asarray(allowed)[0, tokens].all()
     np.testing.assert_allclose(logprobs, full[np.arange(32), tokens], atol=1e-5)
 
 
@@ -169,7 +169,7 @@ def test_logprobs_ignore_filters_and_bans():
 def test_renormalised_logprobs_are_those_of_what_bans_and_filters_leave(filters):
     logits = np.random.default_rng(2).normal(size=(32, 60)).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 32)
-    allowed = np.arange(60) % 3 != 0
+    allowed = np.arange(60)[None] % 3 != 0
     sampling = Sampling(temperature=0.7, renormalise_logprobs=True, **filters)
     tokens, logprobs, support = (np.asarray(x) for x in sample(logits, keys, sampling, jnp.asarray(allowed)))
     full = dataclasses.replace(sampling, renormalise_logprobs=False)
@@ -190,7 +190,7 @@ def test_renormalised_logprobs_are_those_of_what_bans_and_filters_leave(filters)
 def test_bans_come_before_the_filters():
     """The likeliest token is banned: top-k must count from the second."""
     logits = jnp.array([[5.0, 1.0, 0.9, -3.0]])
-    allowed = jnp.array([False, True, True, True])
+    allowed = jnp.array([[False, True, True, True]])
     keys = jax.random.split(jax.random.key(0), 64)
     tokens, *_ = sample(jnp.tile(logits, (64, 1)), keys, Sampling(top_k=2), allowed)
     assert set(np.asarray(tokens).tolist()) == {1, 2}

@@ -9,9 +9,10 @@ import pytest
 
 from jaxrlhf import sharding
 from jaxrlhf.config import PPO, Mesh, Optim, PPOConfig, Sampling
-from jaxrlhf.logprobs import response_hidden
+from jaxrlhf.logprobs import response_states
 from jaxrlhf.models import ModelConfig, Rope, init, lm_logits
 from jaxrlhf.rollout.decode import generate
+from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.training import ppo_update, setup
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.types import Prompts
@@ -109,10 +110,12 @@ def case(
         optimizers=OPTIMIZERS,
         ppo=ppo,
         temperature=0.7,
+        trunk="trained",
         mesh=sharding.make_mesh(mesh or Mesh()),
     )
     sampling = Sampling(response_length=R, temperature=0.7, **filters or {})
-    rollout = generate(policy, model, prompts(), jax.random.key(2), sampling, STOPS, PAD)
+    decoder, copy = inference_copy(model, policy, model.dtype)
+    rollout = generate(copy, decoder, prompts(), jax.random.key(2), sampling, STOPS, PAD)
     return Case(roles, {"reference": reference, "critic": {}}, policy, rollout, jnp.linspace(-1, 1, B))
 
 
@@ -211,7 +214,7 @@ def test_a_kl_in_the_loss_is_not_in_the_rewards(estimator):
 def exact_kl(problem, state):
     """KL(pi || ref) over the whole vocabulary, mean over the response tokens of the rollout."""
     policy, reference = (
-        jax.nn.log_softmax(lm_logits(p, MODEL, response_hidden(p, MODEL, problem.rollout)) / 0.7)
+        jax.nn.log_softmax(lm_logits(p, MODEL, response_states(p, MODEL, problem.rollout)[:, :-1]) / 0.7)
         for p in (state.params["policy"], problem.frozen["reference"])
     )
     return jnp.mean(jnp.sum(jnp.exp(policy) * (policy - reference), axis=-1)[problem.rollout.response_mask])
@@ -240,7 +243,9 @@ def test_log_probs_renormalised_on_the_sampled_support(drift):
     kept = np.unpackbits(np.asarray(problem.rollout.support), axis=-1, count=V)[mask] > 0
     assert (kept.sum(-1) == 4).all()
     reference = problem.frozen["reference"]
-    logits = np.float64(lm_logits(reference, MODEL, response_hidden(reference, MODEL, problem.rollout)) / 0.7)[mask]
+    logits = np.float64(lm_logits(reference, MODEL, response_states(reference, MODEL, problem.rollout)[:, :-1]) / 0.7)[
+        mask
+    ]
     targets = np.asarray(problem.rollout.tokens[:, -R:])[mask]
     expected = logits[np.arange(len(logits)), targets] - np.log(np.sum(np.exp(logits) * kept, axis=-1))
     np.testing.assert_allclose(np.asarray(experience.ref_logprobs)[mask], expected, atol=1e-5)

@@ -1,0 +1,27 @@
+"""How much memory is free, on the host and on the device."""
+
+import contextlib
+from pathlib import Path
+
+import jax
+
+
+def free_on_host() -> int | None:
+    """Bytes that a process could still take; None where that is not known (not Linux)."""
+    free = []
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit; the file says "max" when there is none
+        group = Path("/sys/fs/cgroup")
+        free += [int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())]
+    return min(free, default=None)
+
+
+def free_on_device() -> int | None:
+    """Bytes free on the first device: the host's on a CPU; None where the device does not say."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return free_on_host()
+    stats = device.memory_stats() or {}
+    return stats["bytes_limit"] - stats["bytes_in_use"] if {"bytes_limit", "bytes_in_use"} <= stats.keys() else None

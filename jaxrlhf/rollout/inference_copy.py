@@ -1,0 +1,70 @@
+"""The copy of a model that decodes: made once per rollout phase, thrown away after it.
+
+Training wants layers stacked and parameters in float32. Decoding reads every weight once per token, so it wants each
+layer's weights in one piece, in the precision of the product, and in the order in which the device multiplies fastest.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.models import ModelConfig, unstack
+from jaxrlhf.sharding import path_of
+from jaxrlhf.types import Params
+
+RolloutDType = Literal["float32", "bfloat16", "int8"]
+
+
+def inference_copy(model: ModelConfig, params: Params, dtype: RolloutDType) -> tuple[ModelConfig, Params]:
+    """`model` and its stacked `params` as `forward_cached` and `generate` take them; norms and biases stay as they are.
+
+    float32 and bfloat16 are the operands of products and what the weights are kept in. int8 keeps kernels and
+    embeddings in 8 bits with a scale for each output (for each token in an embedding); products then round activations
+    to 8 bits per position too, while attention is bfloat16, or float32 if `model` computes in float32.
+    """
+    operands = model.dtype if dtype == "int8" else dtype
+    # XLA's float32 products on a CPU read W[in, out] a fifth faster than W[out, in], which is what an embedding is
+    untie = model.tie_embeddings and dtype == "float32" and jax.default_backend() == "cpu"
+    inference = dataclasses.replace(
+        model,
+        dtype=operands,
+        kernels="int8" if dtype == "int8" else "float",
+        tie_embeddings=model.tie_embeddings and not untie,
+        remat="none",
+    )
+    return inference, _copy(params, model, inference)
+
+
+@partial(jax.jit, static_argnames=("model", "inference"))
+def _copy(params: Params, model: ModelConfig, inference: ModelConfig) -> Params:
+    if model.tie_embeddings and not inference.tie_embeddings:
+        params = {**params, "lm_head": {"kernel": params["embed"]["embedding"].T}}
+    params = unstack(params, model)
+    if inference.kernels == "int8":
+        layers = tuple({name: _int8(part) for name, part in layer.items()} for layer in params["layers"])
+        return {**_int8({k: v for k, v in params.items() if k != "layers"}), "layers": layers}
+
+    def cast(keys, x):
+        return x.astype(inference.dtype) if path_of(keys).endswith(("kernel", "embedding")) else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _int8(params: Params) -> Params:
+    """Every kernel [in, out] as int8 [out, in] with "scale" f32 [out], the token embedding as int8 with one per row."""
+    quantised: Params = {}
+    for name, value in params.items():
+        if name in ("positions", "score"):
+            quantised[name] = value
+        elif isinstance(value, dict):
+            quantised[name] = _int8(value)
+        elif name in ("kernel", "embedding"):
+            rows = value.astype(jnp.float32) if name == "embedding" else value.astype(jnp.float32).T
+            scale = jnp.maximum(jnp.max(jnp.abs(rows), axis=1), 1e-30) / 127
+            quantised[name], quantised["scale"] = jnp.round(rows / scale[:, None]).astype(jnp.int8), scale
+        else:
+            quantised[name] = value
+    return quantised

@@ -1,0 +1,156 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import memory, models, sharding
+from jaxrlhf.config import Mesh, Sampling
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.models import ModelConfig, Rope
+from jaxrlhf.rollout import engine
+from jaxrlhf.rollout.decode import generate
+from jaxrlhf.rollout.inference_copy import inference_copy
+from jaxrlhf.types import Prompts
+
+LLAMA = ModelConfig(
+    family="llama",
+    vocab_size=19,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    mlp_size=16,
+    max_positions=128,
+    norm="rmsnorm",
+    norm_eps=1e-5,
+    activation="silu",
+    gated_mlp=True,
+    rope=Rope(theta=1e4),
+    qkv_bias=False,
+    attention_out_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    sliding_window=9,
+    sliding_layers=(False, True),
+    tie_embeddings=True,
+)
+STOPS, PAD = (7, 2), 0
+SAMPLING = Sampling(response_length=20, temperature=1.1)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    params = jax.tree.map(lambda x: jnp.where(x == 1, x, 15 * x), models.init(LLAMA, jax.random.key(0)))
+    return inference_copy(LLAMA, params, "float32")
+
+
+def prompts_of(lengths, width=40):
+    rng = np.random.default_rng(0)
+    tokens, mask = np.full((len(lengths), width), PAD, np.int32), np.zeros((len(lengths), width), bool)
+    for i, n in enumerate(lengths):
+        tokens[i, width - n :], mask[i, width - n :] = rng.integers(0, 19, n), True
+    return Prompts(tokens, mask, np.arange(len(lengths), dtype=np.int32) + 5, np.zeros(len(lengths), np.int32))
+
+
+PROMPTS = prompts_of([3, 40, 1, 17, 25, 5, 30, 4, 16, 2, 33])
+
+
+def same(rollout, other):
+    for field in dataclasses.fields(rollout):
+        ours, theirs = getattr(rollout, field.name), getattr(other, field.name)
+        if field.name == "logprobs":
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        else:
+            np.testing.assert_array_equal(ours, theirs, err_msg=field.name)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8, 11, 100])
+def test_slots_change_nothing(decoder, key, slots):
+    model, params = decoder
+    expected = generate(params, model, PROMPTS, key, SAMPLING, STOPS, PAD)
+    lengths = np.asarray(expected.response_mask).sum(1)
+    assert len(set(lengths)) > 3, "rows end at different times, so that slots are given on"
+    same(engine.answer(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=slots), expected)
+
+
+@pytest.mark.parametrize("slots", [2, 3, 7, 33])
+def test_groups_share_a_prefill_and_change_nothing(decoder, key, slots):
+    model, params = decoder
+    expected = generate(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, 3)
+    same(engine.answer(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=slots, group=3), expected)
+
+
+def test_a_group_reads_its_prompt_once(decoder, key, monkeypatch):
+    model, params = decoder
+    read, admit = [], engine._admit
+    monkeypatch.setattr(engine, "_admit", lambda *a: read.append(a[3].tokens.shape) or admit(*a))
+    engine.answer(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4, group=4)
+    assert sum(shape[0] for shape in read) == len(PROMPTS.index)
+
+
+def test_the_support_comes_along(decoder, key):
+    model, params = decoder
+    sampling = dataclasses.replace(SAMPLING, top_k=4, min_length=3, renormalise_logprobs=True)
+    expected = generate(params, model, PROMPTS, key, sampling, STOPS, PAD)
+    answered = engine.answer(params, model, PROMPTS, key, sampling, STOPS, PAD, slots=3)
+    kept = np.asarray(expected.response_mask)
+    np.testing.assert_array_equal(answered.support[kept], np.asarray(expected.support)[kept])
+    same(dataclasses.replace(answered, support=None), dataclasses.replace(expected, support=None))
+
+
+def test_limits_end_rows_early(decoder, key):
+    model, params = decoder
+    limits = [1, 2, 3, 20, 5, 99, 7, 8, 9, 10, 11]
+    free = engine.answer(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4)
+    cut = engine.answer(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4, limits=limits)
+    lengths = free.response_mask.sum(1)
+    np.testing.assert_array_equal(cut.response_mask.sum(1), np.minimum(lengths, limits))
+    np.testing.assert_array_equal(cut.finished, free.finished & (lengths <= limits))
+    kept = cut.response_mask
+    np.testing.assert_array_equal(cut.tokens[:, 40:][kept], free.tokens[:, 40:][kept])
+
+
+def test_the_stream_gives_every_token_once_and_soon(decoder, key):
+    model, params = decoder
+    expected = generate(params, model, PROMPTS, key, SAMPLING, STOPS, PAD)
+    said, parts = {row: [] for row in range(11)}, []
+    for part in engine.stream(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4, every=2):
+        assert len(part.tokens) <= 3, "two ticks, and the first token with the prefill"
+        said[part.row] += part.tokens.tolist()
+        parts.append(part)
+    assert sorted(part.row for part in parts if part.done) == list(range(11))
+    for row, tokens in said.items():
+        assert tokens == expected.tokens[row, 40:][expected.response_mask[row]].tolist()
+    assert len(parts) > 22
+
+
+def test_programs_are_compiled_once_for_all_refills(decoder, key):
+    model, params = decoder
+    engine.answer(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4)
+    before = engine._admit._cache_size(), engine._advance._cache_size(), engine._keep._cache_size()
+    engine.answer(params, model, PROMPTS, jax.random.key(9), SAMPLING, STOPS, PAD, slots=4)
+    assert (engine._admit._cache_size(), engine._advance._cache_size(), engine._keep._cache_size()) == before
+
+
+def test_a_mesh_spreads_the_slots(decoder, key):
+    model, params = decoder
+    mesh = sharding.make_mesh(Mesh(data=4))
+    expected = generate(params, model, PROMPTS, key, SAMPLING, STOPS, PAD)
+    placed = sharding.put_whole(params, mesh)
+    same(engine.answer(placed, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4, mesh=mesh), expected)
+    with pytest.raises(ConfigError, match=r"rollout.slots \(3\) must be a multiple"):
+        engine.answer(placed, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=3, mesh=mesh)
+
+
+def test_a_cache_beyond_memory_is_refused_with_the_number_that_fits(decoder, key, monkeypatch):
+    model, params = decoder
+    each = 2 * 2 * 2 * 4 * 60 * 4  # bytes: keys and values, 2 layers, 2 heads of 4, 60 columns, float32
+    monkeypatch.setattr(memory, "free_on_device", lambda: 4 * each)
+    engine.answer(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=3)
+    with pytest.raises(ConfigError, match=r"8 slots of 60 tokens need .* set rollout.slots to 3 or less"):
+        engine.answer(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=8)
+    with pytest.raises(ConfigError, match="rollout.slots is 0"):
+        engine.answer(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=0)

@@ -1,0 +1,106 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import models
+from jaxrlhf.models import ModelConfig, Rope
+from jaxrlhf.models.layers import int8_product
+from jaxrlhf.rollout.inference_copy import inference_copy
+
+QWEN = ModelConfig(
+    family="qwen2",
+    vocab_size=96,
+    hidden_size=64,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    mlp_size=96,
+    max_positions=64,
+    norm="rmsnorm",
+    norm_eps=1e-5,
+    activation="silu",
+    gated_mlp=True,
+    rope=Rope(theta=1e4),
+    qkv_bias=True,
+    attention_out_bias=False,
+    mlp_bias=False,
+    qk_norm=True,
+    sliding_window=None,
+    sliding_layers=(False,) * 3,
+    tie_embeddings=True,
+)
+GPT2 = dataclasses.replace(
+    QWEN, family="gpt2", rope=None, norm="layernorm", gated_mlp=False, mlp_bias=True, attention_out_bias=True
+)
+UNTIED = dataclasses.replace(QWEN, tie_embeddings=False)
+MODELS = pytest.mark.parametrize("model", [QWEN, GPT2, UNTIED], ids=["qwen2", "gpt2", "untied"])
+
+
+def logits(params, model, tokens):
+    ones = jnp.ones(tokens.shape, bool)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    cache = models.empty_cache(model, *tokens.shape, model.dtype)
+    hidden, _ = jax.jit(models.forward_cached, static_argnums=1)(params, model, tokens, ones, positions, cache, 0)
+    return np.asarray(models.lm_logits(params, model, hidden))
+
+
+def exact(model, key, tokens):
+    params = jax.tree.map(lambda x: jnp.where(x == 1, x, 4 * x), models.init(model, key))
+    hidden = models.forward(params, model, tokens, jnp.ones(tokens.shape, bool))
+    return params, np.asarray(models.lm_logits(params, model, hidden))
+
+
+@MODELS
+def test_a_float32_copy_computes_what_the_model_does(model, key):
+    tokens = jax.random.randint(key, (3, 9), 0, 96)
+    params, expected = exact(model, key, tokens)
+    inference, copy = inference_copy(model, params, "float32")
+    np.testing.assert_allclose(logits(copy, inference, tokens), expected, atol=2e-5)
+
+
+@MODELS
+def test_a_bfloat16_copy_computes_what_a_bfloat16_model_does(model, key):
+    """Stored rounded or rounded at each product: the same numbers. Norms and biases stay unrounded in both."""
+    tokens = jax.random.randint(key, (3, 9), 0, 96)
+    half = dataclasses.replace(model, dtype="bfloat16")
+    params, expected = exact(half, key, tokens)
+    inference, copy = inference_copy(model, params, "bfloat16")
+    np.testing.assert_allclose(logits(copy, inference, tokens), expected, atol=1e-2)
+    assert copy["layers"][0]["attention"]["q"]["kernel"].dtype == jnp.bfloat16
+    assert copy["layers"][0]["mlp_norm"]["scale"].dtype == jnp.float32
+
+
+@MODELS
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_int8_copy_is_near_and_small(model, key, dtype):
+    tokens = jax.random.randint(key, (3, 9), 0, 96)
+    half = dataclasses.replace(model, dtype=dtype)
+    params, expected = exact(half, key, tokens)
+    inference, copy = inference_copy(half, params, "int8")
+    found = logits(copy, inference, tokens)
+    assert 1e-3 < np.abs(found - expected).max() < 0.15 * np.abs(expected).max()
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.995
+    assert sum(x.nbytes for x in jax.tree.leaves(copy)) < 0.36 * sum(x.nbytes for x in jax.tree.leaves(params))
+
+
+def test_int8_products_of_whole_numbers_are_exact():
+    """Rows whose largest entry is 127 lose nothing: an integer product by hand."""
+    rng = np.random.default_rng(0)
+    x, w = rng.integers(-126, 127, (4, 3, 8)).astype(np.float32), rng.integers(-127, 128, (5, 8)).astype(np.int8)
+    x[..., 0] = 127
+    scale = np.array([1, 0.5, 2, 4, 0.25], np.float32)
+    expected = np.einsum("abi,oi->abo", x.astype(np.int64), w.astype(np.int64)) * scale
+    np.testing.assert_allclose(int8_product(jnp.asarray(x), jnp.asarray(w), jnp.asarray(scale)), expected, rtol=1e-6)
+    assert not np.asarray(int8_product(jnp.zeros((1, 8)), jnp.asarray(w), jnp.asarray(scale))).any()
+
+
+def test_the_copy_is_not_the_model(key):
+    """Training donates its parameters: a copy that shared their buffers would die with them."""
+    params = models.init(QWEN, key)
+    _, copy = inference_copy(QWEN, params, "float32")
+    held = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)}
+    assert held.isdisjoint(leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(copy))
