@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import Array
 
 from jaxrlhf.config import Optim
 from jaxrlhf.sharding import path_of
@@ -34,7 +36,7 @@ def schedule(config: Optim, learning_rate: float, total_steps: int) -> optax.Sch
 class Optimizer:
     """A role's optimizer. Compared by identity, so that it can be a static argument of a jitted update."""
 
-    chain: optax.GradientTransformation
+    chain: optax.GradientTransformationExtraArgs
     max_grad_norm: float  # clipping is done in training/step.py, which reports the norm before and after
     rate: optax.Schedule
 
@@ -48,11 +50,34 @@ def make_optimizer(config: Optim, learning_rate: float, total_steps: int) -> Opt
     """AdamW (https://arxiv.org/abs/1711.05101) on a schedule; decay touches matrices and embeddings only."""
     rate = schedule(config, learning_rate, total_steps)
     chain = optax.chain(
-        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        scale_by_adam(config.beta1, config.beta2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=_decayed) if config.weight_decay else optax.identity(),
         optax.scale_by_learning_rate(rate),
     )
     return Optimizer(chain, config.max_grad_norm, rate)
+
+
+def scale_by_adam(beta1: float, beta2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam` in the memory of one state. Its update takes `finite`; where false, moments and count stay.
+
+    XLA would compute the update from the old moments while it writes the new ones, and so keep a second copy of them;
+    a barrier between the two makes it read what was written.
+    """
+    plain = optax.scale_by_adam(beta1, beta2, eps)
+
+    def update(grads: Params, state: Any, params: Params | None = None, *, finite: Array, **_: Any) -> Any:
+        def moment(decay: float, old: Array, new: Array) -> Array:
+            return jnp.where(finite, (1 - decay) * new + decay * old, old)
+
+        mu = jax.tree.map(lambda m, g: moment(beta1, m, g), state.mu, grads)
+        nu = jax.tree.map(lambda v, g: moment(beta2, v, g * g), state.nu, grads)
+        mu, nu = jax.lax.optimization_barrier((mu, nu))
+        count = state.count + finite
+        first, second = optax.tree.bias_correction(mu, beta1, count), optax.tree.bias_correction(nu, beta2, count)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), first, second)
+        return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+    return optax.GradientTransformationExtraArgs(plain.init, update)
 
 
 def _decayed(params: Params) -> Params:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxrlhf.config import Optim
@@ -78,6 +79,24 @@ def test_adam_matches_the_paper_and_the_clip_is_reported():
     g = raw / 5
     m, v = 0.1 * g / (1 - 0.9), 0.001 * g**2 / (1 - 0.999)  # Adam's first step, bias-corrected
     np.testing.assert_allclose(state.params["policy"]["w"], 1 - 0.1 * m / (np.sqrt(v) + 1e-5), rtol=1e-5)
+
+
+def test_adam_is_optax_adam_step_for_step():
+    """And a step that was skipped leaves no trace in moments, count or schedule."""
+    config = Optim(learning_rate=0.1, schedule="cosine", warmup_steps=2, weight_decay=0.1, max_grad_norm=1e9)
+    optimizer = make_optimizer(config, 0.1, 10)
+    rate = schedule(config, 0.1, 10)
+    theirs = optax.adamw(rate, config.beta1, config.beta2, config.eps, weight_decay=0.1)
+    state = state_of({"kernel": jax.random.normal(jax.random.key(0), (5, 3))}, optimizer)
+    params = state.params["policy"]
+    moments = theirs.init(params)
+    for i in range(8):
+        grads = {"kernel": jax.random.normal(jax.random.key(i + 1), (5, 3)) * 10.0 ** (i - 4)}
+        updates, moments = theirs.update(grads, moments, params)
+        params = optax.apply_updates(params, updates)
+        state, _ = step.apply(state, {"policy": grads}, jnp.float32(0), (("policy", optimizer),))
+        state, _ = step.apply(state, {"policy": grads}, jnp.float32(jnp.nan), (("policy", optimizer),))
+        np.testing.assert_allclose(state.params["policy"]["kernel"], params["kernel"], rtol=1e-5, atol=1e-7)
 
 
 def test_decay_leaves_norms_and_biases_alone():
