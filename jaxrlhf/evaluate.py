@@ -21,6 +21,7 @@ from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout.decode import generate
 from jaxrlhf.rollout.inference_copy import inference_copy
+from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.rollout.text import response_texts
 from jaxrlhf.types import Params, Rollout
 
@@ -130,6 +131,7 @@ def open_model(config: PPOConfig) -> tuple[ModelConfig, Params, Tokenizer]:
         key=jax.random.key(config.seed),
     )
     check_vocab(tokenizer, model.vocab_size)
+    check_sampling(config.sampling, model.vocab_size)
     model, params = inference_copy(model, params, dtype if config.rollout.dtype == "auto" else config.rollout.dtype)
     return model, params, tokenizer
 

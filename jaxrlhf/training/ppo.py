@@ -19,6 +19,7 @@ from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout.decode import generate, trim
 from jaxrlhf.rollout.engine import answer
 from jaxrlhf.rollout.inference_copy import inference_copy
+from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.rollout.text import response_texts
 from jaxrlhf.training import loop, setup
 from jaxrlhf.training.loop import Metrics
@@ -61,6 +62,7 @@ class PPOTrainer:
             head="lm",
             storage=setup.trained_dtype(config.model),
         )
+        check_sampling(sampling, self.model.vocab_size)
         lengths = [len(row.tokens) + sampling.response_length for row in self.data.train] if self.data else []
         if lengths:
             setup.check_context(lengths, self.model, "the longest prompt + sampling.response_length")

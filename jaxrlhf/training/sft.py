@@ -22,6 +22,7 @@ from jaxrlhf.models import ModelConfig, forward
 from jaxrlhf.programs import Ahead
 from jaxrlhf.rollout.decode import generate
 from jaxrlhf.rollout.inference_copy import inference_copy
+from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.rollout.text import response_texts
 from jaxrlhf.training import loop, setup
 from jaxrlhf.training.optim import Optimizer, make_optimizer
@@ -84,6 +85,7 @@ class SFTTrainer:
         self.model = setup.model_of(config.model, self.tokenizer, "lm")
         rows = (*self.data.train, *self.data.validation)
         setup.check_context([len(row.tokens) for row in rows], self.model, "data.max_length")
+        check_sampling(config.sampling, self.model.vocab_size)
         self.total_steps = loop.num_steps(
             len(self.data.train), train.batch_size, train.num_train_epochs, train.max_steps
         )

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrlhf.config import Sampling
-from jaxrlhf.rollout.sampling import BLOCK, draw, filtered, sample
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.rollout.sampling import BLOCK, check_sampling, draw, filtered, sample
 
 ALMOST_ONE = 1 - 2.0**-23  # the largest uniform that jax.random draws
 draw = jax.jit(draw)
@@ -243,3 +244,11 @@ def test_filters_agree_with_transformers():
             warped = MinPLogitsWarper(min_p)(None, warped)
         ours = filtered(odds, Sampling(top_k=top_k, top_p=top_p, min_p=min_p))
         np.testing.assert_array_equal(np.asarray(ours) > 0, np.isfinite(warped.numpy()))
+
+
+def test_filters_and_stops_beyond_the_vocabulary_are_refused():
+    check_sampling(Sampling(top_k=19, stop_token_ids=(18,)), 19)
+    with pytest.raises(ConfigError, match="top_k is 20 but the model has 19 tokens"):
+        check_sampling(Sampling(top_k=20), 19)
+    with pytest.raises(ConfigError, match="stop_token_ids: 19 is not a token; the model's are 0 to 18"):
+        check_sampling(Sampling(stop_token_ids=(1, 19)), 19)
