@@ -20,7 +20,7 @@ BLOCK = 256  # about the square root of V: the two levels of the inverse CDF the
 def check_sampling(sampling: Sampling, vocabulary: int) -> None:
     """Refuse what a model with `vocabulary` tokens cannot do. Raises ConfigError."""
     if sampling.top_k > vocabulary:
-        raise ConfigError(f"sampling.top_k is {sampling.top_k} but the model has {vocabulary} tokens; 0 switches it off")
+        raise ConfigError(f"sampling.top_k is {sampling.top_k}, the model has {vocabulary} tokens; 0 switches it off")
     beyond = [token for token in sampling.stop_token_ids if token >= vocabulary]
     if beyond:
         raise ConfigError(f"sampling.stop_token_ids: {beyond[0]} is not a token; the model's are 0 to {vocabulary - 1}")

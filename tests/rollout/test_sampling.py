@@ -248,7 +248,7 @@ def test_filters_agree_with_transformers():
 
 def test_filters_and_stops_beyond_the_vocabulary_are_refused():
     check_sampling(Sampling(top_k=19, stop_token_ids=(18,)), 19)
-    with pytest.raises(ConfigError, match="top_k is 20 but the model has 19 tokens"):
+    with pytest.raises(ConfigError, match="top_k is 20, the model has 19 tokens"):
         check_sampling(Sampling(top_k=20), 19)
     with pytest.raises(ConfigError, match="stop_token_ids: 19 is not a token; the model's are 0 to 18"):
         check_sampling(Sampling(stop_token_ids=(1, 19)), 19)
