@@ -2,11 +2,13 @@
 
 import collections
 import contextlib
+import threading
+import time
 
 import jax
 import pytest
 
-from jaxrlhf import config
+from jaxrlhf import config, programs
 from jaxrlhf.errors import Preempted
 from jaxrlhf.training import loop
 from jaxrlhf.training.ppo import PPOTrainer
@@ -95,6 +97,28 @@ def test_supervised_programs_compile_once(method, ahead, make, stop_at_two):
         assert count["update"] == 1 and count["evaluate"] == 1, count
         make(method, ahead=ahead).train()  # resumes in the same process, and evaluates twice more
     assert count["update"] == 1 and count["evaluate"] == 1, count
+
+
+@pytest.mark.parametrize("method", list(SUPERVISED))
+def test_the_first_step_waits_for_what_is_being_compiled(method, make, monkeypatch):
+    """Not even a late thread is overtaken: a step that came too early would compile the same program beside it."""
+    outputs, threads = programs.outputs, []
+
+    def late(*args, **keywords):
+        time.sleep(0.5)
+        return outputs(*args, **keywords)
+
+    def listen(event, seconds, **about):
+        if event == COMPILED and about["fun_name"] in ("jit(update)", "jit(evaluate)"):
+            threads.append(threading.current_thread().name)
+
+    monkeypatch.setattr(programs, "outputs", late)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        make(method).train()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(threads) == 2 and all(name.startswith("compile") for name in threads), threads
 
 
 def test_ppo_programs_compile_once(make, stop_at_two):
