@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from jaxrlhf import storage
+from jaxrlhf import memory, storage
 from jaxrlhf.digest import leaves_by_name, size
 from jaxrlhf.errors import StorageError
 from jaxrlhf.storage import TEMPORARY, Damaged
