@@ -87,9 +87,8 @@ def _train(options: Options, overrides: Overrides) -> int | None:
         print(config_text.dump(config))
         print(trainer.describe())
         return 0
-    ahead = {} if options.verb == "ppo" else {"ahead": True}
     with _compilations(sys.stdout, quiet=config.logging.quiet):
-        _trainer(options.verb)(config, fresh=options.fresh, **ahead).train()
+        _trainer(options.verb)(config, fresh=options.fresh, ahead=True).train()
     return 0
 
 

@@ -130,6 +130,13 @@ def _has_happened(event: Literal["jax", "devices"]) -> bool:
     return bridge is not None and bool(getattr(bridge, "backends_are_initialized", lambda: True)())
 
 
+def resolve_remat(requested: Literal["auto", "none", "full", "dots"], backend: str) -> Literal["none", "full", "dots"]:
+    """`requested`, where auto means full on a CPU (as fast in float32, faster in bfloat16) and none elsewhere."""
+    if requested != "auto":
+        return requested
+    return "full" if backend == "cpu" else "none"
+
+
 def _cache_directory() -> Path:
     """The user's cache folder for compiled programs, one per kind of CPU: what is compiled for one may stop another."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -86,7 +86,7 @@ def test_every_problem_is_listed_with_its_place(write):
         "mesh: 3\noptim: {beta1: true, eps: [1]}\noptim.lr: 1\nsampling: {stop_token_ids: [1, x]}\n"
     )
     expected = [
-        "my.yaml:3: model.remat: 'ful' is not one of 'none', 'full', 'dots'; did you mean 'full'?",
+        "my.yaml:3: model.remat: 'ful' is not one of 'auto', 'none', 'full', 'dots'; did you mean 'full'?",
         "my.yaml:4: unknown key 'learning_rate'; did you mean 'optim.learning_rate'",
         "my.yaml:6: ppo.batch_size: must be a whole number, got 1.5",
         "my.yaml:7: duplicate key 'ppo.batch_size' (first at ",

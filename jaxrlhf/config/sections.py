@@ -31,8 +31,9 @@ class ModelSource:
     """Storage. auto: float32 for what trains; for what is frozen, the compute dtype."""
     compute_dtype: DType = "auto"
     """Operands of matrix products; sums, norms, softmax, losses stay float32. auto: float32 on CPU, else bfloat16."""
-    remat: Literal["none", "full", "dots"] = "none"
-    """What backward recomputes: nothing, whole layers, or all but matrix products. Less memory, more time."""
+    remat: Literal["auto", "none", "full", "dots"] = "auto"
+    """What backward recomputes to save memory: nothing, whole layers, or all but matrix products. auto: full on a CPU,
+    where recomputing takes no longer than writing everything down, none elsewhere."""
 
 
 @section

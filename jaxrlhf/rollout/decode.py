@@ -158,13 +158,16 @@ def draw(
     def put(x: Array, values: Array) -> Array:
         return x.at[rows, column].set(values, mode="drop")
 
+    kept = slots.support
+    if kept is not None and support is not None:
+        kept = put(kept, jnp.packbits(support, axis=1))
     return dataclasses.replace(
         slots,
         count=slots.count + busy,
         ended=slots.ended | (busy & jnp.isin(tokens, stops)),
         tokens=put(slots.tokens, tokens),
         logprobs=put(slots.logprobs, logprobs),
-        support=None if support is None else put(slots.support, jnp.packbits(support, axis=1)),
+        support=kept,
     )
 
 

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,22 +67,23 @@ def answer(
     ):
         span = slice(count[part.row], count[part.row] + len(part.tokens))
         tokens[part.row, span], logprobs[part.row, span] = part.tokens, part.logprobs
-        if support is not None:
+        if support is not None and part.support is not None:
             support[part.row, span] = part.support
         count[part.row] += len(part.tokens)
         finished[part.row] = part.finished
     prompts = jax.tree.map(lambda x: np.repeat(np.asarray(x), group, axis=0), prompts)
     mask = np.arange(length) < count[:, None]
-    return Rollout(  # type: ignore[arg-type]
-        tokens=np.concatenate([prompts.tokens, tokens], axis=1),
-        mask=np.concatenate([prompts.mask, mask], axis=1),
-        response_mask=mask,
-        logprobs=logprobs,
-        finished=finished,
-        index=prompts.index,
-        sample=prompts.sample + np.arange(rows, dtype=np.int32) % group,
-        support=support,
-    )
+    made: dict[str, Any] = {  # arrays of numpy, where a program's rollout has jax's
+        "tokens": np.concatenate([prompts.tokens, tokens], axis=1),
+        "mask": np.concatenate([prompts.mask, mask], axis=1),
+        "response_mask": mask,
+        "logprobs": logprobs,
+        "finished": finished,
+        "index": prompts.index,
+        "sample": prompts.sample + np.arange(rows, dtype=np.int32) % group,
+        "support": support,
+    }
+    return Rollout(**made)
 
 
 def stream(

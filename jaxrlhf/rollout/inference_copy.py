@@ -25,21 +25,27 @@ def inference_copy(model: ModelConfig, params: Params, dtype: RolloutDType) -> t
     embeddings in 8 bits with a scale for each output (for each token in an embedding); products then round activations
     to 8 bits per position too, while attention is bfloat16, or float32 if `model` computes in float32.
     """
+    inference = inference_model(model, dtype)
+    return inference, convert(params, model, inference)
+
+
+def inference_model(model: ModelConfig, dtype: RolloutDType) -> ModelConfig:
+    """The model that `inference_copy` returns."""
     operands = model.dtype if dtype == "int8" else dtype
     # XLA's float32 products on a CPU read W[in, out] a fifth faster than W[out, in], which is what an embedding is
     untie = model.tie_embeddings and dtype == "float32" and jax.default_backend() == "cpu"
-    inference = dataclasses.replace(
+    return dataclasses.replace(
         model,
         dtype=operands,
         kernels="int8" if dtype == "int8" else "float",
         tie_embeddings=model.tie_embeddings and not untie,
         remat="none",
     )
-    return inference, _copy(params, model, inference)
 
 
 @partial(jax.jit, static_argnames=("model", "inference"))
-def _copy(params: Params, model: ModelConfig, inference: ModelConfig) -> Params:
+def convert(params: Params, model: ModelConfig, inference: ModelConfig) -> Params:
+    """Parameters of `model` as those of `inference`, one of its `inference_model`s."""
     if model.tie_embeddings and not inference.tie_embeddings:
         params = {**params, "lm_head": {"kernel": params["embed"]["embedding"].T}}
     params = unstack(params, model)

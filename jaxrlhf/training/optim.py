@@ -65,12 +65,14 @@ def scale_by_adam(beta1: float, beta2: float, eps: float) -> optax.GradientTrans
     """
     plain = optax.scale_by_adam(beta1, beta2, eps)
 
-    def update(grads: Params, state: Any, params: Params | None = None, *, finite: Array, **_: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        finite: Array = extra["finite"]
+
         def moment(decay: float, old: Array, new: Array) -> Array:
             return jnp.where(finite, (1 - decay) * new + decay * old, old)
 
-        mu = jax.tree.map(lambda m, g: moment(beta1, m, g), state.mu, grads)
-        nu = jax.tree.map(lambda v, g: moment(beta2, v, g * g), state.nu, grads)
+        mu = jax.tree.map(lambda m, g: moment(beta1, m, g), state.mu, updates)
+        nu = jax.tree.map(lambda v, g: moment(beta2, v, g * g), state.nu, updates)
         mu, nu = jax.lax.optimization_barrier((mu, nu))
         count = state.count + finite
         first, second = optax.tree.bias_correction(mu, beta1, count), optax.tree.bias_correction(nu, beta2, count)

@@ -3,13 +3,14 @@
 import collections
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxrlhf import sharding, weights
+from jaxrlhf import programs, sharding, weights
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, columns, prompt_rows, prompts_from_texts
@@ -18,14 +19,14 @@ from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout.decode import generate, trim
 from jaxrlhf.rollout.engine import answer
-from jaxrlhf.rollout.inference_copy import inference_copy
+from jaxrlhf.rollout.inference_copy import RolloutDType, convert, inference_copy, inference_model
 from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.rollout.text import response_texts
 from jaxrlhf.training import loop, setup
 from jaxrlhf.training.loop import Metrics
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.ppo_update import Roles, annotate, make_critic, update
-from jaxrlhf.types import Experience, Params, Rollout
+from jaxrlhf.types import Experience, Params, Prompts, Rollout
 
 
 class PPOTrainer:
@@ -37,9 +38,15 @@ class PPOTrainer:
     """
 
     def __init__(
-        self, config: PPOConfig, reward: Callable[..., Sequence[float | None]] | None = None, *, fresh: bool = False
+        self,
+        config: PPOConfig,
+        reward: Callable[..., Sequence[float | None]] | None = None,
+        *,
+        fresh: bool = False,
+        ahead: bool = False,
     ) -> None:
         self.config, self._fresh = config, fresh
+        self._programs = programs.Ahead()
         ppo, sampling = config.ppo, config.sampling
         if sampling.greedy:
             raise ConfigError("sampling.greedy is true: PPO learns from samples; leave it false")
@@ -54,18 +61,17 @@ class PPOTrainer:
         init_key, self._key, critic_key = jax.random.split(jax.random.key(config.seed), 3)
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = prompt_rows(config.data, self.tokenizer) if config.data.path else None
-        self.model, policy = setup.load_model(
-            config.model,
-            tokenizer=self.tokenizer,
-            mesh=self.mesh,
-            key=init_key,
-            head="lm",
-            storage=setup.trained_dtype(config.model),
-        )
+        self.model = setup.model_of(config.model, self.tokenizer, "lm")
+        self._rollout_dtype: RolloutDType = self.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
         check_sampling(sampling, self.model.vocab_size)
         lengths = [len(row.tokens) + sampling.response_length for row in self.data.train] if self.data else []
         if lengths:
             setup.check_context(lengths, self.model, "the longest prompt + sampling.response_length")
+        storage = setup.trained_dtype(config.model)
+        rollout = self._compile_rollout(setup.shapes_of(self.model, storage, self.mesh)) if ahead else None
+        _, policy = setup.load_model(
+            config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=init_key, head="lm", storage=storage
+        )
         self.scorer = Scorer(config.reward, self.tokenizer, reward, mesh=self.mesh)
         judge = self.scorer.model and (self.scorer.model.model, self.scorer.model.params)
         if config.critic.init == "reward" and not self.scorer.shares_tokenizer:
@@ -96,7 +102,9 @@ class PPOTrainer:
             mesh=self.mesh,
         )
         self.state = setup.State({"policy": policy, "critic": critic}, self._optimizers, self.mesh, ppo.kl_coef)
-        self._rollout_dtype = self.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
+        if rollout:
+            self._compile_update(rollout)
+        self._begun = ahead
         self._results: dict[str, float] = {}
 
     @property
@@ -125,6 +133,8 @@ class PPOTrainer:
         }
         with loop.session(config, "ppo", self.total_steps, self.state, identity, fresh=self._fresh) as session:
             session.logger.note(setup.describe(config, self.model, self.tokenizer, self.data.report, self.mesh))
+            if not self._begun and (rollout := self._compile_rollout(self.state.template.params["policy"])):
+                self._compile_update(rollout)
             done = session.resume(self.state)
             metrics = session.last()
             for step in range(done, self.total_steps):
@@ -203,12 +213,8 @@ class PPOTrainer:
     def generate(self, rows: Sequence[PromptRow], step: int) -> tuple[Rollout, list[str]]:
         """Responses of the policy as it is now to prompts, on the device and as text; `step` picks the random keys."""
         sampling = self.config.sampling
-        room = self.model.max_positions - sampling.response_length
-        setup.check_context(
-            [len(row.tokens) + sampling.response_length for row in rows], self.model, "prompt + response_length"
-        )
-        length = batching.bucket(max(len(row.tokens) for row in rows), room)
-        prompts = batching.prompts(rows, self.tokenizer.pad_id, length, occurrences(rows))
+        prompts = self._prompts(rows)
+        self._programs.wait(convert)
         model, copy = inference_copy(self.model, self.params, self._rollout_dtype)
         key = jax.random.fold_in(jax.random.fold_in(self._key, step), 0)
         rest = key, sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
@@ -216,13 +222,47 @@ class PPOTrainer:
         if slots < len(rows):
             made = sharding.put_rows(answer(copy, model, prompts, *rest, slots=slots, mesh=self.mesh), self.mesh)
         else:
-            made = generate(copy, model, sharding.put_rows(prompts, self.mesh), *rest)
+            self._programs.wait(generate)
+            made = generate(copy, model, prompts, *rest)
         rollout = trim(made)
         return rollout, response_texts(rollout, self.tokenizer)
+
+    def _prompts(self, rows: Sequence[PromptRow]) -> Prompts:
+        """Prompts of one length, in place. Raises ConfigError where there is no room for the response."""
+        reserved = self.config.sampling.response_length
+        setup.check_context([len(row.tokens) + reserved for row in rows], self.model, "prompt + response_length")
+        length = batching.bucket(max(len(row.tokens) for row in rows), self.model.max_positions - reserved)
+        return sharding.put_rows(batching.prompts(rows, self.tokenizer.pad_id, length, occurrences(rows)), self.mesh)
+
+    def _compile_rollout(self, policy: Params) -> Future[Rollout] | None:
+        """Begin to compile the first rollout; `policy` may be shapes. Returns the shapes of the rollout to come."""
+        config, size = self.config, self.config.ppo.batch_size
+        if not self.data or 0 < config.rollout.slots < size:
+            return None  # no prompts yet; or the engine, which has its own programs
+        chosen = rows_at(0, size, len(self.data.train), config.seed, config.data.shuffle)
+        prompts = self._prompts([self.data.train[i] for i in chosen])
+        model = inference_model(self.model, self._rollout_dtype)
+        rest = self._key, config.sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
+        copy = self._programs.compile(convert, policy, self.model, model)
+        return self._programs.begin(lambda: programs.outputs(generate, copy.result(), model, prompts, *rest), generate)
+
+    def _compile_update(self, rollout: Future[Rollout]) -> None:
+        """Begin to compile what learns from a rollout of full length."""
+        scores = sharding.put_rows(np.zeros(self.config.ppo.batch_size, np.float32), self.mesh)
+        state, frozen, roles = self.state.template, self.frozen, self.roles
+        made = self._programs.begin(
+            lambda: programs.outputs(annotate, state, frozen, rollout.result(), scores, roles=roles), annotate
+        )
+        self._programs.begin(
+            lambda: programs.outputs(update, state, frozen, made.result()[0], self._key, roles=roles), update
+        )
 
     def learn(self, rollout: Rollout, scores: np.ndarray, step: int) -> tuple[Experience, Metrics]:
         """Annotate a scored rollout and make the update's optimizer steps; moves `state` on from `step`."""
         placed = sharding.put_rows(np.asarray(scores, np.float32), self.mesh)
+        if rollout.response_mask.shape[1] == self.config.sampling.response_length:  # else it is another program
+            self._programs.wait(annotate)
+            self._programs.wait(update)
         experience, before = annotate(self.state.value, self.frozen, rollout, placed, roles=self.roles)
         key = jax.random.fold_in(jax.random.fold_in(self._key, step), 1)
         self.state.value, after = update(self.state.value, self.frozen, experience, key, roles=self.roles)

@@ -27,7 +27,11 @@ def model_of(source: ModelSource, tokenizer: Tokenizer, head: str | None) -> Mod
     """The model that `load_model` will return with its parameters, before any weights are read."""
     compute = runtime.resolve_dtype(source.compute_dtype, jax.default_backend())
     model = weights.load_config(
-        source.path, revision=source.revision, head=head, compute_dtype=compute, remat=source.remat
+        source.path,
+        revision=source.revision,
+        head=head,
+        compute_dtype=compute,
+        remat=runtime.resolve_remat(source.remat, jax.default_backend()),
     )
     if tokenizer.added and tokenizer.size > model.vocab_size:
         return dataclasses.replace(model, vocab_size=tokenizer.size)
@@ -65,7 +69,7 @@ def load_model(
         dtype=compute if storage == "auto" else storage,
         compute_dtype=compute,
         head=head,
-        remat=source.remat,
+        remat=runtime.resolve_remat(source.remat, jax.default_backend()),
         init=source.init,
         key=key,
         mesh=mesh,

@@ -69,12 +69,14 @@ def apply(
     for role, optimizer in optimizers:
         scale = jnp.minimum(1.0, optimizer.max_grad_norm / jnp.maximum(norms[role], 1e-30))
         clipped = jax.tree.map(lambda g, scale=scale: g * scale, grads[role])
-        updates, moments = optimizer.chain.update(clipped, state.opt_state[role], state.params[role], finite=finite)
+        before: Any = state.opt_state[role]
+        after: Any
+        updates, after = optimizer.chain.update(clipped, before, state.params[role], finite=finite)
         stepped = optax.apply_updates(state.params[role], updates)
-        params[role] = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state.params[role])
-        # Adam has kept its moments as they were, in place; what else counts steps is small
-        counts = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moments[1:], state.opt_state[role][1:])
-        opt_state[role] = (moments[0], *counts)
+        params[role], counts = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (stepped, after[1:]), (state.params[role], before[1:])
+        )
+        opt_state[role] = (after[0], *counts)  # Adam has kept its moments itself, in place
         metrics |= {
             f"{role}/grad_norm": norms[role],
             f"{role}/grad_norm_clipped": norms[role] * scale,
