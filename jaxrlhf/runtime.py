@@ -101,7 +101,7 @@ def _huge_pages_on_request(file: Path = Path("/sys/kernel/mm/transparent_hugepag
 
 
 def resolve_dtype(requested: Literal["auto", "float32", "bfloat16"], backend: str) -> Literal["float32", "bfloat16"]:
-    """`requested`, where auto means float32 on a CPU, whose bfloat16 products are slow, and bfloat16 elsewhere."""
+    """`requested`, where auto means float32 on a CPU, few of which multiply bfloat16 faster, and bfloat16 elsewhere."""
     if requested != "auto":
         return requested
     return "float32" if backend == "cpu" else "bfloat16"

@@ -25,6 +25,7 @@ if job.case == "startup":
 from jaxrlhf import runtime  # noqa: E402
 
 runtime.configure()
+runtime.restart_with_huge_pages()  # as every command does
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
