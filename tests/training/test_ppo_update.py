@@ -343,3 +343,11 @@ def test_an_update_holds_one_copy_of_the_state_and_one_of_the_gradients():
     gradients = sum(4 * x.size for x in jax.tree.leaves(state.params))
     assert memory.alias_size_in_bytes >= 3 * gradients, "parameters and both moments are donated"
     assert memory.temp_size_in_bytes < 1.5 * gradients
+
+
+def test_no_transfer_happens_inside_annotation_and_update():
+    problem = case()
+    state, key = problem.state(), jax.random.key(3)
+    with jax.transfer_guard("disallow"):
+        experience, _ = ppo_update.annotate(state, problem.frozen, problem.rollout, problem.scores, roles=problem.roles)
+        ppo_update.update(state, problem.frozen, experience, key, roles=problem.roles)
