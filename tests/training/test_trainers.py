@@ -1,3 +1,5 @@
+import dataclasses
+
 """The trainers as a user meets them: runs, files, resuming, exports, and the step of a notebook."""
 
 import json
@@ -38,7 +40,7 @@ def test_sft_learns_its_rows_and_leaves_a_model(supervised, tmp_path):
     losses = [record["loss"] for record in records(tmp_path / "run")]
     assert len(losses) == 24 and losses[-1] < 0.7 * losses[0] and result["eval/loss"] < losses[0]
     model, params = jaxrlhf.load(tmp_path / "run")
-    assert model == trainer.model
+    assert model == dataclasses.replace(trainer.model, remat="none"), "remat is the trainer's business"
     equal(params, jax.device_get(trainer.params))
     assert (tmp_path / "run" / "samples.jsonl").stat().st_size > 0
 
