@@ -43,7 +43,8 @@ def digests(leaves: dict[str, Any]) -> dict[str, str]:
     Equal bits give equal digests on any mesh: the digest is a sum of integers modulo 2^32, so order does not matter.
     Changing one element always changes it, as every multiplier is odd.
     """
-    lanes = jax.device_get([_lanes(leaf) for leaf in leaves.values()])
+    # One at a time: each sums over devices, and XLA's CPU client deadlocks when many such programs are under way.
+    lanes = [jax.device_get(_lanes(leaf)) for leaf in leaves.values()]
     return {
         path: f"{int(a):08x}{int(b):08x}:{kind(leaf)}"
         for (path, leaf), (a, b) in zip(leaves.items(), lanes, strict=True)

@@ -54,6 +54,7 @@ def answer(
     slots: int,
     group: int = 1,
     limits: Sequence[int] | None = None,
+    columns: int = 0,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Rollout:
     """What `generate` returns for the same arguments, as host arrays, made `slots` rows at a time; see `stream`."""
@@ -63,8 +64,9 @@ def answer(
     count, finished = np.zeros(rows, np.int32), np.zeros(rows, bool)
     support = np.zeros((rows, length, -(-model.vocab_size // 8)), np.uint8) if sampling.renormalise_logprobs else None
     for part in stream(
-        params, model, prompts, key, sampling, stop_ids, pad_id, slots=slots, group=group, limits=limits, mesh=mesh
-    ):
+        params, model, prompts, key, sampling, stop_ids, pad_id,
+        slots=slots, group=group, limits=limits, columns=columns, mesh=mesh,
+    ):  # fmt: skip
         span = slice(count[part.row], count[part.row] + len(part.tokens))
         tokens[part.row, span], logprobs[part.row, span] = part.tokens, part.logprobs
         if support is not None and part.support is not None:
@@ -98,21 +100,24 @@ def stream(
     slots: int,
     group: int = 1,
     limits: Sequence[int] | None = None,
+    columns: int = 0,
     every: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Iterator[Part]:
     """Answer all prompts (arrays on the host, left-padded), giving out each row's tokens as they come.
 
     Rows are numbered as in `generate`: n*i .. n*i + n - 1 answer prompt i, which is read once for those of its rows
-    that begin together. `limits` is the most tokens of each row (None: `sampling.response_length`). With `every`, parts
-    come at least every so many tokens; without, whenever the host has something to do. `mesh` spreads the slots.
+    that begin together. `limits` is the most tokens of each row (None: `sampling.response_length`); `columns` is the
+    least room for a prompt: calls with the same share their programs, whatever their longest prompt. With `every`,
+    parts come at least every so many tokens; without, whenever the host has something to do. `mesh` spreads the slots.
 
     Raises ConfigError for a slot count below 1, for one that the mesh cannot split evenly, or when the device has no
     room for the cache.
     """
     queue = _Queue(prompts, sampling, group, min(slots, len(prompts.index) * group), limits)
-    check_slots(model, queue.slots, queue.columns + sampling.response_length)
-    state = empty_slots(model, queue.slots, queue.columns, sampling, pad_id)
+    columns = max(columns, *queue.widths)
+    check_slots(model, queue.slots, columns + sampling.response_length)
+    state = empty_slots(model, queue.slots, columns, sampling, pad_id)
     if mesh is not None:
         sharding.check_rows(queue.slots, mesh, "rollout.slots")
         state = jax.tree.map(lambda x: sharding.put_rows(x, mesh) if x.ndim else sharding.put_whole(x, mesh), state)
@@ -144,7 +149,7 @@ class _Queue:
         self.prompts = jax.tree.map(np.asarray, prompts)
         most = self.prompts.tokens.shape[1]
         self.widths = [bucket(int(n), most) for n in self.prompts.mask.sum(axis=1)]
-        self.columns, self.group = max(self.widths), group
+        self.group = group
         self.unit = max(1, min(group, slots))
         self.slots = slots - slots % self.unit
         self.reads = max(1, self.slots // (REFILL * self.unit))

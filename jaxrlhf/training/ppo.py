@@ -18,7 +18,7 @@ from jaxrlhf.data.loader import rows_at
 from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout.decode import generate, trim
-from jaxrlhf.rollout.engine import answer
+from jaxrlhf.rollout.engine import answer, check_slots
 from jaxrlhf.rollout.inference_copy import RolloutDType, convert, inference_copy, inference_model
 from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.rollout.text import response_texts
@@ -65,8 +65,16 @@ class PPOTrainer:
         self._rollout_dtype: RolloutDType = self.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
         check_sampling(sampling, self.model.vocab_size)
         lengths = [len(row.tokens) + sampling.response_length for row in self.data.train] if self.data else []
+        slots, self._columns = config.rollout.slots, 0  # columns that every prompt fits in, so that programs are few
         if lengths:
             setup.check_context(lengths, self.model, "the longest prompt + sampling.response_length")
+            room = self.model.max_positions - sampling.response_length
+            self._columns = batching.bucket(max(lengths) - sampling.response_length, room)
+        if 0 < slots < ppo.batch_size:
+            sharding.check_rows(slots, self.mesh, "rollout.slots")
+            check_slots(
+                inference_model(self.model, self._rollout_dtype), slots, self._columns + sampling.response_length
+            )
         storage = setup.trained_dtype(config.model)
         rollout = self._compile_rollout(setup.shapes_of(self.model, storage, self.mesh)) if ahead else None
         _, policy = setup.load_model(
@@ -220,7 +228,9 @@ class PPOTrainer:
         rest = key, sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
         slots = self.config.rollout.slots or len(rows)
         if slots < len(rows):
-            made = sharding.put_rows(answer(copy, model, prompts, *rest, slots=slots, mesh=self.mesh), self.mesh)
+            made = sharding.put_rows(
+                answer(copy, model, prompts, *rest, slots=slots, columns=self._columns, mesh=self.mesh), self.mesh
+            )
         else:
             self._programs.wait(generate)
             made = generate(copy, model, prompts, *rest)

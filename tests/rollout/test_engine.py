@@ -132,6 +132,9 @@ def test_programs_are_compiled_once_for_all_refills(decoder, key):
     engine.answer(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4)
     before = engine._admit._cache_size(), engine._advance._cache_size(), engine._keep._cache_size()
     engine.answer(params, model, PROMPTS, jax.random.key(9), SAMPLING, STOPS, PAD, slots=4)
+    shorter = jax.tree.map(lambda x: x[[0, 2, 3, 4, 5]], PROMPTS)
+    shorter = dataclasses.replace(shorter, tokens=shorter.tokens[:, 8:], mask=shorter.mask[:, 8:])
+    engine.answer(params, model, shorter, jax.random.key(9), SAMPLING, STOPS, PAD, slots=4, columns=40)
     assert (engine._admit._cache_size(), engine._advance._cache_size(), engine._keep._cache_size()) == before
 
 

@@ -28,6 +28,31 @@ def test_sft_on_eight_devices_equals_one(supervised, tmp_path, shape):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
 
 
+@pytest.mark.parametrize("method", ["sft", "ppo"])
+def test_a_run_on_eight_devices_saves_at_every_step_and_resumes(method, supervised, ppo, tmp_path):
+    """Digests of sharded arrays are sums over devices: many of them under way at once have brought XLA to a halt."""
+    train = {"num_train_epochs": 9.0, "batch_size": 8, "eval_batch_size": 8, "keep_best": False}
+    trainers = {
+        "sft": lambda steps: SFTTrainer(
+            config.SFTConfig(**options | {"train": config.Train(**train, max_steps=steps)})
+        ),
+        "ppo": lambda steps: PPOTrainer(
+            config.PPOConfig(**options | {"ppo": config.PPO(batch_size=8, total_episodes=8 * steps)}),
+            reward=lambda prompts, completions: [float(len(text)) for text in completions],
+        ),
+    }
+    options = (supervised if method == "sft" else ppo) | {
+        "mesh": config.Mesh(fsdp=2, tensor=4),
+        "run_dir": str(tmp_path / "run"),
+        "checkpoint": config.Checkpoint(save_every=1),
+        "optim": config.Optim(learning_rate=1e-3, schedule="constant"),
+    }
+    trainers[method](2).train()
+    again = trainers[method](4)
+    again.train()
+    assert int(again.state.value.step) == 4
+
+
 def test_rollout_on_eight_devices_gives_the_same_tokens(ppo):
     texts = []
     for mesh in (config.Mesh(), config.Mesh(data=4, tensor=2)):

@@ -1,5 +1,3 @@
-import dataclasses
-
 """The trainers as a user meets them: runs, files, resuming, exports, and the step of a notebook."""
 
 import json
@@ -30,6 +28,21 @@ def records(run: str | pathlib.Path) -> list[dict]:
 
 def equal(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_slots_do_not_change_what_ppo_sees(ppo):
+    """And a smaller copy of the policy changes what is sampled, but not the log-probs that training takes."""
+    texts, logs = {}, {}
+    for rollout in (config.Engine(), config.Engine(slots=3), config.Engine(dtype="int8")):
+        trainer = PPOTrainer(config.PPOConfig(rollout=rollout, **ppo), reward=lambda prompts, completions: [0.0] * 8)
+        step = trainer.ppo_step([row.text for row in trainer.data.train[:8]])
+        texts[rollout], logs[rollout] = step["generated_texts"], step
+    whole, slots, int8 = texts
+    assert texts[whole] == texts[slots]
+    for key, value in logs[whole].items():
+        if isinstance(value, float):
+            assert logs[slots][key] == pytest.approx(value, abs=1e-4), key
+    assert logs[int8]["val/first_log_ratio_max"] < 1e-5 < logs[int8]["val/sampler_logprob_gap"]
 
 
 def test_sft_learns_its_rows_and_leaves_a_model(supervised, tmp_path):
