@@ -158,7 +158,7 @@ def _json(path: Path) -> Iterator[tuple[Place, Row]]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(text.rstrip(), object_pairs_hook=_unique, parse_constant=_no_constant)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:

@@ -159,9 +159,8 @@ class PPOTrainer:
                 except RewardError as error:
                     if step > done:
                         session.save(step, self.state.value, block=True)
-                    raise RewardError(
-                        f"{error}\n{step} updates are saved; the same command goes on from there"
-                    ) from error
+                    saved = f"{step} updates are saved; mend the function where it is, and the same command goes on"
+                    raise RewardError(f"{error}\n{saved if step else 'Nothing has been trained yet'}") from error
                 session.stop_if_asked(step, self.state.value)
                 scored = time.monotonic()
                 metrics = self.learn(rollout, scores, step)[1] | rewards(components)
