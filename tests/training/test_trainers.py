@@ -1,5 +1,6 @@
 """The trainers as a user meets them: runs, files, resuming, exports, and the step of a notebook."""
 
+import dataclasses
 import json
 import pathlib
 
