@@ -14,7 +14,6 @@ from typing import Any, Literal
 from bench_process import Job, Turns, peak_resident, timed
 from bench_shapes import SHAPES, gemms
 
-turns = Turns()
 name, job = sys.argv[1], Job(**json.loads(sys.argv[2]))
 if job.case == "startup":
     cache = Path(job.work) / "xla"
@@ -26,6 +25,7 @@ from jaxrlhf import runtime  # noqa: E402
 
 runtime.configure()
 runtime.restart_with_huge_pages()  # as every command does
+turns = Turns()  # only now: it takes standard output, and the restarted process takes it again
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
