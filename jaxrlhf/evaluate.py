@@ -19,7 +19,7 @@ from jaxrlhf.errors import DataError
 from jaxrlhf.files import write_whole
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
-from jaxrlhf.rollout.decode import generate
+from jaxrlhf.rollout.engine import answer
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.rollout.text import response_texts
@@ -63,28 +63,24 @@ def evaluate(
 ) -> dict[str, Any]:
     """Complete `num_prompts` random prompts of `config.data` `num_completions` times each and score them.
 
-    Uses model, tokenizer, data, reward and sampling of `config`, and ppo.batch_size as the number of completions that
-    are made at once; which prompts and completions depends on its seed alone.
+    Uses model, tokenizer, data, reward, sampling and rollout of `config`; rollout.slots completions are made at a time
+    (0: ppo.batch_size) and ppo.batch_size scored. Which prompts and completions depends on the seed alone.
     `function` stands in for `reward.function`. Returns what `write` writes and `table` shows: `statistics` and, for
     each prompt, its completions from best to worst with their rank, score, the parts of the score, and length.
     """
     model, params, tokenizer = open_model(config)
     scorer = Scorer(config.reward, tokenizer, function)
-    room = model.max_positions - config.sampling.response_length
     rows = choose(
         prompt_rows(_fitting(config.data, model.max_positions, config.sampling.response_length), tokenizer).train,
         num_prompts,
         config.seed,
     )
+    rollout = respond(config, model, params, tokenizer, rows, num_completions)
     repeated = [row for row in rows for _ in range(num_completions)]
-    samples = [i for _ in rows for i in range(num_completions)]
     answers: list[dict[str, Any]] = []
-    size = min(config.ppo.batch_size, len(repeated))
-    length = batching.bucket(max(len(row.tokens) for row in rows), room)
-    for start in range(0, len(repeated), size):
-        part = repeated[start : start + size]
-        rollout = respond(config, model, params, tokenizer, part, samples[start : start + size], length, size)
-        answers += _score(scorer, tokenizer, part, rollout)
+    for start in range(0, len(repeated), config.ppo.batch_size):
+        span = slice(start, start + config.ppo.batch_size)
+        answers += _score(scorer, tokenizer, repeated[span], jax.tree.map(lambda x, span=span: x[span], rollout))
     groups = [answers[i : i + num_completions] for i in range(0, len(answers), num_completions)]
     prompts = [_ranked(row, group) for row, group in zip(rows, groups, strict=True)]
     return {
@@ -107,9 +103,8 @@ def complete(config: PPOConfig, prompt: str, count: int) -> list[str]:
         raise DataError(f"the prompt has {len(tokens)} tokens and the model's context is {model.max_positions}")
     sampling = dataclasses.replace(config.sampling, response_length=min(config.sampling.response_length, room))
     config = dataclasses.replace(config, sampling=sampling)
-    length = batching.bucket(len(tokens), model.max_positions - sampling.response_length)
     row = PromptRow(tokens=tokens, text=prompt, columns={}, index=0)
-    rollout = respond(config, model, params, tokenizer, [row] * count, range(count), length, count)
+    rollout = respond(config, model, params, tokenizer, [row], count)
     return [prompt + text for text in response_texts(rollout, tokenizer)]
 
 
@@ -137,22 +132,16 @@ def open_model(config: PPOConfig) -> tuple[ModelConfig, Params, Tokenizer]:
 
 
 def respond(
-    config: PPOConfig,
-    model: ModelConfig,
-    params: Params,
-    tokenizer: Tokenizer,
-    rows: Sequence[PromptRow],
-    samples: Sequence[int],
-    length: int,
-    size: int,
+    config: PPOConfig, model: ModelConfig, params: Params, tokenizer: Tokenizer, rows: Sequence[PromptRow], count: int
 ) -> Rollout:
-    """A response to each row, as host arrays; prompts are padded to `length`, rows to `size`: one program."""
-    rest = size - len(rows)
-    filled = [*rows, *[rows[0]] * rest]
-    prompts = batching.prompts(filled, tokenizer.pad_id, length, [*samples, *[0] * rest])
+    """`count` responses to each row, those of a row side by side, as host arrays."""
+    sampling = config.sampling
+    length = batching.bucket(max(len(row.tokens) for row in rows), model.max_positions - sampling.response_length)
+    prompts = batching.prompts(rows, tokenizer.pad_id, length)
+    slots = config.rollout.slots or config.ppo.batch_size
     key = jax.random.key(config.seed)
-    rollout = generate(params, model, prompts, key, config.sampling, tokenizer.stop_ids, tokenizer.pad_id)
-    return jax.tree.map(lambda x: x[: len(rows)], jax.device_get(rollout))
+    rest = key, sampling, tokenizer.stop_ids, tokenizer.pad_id
+    return answer(params, model, prompts, *rest, slots=slots, group=count)
 
 
 def choose(rows: Sequence[T], count: int, seed: int) -> list[T]:

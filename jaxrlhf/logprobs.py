@@ -1,25 +1,29 @@
 """Log-probabilities and scores of given tokens. The one function for the old, the new and the reference policy.
 
-At V = 150 000, logits of a whole batch dwarf everything else. They are made a few columns of the response at a time, in
-the forward pass and again in the backward pass, and only what is asked for is kept. Columns and not vocabulary are cut,
-so that B and V keep whatever sharding they have.
+At V = 150 000, logits of a whole batch dwarf everything else. They are made for a piece of the vocabulary at a time, in
+the forward pass (with a running softmax) and again in the backward pass, which so writes each row of the head's
+gradient once. Nothing of shape [B, R, V] ever exists.
 """
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from jaxrlhf import runtime
 from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.masked import Scalar
 from jaxrlhf.models import ModelConfig, forward, scores
 from jaxrlhf.models.layers import MASKED, product
 from jaxrlhf.types import Params, Rollout
 
-CHUNK_LOGITS = 2**25  # logits alive at once, 128 MB: enough rows for fast products, little beside the weights
+LEAST_PIECE = 1024  # tokens of a piece, however many positions there are: narrower products are slow
+SHARES = 8  # a piece takes as much from each eighth of the vocabulary: from every device of a mesh that shards it
 
 
 def token_logprobs(
@@ -39,86 +43,134 @@ def token_logprobs(
     measurement, behind a stop_gradient.
     """
     weight = params["embed"]["embedding"] if model.tie_embeddings else params["lm_head"]["kernel"]
-    batch, columns = targets.shape
-    chunks = min(columns, math.ceil(batch * columns * model.vocab_size / CHUNK_LOGITS))
-    head = _Head("vd" if model.tie_embeddings else "dv", model.vocab_size, model.dtype, math.ceil(columns / chunks))
-    return _token_logprobs(head, weight, hidden, targets, support, jnp.asarray(temperature, jnp.float32))
+    pieces = _pieces("tvd" if model.tie_embeddings else "dtv", model.vocab_size, targets.size, model.dtype)
+    return _token_logprobs(pieces, weight, hidden, targets, support, jnp.asarray(temperature, jnp.float32))
 
 
-class _Head(NamedTuple):
-    layout: str  # of the weight: "vd" or "dv"
-    vocabulary: int
+class _Pieces(NamedTuple):
+    """The vocabulary as `shares` of `size` tokens. Piece i has those from `start(i)` on, `width` of each share.
+
+    The last piece begins early enough to be as wide as the others, and all begin at a whole byte of the support's
+    bits; so neighbours overlap, and a token counts in the first piece that has it.
+    """
+
+    layout: str  # of the weight, with the vocabulary's axis in two: "tvd" or "dtv"
+    shares: int
+    size: int
+    step: int
+    width: int
     dtype: str
-    width: int  # columns per chunk
 
-    def logits(self, weight, hidden, support, temperature):
-        logits = self.product(f"brd,{self.layout}->brv", hidden, weight) / temperature
-        if support is None:
-            return logits
-        # MASKED is finite: padding, whose support is empty, must stay so (its cotangent is 0, and 0 * nan is nan)
-        return jnp.where(jnp.unpackbits(support, axis=-1, count=self.vocabulary), logits, MASKED)
+    @property
+    def count(self) -> int:
+        return 1 + math.ceil((self.size - self.width) / self.step)
 
-    def product(self, subscripts, a, b):
+    @property
+    def axis(self) -> int:
+        """The axis of the weight along which pieces are cut."""
+        return self.layout.index("v")
+
+    def start(self, piece: Array) -> Array:
+        return jnp.minimum(piece * self.step, self.size - self.width)
+
+    def split(self, weight: Array) -> Array:
+        """[V, D] -> [t, v, D], or [D, V] -> [D, t, v]."""
+        at = self.axis - 1
+        return weight.reshape(*weight.shape[:at], self.shares, self.size, *weight.shape[at + 1 :])
+
+    def cut(self, split: Array, piece: Array) -> Array:
+        return lax.dynamic_slice_in_dim(split, self.start(piece), self.width, self.axis)
+
+    def tokens(self, piece: Array) -> tuple[Array, Array]:
+        """(ids [t, w] of the piece's tokens, whether no earlier piece had them [w])."""
+        column = self.start(piece) + jnp.arange(self.width)
+        seen = jnp.where(piece > 0, (piece - 1) * self.step + self.width, 0)
+        return self.size * jnp.arange(self.shares)[:, None] + column, column >= seen
+
+    def logits(self, cut: Array, hidden: Array, support: Array | None, temperature: ArrayLike, piece: Array) -> Array:
+        """[B, R, t, w]. MASKED where an earlier piece has the token or the support has not.
+
+        MASKED is finite: padding, whose support is empty, must stay so (its cotangent is 0, and 0 * nan is nan).
+        """
+        inside = self.tokens(piece)[1]
+        if support is not None:
+            share = support.reshape(*support.shape[:2], self.shares, -1)
+            bits = lax.dynamic_slice_in_dim(share, self.start(piece) // 8, math.ceil(self.width / 8), axis=3)
+            inside &= jnp.unpackbits(bits, axis=-1, count=self.width).astype(bool)
+        return jnp.where(inside, self.product(f"brd,{self.layout}->brtv", hidden, cut) / temperature, MASKED)
+
+    def product(self, subscripts: str, a: Array, b: Array) -> Array:
         return product(subscripts, a, b, self.dtype)
+
+
+def _pieces(layout: str, vocabulary: int, positions: int, dtype: str) -> _Pieces:
+    shares = SHARES if vocabulary % (8 * SHARES) == 0 else 1
+    size = vocabulary // shares
+    wanted = max(8, runtime.logits_alive(jax.default_backend()) // positions // shares, LEAST_PIECE // shares)
+    step = width = size
+    if wanted < size:
+        step = 8 * math.ceil(size / math.ceil(size / wanted) / 8)
+        width = step + size % 8
+    return _Pieces(layout, shares, size, step, width, dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_logprobs(
-    head: _Head, weight: Array, hidden: Array, targets: Array, support: Array | None, temperature: Array
+    pieces: _Pieces, weight: Array, hidden: Array, targets: Array, support: Array | None, temperature: Array
 ) -> tuple[Array, Array]:
-    return _forward(head, weight, hidden, targets, support, temperature)[0]
+    return _forward(pieces, weight, hidden, targets, support, temperature)[0]
 
 
-def _forward(head, weight, hidden, targets, support, temperature):
-    operand, hidden = weight.astype(head.dtype), hidden.astype(head.dtype)
+def _forward(pieces, weight, hidden, targets, support, temperature):
+    split, hidden = pieces.split(weight), hidden.astype(pieces.dtype)
 
-    def chunk(inputs):
-        hidden, targets, support = inputs
-        logits = head.logits(operand, hidden, support, temperature)
-        total = jax.nn.logsumexp(logits, axis=-1)
-        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        mean = jnp.sum(jnp.exp(logits - total[..., None]) * logits, axis=-1)
-        return target - total, total - mean, total
+    def add(sums, piece):
+        """`sums` are relative to the largest logit so far: of exp(x), and of x exp(x)."""
+        largest, mass, moment, target = sums
+        logits = pieces.logits(pieces.cut(split, piece), hidden, support, temperature, piece)
+        ids, _ = pieces.tokens(piece)
+        largest, before = jnp.maximum(largest, jnp.max(logits, axis=(2, 3))), largest
+        fall = before - largest
+        moment = jnp.exp(fall) * (moment + fall * mass)
+        mass = jnp.exp(fall) * mass
+        relative = logits - largest[..., None, None]
+        share = jnp.exp(relative)
+        mass += jnp.sum(share, axis=(2, 3))
+        moment += jnp.sum(share * relative, axis=(2, 3))
+        chosen = (targets[..., None, None] == ids) & (logits > MASKED)
+        return (largest, mass, moment, target + jnp.sum(jnp.where(chosen, logits, 0), axis=(2, 3))), None
 
-    outputs = jax.lax.map(chunk, _cut((hidden, targets, support), head.width))
-    logprobs, entropy, total = (_join(x, targets.shape[1]) for x in outputs)
-    return (logprobs, entropy), (weight, hidden, targets, support, temperature, total)
+    nothing = jnp.zeros(targets.shape, jnp.float32)
+    sums, _ = lax.scan(add, (nothing + MASKED, nothing, nothing, nothing), jnp.arange(pieces.count))
+    largest, mass, moment, target = sums
+    total = largest + jnp.log(mass)
+    return (target - total, jnp.log(mass) - moment / mass), (weight, hidden, targets, support, temperature, total)
 
 
-def _backward(head, kept, cotangents):
+def _backward(pieces, kept, cotangents):
     weight, hidden, targets, support, temperature, total = kept
-    operand = weight.astype(head.dtype)
+    split = pieces.split(weight)
+    scale = (cotangents[0] / temperature)[..., None, None]
 
-    def chunk(grad_weight, inputs):
-        hidden, targets, support, total, cotangent = inputs
-        probabilities = jnp.exp(head.logits(operand, hidden, support, temperature) - total[..., None])
-        chosen = targets[..., None] == jnp.arange(head.vocabulary)
-        grad_logits = ((chosen - probabilities) * (cotangent / temperature)[..., None]).astype(head.dtype)
-        grad_hidden = head.product(f"brv,{head.layout}->brd", grad_logits, operand)
-        return grad_weight + head.product(f"brv,brd->{head.layout}", grad_logits, hidden), grad_hidden
+    def add(grads, piece):
+        grad_split, grad_hidden = grads
+        cut = pieces.cut(split, piece)
+        logits = pieces.logits(cut, hidden, support, temperature, piece)
+        probabilities = jnp.exp(logits - total[..., None, None])  # 0 for what an earlier piece had
+        ids, new = pieces.tokens(piece)
+        chosen = (targets[..., None, None] == ids) & new
+        grad_logits = ((chosen - probabilities) * scale).astype(pieces.dtype)
+        grad_hidden += pieces.product(f"brtv,{pieces.layout}->brd", grad_logits, cut)
+        grad_cut = pieces.cut(grad_split, piece) + pieces.product(f"brtv,brd->{pieces.layout}", grad_logits, hidden)
+        grad_split = lax.dynamic_update_slice_in_dim(grad_split, grad_cut, pieces.start(piece), pieces.axis)
+        return (grad_split, grad_hidden), None
 
-    inputs = _cut((hidden, targets, support, total, cotangents[0]), head.width)
-    grad_weight, grad_hidden = jax.lax.scan(chunk, jnp.zeros(weight.shape, jnp.float32), inputs)
-    return grad_weight.astype(weight.dtype), _join(grad_hidden, targets.shape[1]), None, None, None
+    zeros = jnp.zeros(split.shape, jnp.float32), jnp.zeros(hidden.shape, jnp.float32)
+    (grad_split, grad_hidden), _ = lax.scan(add, zeros, jnp.arange(pieces.count))
+    return grad_split.reshape(weight.shape).astype(weight.dtype), grad_hidden, None, None, None
 
 
 _token_logprobs.defvjp(_forward, _backward)
-
-
-def _cut(tree: Any, width: int) -> Any:
-    """[B, R, ...] -> [chunks, B, width, ...] for every leaf, zeros after the last column."""
-
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % width)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, width, *x.shape[2:]), 1, 0)
-
-    return jax.tree.map(cut, tree)
-
-
-def _join(x: Array, columns: int) -> Array:
-    """The inverse of `_cut`."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :columns]
 
 
 def response_states(params: Params, model: ModelConfig, rollout: Rollout) -> Float[Array, "B _ D"]:

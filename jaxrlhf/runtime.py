@@ -137,6 +137,11 @@ def resolve_remat(requested: Literal["auto", "none", "full", "dots"], backend: s
     return "full" if backend == "cpu" else "none"
 
 
+def logits_alive(backend: str) -> int:
+    """How many logits to make at once: on a CPU what its cache holds (4 MB), else enough to keep the device busy."""
+    return 2**20 if backend == "cpu" else 2**25
+
+
 def _cache_directory() -> Path:
     """The user's cache folder for compiled programs, one per kind of CPU: what is compiled for one may stop another."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

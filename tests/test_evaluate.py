@@ -12,7 +12,7 @@ import pytest
 
 from jaxrlhf import evaluate, weights
 from jaxrlhf.cli import main
-from jaxrlhf.config import PPO, Data, ModelSource, PPOConfig, Sampling
+from jaxrlhf.config import PPO, Data, Engine, ModelSource, PPOConfig, Sampling
 from jaxrlhf.errors import DataError
 
 
@@ -125,9 +125,12 @@ def test_statistics_are_those_of_the_scores(result):
 
 
 def test_a_completion_depends_on_the_seed_and_not_on_the_batch(config, result):
-    batched = dataclasses.replace(config, ppo=PPO(batch_size=64))
-    again = evaluate.evaluate(batched, num_prompts=4, num_completions=3, function=vowels)
-    assert again["prompts"] == result["prompts"]
+    for other in (
+        dataclasses.replace(config, ppo=PPO(batch_size=64)),
+        dataclasses.replace(config, rollout=Engine(slots=2)),
+    ):
+        again = evaluate.evaluate(other, num_prompts=4, num_completions=3, function=vowels)
+        assert again["prompts"] == result["prompts"]
     other = dataclasses.replace(config, seed=4)
     assert evaluate.evaluate(other, num_prompts=4, num_completions=3, function=vowels)["prompts"] != result["prompts"]
 

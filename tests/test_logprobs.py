@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import logprobs, models
+from jaxrlhf import logprobs, models, runtime
 from jaxrlhf.logprobs import last_token_scores, response_states, token_logprobs
 from jaxrlhf.models import ModelConfig, Rope
 from jaxrlhf.types import Rollout
@@ -55,11 +55,20 @@ def materialised(params, model, hidden, targets, temperature, inside=None):
     return picked, -jnp.sum(jnp.exp(logp) * jnp.where(jnp.isfinite(logp), logp, 0), axis=-1)
 
 
-@pytest.mark.parametrize("chunk", [1, 3 * 29 * 4, 2**24], ids=["column", "ragged", "whole"])
+def cut_at(monkeypatch, tokens):
+    """Pieces of about so many tokens, for the 21 positions of a case."""
+    monkeypatch.setattr(runtime, "logits_alive", lambda backend: 21 * tokens)
+    monkeypatch.setattr(logprobs, "LEAST_PIECE", 1)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "tokens", "pieces"), [(29, 1, 3), (29, 2**24, 1), (128, 1, 2), (192, 64, 3), (5, 1, 1), (97, 40, 3)]
+)
 @pytest.mark.parametrize(("tied", "temperature"), [(True, 1.0), (False, 0.6)])
-def test_values_and_gradients_are_those_of_log_softmax(monkeypatch, chunk, tied, temperature):
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk)
-    model = dataclasses.replace(TINY, tie_embeddings=tied)
+def test_values_and_gradients_are_those_of_log_softmax(monkeypatch, vocabulary, tokens, pieces, tied, temperature):
+    cut_at(monkeypatch, tokens)
+    assert logprobs._pieces("tvd", vocabulary, 21, "float32").count == pieces
+    model = dataclasses.replace(TINY, tie_embeddings=tied, vocab_size=vocabulary)
     params, hidden, targets = case(model)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=targets.shape).astype(np.float32))
 
@@ -75,14 +84,16 @@ def test_values_and_gradients_are_those_of_log_softmax(monkeypatch, chunk, tied,
     assert ours[0][1][0].std() > 0.5  # the case is not trivial
 
 
-@pytest.mark.parametrize(("chunk", "tied"), [(3 * 29 * 4, True), (2**24, False)], ids=["ragged", "whole"])
-def test_on_a_support_they_are_those_of_log_softmax_over_it(monkeypatch, chunk, tied):
+@pytest.mark.parametrize(
+    ("vocabulary", "tokens", "tied"), [(29, 1, True), (29, 2**24, False), (128, 1, True), (192, 64, False)]
+)
+def test_on_a_support_they_are_those_of_log_softmax_over_it(monkeypatch, vocabulary, tokens, tied):
     """The last columns have an empty support, as in padding: nothing of it may reach a gradient."""
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk)
-    model = dataclasses.replace(TINY, tie_embeddings=tied)
+    cut_at(monkeypatch, tokens)
+    model = dataclasses.replace(TINY, tie_embeddings=tied, vocab_size=vocabulary)
     params, hidden, targets = case(model)
     rng = np.random.default_rng(1)
-    inside = (rng.random((*targets.shape, 29)) < 0.3) | (np.arange(29) == targets[..., None])
+    inside = (rng.random((*targets.shape, vocabulary)) < 0.3) | (np.arange(vocabulary) == targets[..., None])
     empty = inside & (np.arange(7) < 5)[:, None]
     support = jnp.packbits(jnp.asarray(empty), axis=-1)
     weights = jnp.asarray(np.where(np.arange(7) < 5, rng.normal(size=targets.shape), 0).astype(np.float32))
@@ -109,8 +120,8 @@ def test_entropy_is_a_measurement_without_gradient():
 
 
 def largest_array(jaxpr):
-    """Elements of the largest array that a traced program makes, loops and calls included."""
-    sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars]
+    """Bytes of the largest array that a traced program makes, loops and calls included."""
+    sizes = [v.aval.size * v.aval.dtype.itemsize for eqn in jaxpr.eqns for v in eqn.outvars]
     for eqn in jaxpr.eqns:
         for value in eqn.params.values():
             inner = getattr(value, "jaxpr", value)
@@ -132,8 +143,10 @@ def test_logits_of_the_whole_batch_never_exist(tied, on_support):
         grad = jax.grad(lambda p, h, t, *s: function(p, model, h, t, 1.0, *s)[0].sum(), argnums=(0, 1))
         return largest_array(jax.make_jaxpr(grad)(params, hidden, targets, *support).jaxpr)
 
-    assert gradient(token_logprobs, support) <= logprobs.CHUNK_LOGITS + rows * size
-    assert gradient(materialised) >= rows * columns * size  # what the count would show
+    assert gradient(token_logprobs, support) <= max(
+        4 * rows * columns * logprobs.LEAST_PIECE, support.size if support else 0
+    )
+    assert gradient(materialised) >= 4 * rows * columns * size  # what the count would show
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
@@ -153,7 +166,7 @@ def test_products_have_the_precision_of_the_models(dtype, precision):
 
 
 def test_compiled_memory_is_that_of_a_chunk(monkeypatch):
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 2**18)
+    monkeypatch.setattr(runtime, "logits_alive", lambda backend: 2**18)
     model = dataclasses.replace(TINY, vocab_size=2**15)
     params = jax.eval_shape(lambda: models.init(model, jax.random.key(0)))["embed"]
     hidden = jax.ShapeDtypeStruct((4, 64, model.hidden_size), jnp.float32)

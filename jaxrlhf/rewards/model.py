@@ -84,23 +84,26 @@ class RewardModel:
         return self._score(rows)
 
     def _score(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """A row longer than the context loses its beginning: the response is at its end."""
+        """Rows of like length are read together. One longer than the context loses its beginning: the response is at
+        its end."""
         limit = self.model.max_positions
         truncated = np.array([len(row) > limit for row in rows])
         rows = [row[-limit:] or [self.tokenizer.eos_id] for row in rows]
-        width = bucket(max(map(len, rows)), limit)
-        count = -(-len(rows) // self.rows) * self.rows
-        tokens = np.full((count, width), self.tokenizer.pad_id, np.int32)
-        mask = np.zeros((count, width), bool)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)], mask[i, : len(row)] = row, True
-        mask[len(rows) :, 0] = True
-        parts = []
-        for start in range(0, count, self.rows):
-            part = tokens[start : start + self.rows], mask[start : start + self.rows]
-            placed = sharding.put_rows(part, self.mesh) if self.mesh else part
-            parts.append(_scores(self.params, self.model, *placed))
-        scores = np.concatenate([np.asarray(part, np.float32) for part in parts])[: len(rows)]
+        order = np.argsort([len(row) for row in rows], kind="stable")
+        scores = np.empty(len(rows), np.float32)
+        pending = []
+        for start in range(0, len(rows), self.rows):
+            chosen = order[start : start + self.rows]
+            width = bucket(len(rows[chosen[-1]]), limit)
+            tokens = np.full((self.rows, width), self.tokenizer.pad_id, np.int32)
+            mask = np.zeros((self.rows, width), bool)
+            mask[:, 0] = True  # rows that only fill up
+            for i, row in enumerate(chosen):
+                tokens[i, : len(rows[row])], mask[i, : len(rows[row])] = rows[row], True
+            placed = sharding.put_rows((tokens, mask), self.mesh) if self.mesh else (tokens, mask)
+            pending.append((chosen, _scores(self.params, self.model, *placed)))
+        for chosen, found in pending:  # all slices are under way by now
+            scores[chosen] = np.asarray(found, np.float32)[: len(chosen)]
         if not np.isfinite(scores).all():
             bad = int(np.flatnonzero(~np.isfinite(scores))[0])
             raise RewardError(f"reward model {self.path} gave {scores[bad]} for completion {bad}")

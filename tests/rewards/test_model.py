@@ -9,8 +9,10 @@ import pytest
 
 from jaxrlhf import sharding, weights
 from jaxrlhf.config import Mesh
+from jaxrlhf.data.batching import bucket
 from jaxrlhf.errors import DataError
 from jaxrlhf.models import forward
+from jaxrlhf.rewards import model
 from jaxrlhf.rewards.model import RewardModel
 
 
@@ -36,6 +38,19 @@ def test_a_rollout_scores_as_its_unpadded_rows_do(judge, policy_tokenizer, make_
     assert np.ptp(scores) > 0.1
     assert scores.dtype == np.float32
     assert not truncated.any()
+
+
+def test_rows_of_like_length_are_read_together(judge, policy_tokenizer, make_rollout, monkeypatch):
+    """In slices of two rows, each as wide as its longer row needs; scores stay with their rows."""
+    prompts, completions = ["a" * n for n in (30, 1, 40, 2, 20)], ["x"] * 5
+    made = make_rollout(policy_tokenizer, prompts, completions, [False] * 5)
+    widths, scores = [], model._scores
+    monkeypatch.setattr(model, "_scores", lambda *args: widths.append(args[2].shape) or scores(*args))
+    rows = [t[m].tolist() for t, m in zip(made.tokens, made.mask, strict=True)]
+    np.testing.assert_allclose(judge.score_rollout(made)[0], expected(judge, rows), rtol=1e-4, atol=1e-5)
+    sizes = sorted(map(len, rows))
+    assert widths == [(2, bucket(sizes[i], judge.model.max_positions)) for i in (1, 3, 4)]
+    assert widths[0] < widths[-1]
 
 
 def test_text_in_its_own_tokens_scores_the_same(judge, policy_tokenizer, make_rollout, talk):
