@@ -19,7 +19,7 @@ from jaxrlhf.errors import DataError
 from jaxrlhf.files import write_whole
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
-from jaxrlhf.rollout.engine import answer
+from jaxrlhf.rollout import engine
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.rollout.text import response_texts
@@ -141,7 +141,7 @@ def respond(
     slots = config.rollout.slots or config.ppo.batch_size
     key = jax.random.key(config.seed)
     rest = key, sampling, tokenizer.stop_ids, tokenizer.pad_id
-    return answer(params, model, prompts, *rest, slots=slots, group=count)
+    return engine.answer(params, model, prompts, *rest, slots=slots, group=count)
 
 
 def choose(rows: Sequence[T], count: int, seed: int) -> list[T]:
@@ -204,7 +204,7 @@ def table(result: dict[str, Any], width: int = 100) -> str:
         f"identical {stats['identical_completions']:.2f}",
     ]
     lines += [
-        f"{name:<13} {part['mean']:.4f} +- {part['standard_error']:.4f}"
+        f"from {name:<8} {part['mean']:.4f} +- {part['standard_error']:.4f}"
         for name, part in stats["components"].items()
         if part["mean"] or not name.endswith(("_truncated", "_unanswered"))  # said only where it happened
     ]

@@ -6,8 +6,8 @@ gradient once. Nothing of shape [B, R, V] ever exists.
 """
 
 import math
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,8 @@ def token_logprobs(
     return _token_logprobs(pieces, weight, hidden, targets, support, jnp.asarray(temperature, jnp.float32))
 
 
-class _Pieces(NamedTuple):
+@dataclass(frozen=True)
+class _Pieces:
     """The vocabulary as `shares` of `size` tokens. Piece i has those from `start(i)` on, `width` of each share.
 
     The last piece begins early enough to be as wide as the others, and all begin at a whole byte of the support's

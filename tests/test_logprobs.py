@@ -5,35 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny
 
 from jaxrlhf import logprobs, models, runtime
 from jaxrlhf.logprobs import last_token_scores, response_states, token_logprobs
-from jaxrlhf.models import ModelConfig, Rope
 from jaxrlhf.types import Rollout
 
-TINY = ModelConfig(
-    family="llama",
-    vocab_size=29,
-    hidden_size=12,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    mlp_size=16,
-    max_positions=64,
-    norm="rmsnorm",
-    norm_eps=1e-5,
-    activation="silu",
-    gated_mlp=True,
-    rope=Rope(theta=1e4),
-    qkv_bias=False,
-    attention_out_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    sliding_window=None,
-    sliding_layers=(False, False),
-    tie_embeddings=True,
-)
+TINY = tiny(hidden_size=12)
 
 
 def spread(params):

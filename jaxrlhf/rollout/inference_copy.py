@@ -48,19 +48,20 @@ def convert(params: Params, model: ModelConfig, inference: ModelConfig) -> Param
     """Parameters of `model` as those of `inference`, one of its `inference_model`s."""
     if model.tie_embeddings and not inference.tie_embeddings:
         params = {**params, "lm_head": {"kernel": params["embed"]["embedding"].T}}
-    params = unstack(params, model)
     if inference.kernels == "int8":
-        layers = tuple({name: _int8(part) for name, part in layer.items()} for layer in params["layers"])
-        return {**_int8({k: v for k, v in params.items() if k != "layers"}), "layers": layers}
+        return unstack(_int8(params), model)
 
     def cast(keys, x):
         return x.astype(inference.dtype) if path_of(keys).endswith(("kernel", "embedding")) else x
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return jax.tree_util.tree_map_with_path(cast, unstack(params, model))
 
 
 def _int8(params: Params) -> Params:
-    """Every kernel [in, out] as int8 [out, in] with "scale" f32 [out], the token embedding as int8 with one per row."""
+    """Kernels [..., in, out] as int8 [..., out, in] with "scale" f32 [..., out]; the embedding as int8, one per row.
+
+    Quantised before they are transposed: a quarter of the bytes.
+    """
     quantised: Params = {}
     for name, value in params.items():
         if name in ("positions", "score"):
@@ -68,9 +69,14 @@ def _int8(params: Params) -> Params:
         elif isinstance(value, dict):
             quantised[name] = _int8(value)
         elif name in ("kernel", "embedding"):
-            rows = value.astype(jnp.float32) if name == "embedding" else value.astype(jnp.float32).T
-            scale = jnp.maximum(jnp.max(jnp.abs(rows), axis=1), 1e-30) / 127
-            quantised[name], quantised["scale"] = jnp.round(rows / scale[:, None]).astype(jnp.int8), scale
+            along = -1 if name == "embedding" else -2
+            value = value.astype(jnp.float32)
+            # max and min are vectorised on CPUs; the maximum of abs is not, and three times slower
+            largest = jnp.maximum(jnp.max(value, axis=along), -jnp.min(value, axis=along))
+            scale = jnp.maximum(largest, 1e-30) / 127
+            rounded = jnp.round(value / jnp.expand_dims(scale, along)).astype(jnp.int8)
+            quantised[name] = rounded if name == "embedding" else jnp.swapaxes(rounded, -1, -2)
+            quantised["scale"] = scale
         else:
             quantised[name] = value
     return quantised

@@ -28,6 +28,8 @@ from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.ppo_update import Roles, annotate, make_critic, update
 from jaxrlhf.types import Experience, Params, Prompts, Rollout
 
+_LOWER = "data.max_prompt_length or sampling.response_length"
+
 
 class PPOTrainer:
     """Train `config.model` to score well by a reward model, by `reward`, or by both, without leaving its reference far.
@@ -67,7 +69,7 @@ class PPOTrainer:
         lengths = [len(row.tokens) + sampling.response_length for row in self.data.train] if self.data else []
         slots, self._columns = config.rollout.slots, 0  # columns that every prompt fits in, so that programs are few
         if lengths:
-            setup.check_context(lengths, self.model, "the longest prompt + sampling.response_length")
+            setup.check_context(lengths, self.model, "the longest prompt with its response", _LOWER)
             room = self.model.max_positions - sampling.response_length
             self._columns = batching.bucket(max(lengths) - sampling.response_length, room)
         if 0 < slots < ppo.batch_size:
@@ -87,7 +89,7 @@ class PPOTrainer:
                 "critic.init is 'reward' but the reward model reads other tokens than the policy; use 'policy'"
             )
         if judge and self.scorer.shares_tokenizer and lengths:
-            setup.check_context(lengths, judge[0], "the reward model: the longest prompt + sampling.response_length")
+            setup.check_context(lengths, judge[0], "for the reward model, the longest prompt with its response", _LOWER)
         reference = setup.copy(
             policy, self.model.dtype if config.reference_dtype == "auto" else config.reference_dtype, self.mesh
         )
@@ -239,7 +241,8 @@ class PPOTrainer:
     def _prompts(self, rows: Sequence[PromptRow]) -> Prompts:
         """Prompts of one length, in place. Raises ConfigError where there is no room for the response."""
         reserved = self.config.sampling.response_length
-        setup.check_context([len(row.tokens) + reserved for row in rows], self.model, "prompt + response_length")
+        lengths = [len(row.tokens) + reserved for row in rows]
+        setup.check_context(lengths, self.model, "the longest prompt with its response", _LOWER)
         length = batching.bucket(max(len(row.tokens) for row in rows), self.model.max_positions - reserved)
         return sharding.put_rows(batching.prompts(rows, self.tokenizer.pad_id, length, occurrences(rows)), self.mesh)
 

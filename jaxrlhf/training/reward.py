@@ -104,7 +104,7 @@ class RewardTrainer:
         self.model = setup.model_of(config.model, self.tokenizer, config.head)
         rows = (*self.data.train, *self.data.validation)
         lengths = [len(row.tokens) for pair in rows for row in (pair.chosen, pair.rejected)]
-        setup.check_context(lengths, self.model, "data.max_length")
+        setup.check_context(lengths, self.model, "the longest row", "data.max_length")
         self.total_steps = loop.num_steps(
             len(self.data.train), train.batch_size, train.num_train_epochs, train.max_steps
         )

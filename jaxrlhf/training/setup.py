@@ -165,12 +165,12 @@ class State:
         self._value, self._params = state, None
 
 
-def check_context(lengths: Sequence[int], model: ModelConfig, what: str) -> None:
-    """Refuse rows that are longer than the model's context; `what` names the config keys to lower."""
+def check_context(lengths: Sequence[int], model: ModelConfig, what: str, lower: str) -> None:
+    """Refuse rows that are longer than the model's context; `what` is long, `lower` the config keys to lower."""
     longest = max(lengths)
     if longest > model.max_positions:
         raise ConfigError(
-            f"{what} asks for {longest} tokens but the model's context is {model.max_positions}; lower it"
+            f"{what} comes to {longest} tokens but the model's context is {model.max_positions}; lower {lower}"
         )
 
 

@@ -84,7 +84,7 @@ class SFTTrainer:
         storage = setup.trained_dtype(config.model)
         self.model = setup.model_of(config.model, self.tokenizer, "lm")
         rows = (*self.data.train, *self.data.validation)
-        setup.check_context([len(row.tokens) for row in rows], self.model, "data.max_length")
+        setup.check_context([len(row.tokens) for row in rows], self.model, "the longest row", "data.max_length")
         check_sampling(config.sampling, self.model.vocab_size)
         self.total_steps = loop.num_steps(
             len(self.data.train), train.batch_size, train.num_train_epochs, train.max_steps

@@ -5,39 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tiny import tiny
 
 from jaxrlhf import models
 from jaxrlhf.config import Sampling
 from jaxrlhf.logprobs import response_states, token_logprobs
-from jaxrlhf.models import ModelConfig, Rope
 from jaxrlhf.rollout import decode
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.rollout.sampling import sample
 from jaxrlhf.types import Prompts
 
-LLAMA = ModelConfig(
-    family="llama",
-    vocab_size=11,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    mlp_size=16,
-    max_positions=64,
-    norm="rmsnorm",
-    norm_eps=1e-5,
-    activation="silu",
-    gated_mlp=True,
-    rope=Rope(theta=1e4),
-    qkv_bias=False,
-    attention_out_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    sliding_window=4,
-    sliding_layers=(False, True),
-    tie_embeddings=False,
-)
+LLAMA = tiny(vocab_size=11, sliding_window=4, sliding_layers=(False, True), tie_embeddings=False)
 GPT2 = dataclasses.replace(
     LLAMA, family="gpt2", rope=None, norm="layernorm", gated_mlp=False, sliding_window=None, sliding_layers=(False,) * 2
 )

@@ -4,39 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny
 
 from jaxrlhf import memory, models, sharding
 from jaxrlhf.config import Mesh, Sampling
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.models import ModelConfig, Rope
 from jaxrlhf.rollout import engine
 from jaxrlhf.rollout.decode import generate
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.types import Prompts
 
-LLAMA = ModelConfig(
-    family="llama",
-    vocab_size=19,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    mlp_size=16,
-    max_positions=128,
-    norm="rmsnorm",
-    norm_eps=1e-5,
-    activation="silu",
-    gated_mlp=True,
-    rope=Rope(theta=1e4),
-    qkv_bias=False,
-    attention_out_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    sliding_window=9,
-    sliding_layers=(False, True),
-    tie_embeddings=True,
-)
+LLAMA = tiny(vocab_size=19, max_positions=128, sliding_window=9, sliding_layers=(False, True))
 STOPS, PAD = (7, 2), 0
 SAMPLING = Sampling(response_length=20, temperature=1.1)
 

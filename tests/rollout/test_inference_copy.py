@@ -4,34 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny
 
 from jaxrlhf import models
-from jaxrlhf.models import ModelConfig, Rope
 from jaxrlhf.models.layers import int8_product
 from jaxrlhf.rollout.inference_copy import inference_copy
 
-QWEN = ModelConfig(
+QWEN = tiny(
     family="qwen2",
     vocab_size=96,
     hidden_size=64,
     num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
     head_dim=16,
     mlp_size=96,
-    max_positions=64,
-    norm="rmsnorm",
-    norm_eps=1e-5,
-    activation="silu",
-    gated_mlp=True,
-    rope=Rope(theta=1e4),
     qkv_bias=True,
-    attention_out_bias=False,
-    mlp_bias=False,
     qk_norm=True,
-    sliding_window=None,
     sliding_layers=(False,) * 3,
-    tie_embeddings=True,
 )
 GPT2 = dataclasses.replace(
     QWEN, family="gpt2", rope=None, norm="layernorm", gated_mlp=False, mlp_bias=True, attention_out_bias=True

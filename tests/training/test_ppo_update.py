@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny
 
 from jaxrlhf import sharding
 from jaxrlhf.config import PPO, Mesh, Optim, PPOConfig, Sampling
 from jaxrlhf.logprobs import response_states
-from jaxrlhf.models import ModelConfig, Rope, init, lm_logits
+from jaxrlhf.models import init, lm_logits
 from jaxrlhf.rollout.decode import generate
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.training import ppo_update, setup
@@ -20,29 +21,7 @@ from jaxrlhf.types import Prompts
 B, P, R, V, PAD = 8, 6, 7, 19, 0
 STOPS = (2, 5, 11)
 
-MODEL = ModelConfig(
-    family="llama",
-    vocab_size=V,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    mlp_size=32,
-    max_positions=64,
-    norm="rmsnorm",
-    norm_eps=1e-5,
-    activation="silu",
-    gated_mlp=True,
-    rope=Rope(theta=1e4),
-    qkv_bias=False,
-    attention_out_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    sliding_window=None,
-    sliding_layers=(False, False),
-    tie_embeddings=True,
-)
+MODEL = tiny(vocab_size=V, mlp_size=32)
 # Compared by identity: one pair for all cases, so that equal cases share their compiled programs. A large eps, because
 # Adam magnifies the rounding of a gradient near zero by learning_rate / eps and these tests compare parameters.
 OPTIMIZERS = tuple((role, make_optimizer(Optim(eps=1e-3), 1e-2, 100)) for role in ("policy", "critic"))
