@@ -58,6 +58,10 @@ def __getattr__(name: str) -> Any:
         return version("jaxrlhf")
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxrlhf' has no attribute '{name}'")
+    if _HOMES[name] != "jaxrlhf.config":  # the one that does without jax
+        from jaxrlhf import runtime
+
+        runtime.configure()
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

@@ -132,7 +132,7 @@ def decode_equals_forward(params: Params, model: ModelConfig, tokens: np.ndarray
 
     @jax.jit
     def cached(params):
-        cache = empty_cache(model, tokens.shape[0], length, "float32")
+        cache = empty_cache(model, tokens.shape[0], length)
         layers, parts = unstack(params, model), []
         for a, b in itertools.pairwise(cuts):
             at = slice(a, b)

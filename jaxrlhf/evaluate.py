@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -101,6 +102,12 @@ def complete(config: PPOConfig, prompt: str, count: int) -> list[str]:
     room = model.max_positions - len(tokens)
     if room < 1:
         raise DataError(f"the prompt has {len(tokens)} tokens and the model's context is {model.max_positions}")
+    if room < config.sampling.response_length:
+        warnings.warn(
+            f"{config.sampling.response_length} tokens were asked for, but after a prompt of {len(tokens)} the context "
+            f"of {model.max_positions} has room for {room}: at most so many will come",
+            stacklevel=2,
+        )
     sampling = dataclasses.replace(config.sampling, response_length=min(config.sampling.response_length, room))
     config = dataclasses.replace(config, sampling=sampling)
     row = PromptRow(tokens=tokens, text=prompt, columns={}, index=0)

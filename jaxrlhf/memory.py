@@ -12,9 +12,11 @@ def free_on_host() -> int | None:
     with contextlib.suppress(OSError, IndexError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    with contextlib.suppress(OSError, ValueError):  # a container's own limit; the file says "max" when there is none
+    with contextlib.suppress(OSError, KeyError, ValueError):  # a container's limit, or "max"
         group = Path("/sys/fs/cgroup")
-        free += [int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())]
+        pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        held = int((group / "memory.current").read_text()) - int(pages["inactive_file"])  # files read are given back
+        free += [int((group / "memory.max").read_text()) - held]
     return min(free, default=None)
 
 

@@ -28,21 +28,27 @@ _set_here: set[str] = set()
 def configure() -> None:
     """Set the environment that jax, XLA and transformers read when they start, but for what is set already.
 
-    Warns once, in a line, about what comes too late because jax has started: it is set nevertheless, for processes that
-    this one starts.
+    Every command calls it first, and so does the first use of a name of the package that needs jax. Warns once, in a
+    line, about what comes too late because jax has used a device: it is set nevertheless, for processes that this one
+    starts.
     """
     late = []
     for setting in defaults():
         if setting.name not in os.environ:
             os.environ[setting.name] = setting.value
             _set_here.add(setting.name)
-            if setting.read != "transformers" and _has_happened(setting.read):
+            if setting.read == "transformers":
+                continue
+            if _devices_started():
                 late.append(f"{setting.name}={setting.value}")
+            elif setting.read == "jax" and "jax" in sys.modules:
+                value = setting.value if setting.name.endswith("_DIR") else float(setting.value)
+                sys.modules["jax"].config.update(setting.name.lower(), value)
     if late:
         warnings.warn(
             f"jax had started before jaxrlhf.runtime.configure() was called, so {len(late)} setting"
-            f"{'s have' if len(late) > 1 else ' has'} no effect: {' '.join(late)}. Call it before anything imports "
-            "jax, or set them in the environment that python starts in",
+            f"{'s have' if len(late) > 1 else ' has'} no effect: {' '.join(late)}. Call it, or import jaxrlhf's names, "
+            "before anything uses jax, or set them in the environment that python starts in",
             stacklevel=2,
         )
 
@@ -123,9 +129,7 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _has_happened(event: Literal["jax", "devices"]) -> bool:
-    if event == "jax":
-        return "jax" in sys.modules
+def _devices_started() -> bool:
     bridge = sys.modules.get("jax._src.xla_bridge")  # no public name says it without starting them
     return bridge is not None and bool(getattr(bridge, "backends_are_initialized", lambda: True)())
 

@@ -90,6 +90,11 @@ def put_rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, ROWS))
 
 
+def rows_shape(array: Any, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
+    """What `put_rows` would give for an array like this one."""
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, ROWS))
+
+
 def put_whole(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Host arrays, the same on every device."""
     return jax.device_put(tree, NamedSharding(mesh, P()))

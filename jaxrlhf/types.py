@@ -51,6 +51,43 @@ class Prompts:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens seen so far, per layer; what each slot holds is said once for all layers."""
+
+    k: tuple[Array, ...]  # per layer [B, K, S, H]: twice as fast to read on a CPU as [B, S, K, H]
+    v: tuple[Array, ...]  # per layer [B, K, S, H]
+    positions: Array  # int32 [B, S]
+    valid: Array  # bool [B, S]   a real token was written here
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Slots:
+    """B rows in the middle of being answered.
+
+    They share a clock: at each tick all rows write their keys and values to one column of the cache, which therefore is
+    updated in place; the columns after the prompt's are a ring. Which of its own tokens that is, a row's count says.
+    """
+
+    clock: Array  # int32 []
+    count: Array  # int32 [B]   tokens drawn
+    limit: Array  # int32 [B]   most tokens of the response, at most R
+    ended: Array  # bool [B]   drew a stop token
+    prompt_length: Array  # int32 [B]
+    keys: Array  # key [B]
+    tokens: Array  # int32 [B, R]
+    logprobs: Array  # f32 [B, R]
+    support: Array | None  # uint8 [B, R, ceil(V / 8)]
+    cache: KVCache  # [B, K, P + R, H]
+
+    @property
+    def busy(self) -> Array:
+        """bool [B]: rows that go on."""
+        return ~self.ended & (self.count < self.limit)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Rollout:
     """Prompts and what the policy answered: tokens[:, :P] is the prompt, tokens[:, P:] the response."""
 

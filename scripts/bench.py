@@ -83,7 +83,7 @@ def arguments() -> argparse.Namespace:
     add("--epochs", type=int, default=1, help="ppo: epochs of an update")
     add("--micro-batch", type=int, help="ppo, sft, reward: rows of a forward pass, ours and the peer's")
     add("--rollout-dtype", choices=("auto", *DTYPES), default="auto", help="ppo: of our rollout; auto: --dtype")
-    add("--remat", choices=("none", "full", "dots"), default="none", help="what our backward recomputes")
+    add("--remat", choices=("auto", "none", "full", "dots"), default="auto", help="what our backward recomputes")
     add("--peer", nargs="+", choices=PEERS, default=[])
     add("--peer-python", nargs="+", default=[sys.executable], help="interpreter for the peers: one, or one for each")
     add("--peer-dtype", choices=("float32", "bfloat16"), help="default: ours, float32 for int8; trl: by autocast")

@@ -32,7 +32,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from jaxrlhf import sharding, weights  # noqa: E402
-from jaxrlhf.config import PPO, Engine, Mesh, ModelSource, Optim, PPOConfig, RewardSource, Sampling  # noqa: E402
+from jaxrlhf.config import PPO, Data, Engine, Mesh, ModelSource, Optim, PPOConfig, RewardSource, Sampling  # noqa: E402
 from jaxrlhf.logprobs import token_logprobs  # noqa: E402
 from jaxrlhf.models import forward  # noqa: E402
 from jaxrlhf.rollout.decode import generate  # noqa: E402
@@ -53,9 +53,8 @@ def compute_dtype(job: Job) -> Literal["float32", "bfloat16"]:
 def load(job: Job, head: str = "lm"):
     """A random model as a trainer holds it: parameters in float32, products in the job's dtype."""
     key = jax.random.key(0)
-    return weights.load(
-        job.model, init="random", key=key, head=head, dtype="float32", compute_dtype=compute_dtype(job), remat=job.remat
-    )
+    dtype, remat = compute_dtype(job), runtime.resolve_remat(job.remat, jax.default_backend())
+    return weights.load(job.model, init="random", key=key, head=head, dtype="float32", compute_dtype=dtype, remat=remat)
 
 
 def random_tokens(job: Job, rows: int, columns: int) -> np.ndarray:
@@ -235,13 +234,20 @@ def supervised(job: Job, name: str) -> Repeat:
     return repeat
 
 
-def make_ppo(job: Job) -> tuple[ppo.PPOTrainer, list[str]]:
-    """PPO on random models (policy, critic from it, reference, reward model), and prompts of `job.prompt` words."""
+def make_ppo(job: Job, as_a_run: bool = False) -> tuple[ppo.PPOTrainer, list[str]]:
+    """PPO on random models (policy, critic from it, reference, reward model), and prompts of `job.prompt` words.
+
+    `as_a_run`: with the prompts in a file, so that programs are compiled while models load, as in `jaxrlhf ppo`.
+    """
     judge = Path(job.work) / "reward"
     if not judge.exists():
         weights.export(judge, *load(dataclasses.replace(job, dtype="float32"), "linear"), source=job.model)
+    texts = [" ".join(f"w{i}" for i in row) for row in random_tokens(job, job.batch, job.prompt)]
+    file = Path(job.work) / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     dtype = compute_dtype(job)
     config = PPOConfig(
+        data=Data(path=str(file) if as_a_run else ""),
         model=ModelSource(path=job.model, init="random", compute_dtype=dtype, remat=job.remat),
         reward=RewardSource(model=str(judge), model_dtype=dtype),
         ppo=PPO(batch_size=job.batch, num_ppo_epochs=job.epochs, micro_batch_size=job.micro_batch),
@@ -249,8 +255,7 @@ def make_ppo(job: Job) -> tuple[ppo.PPOTrainer, list[str]]:
         sampling=Sampling(response_length=job.response, min_length=job.response),
         optim=Optim(learning_rate=1e-6, schedule="constant", eps=1e-5),
     )
-    texts = [" ".join(f"w{i}" for i in row) for row in random_tokens(job, job.batch, job.prompt)]
-    return ppo.PPOTrainer(config), texts
+    return ppo.PPOTrainer(config, ahead=as_a_run), texts
 
 
 def iteration(job: Job, name: str) -> Repeat:
@@ -282,8 +287,7 @@ def iteration(job: Job, name: str) -> Repeat:
 
 def startup(job: Job, name: str) -> Repeat:
     """What compilation adds to a first PPO iteration: with an empty cache, or with that of the cold one before."""
-    # The reward model of the trainer is made before, so that what is timed is what a run would do.
-    loading, (trainer, prompts) = timed(lambda: make_ppo(job))
+    loading, (trainer, prompts) = timed(lambda: make_ppo(job, as_a_run=True))
 
     def repeat() -> dict[str, Any]:
         first, _ = timed(lambda: trainer.ppo_step(prompts))

@@ -36,7 +36,7 @@ class Job:
     samples: int
     epochs: int
     micro_batch: int | None
-    remat: Literal["none", "full", "dots"]
+    remat: Literal["auto", "none", "full", "dots"]
     rollout_dtype: Literal["auto", "float32", "bfloat16", "int8"]
     checkpointing: bool
     device: str

@@ -99,7 +99,8 @@ def add_percentages(summary: dict[str, Any], job: Job, limits: dict[str, float])
         return flops / peak(job.dtype, limits) / 1e9
 
     prefill = products(costs.forward(rows, job.prompt, 1))
-    decode = costs.decode(rows, job.prompt, job.response - 1, job.dtype, limits)
+    drawn = job.dtype if job.case != "ppo" or job.rollout_dtype == "auto" else job.rollout_dtype
+    decode = costs.decode(rows, job.prompt, job.response - 1, drawn, limits)
     score = costs.forward(rows, total, job.response)  # log-probs of a response
     value = costs.forward(rows, total, 0)  # values, or a reward
     floor, update, updating = 0.0, 0.0, seconds

@@ -74,7 +74,10 @@ def test_generate(tmp_path):
     ("case", "contestants"),
     [
         ("engine", ["ours", "ours-static"]),
+        ("prefix", ["ours", "ours-rows"]),
+        ("logprobs", ["ours"]),
         ("sft", ["ours"]),
+        ("reward", ["ours"]),
         ("ppo", ["ours"]),
         ("startup", ["cold", "cached"]),
     ],

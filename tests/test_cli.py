@@ -281,6 +281,11 @@ def test_generate_from_nothing_starts_at_bos(model_folder, capsys):
     assert len(capsys.readouterr().out) <= 6
 
 
+def test_generate_says_when_less_than_asked_for_will_fit(model_folder):
+    with pytest.warns(UserWarning, match="100000 tokens were asked for, but after a prompt of 3 the context of 64 has"):
+        assert main(["generate", str(model_folder), "--prompt", "abc", "--max-new-tokens", "100000"]) == 0
+
+
 def test_generate_refuses_a_prompt_longer_than_the_context(model_folder, capsys):
     assert main(["generate", str(model_folder), "--prompt", "a" * 64]) == 4
     assert "the prompt has 64 tokens and the model's context is 64" in capsys.readouterr().err

@@ -36,13 +36,22 @@ def test_settings_reach_jax_and_the_environment_wins():
 
 def test_a_setting_that_comes_too_late_is_named_with_the_remedy():
     share = "from jaxrlhf import runtime; runtime.cpu_quota, runtime._processors = (lambda: 2), (lambda: 4);"
-    done = python(f"import jax; {share} runtime.configure(); runtime.configure()")
+    show = "print(jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)"
+    done = python(f"import jax; {share} runtime.configure(); {show}", XDG_CACHE_HOME="/tmp/some")
+    assert done.stderr == "", "no device has been used"
+    assert done.stdout.startswith("/tmp/some/jaxrlhf/xla-") and done.stdout.endswith(" 0.0\n")
+    done = python(f"import jax; jax.devices(); {share} runtime.configure(); runtime.configure()")
     assert done.stderr.count("jax had started before jaxrlhf.runtime.configure()") == 1
-    assert "so 2 settings have no effect: JAX_COMPILATION_CACHE_DIR=" in done.stderr
-    assert "PJRT_NPROC" not in done.stderr, "no device has been used"
-    assert "before anything imports jax" in done.stderr
-    done = python(f"import jax; jax.devices(); {share} runtime.configure()")
-    assert "so 3 settings have no effect" in done.stderr and "PJRT_NPROC=2" in done.stderr
+    assert "so 3 settings have no effect: JAX_COMPILATION_CACHE_DIR=" in done.stderr and "PJRT_NPROC=2" in done.stderr
+    assert "before anything uses jax" in done.stderr
+
+
+def test_python_code_gets_the_settings_too():
+    code = "import jaxrlhf, os; jaxrlhf.PPOConfig; print(*(name in os.environ for name in %s));" % [
+        "JAX_COMPILATION_CACHE_DIR"
+    ]
+    code += "jaxrlhf.ModelConfig; import jax; print(jax.config.jax_compilation_cache_dir)"
+    assert python(code, XDG_CACHE_HOME="/tmp/some").stdout.split()[1].startswith("/tmp/some/jaxrlhf/xla-")
 
 
 def test_nothing_to_set_means_nothing_to_say(monkeypatch):

@@ -2,10 +2,9 @@
 
 from jaxrlhf.models.config import ModelConfig, Rope
 from jaxrlhf.models.heads import init_head, label_logits, lm_logits, scores
-from jaxrlhf.models.transformer import KVCache, empty_cache, forward, forward_cached, init, unstack
+from jaxrlhf.models.transformer import empty_cache, forward, forward_cached, init, unstack
 
 __all__ = [
-    "KVCache",
     "ModelConfig",
     "Rope",
     "empty_cache",

@@ -6,7 +6,6 @@ and unrolls the layers over `unstack`ed parameters, so that no weight is sliced 
 Both run `layers.Block`.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,18 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.heads import init_head
 from jaxrlhf.models.layers import Block, Norm, rotation
-from jaxrlhf.types import Params
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class KVCache:
-    """Keys and values of the tokens seen so far, per layer; what each slot holds is said once for all layers."""
-
-    k: tuple[Array, ...]  # per layer [B, K, S, H]: twice as fast to read on a CPU as [B, S, K, H]
-    v: tuple[Array, ...]  # per layer [B, K, S, H]
-    positions: Array  # int32 [B, S]
-    valid: Array  # bool [B, S]   a real token was written here
+from jaxrlhf.types import KVCache, Params
 
 
 def init(model: ModelConfig, key: Array, dtype: DTypeLike = "float32") -> Params:
@@ -86,13 +74,13 @@ def forward(
     return _apply(Norm(model.norm, model.norm_eps), params["norm"], x)
 
 
-def empty_cache(model: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
-    """A cache with nothing in it."""
+def empty_cache(model: ModelConfig, batch: int, slots: int) -> KVCache:
+    """A cache with nothing in it, for keys and values in `model.dtype`."""
     shape = (batch, model.num_kv_heads, slots, model.head_dim)
     layers = range(model.num_layers)
     return KVCache(
-        k=tuple(jnp.zeros(shape, dtype) for _ in layers),
-        v=tuple(jnp.zeros(shape, dtype) for _ in layers),
+        k=tuple(jnp.zeros(shape, model.dtype) for _ in layers),
+        v=tuple(jnp.zeros(shape, model.dtype) for _ in layers),
         positions=jnp.zeros((batch, slots), jnp.int32),
         valid=jnp.zeros((batch, slots), bool),
     )

@@ -6,7 +6,6 @@ of a row that has ended to the next prompt.
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -15,35 +14,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxrlhf.config import Sampling
-from jaxrlhf.models import KVCache, ModelConfig, empty_cache, forward_cached, lm_logits
+from jaxrlhf.models import ModelConfig, empty_cache, forward_cached, lm_logits
 from jaxrlhf.rollout.sampling import sample
-from jaxrlhf.types import Params, Prompts, Rollout
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Slots:
-    """B rows in the middle of being answered.
-
-    They share a clock: at each tick all rows write their keys and values to one column of the cache, which therefore is
-    updated in place; the columns after the prompt's are a ring. Which of its own tokens that is, a row's count says.
-    """
-
-    clock: Array  # int32 []
-    count: Array  # int32 [B]   tokens drawn
-    limit: Array  # int32 [B]   most tokens of the response, at most R
-    ended: Array  # bool [B]   drew a stop token
-    prompt_length: Array  # int32 [B]
-    keys: Array  # key [B]
-    tokens: Array  # int32 [B, R]
-    logprobs: Array  # f32 [B, R]
-    support: Array | None  # uint8 [B, R, ceil(V / 8)]
-    cache: KVCache  # [B, K, P + R, H]
-
-    @property
-    def busy(self) -> Array:
-        """bool [B]: rows that go on."""
-        return ~self.ended & (self.count < self.limit)
+from jaxrlhf.types import KVCache, Params, Prompts, Rollout, Slots
 
 
 @partial(jax.jit, static_argnames=("model", "sampling", "stop_ids", "pad_id", "group"))
@@ -123,7 +96,7 @@ def empty_slots(model: ModelConfig, batch: int, prompt_columns: int, sampling: S
         tokens=jnp.full((batch, length), pad_id, jnp.int32),
         logprobs=jnp.zeros((batch, length), jnp.float32),
         support=jnp.zeros(bits, jnp.uint8) if sampling.renormalise_logprobs else None,
-        cache=empty_cache(model, batch, prompt_columns + length, model.dtype),
+        cache=empty_cache(model, batch, prompt_columns + length),
     )
 
 
@@ -131,7 +104,7 @@ def prefill(params: Params, model: ModelConfig, prompts: Prompts) -> tuple[Float
     """The hidden state that predicts each prompt's first response token, and a cache of the prompts' P columns."""
     batch, width = prompts.tokens.shape
     positions = jnp.maximum(jnp.cumsum(prompts.mask, axis=1, dtype=jnp.int32) - 1, 0)
-    cache = empty_cache(model, batch, width, model.dtype)
+    cache = empty_cache(model, batch, width)
     hidden, cache = forward_cached(params, model, prompts.tokens, prompts.mask, positions, cache, 0)
     return hidden[:, -1], cache
 

@@ -6,11 +6,12 @@ layer's weights in one piece, in the precision of the product, and in the order 
 
 import dataclasses
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import ModelConfig, unstack
 from jaxrlhf.sharding import path_of
 from jaxrlhf.types import Params
@@ -23,8 +24,12 @@ def inference_copy(model: ModelConfig, params: Params, dtype: RolloutDType) -> t
 
     float32 and bfloat16 are the operands of products and what the weights are kept in. int8 keeps kernels and
     embeddings in 8 bits with a scale for each output (for each token in an embedding); products then round activations
-    to 8 bits per position too, while attention is bfloat16, or float32 if `model` computes in float32.
+    to 8 bits per position too, while attention is bfloat16, or float32 if `model` computes in float32. Raises
+    ConfigError for another dtype.
     """
+    known = get_args(RolloutDType)
+    if dtype not in known:
+        raise ConfigError(f"an inference copy in {dtype!r} was asked for; it can be {', '.join(known)}")
     inference = inference_model(model, dtype)
     return inference, convert(params, model, inference)
 

@@ -97,8 +97,8 @@ def _bits(odds: Array) -> Array:
 
 
 def draw(odds: Float[Array, "B V"], uniforms: Float[Array, "B 2"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Inverse CDF in two levels, and the sum of the odds: a block of tokens by one half of a row's uniform number, a
-    token in it by the other.
+    """Inverse CDF in two levels, and the sum of the odds: the first part of a row's random number picks a block of
+    tokens, the second a token in it.
 
     A float32 has 23 random bits. Spread over 150 000 tokens they would misstate each probability of 1e-5 by a percent;
     over one of two levels with some hundred entries each they do not. A token with odds 0 is never drawn.

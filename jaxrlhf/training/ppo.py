@@ -17,8 +17,8 @@ from jaxrlhf.data.datasets import PromptRow, columns, prompt_rows, prompts_from_
 from jaxrlhf.data.loader import rows_at
 from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.rewards.compose import Scorer
+from jaxrlhf.rollout import engine
 from jaxrlhf.rollout.decode import generate, trim
-from jaxrlhf.rollout.engine import answer, check_slots
 from jaxrlhf.rollout.inference_copy import RolloutDType, convert, inference_copy, inference_model
 from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.rollout.text import response_texts
@@ -74,9 +74,6 @@ class PPOTrainer:
             self._columns = batching.bucket(max(lengths) - sampling.response_length, room)
         if 0 < slots < ppo.batch_size:
             sharding.check_rows(slots, self.mesh, "rollout.slots")
-            check_slots(
-                inference_model(self.model, self._rollout_dtype), slots, self._columns + sampling.response_length
-            )
         storage = setup.trained_dtype(config.model)
         rollout = self._compile_rollout(setup.shapes_of(self.model, storage, self.mesh)) if ahead else None
         _, policy = setup.load_model(
@@ -112,6 +109,12 @@ class PPOTrainer:
             mesh=self.mesh,
         )
         self.state = setup.State({"policy": policy, "critic": critic}, self._optimizers, self.mesh, ppo.kl_coef)
+        engine.check_slots(  # now that everything else has its place
+            inference_model(self.model, self._rollout_dtype),
+            min(slots or ppo.batch_size, ppo.batch_size),
+            self._columns + sampling.response_length,
+            self.mesh,
+        )
         if rollout:
             self._compile_update(rollout)
         self._begun = ahead
@@ -229,9 +232,9 @@ class PPOTrainer:
         rest = key, sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
         slots = self.config.rollout.slots or len(rows)
         if slots < len(rows):
-            made = sharding.put_rows(
-                answer(copy, model, prompts, *rest, slots=slots, columns=self._columns, mesh=self.mesh), self.mesh
-            )
+            self._programs.wait(engine.answer)
+            made = engine.answer(copy, model, prompts, *rest, slots=slots, columns=self._columns, mesh=self.mesh)
+            made = sharding.put_rows(made, self.mesh)
         else:
             self._programs.wait(generate)
             made = generate(copy, model, prompts, *rest)
@@ -249,14 +252,25 @@ class PPOTrainer:
     def _compile_rollout(self, policy: Params) -> Future[Rollout] | None:
         """Begin to compile the first rollout; `policy` may be shapes. Returns the shapes of the rollout to come."""
         config, size = self.config, self.config.ppo.batch_size
-        if not self.data or 0 < config.rollout.slots < size:
-            return None  # no prompts yet; or the engine, which has its own programs
+        if not self.data:
+            return None
         chosen = rows_at(0, size, len(self.data.train), config.seed, config.data.shuffle)
         prompts = self._prompts([self.data.train[i] for i in chosen])
         model = inference_model(self.model, self._rollout_dtype)
         rest = self._key, config.sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
         copy = self._programs.compile(convert, policy, self.model, model)
-        return self._programs.begin(lambda: programs.outputs(generate, copy.result(), model, prompts, *rest), generate)
+        if not 0 < config.rollout.slots < size:
+            return self._programs.begin(
+                lambda: programs.outputs(generate, copy.result(), model, prompts, *rest), generate
+            )
+        where = {"slots": config.rollout.slots, "columns": self._columns, "mesh": self.mesh}
+        self._programs.begin(lambda: engine.prepare(copy.result(), model, prompts, *rest, **where), engine.answer)
+
+        def shapes() -> Rollout:
+            made = jax.eval_shape(generate, copy.result(), model, prompts, *rest)
+            return jax.tree.map(lambda x: sharding.rows_shape(x, self.mesh), made)
+
+        return self._programs.begin(shapes, engine.answer)
 
     def _compile_update(self, rollout: Future[Rollout]) -> None:
         """Begin to compile what learns from a rollout of full length."""

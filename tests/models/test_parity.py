@@ -90,7 +90,7 @@ def test_greedy_continuation_with_a_cache(language_model, rows, padded):
     @jax.jit
     def run(params):
         unstacked = models.unstack(params, model)
-        cache = models.empty_cache(model, len(prompts), width + NEW_TOKENS, "float32")
+        cache = models.empty_cache(model, len(prompts), width + NEW_TOKENS)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         hidden, cache = models.forward_cached(unstacked, model, tokens, mask, positions, cache, 0)
 

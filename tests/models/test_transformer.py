@@ -140,7 +140,7 @@ def test_decoding_with_a_cache_is_the_whole_pass(model, big_weights, padded):
     params = big_weights(model)
     tokens, mask = padded([generator.integers(0, 32, length).astype(np.int32) for length in (10, 7)], "left", 11)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-    cache = models.empty_cache(model, 2, 16, "float32")
+    cache = models.empty_cache(model, 2, 16)
     # what lies in slots that nobody wrote must not matter
     cache = dataclasses.replace(cache, k=tuple(k + 1e3 for k in cache.k), v=tuple(v + 1e3 for v in cache.v))
     unstacked, found = models.unstack(params, model), []
@@ -155,9 +155,9 @@ def test_decoding_with_a_cache_is_the_whole_pass(model, big_weights, padded):
 
 
 def test_decoding_is_traced_once(make, big_weights):
-    model = mixed(make)
+    model = dataclasses.replace(mixed(make), dtype="bfloat16")
     step = jax.jit(chex.assert_max_traces(models.forward_cached, n=1), static_argnums=1)
-    unstacked, cache = models.unstack(big_weights(model), model), models.empty_cache(model, 1, 6, "bfloat16")
+    unstacked, cache = models.unstack(big_weights(model), model), models.empty_cache(model, 1, 6)
     for slot in range(6):
         one = jnp.full((1, 1), slot, jnp.int32)
         _, cache = step(unstacked, model, one, jnp.ones((1, 1), bool), one, cache, slot)

@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import pytest
 from tiny import tiny
 
 from jaxrlhf import models
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.layers import int8_product
 from jaxrlhf.rollout.inference_copy import inference_copy
 
@@ -31,7 +33,7 @@ MODELS = pytest.mark.parametrize("model", [QWEN, GPT2, UNTIED], ids=["qwen2", "g
 def logits(params, model, tokens):
     ones = jnp.ones(tokens.shape, bool)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    cache = models.empty_cache(model, *tokens.shape, model.dtype)
+    cache = models.empty_cache(model, *tokens.shape)
     hidden, _ = jax.jit(models.forward_cached, static_argnums=1)(params, model, tokens, ones, positions, cache, 0)
     return np.asarray(models.lm_logits(params, model, hidden))
 
@@ -92,3 +94,8 @@ def test_the_copy_is_not_the_model(key):
     _, copy = inference_copy(QWEN, params, "float32")
     held = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)}
     assert held.isdisjoint(leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(copy))
+
+
+def test_another_dtype_is_refused():
+    with pytest.raises(ConfigError, match="'float16' was asked for; it can be float32, bfloat16, int8"):
+        inspect.unwrap(inference_copy)(QWEN, {}, "float16")  # without the tests' own type checks

@@ -10,6 +10,7 @@ import pytest
 
 from jaxrlhf import config, programs
 from jaxrlhf.errors import Preempted
+from jaxrlhf.rollout import engine
 from jaxrlhf.training import loop
 from jaxrlhf.training.ppo import PPOTrainer
 from jaxrlhf.training.reward import RewardTrainer
@@ -58,7 +59,7 @@ def reward(prompts, completions, **columns):
 def make(supervised, ppo, one_length, tmp_path):
     """A trainer of six steps over these rows, evaluating every other one."""
 
-    def build(method, **keywords):
+    def build(method, rollout=None, **keywords):
         base = ppo if method == "ppo" else supervised
         options = base | {
             "run_dir": str(tmp_path / "run"),
@@ -66,7 +67,8 @@ def make(supervised, ppo, one_length, tmp_path):
             "logging": config.Logging(quiet=True, tensorboard=False, sample_every=0),
         }
         if method == "ppo":
-            return PPOTrainer(config.PPOConfig(**options), reward=reward)
+            chosen = config.PPOConfig(**options, rollout=rollout or config.Engine())
+            return PPOTrainer(chosen, reward=reward, **keywords)
         options["train"] = config.Train(max_steps=6, batch_size=6, eval_batch_size=4, eval_every=2)
         cls, trainer = SUPERVISED[method]
         return trainer(cls(**options), **keywords)
@@ -121,16 +123,31 @@ def test_the_first_step_waits_for_what_is_being_compiled(method, make, monkeypat
     assert len(threads) == 2 and all(name.startswith("compile") for name in threads), threads
 
 
-def test_ppo_programs_compile_once(make, stop_at_two):
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(("slots", "rollout"), [(0, ("generate",)), (3, ("_admit", "advance"))])
+def test_ppo_programs_compile_once(slots, rollout, ahead, make, stop_at_two):
+    chosen = config.Engine(slots=slots)
     with compilations() as count:
         with pytest.raises(Preempted):
-            make("ppo").train()
-        make("ppo").train()
-    assert {name: count[name] for name in ("generate", "annotate", "update")} == {
-        "generate": 1,
-        "annotate": 1,
-        "update": 1,
-    }, count
+            make("ppo", rollout=chosen, ahead=ahead).train()
+        make("ppo", rollout=chosen, ahead=ahead).train()
+    expected = dict.fromkeys((*rollout, "annotate", "update"), 1)
+    assert {name: count[name] for name in expected} == expected, count
+
+
+def test_the_engines_programs_are_compiled_ahead(make, monkeypatch):
+    """By the time it is asked it only has to run, and so has the update."""
+    answer, needed = engine.answer, []
+
+    def watched(*args, **keywords):
+        with compilations() as count:
+            made = answer(*args, **keywords)
+        needed.append(count["_admit"] + count["advance"])
+        return made
+
+    monkeypatch.setattr(engine, "answer", watched)
+    make("ppo", rollout=config.Engine(slots=3)).train()
+    assert needed == [0] * 4
 
 
 @pytest.mark.parametrize("method", list(SUPERVISED))
