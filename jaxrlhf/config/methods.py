@@ -1,5 +1,6 @@
 """What a run of each method is configured by, and which combinations are refused."""
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -109,7 +110,10 @@ class PPOConfig:
             )
         rows = ppo.batch_size // ppo.num_mini_batches
         if ppo.micro_batch_size and rows % ppo.micro_batch_size:
-            raise ValueError(f"ppo.micro_batch_size ({ppo.micro_batch_size}) must divide a mini-batch ({rows} rows)")
+            raise ValueError(
+                f"ppo.micro_batch_size ({ppo.micro_batch_size}) must divide a mini-batch ({rows} rows, that is "
+                f"ppo.batch_size / ppo.num_mini_batches); {math.gcd(ppo.micro_batch_size, rows)} would"
+            )
         if self.critic.init == "reward" and not self.reward.model:
             raise ValueError("critic.init is 'reward' but reward.model is empty; give a reward model or use 'policy'")
 
@@ -128,5 +132,6 @@ _WRONG_KL = {
 def _check_train(train: Train) -> None:
     if train.micro_batch_size and train.batch_size % train.micro_batch_size:
         raise ValueError(
-            f"train.micro_batch_size ({train.micro_batch_size}) must divide train.batch_size ({train.batch_size})"
+            f"train.micro_batch_size ({train.micro_batch_size}) must divide train.batch_size ({train.batch_size}); "
+            f"{math.gcd(train.micro_batch_size, train.batch_size)} would"
         )
