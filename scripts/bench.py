@@ -54,6 +54,9 @@ OPTIONS = {  # of some cases only
     "ppo": ("epochs", "rollout_dtype", *TRAINING),
     "startup": ("epochs", *TRAINING),
 }
+SETTLE = (
+    1.0  # seconds before a repetition: threads of the one before spin for a fraction of one when they have finished
+)
 JOB = {f.name for f in dataclasses.fields(Job)}
 
 
@@ -191,6 +194,7 @@ def run(contestants: list[Contestant], rounds: int, apart: bool) -> dict[str, li
             for contestant in contestants:
                 if apart:
                     contestant.start()
+                time.sleep(SETTLE)
                 result = contestant.repeat()
                 results[contestant.name].append(result)
                 log(f"{contestant.job.case} {number + 1}/{rounds} {contestant.name}: {result['seconds']:.3f} s")
