@@ -5,9 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tiny import tiny
 
-from jaxrlhf import logprobs, models, runtime
+from jaxrlhf import logprobs, models, runtime, sharding
+from jaxrlhf.config import Mesh
 from jaxrlhf.logprobs import last_token_scores, response_states, token_logprobs
 from jaxrlhf.types import Rollout
 
@@ -250,3 +253,24 @@ def test_a_row_without_tokens_has_a_finite_score():
     params = models.init(model, jax.random.key(1))
     tokens, mask = padded([[], [1, 2]], "right", 4)
     assert jnp.isfinite(jax.jit(lambda x, m: last_token_scores(params, model, x, m))(tokens, mask)).all()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_vocabulary_that_is_spread_over_devices_is_never_gathered(monkeypatch, tied):
+    monkeypatch.setattr(runtime, "logits_alive", lambda backend: 24 * 64)
+    monkeypatch.setattr(logprobs, "LEAST_PIECE", 64)
+    mesh = sharding.make_mesh(Mesh(data=2, tensor=4))
+    model = dataclasses.replace(TINY, vocab_size=512, tie_embeddings=tied)
+    params, hidden, targets = case(model, rows=4, columns=6)
+    head = {"embed": params["embed"]} if tied else {"lm_head": params["lm_head"]}
+    placed = jax.device_put(head, NamedSharding(mesh, P("tensor") if tied else P(None, "tensor")))
+    rows = sharding.put_rows((hidden, targets), mesh)
+
+    def gradient(params, hidden, targets):
+        return jax.grad(lambda p, h: token_logprobs(p, model, h, targets, 1.0)[0].sum(), argnums=(0, 1))(params, hidden)
+
+    compiled = jax.jit(gradient).lower(placed, *rows).compile()
+    text = compiled.as_text()
+    assert "all-reduce" in text and "all-gather" not in text and "all-to-all" not in text
+    whole = jax.jit(gradient)(head, hidden, targets)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), compiled(placed, *rows), whole)
