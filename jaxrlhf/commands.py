@@ -5,6 +5,7 @@ import contextlib
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,12 +146,14 @@ def _generate(options: Options, overrides: Overrides) -> None:
         "model.path": options.model,
     }
     given = [(key, str(value)) for key, value in flags.items() if value is not None]
-    config = config_file.read("ppo", None, [*given, *overrides], partial=True)
+    config = config_file.read("ppo", None, [*_as_trained(options.model), *given, *overrides], partial=True)
     runtime.configure()
     from jaxrlhf import evaluate
 
-    with _compilations(sys.stderr, quiet=config.logging.quiet):  # standard output is the text
+    with _compilations(sys.stderr, quiet=config.logging.quiet), warnings.catch_warnings(record=True) as warned:
         texts = evaluate.complete(config, options.prompt, options.num)
+    for warning in warned:
+        print(f"note: {warning.message}", file=sys.stderr)  # standard output is the text
     for i, text in enumerate(texts):
         if options.num > 1:
             print(f"--- {i + 1} of {options.num} ---")
@@ -166,7 +169,7 @@ def _evaluate(options: Options, overrides: Overrides) -> None:
         "seed": options.seed,
     }
     given = [(key, str(value)) for key, value in flags.items() if value is not None]
-    config = config_file.read("ppo", None, [*given, *overrides])
+    config = config_file.read("ppo", None, [*_as_trained(options.model), *given, *overrides])
     runtime.configure()
     from jaxrlhf import evaluate
 
@@ -175,6 +178,15 @@ def _evaluate(options: Options, overrides: Overrides) -> None:
     print(evaluate.table(result))
     if options.output:
         print(f"\nwrote {evaluate.write(result, Path(options.output))}")
+
+
+def _as_trained(model: str) -> Overrides:
+    """How long the responses of the PPO run in the folder `model` were, if that is one; nothing for other models."""
+    file = Path(model) / "config.yaml"
+    if not file.is_file() or not file.read_text(encoding="utf-8").startswith("# jaxrlhf ppo"):
+        return []
+    length = config_file.read("ppo", file, partial=True).sampling.response_length
+    return [("sampling.response_length", str(length))]
 
 
 def _plot(options: Options, overrides: Overrides) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxrlhf import commands, config_file, errors, weights
+from jaxrlhf import commands, config_file, config_text, errors, weights
 from jaxrlhf.cli import main
 from jaxrlhf.commands import COMMANDS, Command
-from jaxrlhf.config import PPOConfig
+from jaxrlhf.config import PPOConfig, Sampling
 
 GIVEN = ["--model.path", "m", "--data.path", "d"]
 HEAVY = ("jax", "flax", "transformers", "datasets", "numpy", "orbax", "torch", "matplotlib")
@@ -281,9 +281,10 @@ def test_generate_from_nothing_starts_at_bos(model_folder, capsys):
     assert len(capsys.readouterr().out) <= 6
 
 
-def test_generate_says_when_less_than_asked_for_will_fit(model_folder):
-    with pytest.warns(UserWarning, match="100000 tokens were asked for, but after a prompt of 3 the context of 64 has"):
-        assert main(["generate", str(model_folder), "--prompt", "abc", "--max-new-tokens", "100000"]) == 0
+def test_generate_says_when_less_than_asked_for_will_fit(model_folder, capsys):
+    assert main(["generate", str(model_folder), "--prompt", "abc", "--max-new-tokens", "100000"]) == 0
+    said = capsys.readouterr().err
+    assert "note: 100000 tokens were asked for, but after a prompt of 3 the context of 64 has room for 61" in said
 
 
 def test_generate_refuses_a_prompt_longer_than_the_context(model_folder, capsys):
@@ -295,3 +296,11 @@ def test_the_known_story(shared_data, capsys):
     model = shared_data / "models" / "stories260K"
     assert main(["generate", str(model), "--prompt", "", "--greedy", "--max-new-tokens", "40"]) == 0
     assert capsys.readouterr().out.startswith("Once upon a time, there was a little girl named Lily.")
+
+
+def test_a_ppo_run_is_asked_for_responses_as_long_as_it_was_trained_on(tmp_path):
+    settings = config_text.dump(PPOConfig(sampling=Sampling(response_length=7)))
+    (tmp_path / "config.yaml").write_text(f"# jaxrlhf ppo, every option resolved\n{settings}")
+    assert commands._as_trained(str(tmp_path)) == [("sampling.response_length", "7")]
+    (tmp_path / "config.yaml").write_text("# jaxrlhf sft, every option resolved\n")
+    assert commands._as_trained(str(tmp_path)) == commands._as_trained("hf://org/name") == []
