@@ -6,14 +6,13 @@ from pathlib import Path
 import jax
 
 
-def free_on_host() -> int | None:
-    """Bytes that a process could still take; None where that is not known (not Linux)."""
+def free_on_host(group: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that a process in the container `group` could still take; None where that is not known (not Linux)."""
     free = []
     with contextlib.suppress(OSError, IndexError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     with contextlib.suppress(OSError, KeyError, ValueError):  # a container's limit, or "max"
-        group = Path("/sys/fs/cgroup")
         pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         held = int((group / "memory.current").read_text()) - int(pages["inactive_file"])  # files read are given back
         free += [int((group / "memory.max").read_text()) - held]

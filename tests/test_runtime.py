@@ -47,11 +47,11 @@ def test_a_setting_that_comes_too_late_is_named_with_the_remedy():
 
 
 def test_python_code_gets_the_settings_too():
-    code = "import jaxrlhf, os; jaxrlhf.PPOConfig; print(*(name in os.environ for name in %s));" % [
-        "JAX_COMPILATION_CACHE_DIR"
-    ]
+    """The first name that needs jax sets them; a config does not."""
+    code = "import jaxrlhf, os; jaxrlhf.PPOConfig; print('JAX_COMPILATION_CACHE_DIR' in os.environ);"
     code += "jaxrlhf.ModelConfig; import jax; print(jax.config.jax_compilation_cache_dir)"
-    assert python(code, XDG_CACHE_HOME="/tmp/some").stdout.split()[1].startswith("/tmp/some/jaxrlhf/xla-")
+    before, after = python(code, XDG_CACHE_HOME="/tmp/some").stdout.split()
+    assert before == "False" and after.startswith("/tmp/some/jaxrlhf/xla-")
 
 
 def test_nothing_to_set_means_nothing_to_say(monkeypatch):

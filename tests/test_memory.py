@@ -1,0 +1,21 @@
+"""What is free: the computer's memory, or what a container's limit leaves of it."""
+
+from jaxrlhf import memory
+
+
+def test_a_containers_limit_counts_and_what_it_caches_of_files_does_not(tmp_path):
+    for name, content in {
+        "memory.max": "1000\n",
+        "memory.current": "900\n",
+        "memory.stat": "anon 200\ninactive_file 600\n",
+    }.items():
+        (tmp_path / name).write_text(content)
+    assert memory.free_on_host(tmp_path) == 1000 - (900 - 600)
+
+
+def test_no_limit_leaves_what_the_computer_has(tmp_path):
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("inactive_file 600\n")
+    free = memory.free_on_host(tmp_path)
+    assert free is None or free > 2**20
