@@ -19,7 +19,8 @@ from jaxrlhf import runtime
 from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.masked import Scalar
 from jaxrlhf.models import ModelConfig, forward, scores
-from jaxrlhf.models.layers import MASKED, product
+from jaxrlhf.models.attention import MASKED
+from jaxrlhf.models.product import product
 from jaxrlhf.types import Params, Rollout
 
 LEAST_PIECE = 1024  # tokens of a piece, however many positions there are: narrower products are slow
@@ -38,7 +39,7 @@ def token_logprobs(
 
     `hidden[:, t]` is what predicts `targets[:, t]`. The softmax is over the whole vocabulary, whatever sampling
     filtered, or over the tokens in `support`, bits as in `Rollout.support`; where that is empty (padding) results are
-    finite and mean nothing. Products follow the model's rule (`layers.product`), as the sampler's logits do; sums and
+    finite and mean nothing. Products follow the model's rule (`product`), as the sampler's logits do; sums and
     softmax are float32. Gradients go to `params` and `hidden` through the log-probabilities alone: the entropy is a
     measurement, behind a stop_gradient.
     """

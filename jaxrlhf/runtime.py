@@ -141,6 +141,15 @@ def resolve_remat(requested: Literal["auto", "none", "full", "dots"], backend: s
     return "full" if backend == "cpu" else "none"
 
 
+def resolve_attention(
+    requested: Literal["auto", "plain", "cudnn"], backend: str, dtype: str
+) -> Literal["plain", "cudnn"]:
+    """`requested`, where auto means cudnn for bfloat16 on an NVIDIA card, if a trial agrees (`setup.attending`)."""
+    if requested != "auto":
+        return requested
+    return "cudnn" if backend in ("gpu", "cuda") and dtype == "bfloat16" else "plain"
+
+
 def logits_alive(backend: str) -> int:
     """How many logits to make at once: on a CPU what its cache holds (4 MB), else enough to keep the device busy."""
     return 2**20 if backend == "cpu" else 2**25

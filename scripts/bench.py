@@ -51,7 +51,7 @@ OPTIONS = {  # of some cases only
     "prefix": ("samples",),
     "sft": TRAINING,
     "reward": TRAINING,
-    "ppo": ("epochs", "rollout_dtype", *TRAINING),
+    "ppo": ("epochs", "rollout_dtype", "frozen_dtype", *TRAINING),
     "startup": ("epochs", *TRAINING),
 }
 SETTLE = (
@@ -86,6 +86,12 @@ def arguments() -> argparse.Namespace:
     add("--epochs", type=int, default=1, help="ppo: epochs of an update")
     add("--micro-batch", type=int, help="ppo, sft, reward: rows of a forward pass, ours and the peer's")
     add("--rollout-dtype", choices=("auto", *DTYPES), default="auto", help="ppo: of our rollout; auto: --dtype")
+    add(
+        "--frozen-dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="ppo: of our reference and reward model; auto: --dtype",
+    )
     add("--remat", choices=("auto", "none", "full", "dots"), default="auto", help="what our backward recomputes")
     add("--peer", nargs="+", choices=PEERS, default=[])
     add("--peer-python", nargs="+", default=[sys.executable], help="interpreter for the peers: one, or one for each")

@@ -249,7 +249,8 @@ def make_ppo(job: Job, as_a_run: bool = False) -> tuple[ppo.PPOTrainer, list[str
     config = PPOConfig(
         data=Data(path=str(file) if as_a_run else ""),
         model=ModelSource(path=job.model, init="random", compute_dtype=dtype, remat=job.remat),
-        reward=RewardSource(model=str(judge), model_dtype=dtype),
+        reward=RewardSource(model=str(judge), model_dtype=dtype if job.frozen_dtype == "auto" else job.frozen_dtype),
+        reference_dtype=job.frozen_dtype,
         ppo=PPO(batch_size=job.batch, num_ppo_epochs=job.epochs, micro_batch_size=job.micro_batch),
         rollout=Engine(dtype=job.rollout_dtype),
         sampling=Sampling(response_length=job.response, min_length=job.response),

@@ -38,6 +38,7 @@ class Job:
     micro_batch: int | None
     remat: Literal["auto", "none", "full", "dots"]
     rollout_dtype: Literal["auto", "float32", "bfloat16", "int8"]
+    frozen_dtype: Literal["auto", "float32", "bfloat16"]
     checkpointing: bool
     device: str
     rounds: int

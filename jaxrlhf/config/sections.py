@@ -34,6 +34,9 @@ class ModelSource:
     remat: Literal["auto", "none", "full", "dots"] = "auto"
     """What backward recomputes to save memory: nothing, whole layers, or all but matrix products. auto: full on a CPU,
     where recomputing takes no longer than writing everything down, none elsewhere."""
+    attention: Literal["auto", "plain", "cudnn"] = "auto"
+    """How training and scoring attend. cudnn: one kernel on an NVIDIA card, in bfloat16. auto: that where a small trial
+    agrees with plain, which is said at the start; plain elsewhere."""
 
 
 @section

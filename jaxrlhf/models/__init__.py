@@ -1,5 +1,6 @@
 """The decoder and its heads: a model is a pair of a frozen `ModelConfig` and a plain nested dict of arrays."""
 
+from jaxrlhf.models.attention import cudnn_trouble
 from jaxrlhf.models.config import ModelConfig, Rope
 from jaxrlhf.models.heads import init_head, label_logits, lm_logits, scores
 from jaxrlhf.models.transformer import empty_cache, forward, forward_cached, init, unstack
@@ -7,6 +8,7 @@ from jaxrlhf.models.transformer import empty_cache, forward, forward_cached, ini
 __all__ = [
     "ModelConfig",
     "Rope",
+    "cudnn_trouble",
     "empty_cache",
     "forward",
     "forward_cached",

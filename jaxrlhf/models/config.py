@@ -54,6 +54,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # operands of matrix products; they accumulate in float32
     kernels: Literal["float", "int8"] = "float"  # int8: an inference copy's, see rollout/inference_copy.py
     remat: Literal["none", "full", "dots"] = "none"
+    attention: Literal["plain", "cudnn"] = "plain"  # of whole sequences; with a key-value cache it is always plain
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -6,18 +6,16 @@ angles and the attention softmax are float32.
 
 import math
 from functools import partial
-from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
+from jaxrlhf.models.attention import attend, cudnn_attend, fits_cudnn
 from jaxrlhf.models.config import ModelConfig, Rope
-
-MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite; float32 and bfloat16 hold it
+from jaxrlhf.models.product import product
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -27,44 +25,6 @@ ACTIVATIONS = {
 }
 
 NORMAL = nn.initializers.normal(0.02)
-
-
-def product(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
-    """Contraction of two operands in `dtype`, accumulated and returned in float32; `subscripts` as for `jnp.einsum`.
-
-    `a` is float32 (an activation), `b` a weight or an activation; every letter of one operand must occur in the other
-    or in the result. The gradient is a product of the same kind: left alone, JAX would multiply a float32 cotangent
-    by a bfloat16 operand, which has no fast kernel on CPUs and runs the slow path on accelerators.
-    """
-    return cast(Array, _product(subscripts, a, b, dtype))
-
-
-def _contract(subscripts: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
-    # GPUs and TPUs would otherwise round float32 operands to 10 or 7 bits; who asks for float32 means it
-    precision = "highest" if jnp.dtype(dtype) == jnp.float32 else None
-    a, b = a.astype(dtype), b.astype(dtype)
-    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
-
-
-_product = jax.custom_vjp(_contract, nondiff_argnums=(0, 3))
-
-
-def _product_forward(subscripts, a, b, dtype):
-    # b is kept as it came: a weight is alive anyway, so only the activation costs memory
-    a = a.astype(dtype)
-    return _contract(subscripts, a, b, dtype), (a, b)
-
-
-def _product_backward(subscripts, dtype, kept, cotangent):
-    a, b = kept
-    operands, result = subscripts.split("->")
-    left, right = operands.split(",")
-    grad_a = _contract(f"{result},{right}->{left}", cotangent, b, dtype)
-    grad_b = _contract(f"{result},{left}->{right}", cotangent, a, dtype)
-    return grad_a, grad_b.astype(b.dtype)
-
-
-_product.defvjp(_product_forward, _product_backward)
 
 
 def along_last(vector: Float[Array, "D"], like: Shaped[Array, "*lead D"]) -> Float[Array, "*ones D"]:
@@ -142,23 +102,6 @@ def rotate(x: Float[Array, "B T heads H"], by: Rotation | None) -> Float[Array, 
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    mask: Bool[Array, "B T S"],
-    dtype: DTypeLike,
-) -> Float[Array, "B T N H"]:
-    """Grouped-query attention: query heads n*G .. n*G + G - 1 share key head n. `q` is already scaled."""
-    batch, length, heads, head_dim = q.shape
-    # Products keep the order of their operands' axes, the gradients' too: XLA's bfloat16 code for CPUs knows no other.
-    grouped = q.reshape(batch, length, k.shape[1], -1, head_dim).transpose(0, 2, 3, 1, 4)
-    logits = product("bkgth,bksh->bkgts", grouped, k, dtype)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, MASKED), axis=-1)
-    y = product("bkgts,bksh->bkgth", weights, v, dtype)
-    return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
-
-
 def int8_product(
     x: Float[Array, "*lead I"], kernel: Int8[Array, "O I"], scale: Float[Array, " O"]
 ) -> Float[Array, "*lead O"]:
@@ -232,7 +175,8 @@ class Attention(nn.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), slot, axis=2)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), slot, axis=2)
             cache = k, v
-        y = attend(q, k, v, mask, m.dtype).reshape(*x.shape[:2], -1)
+        read = cudnn_attend if m.attention == "cudnn" and cache is None and fits_cudnn(q) else attend
+        y = read(q, k, v, mask, m.dtype).reshape(*x.shape[:2], -1)
         return Dense(x.shape[-1], m.attention_out_bias, m, name="o")(y), cache
 
 

@@ -45,6 +45,7 @@ def inference_model(model: ModelConfig, dtype: RolloutDType) -> ModelConfig:
         kernels="int8" if dtype == "int8" else "float",
         tie_embeddings=model.tie_embeddings and not untie,
         remat="none",
+        attention="plain",
     )
 
 

@@ -20,7 +20,7 @@ from jaxrlhf.logprobs import response_states, token_logprobs
 from jaxrlhf.models import ModelConfig, init_head
 from jaxrlhf.models import scores as scalar
 from jaxrlhf.training.optim import Optimizer
-from jaxrlhf.training.setup import copy, split_head
+from jaxrlhf.training.setup import attending, copy, split_head
 from jaxrlhf.training.step import Metrics, apply, gradients, join_rows, split_rows
 from jaxrlhf.types import Experience, Params, Rollout, TrainState
 
@@ -79,6 +79,7 @@ def make_critic(
     model = dataclasses.replace(
         model, head=config.critic.head, num_labels=1, dtype=policy_model.dtype, remat=policy_model.remat
     )
+    model = attending(model, config.model)
     trunk = {k: v for k, v in trunk.items() if k not in ("lm_head", "score")}
     if not config.critic.frozen_trunk:
         trunk = copy(trunk, policy["norm"]["scale"].dtype, mesh)

@@ -15,7 +15,7 @@ from jaxrlhf.config import DType, ModelSource, PPOConfig, RewardConfig, Sampling
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
 from jaxrlhf.digest import digests, leaves_by_name
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.models import ModelConfig, init
+from jaxrlhf.models import ModelConfig, cudnn_trouble, init
 from jaxrlhf.training.optim import Optimizer
 from jaxrlhf.training.step import in_float32
 from jaxrlhf.types import Params, TrainState
@@ -34,8 +34,20 @@ def model_of(source: ModelSource, tokenizer: Tokenizer, head: str | None) -> Mod
         remat=runtime.resolve_remat(source.remat, jax.default_backend()),
     )
     if tokenizer.added and tokenizer.size > model.vocab_size:
-        return dataclasses.replace(model, vocab_size=tokenizer.size)
-    return model
+        model = dataclasses.replace(model, vocab_size=tokenizer.size)
+    return attending(model, source)
+
+
+def attending(model: ModelConfig, source: ModelSource) -> ModelConfig:
+    """The model with the attention that `source` asks for; ConfigError if that is cudnn and cannot be had."""
+    kind = runtime.resolve_attention(source.attention, jax.default_backend(), model.dtype)
+    if kind == "cudnn":
+        trouble = "it computes in bfloat16, and the model's products are in float32" * (model.dtype != "bfloat16")
+        trouble = trouble or cudnn_trouble(model.num_heads, model.num_kv_heads, model.head_dim)
+        if trouble and source.attention == "cudnn":
+            raise ConfigError(f"model.attention is cudnn, which cannot be used: {trouble}. Use plain, or auto")
+        kind = "plain" if trouble else "cudnn"
+    return dataclasses.replace(model, attention=kind)
 
 
 def shapes_of(model: ModelConfig, dtype: str, mesh: jax.sharding.Mesh) -> Params:
@@ -78,7 +90,7 @@ def load_model(
         model, params = weights.resize_embeddings(model, params, tokenizer.size)
         params = jax.device_put(params, sharding.shardings(params, mesh))
     check_vocab(tokenizer, model.vocab_size)
-    return model, params
+    return attending(model, source), params
 
 
 def trained_dtype(source: ModelSource) -> DType:
@@ -189,7 +201,7 @@ def describe(config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, report
     return "\n".join(
         (
             f"model {config.model.path}: {model.family}, {millions:.1f} M parameters, context {model.max_positions}, "
-            f"parameters {trained_dtype(config.model)}, products {model.dtype}",
+            f"parameters {trained_dtype(config.model)}, products {model.dtype}, attention {model.attention}",
             f"devices: {grid} of {jax.device_count()} {device.platform} ({device.device_kind})",
             *tokenizer.notes,
             str(report),

@@ -47,7 +47,8 @@ SUPPORTED = tuple(FAMILIES)
 
 
 def parse(config: dict, where: str) -> ModelConfig:
-    """The decoder that a config.json describes; `where` names the file in messages. dtype and remat keep their default.
+    """The decoder that a config.json describes; `where` names the file in messages. dtype, remat and attention keep
+    their defaults.
 
     Raises DataError on an unknown `model_type`, a missing or malformed value, and options that are not implemented.
     """
@@ -111,7 +112,12 @@ def render(model: ModelConfig, original: dict, stored_dtype: str | None = None) 
         result = {key: value for key, value in original.items() if key not in dropped} | changed
     if stored_dtype is not None:
         result["dtype" if "dtype" in result else "torch_dtype"] = stored_dtype
-    if replace(parse(result, "the config.json to write"), dtype=model.dtype, remat=model.remat) != model:
+    if (
+        replace(
+            parse(result, "the config.json to write"), dtype=model.dtype, remat=model.remat, attention=model.attention
+        )
+        != model
+    ):
         raise DataError(f"a config.json of model_type {model.family} cannot describe this model: {model}")
     return result
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.models import Rope, layers
+from jaxrlhf.models.product import product
 
 
 def normal(*shape, seed=0):
@@ -17,7 +18,7 @@ def normal(*shape, seed=0):
 )
 def test_gradient_of_a_product(subscripts, a, b):
     a, b = normal(*a), normal(*b, seed=1)
-    ours = jax.grad(lambda a, b: jnp.sin(layers.product(subscripts, a, b, "float32")).sum(), (0, 1))(a, b)
+    ours = jax.grad(lambda a, b: jnp.sin(product(subscripts, a, b, "float32")).sum(), (0, 1))(a, b)
     plain = jax.grad(lambda a, b: jnp.sin(jnp.einsum(subscripts, a, b)).sum(), (0, 1))(a, b)
     for found, expected in zip(ours, plain, strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -25,23 +26,11 @@ def test_gradient_of_a_product(subscripts, a, b):
 
 def test_gradient_of_a_stored_weight_keeps_its_precision():
     x, w = normal(2, 3, 4), normal(4, 5, seed=1)
-    ours = jax.grad(lambda w: layers.product("bti,io->bto", x, w, "bfloat16").sum())
+    ours = jax.grad(lambda w: product("bti,io->bto", x, w, "bfloat16").sum())
     assert ours(w).dtype == jnp.float32 and ours(w.astype("bfloat16")).dtype == jnp.bfloat16
     # float32 sums of bfloat16 numbers: not themselves rounded to bfloat16
     expected = x.astype("bfloat16").astype(jnp.float32).sum((0, 1))
     np.testing.assert_allclose(ours(w)[:, 0], expected, rtol=1e-6)
-
-
-def test_attention_against_a_loop():
-    q, k, v = normal(2, 3, 4, 6), normal(2, 5, 2, 6, seed=1), normal(2, 5, 2, 6, seed=2)
-    mask = np.random.default_rng(3).random((2, 3, 5)) < 0.6
-    mask[:, :, 0] = True
-    found = layers.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(mask), "float32")
-    for b, t, n in np.ndindex(2, 3, 4):
-        seen = np.flatnonzero(mask[b, t])
-        weights = np.exp([float(q[b, t, n] @ k[b, s, n // 2]) for s in seen])
-        expected = sum(w * v[b, s, n // 2] for w, s in zip(weights / weights.sum(), seen, strict=True))
-        np.testing.assert_allclose(found[b, t, n], expected, atol=1e-5)
 
 
 def test_rotation_keeps_lengths_and_sees_distances_only(make):

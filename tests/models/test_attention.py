@@ -1,0 +1,77 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.config import ModelSource
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.models import attention
+from jaxrlhf.training.setup import attending
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def test_attention_against_a_loop():
+    q, k, v = normal(2, 3, 4, 6), normal(2, 5, 2, 6, seed=1), normal(2, 5, 2, 6, seed=2)
+    mask = np.random.default_rng(3).random((2, 3, 5)) < 0.6
+    mask[:, :, 0] = True
+    found = attention.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(mask), "float32")
+    for b, t, n in np.ndindex(2, 3, 4):
+        seen = np.flatnonzero(mask[b, t])
+        weights = np.exp([float(q[b, t, n] @ k[b, s, n // 2]) for s in seen])
+        expected = sum(w * v[b, s, n // 2] for w, s in zip(weights / weights.sum(), seen, strict=True))
+        np.testing.assert_allclose(found[b, t, n], expected, atol=1e-5)
+
+
+def padded(length=6):
+    """q, k, v of four heads on two key heads, and a causal mask with a row that is padded on the left."""
+    q, k, v = normal(2, length, 4, 8), normal(2, 2, length, 8, seed=1), normal(2, 2, length, 8, seed=2)
+    real = jnp.arange(length) >= jnp.array([[0], [2]])
+    return q, k, v, jnp.tril(jnp.ones((length, length), bool))[None] & real[:, None]
+
+
+def test_what_cudnn_is_asked_for_is_our_attention():
+    """The same call with jax's own kernel: values and gradients, where a query sees anything at all."""
+    q, k, v, mask = padded()
+
+    def results(function, *more):
+        def total(q, k, v):
+            y = jnp.where(mask.any(-1)[:, :, None, None], function(q, k, v, mask, "float32", *more), 0)
+            return jnp.sum(jnp.sin(y)), y
+
+        (_, y), grads = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(q, k, v)
+        return y, *grads
+
+    for found, wanted in zip(results(attention.cudnn_attend, "xla"), results(attention.attend), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=2e-6)
+
+
+def test_the_program_for_a_card_calls_cudnn_forward_and_backward(monkeypatch):
+    """Lowered for CUDA on this computer, whatever it has; nothing runs."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91100)
+    q, k, v, mask = padded()
+    total = jax.jit(jax.grad(lambda q: attention.cudnn_attend(q, k, v, mask, "bfloat16").sum()))
+    calls = total.trace(q).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmha" in calls and "Backward" in calls
+
+
+@pytest.mark.parametrize(("shape", "fits"), [((1, 6, 4, 64), True), ((1, 7, 4, 64), False), ((1, 6, 4, 60), False)])
+def test_shapes_without_a_kernel_are_known(shape, fits):
+    assert attention.fits_cudnn(jnp.zeros(shape)) is fits
+
+
+def test_without_a_card_cudnn_is_refused_and_auto_goes_on(make, monkeypatch):
+    model = make(head_dim=8, dtype="bfloat16")
+    assert attending(model, ModelSource()).attention == "plain"
+    with pytest.raises(ConfigError, match="model.attention is cudnn, which cannot be used: .*Use plain, or auto"):
+        attending(model, ModelSource(attention="cudnn"))
+    with pytest.raises(ConfigError, match="products are in float32"):
+        attending(make(head_dim=8), ModelSource(attention="cudnn"))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # a card whose trial fails
+    assert attending(model, ModelSource()).attention == "plain"
+    monkeypatch.setattr(attention, "cudnn_attend", attention.attend)  # one whose trial agrees
+    attention.cudnn_trouble.cache_clear()
+    assert attending(model, ModelSource()).attention == "cudnn"
+    attention.cudnn_trouble.cache_clear()
