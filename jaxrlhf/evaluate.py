@@ -23,7 +23,7 @@ from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout import engine
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.rollout.sampling import check_sampling
-from jaxrlhf.rollout.text import response_texts
+from jaxrlhf.rollout.text import read
 from jaxrlhf.types import Params, Rollout
 
 T = TypeVar("T")
@@ -81,14 +81,16 @@ def evaluate(
     answers: list[dict[str, Any]] = []
     for start in range(0, len(repeated), config.ppo.batch_size):
         span = slice(start, start + config.ppo.batch_size)
-        answers += _score(scorer, tokenizer, repeated[span], jax.tree.map(lambda x, span=span: x[span], rollout))
+        part = jax.tree.map(lambda x, span=span: x[span], rollout)
+        answers += _score(scorer, tokenizer, repeated[span], part, config.sampling.stop_strings)
     groups = [answers[i : i + num_completions] for i in range(0, len(answers), num_completions)]
     prompts = [_ranked(row, group) for row, group in zip(rows, groups, strict=True)]
     return {
         "model": config.model.path,
         "prompts_from": config.data.path,
         "reward": dataclasses.asdict(config.reward),
-        "sampling": dataclasses.asdict(config.sampling) | {"stop_token_ids": list(config.sampling.stop_token_ids)},
+        "sampling": dataclasses.asdict(config.sampling)
+        | {"stop_token_ids": list(config.sampling.stop_token_ids), "stop_strings": list(config.sampling.stop_strings)},
         "seed": config.seed,
         "statistics": statistics(prompts),
         "prompts": prompts,
@@ -112,7 +114,7 @@ def complete(config: PPOConfig, prompt: str, count: int) -> list[str]:
     config = dataclasses.replace(config, sampling=sampling)
     row = PromptRow(tokens=tokens, text=prompt, columns={}, index=0)
     rollout = respond(config, model, params, tokenizer, [row], count)
-    return [prompt + text for text in response_texts(rollout, tokenizer)]
+    return [prompt + text for text in read(rollout, tokenizer, config.sampling.stop_strings)[1]]
 
 
 def open_model(config: PPOConfig) -> tuple[ModelConfig, Params, Tokenizer]:
@@ -233,8 +235,10 @@ def _fitting(data: Data, context: int, response: int) -> Data:
     return dataclasses.replace(data, max_prompt_length=min(data.max_prompt_length or room, room))
 
 
-def _score(scorer: Scorer, tokenizer: Tokenizer, rows: Sequence[PromptRow], rollout: Rollout) -> list[dict[str, Any]]:
-    texts = response_texts(rollout, tokenizer)
+def _score(
+    scorer: Scorer, tokenizer: Tokenizer, rows: Sequence[PromptRow], rollout: Rollout, stop_strings: Sequence[str]
+) -> list[dict[str, Any]]:
+    rollout, texts = read(rollout, tokenizer, stop_strings)
     scores, components = scorer.score([row.text for row in rows], texts, rollout, columns(rows))
     return [
         {

@@ -34,17 +34,19 @@ def token_logprobs(
     targets: Int[Array, "B R"],
     temperature: Scalar,
     support: UInt8[Array, "B R _"] | None = None,
+    entropy_gradient: bool = False,
 ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
     """log softmax(logits / temperature)[target], and the entropy of that distribution, in nats.
 
     `hidden[:, t]` is what predicts `targets[:, t]`. The softmax is over the whole vocabulary, whatever sampling
     filtered, or over the tokens in `support`, bits as in `Rollout.support`; where that is empty (padding) results are
     finite and mean nothing. Products follow the model's rule (`product`), as the sampler's logits do; sums and
-    softmax are float32. Gradients go to `params` and `hidden` through the log-probabilities alone: the entropy is a
-    measurement, behind a stop_gradient.
+    softmax are float32. Gradients go to `params` and `hidden` through the log-probabilities, and through the entropy
+    only with `entropy_gradient`: else it is a measurement, behind a stop_gradient, and costs the backward pass nothing.
     """
     weight = params["embed"]["embedding"] if model.tie_embeddings else params["lm_head"]["kernel"]
-    pieces = _pieces("tvd" if model.tie_embeddings else "dtv", model.vocab_size, targets.size, model.dtype)
+    layout = "tvd" if model.tie_embeddings else "dtv"
+    pieces = _pieces(layout, model.vocab_size, targets.size, model.dtype, entropy_gradient)
     return _token_logprobs(pieces, weight, hidden, targets, support, jnp.asarray(temperature, jnp.float32))
 
 
@@ -62,6 +64,7 @@ class _Pieces:
     step: int
     width: int
     dtype: str
+    entropy_gradient: bool
 
     @property
     def count(self) -> int:
@@ -105,7 +108,7 @@ class _Pieces:
         return product(subscripts, a, b, self.dtype)
 
 
-def _pieces(layout: str, vocabulary: int, positions: int, dtype: str) -> _Pieces:
+def _pieces(layout: str, vocabulary: int, positions: int, dtype: str, entropy_gradient: bool) -> _Pieces:
     shares = SHARES if vocabulary % (8 * SHARES) == 0 else 1
     size = vocabulary // shares
     wanted = max(8, runtime.logits_alive(jax.default_backend()) // positions // shares, LEAST_PIECE // shares)
@@ -113,7 +116,7 @@ def _pieces(layout: str, vocabulary: int, positions: int, dtype: str) -> _Pieces
     if wanted < size:
         step = 8 * math.ceil(size / math.ceil(size / wanted) / 8)
         width = step + size % 8
-    return _Pieces(layout, shares, size, step, width, dtype)
+    return _Pieces(layout, shares, size, step, width, dtype, entropy_gradient)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -146,22 +149,27 @@ def _forward(pieces, weight, hidden, targets, support, temperature):
     sums, _ = lax.scan(add, (nothing + MASKED, nothing, nothing, nothing), jnp.arange(pieces.count))
     largest, mass, moment, target = sums
     total = largest + jnp.log(mass)
-    return (target - total, jnp.log(mass) - moment / mass), (weight, hidden, targets, support, temperature, total)
+    entropy = jnp.log(mass) - moment / mass
+    return (target - total, entropy), (weight, hidden, targets, support, temperature, total, entropy)
 
 
 def _backward(pieces, kept, cotangents):
-    weight, hidden, targets, support, temperature, total = kept
+    weight, hidden, targets, support, temperature, total, entropy = kept
     split = pieces.split(weight)
-    scale = (cotangents[0] / temperature)[..., None, None]
+    scale, entropy_scale = ((cotangent / temperature)[..., None, None] for cotangent in cotangents)
 
     def add(grads, piece):
         grad_split, grad_hidden = grads
         cut = pieces.cut(split, piece)
         logits = pieces.logits(cut, hidden, support, temperature, piece)
-        probabilities = jnp.exp(logits - total[..., None, None])  # 0 for what an earlier piece had
+        logprobs = logits - total[..., None, None]
+        probabilities = jnp.exp(logprobs)  # 0 for what an earlier piece had
         ids, new = pieces.tokens(piece)
         chosen = (targets[..., None, None] == ids) & new
-        grad_logits = ((chosen - probabilities) * scale).astype(pieces.dtype)
+        grad_logits = (chosen - probabilities) * scale
+        if pieces.entropy_gradient:  # of -sum p log p by a logit: -p (log p + entropy)
+            grad_logits -= probabilities * (logprobs + entropy[..., None, None]) * entropy_scale
+        grad_logits = grad_logits.astype(pieces.dtype)
         grad_hidden += pieces.product(f"brtv,{pieces.layout}->brd", grad_logits, cut)
         grad_cut = pieces.cut(grad_split, piece) + pieces.product(f"brtv,brd->{pieces.layout}", grad_logits, hidden)
         grad_split = lax.dynamic_update_slice_in_dim(grad_split, grad_cut, pieces.start(piece), pieces.axis)

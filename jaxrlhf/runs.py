@@ -31,9 +31,12 @@ from jaxrlhf.files import write_whole
 PACKAGES = ("jaxrlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers")
 FREE = ("run_dir", "logging.", "checkpoint.")
 """Keys that may change between start and resume without a trace in the result."""
-ROUNDING = ("mesh.", "micro_batch_size", "eval_batch_size", "remat", "model.attention", "rollout.slots")
+ROUNDING = (
+    "mesh.", "micro_batch_size", "eval_batch_size", "local_rollout_forward_batch_size",
+    "remat", "model.attention", "rollout.slots",
+)  # fmt: skip
 """Keys that change the order of sums: the result stays the same to rounding, no longer bit for bit."""
-LENGTH = ("train.num_train_epochs", "train.max_steps", "ppo.total_episodes")
+LENGTH = ("train.num_train_epochs", "train.max_steps", "ppo.total_episodes", "ppo.num_train_epochs")
 """Keys that only say when to stop, as long as the learning rate does not depend on the last step."""
 
 

@@ -117,6 +117,8 @@ class Experience:
     returns: Array  # f32 [B, R]
     bootstrap: Array  # f32 [B]   value after the last token of a truncated response, 0 where the end is terminal
     features: Array | None = None  # f32 [B, R + 1, D]   what a frozen critic trunk says, before and after each token
+    token_scores: Array | None = None  # f32 [B, R]   of a process reward
+    weights: Array | None = None  # f32 [B, R]   of tokens in the policy loss, for a sampler that is not pi_old
 
 
 @jax.tree_util.register_dataclass
@@ -128,3 +130,6 @@ class TrainState:
     params: dict[str, Params]  # by role: "policy", "critic", "reward"; only what trains
     opt_state: dict[str, Any]  # by role
     kl_coef: Array  # f32 []
+    score_stats: Any = None  # PPO: algorithms.scores.ScoreStats
+    reference: Params | None = None  # PPO: the reference, where it moves
+    replay: Experience | None = None  # PPO: the last n experiences [n, B, ...]; update number u is in place u % n

@@ -32,7 +32,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from jaxrlhf import sharding, weights  # noqa: E402
-from jaxrlhf.config import PPO, Data, Engine, Mesh, ModelSource, Optim, PPOConfig, RewardSource, Sampling  # noqa: E402
+from jaxrlhf.config import PPO, Data, Engine, Mesh, ModelSource, Optim, PPOConfig, Reference, RewardSource, Sampling  # noqa: E402
 from jaxrlhf.logprobs import token_logprobs  # noqa: E402
 from jaxrlhf.models import forward  # noqa: E402
 from jaxrlhf.rollout.decode import generate  # noqa: E402
@@ -250,7 +250,7 @@ def make_ppo(job: Job, as_a_run: bool = False) -> tuple[ppo.PPOTrainer, list[str
         data=Data(path=str(file) if as_a_run else ""),
         model=ModelSource(path=job.model, init="random", compute_dtype=dtype, remat=job.remat),
         reward=RewardSource(model=str(judge), model_dtype=dtype if job.frozen_dtype == "auto" else job.frozen_dtype),
-        reference_dtype=job.frozen_dtype,
+        reference=Reference(dtype=job.frozen_dtype),
         ppo=PPO(batch_size=job.batch, num_ppo_epochs=job.epochs, micro_batch_size=job.micro_batch),
         rollout=Engine(dtype=job.rollout_dtype),
         sampling=Sampling(response_length=job.response, min_length=job.response),

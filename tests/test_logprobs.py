@@ -48,7 +48,7 @@ def cut_at(monkeypatch, tokens):
 @pytest.mark.parametrize(("tied", "temperature"), [(True, 1.0), (False, 0.6)])
 def test_values_and_gradients_are_those_of_log_softmax(monkeypatch, vocabulary, tokens, pieces, tied, temperature):
     cut_at(monkeypatch, tokens)
-    assert logprobs._pieces("tvd", vocabulary, 21, "float32").count == pieces
+    assert logprobs._pieces("tvd", vocabulary, 21, "float32", False).count == pieces
     model = dataclasses.replace(TINY, tie_embeddings=tied, vocab_size=vocabulary)
     params, hidden, targets = case(model)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=targets.shape).astype(np.float32))
@@ -92,6 +92,29 @@ def test_on_a_support_they_are_those_of_log_softmax_over_it(monkeypatch, vocabul
     everything = jnp.packbits(jnp.ones(inside.shape, bool), axis=-1)
     whole = run(token_logprobs, everything)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), whole, full)
+
+
+@pytest.mark.parametrize(("vocabulary", "tokens", "supported"), [(29, 2**24, False), (128, 1, True), (192, 64, False)])
+def test_a_gradient_through_the_entropy_where_it_is_asked_for(monkeypatch, vocabulary, tokens, supported):
+    cut_at(monkeypatch, tokens)
+    model = dataclasses.replace(TINY, vocab_size=vocabulary)
+    params, hidden, targets = case(model)
+    rng = np.random.default_rng(1)
+    inside = (rng.random((*targets.shape, vocabulary)) < 0.3) | (np.arange(vocabulary) == targets[..., None])
+    inside |= not supported
+    support = jnp.packbits(jnp.asarray(inside), axis=-1) if supported else None
+    weights = jnp.asarray(rng.normal(size=(2, *targets.shape)).astype(np.float32))
+
+    def run(function, over, **more):
+        def loss(params, hidden):
+            picked, entropy = function(params, model, hidden, targets, 0.6, over, **more)
+            return jnp.sum(weights[0] * picked + weights[1] * entropy)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(params, hidden)
+
+    ours, theirs = run(token_logprobs, support, entropy_gradient=True), run(materialised, inside)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), ours, theirs)
+    assert np.abs(ours[1] - run(token_logprobs, support)[1]).max() > 0.01
 
 
 def test_entropy_is_a_measurement_without_gradient():

@@ -40,6 +40,16 @@ def gae(
     return advantages.T, advantages.T + values
 
 
+def reward_to_go(
+    rewards: Float[Array, "B R"], mask: Bool[Array, "B R"], bootstrap: Float[Array, " B"], gamma: Scalar
+) -> Float[Array, "B R"]:
+    """sum_k gamma^k r_t+k over the real tokens from t on, then gamma^n `bootstrap`: what came, whatever values said.
+
+    It is `gae` with lam = 1 and values of 0.
+    """
+    return gae(rewards, jnp.zeros_like(rewards), mask, bootstrap, gamma, 1.0)[0]
+
+
 def whiten(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], shift_mean: bool) -> Float[Array, "*shape"]:
     """`x` over its standard deviation under the mask, 0 elsewhere; with `shift_mean` the mean becomes 0, else it stays.
 

@@ -55,3 +55,18 @@ def kl_loss(
         terms = jnp.exp(logprobs - old_logprobs) * k3(logprobs, ref_logprobs)
     loss = jnp.sum(terms) / count
     return loss, {"loss/kl_avg": loss}
+
+
+def adapted(
+    kl_coef: Float[Array, ""], kl: Float[Array, ""], target: float | None, horizon: float, episodes: int
+) -> Float[Array, ""]:
+    """The coefficient after `episodes` responses with a mean KL of `kl` nats (https://arxiv.org/abs/1909.08593, 2.2).
+
+        kl_coef (1 + clip(kl / target - 1, -0.2, 0.2) episodes / horizon)
+
+    Without a target it stays. A KL that is not finite changes nothing.
+    """
+    if target is None:
+        return kl_coef
+    error = jnp.clip(kl / target - 1, -0.2, 0.2)
+    return kl_coef * (1 + jnp.where(jnp.isfinite(error), error, 0.0) * episodes / horizon)

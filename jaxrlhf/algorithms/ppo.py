@@ -4,14 +4,14 @@ The whole recipe, with the choices that matter, is that of https://arxiv.org/abs
 details of RLHF with PPO" (Huang et al., 2023).
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxrlhf.algorithms import masked
-from jaxrlhf.algorithms.kl import k1
+from jaxrlhf.algorithms.kl import k1, k3
 from jaxrlhf.algorithms.masked import Scalar
 
 Metrics = dict[str, Float[Array, ""]]
@@ -23,14 +23,27 @@ def token_rewards(
     ref_logprobs: Float[Array, "B R"],
     mask: Bool[Array, "B R"],
     kl_coef: Scalar,
+    token_scores: Float[Array, "B R"] | None = None,
 ) -> Float[Array, "B R"]:
     """r_t = -kl_coef (log pi_old - log ref)_t + [t is the last real token] score (https://arxiv.org/abs/1909.08593, 2).
 
-    0 outside the mask. A row without a real token gets no score: there is nothing to reward. `kl_coef` is 0 where the
-    KL is in the loss (`kl.kl_loss`).
+    `token_scores` (of a process reward) are added where they stand. 0 outside the mask. A row without a real token gets
+    no score: there is nothing to reward. `kl_coef` is 0 where the KL is in the loss (`kl.kl_loss`).
     """
     penalty = kl_coef * k1(masked.keep(old_logprobs, mask), masked.keep(ref_logprobs, mask))
-    return jnp.where(masked.last(mask), scores[:, None], 0.0) - penalty
+    rewards = jnp.where(masked.last(mask), scores[:, None], 0.0) - penalty
+    return rewards if token_scores is None else rewards + masked.keep(token_scores, mask)
+
+
+class Clip(NamedTuple):
+    """How far the ratio pi / pi_old counts."""
+
+    low: float  # a gain from falling ends at 1 - low
+    high: float  # a gain from rising ends at 1 + high
+    dual: (
+        float | None
+    )  # the cost of rising, at a negative advantage, ends here (https://arxiv.org/abs/1912.09729, eq. 5)
+    log_ratio: float  # |log ratio| is cut here
 
 
 def policy_loss(
@@ -39,31 +52,41 @@ def policy_loss(
     advantages: Float[Array, "B R"],
     mask: Bool[Array, "B R"],
     count: Scalar,
-    cliprange: Scalar,
+    clip: Clip,
+    weights: Float[Array, "B R"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The clipped surrogate (https://arxiv.org/abs/1707.06347, eq. 7), to minimise.
 
-        loss = 1 / count  sum_t max(-A_t rho_t, -A_t clip(rho_t, 1 - c, 1 + c)),   rho = exp(log pi - log pi_old)
+        loss = 1 / count  sum_t w_t max(-A_t rho_t, -A_t clip(rho_t, 1 - low, 1 + high)),   rho = pi / pi_old
 
+    With a dual clip, min(that, -A_t dual) where A_t < 0. `weights` correct for a sampler that is not pi_old; none: 1.
     `count` is the number of real tokens of the whole optimizer batch. Metrics add up over micro-batches like the loss;
     `additive_to_final` turns their sum into what is logged.
     """
     log_ratio = masked.keep(logprobs, mask) - masked.keep(old_logprobs, mask)
     advantages = masked.keep(advantages, mask)
-    upper, lower = 1 + cliprange, 1 - cliprange
-    clipped = ((advantages > 0) & (log_ratio > jnp.log(upper))) | ((advantages < 0) & (log_ratio < jnp.log(lower)))
+    upper, lower = 1 + clip.high, 1 - clip.low
+    above = (advantages > 0) & (log_ratio > jnp.log(upper))
+    below = (advantages < 0) & (log_ratio < jnp.log(lower))
+    far = (advantages < 0) & (log_ratio > jnp.log(jnp.float32(clip.dual or jnp.inf)))
+    clipped = above | below
     # A clipped token enters exp() as 0: its gradient is 0 and must stay so where the ratio overflows (0 * inf is nan).
-    ratio = jnp.exp(jnp.where(clipped, 0.0, log_ratio))
-    surrogate = advantages * jnp.where(clipped, jnp.where(advantages > 0, upper, lower), ratio)
-    loss = -jnp.sum(surrogate) / count
+    limited = jnp.clip(jnp.where(clipped | far, 0.0, log_ratio), -clip.log_ratio, clip.log_ratio)
+    bound = jnp.where(above, upper, jnp.where(below, lower, clip.dual or 1.0))
+    surrogate = advantages * jnp.where(clipped | far, bound, jnp.exp(limited))
+    loss = -jnp.sum(surrogate if weights is None else surrogate * masked.keep(weights, mask)) / count
     log_ratio = jax.lax.stop_gradient(log_ratio)
-    return loss, {
+    metrics = {
         "loss/policy_avg": loss,
         "policy/approxkl_avg": 0.5 * jnp.sum(jnp.square(log_ratio)) / count,
+        "policy/kl_avg": masked.total(jnp.expm1(log_ratio) - log_ratio, mask) / count,
         "policy/clipfrac_avg": jnp.sum(clipped) / count,
+        "policy/clipfrac_high_avg": jnp.sum(above) / count,
+        "policy/clipfrac_low_avg": jnp.sum(below) / count,
         "val/ratio": masked.total(jnp.exp(log_ratio), mask) / count,
         "val/ratio_spread": jnp.sum(jnp.square(jnp.expm1(log_ratio))) / count,
     }
+    return loss, metrics | ({"policy/dual_clipfrac_avg": jnp.sum(far) / count} if clip.dual else {})
 
 
 def value_loss(
@@ -72,13 +95,18 @@ def value_loss(
     returns: Float[Array, "B R"],
     mask: Bool[Array, "B R"],
     count: Scalar,
-    cliprange_value: Scalar,
+    cliprange_value: Scalar | None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Squared error of the values, pessimistic about moves beyond the clip range (OpenAI baselines' ppo2, and since).
 
-    loss = 1 / (2 count)  sum_t max((V_t - R_t)^2, (clip(V_t, V_old_t - c, V_old_t + c) - R_t)^2)
+        loss = 1 / (2 count)  sum_t max((V_t - R_t)^2, (clip(V_t, V_old_t - c, V_old_t + c) - R_t)^2)
+
+    Without a clip range, the first of the two.
     """
     values, old_values, returns = (masked.keep(x, mask) for x in (values, old_values, returns))
+    if cliprange_value is None:
+        loss = 0.5 * jnp.sum(jnp.square(values - returns)) / count
+        return loss, {"loss/value_avg": loss, "val/clipfrac_avg": jnp.zeros_like(loss)}
     near = old_values + jnp.clip(values - old_values, -cliprange_value, cliprange_value)
     free_error, near_error = jnp.square(values - returns), jnp.square(near - returns)
     loss = 0.5 * jnp.sum(jnp.maximum(free_error, near_error)) / count
@@ -109,10 +137,18 @@ def rollout_metrics(
     rlhf_reward is the objective, score - kl_coef KL, wherever the KL enters; non_score_reward is what of the KL is in
     the rewards, so nothing where it is in the loss.
     """
-    kl = jnp.mean(jnp.sum(k1(masked.keep(old_logprobs, mask), masked.keep(ref_logprobs, mask)), axis=1))
+    kept = masked.keep(old_logprobs, mask), masked.keep(ref_logprobs, mask)
+    kl = jnp.mean(jnp.sum(k1(*kept), axis=1))
     score = jnp.mean(scores)
+    lengths = jnp.sum(mask, axis=1).astype(jnp.float32)
     return {
         "objective/kl": kl,
+        "objective/kl_k3": jnp.mean(jnp.sum(k3(*kept), axis=1)),
+        "objective/score_length_correlation": masked.correlation(scores, lengths),
+        "tokens/mean_length": jnp.mean(lengths),
+        "tokens/min_length": jnp.min(lengths),
+        "tokens/max_length": jnp.max(lengths),
+        "tokens/finished": jnp.mean(finished.astype(jnp.float32)),
         "objective/scores": score,
         "objective/non_score_reward": -kl_coef * kl if kl_in == "reward" else jnp.zeros_like(kl),
         "objective/rlhf_reward": score - kl_coef * kl,

@@ -6,10 +6,9 @@ them from YAML and overrides. Names are TRL's where the meaning is TRL's.
 
 from jaxrlhf.config.base import DType, replace
 from jaxrlhf.config.methods import PPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.config.ppo import PPO, Alarms, Critic, Reference, Scores, Validation
 from jaxrlhf.config.sections import (
-    PPO,
     Checkpoint,
-    Critic,
     Data,
     Engine,
     Logging,
@@ -24,6 +23,7 @@ from jaxrlhf.config.sections import (
 
 __all__ = [
     "PPO",
+    "Alarms",
     "Checkpoint",
     "Critic",
     "DType",
@@ -34,11 +34,14 @@ __all__ = [
     "ModelSource",
     "Optim",
     "PPOConfig",
+    "Reference",
     "RewardConfig",
     "RewardSource",
     "SFTConfig",
     "Sampling",
+    "Scores",
     "TokenizerSource",
     "Train",
+    "Validation",
     "replace",
 ]

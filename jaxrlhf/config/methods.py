@@ -5,11 +5,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from jaxrlhf.config.base import Bool, DType, Seed, section
+from jaxrlhf.config.base import Bool, Seed, section
+from jaxrlhf.config.ppo import PPO, Alarms, Critic, Reference, Scores, Validation
 from jaxrlhf.config.sections import (
-    PPO,
     Checkpoint,
-    Critic,
     Data,
     Engine,
     Logging,
@@ -80,15 +79,17 @@ class PPOConfig:
     seed: Seed = 0
     model: ModelSource = Field(default_factory=ModelSource)
     tokenizer: TokenizerSource = Field(default_factory=TokenizerSource)
-    reference_dtype: DType = "auto"
-    """Storage of the frozen reference. auto: the policy's compute dtype."""
+    reference: Reference = Field(default_factory=Reference)
     data: Data = Field(default_factory=Data)
     reward: RewardSource = Field(default_factory=RewardSource)
+    scores: Scores = Field(default_factory=Scores)
     critic: Critic = Field(default_factory=Critic)
     ppo: PPO = Field(default_factory=PPO)
     sampling: Sampling = Field(default_factory=Sampling)
     rollout: Engine = Field(default_factory=Engine)
     optim: Optim = Field(default_factory=_adam_ppo)
+    validation: Validation = Field(default_factory=Validation)
+    alarms: Alarms = Field(default_factory=Alarms)
     mesh: Mesh = Field(default_factory=Mesh)
     logging: Logging = Field(default_factory=Logging)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
@@ -116,6 +117,7 @@ class PPOConfig:
             )
         if self.critic.init == "reward" and not self.reward.model:
             raise ValueError("critic.init is 'reward' but reward.model is empty; give a reward model or use 'policy'")
+        _check_ppo(self)
 
 
 _NO_PATHWISE = (
@@ -127,6 +129,46 @@ _WRONG_KL = {
     ("k2", "reward"): _NO_PATHWISE,
     ("k3", "reward"): _NO_PATHWISE,
 }
+
+
+def _check_ppo(config: PPOConfig) -> None:
+    """What else does not go together."""
+    ppo, scores, length = config.ppo, config.scores, config.sampling.response_length
+    rows = ppo.local_rollout_forward_batch_size
+    if rows and ppo.batch_size % rows:
+        raise ValueError(
+            f"ppo.local_rollout_forward_batch_size ({rows}) must divide ppo.batch_size ({ppo.batch_size}); "
+            f"{math.gcd(rows, ppo.batch_size)} would"
+        )
+    top = 1 + (ppo.cliprange_high or ppo.cliprange)
+    if ppo.dual_clip is not None and ppo.dual_clip <= top:
+        raise ValueError(
+            f"ppo.dual_clip is {ppo.dual_clip}; it must be above 1 + ppo.cliprange_high ({top:g}), 3.0 say"
+        )
+    if ppo.kl_target is not None and not ppo.kl_coef:
+        raise ValueError("ppo.kl_coef is 0, and ppo.kl_target multiplies it: it would stay 0; start from 0.05, say")
+    if scores.overlong_buffer > length:
+        raise ValueError(
+            f"scores.overlong_buffer ({scores.overlong_buffer}) is more than sampling.response_length ({length}): "
+            "every response would be too long; give fewer tokens"
+        )
+    if config.reference.sync_alpha < 1 and config.reference.dtype == "bfloat16":
+        raise ValueError(
+            "reference.dtype is bfloat16 with reference.sync_alpha below 1: small moves would be rounded away; "
+            "use float32, or auto"
+        )
+    held_out = config.data.validation_path or config.data.validation_fraction
+    wanted = [
+        key for key, value in (
+            ("eval_steps", config.validation.eval_steps), ("keep_best", config.validation.keep_best),
+            ("patience", config.validation.patience), ("reward_model", config.validation.reward_model),
+        ) if value
+    ]  # fmt: skip
+    if wanted and not held_out:
+        raise ValueError(
+            f"validation.{wanted[0]} is set but there are no held-out prompts; give data.validation_path or "
+            "data.validation_fraction"
+        )
 
 
 def _check_train(train: Train) -> None:

@@ -183,6 +183,9 @@ class Sampling:
     whole vocabulary. The tokens are kept with the rollout: a bit for each response token and vocabulary entry."""
     stop_token_ids: tuple[Natural, ...] = ()
     """Besides those of the tokenizer and generation_config.json."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a response too. It is cut after the token that completes one, when all is drawn; its text ends
+    before it."""
 
 
 @section
@@ -211,50 +214,3 @@ class RewardSource:
     function_weight: Real = 1.0
     micro_batch_size: Count = 16
     """Rows per forward of the reward model."""
-
-
-@section
-class Critic:
-    """The value model of PPO."""
-
-    init: Literal["policy", "reward"] = "policy"
-    """Whose trunk it starts from. The head always starts at zero."""
-    head: Literal["linear", "mlp"] = "linear"
-    frozen_trunk: Bool = False
-    """Train the head alone, on the reference's (or the reward model's) trunk: no second copy."""
-    learning_rate: Positive | None = None
-    """None: the policy's."""
-
-
-@section
-class PPO:
-    """Proximal policy optimisation (https://arxiv.org/abs/1707.06347) on token-level rewards with a KL penalty."""
-
-    total_episodes: Count = 1024
-    """Completions in the whole run."""
-    batch_size: Count = 16
-    """Completions per update."""
-    num_ppo_epochs: Count = 4
-    num_mini_batches: Count = 1
-    """Optimizer steps per epoch; a divisor of batch_size."""
-    micro_batch_size: Count | None = None
-    """Rows per forward pass in annotation and update; None: a mini-batch. Changes memory, not the result."""
-    kl_coef: NonNegative = 0.05
-    """What a nat of KL to the reference costs."""
-    kl_in: Literal["reward", "loss"] = "reward"
-    """The KL is taken from each token's reward, or added to the loss."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Of the KL at a token, with d = log pi - log ref. In the reward: k1 = d. In the loss: k2 = d^2 / 2, or
-    k3 = exp(-d) - 1 + d with importance weights pi / pi_old. Other pairs have a wrong gradient and are refused."""
-    cliprange: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.2
-    cliprange_value: Positive = 0.2
-    vf_coef: Positive = 0.1
-    gamma: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
-    lam: Fraction = 0.95
-    whiten_rewards: Bool = False
-    """Scale rewards to unit variance over the batch; the mean stays."""
-    whiten_advantages: Bool = True
-    missing_eos_penalty: NonNegative = 0.0
-    """Subtracted from the score of a response that ran out of room."""
-    bootstrap_truncated: Bool = False
-    """Treat running out of room as an interruption: the value after the last token stands in for what would follow."""

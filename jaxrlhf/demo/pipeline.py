@@ -119,8 +119,8 @@ def configs(directory: Path, seed: int) -> tuple[c.SFTConfig, c.RewardConfig, c.
             kl_coef=1.0,  # a tone is worth 0.7 nats; whatever goes beyond that spoils facts and grammar
             lam=0.9,
             cliprange_value=10.0,
-            missing_eos_penalty=5.0,
         ),
+        scores=c.Scores(missing_eos_penalty=5.0),
         sampling=c.Sampling(response_length=20),
         optim=c.Optim(learning_rate=5e-4, schedule="cosine", final_lr_fraction=0.05, eps=1e-5),
         logging=c.Logging(quiet=True, tensorboard=False, sample_every=10),

@@ -40,6 +40,8 @@ class Session:
         self.logger = Logger(run.directory, config.logging, method, total_steps)
         self.identity, self.best = identity, best
         self.checkpoints = open_checkpoints(config, run.directory, state, best)
+        self.watch: Callable[[Metrics], tuple[Metrics, list[str]]] | None = None
+        """What looks at each record before it is written: marks to add to it, and lines to say."""
         self._pending: tuple[int, Metrics] | None = None
         self._skipped = 0.0
 
@@ -62,9 +64,13 @@ class Session:
         self.logger.rewind(step)
         return step
 
+    def records(self) -> list[Metrics]:
+        """What has been logged so far."""
+        return read(self.run.directory / "metrics.jsonl")
+
     def last(self) -> Metrics:
         """The last record in the log: what a run that is already finished ended with; empty in a new run."""
-        records = read(self.run.directory / "metrics.jsonl")
+        records = self.records()
         return {key: value for key, value in records[-1].items() if key != "step"} if records else {}
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -78,7 +84,10 @@ class Session:
             return
         (step, metrics), self._pending = self._pending, None
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        self.logger.log(step, values)
+        marks, lines = self.watch(values) if self.watch else ({}, [])
+        self.logger.log(step, values | marks)
+        for line in lines:
+            self.logger.note(f"step {step}: {line}")
         skipped = values.get("skipped_updates", 0.0)
         self._skipped = self._skipped + 1 if skipped else 0
         if self._skipped >= MAX_SKIPPED:
@@ -97,6 +106,15 @@ class Session:
         self.flush()
         block = block or step == self.total_steps
         self.checkpoints.save(step, state, self.identity, metric=metric, block=block)
+
+    def take_best(self, state: State) -> bool:
+        """Put the best kept state in `state`, if one is kept, and say so; whether there was one."""
+        self.checkpoints.wait()
+        if self.checkpoints.best_step is None:
+            return False
+        step, state.value, _ = self.checkpoints.restore_step("best", state.template)
+        self.logger.note(f"kept the best state, of step {step}")
+        return True
 
     def stop_if_asked(self, step: int, state: TrainState, *, saved: bool = False) -> None:
         """Save and raise Preempted if a signal asked the run to stop. `state` is that of the boundary after `step`."""
@@ -192,10 +210,7 @@ def fit(
             session.save(step, state.value, float(results[metric]) if results and session.best else None)
         session.stop_if_asked(step, state.value, saved=saved)
     session.flush()
-    session.checkpoints.wait()
-    if session.checkpoints.best_step is not None:
-        step, state.value, _ = session.checkpoints.restore_step("best", state.template)
-        session.logger.note(f"kept the best state by {metric}, of step {step}")
+    if session.take_best(state):
         record |= evaluate() if evaluate else {}
     return record
 

@@ -1,34 +1,35 @@
 """PPO: three jitted calls and one host hop per update (generate, score, annotate, update)."""
 
-import collections
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import programs, sharding, weights
+from jaxrlhf.algorithms.scores import no_stats, shaped
 from jaxrlhf.config import PPOConfig
-from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, columns, prompt_rows, prompts_from_texts
 from jaxrlhf.data.loader import rows_at
 from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.rewards.compose import Scorer
-from jaxrlhf.rollout import engine
-from jaxrlhf.rollout.decode import generate, trim
-from jaxrlhf.rollout.inference_copy import RolloutDType, convert, inference_copy, inference_model
-from jaxrlhf.rollout.sampling import check_sampling
-from jaxrlhf.rollout.text import response_texts
 from jaxrlhf.training import loop, setup
+from jaxrlhf.training.alarms import Watch
 from jaxrlhf.training.loop import Metrics
 from jaxrlhf.training.optim import make_optimizer
-from jaxrlhf.training.ppo_update import Roles, annotate, make_critic, update
-from jaxrlhf.types import Experience, Params, Prompts, Rollout
+from jaxrlhf.training.ppo_replay import empty_replay, widened
+from jaxrlhf.training.ppo_roles import Roles, make_critic, trunk_kind, whole_critic
+from jaxrlhf.training.ppo_rollout import LOWER, Sampler
+from jaxrlhf.training.ppo_update import annotate, update
+from jaxrlhf.training.validation import Validator
+from jaxrlhf.types import Experience, Params, Rollout
 
-_LOWER = "data.max_prompt_length or sampling.response_length"
+CALIBRATION = 2**31 - 1  # folded into the run's key in place of an update's number
 
 
 class PPOTrainer:
@@ -48,32 +49,16 @@ class PPOTrainer:
         ahead: bool = False,
     ) -> None:
         self.config, self._fresh = config, fresh
-        self._programs = programs.Ahead()
-        ppo, sampling = config.ppo, config.sampling
-        if sampling.greedy:
+        ppo = config.ppo
+        if config.sampling.greedy:
             raise ConfigError("sampling.greedy is true: PPO learns from samples; leave it false")
-        if config.data.validation_path or config.data.validation_fraction:
-            raise ConfigError(
-                "data.validation_path and data.validation_fraction have no use in PPO: nothing would look at the rows "
-                "held out. Keep them in a file of their own, for `jaxrlhf evaluate`"
-            )
         self.mesh = sharding.make_mesh(config.mesh)
-        micro = ppo.micro_batch_size or ppo.batch_size // ppo.num_mini_batches
-        sharding.check_rows(micro, self.mesh, "ppo.micro_batch_size, or a mini-batch without it,")
         init_key, self._key, critic_key = jax.random.split(jax.random.key(config.seed), 3)
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = prompt_rows(config.data, self.tokenizer) if config.data.path else None
         self.model = setup.model_of(config.model, self.tokenizer, "lm")
-        self._rollout_dtype: RolloutDType = self.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
-        check_sampling(sampling, self.model.vocab_size)
-        lengths = [len(row.tokens) + sampling.response_length for row in self.data.train] if self.data else []
-        slots, self._columns = config.rollout.slots, 0  # columns that every prompt fits in, so that programs are few
-        if lengths:
-            setup.check_context(lengths, self.model, "the longest prompt with its response", _LOWER)
-            room = self.model.max_positions - sampling.response_length
-            self._columns = batching.bucket(max(lengths) - sampling.response_length, room)
-        if 0 < slots < ppo.batch_size:
-            sharding.check_rows(slots, self.mesh, "rollout.slots")
+        prompts = [len(row.tokens) for row in [*self.data.train, *self.data.validation]] if self.data else []
+        self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, max(prompts, default=0))
         storage = setup.trained_dtype(config.model)
         rollout = self._compile_rollout(setup.shapes_of(self.model, storage, self.mesh)) if ahead else None
         _, policy = setup.load_model(
@@ -85,40 +70,60 @@ class PPOTrainer:
             raise ConfigError(
                 "critic.init is 'reward' but the reward model reads other tokens than the policy; use 'policy'"
             )
-        if judge and self.scorer.shares_tokenizer and lengths:
-            setup.check_context(lengths, judge[0], "for the reward model, the longest prompt with its response", _LOWER)
-        reference = setup.copy(
-            policy, self.model.dtype if config.reference_dtype == "auto" else config.reference_dtype, self.mesh
-        )
+        if judge and self.scorer.shares_tokenizer and prompts:
+            longest = max(prompts) + config.sampling.response_length
+            setup.check_context(
+                [longest], judge[0], "for the reward model, the longest prompt with its response", LOWER
+            )
+        moving = config.reference.sync_every > 0
+        kept = "float32" if moving and config.reference.sync_alpha < 1 else self.model.dtype
+        kept = kept if config.reference.dtype == "auto" else config.reference.dtype
+        reference = setup.copy(policy, kept, self.mesh)
         critic_model, critic, trunk = make_critic(config, self.model, policy, reference, judge, self.mesh, critic_key)
-        self.frozen = {"reference": reference, "critic": trunk}
-        self.total_steps = -(-ppo.total_episodes // ppo.batch_size)
-        steps = self.total_steps * ppo.num_ppo_epochs * ppo.num_mini_batches
+        self._identity = setup.params_fingerprint(reference) if moving else ""
+        self.frozen = {"reference": {} if moving else reference, "critic": trunk}
+        self.total_steps = self._updates()
+        steps = self.total_steps * ppo.num_ppo_epochs * ppo.num_mini_batches * (1 + ppo.replay)
         rate = config.optim.learning_rate
+        own = config.critic.max_grad_norm or config.optim.max_grad_norm
         self._optimizers = {
             "policy": make_optimizer(config.optim, rate, steps),
-            "critic": make_optimizer(config.optim, config.critic.learning_rate or rate, steps),
+            "critic": make_optimizer(
+                dataclasses.replace(config.optim, max_grad_norm=own), config.critic.learning_rate or rate, steps
+            ),
         }
         self.roles = Roles(
             policy=self.model,
             critic=critic_model,
             optimizers=tuple(self._optimizers.items()),
             ppo=ppo,
-            temperature=sampling.temperature,
-            trunk="trained" if not trunk else "reference" if config.critic.init == "policy" else "frozen",
+            temperature=config.sampling.temperature,
+            trunk=trunk_kind(config),
             mesh=self.mesh,
+            warmup_updates=config.critic.warmup_updates,
+            sync_every=config.reference.sync_every,
+            sync_alpha=config.reference.sync_alpha,
         )
-        self.state = setup.State({"policy": policy, "critic": critic}, self._optimizers, self.mesh, ppo.kl_coef)
-        engine.check_slots(  # now that everything else has its place
-            inference_model(self.model, self._rollout_dtype),
-            min(slots or ppo.batch_size, ppo.batch_size),
-            self._columns + sampling.response_length,
+        sharding.check_rows(self.roles.micro_rows(ppo.batch_size), self.mesh, "ppo.micro_batch_size, or a mini-batch,")
+        sharding.check_rows(
+            self.roles.annotation_rows(ppo.batch_size), self.mesh, "ppo.local_rollout_forward_batch_size"
+        )
+        self.state = setup.State(
+            {"policy": policy, "critic": critic},
+            self._optimizers,
             self.mesh,
+            ppo.kl_coef,
+            score_stats=sharding.put_whole(no_stats(), self.mesh),
+            reference=reference if moving else None,
+            replay=empty_replay(config, self.roles, self._room()) if ppo.replay else None,
         )
+        self.sampler.check_memory()
         if rollout:
             self._compile_update(rollout)
         self._begun = ahead
         self._results: dict[str, float] = {}
+        held_out = self.data.validation if self.data else []
+        self.validator = Validator(config, held_out, self.sampler, self.scorer, self.roles) if held_out else None
 
     @property
     def params(self) -> Params:
@@ -138,19 +143,21 @@ class PPOTrainer:
         if not self.data:
             raise ConfigError("data.path is empty: give a file of prompts, or call ppo_step with prompts of your own")
         rows, size, sample_every = self.data.train, config.ppo.batch_size, config.logging.sample_every
-        judge = self.scorer.model.params if self.scorer.model else {}
-        identity = {
-            "prompts": setup.fingerprint(rows),
-            "reference": setup.params_fingerprint(self.frozen["reference"]),
-            "reward model": setup.params_fingerprint(judge),
-        }
-        with loop.session(config, "ppo", self.total_steps, self.state, identity, fresh=self._fresh) as session:
+        best = config.validation.mode if config.validation.keep_best else None
+        with loop.session(
+            config, "ppo", self.total_steps, self.state, self._identities(rows), fresh=self._fresh, best=best
+        ) as session:
             session.logger.note(setup.describe(config, self.model, self.tokenizer, self.data.report, self.mesh))
             if not self._begun and (rollout := self._compile_rollout(self.state.template.params["policy"])):
                 self._compile_update(rollout)
             done = session.resume(self.state)
-            metrics = session.last()
+            session.watch = Watch(config.alarms, session.records())
+            self._calibrate()
+            if self.validator:
+                self.validator.begin(session, self.state.value, self.frozen, self._key)
             for step in range(done, self.total_steps):
+                if self.validator and self.validator.patience_is_over(session):
+                    break
                 batch = [rows[i] for i in rows_at(step, size, len(rows), config.seed, config.data.shuffle)]
                 jax.block_until_ready(self.state.value.step)  # the update before is not the rollout's time
                 started = time.monotonic()
@@ -172,20 +179,29 @@ class PPOTrainer:
                 tokens = int(np.sum(jax.device_get(rollout.response_mask)))
                 metrics |= {
                     "episode": (step + 1) * size,
+                    "tokens/identical": 1 - len(set(texts)) / len(texts),
                     "perf/rollout_seconds": generated - started,
                     "perf/reward_seconds": scored - generated,
                     "perf/response_tokens_per_second": tokens / (generated - started),
                 }
-                session.log(step + 1, metrics)
+                results: Metrics = {}
+                if self.validator and self.validator.due(step + 1, self.total_steps):
+                    results = self.validator.run(session, step + 1, self.state.value, self.frozen, self._key)
+                session.log(step + 1, metrics | results)
                 if sample_every and (step % sample_every == 0 or step + 1 == self.total_steps):
                     session.flush()
                     session.logger.samples(step + 1, show(batch, texts, scores)[: config.logging.num_samples])
-                saved = session.due(step + 1)
+                judged = bool(results) and best is not None
+                saved = session.due(step + 1) or judged
                 if saved:
-                    session.save(step + 1, self.state.value)
+                    value = self.validator.value(metrics | results) if self.validator and judged else None
+                    session.save(step + 1, self.state.value, value)
                 session.stop_if_asked(step + 1, self.state.value, saved=saved)
             session.flush()
-            self._results = {k: float(v) for k, v in metrics.items()}
+            if not session.due(int(self.state.value.step)):
+                session.save(int(self.state.value.step), self.state.value, block=True)
+            self._results = session.last()
+            session.take_best(self.state)
             session.logger.note(f"exported to {self.save_pretrained(session.run.directory / 'export')}")
         return self._results
 
@@ -202,14 +218,21 @@ class PPOTrainer:
         multiple = ppo.num_mini_batches * (ppo.micro_batch_size or 1)
         if not prompts or len(prompts) % multiple:
             raise ConfigError(f"ppo_step got {len(prompts)} prompts; it needs a positive multiple of {multiple}")
-        micro = ppo.micro_batch_size or len(prompts) // ppo.num_mini_batches
-        sharding.check_rows(micro, self.mesh, "ppo_step: rows of a forward pass")
+        if len(prompts) != ppo.batch_size and ppo.replay:
+            raise ConfigError(f"ppo_step got {len(prompts)} prompts; with ppo.replay it needs {ppo.batch_size}")
+        sharding.check_rows(self.roles.micro_rows(len(prompts)), self.mesh, "ppo_step: rows of a forward pass")
+        if len(prompts) % self.roles.annotation_rows(len(prompts)):
+            raise ConfigError(
+                f"ppo_step got {len(prompts)} prompts; ppo.local_rollout_forward_batch_size is "
+                f"{ppo.local_rollout_forward_batch_size}, which does not divide them"
+            )
         if step >= self.total_steps and self.config.optim.schedule != "constant":
             raise ConfigError(
                 f"the learning rate schedule ended after {self.total_steps} updates (ppo.total_episodes / "
                 "ppo.batch_size); raise ppo.total_episodes or set optim.schedule: constant"
             )
         rows = prompts_from_texts(prompts, extra, self.config.data, self.tokenizer)
+        self._calibrate()
         rollout, texts = self.generate(rows, step)
         scores, components = self.scorer.score([row.text for row in rows], texts, rollout, columns(rows))
         metrics = self.learn(rollout, scores, step)[1] | rewards(components)
@@ -224,97 +247,107 @@ class PPOTrainer:
 
     def generate(self, rows: Sequence[PromptRow], step: int) -> tuple[Rollout, list[str]]:
         """Responses of the policy as it is now to prompts, on the device and as text; `step` picks the random keys."""
-        sampling = self.config.sampling
-        prompts = self._prompts(rows)
-        self._programs.wait(convert)
-        model, copy = inference_copy(self.model, self.params, self._rollout_dtype)
         key = jax.random.fold_in(jax.random.fold_in(self._key, step), 0)
-        rest = key, sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
-        slots = self.config.rollout.slots or len(rows)
-        if slots < len(rows):
-            self._programs.wait(engine.answer)
-            made = engine.answer(copy, model, prompts, *rest, slots=slots, columns=self._columns, mesh=self.mesh)
-            made = sharding.put_rows(made, self.mesh)
-        else:
-            self._programs.wait(generate)
-            made = generate(copy, model, prompts, *rest)
-        rollout = trim(made)
-        return rollout, response_texts(rollout, self.tokenizer)
-
-    def _prompts(self, rows: Sequence[PromptRow]) -> Prompts:
-        """Prompts of one length, in place. Raises ConfigError where there is no room for the response."""
-        reserved = self.config.sampling.response_length
-        lengths = [len(row.tokens) + reserved for row in rows]
-        setup.check_context(lengths, self.model, "the longest prompt with its response", _LOWER)
-        length = batching.bucket(max(len(row.tokens) for row in rows), self.model.max_positions - reserved)
-        return sharding.put_rows(batching.prompts(rows, self.tokenizer.pad_id, length, occurrences(rows)), self.mesh)
-
-    def _compile_rollout(self, policy: Params) -> Future[Rollout] | None:
-        """Begin to compile the first rollout; `policy` may be shapes. Returns the shapes of the rollout to come."""
-        config, size = self.config, self.config.ppo.batch_size
-        if not self.data:
-            return None
-        chosen = rows_at(0, size, len(self.data.train), config.seed, config.data.shuffle)
-        prompts = self._prompts([self.data.train[i] for i in chosen])
-        model = inference_model(self.model, self._rollout_dtype)
-        rest = self._key, config.sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
-        copy = self._programs.compile(convert, policy, self.model, model)
-        if not 0 < config.rollout.slots < size:
-            return self._programs.begin(
-                lambda: programs.outputs(generate, copy.result(), model, prompts, *rest), generate
-            )
-        where = {"slots": config.rollout.slots, "columns": self._columns, "mesh": self.mesh}
-        self._programs.begin(lambda: engine.prepare(copy.result(), model, prompts, *rest, **where), engine.answer)
-
-        def shapes() -> Rollout:
-            made = jax.eval_shape(generate, copy.result(), model, prompts, *rest)
-            return jax.tree.map(lambda x: sharding.rows_shape(x, self.mesh), made)
-
-        return self._programs.begin(shapes, engine.answer)
-
-    def _compile_update(self, rollout: Future[Rollout]) -> None:
-        """Begin to compile what learns from a rollout of full length."""
-        scores = sharding.put_rows(np.zeros(self.config.ppo.batch_size, np.float32), self.mesh)
-        state, frozen, roles = self.state.template, self.frozen, self.roles
-        made = self._programs.begin(
-            lambda: programs.outputs(annotate, state, frozen, rollout.result(), scores, roles=roles), annotate
-        )
-        self._programs.begin(
-            lambda: programs.outputs(update, state, frozen, made.result()[0], self._key, roles=roles), update
-        )
+        return self.sampler.generate(self.params, rows, key)
 
     def learn(self, rollout: Rollout, scores: np.ndarray, step: int) -> tuple[Experience, Metrics]:
         """Annotate a scored rollout and make the update's optimizer steps; moves `state` on from `step`."""
+        config, state = self.config, self.state.value
+        if config.ppo.replay:
+            rollout = widened(rollout, self._room(), self.tokenizer.pad_id, self.mesh)
+        length = config.sampling.response_length
         placed = sharding.put_rows(np.asarray(scores, np.float32), self.mesh)
-        if rollout.response_mask.shape[1] == self.config.sampling.response_length:  # else it is another program
-            self._programs.wait(annotate)
-            self._programs.wait(update)
-        experience, before = annotate(self.state.value, self.frozen, rollout, placed, roles=self.roles)
+        if rollout.response_mask.shape[1] == length:  # else it is another program
+            self.sampler.programs.wait(annotate)
+            self.sampler.programs.wait(update)
+        made, stats = shaped(
+            placed, rollout.response_mask, rollout.finished, state.score_stats, config=config.scores, longest=length
+        )
+        made = sharding.put_rows(np.asarray(made), self.mesh)
+        state = dataclasses.replace(state, score_stats=sharding.put_whole(jax.device_get(stats), self.mesh))
+        experience, before = annotate(state, self.frozen, rollout, made, roles=self.roles)
         key = jax.random.fold_in(jax.random.fold_in(self._key, step), 1)
-        self.state.value, after = update(self.state.value, self.frozen, experience, key, roles=self.roles)
+        self.state.value, after = update(state, self.frozen, experience, key, roles=self.roles)
         rate = after.pop("policy/learning_rate")
-        return experience, before | after | {"learning_rate": rate}
+        return experience, before | after | {"learning_rate": rate, "objective/raw_scores": float(np.mean(scores))}
 
     def restore(self) -> int:
-        """Take up the newest checkpoint of the run directory without training on; returns its step."""
-        return loop.restore(self.config, self.state)
+        """Take up the newest checkpoint of the run directory without training on (the best if that is kept); returns
+        its step."""
+        best = self.config.validation.mode if self.config.validation.keep_best else None
+        return loop.restore(self.config, self.state, best)
 
-    def save_pretrained(self, directory: str | Path) -> Path:
-        """Write the policy, its config and its tokenizer in Hugging Face layout."""
+    def save_pretrained(self, directory: str | Path, role: Literal["policy", "critic"] = "policy") -> Path:
+        """Write the policy, or the critic as a model that scores text, with its tokenizer, in Hugging Face layout."""
+        model, params, source = self.model, self.params, self.config.model
+        if role == "critic":
+            model, params = self.roles.critic, whole_critic(self.state.value.params, self.frozen, self.roles)
+            if self.config.critic.init == "reward":
+                source = dataclasses.replace(
+                    source, path=self.config.reward.model, revision=self.config.reward.revision
+                )
         return setup.export(
-            directory, self.model, self.params, self.config, self.tokenizer,
+            directory, model, params, dataclasses.replace(self.config, model=source), self.tokenizer,
             method="ppo", step=int(self.state.value.step), results=self._results,
         )  # fmt: skip
 
+    def _updates(self) -> int:
+        """How many updates the run has."""
+        ppo = self.config.ppo
+        if ppo.num_train_epochs is None:
+            return -(-ppo.total_episodes // ppo.batch_size)
+        if not self.data:
+            raise ConfigError("ppo.num_train_epochs counts passes over data.path, which is empty; use total_episodes")
+        return max(1, -(-round(ppo.num_train_epochs * len(self.data.train)) // ppo.batch_size))
 
-def occurrences(rows: Sequence[PromptRow]) -> list[int]:
-    """How often each row's prompt came before in the batch: a repeated prompt needs another random stream."""
-    seen: collections.Counter[int] = collections.Counter()
-    numbers = []
-    for row in rows:
-        numbers.append(seen[row.index])
-        seen[row.index] += 1
-    return numbers
+    def _room(self) -> tuple[int, int]:
+        """(P, R) of every experience that is kept for replay."""
+        if not self.sampler.columns:
+            raise ConfigError("ppo.replay keeps rollouts in arrays as wide as the prompts of data.path, which is empty")
+        return self.sampler.columns, self.config.sampling.response_length
+
+    def _identities(self, rows: Sequence[PromptRow]) -> dict[str, str]:
+        """What a config does not pin down, and a hash of it."""
+        judge = self.scorer.model.params if self.scorer.model else {}
+        return {
+            "prompts": setup.fingerprint(rows),
+            "reference": self._identity or setup.params_fingerprint(self.frozen["reference"]),
+            "reward model": setup.params_fingerprint(judge),
+        }
+
+    def _calibrate(self) -> None:
+        """With `scores.normalise: reference`, the scores' mean and deviation under the policy of step 0, once."""
+        state, config = self.state.value, self.config
+        if config.scores.normalise != "reference" or float(state.score_stats.seen) > 0:
+            return
+        if not self.data:
+            raise ConfigError("scores.normalise is 'reference', which answers prompts of data.path, and that is empty")
+        size, rows, stats = config.ppo.batch_size, self.data.train, state.score_stats
+        for part in range(-(-config.scores.reference_samples // size)):
+            batch = [rows[i] for i in rows_at(part, size, len(rows), config.seed, config.data.shuffle)]
+            rollout, texts = self.generate(batch, CALIBRATION - part)
+            scores, _ = self.scorer.score([row.text for row in batch], texts, rollout, columns(batch))
+            stats = stats.add(jnp.asarray(scores))
+        self.state.value = dataclasses.replace(state, score_stats=sharding.put_whole(jax.device_get(stats), self.mesh))
+
+    def _compile_rollout(self, policy: Params) -> Future[Rollout] | None:
+        """Begin to compile the first rollout; `policy` may be shapes. Returns the shapes of the rollout to come."""
+        if not self.data:
+            return None
+        size, rows = self.config.ppo.batch_size, self.data.train
+        first = [rows[i] for i in rows_at(0, size, len(rows), self.config.seed, self.config.data.shuffle)]
+        return self.sampler.compile(policy, first, self._key)
+
+    def _compile_update(self, rollout: Future[Rollout]) -> None:
+        """Begin to compile what learns from a rollout of full length."""
+        if self.config.ppo.replay:  # its rollouts have another width
+            return
+        scores = sharding.put_rows(np.zeros(self.config.ppo.batch_size, np.float32), self.mesh)
+        state, frozen, roles, ahead = self.state.template, self.frozen, self.roles, self.sampler.programs
+        made = ahead.begin(
+            lambda: programs.outputs(annotate, state, frozen, rollout.result(), scores, roles=roles), annotate
+        )
+        ahead.begin(lambda: programs.outputs(update, state, frozen, made.result()[0], self._key, roles=roles), update)
 
 
 def rewards(components: dict[str, np.ndarray]) -> Metrics:

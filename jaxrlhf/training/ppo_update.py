@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,248 +9,244 @@ from jax import Array
 
 from jaxrlhf import sharding
 from jaxrlhf.algorithms import masked
-from jaxrlhf.algorithms.advantages import gae, whiten
-from jaxrlhf.algorithms.kl import kl_loss
-from jaxrlhf.algorithms.ppo import additive_to_final, policy_loss, rollout_metrics, token_rewards, value_loss
-from jaxrlhf.config import PPO, PPOConfig
-from jaxrlhf.errors import ConfigError
-from jaxrlhf.logprobs import response_states, token_logprobs
-from jaxrlhf.models import ModelConfig, init_head
-from jaxrlhf.models import scores as scalar
-from jaxrlhf.training.optim import Optimizer
-from jaxrlhf.training.setup import attending, copy, split_head
+from jaxrlhf.algorithms.advantages import gae, reward_to_go, whiten
+from jaxrlhf.algorithms.kl import adapted, k1, kl_loss
+from jaxrlhf.algorithms.ppo import Clip, additive_to_final, policy_loss, rollout_metrics, token_rewards, value_loss
+from jaxrlhf.config import PPO
+from jaxrlhf.logprobs import response_states
+from jaxrlhf.training.ppo_roles import Measured, Roles, measure, reference_of, sequence_logprobs
 from jaxrlhf.training.step import Metrics, apply, gradients, join_rows, split_rows
 from jaxrlhf.types import Experience, Params, Rollout, TrainState
 
-
-@dataclass(frozen=True)
-class Roles:
-    """Everything about an update that is static."""
-
-    policy: ModelConfig
-    critic: ModelConfig
-    optimizers: tuple[tuple[str, Optimizer], ...]
-    ppo: PPO
-    temperature: float
-    trunk: Literal["trained", "reference", "frozen"]  # the critic's; reference: frozen, and the reference's arrays
-    mesh: jax.sharding.Mesh
-
-    def micro_rows(self, batch: int) -> int:
-        """Rows of one forward pass. Annotation uses the update's number: bf16 products depend on the row count."""
-        return self.ppo.micro_batch_size or batch // self.ppo.num_mini_batches
-
-    def one_step(self, batch: int) -> bool:
-        """Whether the whole update is one forward and one optimizer step, so that pi_old is stop_gradient(pi).
-
-        Then annotation runs neither policy nor critic. An update of one optimizer step in several micro-batches is not
-        such: whitening needs every row's advantage before the first row's loss, so annotation runs, and its
-        old_logprobs are those of the update to rounding (1e-5) and not by definition.
-        """
-        return self.ppo.num_ppo_epochs == 1 and self.micro_rows(batch) == batch
-
-
-def make_critic(
-    config: PPOConfig,
-    policy_model: ModelConfig,
-    policy: Params,
-    reference: Params,
-    reward: tuple[ModelConfig, Params] | None,
-    mesh: jax.sharding.Mesh,
-    key: Array,
-) -> tuple[ModelConfig, Params, Params]:
-    """(model, what trains, what is frozen) of the value model: a trunk from elsewhere and a head that starts at zero.
-
-    A frozen trunk is the reference's or the reward model's own arrays. Raises ConfigError when the reward model reads
-    other tokens than the policy.
-    """
-    model, trunk = policy_model, policy
-    if config.critic.init == "reward":
-        assert reward is not None
-        model, trunk = reward
-        if model.vocab_size != policy_model.vocab_size:
-            raise ConfigError(
-                f"critic.init is 'reward' but the reward model has {model.vocab_size} token rows and the policy "
-                f"{policy_model.vocab_size}; use critic.init: policy"
-            )
-    elif config.critic.frozen_trunk:
-        trunk = reference
-    model = dataclasses.replace(
-        model, head=config.critic.head, num_labels=1, dtype=policy_model.dtype, remat=policy_model.remat
-    )
-    model = attending(model, config.model)
-    trunk = {k: v for k, v in trunk.items() if k not in ("lm_head", "score")}
-    if not config.critic.frozen_trunk:
-        trunk = copy(trunk, policy["norm"]["scale"].dtype, mesh)
-    head = init_head(model, key)
-    output = "kernel" if config.critic.head == "linear" else "dense_2"
-    head["score"][output] = jax.tree.map(jnp.zeros_like, head["score"][output])
-    trained, frozen = split_head({**trunk, **sharding.put_whole(head, mesh)}, config.critic.frozen_trunk)
-    return model, trained, frozen
-
-
-def sequence_logprobs(
-    params: Params, model: ModelConfig, rollout: Rollout, hidden: Array, temperature: float
-) -> tuple[Array, Array]:
-    """(log-probs, entropy) of every response token, f32 [B, R]: the one function for old, new and reference policy.
-
-    `hidden` are the states [B, R, D] before the tokens. Over the rollout's `support` if it has one, the reference too,
-    else over the whole vocabulary.
-    """
-    targets = rollout.tokens[:, -rollout.response_mask.shape[1] :]
-    logprobs, entropy = token_logprobs(params, model, hidden, targets, temperature, rollout.support)
-    return masked.keep(logprobs, rollout.response_mask), masked.keep(entropy, rollout.response_mask)
-
-
-class Measured(NamedTuple):
-    """What policy and critic say about a rollout; 0 outside the response mask."""
-
-    logprobs: Array  # f32 [B, R]
-    entropy: Array  # f32 [B, R]
-    values: Array  # f32 [B, R]   before each response token
-    tail: Array  # f32 [B]   value after the last column
-
-
-def measure(
-    params: dict[str, Params], frozen: dict[str, Params], rollout: Rollout, features: Array | None, roles: Roles
-) -> Measured:
-    """What policy and critic say about a rollout: one forward each, or of the critic's head alone on `features`."""
-    hidden = response_states(params["policy"], roles.policy, rollout)[:, :-1]
-    logprobs, entropy = sequence_logprobs(params["policy"], roles.policy, rollout, hidden, roles.temperature)
-    critic = {**frozen["critic"], **params["critic"]}
-    if features is None:
-        features = response_states(critic, roles.critic, rollout)
-    values = scalar(critic, roles.critic, features)
-    return Measured(logprobs, entropy, masked.keep(values[:, :-1], rollout.response_mask), values[:, -1])
+QUANTILES = (0.01, 0.5, 0.99)  # of pi_old / pi_sampler
 
 
 @functools.partial(jax.jit, static_argnames="roles")
 def annotate(
-    state: TrainState, frozen: dict[str, Params], rollout: Rollout, scores: Array, *, roles: Roles
+    state: TrainState,
+    frozen: dict[str, Params],
+    rollout: Rollout,
+    scores: Array,
+    token_scores: Array | None = None,
+    *,
+    roles: Roles,
 ) -> tuple[Experience, Metrics]:
     """Score a rollout's tokens by policy, reference and critic, and work out rewards, advantages and returns.
 
-    Forwards run in slices of the update's micro-batch rows, so memory is bounded by those. When the update will be one
-    step, policy and critic are not run here: `update` completes the experience from its own forward. A frozen critic
-    trunk runs here and nowhere else, and not at all where it is the reference's.
+    `scores` f32 [B] are those of sequences, shaped already; `token_scores` f32 [B, R] those of a process reward.
+    Forwards run in slices of `roles.annotation_rows`, so memory is bounded by those. When the update will be one step,
+    policy and critic are not run here: `update` completes the experience from its own forward. A frozen critic trunk
+    runs here and nowhere else, and not at all where it is the reference's.
     """
-    batch = scores.shape[0]
+    batch, reference = scores.shape[0], reference_of(state, frozen)
 
     def rows(part: Rollout) -> tuple[Array, Array | None, Measured | None]:
-        hidden = response_states(frozen["reference"], roles.policy, part)
-        ref_logprobs, _ = sequence_logprobs(frozen["reference"], roles.policy, part, hidden[:, :-1], roles.temperature)
+        hidden = response_states(reference, roles.policy, part)
+        ref_logprobs, _ = sequence_logprobs(reference, roles.policy, part, hidden[:, :-1], roles.temperature)
         features = None
-        if roles.trunk != "trained":
+        if roles.trunk in ("reference", "frozen"):
             features = hidden if roles.trunk == "reference" else response_states(frozen["critic"], roles.critic, part)
         if roles.one_step(batch):
             return ref_logprobs, features, None
         return ref_logprobs, features, measure(state.params, frozen, part, features, roles)
 
-    parts = jax.lax.map(rows, split_rows(rollout, batch // roles.micro_rows(batch)))
+    parts = jax.lax.map(rows, split_rows(rollout, batch // roles.annotation_rows(batch)))
     ref_logprobs, features, measured = join_rows(parts)
-    if measured is None:
-        blank, metrics = jnp.zeros_like(ref_logprobs), {}
-        experience = Experience(
-            rollout, scores, blank, ref_logprobs, blank, blank, blank, blank, jnp.zeros_like(scores)
-        )
-    else:
-        experience, metrics = complete(rollout, scores, ref_logprobs, measured, state.kl_coef, roles.ppo)
-    return dataclasses.replace(experience, features=features), metrics
+    blank = jnp.zeros_like(ref_logprobs)
+    experience, metrics = (
+        Experience(rollout, scores, blank, ref_logprobs, blank, blank, blank, blank, jnp.zeros_like(scores)),
+        {},
+    )
+    experience = dataclasses.replace(experience, features=features, token_scores=token_scores)
+    if measured is not None:
+        experience, metrics = complete(experience, measured, state.kl_coef, roles.ppo)
+    return experience, metrics
 
 
-def complete(
-    rollout: Rollout,
-    scores: Array,
-    ref_logprobs: Array,
-    measured: Measured,
-    kl_coef: Array,
-    ppo: PPO,
-) -> tuple[Experience, Metrics]:
+def complete(experience: Experience, measured: Measured, kl_coef: Array, ppo: PPO) -> tuple[Experience, Metrics]:
     """Rewards, advantages and returns of a whole batch, and what it was worth. No gradient flows through."""
     logprobs, entropy, values, tail = jax.lax.stop_gradient(measured)
+    rollout, scores, ref_logprobs = experience.rollout, experience.scores, experience.ref_logprobs
     mask, finished = rollout.response_mask, rollout.finished
     count = jnp.maximum(jnp.sum(mask), 1)
 
-    def variance(x: Array) -> Array:
-        return masked.total(jnp.square(x - masked.total(x, mask) / count), mask) / count
+    def mean(x: Array) -> Array:
+        return masked.total(x, mask) / count
 
-    scores = scores - ppo.missing_eos_penalty * (~finished)
-    rewards = token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef if ppo.kl_in == "reward" else 0.0)
-    metrics = rollout_metrics(scores, logprobs, ref_logprobs, mask, finished, kl_coef, ppo.kl_in)
+    def variance(x: Array) -> Array:
+        return mean(jnp.square(x - mean(x)))
+
+    in_reward = kl_coef if ppo.kl_in == "reward" else 0.0
+    rewards = token_rewards(scores, logprobs, ref_logprobs, mask, in_reward, experience.token_scores)
     if ppo.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     bootstrap = jnp.where(finished, 0.0, tail) if ppo.bootstrap_truncated else jnp.zeros_like(tail)
     advantages, returns = gae(rewards, values, mask, bootstrap, ppo.gamma, ppo.lam)
-    experience = Experience(
-        rollout=rollout,
-        scores=scores,
+    if ppo.value_target == "reward_to_go":
+        returns = reward_to_go(rewards, mask, bootstrap, ppo.gamma)
+    weights, about_sampler = sampler_weights(rollout, logprobs, ppo)
+    done = dataclasses.replace(
+        experience,
         old_logprobs=logprobs,
-        ref_logprobs=ref_logprobs,
         values=values,
         rewards=rewards,
         advantages=whiten(advantages, mask, shift_mean=True) if ppo.whiten_advantages else advantages,
         returns=returns,
         bootstrap=bootstrap,
+        token_scores=None,  # they are in the rewards
+        weights=weights,
     )
-    return experience, metrics | {
+    metrics = rollout_metrics(scores, logprobs, ref_logprobs, mask, finished, kl_coef, ppo.kl_in)
+    return done, metrics | about_sampler | {
         "objective/entropy": jnp.mean(jnp.sum(entropy, axis=1)),
+        "objective/entropy_per_token": mean(entropy),
         "objective/kl_coef": kl_coef,
-        "objective/kl_per_token": masked.total(logprobs - ref_logprobs, mask) / count,
+        "objective/kl_per_token": mean(logprobs - ref_logprobs),
         "objective/scores_std": jnp.std(scores),
-        "tokens/mean_length": jnp.mean(jnp.sum(mask, axis=1)),
-        "tokens/finished": jnp.mean(finished),
+        "val/advantage_mean": mean(advantages),
+        "val/value_mean": mean(values),
         "val/explained_variance": 1 - variance(returns - values) / jnp.maximum(variance(returns), 1e-8),
-        "val/sampler_logprob_gap": masked.total(jnp.abs(rollout.logprobs - logprobs), mask) / count,
     }
+
+
+def sampler_weights(rollout: Rollout, logprobs: Array, ppo: PPO) -> tuple[Array | None, Metrics]:
+    """How tokens weigh in the policy loss (f32 [B, R], None: alike), and how far the sampler is from pi_old."""
+    mask = rollout.response_mask
+    gap = masked.keep(logprobs, mask) - masked.keep(rollout.logprobs, mask)
+    low, middle, high = masked.quantiles(jnp.exp(gap), mask, QUANTILES)
+    metrics = {
+        "val/sampler_logprob_gap": jnp.sum(jnp.abs(gap)) / jnp.maximum(jnp.sum(mask), 1),
+        "val/sampler_logprob_gap_max": jnp.max(jnp.abs(gap)),
+        "val/sampler_ratio_q01": low,
+        "val/sampler_ratio_q50": middle,
+        "val/sampler_ratio_q99": high,
+    }
+    if ppo.sampler_correction == "none":
+        return None, metrics
+    if ppo.sampler_correction == "truncate":
+        weights = jnp.minimum(jnp.exp(jnp.minimum(gap, jnp.log(ppo.sampler_cap))), ppo.sampler_cap)
+        cut = gap > jnp.log(ppo.sampler_cap)
+    else:
+        cut = jnp.broadcast_to(jnp.abs(jnp.sum(gap, axis=1, keepdims=True)) > jnp.log(ppo.sampler_cap), mask.shape)
+        weights = jnp.where(cut, 0.0, 1.0)
+    share = masked.total(cut.astype(jnp.float32), mask) / jnp.maximum(jnp.sum(mask), 1)
+    return masked.keep(weights, mask), metrics | {"val/sampler_corrected": share}
 
 
 @functools.partial(jax.jit, static_argnames="roles", donate_argnames="state")
 def update(
     state: TrainState, frozen: dict[str, Params], experience: Experience, key: Array, *, roles: Roles
 ) -> tuple[TrainState, Metrics]:
-    """`num_ppo_epochs` passes over the experience, each over `num_mini_batches` freshly shuffled mini-batches."""
+    """`num_ppo_epochs` passes over the experience, each over `num_mini_batches` freshly shuffled mini-batches.
+
+    With `replay`, each pass goes on over the experiences kept before. `target_kl` ends all of it early.
+    """
     ppo, batch = roles.ppo, experience.scores.shape[0]
     rows_each = batch // ppo.num_mini_batches
     num_micro = rows_each // roles.micro_rows(batch)
+    pool = jax.tree.map(lambda x: x[None], experience)
+    if state.replay is not None:
+        pool = jax.tree.map(lambda new, old: jnp.concatenate([new, old]), pool, state.replay)
+    warm = state.step < roles.warmup_updates
+    number, kl_coef = state.step, state.kl_coef
 
-    def mini_batch(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
-        chosen = jax.tree.map(lambda x: x[rows], experience)
+    def mini_batch(state: TrainState, source: Array, rows: Array) -> tuple[TrainState, Array, Metrics]:
+        """One optimizer step on rows of experience `source`; whether they were too far from pi_old to learn from."""
+        chosen = jax.tree.map(lambda x: x[source, rows], pool)
         count = jnp.maximum(jnp.sum(chosen.rollout.response_mask), 1)
+        grads, metrics = gradients(lambda p, part: loss(p, part, count), state.params, chosen, num_micro)
+        far = metrics["policy/kl_avg"] > ppo.target_kl if ppo.target_kl else jnp.array(False)
+        accept = {"policy": ~far & ~warm, "critic": ~far}
+        state, norms = apply(state, grads, metrics.pop("loss"), roles.optimizers, accept)
+        return sharding.constrain(state, roles.mesh), far, additive_to_final(metrics) | norms
 
-        def loss(params: dict[str, Params], part: Experience) -> tuple[Array, Metrics]:
-            rollout, mask, extra = part.rollout, part.rollout.response_mask, {}
-            now = measure(params, frozen, rollout, part.features, roles)
-            if roles.one_step(batch):
-                part, extra = complete(rollout, part.scores, part.ref_logprobs, now, state.kl_coef, ppo)
-            policy, about_policy = policy_loss(
-                now.logprobs, part.old_logprobs, part.advantages, mask, count, ppo.cliprange
-            )
-            value, about_value = value_loss(now.values, part.values, part.returns, mask, count, ppo.cliprange_value)
-            total = policy + ppo.vf_coef * value
-            if ppo.kl_in == "loss":
-                assert ppo.kl_estimator != "k1"
-                kl, about_kl = kl_loss(
-                    now.logprobs, part.old_logprobs, part.ref_logprobs, mask, count, ppo.kl_estimator
-                )
-                total, extra = total + state.kl_coef * kl, extra | about_kl
-            return total, {
-                **about_policy,
-                **about_value,
-                **extra,
-                "policy/entropy_avg": masked.total(now.entropy, mask) / count,
-                "val/log_ratio_max": jnp.max(jnp.abs(now.logprobs - part.old_logprobs)),
-            }
+    def loss(params: dict[str, Params], part: Experience, count: Array) -> tuple[Array, Metrics]:
+        mask, extra = part.rollout.response_mask, {}
+        now = measure(params, frozen, part.rollout, part.features, roles)
+        if roles.one_step(batch):
+            part, extra = complete(part, now, kl_coef, ppo)
+        clip = Clip(ppo.cliprange, ppo.cliprange_high or ppo.cliprange, ppo.dual_clip, ppo.log_ratio_clamp)
+        policy, about_policy = policy_loss(
+            now.logprobs, part.old_logprobs, part.advantages, mask, count, clip, part.weights
+        )
+        value, about_value = value_loss(now.values, part.values, part.returns, mask, count, ppo.cliprange_value)
+        entropy = masked.total(now.entropy, mask) / count
+        total = policy + ppo.vf_coef * value
+        if ppo.entropy_coef:
+            total -= ppo.entropy_coef * entropy
+        if ppo.kl_in == "loss":
+            assert ppo.kl_estimator != "k1"
+            kl, about_kl = kl_loss(now.logprobs, part.old_logprobs, part.ref_logprobs, mask, count, ppo.kl_estimator)
+            total, extra = total + kl_coef * kl, extra | about_kl
+        return total, {
+            **about_policy,
+            **about_value,
+            **extra,
+            "policy/entropy_avg": entropy,
+            "val/log_ratio_max": jnp.max(jnp.abs(now.logprobs - part.old_logprobs)),
+        }
 
-        grads, metrics = gradients(loss, state.params, chosen, num_micro)
-        state, norms = apply(state, grads, metrics.pop("loss"), roles.optimizers)
-        return sharding.constrain(state, roles.mesh), additive_to_final(metrics) | norms
+    def step(carry: tuple[TrainState, Array], item: tuple[Array, Array]) -> tuple[tuple[TrainState, Array], Metrics]:
+        (state, ended), (source, rows) = carry, item
+        if not (ppo.target_kl or ppo.replay):
+            state, _, metrics = mini_batch(state, source, rows)
+            return (state, ended), metrics | {"policy/steps": jnp.float32(1)}
+        kept = (source == 0) | (source <= jnp.minimum(number, ppo.replay))
+        blank = jax.eval_shape(mini_batch, state, source, rows)[2]
+        state, far, metrics = jax.lax.cond(
+            kept & ~ended,
+            lambda: mini_batch(state, source, rows),
+            lambda: (state, ended, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank)),
+        )
+        return (state, ended | far), metrics | {"policy/steps": (kept & ~ended).astype(jnp.float32)}
 
-    def epoch(state: TrainState, key: Array) -> tuple[TrainState, Metrics]:
-        order = jax.random.permutation(key, batch).reshape(ppo.num_mini_batches, rows_each)
-        return jax.lax.scan(mini_batch, state, order)
+    def orders(key: Array) -> tuple[Array, Array]:
+        """(which experience, which of its rows) of every mini-batch of a pass."""
+        keys = jax.random.split(key, 1 + ppo.replay) if ppo.replay else key[None]
+        rows = jax.vmap(lambda k: jax.random.permutation(k, batch).reshape(ppo.num_mini_batches, rows_each))(keys)
+        sources = jnp.repeat(jnp.arange(1 + ppo.replay), ppo.num_mini_batches)
+        return sources, rows.reshape(-1, rows_each)
 
-    state, stacked = jax.lax.scan(epoch, state, jax.random.split(key, ppo.num_ppo_epochs))
-    metrics = {k: jnp.mean(v) for k, v in stacked.items()}
+    def epoch(carry: tuple[TrainState, Array], key: Array) -> tuple[tuple[TrainState, Array], Metrics]:
+        return jax.lax.scan(step, carry, orders(key))
+
+    start = state, jnp.array(False)
+    (state, _), stacked = jax.lax.scan(epoch, start, jax.random.split(key, ppo.num_ppo_epochs))
+    ran = stacked.pop("policy/steps")
+    metrics = {k: jnp.sum(jnp.where(ran > 0, v, 0)) / jnp.sum(ran) for k, v in stacked.items()}
+    metrics["policy/steps"] = jnp.sum(ran)
     metrics["val/first_log_ratio_max"] = stacked["val/log_ratio_max"][0, 0]
     metrics["val/log_ratio_max"] = jnp.max(stacked["val/log_ratio_max"])
     metrics["skipped_updates"] = jnp.sum(stacked["skipped_updates"])
-    return sharding.constrain(dataclasses.replace(state, step=state.step + 1), roles.mesh), metrics
+    kl = metrics.get("objective/kl")
+    if kl is None:
+        mask = experience.rollout.response_mask
+        kl = jnp.mean(jnp.sum(masked.keep(k1(experience.old_logprobs, experience.ref_logprobs), mask), axis=1))
+    state = dataclasses.replace(
+        state,
+        step=number + 1,
+        kl_coef=adapted(kl_coef, kl, ppo.kl_target, ppo.kl_horizon, batch),
+        reference=moved(state, number, roles),
+        replay=remembered(state.replay, experience, number),
+    )
+    return sharding.constrain(state, roles.mesh), metrics
+
+
+def moved(state: TrainState, number: Array, roles: Roles) -> Params | None:
+    """The reference after update `number` (from 0): every `sync_every` updates it goes `sync_alpha` of the way."""
+    if state.reference is None:
+        return None
+    share = jnp.where((number + 1) % roles.sync_every == 0, roles.sync_alpha, 0.0)
+
+    def move(old: Array, new: Array) -> Array:
+        return jnp.where(share == 1, new, (1 - share) * old + share * new).astype(old.dtype)
+
+    return jax.tree.map(move, state.reference, state.params["policy"])
+
+
+def remembered(replay: Experience | None, experience: Experience, number: Array) -> Experience | None:
+    """The kept experiences [n, B, ...] with the newest in the place of the oldest."""
+    if replay is None:
+        return None
+    size = replay.scores.shape[0]
+    return jax.tree.map(lambda kept, new: kept.at[number % size].set(new), replay, experience)

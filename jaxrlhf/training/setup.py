@@ -153,28 +153,36 @@ def _begin(
 class State:
     """The state of a run, made from `params` on first use (which consumes them) unless a checkpoint takes their place.
 
-    `template` has its shapes, dtypes and shardings without its memory; for it alone, `params` may be shapes too.
+    `more` are further fields of the state, arrays in their places. `template` has its shapes, dtypes and shardings
+    without its memory; for it alone, `params` may be shapes too.
     """
 
     def __init__(
-        self, params: dict[str, Params], optimizers: dict[str, Optimizer], mesh: jax.sharding.Mesh, kl_coef: float = 0.0
+        self,
+        params: dict[str, Params],
+        optimizers: dict[str, Optimizer],
+        mesh: jax.sharding.Mesh,
+        kl_coef: float = 0.0,
+        **more: Any,
     ) -> None:
         self._begin = functools.partial(_begin, optimizers=tuple(optimizers.items()), kl_coef=kl_coef, mesh=mesh)
-        self.template: TrainState = _placed(jax.eval_shape(self._begin, params), mesh)
+        begun = jax.eval_shape(self._begin, params)
+        self.template: TrainState = _placed(dataclasses.replace(begun, **jax.eval_shape(lambda: more)), mesh)
         self._params: dict[str, Params] | None = params
+        self._more: dict[str, Any] = more
         self._value: TrainState | None = None
 
     @property
     def value(self) -> TrainState:
         if self._value is None:
             assert self._params is not None
-            self.value = self._begin(self._params)
+            self.value = dataclasses.replace(self._begin(self._params), **self._more)
         assert self._value is not None
         return self._value
 
     @value.setter
     def value(self, state: TrainState) -> None:
-        self._value, self._params = state, None
+        self._value, self._params, self._more = state, None, {}
 
 
 def check_context(lengths: Sequence[int], model: ModelConfig, what: str, lower: str) -> None:

@@ -55,13 +55,17 @@ def gradients(loss: Loss, params: Params, batch: Any, num_micro: int) -> tuple[P
 
 
 def apply(
-    state: TrainState, grads: dict[str, Params], loss: Array, optimizers: tuple[tuple[str, Optimizer], ...]
+    state: TrainState,
+    grads: dict[str, Params],
+    loss: Array,
+    optimizers: tuple[tuple[str, Optimizer], ...],
+    accept: dict[str, Array] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step for every role, or none: a non-finite loss or gradient leaves the state as it was, to the bit.
 
-    Each role's gradient is scaled down to its optimizer's `max_grad_norm` when its global norm is larger. Returns the
-    new state (its `step` untouched) and per role that norm before and after and the learning rate applied, plus
-    `skipped_updates` (0 or 1).
+    So does a role that `accept` says false of, on its own. Each role's gradient is scaled down to its optimizer's
+    `max_grad_norm` when its global norm is larger. Returns the new state (its `step` untouched) and per role that norm
+    before and after and the learning rate applied, plus `skipped_updates` (0 or 1).
     """
     norms = {role: optax.tree.norm(grads[role]) for role in grads}
     finite = jnp.isfinite(loss) & jnp.all(jnp.stack([jnp.isfinite(n) for n in norms.values()]))
@@ -71,10 +75,11 @@ def apply(
         clipped = jax.tree.map(lambda g, scale=scale: g * scale, grads[role])
         before: Any = state.opt_state[role]
         after: Any
-        updates, after = optimizer.chain.update(clipped, before, state.params[role], finite=finite)
+        go = finite if accept is None else finite & accept[role]
+        updates, after = optimizer.chain.update(clipped, before, state.params[role], finite=go)
         stepped = optax.apply_updates(state.params[role], updates)
         params[role], counts = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (stepped, after[1:]), (state.params[role], before[1:])
+            lambda new, old, go=go: jnp.where(go, new, old), (stepped, after[1:]), (state.params[role], before[1:])
         )
         opt_state[role] = (after[0], *counts)  # Adam has kept its moments itself, in place
         metrics |= {

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrlhf.algorithms.advantages import gae, whiten
+from jaxrlhf.algorithms.advantages import gae, reward_to_go, whiten
 
 
 def ragged(seed, rows=7, columns=9):
@@ -88,3 +88,19 @@ def test_whiten_is_finite_without_variance(real):
     np.testing.assert_allclose(whiten(jnp.full(8, 2.5), mask, False), np.where(mask, 2.5, 0))
     gradient = jax.grad(lambda x: jnp.sum(whiten(x, mask, True) ** 2))(jnp.where(mask, 2.5, jnp.nan))
     assert np.isfinite(gradient).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**16), st.sampled_from([1.0, 0.9, 0.5]))
+def test_reward_to_go_is_the_discounted_sum_over_the_real_tokens_to_come(seed, gamma):
+    rng = np.random.default_rng(seed)
+    rewards, mask = rng.normal(size=(3, 6)).astype(np.float32), rng.random((3, 6)) < 0.7
+    bootstrap = rng.normal(size=3).astype(np.float32)
+    found = reward_to_go(jnp.asarray(rewards), jnp.asarray(mask), jnp.asarray(bootstrap), gamma)
+    for row in range(3):
+        real = np.flatnonzero(mask[row])
+        for i, column in enumerate(real):
+            later = sum(gamma**k * float(rewards[row, c]) for k, c in enumerate(real[i:]))
+            expected = later + gamma ** (len(real) - i) * float(bootstrap[row])
+            np.testing.assert_allclose(found[row, column], expected, atol=1e-5)
+    assert not np.asarray(found)[~mask].any()

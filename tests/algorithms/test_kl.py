@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.algorithms.kl import k1, k2, k3, kl_loss
+from jaxrlhf.algorithms.kl import adapted, k1, k2, k3, kl_loss
 
 
 def categorical(shift, size=12):
@@ -106,3 +106,15 @@ def test_kl_loss_is_the_loop_over_tokens_and_adds_up_over_micro_batches(estimato
     assert np.isfinite(gradient).all() and not np.asarray(gradient)[~mask].any()
     parts = [run(new[rows], old[rows], reference[rows], mask[rows])[0] for rows in (slice(0, 1), slice(1, 4))]
     np.testing.assert_allclose(sum(parts), loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("nats", "factor"), [(6.0, 1.0), (6.6, 1 + 0.1 * 64 / 10000), (60.0, 1 + 0.2 * 64 / 10000),
+                                              (0.0, 1 - 0.2 * 64 / 10000), (np.nan, 1.0)])  # fmt: skip
+def test_the_adaptive_coefficient_is_that_of_the_paper(nats, factor):
+    """target 6, horizon 10000, error cut to 0.2 either way (lm-human-preferences, AdaptiveKLController)."""
+    found = adapted(jnp.float32(0.15), jnp.float32(nats), 6.0, 10000.0, 64)
+    np.testing.assert_allclose(found, 0.15 * factor, rtol=1e-6)
+
+
+def test_without_a_target_the_coefficient_stays():
+    assert adapted(jnp.float32(0.15), jnp.float32(99), None, 10000.0, 64) == jnp.float32(0.15)

@@ -8,6 +8,7 @@ import pytest
 from jaxrlhf.algorithms import ppo
 
 SHAPE = (6, 5)
+CLIP = ppo.Clip(0.2, 0.2, None, 20.0)
 
 
 def arrays(seed, number):
@@ -50,7 +51,7 @@ def clipped_loss_by_hand(new, old, advantages, mask, cliprange):
 def test_policy_loss_is_the_loop_over_tokens(mask):
     new, old, advantages = arrays(0, 3)
     count = jnp.asarray(mask.sum())
-    loss, metrics = ppo.policy_loss(jnp.asarray(new), jnp.asarray(old), jnp.asarray(advantages), mask, count, 0.2)
+    loss, metrics = ppo.policy_loss(jnp.asarray(new), jnp.asarray(old), jnp.asarray(advantages), mask, count, CLIP)
     expected, clipfrac = clipped_loss_by_hand(new, old, advantages, mask, 0.2)
     assert clipfrac > 0.2  # the case is not trivial
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
@@ -64,7 +65,7 @@ def test_policy_loss_is_the_loop_over_tokens(mask):
 
 def test_no_gradient_flows_where_the_clip_holds(mask):
     new, old, advantages = arrays(1, 3)
-    gradient = jax.grad(lambda x: ppo.policy_loss(x, jnp.asarray(old), jnp.asarray(advantages), mask, 1.0, 0.2)[0])
+    gradient = jax.grad(lambda x: ppo.policy_loss(x, jnp.asarray(old), jnp.asarray(advantages), mask, 1.0, CLIP)[0])
     g = np.asarray(gradient(jnp.asarray(new)))
     ratio = np.exp(new - old)
     held = ~mask | ((advantages > 0) & (ratio > 1.2)) | ((advantages < 0) & (ratio < 0.8))
@@ -76,7 +77,7 @@ def test_no_gradient_flows_where_the_clip_holds(mask):
 def test_at_ratio_one_the_gradient_is_the_policy_gradient(mask):
     new, advantages = jnp.asarray(arrays(2, 2))
     count = mask.sum()
-    clipped = jax.grad(lambda x: ppo.policy_loss(x, new, advantages, mask, int(count), 0.2)[0])(new)
+    clipped = jax.grad(lambda x: ppo.policy_loss(x, new, advantages, mask, int(count), CLIP)[0])(new)
     np.testing.assert_allclose(clipped, np.where(mask, -advantages / count, 0), rtol=1e-6)
 
 
@@ -85,7 +86,7 @@ def test_what_the_mask_hides_reaches_neither_loss_nor_gradient(mask, bad):
     new, old, advantages, returns = arrays(3, 4)
 
     def loss(new, old, advantages, returns):
-        policy, metrics = ppo.policy_loss(new, old, advantages, mask, 10.0, 0.2)
+        policy, metrics = ppo.policy_loss(new, old, advantages, mask, 10.0, CLIP)
         value, more = ppo.value_loss(new, old, returns, mask, 10.0, 0.2)
         return policy + value, metrics | more
 
@@ -98,7 +99,7 @@ def test_what_the_mask_hides_reaches_neither_loss_nor_gradient(mask, bad):
 
 def test_an_overflowing_ratio_that_is_clipped_stays_harmless():
     new, old = jnp.array([[200.0, 0.1]]), jnp.zeros((1, 2))
-    run = jax.value_and_grad(lambda x: ppo.policy_loss(x, old, jnp.ones((1, 2)), jnp.ones((1, 2), bool), 2.0, 0.2)[0])
+    run = jax.value_and_grad(lambda x: ppo.policy_loss(x, old, jnp.ones((1, 2)), jnp.ones((1, 2), bool), 2.0, CLIP)[0])
     loss, gradient = run(new)
     np.testing.assert_allclose(loss, -(1.2 + np.exp(0.1)) / 2, rtol=1e-6)
     np.testing.assert_allclose(gradient, [[0, -np.exp(0.1) / 2]], rtol=1e-6)
@@ -125,7 +126,7 @@ def test_micro_batches_add_up_to_the_batch(mask):
 
     def loss(new, rows):
         at = functools.partial(jnp.take, indices=jnp.asarray(rows), axis=0)
-        policy, metrics = ppo.policy_loss(at(new), at(old), at(advantages), at(mask), count, 0.2)
+        policy, metrics = ppo.policy_loss(at(new), at(old), at(advantages), at(mask), count, CLIP)
         value, more = ppo.value_loss(at(new), at(old), at(returns), at(mask), count, 0.2)
         return policy + 0.1 * value, metrics | more
 
@@ -144,13 +145,20 @@ def test_rollout_metrics_by_hand(mask, kl_in):
     bad = np.where(mask, 0, np.nan).astype(np.float32)
     inputs = (jnp.asarray(x) for x in (scores, old + bad, reference + bad, mask, finished))
     metrics = ppo.rollout_metrics(*inputs, 0.5, kl_in)
-    kl = np.mean([(o - r)[m].sum() for o, r, m in zip(old, reference, mask, strict=True)])
+    rows, lengths = list(zip(old, reference, np.asarray(mask), strict=True)), np.asarray(mask).sum(1)
+    kl = np.mean([(o - r)[m].sum() for o, r, m in rows])
     expected = {
         "objective/kl": kl,
         "objective/scores": 2.5,
         "objective/non_score_reward": -0.5 * kl if kl_in == "reward" else 0,
         "objective/rlhf_reward": 2.5 - 0.5 * kl,
         "val/num_eos_tokens": 2,
+        "objective/kl_k3": np.mean([np.sum((np.exp(r - o) - 1 + o - r)[m]) for o, r, m in rows]),
+        "objective/score_length_correlation": np.corrcoef(scores, lengths)[0, 1],
+        "tokens/mean_length": lengths.mean(),
+        "tokens/min_length": lengths.min(),
+        "tokens/max_length": lengths.max(),
+        "tokens/finished": 1 / 3,
     }
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
@@ -165,3 +173,81 @@ def test_rewards_sum_to_the_objective(mask):
     rewards = ppo.token_rewards(scores, old, reference, mask, 0.3)
     metrics = ppo.rollout_metrics(scores, old, reference, mask, jnp.ones(6, bool), 0.3, "reward")
     np.testing.assert_allclose(rewards.sum(1).mean(), metrics["objective/rlhf_reward"], rtol=1e-5)
+
+
+def surrogate_by_hand(new, old, advantages, mask, low, high, dual, clamp):
+    """Loss of each real token in float64, and how often each bound holds."""
+    losses, held = [], {"above": 0, "below": 0, "dual": 0}
+    for i in zip(*np.nonzero(mask), strict=True):
+        a, d = float(advantages[i]), float(np.clip(np.float64(new[i]) - np.float64(old[i]), -clamp, clamp))
+        ratio = np.exp(d)
+        loss = max(-a * ratio, -a * min(max(ratio, 1 - low), 1 + high))
+        held["above"] += a > 0 and ratio > 1 + high
+        held["below"] += a < 0 and ratio < 1 - low
+        if a < 0 and dual is not None:
+            held["dual"] += ratio > dual
+            loss = min(loss, -a * dual)
+        losses.append(loss)
+    return np.array(losses), held
+
+
+@pytest.mark.parametrize("dual", [None, 2.0])
+def test_clip_higher_and_dual_clip_are_the_loop_over_tokens(mask, dual):
+    new, old, advantages = 2 * arrays(8, 3)
+    clip = ppo.Clip(0.2, 0.5, dual, 20.0)
+    loss, metrics = ppo.policy_loss(*map(jnp.asarray, (new, old, advantages)), mask, mask.sum(), clip)
+    losses, held = surrogate_by_hand(new, old, advantages, mask, *clip)
+    np.testing.assert_allclose(loss, losses.mean(), rtol=1e-5)
+    names = {"above": "policy/clipfrac_high_avg", "below": "policy/clipfrac_low_avg"}
+    names |= {"dual": "policy/dual_clipfrac_avg"} if dual else {}
+    for which, key in names.items():
+        assert held[which]
+        np.testing.assert_allclose(metrics[key], held[which] / len(losses), rtol=1e-6)
+    both = held["above"] + held["below"]
+    np.testing.assert_allclose(metrics["policy/clipfrac_avg"], both / len(losses), rtol=1e-6)
+    d = np.float64(new - old)[np.asarray(mask)]
+    np.testing.assert_allclose(metrics["policy/kl_avg"], np.mean(np.exp(d) - 1 - d), rtol=1e-4)
+
+
+def test_the_loss_stands_still_beyond_the_dual_clip():
+    gradient = jax.grad(
+        lambda x: ppo.policy_loss(
+            x, jnp.zeros((1, 3)), -jnp.ones((1, 3)), jnp.ones((1, 3), bool), 1.0, ppo.Clip(0.2, 0.2, 3.0, 20.0)
+        )[0]
+    )(jnp.log(jnp.array([[2.9, 3.1, 1e30]])))
+    np.testing.assert_allclose(gradient, [[2.9, 0, 0]], rtol=1e-5)
+
+
+def test_a_log_ratio_beyond_the_clamp_keeps_loss_and_gradient_finite():
+    """Without the clamp, exp(200) is inf: the whole update would be lost."""
+    new = jnp.array([[200.0, -300.0, 0.1]])
+    run = jax.value_and_grad(lambda x: ppo.policy_loss(x, 0 * new, -jnp.ones((1, 3)), new < 1e9, 3.0, CLIP)[0])
+    loss, gradient = run(new)
+    np.testing.assert_allclose(loss, (np.exp(20.0) + 0.8 + np.exp(0.1)) / 3, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[0, 0, np.exp(0.1) / 3]], rtol=1e-6)
+
+
+def test_sampler_weights_scale_the_loss_of_their_tokens(mask):
+    new, old, advantages, weights = arrays(9, 4)
+    weights = np.abs(weights)
+    poisoned = poison(weights, mask, np.nan)
+    given = [jnp.asarray(x) for x in (new, old, advantages)]
+    loss, _ = ppo.policy_loss(*given, mask, mask.sum(), CLIP, poisoned)
+    losses, _ = surrogate_by_hand(new, old, advantages, mask, *CLIP)
+    np.testing.assert_allclose(loss, np.mean(losses * weights[np.asarray(mask)]), rtol=1e-5)
+
+
+def test_without_a_clip_range_the_value_loss_is_the_plain_squared_error(mask):
+    values, old, returns = arrays(4, 3)
+    loss, metrics = ppo.value_loss(*map(jnp.asarray, (values, old, returns)), mask, mask.sum(), None)
+    np.testing.assert_allclose(loss, 0.5 * np.mean(np.float64(values - returns)[np.asarray(mask)] ** 2), rtol=1e-5)
+    assert metrics["val/clipfrac_avg"] == 0
+
+
+def test_token_scores_are_added_where_they_stand(mask):
+    old, reference, process = arrays(10, 3)
+    scores = jnp.arange(6.0)
+    given = scores, jnp.asarray(old), jnp.asarray(reference), mask, 0.1
+    plain = ppo.token_rewards(*given)
+    both = ppo.token_rewards(*given, poison(process, mask, np.nan))
+    np.testing.assert_allclose(both - plain, np.where(mask, process, 0), atol=1e-6)

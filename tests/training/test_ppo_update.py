@@ -6,100 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny
+from ppo_case import MODEL, OPTIMIZERS, STOPS, B, R, V, case, close
 
 from jaxrlhf import sharding
-from jaxrlhf.config import PPO, Mesh, Optim, PPOConfig, Sampling
+from jaxrlhf.config import PPO, Mesh
 from jaxrlhf.logprobs import response_states
 from jaxrlhf.models import init, lm_logits
-from jaxrlhf.rollout.decode import generate
-from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.training import ppo_update, setup
-from jaxrlhf.training.optim import make_optimizer
-from jaxrlhf.types import Prompts
-
-B, P, R, V, PAD = 8, 6, 7, 19, 0
-STOPS = (2, 5, 11)
-
-MODEL = tiny(vocab_size=V, mlp_size=32)
-# Compared by identity: one pair for all cases, so that equal cases share their compiled programs. A large eps, because
-# Adam magnifies the rounding of a gradient near zero by learning_rate / eps and these tests compare parameters.
-OPTIMIZERS = tuple((role, make_optimizer(Optim(eps=1e-3), 1e-2, 100)) for role in ("policy", "critic"))
-
-
-def prompts() -> Prompts:
-    lengths = np.arange(B) % P + 1
-    mask = np.arange(P) >= P - lengths[:, None]
-    tokens = np.where(mask, 3 + (np.arange(B)[:, None] * 5 + np.arange(P)) % (V - 3), PAD)
-    return Prompts(jnp.asarray(tokens, jnp.int32), jnp.asarray(mask), jnp.arange(B), jnp.zeros(B, jnp.int32))
-
-
-@dataclasses.dataclass
-class Case:
-    """One PPO problem: roles, frozen parameters, a way to make its state, a rollout and scores."""
-
-    roles: ppo_update.Roles
-    frozen: dict
-    policy: dict
-    rollout: object
-    scores: jax.Array
-
-    def state(self):
-        # The policy has moved away from the reference, as after some updates.
-        params = {"policy": setup.copy(self.policy, "float32", self.roles.mesh), "critic": self.critic()}
-        return setup.State(params, dict(self.roles.optimizers), self.roles.mesh, self.roles.ppo.kl_coef).value
-
-    def critic(self):
-        _, critic, _ = ppo_update.make_critic(
-            PPOConfig(),
-            self.roles.policy,
-            self.policy,
-            self.frozen["reference"],
-            None,
-            self.roles.mesh,
-            jax.random.key(0),
-        )
-        critic["score"] = {"kernel": 0.3 * jax.random.normal(jax.random.key(5), (16, 1))}
-        return critic
-
-    def run(self, state=None):
-        state = state or self.state()
-        experience, before = ppo_update.annotate(state, self.frozen, self.rollout, self.scores, roles=self.roles)
-        state, after = ppo_update.update(state, self.frozen, experience, jax.random.key(3), roles=self.roles)
-        return state, experience, before | after
-
-
-def case(
-    ppo: PPO | None = None,
-    *,
-    dtype: str = "float32",
-    drift: float = 0.3,
-    mesh: Mesh | None = None,
-    filters: dict | None = None,
-    **options,
-) -> Case:
-    ppo = ppo or PPO(**{"batch_size": B, "num_ppo_epochs": 2, "num_mini_batches": 2} | options)
-    model = dataclasses.replace(MODEL, dtype=dtype)
-    reference = jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, init(model, jax.random.key(0)))
-    other = init(model, jax.random.key(1))
-    policy = jax.tree.map(lambda a, b: a + drift * b, reference, other)
-    roles = ppo_update.Roles(
-        policy=model,
-        critic=dataclasses.replace(model, head="linear"),
-        optimizers=OPTIMIZERS,
-        ppo=ppo,
-        temperature=0.7,
-        trunk="trained",
-        mesh=sharding.make_mesh(mesh or Mesh()),
-    )
-    sampling = Sampling(response_length=R, temperature=0.7, **filters or {})
-    decoder, copy = inference_copy(model, policy, model.dtype)
-    rollout = generate(copy, decoder, prompts(), jax.random.key(2), sampling, STOPS, PAD)
-    return Case(roles, {"reference": reference, "critic": {}}, policy, rollout, jnp.linspace(-1, 1, B))
-
-
-def close(a, b, rtol=1e-4, atol=1e-6):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
 
 
 def test_rollouts_of_the_case_are_ragged():
@@ -229,11 +142,6 @@ def test_log_probs_renormalised_on_the_sampled_support(drift):
     expected = logits[np.arange(len(logits)), targets] - np.log(np.sum(np.exp(logits) * kept, axis=-1))
     np.testing.assert_allclose(np.asarray(experience.ref_logprobs)[mask], expected, atol=1e-5)
     assert metrics["policy/entropy_avg"] < np.log(4)
-
-
-def test_missing_eos_penalty_knows_which_rows_ran_out_of_room():
-    free, fined = case().run()[1], case(missing_eos_penalty=2.0).run()[1]
-    np.testing.assert_allclose(free.scores - fined.scores, np.where(free.rollout.finished, 0.0, 2.0), atol=1e-6)
 
 
 def test_truncated_responses_bootstrap_only_when_asked():

@@ -12,7 +12,8 @@ import jaxrlhf
 from jaxrlhf import config, sharding
 from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted, RewardError, StorageError
 from jaxrlhf.training import loop, setup
-from jaxrlhf.training.ppo import PPOTrainer, occurrences
+from jaxrlhf.training.ppo import PPOTrainer
+from jaxrlhf.training.ppo_rollout import occurrences
 from jaxrlhf.training.reward import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
 
@@ -195,7 +196,7 @@ def test_critic_menu(ppo, supervised, tmp_path, init, frozen):
     RewardTrainer(config.RewardConfig(run_dir=str(tmp_path / "rm"), **supervised)).train()
     options = ppo | {
         "reward": config.RewardSource(model=str(tmp_path / "rm")),
-        "critic": config.Critic(init=init, frozen_trunk=frozen, head="mlp", learning_rate=1e-3),
+        "critic": config.Critic(init=init, trunk="frozen" if frozen else "own", head="mlp", learning_rate=1e-3),
     }
     trainer = PPOTrainer(config.PPOConfig(**options))
     trunk = jax.device_get({**trainer.frozen["critic"], **trainer.state.value.params["critic"]})

@@ -1,0 +1,155 @@
+"""The models of PPO: who they are, how the value model is made, and what policy and critic say about a rollout."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrlhf import sharding
+from jaxrlhf.algorithms import masked
+from jaxrlhf.config import PPO, PPOConfig
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.logprobs import response_states, token_logprobs
+from jaxrlhf.models import ModelConfig, init_head
+from jaxrlhf.models import scores as scalar
+from jaxrlhf.training.optim import Optimizer
+from jaxrlhf.training.setup import attending, copy, split_head
+from jaxrlhf.types import Params, Rollout, TrainState
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Everything about an update that is static."""
+
+    policy: ModelConfig
+    critic: ModelConfig
+    optimizers: tuple[tuple[str, Optimizer], ...]
+    ppo: PPO
+    temperature: float
+    trunk: Literal["own", "shared", "reference", "frozen"]  # the critic's; reference: frozen, that of the reference
+    mesh: jax.sharding.Mesh
+    warmup_updates: int = 0  # in which the critic alone learns
+    sync_every: int = 0  # updates between moves of the reference; 0: it stays
+    sync_alpha: float = 1.0
+
+    def micro_rows(self, batch: int) -> int:
+        """Rows of one forward pass of the update."""
+        return self.ppo.micro_batch_size or batch // self.ppo.num_mini_batches
+
+    def annotation_rows(self, batch: int) -> int:
+        """Rows of one forward pass of annotation: the update's unless told otherwise, since bfloat16 products depend on
+        the row count."""
+        return self.ppo.local_rollout_forward_batch_size or self.micro_rows(batch)
+
+    def one_step(self, batch: int) -> bool:
+        """Whether the whole update is one forward and one optimizer step, so that pi_old is stop_gradient(pi).
+
+        Then annotation runs neither policy nor critic. An update of one optimizer step in several micro-batches is not
+        such: whitening needs every row's advantage before the first row's loss, so annotation runs, and its
+        old_logprobs are those of the update to rounding (1e-5) and not by definition.
+        """
+        return self.ppo.num_ppo_epochs == 1 and self.micro_rows(batch) == batch and not self.ppo.replay
+
+
+def make_critic(
+    config: PPOConfig,
+    policy_model: ModelConfig,
+    policy: Params,
+    reference: Params,
+    reward: tuple[ModelConfig, Params] | None,
+    mesh: jax.sharding.Mesh,
+    key: Array,
+) -> tuple[ModelConfig, Params, Params]:
+    """(model, what trains, what is frozen) of the value model: a trunk from elsewhere and a head that starts at zero.
+
+    A frozen trunk is the reference's or the reward model's own arrays, unless the reference moves; of a shared one,
+    only the head is here. Raises ConfigError when the reward model reads other tokens than the policy.
+    """
+    model, trunk, kind = policy_model, policy, config.critic.trunk
+    if config.critic.init == "reward":
+        assert reward is not None
+        model, trunk = reward
+        if model.vocab_size != policy_model.vocab_size:
+            raise ConfigError(
+                f"critic.init is 'reward' but the reward model has {model.vocab_size} token rows and the policy "
+                f"{policy_model.vocab_size}; use critic.init: policy"
+            )
+    elif kind == "frozen":
+        trunk = copy(reference, reference["norm"]["scale"].dtype, mesh) if config.reference.sync_every else reference
+    model = dataclasses.replace(
+        model, head=config.critic.head, num_labels=1, dtype=policy_model.dtype, remat=policy_model.remat
+    )
+    model = attending(model, config.model)
+    trunk = {k: v for k, v in trunk.items() if k not in ("lm_head", "score")}
+    if kind == "own":
+        trunk = copy(trunk, policy["norm"]["scale"].dtype, mesh)
+    head = init_head(model, key)
+    output = "kernel" if config.critic.head == "linear" else "dense_2"
+    head["score"][output] = jax.tree.map(jnp.zeros_like, head["score"][output])
+    trained, frozen = split_head({**trunk, **sharding.put_whole(head, mesh)}, kind != "own")
+    return model, trained, {} if kind == "shared" else frozen
+
+
+def trunk_kind(config: PPOConfig) -> Literal["own", "shared", "reference", "frozen"]:
+    """`Roles.trunk` of a run."""
+    aliased = config.critic.trunk == "frozen" and config.critic.init == "policy" and not config.reference.sync_every
+    return "reference" if aliased else config.critic.trunk
+
+
+def reference_of(state: TrainState, frozen: dict[str, Params]) -> Params:
+    """The reference as it is now."""
+    return frozen["reference"] if state.reference is None else state.reference
+
+
+def whole_critic(params: dict[str, Params], frozen: dict[str, Params], roles: Roles) -> Params:
+    """The value model's parameters, trunk and head, wherever they are kept."""
+    trunk = params["policy"] if roles.trunk == "shared" else frozen["critic"]
+    trunk = frozen["reference"] if roles.trunk == "reference" else trunk
+    return {**{k: v for k, v in trunk.items() if k != "lm_head"}, **params["critic"]}
+
+
+def sequence_logprobs(
+    params: Params,
+    model: ModelConfig,
+    rollout: Rollout,
+    hidden: Array,
+    temperature: float,
+    entropy_gradient: bool = False,
+) -> tuple[Array, Array]:
+    """(log-probs, entropy) of every response token, f32 [B, R]: the one function for old, new and reference policy.
+
+    `hidden` are the states [B, R, D] before the tokens. Over the rollout's `support` if it has one, the reference too,
+    else over the whole vocabulary.
+    """
+    targets = rollout.tokens[:, -rollout.response_mask.shape[1] :]
+    logprobs, entropy = token_logprobs(params, model, hidden, targets, temperature, rollout.support, entropy_gradient)
+    return masked.keep(logprobs, rollout.response_mask), masked.keep(entropy, rollout.response_mask)
+
+
+class Measured(NamedTuple):
+    """What policy and critic say about a rollout; 0 outside the response mask."""
+
+    logprobs: Array  # f32 [B, R]
+    entropy: Array  # f32 [B, R]
+    values: Array  # f32 [B, R]   before each response token
+    tail: Array  # f32 [B]   value after the last column
+
+
+def measure(
+    params: dict[str, Params], frozen: dict[str, Params], rollout: Rollout, features: Array | None, roles: Roles
+) -> Measured:
+    """What policy and critic say about a rollout: one forward each, or of the critic's head alone on `features` or on
+    the policy's own states."""
+    hidden = response_states(params["policy"], roles.policy, rollout)
+    logprobs, entropy = sequence_logprobs(
+        params["policy"], roles.policy, rollout, hidden[:, :-1], roles.temperature, roles.ppo.entropy_coef > 0
+    )
+    if roles.trunk == "shared":
+        features = hidden
+    elif features is None:
+        features = response_states({**frozen["critic"], **params["critic"]}, roles.critic, rollout)
+    values = scalar(params["critic"], roles.critic, features)
+    return Measured(logprobs, entropy, masked.keep(values[:, :-1], rollout.response_mask), values[:, -1])

@@ -1,0 +1,113 @@
+"""The sampling half of PPO: prompts in, responses of the policy as it is now out, on the device and as text."""
+
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+import jax
+from jax import Array
+
+from jaxrlhf import programs, sharding
+from jaxrlhf.config import PPOConfig
+from jaxrlhf.data import batching
+from jaxrlhf.data.datasets import PromptRow
+from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.models import ModelConfig
+from jaxrlhf.rollout import engine
+from jaxrlhf.rollout.decode import generate, trim
+from jaxrlhf.rollout.inference_copy import RolloutDType, convert, inference_copy, inference_model
+from jaxrlhf.rollout.sampling import check_sampling
+from jaxrlhf.rollout.text import read
+from jaxrlhf.training import setup
+from jaxrlhf.types import Params, Prompts, Rollout
+
+LOWER = "data.max_prompt_length or sampling.response_length"
+
+
+class Sampler:
+    """Draws responses. `longest` is the length of the longest prompt that is known of (0: of none).
+
+    Raises ConfigError for what the model cannot do: prompts and responses beyond its context, filters beyond its
+    vocabulary.
+    """
+
+    def __init__(
+        self, config: PPOConfig, model: ModelConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, longest: int
+    ) -> None:
+        self.config, self.model, self.tokenizer, self.mesh = config, model, tokenizer, mesh
+        self.programs = programs.Ahead()
+        self.dtype: RolloutDType = model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
+        self.columns = 0  # that every prompt fits in, so that programs are few
+        check_sampling(config.sampling, model.vocab_size)
+        reserved = config.sampling.response_length
+        if longest:
+            setup.check_context([longest + reserved], model, "the longest prompt with its response", LOWER)
+            self.columns = batching.bucket(longest, model.max_positions - reserved)
+        self.slots = config.rollout.slots
+        if 0 < self.slots < config.ppo.batch_size:
+            sharding.check_rows(self.slots, mesh, "rollout.slots")
+
+    def check_memory(self) -> None:
+        """Refuse more slots than there is memory for, once everything else has its place."""
+        rows = min(self.slots or self.config.ppo.batch_size, self.config.ppo.batch_size)
+        columns = self.columns + self.config.sampling.response_length
+        engine.check_slots(inference_model(self.model, self.dtype), rows, columns, self.mesh)
+
+    def copy(self, params: Params) -> tuple[ModelConfig, Params]:
+        """The policy made ready for decoding."""
+        self.programs.wait(convert)
+        return inference_copy(self.model, params, self.dtype)
+
+    def generate(self, params: Params, rows: Sequence[PromptRow], key: Array) -> tuple[Rollout, list[str]]:
+        """A response to each prompt, all at once or in `rollout.slots`."""
+        prompts, slots = self.prompts(rows), self.slots or len(rows)
+        model, copy = self.copy(params)
+        rest = key, self.config.sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
+        if slots < len(rows):
+            self.programs.wait(engine.answer)
+            made = engine.answer(copy, model, prompts, *rest, slots=slots, columns=self.columns, mesh=self.mesh)
+            made = sharding.put_rows(made, self.mesh)
+        else:
+            self.programs.wait(generate)
+            made = generate(copy, model, prompts, *rest)
+        made, texts = read(made, self.tokenizer, self.config.sampling.stop_strings)
+        if self.config.sampling.stop_strings:
+            made = sharding.put_rows(made, self.mesh)
+        return trim(made), texts
+
+    def prompts(self, rows: Sequence[PromptRow]) -> Prompts:
+        """Prompts of one length, in place. Raises ConfigError where there is no room for the response."""
+        reserved = self.config.sampling.response_length
+        longest = max(len(row.tokens) for row in rows)
+        setup.check_context([longest + reserved], self.model, "the longest prompt with its response", LOWER)
+        length = batching.bucket(longest, self.model.max_positions - reserved)
+        made = batching.prompts(rows, self.tokenizer.pad_id, length, occurrences(rows))
+        return sharding.put_rows(made, self.mesh)
+
+    def compile(self, policy: Params, rows: Sequence[PromptRow], key: Array) -> Future[Rollout]:
+        """Begin to compile a rollout of `rows`; `policy` may be shapes. Returns the shapes of the rollout to come."""
+        prompts, model = self.prompts(rows), inference_model(self.model, self.dtype)
+        rest = key, self.config.sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
+        copy = self.programs.compile(convert, policy, self.model, model)
+        if not 0 < self.slots < len(rows):
+            return self.programs.begin(
+                lambda: programs.outputs(generate, copy.result(), model, prompts, *rest), generate
+            )
+        where = {"slots": self.slots, "columns": self.columns, "mesh": self.mesh}
+        self.programs.begin(lambda: engine.prepare(copy.result(), model, prompts, *rest, **where), engine.answer)
+
+        def shapes() -> Rollout:
+            made = jax.eval_shape(generate, copy.result(), model, prompts, *rest)
+            return jax.tree.map(lambda x: sharding.rows_shape(x, self.mesh), made)
+
+        return self.programs.begin(shapes, engine.answer)
+
+
+def occurrences(rows: Sequence[PromptRow]) -> list[int]:
+    """How often each row's prompt came before in the batch: a repeated prompt needs another random stream."""
+    seen: Counter[int] = Counter()
+    numbers = []
+    for row in rows:
+        numbers.append(seen[row.index])
+        seen[row.index] += 1
+    return numbers

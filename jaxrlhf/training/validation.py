@@ -1,0 +1,188 @@
+"""Held-out prompts inside a PPO run: what the policy answers now, what that is worth, and whether it still gets better.
+
+The random keys are the same at every validation, so what changes is the policy.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxrlhf import sharding
+from jaxrlhf.algorithms import masked
+from jaxrlhf.algorithms.kl import k1
+from jaxrlhf.config import PPOConfig, RewardSource
+from jaxrlhf.data.datasets import PromptRow, columns
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.files import write_whole
+from jaxrlhf.logprobs import response_states
+from jaxrlhf.metrics import METRICS, REWARDS
+from jaxrlhf.rewards.compose import Scorer
+from jaxrlhf.rollout import engine
+from jaxrlhf.rollout.text import read
+from jaxrlhf.spelling import did_you_mean
+from jaxrlhf.training.loop import Metrics, Session
+from jaxrlhf.training.ppo_roles import Roles, reference_of, sequence_logprobs
+from jaxrlhf.training.ppo_rollout import Sampler
+from jaxrlhf.training.step import join_rows, split_rows
+from jaxrlhf.types import Params, Rollout, TrainState
+
+VALIDATION = 2**30  # folded into the run's key in place of an update's number
+BASELINE = "validation.json"  # what the policy of step 0 scored
+
+
+class Validator:
+    """The held-out prompts of a run. Raises ConfigError for a metric that no record has."""
+
+    def __init__(
+        self, config: PPOConfig, rows: Sequence[PromptRow], sampler: Sampler, scorer: Scorer, roles: Roles
+    ) -> None:
+        self.config, self.sampler, self.scorer, self.roles = config, sampler, scorer, roles
+        self.rows = rows[: config.validation.max_prompts]
+        metric = config.validation.metric
+        if metric not in METRICS and not metric.startswith(REWARDS):
+            raise ConfigError(f"validation.metric: no record has '{metric}'{did_you_mean(metric, list(METRICS))}")
+        self.second: Scorer | None = None
+        if config.validation.reward_model:
+            source = RewardSource(model=config.validation.reward_model)
+            self.second = Scorer(source, sampler.tokenizer, mesh=sampler.mesh)
+        self._baseline: dict[str, Any] = {}
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether a validation follows update number `step` (from 1)."""
+        every = self.config.validation.eval_steps
+        return step == total or (every > 0 and step % every == 0)
+
+    def begin(self, session: Session, state: TrainState, frozen: dict[str, Params], key: Array) -> None:
+        """Measure the policy of step 0, or read what was measured then."""
+        file = session.run.directory / BASELINE
+        if int(state.step) == 0:
+            metrics, scores = self._measure(session, 0, state, frozen, key)
+            self._baseline = {"scores": scores, "metrics": metrics}
+            write_whole(file, json.dumps(self._baseline) + "\n")
+            score, kl = metrics["eval/scores"], metrics["eval/kl"]
+            session.logger.note(f"before training: {len(self.rows)} held-out prompts, score {score:.4g}, KL {kl:.3g}")
+        elif file.is_file():
+            self._baseline = json.loads(file.read_text(encoding="utf-8"))
+        else:
+            session.logger.note(f"{file} is gone: no win rate against step 0")
+
+    def run(
+        self, session: Session, step: int, state: TrainState, frozen: dict[str, Params], key: Array
+    ) -> dict[str, float]:
+        """Answer the held-out prompts, log samples, and return the record of this validation."""
+        metrics, scores = self._measure(session, step, state, frozen, key)
+        if self._baseline:
+            before = np.asarray(self._baseline["scores"])
+            wins = (np.asarray(scores) > before) + 0.5 * (np.asarray(scores) == before)
+            metrics["eval/win_rate"] = float(np.mean(wins))
+            start = self._baseline["metrics"]
+            metrics["eval/gain"] = metrics["eval/scores"] - start["eval/scores"]
+            if self.second and "eval/heldout_scores" in start:
+                metrics["eval/heldout_gain"] = metrics["eval/heldout_scores"] - start["eval/heldout_scores"]
+        return metrics
+
+    def value(self, metrics: Metrics) -> float:
+        """What the checkpoint of this validation is worth."""
+        metric = self.config.validation.metric
+        if metric not in metrics:
+            raise ConfigError(f"validation.metric is '{metric}', which the records of this run do not have")
+        return float(metrics[metric])
+
+    def patience_is_over(self, session: Session) -> bool:
+        """Whether the last `patience` validations were no better than one before them, by the run's own log."""
+        patience, metric = self.config.validation.patience, self.config.validation.metric
+        if not patience:
+            return False
+        session.flush()
+        seen = [record[metric] for record in session.records() if "eval/scores" in record and metric in record]
+        start = self._baseline.get("metrics", {})
+        seen = ([start[metric]] if metric in start else []) + seen
+        sign = 1 if self.config.validation.mode == "max" else -1
+        best = max(range(len(seen)), key=lambda i: sign * seen[i], default=0)
+        if len(seen) - 1 - best < patience:
+            return False
+        session.logger.note(
+            f"stopping: {metric} has not improved on {seen[best]:.4g} in {len(seen) - 1 - best} validations "
+            f"(validation.patience is {patience})"
+        )
+        return True
+
+    def _measure(
+        self, session: Session, step: int, state: TrainState, frozen: dict[str, Params], key: Array
+    ) -> tuple[dict[str, float], list[float]]:
+        """(the record, the score of each sampled answer)."""
+        rows, texts, n = self.rows, [row.text for row in self.rows], len(self.rows)
+        sampled, said = self._answer(state, key, greedy=False)
+        best, best_said = self._answer(state, key, greedy=True)
+        scores = self._score(self.scorer, texts, said, sampled)
+        greedy = self._score(self.scorer, texts, best_said, best)
+        lengths = np.asarray(sampled.response_mask)[:n].sum(axis=1)
+        kl = self._kl(state, frozen, sampled)
+        metrics = {
+            "eval/scores": float(np.mean(scores)),
+            "eval/scores_greedy": float(np.mean(greedy)),
+            "eval/kl": float(np.mean(np.asarray(kl)[:n])),
+            "eval/mean_length": float(np.mean(lengths)),
+            "eval/finished": float(np.mean(np.asarray(sampled.finished)[:n])),
+        }
+        if self.second:
+            metrics["eval/heldout_scores"] = float(np.mean(self._score(self.second, texts, said, sampled)))
+        shown = zip(rows, said, best_said, scores, strict=True)
+        session.logger.samples(
+            step,
+            [
+                {"prompt": row.text, "completion": text, "greedy": plain, "score": float(score), "held_out": True}
+                for row, text, plain, score in list(shown)[: self.config.logging.num_samples]
+            ],
+        )
+        return metrics, [float(score) for score in scores]
+
+    def _answer(self, state: TrainState, key: Array, *, greedy: bool) -> tuple[Rollout, list[str]]:
+        """The whole of the held-out prompts, filled up with the last one to whole forward passes, on the host."""
+        rows = [*self.rows, *[self.rows[-1]] * (-len(self.rows) % self._slice())]
+        sampling = dataclasses.replace(self.config.sampling, greedy=greedy)
+        model, copy = self.sampler.copy(state.params["policy"])
+        tokenizer = self.sampler.tokenizer
+        made = engine.answer(
+            copy, model, self.sampler.prompts(rows), jax.random.fold_in(key, VALIDATION), sampling,
+            tokenizer.stop_ids, tokenizer.pad_id,
+            slots=min(len(rows), self.sampler.slots or self.config.ppo.batch_size),
+            columns=self.sampler.columns, mesh=self.sampler.mesh,
+        )  # fmt: skip
+        made, texts = read(made, tokenizer, sampling.stop_strings)
+        return made, texts[: len(self.rows)]
+
+    def _slice(self) -> int:
+        return self.roles.annotation_rows(self.config.ppo.batch_size)
+
+    def _score(self, scorer: Scorer, prompts: list[str], texts: list[str], rollout: Rollout) -> np.ndarray:
+        real = jax.tree.map(lambda x: x[: len(self.rows)], rollout)
+        return scorer.score(prompts, texts, real, columns(self.rows))[0]
+
+    def _kl(self, state: TrainState, frozen: dict[str, Params], rollout: Rollout) -> Array:
+        placed = sharding.put_rows(rollout, self.sampler.mesh)
+        parts = rollout.tokens.shape[0] // self._slice()
+        return sequence_kl(state.params["policy"], reference_of(state, frozen), placed, roles=self.roles, parts=parts)
+
+
+@functools.partial(jax.jit, static_argnames=("roles", "parts"))
+def sequence_kl(policy: Params, reference: Params, rollout: Rollout, *, roles: Roles, parts: int) -> Array:
+    """k1 of each response, f32 [B], in nats, by forward passes over `parts` slices."""
+
+    def rows(part: Rollout) -> Array:
+        both = [
+            sequence_logprobs(
+                params, roles.policy, part, response_states(params, roles.policy, part)[:, :-1], roles.temperature
+            )[0]
+            for params in (policy, reference)
+        ]
+        return jnp.sum(masked.keep(k1(*both), part.response_mask), axis=1)
+
+    return join_rows(jax.lax.map(rows, split_rows(rollout, parts)))
