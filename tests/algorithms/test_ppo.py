@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.algorithms import ppo
+from jaxrlhf.algorithms.advantages import gae
 
 SHAPE = (6, 5)
 CLIP = ppo.Clip(0.2, 0.2, None, 20.0)
@@ -251,3 +252,43 @@ def test_token_scores_are_added_where_they_stand(mask):
     plain = ppo.token_rewards(*given)
     both = ppo.token_rewards(*given, poison(process, mask, np.nan))
     np.testing.assert_allclose(both - plain, np.where(mask, process, 0), atol=1e-6)
+
+
+def test_the_expected_gradient_is_that_of_score_minus_kl():
+    """Over every response that can be drawn, of one token (the stop token 0) or two, against the exact categorical sum.
+
+    The KL in the reward thus has its whole gradient, what a token does to the KL of the next included.
+    """
+    vocabulary, kl_coef = 5, 0.3
+    rng = np.random.default_rng(0)
+    first, second = (x.ravel() for x in np.indices((vocabulary, vocabulary)))
+    drawn = (first > 0) | (second == 0)  # after a stop there is nothing to draw
+    first, second = first[drawn], second[drawn]
+    mask = jnp.stack([jnp.ones(len(first), bool), jnp.asarray(first > 0)], axis=1)
+    scores = jnp.asarray(rng.normal(size=len(first)))
+    values = jnp.asarray(np.stack([np.full(len(first), 0.7), rng.normal(size=vocabulary)[first]], axis=1))
+
+    def logprobs(logits):
+        one, two = (jax.nn.log_softmax(x) for x in logits)
+        return jnp.where(mask, jnp.stack([one[first], two[first, second]], axis=1), 0)
+
+    policy, other = ([jnp.asarray(rng.normal(size=(vocabulary,) * n)) for n in (1, 2)] for _ in range(2))
+    old, reference = logprobs(policy), logprobs(other)
+
+    def objective(logits):
+        now = logprobs(logits)
+        kl = jnp.sum(now - reference, axis=1)
+        return jnp.sum(jnp.exp(jnp.sum(now, axis=1)) * (scores - kl_coef * kl))
+
+    rewards = ppo.token_rewards(scores, old, reference, mask, kl_coef)
+    advantages, _ = gae(rewards, values, mask, jnp.zeros(len(first)), 1.0, 1.0)
+
+    def loss(logits):
+        rows = (x[:, None] for x in (logprobs(logits), old, advantages, mask))
+        of_row = jax.vmap(lambda *row: ppo.policy_loss(*row, 1, CLIP)[0])(*rows)
+        return jnp.sum(jnp.exp(jnp.sum(old, axis=1)) * of_row)
+
+    exact, ours = jax.grad(objective)(policy), jax.grad(loss)(policy)
+    for a, b in zip(ours, exact, strict=True):
+        assert np.abs(b).max() > 0.05
+        np.testing.assert_allclose(a, -b, atol=1e-6)

@@ -1,0 +1,269 @@
+"""Writes tests/fixtures/trl: what TRL's PPOTrainer computes in one update of models from tests/fixtures/models.
+
+    python scripts/make_trl_fixtures.py          (needs torch and trl==1.8.0: an environment of its own will do)
+
+`PPOTrainer.train` itself runs; only generation is replaced, by fixed responses. The policy is `llama`, the reference
+the same weights times REFERENCE, the value model `llama-score`, the reward model `qwen2-score`. One file per case, with
+what was set as JSON under `about` in its metadata, and (E epochs, M mini-batches, A micro-batches of each):
+
+    tokens, prompt_lengths, response_lengths, finished    [B, T], [B], [B], [B]   left-padded prompts, padded responses
+    raw_scores, scores                        [B]      of the reward model; after the missing-EOS penalty
+    logprobs, ref_logprobs, values, rewards, advantages, returns    [B, R]   as `train` holds them, padding included
+    rows                                      [E, M A, B / (M A)]   of each forward; in the order of `rows`:
+    new_logprobs, new_values, entropies       [E, B, R]
+    loss/policy, loss/value                   [E, M A]
+    norm/policy, norm/critic                  [optimizer steps]     of the gradient
+    change/policy/NAME, change/critic/NAME    [5]      of the parameters by the update: see `digest` in make_fixtures.py
+    metric/NAME                               []       as TRL logs it
+
+functions.safetensors holds what single functions of TRL return for a ragged random batch.
+"""
+
+import json
+import pathlib
+import shutil
+import sys
+import tempfile
+from typing import Any
+
+import datasets
+import numpy as np
+import tokenizers
+import torch  # pyright: ignore[reportMissingImports]
+import transformers
+import trl  # pyright: ignore[reportMissingImports]
+from make_fixtures import digest
+from safetensors.numpy import save_file
+from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # pyright: ignore[reportMissingImports]
+from trl.trainer.utils import entropy_from_logits, selective_log_softmax  # pyright: ignore[reportMissingImports]
+
+FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "tests" / "fixtures"
+REFERENCE = 0.9
+B, R, V, PAD, EOS, STOP = 8, 7, 64, 0, 2, 5
+PROMPT_LENGTHS = (1, 6, 3, 5, 2, 4, 6, 1)
+FULL = (R,) * B
+RAGGED = (3, R, 1, 5, R, 6, 2, 4)  # the second is cut short, the fifth ends in the last column
+
+SETTINGS = {
+    "num_ppo_epochs": 3,
+    "num_mini_batches": 1,
+    "temperature": 0.7,
+    "kl_coef": 0.3,
+    "cliprange": 0.1,
+    "cliprange_value": 0.2,
+    "vf_coef": 0.1,
+    "gamma": 0.98,
+    "lam": 0.9,
+    "whiten_rewards": False,
+    "missing_eos_penalty": 0.5,
+}
+# name: lengths of the responses, the token that ends them, micro-batches per rollout, settings that differ
+CASES: dict[str, tuple[tuple[int, ...], int, int, dict[str, Any]]] = {
+    "full": (FULL, EOS, 1, {}),
+    "full-whitened": (FULL, EOS, 1, {"whiten_rewards": True}),
+    "ragged": (RAGGED, EOS, 1, {}),
+    "ragged-whitened": (RAGGED, EOS, 1, {"whiten_rewards": True}),
+    "ragged-undiscounted": (RAGGED, EOS, 1, {"gamma": 1.0, "lam": 1.0}),
+    "k3": (RAGGED, EOS, 1, {"num_ppo_epochs": 1, "kl_estimator": "k3"}),
+    "stop-token": (RAGGED, STOP, 1, {"num_ppo_epochs": 1}),
+    "micro-batches": (RAGGED, EOS, 2, {"num_ppo_epochs": 1}),
+    "mini-batches": (FULL, EOS, 2, {"num_mini_batches": 2}),
+}
+OPTIM = {"learning_rate": 5e-4, "adam_epsilon": 1e-3, "weight_decay": 0.0}
+ROLLED_OUT = ("scores", "logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns")
+
+
+def tokenizer() -> Any:
+    """Enough of a tokenizer for TRL: it pads on the left and names two ids."""
+    words = {f"t{i}": i for i in range(V)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t3"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=f"t{PAD}", eos_token=f"t{EOS}", unk_token="t3", padding_side="left"
+    )
+
+
+def responses(lengths: tuple[int, ...], stop: int) -> np.ndarray:
+    """[B, R] random tokens without special ids; those shorter than R, and the fifth row, end in the stop token."""
+    tokens = np.random.default_rng(1).integers(STOP + 1, V, (B, R))
+    for row, length in zip(tokens, lengths, strict=True):
+        row[length:] = PAD
+        if length < R:
+            row[length - 1] = stop
+    if lengths is RAGGED:
+        tokens[4, R - 1] = stop
+    return tokens
+
+
+def model_of(name: str, scale: float = 1.0) -> Any:
+    """A model of tests/fixtures/models in float32, its weights scaled."""
+    folder = FIXTURES / "models" / name
+    kind = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
+    model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    for weight in model.parameters():
+        weight.data *= scale
+    return model
+
+
+class Recorder:
+    """Looks at the variables of `PPOTrainer.train` when it calls what is wrapped here."""
+
+    def __init__(self, trainer: Any, written: np.ndarray) -> None:
+        self.found: dict[str, Any] = {}
+        self.forwards: list[dict[str, np.ndarray]] = []
+        self.norms: dict[str, list[float]] = {"policy": [], "critic": []}
+        self.trainer = trainer
+        roles = {"policy": trainer.policy_model, "critic": trainer.value_model}
+        get_reward, backward = ppo_trainer.get_reward, trainer.accelerator.backward
+        self.before = self.weights(roles)
+
+        def generation(model: Any, queries: Any, _rows: int, pad: int, config: Any) -> tuple[Any, Any]:
+            whole = torch.cat([queries, torch.tensor(written)], dim=1)
+            logits = ppo_trainer.forward(model, whole, pad).logits[:, queries.shape[1] - 1 : -1]
+            return whole, logits / config.temperature
+
+        def reward(model: Any, *arguments: Any) -> Any:
+            result = get_reward(model, *arguments)
+            if model is trainer.reward_model:
+                self.found["raw_scores"] = result[1].clone()
+            return result
+
+        def gradient(loss: Any) -> None:
+            here = sys._getframe(1).f_locals
+            names = {"new_logprobs": "new_logprobs", "new_values": "vpred", "rows": "micro_batch_inds"}
+            record = {ours: torch.as_tensor(here[theirs]).detach().numpy() for ours, theirs in names.items()}
+            record["entropies"] = entropy_from_logits(here["logits"].detach()).numpy()
+            record["loss/policy"], record["loss/value"] = here["pg_loss"].item(), here["vf_loss"].item()
+            self.forwards.append(record)
+            backward(loss)
+
+        def stepped(_optimizer: Any, *_: Any) -> None:
+            for role, model in roles.items():
+                norms = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
+                self.norms[role].append(norms.norm().item())
+
+        def log(metrics: dict[str, float]) -> None:
+            here = sys._getframe(1).f_locals
+            self.found |= {name: here[name].clone() for name in ROLLED_OUT}
+            self.found["tokens"] = here["query_responses"].clone()
+            skipped = ("eps", "lr", "episode")
+            self.found |= {f"metric/{k}": np.float64(v) for k, v in metrics.items() if k not in skipped}
+
+        ppo_trainer.batch_generation, ppo_trainer.get_reward = generation, reward
+        trainer.accelerator.backward, trainer.log = gradient, log
+        trainer.optimizer.optimizer.register_step_pre_hook(stepped)
+        try:
+            trainer.train()
+        finally:
+            ppo_trainer.get_reward = get_reward
+        after = self.weights(roles)
+        self.changes = {f"change/{name}": digest(after[name] - self.before[name]) for name in after}
+
+    def weights(self, roles: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Every parameter of both roles, copied."""
+        return {
+            f"{role}/{name}": weight.detach().numpy().copy()
+            for role, model in roles.items()
+            for name, weight in model.named_parameters()
+        }
+
+    def arrays(self, epochs: int, forwards: int) -> dict[str, np.ndarray]:
+        """Everything that was seen, by the names in the docstring of this file."""
+        found = {name: np.asarray(value) for name, value in self.found.items()} | self.changes
+        for name in self.forwards[0]:
+            stacked = np.stack([record[name] for record in self.forwards])
+            per_row = name in ("new_logprobs", "new_values", "entropies")
+            found[name] = stacked.reshape(epochs, *((B, R) if per_row else (forwards, *stacked.shape[1:])))
+        found |= {f"norm/{role}": np.array(norms) for role, norms in self.norms.items()}
+        return {k: np.array(v, np.int32 if v.dtype == np.int64 else v.dtype, order="C") for k, v in found.items()}
+
+
+def run(name: str) -> dict[str, Any]:
+    """One update of TRL."""
+    lengths, stop, micro_batches, changes = CASES[name]
+    settings = SETTINGS | changes
+    generator = np.random.default_rng(0)
+    # Two batches' worth, of which one is used: on the last of a pass accelerate would step after every micro-batch.
+    prompts = [generator.integers(STOP + 1, V, n).tolist() for n in PROMPT_LENGTHS * 2]
+    torch.manual_seed(0)
+    np.random.seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = PPOTrainer(
+            args=PPOConfig(
+                output_dir=folder,
+                per_device_train_batch_size=B // micro_batches,
+                gradient_accumulation_steps=micro_batches,
+                total_episodes=B,
+                response_length=R,
+                stop_token_id=stop,
+                num_sample_generations=0,
+                lr_scheduler_type="constant",
+                optim="adamw_torch",
+                bf16=False,
+                gradient_checkpointing=False,
+                use_cpu=True,
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+                **OPTIM,
+                **settings,
+            ),
+            processing_class=tokenizer(),
+            model=model_of("llama"),
+            ref_model=model_of("llama", REFERENCE),
+            reward_model=model_of("qwen2-score"),
+            value_model=model_of("llama-score"),
+            train_dataset=datasets.Dataset.from_dict({"input_ids": prompts}),
+            eval_dataset=datasets.Dataset.from_dict({"input_ids": prompts}),
+        )
+        written = responses(lengths, stop)
+        found = Recorder(trainer, written).arrays(settings["num_ppo_epochs"], micro_batches)
+    prompt_width = found["tokens"].shape[1] - R
+    found["prompt_lengths"] = (found["tokens"][:, :prompt_width] != PAD).sum(1).astype(np.int32)
+    found["response_lengths"] = np.array(lengths, np.int32)
+    found["finished"] = (written == stop).any(1)
+    about = {"trl": trl.__version__, "settings": settings, "optim": OPTIM, "reference": REFERENCE}
+    # one entry: several are written in any order
+    save_file(found, FIXTURES / "trl" / f"{name}.safetensors", metadata={"about": json.dumps(about)})
+    return found
+
+
+def functions() -> None:
+    """What stands alone in TRL, on a ragged random batch."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn((B, R, V), generator=generator)
+    tokens = torch.tensor(responses(RAGGED, EOS))
+    mask = tokens != PAD
+    values = 2 + 3 * torch.randn((B, R), generator=generator)
+    found = {
+        "logits": logits,
+        "tokens": tokens.int(),
+        "values": values,
+        "masked_mean": ppo_trainer.masked_mean(values, mask),
+        "masked_var": ppo_trainer.masked_var(values, mask),
+        "whitened": ppo_trainer.masked_whiten(values, mask),
+        "whitened-mean-kept": ppo_trainer.masked_whiten(values, mask, shift_mean=False),
+        "logprobs": selective_log_softmax(logits, tokens),
+        "entropies": entropy_from_logits(logits),
+        "first_pad": ppo_trainer.first_true_indices(~mask).int(),
+    }
+    save_file(
+        {name: value.numpy() for name, value in found.items()},
+        FIXTURES / "trl" / "functions.safetensors",
+        metadata={"about": json.dumps({"trl": trl.__version__})},
+    )
+
+
+def main() -> None:
+    """Makes all files anew."""
+    shutil.rmtree(FIXTURES / "trl", ignore_errors=True)
+    (FIXTURES / "trl").mkdir()
+    torch.set_num_threads(1)
+    functions()
+    for name in CASES:
+        found = run(name)
+        logged = {key.removeprefix("metric/"): round(float(v), 4) for key, v in found.items() if "metric/" in key}
+        print(name, logged, {k: v.round(3).tolist() for k, v in found.items() if "norm/" in k}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
