@@ -1,0 +1,259 @@
+"""PPO runs with what goes on around the update: shaped scores, validation, alarms, replay, the critic's export."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import jaxrlhf
+from jaxrlhf import config
+from jaxrlhf.errors import ConfigError, Preempted
+from jaxrlhf.rewards.model import RewardModel
+from jaxrlhf.training import loop
+from jaxrlhf.training.alarms import Watch
+from jaxrlhf.training.ppo import PPOTrainer
+from jaxrlhf.training.reward import RewardTrainer
+
+
+def length_reward(prompts, completions, **columns):
+    return [0.1 * len(text) for text in completions]
+
+
+def records(run: str | pathlib.Path) -> list[dict]:
+    lines = pathlib.Path(run, "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines]
+
+
+def equal(a, b) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def held_out(ppo, **options):
+    return ppo | {"data": config.replace(ppo["data"], validation_fraction=0.25)} | options
+
+
+EVERYTHING = {
+    "reference": config.Reference(sync_every=2, sync_alpha=0.5),
+    "scores": config.Scores(normalise="running", clip=2.0, missing_eos_penalty=0.5, overlong_buffer=4),
+    "critic": config.Critic(trunk="shared", warmup_updates=1, max_grad_norm=0.5),
+}
+
+
+def test_a_stopped_run_with_everything_that_has_a_memory_goes_on_bit_for_bit(ppo, tmp_path, monkeypatch):
+    """Adaptive KL, running statistics, a moving reference, kept rollouts, warm-up: all in the checkpoint."""
+    remembered = {"kl_coef": 0.2, "kl_target": 0.01, "kl_horizon": 50.0, "replay": 2, "target_kl": 0.5}
+    options = held_out(ppo, **EVERYTHING, validation=config.Validation(eval_steps=2, max_prompts=5, keep_best=True))
+    options |= {"ppo": config.replace(ppo["ppo"], **remembered)}
+
+    def make(name):
+        return PPOTrainer(config.PPOConfig(run_dir=str(tmp_path / name), **options), reward=length_reward)
+
+    whole = make("whole")
+    whole.train()
+    asked, original = [], loop.Session.stop_if_asked
+
+    def stop_once(self, step, state, *, saved=False):
+        if step == 2 and not asked:
+            asked.append(step)
+            self.run.stopping = True
+        original(self, step, state, saved=saved)
+
+    monkeypatch.setattr(loop.Session, "stop_if_asked", stop_once)
+    with pytest.raises(Preempted, match="after step 2"):
+        make("parts").train()
+    resumed = make("parts")
+    resumed.train()
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    equal(jax.device_get(resumed.state.value), jax.device_get(whole.state.value))
+    log = records(tmp_path / "whole")
+    assert log[0]["policy/grad_norm"] and log[0]["objective/kl"] == 0 == log[1]["objective/kl"], "policy warmed up"
+    assert log[1]["objective/kl_coef"] != log[0]["objective/kl_coef"]
+    assert [("eval/scores" in record) for record in log] == [False, True, False, True]
+
+
+def test_scores_are_normalised_under_the_reference_once(ppo, tmp_path):
+    options = ppo | {"scores": config.Scores(normalise="reference", reference_samples=16)}
+    trainer = PPOTrainer(config.PPOConfig(run_dir=str(tmp_path / "run"), **options), reward=length_reward)
+    trainer.train()
+    stats = trainer.state.value.score_stats
+    assert stats.seen == 16
+    record = records(tmp_path / "run")[0]
+    scale = np.sqrt(float(stats.squares) / 15 + 1e-8)
+    expected = (record["objective/raw_scores"] - float(stats.mean)) / scale
+    assert record["objective/scores"] == pytest.approx(expected, rel=1e-4)
+    nothing = config.PPOConfig(**options | {"data": config.Data()})
+    with pytest.raises(ConfigError, match="answers prompts of data.path"):
+        PPOTrainer(nothing, reward=length_reward).ppo_step(["say red ", "say blue "])
+
+
+def test_stop_strings_cut_the_response_and_finish_it(ppo):
+    free = PPOTrainer(config.PPOConfig(**ppo), reward=length_reward)
+    rows = free.data.train[:8]
+    _, texts = free.generate(rows, 0)
+    stop = next(text for text in texts if len(text) > 3)[2]
+    sampling = config.replace(ppo["sampling"], stop_strings=(stop,))
+    cutting = PPOTrainer(config.PPOConfig(**ppo | {"sampling": sampling}), reward=length_reward)
+    rollout, cut = cutting.generate(rows, 0)
+    assert cut == [text.split(stop)[0] for text in texts] and cut != texts
+    whole, _ = free.generate(rows, 0)
+    for i, text in enumerate(texts):
+        ids = np.asarray(rollout.tokens[i, -rollout.response_mask.shape[1] :])[np.asarray(rollout.response_mask[i])]
+        assert bool(rollout.finished[i]) == (stop in text or bool(whole.finished[i]))
+        if stop in text:
+            said = cutting.tokenizer.decode(ids.tolist(), after=rows[i].tokens)
+            assert stop in said and stop not in cutting.tokenizer.decode(ids[:-1].tolist(), after=rows[i].tokens)
+    fined = config.PPOConfig(**ppo | {"sampling": sampling, "scores": config.Scores(missing_eos_penalty=3.0)})
+    trainer = PPOTrainer(fined, reward=lambda prompts, completions: [1.0] * len(prompts))
+    experience, _ = trainer.learn(*[trainer.generate(rows, 0)[0], np.ones(8)], 0)
+    np.testing.assert_allclose(experience.scores, np.where(rollout.finished, 1.0, -2.0))
+
+
+def test_passes_over_the_prompts_may_say_how_long_a_run_is(ppo):
+    options = ppo | {"ppo": config.replace(ppo["ppo"], num_train_epochs=2.5)}
+    trainer = PPOTrainer(config.PPOConfig(**options), reward=length_reward)
+    assert trainer.total_steps == -(-round(2.5 * len(trainer.data.train)) // 8)
+    with pytest.raises(ConfigError, match="counts passes over data.path"):
+        PPOTrainer(config.PPOConfig(**options | {"data": config.Data()}), reward=length_reward)
+
+
+def test_the_best_state_is_exported_and_patience_ends_the_run(ppo, tmp_path):
+    """A reward that only falls: the first validation stays the best, and two worse ones are enough."""
+    calls = []
+
+    def falling(prompts, completions):
+        calls.append(1)
+        return [-float(len(calls))] * len(prompts)
+
+    validation = config.Validation(eval_steps=1, max_prompts=3, keep_best=True, patience=2)
+    longer = config.replace(ppo["ppo"], total_episodes=80)
+    settings = config.PPOConfig(run_dir=str(tmp_path / "run"), **held_out(ppo | {"ppo": longer}, validation=validation))
+    trainer = PPOTrainer(settings, reward=falling)
+    trainer.train()
+    log = records(tmp_path / "run")
+    assert len(log) == 2, "the measurement before training counts as the first"
+    assert trainer.state.value.step == 1, "the best state with a checkpoint"
+    assert log[-1]["eval/win_rate"] == 0 and log[-1]["eval/gain"] < 0
+    exported = jaxrlhf.load(tmp_path / "run")[1]
+    equal(jax.device_get(exported["layers"]), jax.device_get(trainer.params["layers"]))
+    PPOTrainer(settings, reward=falling).train()
+    assert len(records(tmp_path / "run")) == 2, "a run that has stopped stays stopped"
+    shown = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert any(row.get("held_out") and "greedy" in row for row in shown)
+
+
+def test_validation_repeats_its_keys_and_knows_a_second_reward_model(ppo, supervised, tmp_path):
+    RewardTrainer(config.RewardConfig(run_dir=str(tmp_path / "rm"), **supervised)).train()
+    validation = config.Validation(eval_steps=2, max_prompts=5, reward_model=str(tmp_path / "rm"))
+    frozen = config.replace(ppo["optim"], learning_rate=1e-30)
+    options = held_out(ppo, validation=validation, optim=frozen)
+    trainer = PPOTrainer(config.PPOConfig(run_dir=str(tmp_path / "run"), **options), reward=length_reward)
+    trainer.train()
+    baseline = json.loads((tmp_path / "run" / "validation.json").read_text())
+    log = [record for record in records(tmp_path / "run") if "eval/scores" in record]
+    assert len(log) == 2 and len(baseline["scores"]) == 5
+    for record in log:  # the policy has not moved: neither has anything that it says
+        assert record["eval/scores"] == baseline["metrics"]["eval/scores"] and record["eval/win_rate"] == 0.5
+        assert record["eval/heldout_gain"] == 0 and record["eval/kl"] == 0
+    judge = RewardModel(str(tmp_path / "rm"), micro_batch_size=4)
+    assert judge.shares_tokenizer(trainer.tokenizer)
+
+
+def test_the_critic_is_exported_as_a_model_that_scores(ppo, tmp_path):
+    for trunk in ("own", "shared", "frozen"):
+        options = ppo | {"critic": config.Critic(trunk=trunk)}
+        trainer = PPOTrainer(config.PPOConfig(**options), reward=length_reward)
+        head = trainer.state.value.params["critic"]["score"]
+        head["kernel"] = head["kernel"] + 0.5  # as training would move it
+        trainer.save_pretrained(tmp_path / trunk, role="critic")
+        model, params = jaxrlhf.load(tmp_path / trunk)
+        assert model.head == "linear" and np.all(np.asarray(params["score"]["kernel"]) == 0.5)
+        owner = {"own": "critic", "shared": "policy"}.get(trunk)
+        source = trainer.state.value.params[owner] if owner else trainer.frozen["reference"]
+        equal(jax.device_get(params["layers"]), jax.device_get(source["layers"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ppo": {"local_rollout_forward_batch_size": 3}}, r"forward_batch_size \(3\) must divide .* 1 would"),
+        ({"ppo": {"dual_clip": 1.1}}, r"dual_clip is 1.1; it must be above .*\(1.2\)"),
+        ({"ppo": {"kl_coef": 0.0, "kl_target": 6.0}}, "kl_target multiplies it"),
+        ({"ppo": {"cliprange": 1.5}}, "cliprange"),
+        ({"ppo": {"kl_estimator": "k3"}}, "k3 does not go with ppo.kl_in reward"),
+        ({"ppo": {"num_mini_batches": 3}}, r"num_mini_batches \(3\) must divide"),
+        ({"scores": {"overlong_buffer": 99}}, r"overlong_buffer \(99\) is more than sampling.response_length \(8\)"),
+        ({"reference": {"sync_alpha": 0.5, "dtype": "bfloat16"}}, "small moves would be rounded away"),
+        ({"validation": {"eval_steps": 2}}, "validation.eval_steps is set but there are no held-out prompts"),
+        ({"critic": {"trunk": "shared", "init": "reward"}}, "critic.trunk is 'shared'"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_refused_with_the_way_out(ppo, changes, said):
+    sections = {"scores": config.Scores, "reference": config.Reference, "validation": config.Validation,
+                "critic": config.Critic}  # fmt: skip
+    options = dict(ppo)
+    with pytest.raises(ValueError, match=said):
+        for section, values in changes.items():
+            options[section] = config.replace(options.get(section) or sections[section](), **values)
+        config.PPOConfig(**options)
+
+
+def test_what_only_the_data_or_the_model_can_contradict(ppo):
+    replaying = {"ppo": config.replace(ppo["ppo"], replay=1)}
+    with pytest.raises(ConfigError, match="as wide as the prompts of data.path"):
+        PPOTrainer(config.PPOConfig(**ppo | replaying | {"data": config.Data()}), reward=length_reward)
+    with pytest.raises(ConfigError, match=r"with ppo.replay it needs 8"):
+        PPOTrainer(config.PPOConfig(**ppo | replaying), reward=length_reward).ppo_step(["say red ", "say blue "])
+    wrong = held_out(ppo, validation=config.Validation(metric="eval/score"))
+    with pytest.raises(ConfigError, match="no record has 'eval/score'; did you mean 'eval/scores'"):
+        PPOTrainer(config.PPOConfig(**wrong), reward=length_reward)
+
+
+def record(**changes):
+    plain = {
+        "objective/kl": 1.0, "objective/entropy_per_token": 2.0, "objective/score_length_correlation": 0.1,
+        "tokens/finished": 0.9,
+    }  # fmt: skip
+    return plain | {key.replace("__", "/"): value for key, value in changes.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "words"),
+    [
+        ("kl", {"objective__kl": 30.0}, "30 nats per response, over the budget of 10"),
+        ("entropy", {"objective__entropy_per_token": 0.1}, "from 2 to 0.1 nats"),
+        ("length", {"objective__score_length_correlation": -0.97}, "correlate at -0.97"),
+        ("finished", {"tokens__finished": 0.2}, "fell from 0.90 to 0.20"),
+    ],
+)
+def test_an_alarm_is_marked_while_it_lasts_and_said_once(name, bad, words):
+    watch = Watch(config.Alarms(kl=10.0, window=2), [])
+    assert watch(record()) == ({f"alarm/{k}": 0.0 for k in ("kl", "entropy", "length", "finished")}, [])
+    watch(record(**bad))
+    marks, _ = watch(record(**bad))
+    assert marks[f"alarm/{name}"] == 1 and sum(marks.values()) == 1
+    said = [
+        line for watched in [Watch(config.Alarms(kl=10.0, window=1), [record()])] for line in watched(record(**bad))[1]
+    ]
+    assert len(said) == 1 and words in said[0]
+    again, silent = watch(record(**bad))
+    assert again[f"alarm/{name}"] == 1 and silent == []
+    watch(record())
+    assert watch(record())[0][f"alarm/{name}"] == 0
+
+
+def test_a_held_out_reward_model_that_disagrees_raises_the_alarm():
+    watch = Watch(config.Alarms(), [record()])
+    marks, lines = watch(record(eval__gain=0.5, eval__heldout_gain=-0.2))
+    assert marks["alarm/held_out"] == 1 and "they disagree" in lines[0]
+    marks, _ = Watch(config.Alarms(), [])(record(eval__gain=0.5, eval__heldout_gain=0.1))
+    assert marks["alarm/held_out"] == 0
+
+
+def test_alarms_of_a_resumed_run_remember_the_first_update():
+    before = [record(), record()]
+    marks, _ = Watch(config.Alarms(window=1), before)(record(objective__entropy_per_token=0.1))
+    assert marks["alarm/entropy"] == 1
+    marks, _ = Watch(config.Alarms(window=1), [])(record(objective__entropy_per_token=0.1))
+    assert marks["alarm/entropy"] == 0
