@@ -208,8 +208,12 @@ def _export(options: Options, overrides: Overrides) -> None:
     from jaxrlhf import runs
 
     method, outcome = runs.what_ran(run)
+    critic = options.role == "critic"
+    if critic and method != "ppo":
+        raise ConfigError(f"{run} is a run of jaxrlhf {method}: only ppo has a critic")
     # what a finished run exported is its outcome; of another the export, if there is one, is from before it went on
-    if (run / "export").is_dir() and (outcome == "done" or not any((run / "checkpoints").glob("[0-9]*"))):
+    chosen = (run / "export").is_dir() and (outcome == "done" or not any((run / "checkpoints").glob("[0-9]*")))
+    if chosen and not critic:
         part = target.with_name(target.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(run / "export", part)
@@ -220,7 +224,7 @@ def _export(options: Options, overrides: Overrides) -> None:
         config = config_file.read(method, run / "config.yaml", [("run_dir", str(run))])
         trainer = _trainer(method)(config)
         trainer.restore()
-        trainer.save_pretrained(target)
+        trainer.save_pretrained(target, role="critic") if critic else trainer.save_pretrained(target)
     print(target)
 
 
@@ -290,7 +294,11 @@ COMMANDS: dict[str, Command] = {
     "export": Command(
         _export,
         "write a run's model in Hugging Face layout",
-        {"run": {"metavar": "RUN"}, "directory": {"metavar": "DIR"}},
+        {
+            "run": {"metavar": "RUN"},
+            "directory": {"metavar": "DIR"},
+            "--role": {"choices": ("policy", "critic"), "default": "policy", "help": "of a PPO run; default: policy"},
+        },
     ),
 }
 COMPUTING = {"demo", "doctor", "sft", "reward", "ppo", "generate", "evaluate"}  # these use the devices

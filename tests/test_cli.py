@@ -159,8 +159,8 @@ def trained(monkeypatch):
         def restore(self):
             self.did.append("restore")
 
-        def save_pretrained(self, directory):
-            self.did.append(directory)
+        def save_pretrained(self, directory, role="policy"):
+            self.did += [directory, *[role] * (role != "policy")]
 
     monkeypatch.setattr(commands, "_trainer", lambda method: Trainer)
     return seen
@@ -248,6 +248,15 @@ def test_export_without_a_checkpoint_takes_the_export_that_is_there(tmp_path, tr
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "config.json").read_text() == "{}"
     assert not trained
+
+
+def test_export_of_the_critic_takes_the_checkpoint_of_a_ppo_run(tmp_path, trained, run, capsys):
+    arguments = ["export", str(run), str(tmp_path / "out"), "--role", "critic"]
+    assert main(arguments) == 3 and "only ppo has a critic" in capsys.readouterr().err
+    (run / "run.json").write_text(json.dumps({"method": "ppo", "starts": [{"outcome": "done"}]}))
+    (run / "config.yaml").write_text("model: {path: m}\ndata: {path: d}\nreward: {function: 'r.py:f'}\n")
+    assert main(arguments) == 0
+    assert trained[0].did == ["restore", tmp_path / "out", "critic"], "not the export of the policy that is there"
 
 
 def test_export_without_a_record_says_so(tmp_path, run, capsys):

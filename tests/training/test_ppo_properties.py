@@ -1,0 +1,44 @@
+"""Properties of a whole PPO update: how a batch is written down changes nothing but rounding (float32)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ppo_case import STOPS, B, R, V, case, close
+
+ONE = {"num_mini_batches": 1, "num_ppo_epochs": 2}  # every row in every step, whatever the order
+PLAIN = case(**ONE)
+EXPECTED, _, MEASURED = PLAIN.run()
+MICRO = {1: case(micro_batch_size=1, **ONE), 2: case(micro_batch_size=2, **ONE), 4: case(micro_batch_size=4, **ONE)}
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    micro=st.sampled_from([1, 2, 4, B]),
+    order=st.permutations(range(B)),
+    pad=st.sampled_from([0, *STOPS, 13, V - 1]),
+    noise=st.none() | st.integers(0, 2**16),
+)
+def test_an_update_does_not_depend_on_how_its_batch_is_written_down(micro, order, pad, noise):
+    """Any cut into micro-batches, any order of the rows, any pad id (a stop token too), any tokens in the padding."""
+    problem = MICRO.get(micro, PLAIN)
+    rollout, rows = PLAIN.rollout, np.array(order)
+    filling = np.full(rollout.tokens.shape, pad)
+    if noise is not None:
+        filling = np.random.default_rng(noise).integers(0, V, rollout.tokens.shape)
+    written = dataclasses.replace(rollout, tokens=jnp.where(rollout.mask, rollout.tokens, jnp.asarray(filling)))
+    problem = dataclasses.replace(problem, rollout=jax.tree.map(lambda x: x[rows], written), scores=PLAIN.scores[rows])
+    after, _, metrics = problem.run()
+    close(after.params, EXPECTED.params, atol=3e-5)
+    for key in ("objective/kl", "loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/entropy_avg"):
+        np.testing.assert_allclose(metrics[key], MEASURED[key], rtol=1e-3, atol=2e-5, err_msg=key)
+
+
+def test_the_rows_differ_and_are_padded():
+    """Else the property above would say nothing."""
+    mask = np.asarray(PLAIN.rollout.mask)
+    assert len({tuple(row) for row in mask}) > 4 and not mask.all()
+    assert len(np.unique(PLAIN.scores)) == B and PLAIN.rollout.response_mask.shape[1] == R
