@@ -235,11 +235,11 @@ def _finite(value: Any) -> Any:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Keep the whole lines of `path` up to `step`, in one atomic replacement."""
+    """Keep the whole lines of `path` up to `step`, in one atomic replacement; none where nothing has been done (0)."""
     kept = []
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
-            if json.loads(line)["step"] <= step:
+            if step and json.loads(line)["step"] <= step:
                 kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError):
             continue

@@ -194,7 +194,7 @@ class PPOTrainer:
                 judged = bool(results) and best is not None
                 saved = session.due(step + 1) or judged
                 if saved:
-                    value = self.validator.value(metrics | results) if self.validator and judged else None
+                    value = self.validator.value(session, metrics | results) if self.validator and judged else None
                     session.save(step + 1, self.state.value, value)
                 session.stop_if_asked(step + 1, self.state.value, saved=saved)
             session.flush()

@@ -48,6 +48,8 @@ class Validator:
         metric = config.validation.metric
         if metric not in METRICS and not metric.startswith(REWARDS):
             raise ConfigError(f"validation.metric: no record has '{metric}'{did_you_mean(metric, list(METRICS))}")
+        if metric.startswith("eval/heldout") and not config.validation.reward_model:
+            raise ConfigError(f"validation.metric is '{metric}' but validation.reward_model is empty")
         self.second: Scorer | None = None
         if config.validation.reward_model:
             source = RewardSource(model=config.validation.reward_model)
@@ -88,12 +90,15 @@ class Validator:
                 metrics["eval/heldout_gain"] = metrics["eval/heldout_scores"] - start["eval/heldout_scores"]
         return metrics
 
-    def value(self, metrics: Metrics) -> float:
-        """What the checkpoint of this validation is worth."""
+    def value(self, session: Session, metrics: Metrics) -> float | None:
+        """What the checkpoint of this validation is worth; None, and a word about it, where nothing says so."""
         metric = self.config.validation.metric
-        if metric not in metrics:
-            raise ConfigError(f"validation.metric is '{metric}', which the records of this run do not have")
-        return float(metrics[metric])
+        if metric in metrics:
+            return float(metrics[metric])
+        session.logger.note(
+            f"validation.metric is '{metric}', which the records of this run do not have: nothing is best"
+        )
+        return None
 
     def patience_is_over(self, session: Session) -> bool:
         """Whether the last `patience` validations were no better than one before them, by the run's own log."""
