@@ -72,8 +72,11 @@ def train_help(method: str) -> int:
             prog=f"jaxrlhf {method} CONFIG.yaml",
             config=(tyro.conf.FlagConversionOff,),
         )
-    except SystemExit:
-        return 0
+    except SystemExit:  # how tyro ends; it leaves out lists that are empty
+        for key, annotation in config_file.keys(cls):
+            if element := config_text.render_element(annotation):
+                print(f"\n--{key}.N.KEY VALUE sets a key of element N (from 0) of the list {key}:\n")
+                print("\n".join(element))
     return 0
 
 

@@ -1,5 +1,6 @@
 """What a run measures and where it goes: one record per step -> metrics.jsonl, TensorBoard, W&B and the console."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -72,7 +73,10 @@ METRICS: dict[str, str] = {
 """Every key of a record and what it means. `perf/...` are timings: they alone differ between equal runs."""
 
 REWARDS = "rewards/"
-"""Keys that begin so are a part of the score by its own name: mean and std over the batch, before its weight."""
+"""Keys that begin so are a part of the score by its own name: `mean` and `std` over the batch, before its weight
+(NAME_unanswered and NAME_truncated: shares of the completions without an opinion, and of those a model could not read
+whole); `errors`, completions without a usable answer; `length_correlation`, Pearson's, with the number of response
+tokens (0 where one of the two does not vary)."""
 
 
 class Logger:
@@ -121,6 +125,10 @@ class Logger:
         """Say something on the console, between the progress lines."""
         if self._console:
             self._console.note(text)
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """While the block runs, the console draws nothing."""
+        return self._console.paused() if self._console else contextlib.nullcontext()
 
     def rewind(self, step: int) -> None:
         """Forget what was written after `step`, and lines that a kill cut short: what follows is written anew."""

@@ -9,6 +9,7 @@ from jaxrlhf.config.methods import PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.config.sections import (
     PPO,
     Checkpoint,
+    Component,
     Critic,
     Data,
     Engine,
@@ -25,6 +26,7 @@ from jaxrlhf.config.sections import (
 __all__ = [
     "PPO",
     "Checkpoint",
+    "Component",
     "Critic",
     "DType",
     "Data",

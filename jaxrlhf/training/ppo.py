@@ -2,6 +2,7 @@
 
 import collections
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,7 +17,7 @@ from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, columns, prompt_rows, prompts_from_texts
 from jaxrlhf.data.loader import rows_at
 from jaxrlhf.errors import ConfigError, RewardError
-from jaxrlhf.rewards.compose import Scorer
+from jaxrlhf.rewards.compose import Scored, Scorer
 from jaxrlhf.rollout import engine
 from jaxrlhf.rollout.decode import generate, trim
 from jaxrlhf.rollout.inference_copy import RolloutDType, convert, inference_copy, inference_model
@@ -75,18 +76,22 @@ class PPOTrainer:
         if 0 < slots < ppo.batch_size:
             sharding.check_rows(slots, self.mesh, "rollout.slots")
         storage = setup.trained_dtype(config.model)
+        self.scorer = Scorer(config.reward, self.tokenizer, reward, mesh=self.mesh, directory=Path(config.run_dir))
+        if ahead:
+            self._check_reward()
         rollout = self._compile_rollout(setup.shapes_of(self.model, storage, self.mesh)) if ahead else None
         _, policy = setup.load_model(
             config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=init_key, head="lm", storage=storage
         )
-        self.scorer = Scorer(config.reward, self.tokenizer, reward, mesh=self.mesh)
+        self.scorer.load()
         judge = self.scorer.model and (self.scorer.model.model, self.scorer.model.params)
         if config.critic.init == "reward" and not self.scorer.shares_tokenizer:
             raise ConfigError(
                 "critic.init is 'reward' but the reward model reads other tokens than the policy; use 'policy'"
             )
-        if judge and self.scorer.shares_tokenizer and lengths:
-            setup.check_context(lengths, judge[0], "for the reward model, the longest prompt with its response", _LOWER)
+        for reader in self.scorer.readers() if lengths else []:
+            what = f"for the reward model {reader.path}, the longest prompt with its response"
+            setup.check_context(lengths, reader.model, what, _LOWER)
         reference = setup.copy(
             policy, self.model.dtype if config.reference_dtype == "auto" else config.reference_dtype, self.mesh
         )
@@ -125,8 +130,14 @@ class PPOTrainer:
         """The policy's parameters as they are now."""
         return self.state.value.params["policy"]
 
+    def _check_reward(self) -> None:
+        if self.data:
+            rows = self.data.train
+            self.scorer.check([row.text for row in rows], columns(rows), [row.messages for row in rows])
+
     def describe(self) -> str:
         """What `.train()` works with, and the first prompt as the model sees it."""
+        self._check_reward()
         report = self.data.report if self.data else "no data set: prompts come with ppo_step"
         about = setup.describe(self.config, self.model, self.tokenizer, report, self.mesh)
         first = f"\nfirst prompt:\n{self.data.train[0].text}" if self.data else ""
@@ -138,16 +149,18 @@ class PPOTrainer:
         if not self.data:
             raise ConfigError("data.path is empty: give a file of prompts, or call ppo_step with prompts of your own")
         rows, size, sample_every = self.data.train, config.ppo.batch_size, config.logging.sample_every
-        judge = self.scorer.model.params if self.scorer.model else {}
+        self._check_reward()
+        judges = [judge.params for judge in self.scorer.models.values()]
         identity = {
             "prompts": setup.fingerprint(rows),
             "reference": setup.params_fingerprint(self.frozen["reference"]),
-            "reward model": setup.params_fingerprint(judge),
+            "reward model": setup.params_fingerprint(judges[0] if len(judges) == 1 else judges or {}),
         }
         with loop.session(config, "ppo", self.total_steps, self.state, identity, fresh=self._fresh) as session:
             session.logger.note(setup.describe(config, self.model, self.tokenizer, self.data.report, self.mesh))
             if not self._begun and (rollout := self._compile_rollout(self.state.template.params["policy"])):
                 self._compile_update(rollout)
+            self.scorer.pause(session.logger.paused)
             done = session.resume(self.state)
             metrics = session.last()
             for step in range(done, self.total_steps):
@@ -158,28 +171,28 @@ class PPOTrainer:
                 session.stop_if_asked(step, self.state.value)
                 generated = time.monotonic()
                 try:
-                    scores, components = self.scorer.score(
-                        [row.text for row in batch], texts, rollout, columns(batch), step + 1
-                    )
+                    scored = self._score(batch, texts, rollout, step + 1)
                 except RewardError as error:
                     if step > done:
                         session.save(step, self.state.value, block=True)
                     saved = f"{step} updates are saved; mend the function where it is, and the same command goes on"
                     raise RewardError(f"{error}\n{saved if step else 'Nothing has been trained yet'}") from error
                 session.stop_if_asked(step, self.state.value)
-                scored = time.monotonic()
-                metrics = self.learn(rollout, scores, step)[1] | rewards(components)
+                ended = time.monotonic()
+                for note in scored.notes:
+                    session.logger.note(note)
+                metrics = self.learn(rollout, scored.scores, step)[1] | scored.metrics
                 tokens = int(np.sum(jax.device_get(rollout.response_mask)))
                 metrics |= {
                     "episode": (step + 1) * size,
                     "perf/rollout_seconds": generated - started,
-                    "perf/reward_seconds": scored - generated,
+                    "perf/reward_seconds": ended - generated,
                     "perf/response_tokens_per_second": tokens / (generated - started),
                 }
                 session.log(step + 1, metrics)
                 if sample_every and (step % sample_every == 0 or step + 1 == self.total_steps):
                     session.flush()
-                    session.logger.samples(step + 1, show(batch, texts, scores)[: config.logging.num_samples])
+                    session.logger.samples(step + 1, show(batch, texts, scored.totals)[: config.logging.num_samples])
                 saved = session.due(step + 1)
                 if saved:
                     session.save(step + 1, self.state.value)
@@ -211,16 +224,22 @@ class PPOTrainer:
             )
         rows = prompts_from_texts(prompts, extra, self.config.data, self.tokenizer)
         rollout, texts = self.generate(rows, step)
-        scores, components = self.scorer.score([row.text for row in rows], texts, rollout, columns(rows))
-        metrics = self.learn(rollout, scores, step)[1] | rewards(components)
+        scored = self._score(rows, texts, rollout)
+        for note in scored.notes:
+            warnings.warn(note, stacklevel=2)
+        metrics = self.learn(rollout, scored.scores, step)[1] | scored.metrics
         numbers = {k: float(v) for k, v in jax.device_get(metrics).items()}
         return {
             "generated_texts": texts,
-            "rewards": [float(score) for score in scores],
+            "rewards": [float(score) for score in scored.totals],
             "policy_loss": numbers["loss/policy_avg"],
             "value_loss": numbers["loss/value_avg"],
             **numbers,
         }
+
+    def _score(self, rows: Sequence[PromptRow], texts: list[str], rollout: Rollout, step: int | None = None) -> Scored:
+        asked = [row.text for row in rows], texts, rollout, columns(rows)
+        return self.scorer.score(*asked, step, [row.messages for row in rows])
 
     def generate(self, rows: Sequence[PromptRow], step: int) -> tuple[Rollout, list[str]]:
         """Responses of the policy as it is now to prompts, on the device and as text; `step` picks the random keys."""
@@ -315,13 +334,6 @@ def occurrences(rows: Sequence[PromptRow]) -> list[int]:
         numbers.append(seen[row.index])
         seen[row.index] += 1
     return numbers
-
-
-def rewards(components: dict[str, np.ndarray]) -> Metrics:
-    """Mean and spread of each part of the score."""
-    return {
-        f"rewards/{name}/{k}": f(x) for name, x in components.items() for k, f in (("mean", np.mean), ("std", np.std))
-    }
 
 
 def show(rows: Sequence[PromptRow], texts: Sequence[str], scores: np.ndarray) -> list[dict[str, Any]]:

@@ -6,13 +6,22 @@ import numpy as np
 import pytest
 
 from jaxrlhf.errors import RewardError
+from jaxrlhf.rewards.answers import Request
 from jaxrlhf.rewards.functions import RewardFunction, load
 
 PROMPTS, COMPLETIONS = ["p", "q", "r"], ["one", "two two", "three"]
 
 
-def call(function, columns=None, step=None):
-    return RewardFunction(function, "my.py:f")(PROMPTS, COMPLETIONS, columns or {}, step)
+def request(columns=None, step=None):
+    return Request(PROMPTS, COMPLETIONS, columns or {}, step=step)
+
+
+def call(function, columns=None, step=None, **how):
+    """The values, once they are all good."""
+    answer = RewardFunction(function, "my.py:f", **how)(request(columns, step))
+    if answer.problem:
+        raise RewardError(answer.problem)
+    return answer.values
 
 
 @pytest.fixture
@@ -31,10 +40,7 @@ def test_a_function_gets_the_columns_it_names_and_no_others():
         seen.update(completions=completions, answer=answer, extra=extra)
         return [len(c) for c in completions]
 
-    scores, unanswered = call(some, {"answer": [1, 2, 3], "other": "xyz"})
-    assert scores.dtype == np.float32
-    assert scores.tolist() == [3, 7, 5]
-    assert not unanswered.any()
+    assert call(some, {"answer": [1, 2, 3], "other": "xyz"}) == [3, 7, 5]
     assert seen == {"completions": COMPLETIONS, "answer": [1, 2, 3], "extra": None}
 
     def everything(**columns):
@@ -57,22 +63,18 @@ def test_a_function_gets_the_columns_it_names_and_no_others():
     ],
 )
 def test_numbers_of_every_kind_are_accepted(answer):
-    scores, unanswered = call(lambda completions: answer)
-    assert scores.tolist() == [1.0, 2.5, 1.0]
-    assert not unanswered.any()
+    assert call(lambda completions: answer) == [1.0, 2.5, 1.0]
 
 
 def test_jax_arrays_are_accepted():
     import jax.numpy as jnp
 
-    assert call(lambda completions: jnp.arange(3.0))[0].tolist() == [0, 1, 2]
-    assert call(lambda completions: list(jnp.arange(3.0)))[0].tolist() == [0, 1, 2]
+    assert call(lambda completions: jnp.arange(3.0)) == [0, 1, 2]
+    assert call(lambda completions: list(jnp.arange(3.0))) == [0, 1, 2]
 
 
-def test_no_opinion_scores_zero_and_is_marked():
-    scores, unanswered = call(lambda completions: [None, 2, None])
-    assert scores.tolist() == [0, 2, 0]
-    assert unanswered.tolist() == [True, False, True]
+def test_no_opinion_is_an_answer():
+    assert call(lambda completions: [None, 2, None]) == [None, 2, None]
 
 
 @pytest.mark.parametrize(
@@ -108,8 +110,10 @@ def test_a_raise_names_the_persons_own_line(write):
             return json.loads(text)
         """
     )
-    with pytest.raises(RewardError, match=r"raised JSONDecodeError: Expecting value: .* at .*mine.py:6$"):
-        load(f"{path}:f")(PROMPTS, COMPLETIONS, {})
+    with pytest.raises(
+        RewardError, match=r"raised JSONDecodeError: Expecting value: .* at .*mine.py:6; first completion: 'one'$"
+    ):
+        load(f"{path}:f")(request())
 
 
 def test_leaving_the_program_is_a_raise_and_ctrl_c_is_not():
@@ -146,10 +150,7 @@ def test_files_can_import_their_neighbours_and_define_dataclasses(write):
         """
     )
     function = load(f"{path}:reward")
-    assert function(PROMPTS, COMPLETIONS, {})[0].tolist() == [4, 4, 4]
-    assert function.label == "reward"
-    assert load("math:fsum").label == "fsum"
-    assert RewardFunction(lambda completions: [0]).label == "function"
+    assert function(request()).values == [4, 4, 4]
 
 
 @pytest.mark.parametrize(
