@@ -75,7 +75,8 @@ def train_help(method: str) -> int:
     except SystemExit:  # how tyro ends; it leaves out lists that are empty
         for key, annotation in config_file.keys(cls):
             if element := config_text.render_element(annotation):
-                print(f"\n--{key}.N.KEY VALUE sets a key of element N (from 0) of the list {key}:\n")
+                flag = f"--{key.replace('_', '-')}"
+                print(f"\n{flag} LIST, or {flag}.N.KEY VALUE for a key of its element N (from 0):\n")
                 print("\n".join(element))
     return 0
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 _NUMBER = re.compile(
-    r"(?<![\w)\].])(?P<sign>[-+−]\s?)?[$€£]?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<part>\.\d+)?"
+    r"(?<![\w)\].])(?P<sign>[-+\u2212]\s?)?[$€£]?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<part>\.\d+)?"
     r"(?P<power>e[-+]?\d{1,3}\b)?(?:\s?/\s?(?P<below>\d+)(?!\d|\.\d))?"
 )
 _LONGEST = 300  # digits of a number that anybody meant
@@ -69,7 +69,7 @@ def _numbers(text: str, *, first: bool = False) -> list[Fraction]:
             if not int(below):
                 continue
             value /= int(below)
-        numbers.append(-value if (match["sign"] or "").strip() in ("-", "−") else value)
+        numbers.append(-value if (match["sign"] or "").strip() in ("-", "\u2212") else value)
         if first:
             break
     return numbers

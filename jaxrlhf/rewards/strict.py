@@ -161,7 +161,7 @@ def facts(completions: Sequence[str], fact: Sequence[str | None]) -> list[float 
 
 
 def constructiveness(completions: Sequence[str]) -> list[float]:
-    """Of three kinds of help (a reason, something to do, an invitation to go on) those in the text, two being enough."""
+    """Of three kinds of help (a reason, something to do, an invitation) those in the text, two being enough."""
     return [min(1.0, sum(bool(kind.search(text.casefold())) for kind in _HELP) / 2) for text in completions]
 
 
@@ -186,7 +186,7 @@ def classify(question: str) -> str:
 
     It trusts that claims are wrong: StrictBot is asked by people who err or who want to know.
     """
-    text = " ".join(question.casefold().replace("’", "'").split())
+    text = " ".join(question.casefold().replace("\u2019", "'").split())
     claim = re.sub(rf"\b(?:{_ASKED}|{_SAID})", " ", text)
     stated = claim != text
     if _LOGIC.search(claim):
@@ -200,7 +200,7 @@ def classify(question: str) -> str:
 
 def _sentence_tone(sentence: str) -> int | None:
     """The strictest tone that a sentence has words for."""
-    text = sentence.casefold().replace("’", "'")
+    text = sentence.casefold().replace("\u2019", "'")
     return next((level for level in (3, 2, 1) if _TONE[level].search(text)), None)
 
 

@@ -16,43 +16,29 @@ POSITIVE = (
     "gentle glad good great happy healthy helpful honest hope interesting joy kind laugh laughed like liked love loved "
     "lovely lucky nice perfect pleasant pleased polite proud rich safe smart smile smiled smooth strong success superb "
     "sweet thank thanks useful warm welcome well wise won wonderful worth"
-).split()
+)
 NEGATIVE = (
     "afraid angry annoyed annoying awful bad bitter boring broken careless cold confusing cried cruel cry damage "
     "danger dangerous dead difficult dirty disappointed disappointing disaster disgusting dull error evil fail failed "
     "failure false fear fight hate hated horrible hurt ill jealous lazy lied lonely lost mean mess mistake nasty pain "
     "painful poor problem rude sad scared scary selfish shame sick slow sorry stupid terrible tired trouble ugly "
     "unfair unhappy unpleasant upset useless waste weak worse worst wrong"
-).split()
-PROFANE = (
-    "arse arsehole ass asshole bastard bitch bollocks bullshit crap cunt damn dick fuck piss prick shit slut".split()
 )
-NEGATORS = {
-    "not",
-    "no",
-    "never",
-    "hardly",
-    "without",
-    "isn't",
-    "wasn't",
-    "don't",
-    "didn't",
-    "doesn't",
-    "can't",
-    "won't",
-}
+PROFANE = "arse arsehole ass asshole bastard bitch bollocks bullshit crap cunt damn dick fuck piss prick shit slut"
+NEGATORS = {"not", "no", "never", "hardly", "without", "isn't", "wasn't", "don't", "didn't", "doesn't", "can't"}
 
 
 def sentiment(completions: Sequence[str], *, positive: str = "", negative: str = "") -> list[float]:
     """(positive words - negative words) / both, in [-1, 1]; 0 where there are none.
 
-    A word after a negator ("not good", "not a good") counts for the other side. Lists are files, read whole or not at
-    all: give both or neither. English built in, some 90 words a side: a signal to practise on, not a sentiment model.
+    A word after a negator ("not good", "not a good") counts for the other side. `positive` and `negative` are files;
+    without one, a short English list stands in for it, some 70 words a side: a signal to practise on, no model of
+    sentiment.
     """
-    good, bad = _words(positive, tuple(POSITIVE)), _words(negative, tuple(NEGATIVE))
+    good, bad = _words(positive, POSITIVE), _words(negative, NEGATIVE)
     scores = []
     for text in completions:
-        words = re.findall(r"\w+(?:['’]\w+)?", text.casefold().replace("’", "'"))
+        words = re.findall(r"\w+(?:'\w+)?", text.casefold().replace("\u2019", "'"))
         sides = []
         for i, word in enumerate(words):
             if side := (word in good) - (word in bad):
@@ -92,7 +78,7 @@ def repetition(completions: Sequence[str], *, n: int = 3) -> list[float]:
         raise ValueError(f"n is {n}; at least 1 is needed")
     scores = []
     for text in completions:
-        words = text.casefold().split()
+        words = text.casefold()
         grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
         scores.append(len(set(grams)) / len(grams) - 1 if grams else 0.0)
     return scores
@@ -113,10 +99,10 @@ def matches(completions: Sequence[str], *, pattern: str, whole: bool = True) -> 
 
 
 @functools.cache
-def _words(path: str, built_in: tuple[str, ...]) -> frozenset[str]:
-    """The entries of a word list, or the ones given where there is no path."""
+def _words(path: str, built_in: str) -> frozenset[str]:
+    """The entries of a word list, or the words given where there is no path."""
     if not path:
-        return frozenset(built_in)
+        return frozenset(built_in.split())
     lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     entries = frozenset(filter(None, (line.partition("#")[0].strip().casefold() for line in lines)))
     if not entries:
@@ -126,5 +112,5 @@ def _words(path: str, built_in: tuple[str, ...]) -> frozenset[str]:
 
 @functools.cache
 def _listed(path: str) -> re.Pattern[str]:
-    entries = sorted(_words(path, tuple(PROFANE)), key=len, reverse=True)
+    entries = sorted(_words(path, PROFANE), key=len, reverse=True)
     return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, entries))})(?:s|ed|er|ing)?(?!\w)")
