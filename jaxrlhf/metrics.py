@@ -42,7 +42,7 @@ METRICS: dict[str, str] = {
     "objective/entropy": "per sequence: sum of the entropy of pi_old at each response token, nats",
     "objective/non_score_reward": "per sequence: sum of rewards but for the score, -kl_coef * k1; 0 with kl_in: loss",
     "objective/rlhf_reward": "mean over sequences of score - kl_coef * sum of k1, whether kl_in is reward or loss",
-    "objective/scores": "mean over sequences of the score, after missing_eos_penalty",
+    "objective/scores": "mean over sequences of the score, rewards of single tokens added, after missing_eos_penalty",
     "objective/scores_std": "standard deviation over sequences of the score",
     "policy/approxkl_avg": "mean over response tokens and optimizer steps of 0.5 (log pi - log pi_old)^2",
     "policy/clipfrac_avg": "share of response tokens where the clipped policy loss is the larger",

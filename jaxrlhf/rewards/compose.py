@@ -94,6 +94,11 @@ class Scorer:
         """Whether `model` reads the policy's tokens."""
         return next(iter(self._shared.values()), False)
 
+    @property
+    def per_token(self) -> bool:
+        """Whether there will be token_scores."""
+        return any(component.per_token for component, _ in self.parts.values())
+
     def readers(self) -> list[RewardModel]:
         """The models that read a rollout's own tokens, whose context must hold it."""
         return [self.models[name] for name in self.models if self._reads_tokens(name)]

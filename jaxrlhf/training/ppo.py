@@ -181,7 +181,7 @@ class PPOTrainer:
                 ended = time.monotonic()
                 for note in scored.notes:
                     session.logger.note(note)
-                metrics = self.learn(rollout, scored.scores, step)[1] | scored.metrics
+                metrics = self.learn(rollout, scored.scores, step, scored.token_scores)[1] | scored.metrics
                 tokens = int(np.sum(jax.device_get(rollout.response_mask)))
                 metrics |= {
                     "episode": (step + 1) * size,
@@ -227,7 +227,7 @@ class PPOTrainer:
         scored = self._score(rows, texts, rollout)
         for note in scored.notes:
             warnings.warn(note, stacklevel=2)
-        metrics = self.learn(rollout, scored.scores, step)[1] | scored.metrics
+        metrics = self.learn(rollout, scored.scores, step, scored.token_scores)[1] | scored.metrics
         numbers = {k: float(v) for k, v in jax.device_get(metrics).items()}
         return {
             "generated_texts": texts,
@@ -293,22 +293,28 @@ class PPOTrainer:
 
     def _compile_update(self, rollout: Future[Rollout]) -> None:
         """Begin to compile what learns from a rollout of full length."""
-        scores = sharding.put_rows(np.zeros(self.config.ppo.batch_size, np.float32), self.mesh)
+        size, length = self.config.ppo.batch_size, self.config.sampling.response_length
+        scores = sharding.put_rows(np.zeros(size, np.float32), self.mesh)
+        of_tokens = sharding.put_rows(np.zeros((size, length), np.float32), self.mesh) if self.scorer.per_token else None
         state, frozen, roles = self.state.template, self.frozen, self.roles
         made = self._programs.begin(
-            lambda: programs.outputs(annotate, state, frozen, rollout.result(), scores, roles=roles), annotate
+            lambda: programs.outputs(annotate, state, frozen, rollout.result(), scores, of_tokens, roles=roles), annotate
         )
         self._programs.begin(
             lambda: programs.outputs(update, state, frozen, made.result()[0], self._key, roles=roles), update
         )
 
-    def learn(self, rollout: Rollout, scores: np.ndarray, step: int) -> tuple[Experience, Metrics]:
+    def learn(
+        self, rollout: Rollout, scores: np.ndarray, step: int, token_scores: np.ndarray | None = None
+    ) -> tuple[Experience, Metrics]:
         """Annotate a scored rollout and make the update's optimizer steps; moves `state` on from `step`."""
         placed = sharding.put_rows(np.asarray(scores, np.float32), self.mesh)
+        if token_scores is not None:
+            token_scores = sharding.put_rows(np.asarray(token_scores, np.float32), self.mesh)
         if rollout.response_mask.shape[1] == self.config.sampling.response_length:  # else it is another program
             self._programs.wait(annotate)
             self._programs.wait(update)
-        experience, before = annotate(self.state.value, self.frozen, rollout, placed, roles=self.roles)
+        experience, before = annotate(self.state.value, self.frozen, rollout, placed, token_scores, roles=self.roles)
         key = jax.random.fold_in(jax.random.fold_in(self._key, step), 1)
         self.state.value, after = update(self.state.value, self.frozen, experience, key, roles=self.roles)
         rate = after.pop("policy/learning_rate")

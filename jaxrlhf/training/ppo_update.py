@@ -127,7 +127,13 @@ def measure(
 
 @functools.partial(jax.jit, static_argnames="roles")
 def annotate(
-    state: TrainState, frozen: dict[str, Params], rollout: Rollout, scores: Array, *, roles: Roles
+    state: TrainState,
+    frozen: dict[str, Params],
+    rollout: Rollout,
+    scores: Array,
+    token_scores: Array | None = None,
+    *,
+    roles: Roles,
 ) -> tuple[Experience, Metrics]:
     """Score a rollout's tokens by policy, reference and critic, and work out rewards, advantages and returns.
 
@@ -155,13 +161,14 @@ def annotate(
             rollout, scores, blank, ref_logprobs, blank, blank, blank, blank, jnp.zeros_like(scores)
         )
     else:
-        experience, metrics = complete(rollout, scores, ref_logprobs, measured, state.kl_coef, roles.ppo)
-    return dataclasses.replace(experience, features=features), metrics
+        experience, metrics = complete(rollout, scores, token_scores, ref_logprobs, measured, state.kl_coef, roles.ppo)
+    return dataclasses.replace(experience, features=features, token_scores=token_scores), metrics
 
 
 def complete(
     rollout: Rollout,
     scores: Array,
+    token_scores: Array | None,
     ref_logprobs: Array,
     measured: Measured,
     kl_coef: Array,
@@ -177,7 +184,11 @@ def complete(
 
     scores = scores - ppo.missing_eos_penalty * (~finished)
     rewards = token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef if ppo.kl_in == "reward" else 0.0)
-    metrics = rollout_metrics(scores, logprobs, ref_logprobs, mask, finished, kl_coef, ppo.kl_in)
+    worth = scores
+    if token_scores is not None:
+        token_scores = masked.keep(token_scores, mask)
+        rewards, worth = rewards + token_scores, scores + jnp.sum(token_scores, axis=1)
+    metrics = rollout_metrics(worth, logprobs, ref_logprobs, mask, finished, kl_coef, ppo.kl_in)
     if ppo.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     bootstrap = jnp.where(finished, 0.0, tail) if ppo.bootstrap_truncated else jnp.zeros_like(tail)
@@ -197,7 +208,7 @@ def complete(
         "objective/entropy": jnp.mean(jnp.sum(entropy, axis=1)),
         "objective/kl_coef": kl_coef,
         "objective/kl_per_token": masked.total(logprobs - ref_logprobs, mask) / count,
-        "objective/scores_std": jnp.std(scores),
+        "objective/scores_std": jnp.std(worth),
         "tokens/mean_length": jnp.mean(jnp.sum(mask, axis=1)),
         "tokens/finished": jnp.mean(finished),
         "val/explained_variance": 1 - variance(returns - values) / jnp.maximum(variance(returns), 1e-8),
@@ -222,7 +233,9 @@ def update(
             rollout, mask, extra = part.rollout, part.rollout.response_mask, {}
             now = measure(params, frozen, rollout, part.features, roles)
             if roles.one_step(batch):
-                part, extra = complete(rollout, part.scores, part.ref_logprobs, now, state.kl_coef, ppo)
+                part, extra = complete(
+                    rollout, part.scores, part.token_scores, part.ref_logprobs, now, state.kl_coef, ppo
+                )
             policy, about_policy = policy_loss(
                 now.logprobs, part.old_logprobs, part.advantages, mask, count, ppo.cliprange
             )
