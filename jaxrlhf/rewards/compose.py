@@ -129,7 +129,7 @@ class Scorer:
             if component.template:
                 template.check(component.template, columns)
             if isinstance(judge, RewardFunction | Worker):
-                judge.signature.check(columns, f"reward {judge.name}")
+                judge.signature.check(columns, f"reward {judge.name}", per_token=component.per_token)
             if isinstance(judge, RewardModel) and not self._reads_tokens(name):
                 texts = template.fill(component.template, sample) if component.template else first
                 judge.check_readable(texts)

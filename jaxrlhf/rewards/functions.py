@@ -37,13 +37,14 @@ class Signature(NamedTuple):
     def wants(self, name: str) -> bool:
         return self.everything or name in self.accepts
 
-    def check(self, there: Collection[str], where: str) -> None:
-        """RewardError if a column that the function cannot do without is not `there`."""
-        given = {*there, *OURS} if "tokens" in self.needs else {*there, *OURS[:2]}
+    def check(self, columns: Collection[str], where: str, *, per_token: bool) -> None:
+        """RewardError if a column that the function cannot do without is not there."""
+        given = {*columns, *(OURS if per_token else OURS[:2])}
         if missing := set(self.needs) - given:
+            hint = "; for those of the response set per_token: true" if "tokens" in missing else ""
             raise RewardError(
                 f"{where} needs {', '.join(map(repr, sorted(missing)))}, which the data does not have; "
-                f"it has {', '.join(map(repr, sorted(given)))}"
+                f"it has {', '.join(map(repr, sorted(given)))}{hint}"
             )
 
 
@@ -86,7 +87,7 @@ class RewardFunction:
         """Raises RewardError if the function raises, is late, needs a column that is not there, or does not return a
         list with a value for each completion. Values in it that are no rewards are marked in the answer."""
         where = request.about(self.name)
-        self.signature.check(request.columns, where)
+        self.signature.check(request.columns, where, per_token=request.tokens is not None)
         given = {**request.columns, "prompts": list(request.prompts), "completions": list(request.completions)}
         if request.tokens is not None:
             given["tokens"] = [list(texts) for texts in request.tokens]

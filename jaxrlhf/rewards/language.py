@@ -39,12 +39,9 @@ def same_language(prompts: Sequence[str], completions: Sequence[str]) -> list[fl
     """1 where both are in the same language, 0 where not, None where one of them cannot be told."""
     scores: list[float | None] = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        asked, answered = language(prompt), language(completion)
-        known = asked is not None and answered is not None
-        latin = asked == "latin" or answered == "latin"
-        if known and latin and asked != answered and {asked, answered} - {"latin"} <= _WORDS.keys():
-            known = False  # both are Latin, and of one we know no more
-        scores.append(float(asked == answered) if known and asked != "latin" else None)
+        found = {language(prompt), language(completion)}
+        vague = "latin" in found and found <= {"latin", *_WORDS}  # one of the Latin script, and who knows which
+        scores.append(None if None in found or vague else float(len(found) == 1))
     return scores
 
 

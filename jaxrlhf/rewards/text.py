@@ -78,7 +78,7 @@ def repetition(completions: Sequence[str], *, n: int = 3) -> list[float]:
         raise ValueError(f"n is {n}; at least 1 is needed")
     scores = []
     for text in completions:
-        words = text.casefold()
+        words = text.casefold().split()
         grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
         scores.append(len(set(grams)) / len(grams) - 1 if grams else 0.0)
     return scores

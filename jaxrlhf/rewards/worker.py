@@ -56,7 +56,7 @@ class Worker:
         where = request.about(self.name)
         if self._process.poll() is not None:
             self._process = self._start()
-        self.signature.check(request.columns, where)
+        self.signature.check(request.columns, where, per_token=request.tokens is not None)
         wanted = {name: values for name, values in request.columns.items() if self.signature.wants(name)}
         line = json_line(request._replace(columns=wanted), where)
         try:

@@ -295,10 +295,13 @@ class PPOTrainer:
         """Begin to compile what learns from a rollout of full length."""
         size, length = self.config.ppo.batch_size, self.config.sampling.response_length
         scores = sharding.put_rows(np.zeros(size, np.float32), self.mesh)
-        of_tokens = sharding.put_rows(np.zeros((size, length), np.float32), self.mesh) if self.scorer.per_token else None
+        of_tokens = (
+            sharding.put_rows(np.zeros((size, length), np.float32), self.mesh) if self.scorer.per_token else None
+        )
         state, frozen, roles = self.state.template, self.frozen, self.roles
         made = self._programs.begin(
-            lambda: programs.outputs(annotate, state, frozen, rollout.result(), scores, of_tokens, roles=roles), annotate
+            lambda: programs.outputs(annotate, state, frozen, rollout.result(), scores, of_tokens, roles=roles),
+            annotate,
         )
         self._programs.begin(
             lambda: programs.outputs(update, state, frozen, made.result()[0], self._key, roles=roles), update
