@@ -124,15 +124,13 @@ class Scorer:
         columns, RewardError for a function without them, DataError for a model that cannot read the prompts."""
         first = list(prompts[:PROBED])
         turns = list(messages[:PROBED]) if messages else [None] * len(first)
-        sample = Request(first, [""] * len(first), {name: values[:PROBED] for name, values in columns.items()})
         for name, (component, judge) in self.parts.items():
             if component.template:
                 template.check(component.template, columns)
             if isinstance(judge, RewardFunction | Worker):
                 judge.signature.check(columns, f"reward {judge.name}", per_token=component.per_token)
             if isinstance(judge, RewardModel) and not self._reads_tokens(name):
-                texts = template.fill(component.template, sample) if component.template else first
-                judge.check_readable(texts)
+                judge.check_readable(first)
                 if judge.tokenizer.has_chat and not component.template:  # its chat format must take such conversations
                     for text, said in zip(first, turns, strict=True):
                         said = said or [{"role": "user", "content": text}]

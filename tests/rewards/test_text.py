@@ -64,7 +64,9 @@ def test_length_band():
 
 
 def test_repetition():
-    assert text.repetition(["a b c d", "a b", "", "a a a a a", "a b c a b c"]) == [0, 0, 0, -2 / 3, -1 / 4]
+    assert text.repetition(["a b c d", "a b", "", "a a a a a", "a b c a b c"]) == pytest.approx(
+        [0, 0, 0, -2 / 3, -1 / 4]
+    )
     assert text.repetition(["x X y"], n=1) == [pytest.approx(-1 / 3)]
     with pytest.raises(ValueError, match="n is 0"):
         text.repetition(["x"], n=0)
