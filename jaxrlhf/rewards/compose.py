@@ -11,18 +11,18 @@ from jaxrlhf.config import Component, RewardSource
 from jaxrlhf.config.sections import function_label
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError, RewardError, quoted
-from jaxrlhf.rewards import template
+from jaxrlhf.rewards import judges, template
 from jaxrlhf.rewards.answers import Answer, Request
 from jaxrlhf.rewards.endpoint import Endpoint
 from jaxrlhf.rewards.functions import RewardFunction
 from jaxrlhf.rewards.human import Human
+from jaxrlhf.rewards.judges import Judge
 from jaxrlhf.rewards.model import RewardModel, Turns
-from jaxrlhf.rewards.worker import Worker
+from jaxrlhf.rewards.worker import Worker, json_line
 from jaxrlhf.rollout.text import token_texts
 from jaxrlhf.types import Rollout
 
 PROBED = 32  # prompts that a reward model's tokenizer is tried on
-Judge = RewardModel | RewardFunction | Worker | Endpoint | Human
 
 
 class Scored(NamedTuple):
@@ -63,7 +63,7 @@ class Scorer:
         self._tokenizer = tokenizer
         self.parts: dict[str, tuple[Component, Judge]] = {}
         for component in config.parts(passed=function is not None):
-            judge = _open(component, function, tokenizer, mesh, directory, whole=component not in config.components)
+            judge = judges.open_judge(component, function, mesh, directory, whole=component not in config.components)
             name = component.label
             if isinstance(judge, RewardFunction) and not component.name:
                 name = function_label(judge.name)
@@ -121,7 +121,8 @@ class Scorer:
         messages: Sequence[Turns | None] | None = None,
     ) -> None:
         """Refuse, before anything has been generated, what could not be scored: ConfigError for a template without its
-        columns, RewardError for a function without them, DataError for a model that cannot read the prompts."""
+        columns, RewardError for a function without them or for columns that cannot be sent to it, DataError for a model
+        that cannot read the prompts."""
         first = list(prompts[:PROBED])
         turns = list(messages[:PROBED]) if messages else [None] * len(first)
         for name, (component, judge) in self.parts.items():
@@ -129,6 +130,10 @@ class Scorer:
                 template.check(component.template, columns)
             if isinstance(judge, RewardFunction | Worker):
                 judge.signature.check(columns, f"reward {judge.name}", per_token=component.per_token)
+            if isinstance(judge, Worker | Endpoint):
+                wants = judge.signature.wants if isinstance(judge, Worker) else bool
+                sent = {key: values[:PROBED] for key, values in columns.items() if wants(key)}
+                json_line(Request(first, [], sent), f"reward {judge.name}")
             if isinstance(judge, RewardModel) and not self._reads_tokens(name):
                 judge.check_readable(first)
                 if judge.tokenizer.has_chat and not component.template:  # its chat format must take such conversations
@@ -230,42 +235,6 @@ class Scorer:
         else:
             values = [float(value) if good else None for value, good in zip(found, finite, strict=True)]
         return Answer(values, failed, problem), truncated
-
-
-def _open(
-    component: Component,
-    function: Callable[..., Any] | None,
-    tokenizer: Tokenizer,
-    mesh: jax.sharding.Mesh | None,
-    directory: Path | None,
-    *,
-    whole: bool,
-) -> Judge:
-    """`whole`: it is of the short form, where a passed function has all the time it takes."""
-    if component.template:
-        template.fields(component.template)
-    if component.model:
-        return RewardModel(
-            component.model,
-            revision=component.revision,
-            dtype=component.dtype,
-            micro_batch_size=component.micro_batch_size,
-            max_length=component.max_length,
-            mesh=mesh,
-        )
-    if component.function == "passed":
-        if function is None:
-            raise ConfigError(
-                "reward.components has function: passed, and no Python function was given; give one to the trainer "
-                "(PPOTrainer(config, reward=...)), or name it as path.py:name"
-            )
-        return RewardFunction(function, options=component.options, timeout=None if whole else component.timeout)
-    if component.function:
-        return Worker(component.function, options=component.options, timeout=component.timeout)
-    if component.url:
-        return Endpoint(component.url, timeout=component.timeout)
-    assert component.human
-    return Human(component.human, directory / "human.jsonl" if directory else None)
 
 
 def _settled(answer: Answer, component: Component, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -26,11 +26,11 @@ class Endpoint:
     """
 
     def __init__(self, url: str, *, timeout: float, sleep: Callable[[float], None] = time.sleep) -> None:
-        self.url, self._timeout, self._sleep = url, timeout, sleep
+        self.name, self._timeout, self._sleep = url, timeout, sleep
 
     def __call__(self, request: Request) -> Answer:
         """Raises RewardError if no usable answer comes in time."""
-        where = request.about(self.url)
+        where = request.about(self.name)
         body = json_line(request, where)
         deadline = time.monotonic() + self._timeout
         try:
@@ -48,14 +48,14 @@ class Endpoint:
             raise RewardError(f"{where} answered with something other than JSON: {quoted(text)}") from error
         if not isinstance(answer, dict) or "scores" not in answer:
             raise RewardError(f'{where} answered without "scores": {quoted(answer)}; expected {{"scores": [...]}}')
-        return check(answer["scores"], request, self.url)
+        return check(answer["scores"], request, self.name)
 
     def _ask(self, body: bytes, deadline: float) -> bytes:
         for attempt in range(ATTEMPTS):
             left = deadline - time.monotonic()
             pause = FIRST_PAUSE * 2**attempt
             try:
-                return _post(self.url, body, left)
+                return _post(self.name, body, left)
             except urllib.error.HTTPError as error:
                 reason = f"answered {error.code} {error.reason}: {quoted(_beginning(error))}"
                 lasting = error.code < 500 and error.code != 429

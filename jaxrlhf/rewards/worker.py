@@ -64,7 +64,7 @@ class Worker:
         except TimeoutError:
             raise RewardError(
                 f"{where} did not answer {len(request.completions)} completions within {self._timeout:g} s and was "
-                f"killed; raise its timeout, or make it faster{request.first}"
+                f"killed; raise timeout of its component in reward.components, or make it faster{request.first}"
             ) from None
         except EOFError:
             raise RewardError(f"{where} {self._death()}{request.first}") from None

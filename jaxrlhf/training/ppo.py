@@ -35,7 +35,8 @@ _LOWER = "data.max_prompt_length or sampling.response_length"
 class PPOTrainer:
     """Train `config.model` to score well by a reward model, by `reward`, or by both, without leaving its reference far.
 
-    `reward(prompts, completions, **columns) -> list[float | None]` is a function in place of `config.reward.function`.
+    `reward(prompts, completions, **columns) -> list[float | None]` is a function in place of `config.reward.function`;
+    it runs in this process and cannot be killed, as one that the config names can.
     `.train()` runs `config`; `.ppo_step(prompts)` is one update on prompts of your own; `.save_pretrained(directory)`.
     What can be wrong with the config, the data or the models is raised here, before training begins.
     """
@@ -175,7 +176,7 @@ class PPOTrainer:
                 except RewardError as error:
                     if step > done:
                         session.save(step, self.state.value, block=True)
-                    saved = f"{step} updates are saved; mend the function where it is, and the same command goes on"
+                    saved = f"{step} updates are saved; once that is mended, the same command goes on"
                     raise RewardError(f"{error}\n{saved if step else 'Nothing has been trained yet'}") from error
                 session.stop_if_asked(step, self.state.value)
                 ended = time.monotonic()

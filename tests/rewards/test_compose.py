@@ -104,7 +104,10 @@ def test_what_is_logged_of_each_component(score, functions, make_rollout, policy
 FAILURES = {
     # what a function does -> (what is said, completions without a usable answer)
     "raises": (r"raised ValueError: could not convert .* at .*mine.py:4; first completion: 'a cat.'", 3),
-    "hangs": (r"did not answer 3 completions within 1 s and was killed; .*first completion: 'a cat.'", 3),
+    "hangs": (
+        r"did not answer 3 completions within 1 s and was killed; raise timeout .*; first completion: 'a cat.'",
+        3,
+    ),
     "leaves": (r"raised SystemExit: 3 at .*mine.py:6; first completion: 'a cat.'", 3),
     "exits": (r"ended its process with exit code 7; first completion: 'a cat.'", 3),
     "crashes": (r"was killed by SIGSEGV.*mine.py\", line 8 in crashes.*first completion: 'a cat.'", 3),
@@ -312,6 +315,14 @@ def test_columns_and_the_step_reach_the_function(policy_tokenizer, make_rollout,
         scorer.score(talk.prompts, talk.completions, made, {}, step=7)
     with pytest.raises(RewardError, match=r"reward reward needs 'answer'"):
         scorer.check(talk.prompts, {"other": [1, 2, 3]})
+
+
+def test_columns_that_cannot_travel_are_refused_at_the_door(policy_tokenizer, functions, talk):
+    column = {"image": [b"png"] * 3}
+    Scorer(RewardSource(function=f"{functions}:good"), policy_tokenizer).check(talk.prompts, column)
+    server = Scorer(RewardSource(components=({"url": "http://127.0.0.1:9/"},)), policy_tokenizer)  # type: ignore[arg-type]
+    with pytest.raises(RewardError, match=r"reward http://127.0.0.1:9/ is to get column 'image', whose value 0 cannot"):
+        server.check(talk.prompts, column)
 
 
 def test_what_cannot_be_a_reward_is_refused(policy_tokenizer, functions):

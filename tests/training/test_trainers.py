@@ -300,7 +300,7 @@ def test_a_bad_reward_stops_the_run_and_loses_nothing(ppo, tmp_path, answer, sai
 
     options = ppo | {"checkpoint": config.Checkpoint(save_every=50)}
     settings = config.PPOConfig(run_dir=str(tmp_path / "run"), **options)
-    with pytest.raises(RewardError, match=rf"(?s){said}.*3 updates are saved; mend the function"):
+    with pytest.raises(RewardError, match=rf"(?s){said}.*3 updates are saved; once that is mended"):
         PPOTrainer(settings, reward=reward).train()
     before = records(tmp_path / "run")
     assert [record["step"] for record in before] == [1, 2, 3]
