@@ -82,7 +82,8 @@ def _entry(cls: type, field: dataclasses.Field, value: Any, indent: str) -> list
     doc = field_docs().get((cls.__name__, field.name), "")
     choices = typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
     if choices:
-        doc = f"{doc} One of: {', '.join(choices)}.".strip()
+        named = ", ".join(choice or "''" for choice in choices)
+        doc = f"{doc} One of: {named}.".strip()
     if cls is RewardSource and field.name in ("model", "function", "components"):
         mark = "  # required: model, function or components, or several of them"
     else:

@@ -99,9 +99,11 @@ class Scorer:
         """Whether there will be token_scores."""
         return any(component.per_token for component, _ in self.parts.values())
 
-    def readers(self) -> list[RewardModel]:
-        """The models that read a rollout's own tokens, whose context must hold it."""
-        return [self.models[name] for name in self.models if self._reads_tokens(name)]
+    def readers(self, critic: bool) -> list[RewardModel]:
+        """The models whose context must hold a rollout, as they read its tokens, or as a `critic` starts from them."""
+        return [
+            judge for name, judge in self.models.items() if self._reads_tokens(name) or critic * (judge is self.model)
+        ]
 
     def pause(self, pausing: Callable[[], Any]) -> None:
         """`pausing()` is entered while a person is asked: for whatever else writes to the terminal."""
@@ -131,8 +133,8 @@ class Scorer:
             if isinstance(judge, RewardFunction | Worker):
                 judge.signature.check(columns, f"reward {judge.name}", per_token=component.per_token)
             if isinstance(judge, Worker | Endpoint):
-                wants = judge.signature.wants if isinstance(judge, Worker) else bool
-                sent = {key: values[:PROBED] for key, values in columns.items() if wants(key)}
+                wanted = [key for key in columns if isinstance(judge, Endpoint) or judge.signature.wants(key)]
+                sent = {key: columns[key][:PROBED] for key in wanted}
                 json_line(Request(first, [], sent), f"reward {judge.name}")
             if isinstance(judge, RewardModel) and not self._reads_tokens(name):
                 judge.check_readable(first)

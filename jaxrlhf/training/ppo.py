@@ -90,7 +90,7 @@ class PPOTrainer:
             raise ConfigError(
                 "critic.init is 'reward' but the reward model reads other tokens than the policy; use 'policy'"
             )
-        for reader in self.scorer.readers() if lengths else []:
+        for reader in self.scorer.readers(config.critic.init == "reward") if lengths else []:
             what = f"for the reward model {reader.path}, the longest prompt with its response"
             setup.check_context(lengths, reader.model, what, _LOWER)
         reference = setup.copy(

@@ -14,6 +14,7 @@ from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.rewards.answers import Request
 from jaxrlhf.rewards.worker import Worker
 
+LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="looks at processes in /proc")
 ASKED = Request(["p", "q"], ["one", "two two"], {"answer": [1, 2]}, step=3)
 
 
@@ -58,6 +59,7 @@ def test_arguments_and_values_arrive_as_they_are(write):
     assert answer.failed == []
 
 
+@LINUX
 def test_one_process_serves_all_calls_until_one_fails(write):
     path = write(
         """
@@ -81,6 +83,7 @@ def test_one_process_serves_all_calls_until_one_fails(write):
     assert gone(worker.pid)
 
 
+@LINUX
 @pytest.mark.parametrize("way", ["time.sleep(60)", "re.match(r'(a+)+$', 'a' * 50 + 'b')"], ids=["asleep", "in C"])
 def test_one_that_hangs_is_killed_with_all_it_started(write, way, tmp_path):
     path = write(
@@ -102,6 +105,7 @@ def test_one_that_hangs_is_killed_with_all_it_started(write, way, tmp_path):
     assert gone(int((tmp_path / "child").read_text()))
 
 
+@LINUX
 @pytest.mark.parametrize("busy", [False, True])
 def test_it_does_not_outlive_its_parent(write, busy):
     """Though the parent is killed outright, and though C code holds Python's lock."""
