@@ -72,8 +72,12 @@ def train_help(method: str) -> int:
             prog=f"jaxrlhf {method} CONFIG.yaml",
             config=(tyro.conf.FlagConversionOff,),
         )
-    except SystemExit:
-        return 0
+    except SystemExit:  # how tyro ends; it leaves out lists that are empty
+        for key, annotation in config_file.keys(cls):
+            if element := config_text.render_element(annotation):
+                flag = f"--{key.replace('_', '-')}"
+                print(f"\n{flag} LIST, or {flag}.N.KEY VALUE for a key of its element N (from 0):\n")
+                print("\n".join(element))
     return 0
 
 

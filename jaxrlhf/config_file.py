@@ -61,6 +61,12 @@ def keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from keys(field.type, f"{prefix}{field.name}.")
 
 
+def _element(annotation: Any) -> type | None:
+    """The section that the elements of a list are, for `tuple[Section, ...]`."""
+    parts = typing.get_args(annotation) if typing.get_origin(annotation) is tuple else ()
+    return parts[0] if parts and dataclasses.is_dataclass(parts[0]) else None  # type: ignore[return-value]
+
+
 def _line(problem: str) -> int:
     place = re.match(r".*?:(\d+): ", problem)
     return int(place[1]) if place else 10**9
@@ -96,11 +102,10 @@ class _Reader:
 
     def override(self, mapping: dict[str, Any], key: str, text: str) -> None:
         key = key.replace("-", "_")
-        parent = key.rpartition(".")[0]
-        if key not in self.known and dict not in _kinds(self.known.get(parent)):
-            self.problems.append(f"override: unknown key '{key}'{did_you_mean(key, list(self.known))}")
+        kind = self._kind(key)
+        if kind is None:
+            self.problems.append(f"override: {self._unknown(key)}")
             return
-        kind = self.known.get(key, str)
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
         if _kinds(kind) <= set(_TEXT) and not quoted and not (text == "null" and types.NoneType in _kinds(kind)):
             value: Any = text  # text is taken as it stands, braces and colons included
@@ -113,12 +118,22 @@ class _Reader:
                 return
             value = self._value(node, key, kind, "") if node else None
         self.places[key] = "override"
-        here = mapping
-        for part in key.split(".")[:-1]:
-            if not isinstance(here.setdefault(part, {}), dict):
-                here[part] = {}
-            here = here[part]
-        _merge(here, key.rpartition(".")[2], value)
+        here: Any = mapping
+        *path, leaf = key.split(".")
+        for i, part in enumerate(path):
+            if isinstance(here, list):  # an element by its number, or the next one
+                if int(part) > len(here):
+                    found = f"has {len(here)} elements, numbered from 0"
+                    self.problems.append(f"override: {key}: {'.'.join(path[:i])} {found}")
+                    return
+                here.extend([{}] * (int(part) == len(here)))
+                here = here[int(part)]
+            else:
+                empty = [] if _element(self._kind(".".join(path[: i + 1]))) else {}
+                if not isinstance(here.get(part), type(empty)):
+                    here[part] = empty
+                here = here[part]
+        _merge(here, leaf, value)
 
     def validate(self, mapping: dict[str, Any]) -> Any:
         try:
@@ -126,8 +141,10 @@ class _Reader:
         except pydantic.ValidationError as error:
             for item in error.errors(include_url=False):
                 key = ".".join(str(part) for part in item["loc"])
-                if item["type"] == "value_error" and not key:  # several keys that do not go together
-                    message = str(item.get("ctx", {}).get("error"))
+                message = str(item.get("ctx", {}).get("error"))
+                if item["type"] == "value_error" and key:
+                    self.problems.append(f"{self._place(key)}: {key}: {message}")
+                elif item["type"] == "value_error":  # several keys that do not go together
                     named = [k for k in self.places if re.search(rf"\b{re.escape(k)}\b", message)]
                     key = max(named, key=len, default="")
                     self.problems.append(f"{self._place(key)}: {message}")
@@ -151,10 +168,10 @@ class _Reader:
                 section, _, leaf = key.partition(".")
                 doc = docs[self.known[section].__name__, leaf].removesuffix(" Required.")
                 self.problems.append(f"{self._place(key)}: {key} is required. {doc}")
-        if method == "ppo" and not given("reward.model") and not given("reward.function"):
+        if method == "ppo" and not any(map(given, ("reward.model", "reward.function", "reward.components"))):
             self.problems.append(
-                f"{self._place('reward')}: a reward is required: reward.model (a reward model's folder) or "
-                "reward.function (path.py:name), or both"
+                f"{self._place('reward')}: a reward is required: reward.model (a reward model's folder), "
+                "reward.function (path.py:name), reward.components (a list), or several of them"
             )
 
     def _unknown(self, key: str) -> str:
@@ -162,7 +179,28 @@ class _Reader:
         if leaf in self.known and "." in leaf:
             section, _, name = leaf.rpartition(".")
             return f"'{leaf}' is written as '{name}:' below '{section}:' in a file"
-        return f"unknown key '{key}'{did_you_mean(key, list(self.known))}"
+        near = list(self.known)
+        if found := self._in_element(key):
+            near = [f"{found[0]}.{name}" for name, _ in keys(found[1])]
+        return f"unknown key '{key}'{did_you_mean(key, near)}"
+
+    def _in_element(self, key: str) -> tuple[str, type, str] | None:
+        """("reward.components.1", Component, "weight") for a key inside an element of a list."""
+        for name, kind in self.known.items():
+            cls = _element(kind)
+            if cls and (match := re.fullmatch(rf"({re.escape(name)}\.\d+)\.(.+)", key)):
+                return match[1], cls, match[2]
+        return None
+
+    def _kind(self, key: str) -> Any:
+        """The annotation of a dotted key, also of one in a list's element or in a mapping; None if there is no such."""
+        known = self.known
+        if found := self._in_element(key):
+            key, known = found[2], dict(keys(found[1]))
+        if key in known:
+            return known[key]
+        parent = known.get(key.rpartition(".")[0])
+        return typing.get_args(parent)[1] if dict in _kinds(parent) else None
 
     def _place(self, key: str) -> str:
         """The place of `key` or of the section it stands in."""
@@ -177,6 +215,8 @@ class _Reader:
             self.problems.append(f"{place}: the YAML tag {node.tag} is not supported; plain values only")
             return None
         if isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                self.places[f"{key}.{i}"] = f"{name}:{item.start_mark.line + 1}" if name else "override"
             return [self._value(item, f"{key}.{i}", None, name) for i, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
             mapping: dict[str, Any] = {}
@@ -189,8 +229,7 @@ class _Reader:
                     self.problems.append(f"{here}: duplicate key '{inner}' (first at {self.places[inner]})")
                 else:
                     self.places[inner] = here
-                    below = str if dict in _kinds(kind) else self.known.get(inner)
-                    mapping[name_node.value] = self._value(value_node, inner, below, name)
+                    mapping[name_node.value] = self._value(value_node, inner, self._kind(inner), name)
             return mapping
         value = _scalar(node)
         if kind is str and value is None:  # `key:` with nothing after it

@@ -58,18 +58,34 @@ def render_new(method: str, cls: type) -> str:
             lines += ["", *_comment(f"{inspect.getdoc(value)} {doc}".strip(), ""), f"{field.name}:"]
             for inner in dataclasses.fields(value):
                 lines += _entry(type(value), inner, getattr(value, inner.name), "  ")
+                lines += [f"  {line}" for line in render_element(inner.type)]
         else:
             lines += ["", *_entry(cls, field, value, "")]
     return "\n".join(lines) + "\n"
+
+
+def render_element(annotation: Any) -> list[str]:
+    """For a list of sections (`tuple[Section, ...]`), an element with every key at its default, as comments."""
+    cls = (typing.get_args(annotation) or (None,))[0]
+    if typing.get_origin(annotation) is not tuple or not dataclasses.is_dataclass(cls):
+        return []
+    lines: list[str] = []
+    for field in dataclasses.fields(cls):
+        default = cls.__pydantic_fields__[field.name].get_default(call_default_factory=True)  # type: ignore[union-attr]
+        *doc, entry = _entry(cls, field, default, "")  # type: ignore[arg-type]
+        lines += [f"#   {line}" for line in doc]
+        lines.append(f"# {'  ' if any(line.startswith('# - ') for line in lines) else '- '}{entry}")
+    return lines
 
 
 def _entry(cls: type, field: dataclasses.Field, value: Any, indent: str) -> list[str]:
     doc = field_docs().get((cls.__name__, field.name), "")
     choices = typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
     if choices:
-        doc = f"{doc} One of: {', '.join(choices)}.".strip()
-    if cls is RewardSource and field.name in ("model", "function"):
-        mark = "  # required: model or function, or both"
+        named = ", ".join(choice or "''" for choice in choices)
+        doc = f"{doc} One of: {named}.".strip()
+    if cls is RewardSource and field.name in ("model", "function", "components"):
+        mark = "  # required: model, function or components, or several of them"
     else:
         mark = "  # required" if doc.endswith(" Required.") else ""
     text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**6).removesuffix("...\n").strip()

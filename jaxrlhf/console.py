@@ -1,9 +1,10 @@
 """What a run shows while it goes on: on a terminal a status line and panels, in a log file plain lines."""
 
+import contextlib
 import datetime
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 SUMMARY: dict[str, dict[str, str]] = {
@@ -44,7 +45,7 @@ class Console:
         title = f"sample at step {step}" + "".join(
             f"  {key}={_short(value)}" for key, value in row.items() if isinstance(value, float | int)
         )
-        body = [(part, _clip(_visible(str(row[part])))) for part in ("prompt", "completion") if part in row]
+        body = [(part, _clip(visible(str(row[part])))) for part in ("prompt", "completion") if part in row]
         if self._bar is None:
             lines = [f"    {part}: " + text.replace("\n", "\n      ") for part, text in body]
             self._print("\n".join([f"  {title}", *lines]))
@@ -57,7 +58,18 @@ class Console:
 
     def note(self, text: str) -> None:
         """Say something between the progress lines."""
-        self._print(_visible(text))
+        self._print(visible(text))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While the block runs, nothing is drawn: somebody else has the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+        try:
+            yield
+        finally:
+            if self._bar is not None:
+                self._bar.start()
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -84,7 +96,7 @@ def _duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Text that cannot move the cursor or change colours: every control character in its escaped spelling."""
     return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

@@ -71,11 +71,9 @@ def evaluate(
     """
     model, params, tokenizer = open_model(config)
     scorer = Scorer(config.reward, tokenizer, function)
-    rows = choose(
-        prompt_rows(_fitting(config.data, model.max_positions, config.sampling.response_length), tokenizer).train,
-        num_prompts,
-        config.seed,
-    )
+    fitting = prompt_rows(_fitting(config.data, model.max_positions, config.sampling.response_length), tokenizer).train
+    scorer.check([row.text for row in fitting], columns(fitting), [row.messages for row in fitting])
+    rows = choose(fitting, num_prompts, config.seed)
     rollout = respond(config, model, params, tokenizer, rows, num_completions)
     repeated = [row for row in rows for _ in range(num_completions)]
     answers: list[dict[str, Any]] = []
@@ -88,7 +86,8 @@ def evaluate(
     return {
         "model": config.model.path,
         "prompts_from": config.data.path,
-        "reward": dataclasses.asdict(config.reward),
+        "reward": dataclasses.asdict(config.reward)
+        | {"components": [dataclasses.asdict(component) for component in config.reward.components]},
         "sampling": dataclasses.asdict(config.sampling)
         | {"stop_token_ids": list(config.sampling.stop_token_ids), "stop_strings": list(config.sampling.stop_strings)},
         "seed": config.seed,
@@ -239,11 +238,14 @@ def _score(
     scorer: Scorer, tokenizer: Tokenizer, rows: Sequence[PromptRow], rollout: Rollout, stop_strings: Sequence[str]
 ) -> list[dict[str, Any]]:
     rollout, texts = read(rollout, tokenizer, stop_strings)
-    scores, components = scorer.score([row.text for row in rows], texts, rollout, columns(rows))
+    asked = [row.text for row in rows], texts, rollout, columns(rows)
+    scored = scorer.score(*asked, messages=[row.messages for row in rows])
+    for note in scored.notes:
+        warnings.warn(note, stacklevel=2)
     return [
         {
-            "score": float(scores[i]),
-            "components": {name: float(values[i]) for name, values in components.items()},
+            "score": float(scored.totals[i]),
+            "components": {name: float(values[i]) for name, values in scored.components.items()},
             "text": texts[i],
             "tokens": int(rollout.response_mask[i].sum()),
             "finished": bool(rollout.finished[i]),

@@ -1,5 +1,6 @@
 """What a run measures and where it goes: one record per step -> metrics.jsonl, TensorBoard, W&B and the console."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -45,7 +46,7 @@ METRICS: dict[str, str] = {
     "objective/entropy": "per sequence: sum of the entropy of pi_old at each response token, nats",
     "objective/non_score_reward": "per sequence: sum of rewards but for the score, -kl_coef * k1; 0 with kl_in: loss",
     "objective/rlhf_reward": "mean over sequences of score - kl_coef * sum of k1, whether kl_in is reward or loss",
-    "objective/scores": "mean over sequences of the score as the section `scores` shapes it",
+    "objective/scores": "mean over sequences of the score as `scores` shapes it, rewards of single tokens added",
     "objective/scores_std": "standard deviation over sequences of the score",
     "policy/approxkl_avg": "mean over response tokens and optimizer steps of 0.5 (log pi - log pi_old)^2",
     "policy/clipfrac_avg": "share of response tokens where the clipped policy loss is the larger",
@@ -105,7 +106,10 @@ METRICS: dict[str, str] = {
 """Every key of a record and what it means. `perf/...` are timings: they alone differ between equal runs."""
 
 REWARDS = "rewards/"
-"""Keys that begin so are a part of the score by its own name: mean and std over the batch, before its weight."""
+"""Keys that begin so are a part of the score by its own name: `mean` and `std` over the batch, before its weight
+(NAME_unanswered and NAME_truncated: shares of the completions without an opinion, and of those a model could not read
+whole); `errors`, completions without a usable answer; `length_correlation`, Pearson's, with the number of response
+tokens (0 where one of the two does not vary)."""
 
 
 class Logger:
@@ -154,6 +158,10 @@ class Logger:
         """Say something on the console, between the progress lines."""
         if self._console:
             self._console.note(text)
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """While the block runs, the console draws nothing."""
+        return self._console.paused() if self._console else contextlib.nullcontext()
 
     def rewind(self, step: int) -> None:
         """Forget what was written after `step`, and lines that a kill cut short: what follows is written anew."""

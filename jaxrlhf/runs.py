@@ -31,6 +31,8 @@ from jaxrlhf.files import write_whole
 PACKAGES = ("jaxrlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers")
 FREE = ("run_dir", "logging.", "checkpoint.")
 """Keys that may change between start and resume without a trace in the result."""
+MENDING = (".timeout", ".on_error", ".error_value")
+"""Keys of a reward's component that may be changed once it has failed: the failure is not part of what was learnt."""
 ROUNDING = (
     "mesh.", "micro_batch_size", "eval_batch_size", "local_rollout_forward_batch_size",
     "remat", "model.attention", "rollout.slots",
@@ -172,6 +174,7 @@ def _continue(
     steady = before.get("optim.schedule") == now.get("optim.schedule") == "constant"
     changed = [key for key in now | before if before.get(key, "(not set)") != now.get(key, "(not set)")]
     changed = [key for key in changed if not key.startswith(FREE) and not (steady and key in LENGTH)]
+    changed = [key for key in changed if not (key.startswith("reward.components.") and key.endswith(MENDING))]
     rounding = [key for key in changed if key.startswith(ROUNDING) or key.endswith(ROUNDING)]
     refused = [_change(key, before, now) for key in changed if key not in rounding]
     if refused:
@@ -240,9 +243,12 @@ def _signals(run: Run) -> Iterator[None]:
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"eps": 1}} -> {"optim.eps": 1}"""
+    """{"optim": {"eps": 1}, "parts": [{"a": 2}]} -> {"optim.eps": 1, "parts": "a list of 1", "parts.0.a": 2}"""
     flat = {}
     for key, value in settings.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            flat[f"{prefix}{key}"] = f"a list of {len(value)}"
+            value = {str(i): item for i, item in enumerate(value)}
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
 

@@ -116,8 +116,8 @@ class Experience:
     advantages: Array  # f32 [B, R]
     returns: Array  # f32 [B, R]
     bootstrap: Array  # f32 [B]   value after the last token of a truncated response, 0 where the end is terminal
+    token_scores: Array | None = None  # f32 [B, R]   rewards of single tokens beside the scores, if there are any
     features: Array | None = None  # f32 [B, R + 1, D]   what a frozen critic trunk says, before and after each token
-    token_scores: Array | None = None  # f32 [B, R]   of a process reward
     weights: Array | None = None  # f32 [B, R]   of tokens in the policy loss, for a sampler that is not pi_old
 
 

@@ -42,6 +42,7 @@ class Case:
     policy: dict
     rollout: object
     scores: jax.Array
+    token_scores: jax.Array | None = None
 
     def state(self):
         params = {"policy": setup.copy(self.policy, "float32", self.roles.mesh), "critic": self.critic()}
@@ -68,7 +69,9 @@ class Case:
     def run(self, state=None, scores=None):
         state = state or self.state()
         scores = self.scores if scores is None else scores
-        experience, before = ppo_update.annotate(state, self.frozen, self.rollout, scores, roles=self.roles)
+        experience, before = ppo_update.annotate(
+            state, self.frozen, self.rollout, scores, self.token_scores, roles=self.roles
+        )
         state, after = ppo_update.update(state, self.frozen, experience, jax.random.key(3), roles=self.roles)
         return state, experience, before | after
 

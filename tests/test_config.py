@@ -1,6 +1,6 @@
 import pytest
 
-from jaxrlhf.config import PPOConfig
+from jaxrlhf.config import Component, PPOConfig, RewardSource
 
 PAIRS = [("k1", "reward"), ("k2", "loss"), ("k3", "loss")]
 REFUSED = [("k1", "loss", "zero"), ("k2", "reward", "lost"), ("k3", "reward", "lost")]
@@ -23,3 +23,56 @@ def test_renormalising_needs_a_filter():
         PPOConfig(sampling={"renormalise_logprobs": True})  # type: ignore[arg-type]
     for name, value in {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "min_length": 2}.items():
         PPOConfig(sampling={"renormalise_logprobs": True, name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({}, "exactly one of model, function, url and human; this one has none of them"),
+        ({"model": "m", "url": "http://x"}, "this one has model 'm' and url 'http://x'"),
+        ({"function": "r.py"}, "function is 'r.py'; write it as path.py:name"),
+        ({"url": "file:///etc/passwd"}, "url is 'file:///etc/passwd'; it must begin with http"),
+        ({"model": "m", "name": "a/b"}, "name is 'a/b'; use letters"),
+        ({"model": "m", "name": "x_unanswered"}, "no ending that logs give a meaning to"),
+        ({"model": "m", "options": {"a": 1}}, r"options \({'a': 1}\) has no meaning for a component with model, only"),
+        ({"model": "m", "timeout": 3.0}, r"timeout \(3.0\) has no meaning .* only with function or url"),
+        ({"url": "http://x", "micro_batch_size": 3}, "micro_batch_size .* only with model"),
+        ({"human": "score", "per_token": True}, "per_token .* only with model or function or url"),
+        ({"model": "m", "on_error": "value"}, "on_error is 'value' and error_value is None"),
+        ({"model": "m", "error_value": 1.0}, "on_error is 'fail' and error_value is 1.0"),
+        (
+            {"function": "r.py:f", "per_token": True, "template": "{prompt}"},
+            "per_token and template do not go together",
+        ),
+    ],
+)
+def test_components_that_make_no_sense_are_refused(given, reason):
+    with pytest.raises(ValueError, match=reason):
+        Component(**given)
+
+
+def test_the_short_form_is_components_too():
+    source = RewardSource(
+        model="m",
+        model_weight=2.0,
+        revision="r",
+        model_dtype="bfloat16",
+        micro_batch_size=3,
+        function="r.py:good",
+        function_weight=0.5,
+        components=({"url": "http://x"}, {"human": "pick", "enabled": False}),  # type: ignore[arg-type]
+    )
+    model, function, url = source.parts()
+    assert model == Component(model="m", weight=2.0, revision="r", dtype="bfloat16", micro_batch_size=3)
+    assert function == Component(function="r.py:good", weight=0.5)
+    assert [part.label for part in source.parts()] == ["model", "good", "endpoint"]
+    assert RewardSource(function_weight=3.0).parts(passed=True) == (Component(function="passed", weight=3.0),)
+    asks = Component(function="passed", timeout=1.0)
+    assert RewardSource(components=(asks,)).parts(passed=True) == (asks,)
+    assert Component(function="r.py:model").label == Component(function="r.py:naïve").label == "function"
+
+
+def test_a_critic_may_start_from_a_model_among_the_components():
+    PPOConfig(critic={"init": "reward"}, reward={"components": [{"model": "m"}]})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"reward\.model is empty"):
+        PPOConfig(critic={"init": "reward"}, reward={"components": [{"url": "http://x"}]})  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxrlhf.config import PPOConfig, SFTConfig
+from jaxrlhf.config import Component, PPOConfig, SFTConfig
 from jaxrlhf.config_file import METHODS, keys, read
 from jaxrlhf.config_text import dump, field_docs, render_new
 from jaxrlhf.errors import ConfigError
@@ -221,3 +221,72 @@ def _misspelt(key: str, distance: int, rng: random.Random) -> str:
         edits += [word[:i] + word[i + 1 : i + 2] + word[i] + word[i + 2 :]] * (i + 1 < len(word))
         parts[which] = rng.choice(edits)
     return ".".join(parts)
+
+
+COMPONENTS = """model: {path: m}
+data: {path: d}
+reward:
+  components:
+    - function: r.py:f
+      weight: 2
+      options: {low: 010, words: [a, 1e-2], deep: {when: on}}
+    - model: judge
+      revision: 1234567
+      template: "{prompt} {response}"
+"""
+
+
+def test_components_of_the_reward_are_a_list_of_sections(write):
+    first, second = read("ppo", write(COMPONENTS)).reward.components
+    assert (first.function, first.weight) == ("r.py:f", 2.0)
+    assert first.options == {"low": 10, "words": ["a", 0.01], "deep": {"when": "on"}}
+    assert (second.model, second.revision, second.template) == ("judge", "1234567", "{prompt} {response}")
+
+
+def test_overrides_reach_into_a_list(write):
+    overrides = [
+        ("reward.components.0.weight", "-1"),
+        ("reward.components.0.options.low", "5"),
+        ("reward.components.1.micro-batch-size", "3"),
+        ("reward.components.2.url", "http://x/y"),
+        ("reward.components.2.on_error", "skip"),
+    ]
+    config = read("ppo", write(COMPONENTS), overrides)
+    first, second, third = config.reward.components
+    assert (first.weight, first.options["low"], first.options["words"]) == (-1, 5, ["a", 0.01])
+    assert (second.micro_batch_size, third.url, third.on_error) == (3, "http://x/y", "skip")
+    assert read("ppo", write(dump(config))) == config
+    fresh = [("reward.components.0.function", "r.py:f"), ("model.path", "m"), ("data.path", "d")]
+    assert read("ppo", None, fresh).reward.components[0].function == "r.py:f"
+
+
+def test_problems_in_a_component_have_their_key_and_their_line(write):
+    text = (
+        COMPONENTS + "      wieght: 1\n    - {url: x, per_token: 1}\n    - human: pick\n      on_error: skip\n    - 3\n"
+    )
+    overrides = [("reward.components.0.tiemout", "1"), ("reward.components.9.weight", "1")]
+    found = problems("ppo", write(text + "  model: j\n"), overrides)
+    expected = [
+        "my.yaml:11: unknown key 'reward.components.1.wieght'; did you mean 'reward.components.1.weight'",
+        "my.yaml:12: reward.components.2.per_token: must be true or false, got 1",
+        "my.yaml:13: reward.components.3: on_error ('skip') has no meaning for a component with human, only with model",
+        "my.yaml:15: reward.components.4: must be a section, a mapping of keys to values, got 3",
+        "override: unknown key 'reward.components.0.tiemout'; did you mean 'reward.components.0.timeout'",
+        "override: reward.components.9.weight: reward.components has 5 elements, numbered from 0",
+    ]
+    assert len(found) == len(expected), found
+    for line, problem in zip(expected, found, strict=True):
+        assert line in problem
+
+
+def test_two_components_of_one_name_are_refused_at_the_reward(write):
+    (found,) = problems("ppo", write(COMPONENTS + "  model: other\n"))
+    assert "my.yaml:3: reward: 2 components of the reward are called 'model'; name each one" in found
+
+
+def test_new_shows_the_keys_of_a_component(write):
+    text = render_new("ppo", PPOConfig)
+    block = text[text.index("  components: []") :].partition("\n\n")[0].splitlines()[1:]
+    element = "\n".join(line.replace("# ", "", 1) for line in block if line.startswith("  # "))
+    shown = yaml.safe_load(f"list:\n{element}")["list"]
+    assert [set(part) for part in shown] == [{field.name for field in dataclasses.fields(Component)}]

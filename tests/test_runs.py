@@ -205,3 +205,27 @@ def test_second_signal_ends_at_once(holder):
     assert holder.poll() is None
     holder.send_signal(signal.SIGTERM)
     assert holder.wait(timeout=10) == 128 + signal.SIGTERM
+
+
+def test_components_of_a_reward_may_be_mended_and_not_exchanged(tmp_path):
+    """After a timeout the message says to raise it; the run must go on with it raised."""
+    part = {"function": "r.py:f", "timeout": 5.0, "options": {"low": 3}}
+
+    def config(*parts):
+        return PPOConfig(run_dir=str(tmp_path / "run"), reward={"components": parts})  # type: ignore[arg-type]
+
+    trained(config(part), "ppo")
+    mended = part | {"timeout": 50.0, "on_error": "value", "error_value": 0.0}
+    with open_run(config(mended), "ppo", fresh=False) as run:
+        assert run.resumed and run.notes == ()
+    other = [part | {"options": {"low": 4}}, part | {"weight": 2.0}]
+    for parts, said in [
+        ((other[0],), "options.low: "),
+        ((other[1],), "weight: "),
+        ((part, {"url": "http://x"}), "list of 2"),
+    ]:
+        with (
+            pytest.raises(StorageError, match=rf"reward\.components.*{said}"),
+            open_run(config(*parts), "ppo", fresh=False),
+        ):
+            pass

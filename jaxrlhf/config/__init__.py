@@ -9,6 +9,7 @@ from jaxrlhf.config.methods import PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.config.ppo import PPO, Alarms, Critic, Reference, Scores, Validation
 from jaxrlhf.config.sections import (
     Checkpoint,
+    Component,
     Data,
     Engine,
     Logging,
@@ -25,6 +26,7 @@ __all__ = [
     "PPO",
     "Alarms",
     "Checkpoint",
+    "Component",
     "Critic",
     "DType",
     "Data",

@@ -73,7 +73,7 @@ class RewardConfig:
 
 @section
 class PPOConfig:
-    """PPO against a reward model, a reward function, or both."""
+    """PPO against any sum of reward models, reward functions, endpoints and people."""
 
     run_dir: str = "runs/ppo"
     seed: Seed = 0
@@ -115,7 +115,7 @@ class PPOConfig:
                 f"ppo.micro_batch_size ({ppo.micro_batch_size}) must divide a mini-batch ({rows} rows, that is "
                 f"ppo.batch_size / ppo.num_mini_batches); {math.gcd(ppo.micro_batch_size, rows)} would"
             )
-        if self.critic.init == "reward" and not self.reward.model:
+        if self.critic.init == "reward" and not any(part.model for part in self.reward.parts()):
             raise ValueError("critic.init is 'reward' but reward.model is empty; give a reward model or use 'policy'")
         _check_ppo(self)
 

@@ -37,12 +37,14 @@ class PairRow:
 @dataclass(frozen=True, slots=True)
 class PromptRow:
     """A prompt to answer. text: what a reward function sees, the prompt as people wrote it, without chat format; of a
-    conversation with several turns a transcript. columns: the whole row. index: its number in the file, from 0."""
+    conversation with several turns a transcript. columns: the whole row. index: its number in the file, from 0.
+    messages: the turns of a prompt that is a conversation."""
 
     tokens: list[int]
     text: str
     columns: dict[str, Any]
     index: int
+    messages: list[dict[str, Any]] | None = field(default=None, repr=False)  # follows from columns: no part of a hash
 
 
 @dataclass
@@ -140,7 +142,8 @@ def _prompt_row(tokens: Tokens, example: Example, rows: Rows, i: int) -> PromptR
             f"data {rows.source}: a column may not be called {taken.pop()!r}, because a reward function has an "
             "argument of that name; rename it with data.columns"
         )
-    return PromptRow(tokens.prompt, _as_written(example.prompt), rows.rows[i], i)
+    turns = None if isinstance(example.prompt, str) else example.prompt
+    return PromptRow(tokens.prompt, _as_written(example.prompt), rows.rows[i], i, turns)
 
 
 def _as_written(prompt: Content) -> str:

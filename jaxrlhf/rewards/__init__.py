@@ -1,1 +1,1 @@
-"""Rewards: functions that people write, reward models, and their weighted sum."""
+"""Rewards: models, functions, servers and people, their weighted sum, and functions to use as they are."""

@@ -1,77 +1,157 @@
-"""Reward functions that people write: loaded by name, called with the columns they ask for, and checked."""
+"""Reward functions that people write: loaded by name, called with the columns they ask for, and checked.
 
+Plain Python, without numpy or jax: a function's worker process imports this and starts in a few hundredths of a second.
+"""
+
+import asyncio
 import importlib
 import importlib.util
 import inspect
-import numbers
 import os
+import queue
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-
-from jaxrlhf.errors import RewardError, quoted
+from jaxrlhf.errors import ConfigError, RewardError
+from jaxrlhf.rewards.answers import Answer, Request, check
 from jaxrlhf.spelling import did_you_mean
+
+T = TypeVar("T")
+OURS = ("prompts", "completions", "tokens")
+"""Arguments that are not columns of the data."""
+
+
+class Signature(NamedTuple):
+    """Which of prompts, completions, tokens and the columns of the data a function asks for."""
+
+    accepts: Collection[str]
+    needs: Collection[str]
+    everything: bool
+    """It takes whatever there is (`**columns`)."""
+
+    def wants(self, name: str) -> bool:
+        return self.everything or name in self.accepts
+
+    def check(self, columns: Collection[str], where: str, *, per_token: bool) -> None:
+        """RewardError if a column that the function cannot do without is not there."""
+        given = {*columns, *(OURS if per_token else OURS[:2])}
+        if missing := set(self.needs) - given:
+            hint = "; for those of the response set per_token: true" if "tokens" in missing else ""
+            raise RewardError(
+                f"{where} needs {', '.join(map(repr, sorted(missing)))}, which the data does not have; "
+                f"it has {', '.join(map(repr, sorted(given)))}{hint}"
+            )
 
 
 class RewardFunction:
-    """A function `reward(prompts, completions, **columns) -> list[float | None]` and how to call it.
+    """A function `reward(prompts, completions, **columns) -> list[float | None]`, async or not, and how to call it.
 
-    It may name as many or as few of prompts, completions and the columns of the data as it needs.
+    It may name as many or as few of prompts, completions and the columns of the data as it needs; `options` are given
+    to it by keyword, before a column of the same name. It runs in this process, so nothing can end it: where there is a
+    `timeout` (seconds), it runs in a thread, and one that is late is reported and left to itself. Raises ConfigError
+    for options that it does not take.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str = "") -> None:
-        self.function = function
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str = "",
+        *,
+        options: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        self.function, self.timeout, self.options = function, timeout, dict(options or {})
         self.name = name or str(getattr(function, "__name__", type(function).__name__))
         try:
             parameters = list(inspect.signature(function).parameters.values())
         except (TypeError, ValueError):  # some builtins have no signature
             parameters = []
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        self._accepts = {p.name for p in parameters if p.kind in named} or {"prompts", "completions"}
-        self._needs = {p.name for p in parameters if p.kind in named and p.default is inspect.Parameter.empty}
-        self._accepts_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        accepts = {p.name for p in parameters if p.kind in named} or {"prompts", "completions"}
+        needs = {p.name for p in parameters if p.kind in named and p.default is inspect.Parameter.empty}
+        everything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        for option in self.options:
+            if option in OURS or (option not in accepts and not everything):
+                free = sorted(accepts - {*OURS})
+                raise ConfigError(
+                    f"reward {self.name} has no option '{option}'{did_you_mean(option, free) if free else ''}"
+                )
+        self.signature = Signature(accepts - {*self.options}, needs - {*self.options}, everything)
 
-    @property
-    def label(self) -> str:
-        """The name as it stands in logs: without path and module."""
-        label = self.name.rpartition(":")[2]
-        return label if label.isidentifier() else "function"
-
-    def __call__(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        columns: Mapping[str, Sequence[Any]],
-        step: int | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(scores f32 [B], unanswered bool [B]); None, "no opinion", scores 0. `columns` hold one value per completion.
-
-        Raises RewardError if the function raises, needs a column that is not there, or returns anything but B finite
-        numbers or Nones.
-        """
-        where = f"reward {self.name}" + (f" (step {step})" if step is not None else "")
-        given = {**columns, "prompts": list(prompts), "completions": list(completions)}
-        if missing := self._needs - given.keys():
-            raise RewardError(
-                f"{where} needs {', '.join(map(repr, sorted(missing)))}, which the data does not have; "
-                f"it has {', '.join(map(repr, sorted(given)))}"
-            )
-        wanted = given if self._accepts_all else {k: v for k, v in given.items() if k in self._accepts}
+    def __call__(self, request: Request) -> Answer:
+        """Raises RewardError if the function raises, is late, needs a column that is not there, or does not return a
+        list with a value for each completion. Values in it that are no rewards are marked in the answer."""
+        where = request.about(self.name)
+        self.signature.check(request.columns, where, per_token=request.tokens is not None)
+        given = {**request.columns, "prompts": list(request.prompts), "completions": list(request.completions)}
+        if request.tokens is not None:
+            given["tokens"] = [list(texts) for texts in request.tokens]
+        arguments = {k: v for k, v in given.items() if self.signature.wants(k)} | self.options
         try:
-            answer = self.function(**wanted)
+            if self.timeout is None:
+                answer = _awaited(self.function(**arguments))
+            else:
+                answer = within(self.timeout, lambda: _awaited(self.function(**arguments)))
+        except Late:
+            raise RewardError(
+                f"{where} has not answered within {self.timeout:g} s. It runs in this process and cannot be ended, so "
+                f"it goes on in a thread; one that is named in the config runs in its own{request.first}"
+            ) from None
         except (Exception, SystemExit) as error:
             place = _place(error, self.function)
-            raise RewardError(f"{where} raised {type(error).__name__}: {error}{place}") from error
-        return _check(answer, completions, where)
+            raise RewardError(f"{where} raised {type(error).__name__}: {error}{place}{request.first}") from error
+        return check(answer, request, self.name)
 
 
-def load(spec: str) -> RewardFunction:
-    """The function that `path.py:name` or `package.module:name` names. Raises RewardError if there is none."""
+class Late(Exception):
+    """What should have ended by now has not."""
+
+
+def within(seconds: float | None, call: Callable[[], T]) -> T:
+    """`call()`, made in a thread of its own. Raises Late after `seconds`; nothing can end the thread."""
+    outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            outcome.put((call(), None))
+        except BaseException as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        value, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise Late from None
+    if error is not None:
+        raise error
+    return value
+
+
+def _awaited(answer: Any) -> Any:
+    """What an async function comes to; any other answer as it is."""
+    if not inspect.isawaitable(answer):
+        return answer
+
+    async def wait() -> Any:
+        return await answer
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait())
+    return within(None, lambda: asyncio.run(wait()))  # a notebook has a loop running in this thread
+
+
+def load(spec: str, **how: Any) -> RewardFunction:
+    """The function that `path.py:name` or `package.module:name` names; `how`: options and timeout of RewardFunction.
+
+    Raises RewardError if there is none.
+    """
     source, _, name = spec.rpartition(":")
     if not source or not name:
         raise RewardError(f"reward function {spec!r}: write it as path.py:name or package.module:name")
@@ -92,7 +172,7 @@ def load(spec: str) -> RewardFunction:
         raise RewardError(f"reward function {spec!r}: {source} has no {name!r}{did_you_mean(name, names)}")
     if not callable(function):
         raise RewardError(f"reward function {spec!r}: {name!r} is a {type(function).__name__}, not a function")
-    return RewardFunction(function, spec)
+    return RewardFunction(function, spec, **how)
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -119,31 +199,3 @@ def _place(error: BaseException, function: Callable[..., Any] | None) -> str:
     own = [f for f in frames if code is not None and f.filename == code.co_filename]
     last = (own or frames or [None])[-1]
     return f" at {last.filename}:{last.lineno}" if last else ""
-
-
-def _check(answer: Any, completions: Sequence[str], where: str) -> tuple[np.ndarray, np.ndarray]:
-    values = answer.tolist() if hasattr(answer, "tolist") else answer
-    if not isinstance(values, list | tuple):
-        raise RewardError(f"{where} returned a {type(answer).__name__}; expected a list of {len(completions)} numbers")
-    if len(values) != len(completions):
-        first = f"; first completion: {quoted(completions[0])}" if completions else ""
-        raise RewardError(f"{where} returned {len(values)} values for {len(completions)} completions{first}")
-    scores, unanswered = np.zeros(len(values), np.float32), np.zeros(len(values), bool)
-    for i, value in enumerate(values):
-        if value is None:
-            unanswered[i] = True
-            continue
-        number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
-        if not isinstance(number, numbers.Real):
-            shown = f"{number!r} ({type(value).__name__}), not a number"
-            raise RewardError(f"{where} returned {shown}, for completion {i}: {quoted(completions[i])}")
-        with np.errstate(over="ignore"):
-            try:
-                scores[i] = np.float32(float(number))
-            except OverflowError:  # an int may not even fit a float64
-                scores[i] = np.inf
-        if not np.isfinite(scores[i]):
-            raise RewardError(
-                f"{where} returned {number}, not a finite float32, for completion {i}: {quoted(completions[i])}"
-            )
-    return scores, unanswered

@@ -1,7 +1,10 @@
 """Scores from a reward model: of a rollout's tokens where it shares the policy's tokenizer, of its text where not."""
 
+import collections
 import functools
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,19 +13,30 @@ from jaxrlhf import runtime, sharding, weights
 from jaxrlhf.config import DType, TokenizerSource
 from jaxrlhf.data.batching import bucket
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
-from jaxrlhf.errors import DataError, RewardError
+from jaxrlhf.errors import DataError, quoted
 from jaxrlhf.logprobs import last_token_scores
-from jaxrlhf.types import Rollout
+from jaxrlhf.models import ModelConfig, forward, scores
+from jaxrlhf.types import Params, Rollout
 
+Turns = list[dict[str, Any]]
+READABLE = 0.9
+"""Least share of the characters of the prompts that must survive a model's tokenizer."""
 _PROBE = "Hello, world!  naïve 1234\n\tdef f(x): return x\n"
 _scores = functools.partial(jax.jit, static_argnames="model")(last_token_scores)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _token_scores(params: Params, model: ModelConfig, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """The score [B, T] after each token."""
+    return scores(params, model, forward(params, model, tokens, mask))
 
 
 class RewardModel:
     """A frozen sequence classifier with one or two labels, in micro-batches of a fixed number of rows.
 
-    With a `mesh`, `micro_batch_size` is rounded up to a multiple of the devices that share rows. Raises DataError if
-    `path` holds a model without a scalar head, or a tokenizer that does not fit the model.
+    With a `mesh`, `micro_batch_size` is rounded up to a multiple of the devices that share rows. The weights are loaded
+    when they are first needed. Scores may be non-finite, if that is what the model says. Raises DataError if `path`
+    holds a model without a scalar head, or a tokenizer that does not fit the model.
     """
 
     def __init__(
@@ -32,10 +46,12 @@ class RewardModel:
         revision: str | None = None,
         dtype: DType = "auto",
         micro_batch_size: int,
+        max_length: int | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ) -> None:
-        resolved = runtime.resolve_dtype(dtype, jax.default_backend())
         self.path, self.mesh = path, mesh
+        self.revision = revision
+        self._dtype: DType = runtime.resolve_dtype(dtype, jax.default_backend())
         described = weights.load_config(path, revision=revision)
         if described.head == "lm":
             raise DataError(
@@ -44,11 +60,38 @@ class RewardModel:
             )
         self.tokenizer = load_tokenizer(weights.resolve(path, revision, weights=False), TokenizerSource())
         check_vocab(self.tokenizer, described.vocab_size)
-        self.model, self.params = weights.load(
-            path, revision=revision, dtype=resolved, compute_dtype=resolved, mesh=mesh
-        )
+        self.limit = min(described.max_positions, max_length or described.max_positions)
         shares = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
         self.rows = -(-micro_batch_size // shares) * shares
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[ModelConfig, Params]:
+        dtype = self._dtype
+        return weights.load(self.path, revision=self.revision, dtype=dtype, compute_dtype=dtype, mesh=self.mesh)
+
+    @property
+    def model(self) -> ModelConfig:
+        return self._loaded[0]
+
+    @property
+    def params(self) -> Params:
+        return self._loaded[1]
+
+    def check_readable(self, texts: Sequence[str]) -> None:
+        """DataError if too many characters of `texts` have no tokens here, so that their scores would mean nothing."""
+        lost: collections.Counter[str] = collections.Counter()
+        total = 0
+        for text in texts:
+            written = _letters(text)
+            total += written.total()
+            lost += written - _letters(self.tokenizer.decode(self.tokenizer.encode(text)))
+        if lost.total() > (1 - READABLE) * total:
+            examples = " ".join(repr(letter) for letter, _ in lost.most_common(5))
+            raise DataError(
+                f"reward model {self.path} cannot read the prompts: its tokenizer has no tokens for {lost.total()} of "
+                f"{total} characters in the first {len(texts)} ({lost.total() / total:.0%}; {examples}; the first: "
+                f"{quoted(texts[0])}). Use a reward model made for this language and script"
+            )
 
     def shares_tokenizer(self, tokenizer: Tokenizer) -> bool:
         """Whether token ids of `tokenizer` mean the same to this model."""
@@ -65,46 +108,88 @@ class RewardModel:
             [t[m].tolist() for t, m in zip(*map(np.asarray, (rollout.tokens, rollout.mask)), strict=True)]
         )
 
+    def score_tokens(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+        """(scores f32 [B, R], truncated bool [B]): the score after each response token, by the rollout's token ids; 0
+        outside the response mask. Tokens that do not fit the context score 0."""
+        tokens, mask, response = (np.asarray(x) for x in (rollout.tokens, rollout.mask, rollout.response_mask))
+        rows = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
+        found, truncated = self._run(rows, _token_scores)
+        answered = np.zeros(response.shape, np.float32)
+        for i, values in enumerate(found):
+            columns = np.flatnonzero(mask[i])[len(rows[i]) - len(values) :] - (mask.shape[1] - response.shape[1])
+            answered[i, columns[columns >= 0]] = values[columns >= 0]
+        return np.where(response, answered, 0), truncated
+
     def score_texts(
-        self, prompts: Sequence[str], completions: Sequence[str], finished: Sequence[bool]
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        finished: Sequence[bool],
+        messages: Sequence[Turns | None] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """(scores f32 [B], truncated bool [B]) of texts in this model's own tokens.
 
-        A model with a chat format reads a user's and an assistant's turn. Another reads prompt and completion as one
-        plain text, with its end token where the completion is `finished`.
+        A model with a chat format reads the prompt's turns (`messages`; failing that, one of a user) and an
+        assistant's. Another reads prompt and completion as one plain text, a conversation as a transcript, with its end
+        token where the completion is `finished`.
         """
         rows = []
-        for prompt, completion, ended in zip(prompts, completions, finished, strict=True):
+        turns = messages or [None] * len(prompts)
+        for prompt, completion, ended, before in zip(prompts, completions, finished, turns, strict=True):
             if self.tokenizer.has_chat:
-                turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-                rows.append(self.tokenizer.render_chat(turns, generation=False))
+                before = before or [{"role": "user", "content": prompt}]
+                answer = {"role": "assistant", "content": completion}
+                rows.append(self.tokenizer.render_chat([*before, answer], generation=False))
             else:
-                text = prompt + completion
+                text = (transcript(before) if before and len(before) > 1 else prompt) + completion
                 rows.append((self.tokenizer.prompt_ids(text) if text else []) + [self.tokenizer.eos_id] * bool(ended))
         return self._score(rows)
 
+    def score_written(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(scores f32 [B], truncated bool [B]) of texts as they stand, control tokens included where `guard` has not
+        marked them as letters. Nothing is added but the token that begins every text, if this tokenizer has one."""
+        assert self.tokenizer.bos_id is not None or not self.tokenizer.adds_bos
+        first = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
+        return self._score([[*first, *ids] for ids in self.tokenizer.encode_all(texts)])  # type: ignore[list-item]
+
     def _score(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of like length are read together. One longer than the context loses its beginning: the response is at
-        its end."""
-        limit = self.model.max_positions
-        truncated = np.array([len(row) > limit for row in rows])
-        rows = [row[-limit:] or [self.tokenizer.eos_id] for row in rows]
+        found, truncated = self._run(rows, _scores)
+        return np.array(found, np.float32), truncated
+
+    def _run(self, rows: list[list[int]], program: Callable[..., Any]) -> tuple[list[Any], np.ndarray]:
+        """(what `program` gives for each row, for rows of many numbers those of its tokens; truncated bool [B]).
+
+        Rows of like length are read together. One longer than the context loses its beginning: the response is at its
+        end.
+        """
+        truncated = np.array([len(row) > self.limit for row in rows])
+        rows = [row[-self.limit :] or [self.tokenizer.eos_id] for row in rows]
         order = np.argsort([len(row) for row in rows], kind="stable")
-        scores = np.empty(len(rows), np.float32)
+        found: list[Any] = [None] * len(rows)
         pending = []
         for start in range(0, len(rows), self.rows):
             chosen = order[start : start + self.rows]
-            width = bucket(len(rows[chosen[-1]]), limit)
+            width = bucket(len(rows[chosen[-1]]), self.limit)
             tokens = np.full((self.rows, width), self.tokenizer.pad_id, np.int32)
             mask = np.zeros((self.rows, width), bool)
             mask[:, 0] = True  # rows that only fill up
             for i, row in enumerate(chosen):
                 tokens[i, : len(rows[row])], mask[i, : len(rows[row])] = rows[row], True
             placed = sharding.put_rows((tokens, mask), self.mesh) if self.mesh else (tokens, mask)
-            pending.append((chosen, _scores(self.params, self.model, *placed)))
-        for chosen, found in pending:  # all slices are under way by now
-            scores[chosen] = np.asarray(found, np.float32)[: len(chosen)]
-        if not np.isfinite(scores).all():
-            bad = int(np.flatnonzero(~np.isfinite(scores))[0])
-            raise RewardError(f"reward model {self.path} gave {scores[bad]} for completion {bad}")
-        return scores, truncated
+            pending.append((chosen, program(self.params, self.model, *placed)))
+        for chosen, answer in pending:  # all slices are under way by now
+            for row, value in zip(chosen, np.asarray(answer, np.float32), strict=False):
+                found[row] = value[: len(rows[row])] if value.ndim else value
+        return found, truncated
+
+
+def transcript(turns: Turns) -> str:
+    """A conversation as plain text, up to where the assistant takes over."""
+    said = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns]
+    return "\n\n".join([*said, "Assistant: "])
+
+
+def _letters(text: str) -> "collections.Counter[str]":
+    """What a tokenizer should keep of a text: some normalise white space, capitals, accents and widths away."""
+    plain = unicodedata.normalize("NFKD", text).casefold()
+    return collections.Counter(c for c in plain if not c.isspace() and not unicodedata.combining(c))

@@ -63,3 +63,16 @@ def read(rollout: Rollout, tokenizer: Tokenizer, stop_strings: Sequence[str]) ->
         ),
         cut,
     )
+
+
+def token_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[list[str]]:
+    """The text that each response token adds, the one that ended it (no text) included. A token that is a part of a
+    character reads as U+FFFD."""
+    tokens, mask, response = jax.device_get((rollout.tokens, rollout.mask, rollout.response_mask))
+    width = tokens.shape[1] - response.shape[1]
+    texts = []
+    for row, real, said in zip(tokens, mask, response, strict=True):
+        ids = [*row[:width][real[:width]].tolist(), *row[width:][said].tolist()]
+        start = len(ids) - int(said.sum())
+        texts.append([tokenizer.decode(ids[i : i + 1], after=ids[:i]) for i in range(start, len(ids))])
+    return texts

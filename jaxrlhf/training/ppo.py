@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,7 +18,7 @@ from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.datasets import PromptRow, columns, prompt_rows, prompts_from_texts
 from jaxrlhf.data.loader import rows_at
 from jaxrlhf.errors import ConfigError, RewardError
-from jaxrlhf.rewards.compose import Scorer
+from jaxrlhf.rewards.compose import Scored, Scorer
 from jaxrlhf.training import loop, setup
 from jaxrlhf.training.alarms import Watch
 from jaxrlhf.training.loop import Metrics
@@ -35,7 +36,8 @@ CALIBRATION = 2**31 - 1  # folded into the run's key in place of an update's num
 class PPOTrainer:
     """Train `config.model` to score well by a reward model, by `reward`, or by both, without leaving its reference far.
 
-    `reward(prompts, completions, **columns) -> list[float | None]` is a function in place of `config.reward.function`.
+    `reward(prompts, completions, **columns) -> list[float | None]` is a function in place of `config.reward.function`;
+    it runs in this process and cannot be killed, as one that the config names can.
     `.train()` runs `config`; `.ppo_step(prompts)` is one update on prompts of your own; `.save_pretrained(directory)`.
     What can be wrong with the config, the data or the models is raised here, before training begins.
     """
@@ -60,21 +62,22 @@ class PPOTrainer:
         prompts = [len(row.tokens) for row in [*self.data.train, *self.data.validation]] if self.data else []
         self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, max(prompts, default=0))
         storage = setup.trained_dtype(config.model)
+        self.scorer = Scorer(config.reward, self.tokenizer, reward, mesh=self.mesh, directory=Path(config.run_dir))
+        if ahead:
+            self._check_reward()
         rollout = self._compile_rollout(setup.shapes_of(self.model, storage, self.mesh)) if ahead else None
         _, policy = setup.load_model(
             config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=init_key, head="lm", storage=storage
         )
-        self.scorer = Scorer(config.reward, self.tokenizer, reward, mesh=self.mesh)
+        self.scorer.load()
         judge = self.scorer.model and (self.scorer.model.model, self.scorer.model.params)
         if config.critic.init == "reward" and not self.scorer.shares_tokenizer:
             raise ConfigError(
                 "critic.init is 'reward' but the reward model reads other tokens than the policy; use 'policy'"
             )
-        if judge and self.scorer.shares_tokenizer and prompts:
-            longest = max(prompts) + config.sampling.response_length
-            setup.check_context(
-                [longest], judge[0], "for the reward model, the longest prompt with its response", LOWER
-            )
+        for reader in self.scorer.readers(config.critic.init == "reward") if prompts else []:
+            what = f"for the reward model {reader.path}, the longest prompt with its response"
+            setup.check_context([max(prompts) + config.sampling.response_length], reader.model, what, LOWER)
         moving = config.reference.sync_every > 0
         kept = "float32" if moving and config.reference.sync_alpha < 1 else self.model.dtype
         kept = kept if config.reference.dtype == "auto" else config.reference.dtype
@@ -132,6 +135,7 @@ class PPOTrainer:
 
     def describe(self) -> str:
         """What `.train()` works with, and the first prompt as the model sees it."""
+        self._check_reward()
         report = self.data.report if self.data else "no data set: prompts come with ppo_step"
         about = setup.describe(self.config, self.model, self.tokenizer, report, self.mesh)
         first = f"\nfirst prompt:\n{self.data.train[0].text}" if self.data else ""
@@ -144,12 +148,14 @@ class PPOTrainer:
             raise ConfigError("data.path is empty: give a file of prompts, or call ppo_step with prompts of your own")
         rows, size, sample_every = self.data.train, config.ppo.batch_size, config.logging.sample_every
         best = config.validation.mode if config.validation.keep_best else None
+        self._check_reward()
         with loop.session(
             config, "ppo", self.total_steps, self.state, self._identities(rows), fresh=self._fresh, best=best
         ) as session:
             session.logger.note(setup.describe(config, self.model, self.tokenizer, self.data.report, self.mesh))
             if not self._begun and (rollout := self._compile_rollout(self.state.template.params["policy"])):
                 self._compile_update(rollout)
+            self.scorer.pause(session.logger.paused)
             done = session.resume(self.state)
             session.watch = Watch(config.alarms, session.records())
             self._calibrate()
@@ -165,23 +171,23 @@ class PPOTrainer:
                 session.stop_if_asked(step, self.state.value)
                 generated = time.monotonic()
                 try:
-                    scores, components = self.scorer.score(
-                        [row.text for row in batch], texts, rollout, columns(batch), step + 1
-                    )
+                    scored = self._score(batch, texts, rollout, step + 1)
                 except RewardError as error:
                     if step > done:
                         session.save(step, self.state.value, block=True)
-                    saved = f"{step} updates are saved; mend the function where it is, and the same command goes on"
+                    saved = f"{step} updates are saved; once that is mended, the same command goes on"
                     raise RewardError(f"{error}\n{saved if step else 'Nothing has been trained yet'}") from error
                 session.stop_if_asked(step, self.state.value)
-                scored = time.monotonic()
-                metrics = self.learn(rollout, scores, step)[1] | rewards(components)
+                ended = time.monotonic()
+                for note in scored.notes:
+                    session.logger.note(note)
+                metrics = self.learn(rollout, scored.scores, step, scored.token_scores)[1] | scored.metrics
                 tokens = int(np.sum(jax.device_get(rollout.response_mask)))
                 metrics |= {
                     "episode": (step + 1) * size,
                     "tokens/identical": 1 - len(set(texts)) / len(texts),
                     "perf/rollout_seconds": generated - started,
-                    "perf/reward_seconds": scored - generated,
+                    "perf/reward_seconds": ended - generated,
                     "perf/response_tokens_per_second": tokens / (generated - started),
                 }
                 results: Metrics = {}
@@ -190,7 +196,7 @@ class PPOTrainer:
                 session.log(step + 1, metrics | results)
                 if sample_every and (step % sample_every == 0 or step + 1 == self.total_steps):
                     session.flush()
-                    session.logger.samples(step + 1, show(batch, texts, scores)[: config.logging.num_samples])
+                    session.logger.samples(step + 1, show(batch, texts, scored.totals)[: config.logging.num_samples])
                 judged = bool(results) and best is not None
                 saved = session.due(step + 1) or judged
                 if saved:
@@ -234,12 +240,14 @@ class PPOTrainer:
         rows = prompts_from_texts(prompts, extra, self.config.data, self.tokenizer)
         self._calibrate()
         rollout, texts = self.generate(rows, step)
-        scores, components = self.scorer.score([row.text for row in rows], texts, rollout, columns(rows))
-        metrics = self.learn(rollout, scores, step)[1] | rewards(components)
+        scored = self._score(rows, texts, rollout)
+        for note in scored.notes:
+            warnings.warn(note, stacklevel=2)
+        metrics = self.learn(rollout, scored.scores, step, scored.token_scores)[1] | scored.metrics
         numbers = {k: float(v) for k, v in jax.device_get(metrics).items()}
         return {
             "generated_texts": texts,
-            "rewards": [float(score) for score in scores],
+            "rewards": [float(score) for score in scored.totals],
             "policy_loss": numbers["loss/policy_avg"],
             "value_loss": numbers["loss/value_avg"],
             **numbers,
@@ -250,11 +258,13 @@ class PPOTrainer:
         key = jax.random.fold_in(jax.random.fold_in(self._key, step), 0)
         return self.sampler.generate(self.params, rows, key)
 
-    def learn(self, rollout: Rollout, scores: np.ndarray, step: int) -> tuple[Experience, Metrics]:
+    def learn(
+        self, rollout: Rollout, scores: np.ndarray, step: int, token_scores: np.ndarray | None = None
+    ) -> tuple[Experience, Metrics]:
         """Annotate a scored rollout and make the update's optimizer steps; moves `state` on from `step`."""
         config, state = self.config, self.state.value
         if config.ppo.replay:
-            rollout = widened(rollout, self._room(), self.tokenizer.pad_id, self.mesh)
+            rollout, token_scores = widened(rollout, token_scores, self._room(), self.tokenizer.pad_id, self.mesh)
         length = config.sampling.response_length
         placed = sharding.put_rows(np.asarray(scores, np.float32), self.mesh)
         if rollout.response_mask.shape[1] == length:  # else it is another program
@@ -265,7 +275,9 @@ class PPOTrainer:
         )
         made = sharding.put_rows(np.asarray(made), self.mesh)
         state = dataclasses.replace(state, score_stats=sharding.put_whole(jax.device_get(stats), self.mesh))
-        experience, before = annotate(state, self.frozen, rollout, made, roles=self.roles)
+        if token_scores is not None:
+            token_scores = sharding.put_rows(np.asarray(token_scores, np.float32), self.mesh)
+        experience, before = annotate(state, self.frozen, rollout, made, token_scores, roles=self.roles)
         key = jax.random.fold_in(jax.random.fold_in(self._key, step), 1)
         self.state.value, after = update(state, self.frozen, experience, key, roles=self.roles)
         rate = after.pop("policy/learning_rate")
@@ -283,9 +295,8 @@ class PPOTrainer:
         if role == "critic":
             model, params = self.roles.critic, whole_critic(self.state.value.params, self.frozen, self.roles)
             if self.config.critic.init == "reward":
-                source = dataclasses.replace(
-                    source, path=self.config.reward.model, revision=self.config.reward.revision
-                )
+                assert self.scorer.model is not None
+                source = dataclasses.replace(source, path=self.scorer.model.path, revision=self.scorer.model.revision)
         return setup.export(
             directory, model, params, dataclasses.replace(self.config, model=source), self.tokenizer,
             method="ppo", step=int(self.state.value.step), results=self._results,
@@ -308,11 +319,11 @@ class PPOTrainer:
 
     def _identities(self, rows: Sequence[PromptRow]) -> dict[str, str]:
         """What a config does not pin down, and a hash of it."""
-        judge = self.scorer.model.params if self.scorer.model else {}
+        judges = [judge.params for judge in self.scorer.models.values()]
         return {
             "prompts": setup.fingerprint(rows),
             "reference": self._identity or setup.params_fingerprint(self.frozen["reference"]),
-            "reward model": setup.params_fingerprint(judge),
+            "reward model": setup.params_fingerprint(judges[0] if len(judges) == 1 else judges or {}),
         }
 
     def _calibrate(self) -> None:
@@ -326,9 +337,17 @@ class PPOTrainer:
         for part in range(-(-config.scores.reference_samples // size)):
             batch = [rows[i] for i in rows_at(part, size, len(rows), config.seed, config.data.shuffle)]
             rollout, texts = self.generate(batch, CALIBRATION - part)
-            scores, _ = self.scorer.score([row.text for row in batch], texts, rollout, columns(batch))
-            stats = stats.add(jnp.asarray(scores))
+            stats = stats.add(jnp.asarray(self._score(batch, texts, rollout).scores))
         self.state.value = dataclasses.replace(state, score_stats=sharding.put_whole(jax.device_get(stats), self.mesh))
+
+    def _score(self, rows: Sequence[PromptRow], texts: list[str], rollout: Rollout, step: int | None = None) -> Scored:
+        asked = [row.text for row in rows], texts, rollout, columns(rows)
+        return self.scorer.score(*asked, step, [row.messages for row in rows])
+
+    def _check_reward(self) -> None:
+        if self.data:
+            rows = self.data.train
+            self.scorer.check([row.text for row in rows], columns(rows), [row.messages for row in rows])
 
     def _compile_rollout(self, policy: Params) -> Future[Rollout] | None:
         """Begin to compile the first rollout; `policy` may be shapes. Returns the shapes of the rollout to come."""
@@ -342,19 +361,17 @@ class PPOTrainer:
         """Begin to compile what learns from a rollout of full length."""
         if self.config.ppo.replay:  # its rollouts have another width
             return
-        scores = sharding.put_rows(np.zeros(self.config.ppo.batch_size, np.float32), self.mesh)
+        size, length = self.config.ppo.batch_size, self.config.sampling.response_length
+        scores = sharding.put_rows(np.zeros(size, np.float32), self.mesh)
+        per_token = (
+            sharding.put_rows(np.zeros((size, length), np.float32), self.mesh) if self.scorer.per_token else None
+        )
         state, frozen, roles, ahead = self.state.template, self.frozen, self.roles, self.sampler.programs
         made = ahead.begin(
-            lambda: programs.outputs(annotate, state, frozen, rollout.result(), scores, roles=roles), annotate
+            lambda: programs.outputs(annotate, state, frozen, rollout.result(), scores, per_token, roles=roles),
+            annotate,
         )
         ahead.begin(lambda: programs.outputs(update, state, frozen, made.result()[0], self._key, roles=roles), update)
-
-
-def rewards(components: dict[str, np.ndarray]) -> Metrics:
-    """Mean and spread of each part of the score."""
-    return {
-        f"rewards/{name}/{k}": f(x) for name, x in components.items() for k, f in (("mean", np.mean), ("std", np.std))
-    }
 
 
 def show(rows: Sequence[PromptRow], texts: Sequence[str], scores: np.ndarray) -> list[dict[str, Any]]:

@@ -41,8 +41,10 @@ def empty_replay(config: PPOConfig, roles: Roles, room: tuple[int, int]) -> Expe
     return sharding.put_whole(jax.tree.map(lambda x: np.array(x), experience), roles.mesh)
 
 
-def widened(rollout: Rollout, room: tuple[int, int], pad_id: int, mesh: jax.sharding.Mesh) -> Rollout:
-    """The rollout with P prompt columns and R response columns, room for all."""
+def widened(
+    rollout: Rollout, token_scores: np.ndarray | None, room: tuple[int, int], pad_id: int, mesh: jax.sharding.Mesh
+) -> tuple[Rollout, np.ndarray | None]:
+    """The rollout with P prompt columns and R response columns, room for all; and the scores of its tokens."""
     (prompt, response), rollout = room, jax.device_get(rollout)
     left = prompt - (rollout.tokens.shape[1] - rollout.response_mask.shape[1])
     right = response - rollout.response_mask.shape[1]
@@ -58,4 +60,5 @@ def widened(rollout: Rollout, room: tuple[int, int], pad_id: int, mesh: jax.shar
         logprobs=grown(rollout.logprobs, 0, 0),
         support=None if rollout.support is None else grown(rollout.support, 0, 0),
     )
-    return sharding.put_rows(made, mesh)
+    scores = None if token_scores is None else grown(token_scores, 0, 0)
+    return sharding.put_rows(made, mesh), scores

@@ -96,13 +96,16 @@ def complete(experience: Experience, measured: Measured, kl_coef: Array, ppo: PP
         token_scores=None,  # they are in the rewards
         weights=weights,
     )
-    metrics = rollout_metrics(scores, logprobs, ref_logprobs, mask, finished, kl_coef, ppo.kl_in)
+    worth = scores
+    if experience.token_scores is not None:
+        worth = scores + jnp.sum(masked.keep(experience.token_scores, mask), axis=1)
+    metrics = rollout_metrics(worth, logprobs, ref_logprobs, mask, finished, kl_coef, ppo.kl_in)
     return done, metrics | about_sampler | {
         "objective/entropy": jnp.mean(jnp.sum(entropy, axis=1)),
         "objective/entropy_per_token": mean(entropy),
         "objective/kl_coef": kl_coef,
         "objective/kl_per_token": mean(logprobs - ref_logprobs),
-        "objective/scores_std": jnp.std(scores),
+        "objective/scores_std": jnp.std(worth),
         "val/advantage_mean": mean(advantages),
         "val/value_mean": mean(values),
         "val/explained_variance": 1 - variance(returns - values) / jnp.maximum(variance(returns), 1e-8),

@@ -169,7 +169,9 @@ class Validator:
 
     def _score(self, scorer: Scorer, prompts: list[str], texts: list[str], rollout: Rollout) -> np.ndarray:
         real = jax.tree.map(lambda x: x[: len(self.rows)], rollout)
-        return scorer.score(prompts, texts, real, columns(self.rows))[0]
+        return scorer.score(
+            prompts, texts, real, columns(self.rows), messages=[row.messages for row in self.rows]
+        ).totals
 
     def _kl(self, state: TrainState, frozen: dict[str, Params], rollout: Rollout) -> Array:
         placed = sharding.put_rows(rollout, self.sampler.mesh)

@@ -5,14 +5,23 @@ import textwrap
 import numpy as np
 import pytest
 
-from jaxrlhf.errors import RewardError
+from jaxrlhf.errors import ConfigError, RewardError
+from jaxrlhf.rewards.answers import Request
 from jaxrlhf.rewards.functions import RewardFunction, load
 
 PROMPTS, COMPLETIONS = ["p", "q", "r"], ["one", "two two", "three"]
 
 
-def call(function, columns=None, step=None):
-    return RewardFunction(function, "my.py:f")(PROMPTS, COMPLETIONS, columns or {}, step)
+def request(columns=None, step=None):
+    return Request(PROMPTS, COMPLETIONS, columns or {}, step=step)
+
+
+def call(function, columns=None, step=None, **how):
+    """The values, once they are all good."""
+    answer = RewardFunction(function, "my.py:f", **how)(request(columns, step))
+    if answer.problem:
+        raise RewardError(answer.problem)
+    return answer.values
 
 
 @pytest.fixture
@@ -31,10 +40,7 @@ def test_a_function_gets_the_columns_it_names_and_no_others():
         seen.update(completions=completions, answer=answer, extra=extra)
         return [len(c) for c in completions]
 
-    scores, unanswered = call(some, {"answer": [1, 2, 3], "other": "xyz"})
-    assert scores.dtype == np.float32
-    assert scores.tolist() == [3, 7, 5]
-    assert not unanswered.any()
+    assert call(some, {"answer": [1, 2, 3], "other": "xyz"}) == [3, 7, 5]
     assert seen == {"completions": COMPLETIONS, "answer": [1, 2, 3], "extra": None}
 
     def everything(**columns):
@@ -57,22 +63,18 @@ def test_a_function_gets_the_columns_it_names_and_no_others():
     ],
 )
 def test_numbers_of_every_kind_are_accepted(answer):
-    scores, unanswered = call(lambda completions: answer)
-    assert scores.tolist() == [1.0, 2.5, 1.0]
-    assert not unanswered.any()
+    assert call(lambda completions: answer) == [1.0, 2.5, 1.0]
 
 
 def test_jax_arrays_are_accepted():
     import jax.numpy as jnp
 
-    assert call(lambda completions: jnp.arange(3.0))[0].tolist() == [0, 1, 2]
-    assert call(lambda completions: list(jnp.arange(3.0)))[0].tolist() == [0, 1, 2]
+    assert call(lambda completions: jnp.arange(3.0)) == [0, 1, 2]
+    assert call(lambda completions: list(jnp.arange(3.0))) == [0, 1, 2]
 
 
-def test_no_opinion_scores_zero_and_is_marked():
-    scores, unanswered = call(lambda completions: [None, 2, None])
-    assert scores.tolist() == [0, 2, 0]
-    assert unanswered.tolist() == [True, False, True]
+def test_no_opinion_is_an_answer():
+    assert call(lambda completions: [None, 2, None]) == [None, 2, None]
 
 
 @pytest.mark.parametrize(
@@ -108,8 +110,10 @@ def test_a_raise_names_the_persons_own_line(write):
             return json.loads(text)
         """
     )
-    with pytest.raises(RewardError, match=r"raised JSONDecodeError: Expecting value: .* at .*mine.py:6$"):
-        load(f"{path}:f")(PROMPTS, COMPLETIONS, {})
+    with pytest.raises(
+        RewardError, match=r"raised JSONDecodeError: Expecting value: .* at .*mine.py:6; first completion: 'one'$"
+    ):
+        load(f"{path}:f")(request())
 
 
 def test_leaving_the_program_is_a_raise_and_ctrl_c_is_not():
@@ -146,10 +150,7 @@ def test_files_can_import_their_neighbours_and_define_dataclasses(write):
         """
     )
     function = load(f"{path}:reward")
-    assert function(PROMPTS, COMPLETIONS, {})[0].tolist() == [4, 4, 4]
-    assert function.label == "reward"
-    assert load("math:fsum").label == "fsum"
-    assert RewardFunction(lambda completions: [0]).label == "function"
+    assert function(request()).values == [4, 4, 4]
 
 
 @pytest.mark.parametrize(
@@ -179,3 +180,68 @@ def test_what_cannot_be_found_is_explained(spec, message):
 def test_a_file_that_does_not_load_is_explained(write, text, message):
     with pytest.raises(RewardError, match=message):
         load(f"{write(text)}:f")
+
+
+def test_async_functions_are_awaited_with_and_without_a_loop():
+    import asyncio
+
+    async def slow(completions):
+        await asyncio.sleep(0.01)
+        return [len(c) for c in completions]
+
+    async def notebook():
+        return call(slow)
+
+    assert call(slow) == [3, 7, 5]
+    assert asyncio.run(notebook()) == [3, 7, 5]
+    assert call(slow, timeout=5) == [3, 7, 5]
+
+
+def test_a_late_function_is_reported_and_left_to_itself():
+    import threading
+
+    done = threading.Event()
+    with pytest.raises(
+        RewardError, match=r"has not answered within 0.1 s. It runs in this process and cannot be ended"
+    ):
+        call(lambda completions: done.wait(20), timeout=0.1)
+    done.set()
+
+    def own(completions):
+        raise TimeoutError("mine")
+
+    with pytest.raises(RewardError, match="raised TimeoutError: mine"):
+        call(own, timeout=5)
+
+
+def test_options_are_given_before_columns_and_must_fit():
+    def some(completions, low, high=3, answer=None):
+        return [low, high, len(answer)]
+
+    assert call(some, {"answer": "abcd", "low": "no"}, options={"low": 1, "high": 2}) == [1, 2, 4]
+    assert call(lambda completions, **rest: [rest["x"]] * 3, options={"x": 2.0}) == [2, 2, 2]
+    with pytest.raises(RewardError, match="needs 'low'"):
+        call(some, options={"high": 2})
+    with pytest.raises(ConfigError, match="reward my.py:f has no option 'hgih'; did you mean 'high'"):
+        call(some, options={"hgih": 1})
+    with pytest.raises(ConfigError, match="has no option 'prompts'"):
+        call(some, options={"prompts": 1})
+
+
+def test_tokens_reach_a_function_that_judges_them():
+    asked = request()._replace(tokens=[["on", "e"], [], ["three"]])
+    answer = RewardFunction(lambda tokens: [[len(t) for t in row] for row in tokens])(asked)
+    assert answer.values == [[2, 1], [], [5]]
+    answer = RewardFunction(lambda tokens: [np.ones(2), None, ["x"]], "f")(asked)
+    assert answer.values == [[1, 1], None, None]
+    assert answer.failed == [2]
+    assert answer.problem == "reward f returned 'x' (str), not a number, for completion 2: 'three'"
+    with pytest.raises(RewardError, match=r"needs 'tokens', .*; for those of the response set per_token: true"):
+        call(lambda tokens: [])
+
+
+def test_bad_values_are_marked_and_the_others_kept():
+    answer = RewardFunction(lambda completions: [1.5, float("nan"), "x"], "f")(request())
+    assert answer.values == [1.5, None, None]
+    assert answer.failed == [1, 2]
+    assert answer.problem == "reward f returned nan, not a finite float32, for completion 1: 'two two'"

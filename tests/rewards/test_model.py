@@ -1,6 +1,7 @@
 """Reward models: scores do not depend on micro-batches, padding or the way the text arrives."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -98,3 +99,47 @@ def test_two_labels_score_the_probability_of_label_one(tiny_model, tmp_path, tal
     scores, _ = RewardModel(str(folder), dtype="float32", micro_batch_size=4).score_texts(*talk)
     assert ((scores > 0) & (scores < 1)).all()
     assert np.ptp(scores) > 0.01
+
+
+def test_a_model_reads_no_more_than_max_length(judge, reward_folder, policy_tokenizer):
+    short = RewardModel(str(reward_folder), dtype="float32", micro_batch_size=2, max_length=5)
+    scores, truncated = short.score_texts(["hello "], ["world"], [False])
+    assert truncated.tolist() == [True]
+    assert scores[0] == pytest.approx(expected(judge, [policy_tokenizer.encode("world")])[0], rel=1e-4)
+    assert RewardModel(str(reward_folder), micro_batch_size=2, max_length=10**6).limit == judge.model.max_positions
+
+
+TURNS = [
+    {"role": "system", "content": "brief"},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yes?"},
+    {"role": "user", "content": "why"},
+]
+
+
+def test_a_conversation_keeps_its_turns(judge, reward_folder, tmp_path, policy_tokenizer):
+    """In a chat format of the model's own, and as a transcript where it has none."""
+    folder = shutil.copytree(reward_folder, tmp_path / "chat")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    )
+    chat = RewardModel(str(folder), dtype="float32", micro_batch_size=2)
+    found, _ = chat.score_texts(["ignored", "bare"], ["so", "so"], [True, True], [TURNS, None])
+    eos = [policy_tokenizer.eos_id]
+
+    def said(*texts: str) -> list[int]:
+        return [token for text in texts for token in policy_tokenizer.encode(text) + eos]
+
+    rows = [
+        said("system: brief", "user: hi", "assistant: yes?", "user: why", "assistant: so"),
+        said("user: bare", "assistant: so"),
+    ]
+    assert len(rows[0]) <= judge.model.max_positions
+    np.testing.assert_allclose(found, expected(judge, rows), rtol=1e-4)
+    found, _ = judge.score_texts(["ignored"], ["so"], [False], [TURNS[1:]])
+    text = "User: hi\n\nAssistant: yes?\n\nUser: why\n\nAssistant: so"
+    assert text == model.transcript(TURNS[1:]) + "so"
+    np.testing.assert_allclose(found, expected(judge, [policy_tokenizer.encode(text)]), rtol=1e-4)
+    alone, _ = judge.score_texts(["why"], ["so"], [False], [TURNS[1:2]])
+    plain, _ = judge.score_texts(["why"], ["so"], [False])
+    assert alone == plain, "a single user turn is the prompt itself"

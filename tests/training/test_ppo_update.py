@@ -71,6 +71,26 @@ def test_score_lands_on_the_last_real_token_and_nowhere_else():
     np.testing.assert_allclose(experience.rewards, expected, atol=1e-6)
 
 
+def test_rewards_of_single_tokens_land_on_their_tokens():
+    """Beside the score, in the objective too, and the same on the short way of an update of one step."""
+    token_scores = jnp.asarray(np.random.default_rng(0).normal(size=(B, R)), jnp.float32)
+    options = {"kl_coef": 0.0, "num_ppo_epochs": 1, "num_mini_batches": 1}
+    plain, whole = case(micro_batch_size=B // 2, **options), case(micro_batch_size=B // 2, **options)
+    whole.token_scores = token_scores
+    _, without, _ = plain.run()
+    long, experience, metrics = whole.run()
+    mask = np.asarray(whole.rollout.response_mask)
+    assert not mask.all()
+    np.testing.assert_allclose(experience.rewards, without.rewards + np.where(mask, token_scores, 0), atol=1e-6)
+    total = np.asarray(whole.scores) + np.where(mask, token_scores, 0).sum(1)
+    np.testing.assert_allclose(metrics["objective/scores"], total.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["objective/rlhf_reward"], total.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["objective/scores_std"], total.std(), rtol=1e-5)
+    short = case(**options)
+    short.token_scores = token_scores
+    close(short.run()[0].params, long.params, atol=2e-5)
+
+
 def test_fractional_scores_survive():
     problem = case(kl_coef=0.0)  # Tunix 0.1.7 truncates them to integers
     _, experience, _ = problem.run()

@@ -301,7 +301,7 @@ def test_a_bad_reward_stops_the_run_and_loses_nothing(ppo, tmp_path, answer, sai
 
     options = ppo | {"checkpoint": config.Checkpoint(save_every=50)}
     settings = config.PPOConfig(run_dir=str(tmp_path / "run"), **options)
-    with pytest.raises(RewardError, match=rf"(?s){said}.*3 updates are saved; mend the function"):
+    with pytest.raises(RewardError, match=rf"(?s){said}.*3 updates are saved; once that is mended"):
         PPOTrainer(settings, reward=reward).train()
     before = records(tmp_path / "run")
     assert [record["step"] for record in before] == [1, 2, 3]
@@ -337,3 +337,64 @@ def test_a_chat_format_that_is_added_travels_into_the_export(supervised, tiny_mo
         "model": config.ModelSource(path=str(tmp_path / "run")), "data": options["data"]}))  # fmt: skip
     assert again.model.vocab_size == old + 2 and again.tokenizer.added == 0
     assert again.data.train == trainer.data.train and again.tokenizer.stop_ids == trainer.tokenizer.stop_ids
+
+
+FUNCTIONS = """
+def picky(completions): return [float("nan") if len(c) % 3 == 0 else 0.25 for c in completions]
+def letters(tokens): return [[float("e" in text) for text in row] for row in tokens]
+def matches(completions, word): return [float(w[0] in c) for c, w in zip(completions, word)]
+"""
+
+
+def test_a_run_with_components_of_every_trade(ppo, supervised, tmp_path):
+    """Workers, one that fails on some answers, rewards of single tokens, a model: the parts add up in the objective."""
+    RewardTrainer(config.RewardConfig(run_dir=str(tmp_path / "rm"), **supervised)).train()
+    (tmp_path / "mine.py").write_text(FUNCTIONS)
+    mine = str(tmp_path / "mine.py")
+    parts = [
+        {"function": f"{mine}:picky", "weight": 2.0, "on_error": "value", "error_value": -1.0},
+        {"function": f"{mine}:letters", "weight": 0.5, "per_token": True},
+        {"function": f"{mine}:matches", "weight": 3.0},
+        {"model": str(tmp_path / "rm"), "weight": 0.1, "template": "{prompt}{response}</s>", "name": "judge"},
+        {"model": str(tmp_path / "rm"), "weight": -0.3, "per_token": True, "name": "steps"},
+    ]
+    settings = config.PPOConfig(run_dir=str(tmp_path / "run"), reward={"components": parts}, **ppo)  # type: ignore[arg-type]
+    PPOTrainer(settings, ahead=True).train()
+    lines = records(tmp_path / "run")
+    assert len(lines) == 4
+    weights = {"picky": 2.0, "letters": 0.5, "matches": 3.0, "judge": 0.1, "steps": -0.3}
+    for line in lines:
+        total = sum(weight * line[f"rewards/{name}/mean"] for name, weight in weights.items())
+        assert line["objective/scores"] == pytest.approx(total, rel=1e-4, abs=1e-5)
+        assert {f"rewards/{name}/{key}" for name in weights for key in ("std", "errors", "length_correlation")} <= set(
+            line
+        )
+    assert sum(line["rewards/picky/errors"] for line in lines) > 0
+    assert sum(line["rewards/letters/mean"] for line in lines) > 0
+    again = config.replace(settings, run_dir=str(tmp_path / "again"))
+    PPOTrainer(again).train()
+    timeless = [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+    assert timeless == [
+        {k: v for k, v in line.items() if not k.startswith("perf/")} for line in records(tmp_path / "again")
+    ]
+
+
+def test_what_cannot_be_scored_is_refused_before_training(ppo, tmp_path):
+    (tmp_path / "mine.py").write_text(FUNCTIONS + "def needs(completions, answer): pass")
+    for part, error, message in [
+        ({"function": f"{tmp_path}/mine.py:needs"}, RewardError, "needs 'answer', which the data does not have"),
+        (
+            {"function": f"{tmp_path}/mine.py:picky", "template": "{answer}"},
+            ConfigError,
+            "there is no 'answer'; the fields",
+        ),
+    ]:
+        settings = config.PPOConfig(run_dir=str(tmp_path / "run"), reward={"components": [part]}, **ppo)  # type: ignore[arg-type]
+        for refused in (
+            lambda c: PPOTrainer(c, ahead=True),
+            lambda c: PPOTrainer(c).train(),
+            lambda c: PPOTrainer(c).describe(),
+        ):
+            with pytest.raises(error, match=message):
+                refused(settings)
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -1,0 +1,45 @@
+"""docs/rewards.md: its YAML is read, its functions exist and take the options that it shows."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from jaxrlhf.config import RewardSource
+from jaxrlhf.config_file import read
+from jaxrlhf.rewards.functions import load
+
+PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.M | re.S)
+ROWS = re.findall(r"^\| `(jaxrlhf\.rewards\.\S+)` \| (.*?) \|", PAGE, re.M)
+NEEDED = {"length_band": {"low": 1, "high": 2}, "matches": {"pattern": "x"}}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_block_is_a_config(block, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text(block)
+    source: RewardSource = read("ppo", file, partial=True).reward
+    assert source.parts()
+    for part in source.parts():
+        if part.function.startswith("jaxrlhf."):
+            load(part.function, options=part.options)
+
+
+@pytest.mark.parametrize(("spec", "options"), ROWS)
+def test_every_function_takes_its_options_and_answers(spec, options):
+    names = re.findall(r"`(\w+)(?:: [^`]*)?`", options)
+    function = load(spec, options=dict.fromkeys(names))
+    given = NEEDED.get(spec.partition(":")[2], {})
+    columns = {"answer": ["2"] * 2} if "match:" in spec else {}
+    answer = (
+        function.function(prompts=["why?"] * 2, completions=["2", ""], **given, **columns)
+        if ("strict" in spec or "language" in spec)
+        else function.function(completions=["2", ""], **given, **columns)
+    )
+    assert len(answer) == 2
+
+
+def test_there_is_something_to_check():
+    assert len(BLOCKS) >= 3
+    assert len(ROWS) == 9
