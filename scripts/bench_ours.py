@@ -38,7 +38,7 @@ from jaxrlhf.models import forward  # noqa: E402
 from jaxrlhf.rollout.decode import generate  # noqa: E402
 from jaxrlhf.rollout.engine import answer  # noqa: E402
 from jaxrlhf.rollout.inference_copy import inference_copy  # noqa: E402
-from jaxrlhf.training import ppo, reward, setup, sft  # noqa: E402
+from jaxrlhf.training import ppo, ppo_learner, reward, setup, sft  # noqa: E402
 from jaxrlhf.training.optim import make_optimizer  # noqa: E402
 from jaxrlhf.types import Batch, Pairs, Prompts, Rollout  # noqa: E402
 
@@ -275,7 +275,7 @@ def iteration(job: Job, name: str) -> Repeat:
 
     trainer.ppo_step(prompts)  # compiles, and must meet the jitted functions themselves
     clocked(trainer, "generate")
-    clocked(ppo, "update")
+    clocked(ppo_learner, "update")
 
     def repeat() -> dict[str, Any]:
         seconds, _ = timed(lambda: trainer.ppo_step(prompts))

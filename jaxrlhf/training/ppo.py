@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import programs, sharding, weights
-from jaxrlhf.algorithms.scores import no_stats, shaped
+from jaxrlhf import sharding, weights
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.datasets import PromptRow, columns, prompt_rows, prompts_from_texts
 from jaxrlhf.data.loader import rows_at
@@ -22,11 +21,9 @@ from jaxrlhf.rewards.compose import Scored, Scorer
 from jaxrlhf.training import loop, setup
 from jaxrlhf.training.alarms import Watch
 from jaxrlhf.training.loop import Metrics
-from jaxrlhf.training.optim import make_optimizer
-from jaxrlhf.training.ppo_replay import empty_replay, widened
-from jaxrlhf.training.ppo_roles import Roles, make_critic, trunk_kind, whole_critic
+from jaxrlhf.training.ppo_learner import Learner
+from jaxrlhf.training.ppo_roles import whole_critic
 from jaxrlhf.training.ppo_rollout import LOWER, Sampler
-from jaxrlhf.training.ppo_update import annotate, update
 from jaxrlhf.training.validation import Validator
 from jaxrlhf.types import Experience, Params, Rollout
 
@@ -51,7 +48,6 @@ class PPOTrainer:
         ahead: bool = False,
     ) -> None:
         self.config, self._fresh = config, fresh
-        ppo = config.ppo
         if config.sampling.greedy:
             raise ConfigError("sampling.greedy is true: PPO learns from samples; leave it false")
         self.mesh = sharding.make_mesh(config.mesh)
@@ -78,51 +74,12 @@ class PPOTrainer:
         for reader in self.scorer.readers(config.critic.init == "reward") if prompts else []:
             what = f"for the reward model {reader.path}, the longest prompt with its response"
             setup.check_context([max(prompts) + config.sampling.response_length], reader.model, what, LOWER)
-        moving = config.reference.sync_every > 0
-        kept = "float32" if moving and config.reference.sync_alpha < 1 else self.model.dtype
-        kept = kept if config.reference.dtype == "auto" else config.reference.dtype
-        reference = setup.copy(policy, kept, self.mesh)
-        critic_model, critic, trunk = make_critic(config, self.model, policy, reference, judge, self.mesh, critic_key)
-        self._identity = setup.params_fingerprint(reference) if moving else ""
-        self.frozen = {"reference": {} if moving else reference, "critic": trunk}
         self.total_steps = self._updates()
-        steps = self.total_steps * ppo.num_ppo_epochs * ppo.num_mini_batches * (1 + ppo.replay)
-        rate = config.optim.learning_rate
-        own = config.critic.max_grad_norm or config.optim.max_grad_norm
-        self._optimizers = {
-            "policy": make_optimizer(config.optim, rate, steps),
-            "critic": make_optimizer(
-                dataclasses.replace(config.optim, max_grad_norm=own), config.critic.learning_rate or rate, steps
-            ),
-        }
-        self.roles = Roles(
-            policy=self.model,
-            critic=critic_model,
-            optimizers=tuple(self._optimizers.items()),
-            ppo=ppo,
-            temperature=config.sampling.temperature,
-            trunk=trunk_kind(config),
-            mesh=self.mesh,
-            warmup_updates=config.critic.warmup_updates,
-            sync_every=config.reference.sync_every,
-            sync_alpha=config.reference.sync_alpha,
-        )
-        sharding.check_rows(self.roles.micro_rows(ppo.batch_size), self.mesh, "ppo.micro_batch_size, or a mini-batch,")
-        sharding.check_rows(
-            self.roles.annotation_rows(ppo.batch_size), self.mesh, "ppo.local_rollout_forward_batch_size"
-        )
-        self.state = setup.State(
-            {"policy": policy, "critic": critic},
-            self._optimizers,
-            self.mesh,
-            ppo.kl_coef,
-            score_stats=sharding.put_whole(no_stats(), self.mesh),
-            reference=reference if moving else None,
-            replay=empty_replay(config, self.roles, self._room()) if ppo.replay else None,
-        )
+        self.learner = Learner(config, self.sampler, policy, judge, self.total_steps, critic_key)
+        self.state, self.frozen, self.roles = self.learner.state, self.learner.frozen, self.learner.roles
         self.sampler.check_memory()
         if rollout:
-            self._compile_update(rollout)
+            self.learner.compile(rollout, self._key, per_token=self.scorer.per_token)
         self._begun = ahead
         self._results: dict[str, float] = {}
         held_out = self.data.validation if self.data else []
@@ -154,7 +111,7 @@ class PPOTrainer:
         ) as session:
             session.logger.note(setup.describe(config, self.model, self.tokenizer, self.data.report, self.mesh))
             if not self._begun and (rollout := self._compile_rollout(self.state.template.params["policy"])):
-                self._compile_update(rollout)
+                self.learner.compile(rollout, self._key, per_token=self.scorer.per_token)
             self.scorer.pause(session.logger.paused)
             done = session.resume(self.state)
             session.watch = Watch(config.alarms, session.records())
@@ -262,26 +219,8 @@ class PPOTrainer:
         self, rollout: Rollout, scores: np.ndarray, step: int, token_scores: np.ndarray | None = None
     ) -> tuple[Experience, Metrics]:
         """Annotate a scored rollout and make the update's optimizer steps; moves `state` on from `step`."""
-        config, state = self.config, self.state.value
-        if config.ppo.replay:
-            rollout, token_scores = widened(rollout, token_scores, self._room(), self.tokenizer.pad_id, self.mesh)
-        length = config.sampling.response_length
-        placed = sharding.put_rows(np.asarray(scores, np.float32), self.mesh)
-        if rollout.response_mask.shape[1] == length:  # else it is another program
-            self.sampler.programs.wait(annotate)
-            self.sampler.programs.wait(update)
-        made, stats = shaped(
-            placed, rollout.response_mask, rollout.finished, state.score_stats, config=config.scores, longest=length
-        )
-        made = sharding.put_rows(np.asarray(made), self.mesh)
-        state = dataclasses.replace(state, score_stats=sharding.put_whole(jax.device_get(stats), self.mesh))
-        if token_scores is not None:
-            token_scores = sharding.put_rows(np.asarray(token_scores, np.float32), self.mesh)
-        experience, before = annotate(state, self.frozen, rollout, made, token_scores, roles=self.roles)
         key = jax.random.fold_in(jax.random.fold_in(self._key, step), 1)
-        self.state.value, after = update(state, self.frozen, experience, key, roles=self.roles)
-        rate = after.pop("policy/learning_rate")
-        return experience, before | after | {"learning_rate": rate, "objective/raw_scores": float(np.mean(scores))}
+        return self.learner.learn(rollout, scores, token_scores, key)
 
     def restore(self) -> int:
         """Take up the newest checkpoint of the run directory without training on (the best if that is kept); returns
@@ -311,18 +250,12 @@ class PPOTrainer:
             raise ConfigError("ppo.num_train_epochs counts passes over data.path, which is empty; use total_episodes")
         return max(1, -(-round(ppo.num_train_epochs * len(self.data.train)) // ppo.batch_size))
 
-    def _room(self) -> tuple[int, int]:
-        """(P, R) of every experience that is kept for replay."""
-        if not self.sampler.columns:
-            raise ConfigError("ppo.replay keeps rollouts in arrays as wide as the prompts of data.path, which is empty")
-        return self.sampler.columns, self.config.sampling.response_length
-
     def _identities(self, rows: Sequence[PromptRow]) -> dict[str, str]:
         """What a config does not pin down, and a hash of it."""
         judges = [judge.params for judge in self.scorer.models.values()]
         return {
             "prompts": setup.fingerprint(rows),
-            "reference": self._identity or setup.params_fingerprint(self.frozen["reference"]),
+            "reference": self.learner.identity or setup.params_fingerprint(self.frozen["reference"]),
             "reward model": setup.params_fingerprint(judges[0] if len(judges) == 1 else judges or {}),
         }
 
@@ -356,22 +289,6 @@ class PPOTrainer:
         size, rows = self.config.ppo.batch_size, self.data.train
         first = [rows[i] for i in rows_at(0, size, len(rows), self.config.seed, self.config.data.shuffle)]
         return self.sampler.compile(policy, first, self._key)
-
-    def _compile_update(self, rollout: Future[Rollout]) -> None:
-        """Begin to compile what learns from a rollout of full length."""
-        if self.config.ppo.replay:  # its rollouts have another width
-            return
-        size, length = self.config.ppo.batch_size, self.config.sampling.response_length
-        scores = sharding.put_rows(np.zeros(size, np.float32), self.mesh)
-        per_token = (
-            sharding.put_rows(np.zeros((size, length), np.float32), self.mesh) if self.scorer.per_token else None
-        )
-        state, frozen, roles, ahead = self.state.template, self.frozen, self.roles, self.sampler.programs
-        made = ahead.begin(
-            lambda: programs.outputs(annotate, state, frozen, rollout.result(), scores, per_token, roles=roles),
-            annotate,
-        )
-        ahead.begin(lambda: programs.outputs(update, state, frozen, made.result()[0], self._key, roles=roles), update)
 
 
 def show(rows: Sequence[PromptRow], texts: Sequence[str], scores: np.ndarray) -> list[dict[str, Any]]:

@@ -1,0 +1,131 @@
+"""The learning half of PPO: policy, critic, reference and their optimizers, and the update that moves them."""
+
+import dataclasses
+from concurrent.futures import Future
+
+import jax
+import numpy as np
+from jax import Array
+
+from jaxrlhf import programs, sharding
+from jaxrlhf.algorithms.scores import no_stats, shaped
+from jaxrlhf.config import PPOConfig
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.models import ModelConfig
+from jaxrlhf.training import setup
+from jaxrlhf.training.optim import make_optimizer
+from jaxrlhf.training.ppo_replay import empty_replay, widened
+from jaxrlhf.training.ppo_roles import Roles, make_critic, trunk_kind
+from jaxrlhf.training.ppo_rollout import Sampler
+from jaxrlhf.training.ppo_update import annotate, update
+from jaxrlhf.training.step import Metrics
+from jaxrlhf.types import Experience, Params, Rollout
+
+
+class Learner:
+    """Learns from the scored rollouts of `sampler` for `updates` updates, starting from `policy`, which it takes over.
+
+    `judge` is the reward model, if there is one that a critic could start from. Raises ConfigError for what the config
+    asks of models or devices that they cannot do.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        sampler: Sampler,
+        policy: Params,
+        judge: tuple[ModelConfig, Params] | None,
+        updates: int,
+        key: Array,
+    ) -> None:
+        self.config, self.sampler, self.mesh = config, sampler, sampler.mesh
+        ppo, model = config.ppo, sampler.model
+        self.moving = config.reference.sync_every > 0
+        kept = "float32" if self.moving and config.reference.sync_alpha < 1 else model.dtype
+        kept = kept if config.reference.dtype == "auto" else config.reference.dtype
+        reference = setup.copy(policy, kept, self.mesh)
+        critic_model, critic, trunk = make_critic(config, model, policy, reference, judge, self.mesh, key)
+        self.frozen = {"reference": {} if self.moving else reference, "critic": trunk}
+        self.identity = setup.params_fingerprint(reference) if self.moving else ""
+        steps = updates * ppo.num_ppo_epochs * ppo.num_mini_batches * (1 + ppo.replay)
+        rate = config.optim.learning_rate
+        own = config.critic.max_grad_norm or config.optim.max_grad_norm
+        optimizers = {
+            "policy": make_optimizer(config.optim, rate, steps),
+            "critic": make_optimizer(
+                dataclasses.replace(config.optim, max_grad_norm=own), config.critic.learning_rate or rate, steps
+            ),
+        }
+        self.roles = Roles(
+            policy=model,
+            critic=critic_model,
+            optimizers=tuple(optimizers.items()),
+            ppo=ppo,
+            temperature=config.sampling.temperature,
+            trunk=trunk_kind(config),
+            mesh=self.mesh,
+            warmup_updates=config.critic.warmup_updates,
+            sync_every=config.reference.sync_every,
+            sync_alpha=config.reference.sync_alpha,
+        )
+        sharding.check_rows(self.roles.micro_rows(ppo.batch_size), self.mesh, "ppo.micro_batch_size, or a mini-batch,")
+        sharding.check_rows(
+            self.roles.annotation_rows(ppo.batch_size), self.mesh, "ppo.local_rollout_forward_batch_size"
+        )
+        self.state = setup.State(
+            {"policy": policy, "critic": critic},
+            optimizers,
+            self.mesh,
+            ppo.kl_coef,
+            score_stats=sharding.put_whole(no_stats(), self.mesh),
+            reference=reference if self.moving else None,
+            replay=empty_replay(config, self.roles, self._room()) if ppo.replay else None,
+        )
+
+    def learn(
+        self, rollout: Rollout, scores: np.ndarray, token_scores: np.ndarray | None, key: Array
+    ) -> tuple[Experience, Metrics]:
+        """Shape the scores, annotate the rollout, and make the update's optimizer steps; moves `state` on."""
+        config, state, ahead = self.config, self.state.value, self.sampler.programs
+        if config.ppo.replay:
+            pad = self.sampler.tokenizer.pad_id
+            rollout, token_scores = widened(rollout, token_scores, self._room(), pad, self.mesh)
+        length = config.sampling.response_length
+        if rollout.response_mask.shape[1] == length:  # else it is another program
+            ahead.wait(annotate)
+            ahead.wait(update)
+        placed, stats = shaped(
+            sharding.put_rows(np.asarray(scores, np.float32), self.mesh),
+            rollout.response_mask,
+            rollout.finished,
+            state.score_stats,
+            config=config.scores,
+            longest=length,
+        )
+        placed = sharding.put_rows(np.asarray(placed), self.mesh)
+        state = dataclasses.replace(state, score_stats=sharding.put_whole(jax.device_get(stats), self.mesh))
+        if token_scores is not None:
+            token_scores = sharding.put_rows(np.asarray(token_scores, np.float32), self.mesh)
+        experience, before = annotate(state, self.frozen, rollout, placed, token_scores, roles=self.roles)
+        self.state.value, after = update(state, self.frozen, experience, key, roles=self.roles)
+        rate = after.pop("policy/learning_rate")
+        return experience, before | after | {"learning_rate": rate, "objective/raw_scores": float(np.mean(scores))}
+
+    def compile(self, rollout: Future[Rollout], key: Array, *, per_token: bool) -> None:
+        """Begin to compile what learns from a rollout of full length, with rewards of single tokens or without."""
+        if self.config.ppo.replay:  # its rollouts have another width
+            return
+        size, length = self.config.ppo.batch_size, self.config.sampling.response_length
+        scores = sharding.put_rows(np.zeros(size, np.float32), self.mesh)
+        more = sharding.put_rows(np.zeros((size, length), np.float32), self.mesh) if per_token else None
+        state, frozen, roles, ahead = self.state.template, self.frozen, self.roles, self.sampler.programs
+        made = ahead.begin(
+            lambda: programs.outputs(annotate, state, frozen, rollout.result(), scores, more, roles=roles), annotate
+        )
+        ahead.begin(lambda: programs.outputs(update, state, frozen, made.result()[0], key, roles=roles), update)
+
+    def _room(self) -> tuple[int, int]:
+        """(P, R) of every experience that is kept for replay."""
+        if not self.sampler.columns:
+            raise ConfigError("ppo.replay keeps rollouts in arrays as wide as the prompts of data.path, which is empty")
+        return self.sampler.columns, self.config.sampling.response_length
