@@ -27,7 +27,7 @@ ROWS, TOKENS, FIRST = 4, 16, 64  # prompts, most tokens of a response, rows of t
 PROMPTS = ("the cat sat on the", "once upon a time there was", "one, two, three,", "it is a fine day, and")
 TURNS = ({"role": "user", "content": "one"}, {"role": "assistant", "content": "two"})
 SAMPLED, RATIO, CHANGE = 1e-3, 1e-5, 1e-3  # bounds: sampled log-probs, first log ratio, relative difference of updates
-BYTES = 24  # for each parameter that trains: itself, its gradient, two moments, the reference or a copy, the change
+BYTES = 36  # for each parameter that trains: itself, gradient, moments, reference, changes and what is in passing
 Outcome = tuple[bool | None, str]  # passed, or None for "not done"; what was found
 Check = tuple[str, Callable[[], Outcome]]
 
