@@ -120,10 +120,14 @@ def _demo(options: Options, overrides: Overrides) -> None:
 
 
 def _doctor(options: Options, overrides: Overrides) -> int:
+    if overrides and not options.model:
+        raise ConfigError(f"doctor: --{overrides[0][0]} is about a run; give its MODEL first")
+    given = [*overrides, *([("model.path", options.model)] if options.model else [])]
+    config = config_file.read("ppo", _config_path(options.config), given, partial=True)
     runtime.configure()
     from jaxrlhf import doctor
 
-    return 0 if doctor.examine(options.model) else 1
+    return 0 if doctor.examine(config) else 1
 
 
 def _new(options: Options, overrides: Overrides) -> None:
@@ -250,8 +254,13 @@ COMMANDS: dict[str, Command] = {
     ),
     "doctor": Command(
         _doctor,
-        "check this computer and, if given, a model; exit code 1 if a check fails",
-        {"model": {"nargs": "?", **_MODEL}},
+        "check this computer and, if given, a model: its files, decoding, and a small PPO update in memory; with a PPO "
+        "config also that config's data, reward and sampling; exit code 1 if a check fails",
+        {
+            "model": {"nargs": "?", **_MODEL},
+            "config": {"nargs": "?", "metavar": "CONFIG.yaml", "help": "a PPO config: a file, or the name of a preset"},
+        },
+        overrides=True,
     ),
     "new": Command(
         _new, "print a commented config file", {"method": {"choices": list(config_file.METHODS), "metavar": "METHOD"}}

@@ -1,4 +1,5 @@
-"""Is everything here as it should be: this computer, a model, a data file. Prints what it finds; needs no torch."""
+"""Is everything here as it should be: this computer, a model, a data file. Prints what it finds; needs no torch. What
+PPO does with the model is checked in doctor_ppo.py."""
 
 import itertools
 import os
@@ -15,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import runtime, weights
-from jaxrlhf.config import SFTConfig, TokenizerSource
+from jaxrlhf.config import PPOConfig, SFTConfig
 from jaxrlhf.data import datasets, formats, sources
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from jaxrlhf.doctor_ppo import Outcome, Trial
 from jaxrlhf.errors import DataError, JaxrlhfError, quoted
 from jaxrlhf.logprobs import token_logprobs
 from jaxrlhf.models import ModelConfig, empty_cache, forward, forward_cached, unstack
@@ -27,17 +29,17 @@ from jaxrlhf.weights import safetensors
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy", "safetensors")
 TOLERANCE = 1e-3  # relative, of float32 hidden states computed in two ways
 EXPORT_LIMIT = 8 * 2**30  # bytes; a larger model is not written to disk for a check
-Outcome = tuple[bool | None, str]  # passed, or None for "not done"; what was found
 
 
-def examine(path: str | None) -> bool:
-    """Print the state of this computer and of the model at `path`; whether every check passed (if not: exit code 1)."""
+def examine(config: PPOConfig) -> bool:
+    """Print the state of this computer and, if `config` names one, of its model and of PPO with it; whether every check
+    passed (if not: exit code 1)."""
     for line in computer():
         print(line)
-    if path is None:
+    if not config.model.path:
         return True
     print()
-    return examine_model(path)
+    return examine_model(config)
 
 
 def computer() -> list[str]:
@@ -70,42 +72,52 @@ def computer() -> list[str]:
     return lines
 
 
-def examine_model(path: str) -> bool:
-    """Load a model in float32, print what it is, and run checks that need nothing but itself; whether all passed."""
-    folder = weights.resolve(path)
-    model, params = weights.load(path, dtype="float32", compute_dtype="float32")
+def examine_model(config: PPOConfig) -> bool:
+    """Load the model in float32, print what it is, and run checks that need nothing but itself, then those of PPO with
+    what else `config` says; whether all passed."""
+    path, revision = config.model.path, config.model.revision
+    folder = weights.resolve(path, revision)
+    model, params = weights.load(path, revision=revision, dtype="float32", compute_dtype="float32")
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"model {path}: {model.family}, {size:,} parameters, head {model.head}, context {model.max_positions}")
-    tokenizer = _try("tokenizer", lambda: _tokenizer(folder, model))
-    results = [tokenizer]
+    results = [_try("tokenizer", lambda: _tokenizer(config, model))]
     tokens, mask = _sample(model)
     if model.head == "lm":
         results.append(_try("decode equals forward", lambda: decode_equals_forward(params, model, tokens, mask)))
         results.append(_try("KL of a copy is zero", lambda: copy_has_no_divergence(params, model, tokens, mask)))
     results.append(_try("padding changes nothing", lambda: padding_is_invisible(params, model, tokens, mask)))
     results.append(_try("load and export", lambda: export_is_identical(folder)))
+    del params  # PPO's checks take the room of several models
+    if model.head != "lm" or not results[0]:
+        _try("PPO", lambda: (None, "needs a language model" if results[0] else "needs a tokenizer that fits the model"))
+    else:
+        results += [_try(*check) for check in Trial(config).checks()]
     return all(passed is not False for passed in results)
 
 
 def _try(name: str, check: Callable[[], Outcome]) -> bool | None:
-    """Run a check and print its line."""
+    """Run a check and print its lines."""
     try:
         passed, found = check()
     except JaxrlhfError as error:
         passed, found = False, str(error)
-    print(f"{ {True: 'ok', False: 'FAIL', None: 'skip'}[passed]:<5} {name}: {found}")
+    first, *more = found.splitlines()
+    print(f"{ {True: 'ok', False: 'FAIL', None: 'skip'}[passed]:<5} {name}: {first}", flush=True)
+    for line in more:
+        print(f"      {line}", flush=True)
     return passed
 
 
-def _tokenizer(folder: Path, model: ModelConfig) -> Outcome:
-    tokenizer = load_tokenizer(folder, TokenizerSource())
-    check_vocab(tokenizer, model.vocab_size)
+def _tokenizer(config: PPOConfig, model: ModelConfig) -> Outcome:
+    tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
+    if not tokenizer.added:  # training makes room for tokens that are added
+        check_vocab(tokenizer, model.vocab_size)
     text = "Hello, world. It costs 12.50, she said."
     back = tokenizer.decode(tokenizer.encode(text))
     lines = [f"{tokenizer.size:,} tokens for {model.vocab_size:,} embeddings, stop ids {list(tokenizer.stop_ids)}"]
-    lines += [f"      {note}" for note in tokenizer.notes]
+    lines += tokenizer.notes
     if back.strip() != text:  # lossy tokenizers exist; a person should know, and nothing is broken
-        lines.append(f"      note: {text!r} comes back as {back!r}")
+        lines.append(f"note: {text!r} comes back as {back!r}")
     return True, "\n".join(lines)
 
 
@@ -125,10 +137,10 @@ def _difference(a: jax.Array | np.ndarray, b: jax.Array | np.ndarray, where: np.
 
 
 def decode_equals_forward(params: Params, model: ModelConfig, tokens: np.ndarray, mask: np.ndarray) -> Outcome:
-    """Hidden states with a cache (half at once, then token by token) and without are the same to rounding."""
+    """Hidden states with a cache (most at once, the last token by token) and without are the same to rounding."""
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
     length = tokens.shape[1]
-    cuts = [0, length // 2, *range(length // 2 + 1, length + 1)]
+    cuts = [0, *range(length - 4, length + 1)]
 
     @jax.jit
     def cached(params):

@@ -150,7 +150,10 @@ def _forward(pieces, weight, hidden, targets, support, temperature):
     largest, mass, moment, target = sums
     total = largest + jnp.log(mass)
     entropy = jnp.log(mass) - moment / mass
-    return (target - total, entropy), (weight, hidden, targets, support, temperature, total, entropy)
+    # who does not look at the entropy needs it too: without it the compiler makes another program, which rounds
+    # differently, and a policy must score as its copy does to the bit
+    logprobs = jnp.where(jnp.isnan(entropy), jnp.nan, target - total)
+    return (logprobs, entropy), (weight, hidden, targets, support, temperature, total, entropy)
 
 
 def _backward(pieces, kept, cotangents):

@@ -13,7 +13,7 @@ def test_kl_estimators_where_their_gradient_is_right(estimator, place):
 
 
 @pytest.mark.parametrize(("estimator", "place", "reason"), REFUSED)
-def test_other_pairs_are_refused_with_the_reason(estimator, place, reason):
+def test_a_kl_estimator_whose_gradient_is_wrong_in_its_place_is_refused(estimator, place, reason):
     with pytest.raises(ValueError, match=f"ppo.kl_estimator {estimator} .* ppo.kl_in {place}: .*{reason}.*; use "):
         PPOConfig(ppo={"kl_estimator": estimator, "kl_in": place})  # type: ignore[arg-type]
 
@@ -76,3 +76,18 @@ def test_a_critic_may_start_from_a_model_among_the_components():
     PPOConfig(critic={"init": "reward"}, reward={"components": [{"model": "m"}]})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"reward\.model is empty"):
         PPOConfig(critic={"init": "reward"}, reward={"components": [{"url": "http://x"}]})  # type: ignore[arg-type]
+
+
+def test_a_temperature_of_zero_is_refused_and_greedy_is_a_switch_of_its_own():
+    with pytest.raises(ValueError, match="temperature"):
+        PPOConfig(sampling={"temperature": 0.0})  # type: ignore[arg-type]
+    assert PPOConfig(sampling={"greedy": True}).sampling.temperature == 1  # type: ignore[arg-type]
+
+
+def test_ppo_has_the_defaults_of_the_n_implementation_details():
+    """https://iclr-blogposts.github.io/2024/blog/the-n-implementation-details-of-rlhf-with-ppo/"""
+    config = PPOConfig()
+    ppo = config.ppo
+    assert config.optim.eps == 1e-5 and config.optim.schedule == "linear" and config.optim.final_lr_fraction == 0
+    assert (ppo.gamma, ppo.lam, ppo.num_ppo_epochs, ppo.vf_coef) == (1, 0.95, 4, 0.1)
+    assert (ppo.cliprange, ppo.cliprange_value, ppo.cliprange_high, ppo.kl_estimator) == (0.2, 0.2, None, "k1")

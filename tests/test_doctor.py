@@ -34,6 +34,16 @@ def test_a_healthy_model_passes_every_check(model_folder, capsys):
         "ok    KL of a copy is zero",
         "ok    padding changes nothing",
         "ok    load and export",
+        "skip  first rows of the data",
+        "ok    prompts come back from tokens",
+        "ok    training ends where generation stops",
+        "ok    masks",
+        "ok    two rollouts differ, one seed repeats",
+        "skip  the reward runs",
+        "ok    micro-batches change nothing",
+        "ok    KL to the reference is zero",
+        "ok    first ratio is one",
+        "ok    log-probs are those of sampling",
     ]
 
 

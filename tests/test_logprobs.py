@@ -212,6 +212,22 @@ def test_kl_of_a_policy_and_its_copy_is_exactly_zero():
     assert not difference(params, copy, 0.7).any()
 
 
+def test_kl_of_a_copy_is_exactly_zero_although_only_the_entropy_of_one_is_used():
+    """As in annotation: the compiler may not round the reference, whose entropy nobody asks for, in its own way."""
+    model = dataclasses.replace(TINY, vocab_size=512)
+    params = models.init(model, jax.random.key(0))
+    hidden = jax.random.normal(jax.random.key(1), (4, 16, model.hidden_size))
+    targets = jax.random.randint(jax.random.key(2), (4, 16), 0, 512)
+    params = jax.tree.map(lambda x: 20 * x, params)
+
+    @jax.jit
+    def both(params, copy):
+        logprobs, entropy = token_logprobs(params, model, hidden, targets, 0.7)
+        return logprobs - token_logprobs(copy, model, hidden, targets, 0.7)[0], entropy
+
+    assert not both(params, jax.tree.map(jnp.copy, params))[0].any()
+
+
 def padded(rows, side, width):
     """Rows of tokens at one side of a width; what fills the rest is a real token's id, to be caught if it is read."""
     tokens, mask = np.full((len(rows), width), 5, np.int32), np.zeros((len(rows), width), bool)

@@ -118,3 +118,11 @@ def test_the_adaptive_coefficient_is_that_of_the_paper(nats, factor):
 
 def test_without_a_target_the_coefficient_stays():
     assert adapted(jnp.float32(0.15), jnp.float32(99), None, 10000.0, 64) == jnp.float32(0.15)
+
+
+@pytest.mark.parametrize("far", [-12.0, -3.0, 3.0, 12.0])
+def test_k3_in_the_loss_is_not_clamped_and_pulls_however_far_the_policy_is(far):
+    """verl clamps the estimate at 10, where its gradient ends: beyond a log-ratio of -2.6. On policy it is d."""
+    old, reference, mask = jnp.zeros((1, 1)), jnp.full((1, 1), -far), jnp.ones((1, 1), bool)
+    gradient = jax.grad(lambda new: kl_loss(new, old, reference, mask, 1, "k3")[0])(old)
+    np.testing.assert_allclose(gradient, far, rtol=5e-3)

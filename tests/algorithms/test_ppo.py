@@ -166,6 +166,13 @@ def test_rollout_metrics_by_hand(mask, kl_in):
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
 
 
+def test_the_mean_score_is_per_response_and_not_per_token(mask):
+    """EasyDeL divides the sum by the number of tokens, so that longer responses look worse."""
+    scores, (old, reference) = jnp.arange(6, dtype=jnp.float32), jnp.asarray(arrays(6, 2))
+    metrics = ppo.rollout_metrics(scores, old, reference, jnp.asarray(mask), scores > 3, 0.5, "reward")
+    assert mask.sum() > 6 and metrics["objective/scores"] == 2.5
+
+
 def test_rewards_sum_to_the_objective(mask):
     """Token rewards of a row add up to score - kl_coef KL: what rlhf_reward averages."""
     old, reference = (jnp.asarray(x) for x in arrays(8, 2))

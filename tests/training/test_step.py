@@ -67,7 +67,7 @@ def test_a_non_finite_step_changes_nothing_bit_for_bit(poison, where):
         np.testing.assert_array_equal(new, old)
 
 
-def test_adam_matches_the_paper_and_the_clip_is_reported():
+def test_the_gradient_clip_is_applied_and_reported_and_adam_is_that_of_the_paper():
     config = Optim(learning_rate=0.1, schedule="constant", max_grad_norm=1.0, eps=1e-5)
     optimizer = make_optimizer(config, 0.1, 10)
     state = state_of({"w": jnp.array([1.0, 1.0])}, optimizer)

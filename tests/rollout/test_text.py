@@ -1,0 +1,44 @@
+"""What people and rewards see of a rollout."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.config import TokenizerSource
+from jaxrlhf.data.tokenizer import load_tokenizer
+from jaxrlhf.rollout.text import read
+from jaxrlhf.types import Rollout
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return load_tokenizer(tiny_model, TokenizerSource())
+
+
+def rollout_of(tokenizer, prompt, responses, width):
+    """Rows of one prompt; a response that ends with </s> is finished."""
+    prompt = tokenizer.encode(prompt)
+    ids = [tokenizer.encode(text, special=True) for text in responses]
+    mask = np.arange(width) < np.array([len(row) for row in ids])[:, None]
+    tokens = np.array([prompt + row + [tokenizer.pad_id] * (width - len(row)) for row in ids])
+    return Rollout(
+        tokens=jnp.asarray(tokens),
+        mask=jnp.asarray(np.concatenate([np.ones((len(ids), len(prompt)), bool), mask], axis=1)),
+        response_mask=jnp.asarray(mask),
+        logprobs=jnp.where(mask, -1.0, 0.0),
+        finished=jnp.array([row[-1] == tokenizer.eos_id for row in ids]),
+        index=jnp.arange(len(ids)),
+        sample=jnp.zeros(len(ids), jnp.int32),
+    )
+
+
+def test_a_reward_sees_the_response_as_it_was_cut_and_training_learns_no_more(tokenizer):
+    """The text ends before the stop string, what is learnt with the token that completes it; padding follows."""
+    rollout = rollout_of(tokenizer, "ask: ", ["one\n\ntwo", "three</s>", "four"], 8)
+    cut, texts = read(rollout, tokenizer, ("\n\n",))
+    assert texts == ["one", "three", "four"]
+    assert cut.response_mask.sum(1).tolist() == [5, 6, 4] and cut.finished.tolist() == [True, True, False]
+    assert cut.mask.sum(1).tolist() == [10, 11, 9]
+    assert (cut.tokens[0, 10:] == tokenizer.pad_id).all() and not cut.logprobs[0, 5:].any()
+    whole, texts = read(rollout, tokenizer, ())
+    assert whole is rollout and texts[0] == "one\n\ntwo"

@@ -1,0 +1,100 @@
+"""Mistakes of other implementations that no other test of PPO is named after; docs/correctness.md has them all."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ppo_case import MODEL, B, case
+
+import jaxrlhf
+from jaxrlhf import config
+from jaxrlhf.config import Critic, Reference
+from jaxrlhf.training import ppo_update
+from jaxrlhf.training.ppo import PPOTrainer
+from jaxrlhf.training.ppo_roles import make_critic
+
+
+def test_every_epoch_and_every_update_has_an_order_of_its_own_over_the_whole_batch(monkeypatch):
+    seen, gradients = [], ppo_update.gradients
+
+    def spy(loss, params, batch, parts):
+        jax.debug.callback(lambda rows: seen.append(np.array(rows)), batch.rollout.index, ordered=True)
+        return gradients(loss, params, batch, parts)
+
+    experience = case().run()[1]
+    monkeypatch.setattr(ppo_update, "gradients", spy)
+    problem = case(num_ppo_epochs=3, kl_coef=0.061)  # a coefficient of its own: a program of its own
+    for key in (3, 4):
+        ppo_update.update(problem.state(), problem.frozen, experience, jax.random.key(key), roles=problem.roles)
+    jax.effects_barrier()
+    assert [len(rows) for rows in seen] == [B // 2] * 12
+    epochs = [tuple(np.concatenate(seen[i : i + 2]).tolist()) for i in range(0, 12, 2)]
+    assert all(sorted(epoch) == list(range(B)) for epoch in epochs), "every row once"
+    assert len(set(epochs)) == 6, "two updates of three epochs"
+    assert len({frozenset(rows.tolist()) for rows in seen}) > 4, "mini-batches are put together anew"
+
+
+def test_later_steps_meet_another_policy_so_that_the_clip_is_not_inert():
+    *_, metrics = case().run()
+    assert metrics["val/first_log_ratio_max"] <= 1e-5 < metrics["val/log_ratio_max"]
+    assert metrics["policy/approxkl_avg"] > 0 and metrics["val/ratio_var"] > 0
+
+
+def test_statistics_are_means_over_the_steps_and_not_diluted_by_mini_batches():
+    *_, metrics = case().run()  # four steps; a mean over eight places, half of them empty, would be 0.5
+    assert metrics["val/ratio"] == pytest.approx(1, abs=0.2)
+    assert metrics["policy/steps"] == 4
+
+
+def test_a_value_model_can_be_made_of_a_policy_with_tied_embeddings():
+    problem = case()
+    critic = problem.state().params["critic"]
+    assert MODEL.tie_embeddings and "embed" in critic and "lm_head" not in critic
+    values = problem.run()[1].values
+    assert np.isfinite(values).all() and np.asarray(values).any()
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_the_value_head_starts_at_zero(head):
+    problem = case(critic=Critic(head=head))
+    reference, mesh = problem.frozen["reference"], problem.roles.mesh
+    model, critic, _ = make_critic(problem.config, MODEL, problem.policy, reference, None, mesh, jax.random.key(0))
+    assert not np.any(jaxrlhf.models.scores(critic, model, jnp.ones((2, 3, 16))))
+
+
+def test_the_head_of_a_frozen_critic_trains_and_is_in_the_checkpoint():
+    problem = case(critic=Critic(trunk="frozen"), moving=Reference(sync_every=1))
+    before = problem.state()
+    assert list(before.params["critic"]) == ["score"], "what is in the state is what a checkpoint holds"
+    start = np.array(before.params["critic"]["score"]["kernel"])
+    after, *_ = problem.run(before)
+    assert np.abs(np.asarray(after.params["critic"]["score"]["kernel"]) - start).max() > 1e-4
+
+
+def zero(prompts, completions, **columns):
+    return [0.0] * len(prompts)
+
+
+def test_two_updates_draw_different_responses_and_one_draws_the_same_again(ppo):
+    trainer = PPOTrainer(config.PPOConfig(**ppo), reward=zero)
+    rows = trainer.data.train[:8]
+    first, second, again = (trainer.generate(rows, step)[1] for step in (0, 1, 0))
+    assert first == again
+    assert all(a != b for a, b in zip(first, second, strict=True))
+
+
+def test_the_reference_is_the_policy_without_a_value_head_and_the_value_model_is_kept(ppo, tmp_path):
+    trainer = PPOTrainer(config.PPOConfig(**ppo), reward=zero)
+    assert trainer.frozen["reference"].keys() == trainer.params.keys() and "score" not in trainer.params
+    saved = trainer.state.template  # its shapes, and those of a checkpoint
+    assert "score" in saved.params["critic"] and "critic" in saved.opt_state
+    model, critic = jaxrlhf.load(trainer.save_pretrained(tmp_path / "critic", role="critic"))
+    assert model.head == "linear" and "score" in critic
+
+
+def test_validation_answers_greedily_too_whatever_the_key(ppo):
+    options = ppo | {"data": config.replace(ppo["data"], validation_fraction=0.25)}
+    validator = PPOTrainer(config.PPOConfig(**options), reward=zero).validator
+    policy = PPOTrainer(config.PPOConfig(**options), reward=zero).state.value
+    one, other = (validator._answer(policy, jax.random.key(seed), greedy=True)[1] for seed in (0, 1))
+    assert one == other and len(one) == len(validator.rows)
