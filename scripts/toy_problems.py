@@ -1,0 +1,160 @@
+"""Three tasks with a known optimum, for scripts/toy_tasks.py and scripts/toy_trl.py: needs neither jax nor torch.
+
+A symbol is a character is a token. There are 16: digits, comma, colon, a full stop that no task asks for, and the
+control tokens <pad>, <bos> and <eos>, which the text of a response does not show. A task is prompts, a reward that
+reads a prompt and the text of a response and is 1 at best, and how many symbols may be drawn, <eos> included.
+
+emit      Prompts are the ten digits. The reward is the number of 7s over the 8 symbols there may be.
+length    Prompts are the ten digits. The reward is 1 where the text has 8 to 10 symbols, else 1 / (1 + distance to
+          that), less 1 where none of the 16 symbols there may be was <eos>.
+modular   Prompts `a,b:c,d` are the first four numbers of an arithmetic sequence of digits modulo 10: it starts at a and
+          its step is b - a, so there are 100. It goes on `,e,f,...` for 32 symbols, 16 commas and 16 digits, and the
+          reward is the share of those 32 that the text has at their place: 1,3:5,7 goes on ,9,1,3,5,7,9,1,3,5,7 ...
+          Symbols need not be right from the start to count, so that nothing but commas, whatever the prompt, has 0.5.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+CONTROL = ("<pad>", "<bos>", "<eos>")
+VISIBLE = "0123456789,:."
+SYMBOLS = (*CONTROL, *VISIBLE)
+PAD, BOS, EOS = range(3)
+
+
+@dataclass(frozen=True)
+class Task:
+    prompts: tuple[str, ...]
+    length: int  # most symbols of a response
+    score: Callable[[str, str], float]  # of a prompt and a response's text
+    by_chance: Callable[[int], float]  # the expected score of a text of so many uniformly drawn symbols
+    missing_eos_penalty: float = 0.0
+
+    def reward(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        """As jaxrlhf calls it."""
+        return [self.score(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+
+    def chance(self) -> float:
+        """The expected reward of symbols drawn uniformly from all 16, until <eos> or there are `length`."""
+        ended, going = lengths(self.length)
+        expected = sum((e + g) * self.by_chance(n) for n, (e, g) in enumerate(zip(ended, going, strict=True)))
+        return expected - self.missing_eos_penalty * sum(going)
+
+
+def lengths(most: int) -> tuple[list[float], list[float]]:
+    """The probabilities that a text of uniformly drawn symbols has n = 0, 1, ... of them and <eos> ended it, or not."""
+    ended, going = [0.0] * (most + 1), [1.0] + [0.0] * most
+    for _ in range(most):
+        ended = [e + g / len(SYMBOLS) for e, g in zip(ended, going, strict=True)]
+        stay = [g * (len(CONTROL) - 1) / len(SYMBOLS) for g in going]
+        grow = [0.0, *(g * len(VISIBLE) / len(SYMBOLS) for g in going[:-1])]
+        going = [a + b for a, b in zip(stay, grow, strict=True)]
+    return ended, going
+
+
+def emitted(prompt: str, text: str) -> float:
+    return text.count("7") / 8
+
+
+def in_band(prompt: str, text: str) -> float:
+    return 1 / (1 + max(8 - len(text), 0, len(text) - 10))
+
+
+def continuation(prompt: str) -> str:
+    """The 32 symbols that go on after `a,b:c,d`."""
+    a, b, _, d = (int(number) for number in prompt.replace(":", ",").split(","))
+    return "".join(f",{(d + i * (b - a)) % 10}" for i in range(1, 17))
+
+
+def continued(prompt: str, text: str) -> float:
+    return sum(x == y for x, y in zip(text, continuation(prompt), strict=False)) / 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a run of a task; everything else is jaxrlhf's default. No KL, gamma = lambda = 1, temperature 1 always."""
+
+    task: str
+    wanted: float  # reward of the last ten updates
+    updates: int
+    batch_size: int
+    num_mini_batches: int
+    num_ppo_epochs: int
+    learning_rate: float
+    critic_learning_rate: float
+    cliprange: float = 0.2
+    cliprange_value: float = 0.5
+    vf_coef: float = 0.1
+    adam_eps: float = 1e-5
+    max_grad_norm: float = 1.0
+    layers: int = 4
+    width: int = 128
+
+
+_DIGITS = tuple("0123456789")
+_SEQUENCES = tuple(f"{a},{(a + s) % 10}:{(a + 2 * s) % 10},{(a + 3 * s) % 10}" for a in range(10) for s in range(10))
+TASKS = {
+    "emit": Task(_DIGITS, 8, emitted, lambda n: n / len(VISIBLE) / 8),
+    "length": Task(_DIGITS, 16, in_band, lambda n: in_band("", "." * n), missing_eos_penalty=1.0),
+    "modular": Task(_SEQUENCES, 32, continued, lambda n: n / len(VISIBLE) / 32),
+}
+
+SETTINGS = {
+    "emit": Settings("emit", 0.9, 100, 256, 2, 1, 1e-4, 1e-3),
+    "length": Settings("length", 0.9, 200, 256, 2, 2, 1e-4, 1e-3),
+    "modular": Settings("modular", 0.2, 200, 768, 3, 1, 1e-4, 1e-3),
+    # trl 1.8.0 has one optimizer with one rate, makes one step an epoch, and does not clip gradients
+    "compare": Settings("emit", 0.2, 40, 256, 1, 4, 1e-4, 1e-4, max_grad_norm=1e9),
+}
+
+
+def write_model(folder: Path, settings: Settings) -> Path:
+    """config.json of a Llama and its tokenizer, in Hugging Face layout, without weights; and prompts.jsonl."""
+    task = TASKS[settings.task]
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {"pad_token": SYMBOLS[PAD], "bos_token": SYMBOLS[BOS], "eos_token": SYMBOLS[EOS]}
+    room = max(len(prompt) for prompt in task.prompts) + 1 + task.length
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": len(SYMBOLS),
+        "hidden_size": settings.width,
+        "intermediate_size": settings.width,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "hidden_act": "silu",
+        "max_position_embeddings": room,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        "dtype": "float32",
+        **{name.replace("token", "token_id"): SYMBOLS.index(symbol) for name, symbol in names.items()},
+    }
+    special = [
+        {
+            "id": i,
+            "content": symbol,
+            "special": True,
+            **dict.fromkeys(("normalized", "lstrip", "rstrip", "single_word"), False),
+        }
+        for i, symbol in enumerate(CONTROL)
+    ]
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": special,
+        "pre_tokenizer": {"type": "Split", "pattern": {"String": ""}, "behavior": "Isolated", "invert": False},
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": {s: i for i, s in enumerate(SYMBOLS)}, "unk_token": "."},
+    }
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+    for name, value in {"config": config, "tokenizer": tokenizer, "tokenizer_config": about}.items():
+        (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in task.prompts]
+    (folder / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
