@@ -158,12 +158,15 @@ class Trial:
     def reward(self) -> Outcome:
         """The config's reward answers for two responses."""
         source, rollout = self.config.reward, self.rollout
-        if not (source.model or source.function):
-            return None, "needs a config with reward.model or reward.function"
+        if not source.parts():
+            return None, "needs a config with a reward"
+        if any(component.human for component in source.parts()):
+            return None, "a person judges"
         scorer, rows = Scorer(source, self.tokenizer), self.rows[:2]
         assert rollout is not None
         two, texts = read(jax.tree.map(lambda x: x[:2], rollout), self.tokenizer, self.config.sampling.stop_strings)
-        scores, _ = scorer.score([row.text for row in rows], texts, two, datasets.columns(rows))
+        asked = [row.text for row in rows], texts, two, datasets.columns(rows)
+        scores = scorer.score(*asked, messages=[row.messages for row in rows]).totals
         return bool(np.all(np.isfinite(scores))), "\n".join(
             ["two responses", *(f"{s:.4g} for {quoted(t)}" for s, t in zip(scores, texts, strict=True))]
         )
