@@ -129,7 +129,8 @@ def compare(ours: Path, theirs: Path) -> bool:
     below theirs."""
     means, errors = [], []
     for name, file in (("jaxrlhf", ours), ("trl", theirs)):
-        finals = [json.loads(line)["final"] for line in file.read_text().splitlines()]
+        lines = file.read_text().splitlines()
+        finals = [json.loads(line)["final"] for line in lines if line.startswith("{")]  # trl prints lines of its own
         means.append(statistics.mean(finals))
         errors.append(statistics.stdev(finals) / len(finals) ** 0.5)
         print(f"{name}: {means[-1]:.4f} +- {errors[-1]:.4f} ({len(finals)} seeds)")
@@ -150,7 +151,6 @@ def main() -> int:
     if not arguments.folder:
         parser.error("give --folder, or --ours and --theirs")
     for seed in arguments.seeds:
-        # trl prints its own lines to standard output: ours begins with a brace
         print(json.dumps(learn(arguments.folder, seed)), flush=True)
     return 0
 

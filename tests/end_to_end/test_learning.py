@@ -71,7 +71,7 @@ def test_ppo_learns(name, level, updates, rate, tmp_path):
     """A smaller model for fewer updates than in docs/learning.md. Chance is 0.05 and -0.04, the optimum is 1."""
     small = {"layers": 2, "width": 64, "updates": updates, "learning_rate": rate}
     result = toy_tasks.learn(name, dataclasses.replace(SETTINGS[name], **small), tmp_path, seed=0)
-    assert result["untrained"] == pytest.approx(result["chance"], abs=0.15)  # four standard errors of `length`
+    assert result["untrained"] == pytest.approx(result["chance"], abs=0.15)  # an untrained model is not quite uniform
     assert result["final"] > level, result["curve"]
 
 
