@@ -147,6 +147,11 @@ def _check_ppo(config: PPOConfig) -> None:
         )
     if ppo.kl_target is not None and not ppo.kl_coef:
         raise ValueError("ppo.kl_coef is 0, and ppo.kl_target multiplies it: it would stay 0; start from 0.05, say")
+    if ppo.kl_target is not None and 0.2 * ppo.batch_size >= ppo.kl_horizon:
+        raise ValueError(
+            f"ppo.kl_horizon ({ppo.kl_horizon:g}) is so near ppo.batch_size ({ppo.batch_size}) that one update could "
+            "turn kl_coef negative; 10000 is usual"
+        )
     if scores.overlong_buffer > length:
         raise ValueError(
             f"scores.overlong_buffer ({scores.overlong_buffer}) is more than sampling.response_length ({length}): "

@@ -125,7 +125,7 @@ class PPO:
     sampler_correction: Literal["none", "truncate", "mask"] = "none"
     """Where rollout and training compute log-probs in different precision: weigh each token by pi_old / pi_sampler, at
     most `sampler_cap` (truncate, https://fengyao.notion.site/off-policy-rl), or leave out responses whose product of
-    those weights is above it (mask)."""
+    those weights is above it or below its inverse (mask)."""
     sampler_cap: Annotated[float, Field(strict=True, gt=1)] = 3.0
 
 

@@ -188,6 +188,10 @@ class Sampling:
     """Texts that end a response too. It is cut after the token that completes one, when all is drawn; its text ends
     before it."""
 
+    def __post_init__(self) -> None:
+        if "" in self.stop_strings:
+            raise ValueError("sampling.stop_strings has an empty text, which ends every response at once; leave it out")
+
 
 @section
 class Engine:

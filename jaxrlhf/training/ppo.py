@@ -149,7 +149,14 @@ class PPOTrainer:
                 }
                 results: Metrics = {}
                 if self.validator and self.validator.due(step + 1, self.total_steps):
-                    results = self.validator.run(session, step + 1, self.state.value, self.frozen, self._key)
+                    try:
+                        results = self.validator.run(session, step + 1, self.state.value, self.frozen, self._key)
+                    except RewardError as error:
+                        session.log(step + 1, metrics)
+                        session.save(step + 1, self.state.value, block=True)
+                        raise RewardError(
+                            f"{error}\n{step + 1} updates are saved; once that is mended, the same command goes on"
+                        ) from error
                 session.log(step + 1, metrics | results)
                 if sample_every and (step % sample_every == 0 or step + 1 == self.total_steps):
                     session.flush()
@@ -163,10 +170,13 @@ class PPOTrainer:
             session.flush()
             if not session.due(int(self.state.value.step)):
                 session.save(int(self.state.value.step), self.state.value, block=True)
-            self._results = session.last()
+            last = session.last()
             session.take_best(self.state)
+            exported = int(self.state.value.step)
+            records = {record.pop("step"): record for record in session.records()}
+            self._results = records.get(exported, last)
             session.logger.note(f"exported to {self.save_pretrained(session.run.directory / 'export')}")
-        return self._results
+        return last
 
     def ppo_step(self, prompts: Sequence[str], **extra: Sequence[Any]) -> dict[str, Any]:
         """One update on `prompts`: generate, score, learn. `extra` columns go to the reward function, a value a prompt.
@@ -270,7 +280,17 @@ class PPOTrainer:
         for part in range(-(-config.scores.reference_samples // size)):
             batch = [rows[i] for i in rows_at(part, size, len(rows), config.seed, config.data.shuffle)]
             rollout, texts = self.generate(batch, CALIBRATION - part)
-            stats = stats.add(jnp.asarray(self._score(batch, texts, rollout).scores))
+            scored = self._score(batch, texts, rollout)
+            if scored.notes:  # scores that are not there would count as 0
+                raise RewardError(
+                    f"scores.normalise is 'reference', and its samples were not all scored: {scored.notes[0]}"
+                )
+            stats = stats.add(jnp.asarray(scored.scores))
+        if float(stats.squares) <= 1e-12 * float(stats.seen):
+            raise RewardError(
+                f"scores.normalise is 'reference', but all {int(stats.seen)} responses of the reference score "
+                f"{float(stats.mean):g}: there is no deviation to divide by; use 'running', or 'none'"
+            )
         self.state.value = dataclasses.replace(state, score_stats=sharding.put_whole(jax.device_get(stats), self.mesh))
 
     def _score(self, rows: Sequence[PromptRow], texts: list[str], rollout: Rollout, step: int | None = None) -> Scored:

@@ -108,7 +108,9 @@ def complete(experience: Experience, measured: Measured, kl_coef: Array, ppo: PP
         "objective/scores_std": jnp.std(worth),
         "val/advantage_mean": mean(advantages),
         "val/value_mean": mean(values),
-        "val/explained_variance": 1 - variance(returns - values) / jnp.maximum(variance(returns), 1e-8),
+        "val/explained_variance": jnp.where(
+            variance(returns) > 1e-8, 1 - variance(returns - values) / jnp.maximum(variance(returns), 1e-8), 0.0
+        ),
     }
 
 

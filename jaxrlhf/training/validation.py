@@ -126,8 +126,8 @@ class Validator:
         rows, texts, n = self.rows, [row.text for row in self.rows], len(self.rows)
         sampled, said = self._answer(state, key, greedy=False)
         best, best_said = self._answer(state, key, greedy=True)
-        scores = self._score(self.scorer, texts, said, sampled)
-        greedy = self._score(self.scorer, texts, best_said, best)
+        scores = self._score(session, self.scorer, texts, said, sampled)
+        greedy = self._score(session, self.scorer, texts, best_said, best)
         lengths = np.asarray(sampled.response_mask)[:n].sum(axis=1)
         kl = self._kl(state, frozen, sampled)
         metrics = {
@@ -138,7 +138,7 @@ class Validator:
             "eval/finished": float(np.mean(np.asarray(sampled.finished)[:n])),
         }
         if self.second:
-            metrics["eval/heldout_scores"] = float(np.mean(self._score(self.second, texts, said, sampled)))
+            metrics["eval/heldout_scores"] = float(np.mean(self._score(session, self.second, texts, said, sampled)))
         shown = zip(rows, said, best_said, scores, strict=True)
         session.logger.samples(
             step,
@@ -167,11 +167,14 @@ class Validator:
     def _slice(self) -> int:
         return self.roles.annotation_rows(self.config.ppo.batch_size)
 
-    def _score(self, scorer: Scorer, prompts: list[str], texts: list[str], rollout: Rollout) -> np.ndarray:
+    def _score(
+        self, session: Session, scorer: Scorer, prompts: list[str], texts: list[str], rollout: Rollout
+    ) -> np.ndarray:
         real = jax.tree.map(lambda x: x[: len(self.rows)], rollout)
-        return scorer.score(
-            prompts, texts, real, columns(self.rows), messages=[row.messages for row in self.rows]
-        ).totals
+        scored = scorer.score(prompts, texts, real, columns(self.rows), messages=[row.messages for row in self.rows])
+        for note in scored.notes:
+            session.logger.note(f"validation: {note}")
+        return scored.totals
 
     def _kl(self, state: TrainState, frozen: dict[str, Params], rollout: Rollout) -> Array:
         placed = sharding.put_rows(rollout, self.sampler.mesh)

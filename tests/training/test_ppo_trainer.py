@@ -9,7 +9,7 @@ import pytest
 
 import jaxrlhf
 from jaxrlhf import config
-from jaxrlhf.errors import ConfigError, Preempted
+from jaxrlhf.errors import ConfigError, Preempted, RewardError
 from jaxrlhf.rewards.model import RewardModel
 from jaxrlhf.training import loop
 from jaxrlhf.training.alarms import Watch
@@ -86,6 +86,31 @@ def test_scores_are_normalised_under_the_reference_once(ppo, tmp_path):
     nothing = config.PPOConfig(**options | {"data": config.Data()})
     with pytest.raises(ConfigError, match="answers prompts of data.path"):
         PPOTrainer(nothing, reward=length_reward).ppo_step(["say red ", "say blue "])
+
+
+def test_scores_of_the_reference_that_are_all_equal_are_refused(ppo, tmp_path):
+    options = ppo | {"scores": config.Scores(normalise="reference", reference_samples=8)}
+    settings = config.PPOConfig(run_dir=str(tmp_path / "run"), **options)
+    with pytest.raises(RewardError, match="all 8 responses of the reference score 0.5: there is no deviation"):
+        PPOTrainer(settings, reward=lambda prompts, completions: [0.5] * len(prompts)).train()
+
+
+def test_a_reward_that_fails_in_a_validation_loses_nothing(ppo, tmp_path):
+    calls = []
+
+    def reward(prompts, completions):
+        calls.append(len(prompts))
+        if len(calls) == 5:  # two before training, two updates, and then
+            raise OSError("the judge has gone")
+        return [0.5] * len(prompts)
+
+    options = held_out(ppo, validation=config.Validation(eval_steps=2, max_prompts=3))
+    options |= {"checkpoint": config.Checkpoint(save_every=50)}
+    settings = config.PPOConfig(run_dir=str(tmp_path / "run"), **options)
+    with pytest.raises(RewardError, match=r"(?s)the judge has gone.*2 updates are saved"):
+        PPOTrainer(settings, reward=reward).train()
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2]
+    assert PPOTrainer(settings, reward=length_reward).train()["episode"] == 32
 
 
 def test_stop_strings_cut_the_response_and_finish_it(ppo):
@@ -187,6 +212,8 @@ def test_the_critic_is_exported_as_a_model_that_scores(ppo, tmp_path):
         ({"reference": {"sync_alpha": 0.5, "dtype": "bfloat16"}}, "small moves would be rounded away"),
         ({"validation": {"eval_steps": 2}}, "validation.eval_steps is set but there are no held-out prompts"),
         ({"critic": {"trunk": "shared", "init": "reward"}}, "critic.trunk is 'shared'"),
+        ({"ppo": {"kl_target": 6.0, "kl_horizon": 1.0}}, "one update could turn kl_coef negative"),
+        ({"sampling": {"stop_strings": ("",)}}, "has an empty text, which ends every response at once"),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused_with_the_way_out(ppo, changes, said):
