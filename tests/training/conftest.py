@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from jaxrlhf import config
+from jaxrlhf.training import loop
 
 WORDS = ("red", "green", "blue", "black", "white", "grey", "pink", "brown")
 
@@ -48,3 +49,17 @@ def ppo(parts: dict) -> dict:
         "sampling": config.Sampling(response_length=8),
         "data": config.replace(parts["data"], validation_fraction=0.0),
     }
+
+
+@pytest.fixture
+def stop_at_two(monkeypatch):
+    """The first run of the test is asked to stop after its second step."""
+    asked, original = [], loop.Session.stop_if_asked
+
+    def stop_once(self, step, state, *, saved=False):
+        if step == 2 and not asked:
+            asked.append(step)
+            self.run.stopping = True
+        original(self, step, state, saved=saved)
+
+    monkeypatch.setattr(loop.Session, "stop_if_asked", stop_once)

@@ -11,7 +11,6 @@ import pytest
 from jaxrlhf import config, programs
 from jaxrlhf.errors import Preempted
 from jaxrlhf.rollout import engine
-from jaxrlhf.training import loop
 from jaxrlhf.training.ppo import PPOTrainer
 from jaxrlhf.training.reward import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
@@ -74,20 +73,6 @@ def make(supervised, ppo, one_length, tmp_path):
         return trainer(cls(**options), **keywords)
 
     return build
-
-
-@pytest.fixture
-def stop_at_two(monkeypatch):
-    """The first run of the test is asked to stop after its second step."""
-    asked, original = [], loop.Session.stop_if_asked
-
-    def stop_once(self, step, state, *, saved=False):
-        if step == 2 and not asked:
-            asked.append(step)
-            self.run.stopping = True
-        original(self, step, state, saved=saved)
-
-    monkeypatch.setattr(loop.Session, "stop_if_asked", stop_once)
 
 
 @pytest.mark.parametrize("ahead", [False, True])

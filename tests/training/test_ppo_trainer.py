@@ -11,7 +11,6 @@ import jaxrlhf
 from jaxrlhf import config
 from jaxrlhf.errors import ConfigError, Preempted, RewardError
 from jaxrlhf.rewards.model import RewardModel
-from jaxrlhf.training import loop
 from jaxrlhf.training.alarms import Watch
 from jaxrlhf.training.ppo import PPOTrainer
 from jaxrlhf.training.reward import RewardTrainer
@@ -41,7 +40,7 @@ EVERYTHING = {
 }
 
 
-def test_a_stopped_run_with_everything_that_has_a_memory_goes_on_bit_for_bit(ppo, tmp_path, monkeypatch):
+def test_a_stopped_run_with_everything_that_has_a_memory_goes_on_bit_for_bit(ppo, tmp_path, request):
     """Adaptive KL, running statistics, a moving reference, kept rollouts, warm-up: all in the checkpoint."""
     remembered = {"kl_coef": 0.2, "kl_target": 0.01, "kl_horizon": 50.0, "replay": 2, "target_kl": 0.5}
     options = held_out(ppo, **EVERYTHING, validation=config.Validation(eval_steps=2, max_prompts=5, keep_best=True))
@@ -52,15 +51,7 @@ def test_a_stopped_run_with_everything_that_has_a_memory_goes_on_bit_for_bit(ppo
 
     whole = make("whole")
     whole.train()
-    asked, original = [], loop.Session.stop_if_asked
-
-    def stop_once(self, step, state, *, saved=False):
-        if step == 2 and not asked:
-            asked.append(step)
-            self.run.stopping = True
-        original(self, step, state, saved=saved)
-
-    monkeypatch.setattr(loop.Session, "stop_if_asked", stop_once)
+    request.getfixturevalue("stop_at_two")
     with pytest.raises(Preempted, match="after step 2"):
         make("parts").train()
     resumed = make("parts")

@@ -11,7 +11,7 @@ import pytest
 import jaxrlhf
 from jaxrlhf import config, sharding
 from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted, RewardError, StorageError
-from jaxrlhf.training import loop, setup
+from jaxrlhf.training import setup
 from jaxrlhf.training.ppo import PPOTrainer
 from jaxrlhf.training.ppo_rollout import occurrences
 from jaxrlhf.training.reward import RewardTrainer
@@ -217,7 +217,7 @@ def test_a_prompt_that_comes_twice_in_a_batch_gets_two_answers(ppo):
 
 
 @pytest.mark.parametrize("method", ["sft", "reward", "ppo"])
-def test_a_stopped_run_goes_on_bit_for_bit(supervised, ppo, tmp_path, monkeypatch, method):
+def test_a_stopped_run_goes_on_bit_for_bit(supervised, ppo, tmp_path, request, method):
     def make(name: str):
         if method == "ppo":
             return PPOTrainer(config.PPOConfig(run_dir=str(tmp_path / name), **ppo), reward=length_reward)
@@ -226,17 +226,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(supervised, ppo, tmp_path, monkeypatc
 
     whole = make("whole")
     whole.train()
-
-    asked = []
-
-    def stop_once(self, step, state, *, saved=False):
-        if step == 2 and not asked:
-            asked.append(step)
-            self.run.stopping = True
-        original(self, step, state, saved=saved)
-
-    original = loop.Session.stop_if_asked
-    monkeypatch.setattr(loop.Session, "stop_if_asked", stop_once)
+    request.getfixturevalue("stop_at_two")
     with pytest.raises(Preempted, match="after step 2"):
         make("parts").train()
     resumed = make("parts")
