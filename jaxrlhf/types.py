@@ -95,7 +95,7 @@ class Rollout:
     mask: Array  # bool [B, T]   real tokens; a stop token counts, what follows it does not
     response_mask: Array  # bool [B, R]
     logprobs: Array  # f32 [B, R]   as sampled, 0 outside response_mask
-    finished: Array  # bool [B]   ended with a stop token, not by running out of room
+    finished: Array  # bool [B]   ended with a stop token or string, not by running out of room
     index: Array  # int32 [B]
     sample: Array  # int32 [B]
     support: Array | None = None  # uint8 [B, R, ceil(V / 8)]   with sampling.renormalise_logprobs, tokens that could
