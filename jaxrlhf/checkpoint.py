@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from jaxrlhf import memory, storage
+import jax
+
+from jaxrlhf import memory, sharding, storage
 from jaxrlhf.digest import leaves_by_name, size
 from jaxrlhf.errors import StorageError
 from jaxrlhf.storage import TEMPORARY, Damaged
@@ -162,13 +164,32 @@ class Checkpoints:
             StorageError: it is not there, is damaged, or is of another model or optimizer.
         """
         self.wait()
-        found = self.best_step if step == "best" else step
-        if found not in self.steps:
-            raise StorageError(f"{self.directory} has no checkpoint '{step}'; it has: {self.steps or 'none'}")
+        found = self._found(step)
         try:
             return found, *storage.read(self.directory, found, template)
         except Damaged as error:
             raise StorageError(f"checkpoint {found} in {self.directory} is damaged: {error}") from error
+
+    def restore_params(self, step: int | Literal["best"], mesh: jax.sharding.Mesh) -> tuple[int, dict[str, Any], dict]:
+        """(step, what trained by role, extra) of a checkpoint of a TrainState, whatever else it has, placed on `mesh`.
+
+        Raises as `restore_step` does.
+        """
+        found = self._found(step)
+        try:
+            shapes = storage.outline(self.directory, found, "params")
+            places = sharding.shardings(shapes, mesh)
+            placed = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
+            state, extra = storage.read(self.directory, found, placed, part=True)
+        except Damaged as error:
+            raise StorageError(f"checkpoint {found} in {self.directory} is damaged: {error}") from error
+        return found, state["params"], extra
+
+    def _found(self, step: int | Literal["best"]) -> int:
+        found = self.best_step if step == "best" else step
+        if found not in self.steps:
+            raise StorageError(f"{self.directory} has no checkpoint '{step}'; it has: {self.steps or 'none'}")
+        return found
 
     def _metric(self, step: int) -> float | None:
         if step not in self._metrics:

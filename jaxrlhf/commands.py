@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
+import json
 import os
 import sys
 import warnings
@@ -189,12 +191,12 @@ def _evaluate(options: Options, overrides: Overrides) -> None:
 
 
 def _as_trained(model: str) -> Overrides:
-    """How long the responses of the PPO run in the folder `model` were, if that is one; nothing for other models."""
+    """How the PPO run in the folder `model` drew its responses, if that is one; nothing for other models."""
     file = Path(model) / "config.yaml"
     if not file.is_file() or not file.read_text(encoding="utf-8").startswith("# jaxrlhf ppo"):
         return []
-    length = config_file.read("ppo", file, partial=True).sampling.response_length
-    return [("sampling.response_length", str(length))]
+    sampling = config_file.read("ppo", file, partial=True).sampling
+    return [(f"sampling.{key}", json.dumps(value)) for key, value in dataclasses.asdict(sampling).items()]
 
 
 def _plot(options: Options, overrides: Overrides) -> None:
@@ -215,13 +217,10 @@ def _export(options: Options, overrides: Overrides) -> None:
     runtime.configure()
     from jaxrlhf import runs
 
-    method, outcome = runs.what_ran(run)
-    critic = options.role == "critic"
-    if critic and method != "ppo":
-        raise ConfigError(f"{run} is a run of jaxrlhf {method}: only ppo has a critic")
+    _, outcome = runs.what_ran(run)
     # what a finished run exported is its outcome; of another the export, if there is one, is from before it went on
     chosen = (run / "export").is_dir() and (outcome == "done" or not any((run / "checkpoints").glob("[0-9]*")))
-    if chosen and not critic:
+    if chosen and options.role == "policy":
         part = target.with_name(target.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(run / "export", part)
@@ -229,10 +228,9 @@ def _export(options: Options, overrides: Overrides) -> None:
             target.rmdir()
         os.replace(part, target)
     else:
-        config = config_file.read(method, run / "config.yaml", [("run_dir", str(run))])
-        trainer = _trainer(method)(config)
-        trainer.restore()
-        trainer.save_pretrained(target, role="critic") if critic else trainer.save_pretrained(target)
+        from jaxrlhf.training.export import export
+
+        export(run, target, options.role)
     print(target)
 
 

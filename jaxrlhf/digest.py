@@ -32,6 +32,12 @@ def kind(leaf: Any) -> str:
     return f"{leaf.dtype}:{'x'.join(map(str, leaf.shape))}"
 
 
+def described(digest: str) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of the array that a digest is of."""
+    _, dtype, shape = digest.split(":")
+    return jax.ShapeDtypeStruct([int(n) for n in shape.split("x") if n], jnp.dtype(dtype))
+
+
 def size(leaves: dict[str, Any]) -> int:
     """Bytes of all leaves."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())

@@ -157,11 +157,10 @@ class Trial:
 
     def reward(self) -> Outcome:
         """The config's reward answers for two responses."""
-        source, rollout = self.config.reward, self.rollout
+        whole, rollout = self.config.reward, self.rollout
+        source = dataclasses.replace(whole, components=tuple(part for part in whole.components if not part.human))
         if not source.parts():
-            return None, "needs a config with a reward"
-        if any(component.human for component in source.parts()):
-            return None, "a person judges"
+            return None, "a person judges" if whole.parts() else "needs a config with a reward"
         scorer, rows = Scorer(source, self.tokenizer), self.rows[:2]
         assert rollout is not None
         two, texts = read(jax.tree.map(lambda x: x[:2], rollout), self.tokenizer, self.config.sampling.stop_strings)

@@ -8,18 +8,18 @@ Leaves are stored flat, named by their path ("params.policy.layers.mlp.up.kernel
 neither container classes nor shardings.
 """
 
+import functools
 import json
 import logging
 import sys
 import warnings
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.digest import check_fit, digests, leaves_by_name, name, sealed, some
+from jaxrlhf.digest import check_fit, described, digests, leaves_by_name, name, sealed, some
 from jaxrlhf.errors import StorageError, first_line
 
 State = TypeVar("State")
@@ -45,8 +45,8 @@ def write(directory: Path, leaves: dict[str, jax.Array], record: dict[str, Any])
         return ocp.save_checkpointables_async(path, {"state": leaves, "record": record})
 
 
-def read(directory: Path, step: int, template: State) -> tuple[State, dict]:
-    """(state, extra) of a checkpoint, shaped and placed as `template` says.
+def read(directory: Path, step: int, template: State, part: bool = False) -> tuple[State, dict]:
+    """(state, extra) of a checkpoint, shaped and placed as `template` says; with `part`, of the leaves it has alone.
 
     Raises:
         Damaged: it cannot be read or is not what was written.
@@ -54,9 +54,12 @@ def read(directory: Path, step: int, template: State) -> tuple[State, dict]:
     """
     stored = record(directory, step)
     wanted = leaves_by_name(template)
-    check_fit(f"checkpoint {step} in {directory}", stored["leaves"], wanted)
+    saved = {path: digest for path, digest in stored["leaves"].items() if path in wanted or not part}
+    check_fit(f"checkpoint {step} in {directory}", saved, wanted)
     abstract = {path: _abstract(leaf) for path, leaf in wanted.items()}
     ocp, context = _orbax()
+    context = ocp.Context(context)
+    context.pytree.loading.partial_load = part
     try:
         with context:
             loaded = ocp.load_checkpointables(directory / str(step), {"state": abstract})["state"]
@@ -70,6 +73,17 @@ def read(directory: Path, step: int, template: State) -> tuple[State, dict]:
     leaves, structure = jax.tree_util.tree_flatten_with_path(template)
     full = [loaded[name(path)] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves]
     return jax.tree.unflatten(structure, full), stored["extra"]
+
+
+def outline(directory: Path, step: int, branch: str) -> dict[str, Any]:
+    """What a checkpoint holds under "branch.": nested dicts of ShapeDtypeStructs. Raises as `read` does."""
+    tree: dict[str, Any] = {}
+    for path, digest in record(directory, step)["leaves"].items():
+        if path.startswith(f"{branch}."):
+            *parents, last = path.split(".")
+            inner = functools.reduce(lambda found, key: found.setdefault(key, {}), parents, tree)
+            inner[last] = described(digest)
+    return tree
 
 
 def record(directory: Path, step: int) -> dict[str, Any]:
@@ -96,7 +110,7 @@ def reason(error: BaseException) -> str:
     return first_line(_root(error))
 
 
-@cache
+@functools.cache
 def _orbax() -> tuple[Any, Any]:
     """Orbax's v1 API and the context our calls run in: JSON is plain JSON, arrays are arrays, and the log is silent."""
     from absl import logging as absl_logging

@@ -11,6 +11,8 @@ modular   Prompts `a,b:c,d` are the first four numbers of an arithmetic sequence
           its step is b - a, so there are 100. It goes on `,e,f,...` for 32 symbols, 16 commas and 16 digits, and the
           reward is the share of those 32 that the text has at their place: 1,3:5,7 goes on ,9,1,3,5,7,9,1,3,5,7 ...
           Symbols need not be right from the start to count, so that nothing but commas, whatever the prompt, has 0.5.
+addition  The same without commas, 1,3:5,7 goes on 913579135791..., 32 digits: no text that is the same for all prompts
+          has more than 0.1 on average, so that whoever has more has read the prompt.
 """
 
 import json
@@ -62,14 +64,22 @@ def in_band(prompt: str, text: str) -> float:
     return 1 / (1 + max(8 - len(text), 0, len(text) - 10))
 
 
-def continuation(prompt: str) -> str:
-    """The 32 symbols that go on after `a,b:c,d`."""
+def continuation(prompt: str, before: str = ",") -> str:
+    """The 32 symbols that go on after `a,b:c,d`, with `before` before each number."""
     a, b, _, d = (int(number) for number in prompt.replace(":", ",").split(","))
-    return "".join(f",{(d + i * (b - a)) % 10}" for i in range(1, 17))
+    return "".join(f"{before}{(d + i * (b - a)) % 10}" for i in range(1, 33))[:32]
 
 
 def continued(prompt: str, text: str) -> float:
-    return sum(x == y for x, y in zip(text, continuation(prompt), strict=False)) / 32
+    return _share(text, continuation(prompt))
+
+
+def added(prompt: str, text: str) -> float:
+    return _share(text, continuation(prompt, before=""))
+
+
+def _share(text: str, right: str) -> float:
+    return sum(x == y for x, y in zip(text, right, strict=False)) / 32
 
 
 @dataclass(frozen=True)
@@ -99,12 +109,14 @@ TASKS = {
     "emit": Task(_DIGITS, 8, emitted, lambda n: n / len(VISIBLE) / 8),
     "length": Task(_DIGITS, 16, in_band, lambda n: in_band("", "." * n), missing_eos_penalty=1.0),
     "modular": Task(_SEQUENCES, 32, continued, lambda n: n / len(VISIBLE) / 32),
+    "addition": Task(_SEQUENCES, 32, added, lambda n: n / len(VISIBLE) / 32),
 }
 
 SETTINGS = {
     "emit": Settings("emit", 0.9, 100, 256, 2, 1, 1e-4, 1e-3),
     "length": Settings("length", 0.9, 120, 256, 2, 2, 1e-4, 1e-3),
     "modular": Settings("modular", 0.2, 200, 768, 3, 1, 1e-4, 1e-3),
+    "addition": Settings("addition", 0.2, 200, 768, 3, 1, 1e-4, 1e-3),
     # trl 1.8.0 has one optimizer with one rate, makes one step an epoch, and does not clip gradients
     "compare": Settings("emit", 0.2, 40, 256, 1, 4, 1e-4, 1e-4, max_grad_norm=1e9),
 }

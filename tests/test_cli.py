@@ -156,12 +156,6 @@ def trained(monkeypatch):
         def describe(self):
             return "what would be done"
 
-        def restore(self):
-            self.did.append("restore")
-
-        def save_pretrained(self, directory, role="policy"):
-            self.did += [directory, *[role] * (role != "policy")]
-
     monkeypatch.setattr(commands, "_trainer", lambda method: Trainer)
     return seen
 
@@ -223,40 +217,53 @@ def run(tmp_path) -> Path:
     return run
 
 
-def test_export_copies_what_a_finished_run_has_chosen(tmp_path, trained, run):
+@pytest.fixture
+def exported(monkeypatch) -> list[tuple]:
+    """What was asked of the export of a checkpoint."""
+    seen = []
+    monkeypatch.setattr("jaxrlhf.training.export.export", lambda *asked: seen.append(asked))
+    return seen
+
+
+def test_export_copies_what_a_finished_run_has_chosen(tmp_path, exported, run):
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "config.json").read_text() == "{}"
-    assert not trained
+    assert not exported
     assert main(["export", str(run), str(tmp_path / "out")]) == 7, "not over something"
     assert main(["export", str(tmp_path), str(tmp_path / "out2")]) == 4, "not a run"
 
 
 @pytest.mark.parametrize("last", [{}, {"outcome": "preempted"}])
-@pytest.mark.parametrize("exported", [True, False])
-def test_export_of_a_run_that_went_on_takes_its_checkpoint(tmp_path, trained, run, last, exported):
+@pytest.mark.parametrize("before", [True, False])
+def test_export_of_a_run_that_went_on_takes_its_checkpoint(tmp_path, exported, run, last, before):
     (run / "run.json").write_text(json.dumps({"method": "sft", "starts": [{"outcome": "done"}, last]}))
-    if not exported:
+    if not before:
         shutil.rmtree(run / "export")
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
-    assert trained[0].did == ["restore", tmp_path / "out"]
-    assert trained[0].config.run_dir == str(run)
+    assert exported == [(run, tmp_path / "out", "policy")]
 
 
-def test_export_without_a_checkpoint_takes_the_export_that_is_there(tmp_path, trained, run):
+def test_export_without_a_checkpoint_takes_the_export_that_is_there(tmp_path, exported, run):
     (run / "run.json").write_text(json.dumps({"method": "sft", "starts": [{}]}))
     (run / "checkpoints" / "20").rmdir()
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "config.json").read_text() == "{}"
-    assert not trained
+    assert not exported
 
 
-def test_export_of_the_critic_takes_the_checkpoint_of_a_ppo_run(tmp_path, trained, run, capsys):
-    arguments = ["export", str(run), str(tmp_path / "out"), "--role", "critic"]
-    assert main(arguments) == 3 and "only ppo has a critic" in capsys.readouterr().err
-    (run / "run.json").write_text(json.dumps({"method": "ppo", "starts": [{"outcome": "done"}]}))
-    (run / "config.yaml").write_text("model: {path: m}\ndata: {path: d}\nreward: {function: 'r.py:f'}\n")
-    assert main(arguments) == 0
-    assert trained[0].did == ["restore", tmp_path / "out", "critic"], "not the export of the policy that is there"
+def test_export_of_the_critic_takes_the_checkpoint(tmp_path, exported, run):
+    assert main(["export", str(run), str(tmp_path / "out"), "--role", "critic"]) == 0
+    assert exported == [(run, tmp_path / "out", "critic")], "not the export of the policy that is there"
+
+
+def test_export_refuses_what_a_run_does_not_have(tmp_path, run, capsys):
+    assert main(["export", str(run), str(tmp_path / "out"), "--role", "critic"]) == 3
+    assert "only ppo has a critic" in capsys.readouterr().err
+    (run / "run.json").write_text(json.dumps({"method": "sft", "starts": [{}]}))
+    (run / "checkpoints" / "20").rename(run / "checkpoints" / "corrupt-20")
+    shutil.rmtree(run / "export")
+    assert main(["export", str(run), str(tmp_path / "out")]) == 7
+    assert "has no checkpoint yet" in capsys.readouterr().err
 
 
 def test_export_without_a_record_says_so(tmp_path, run, capsys):
@@ -307,9 +314,11 @@ def test_the_known_story(shared_data, capsys):
     assert capsys.readouterr().out.startswith("Once upon a time, there was a little girl named Lily.")
 
 
-def test_a_ppo_run_is_asked_for_responses_as_long_as_it_was_trained_on(tmp_path):
-    settings = config_text.dump(PPOConfig(sampling=Sampling(response_length=7)))
+def test_a_ppo_run_is_asked_as_it_was_trained(tmp_path):
+    sampling = Sampling(response_length=7, stop_strings=("\n", "Q: 'x'"), stop_token_ids=(3,), temperature=0.7)
+    settings = config_text.dump(PPOConfig(sampling=sampling))
     (tmp_path / "config.yaml").write_text(f"# jaxrlhf ppo, every option resolved\n{settings}")
-    assert commands._as_trained(str(tmp_path)) == [("sampling.response_length", "7")]
+    again = config_file.read("ppo", None, commands._as_trained(str(tmp_path)), partial=True)
+    assert again.sampling == sampling
     (tmp_path / "config.yaml").write_text("# jaxrlhf sft, every option resolved\n")
     assert commands._as_trained(str(tmp_path)) == commands._as_trained("hf://org/name") == []

@@ -75,7 +75,7 @@ def policy_loss(
     bound = jnp.where(above, upper, jnp.where(below, lower, clip.dual or 1.0))
     surrogate = advantages * jnp.where(clipped | far, bound, jnp.exp(limited))
     loss = -jnp.sum(surrogate if weights is None else surrogate * masked.keep(weights, mask)) / count
-    log_ratio = jax.lax.stop_gradient(log_ratio)
+    log_ratio = jax.lax.stop_gradient(jnp.clip(log_ratio, -clip.log_ratio, clip.log_ratio))
     metrics = {
         "loss/policy_avg": loss,
         "policy/approxkl_avg": 0.5 * jnp.sum(jnp.square(log_ratio)) / count,

@@ -107,7 +107,8 @@ class PPOConfig:
             )
         if ppo.batch_size % ppo.num_mini_batches:
             raise ValueError(
-                f"ppo.num_mini_batches ({ppo.num_mini_batches}) must divide ppo.batch_size ({ppo.batch_size})"
+                f"ppo.num_mini_batches ({ppo.num_mini_batches}) must divide ppo.batch_size ({ppo.batch_size}); "
+                f"{math.gcd(ppo.num_mini_batches, ppo.batch_size)} would"
             )
         rows = ppo.batch_size // ppo.num_mini_batches
         if ppo.micro_batch_size and rows % ppo.micro_batch_size:

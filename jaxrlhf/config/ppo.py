@@ -107,7 +107,8 @@ class PPO:
     """log pi - log pi_old beyond it counts as it, without a gradient: keeps exp finite."""
     target_kl: Positive | None = None
     """Nats per token between pi_old and pi. A mini-batch that is further off is not learnt from, nor are those after it
-    in this update. None: all are."""
+    in this update; one of a replayed rollout is passed over alone. Steps not made do not count for optim.schedule.
+    None: all are made."""
     cliprange_value: Positive | None = 0.2
     """How far a value may move for a gain. None: plain squared error."""
     value_target: Literal["gae", "reward_to_go"] = "gae"
@@ -127,6 +128,15 @@ class PPO:
     most `sampler_cap` (truncate, https://fengyao.notion.site/off-policy-rl), or leave out responses whose product of
     those weights is above it or below its inverse (mask)."""
     sampler_cap: Annotated[float, Field(strict=True, gt=1)] = 3.0
+
+    def micro_rows(self, batch: int) -> int:
+        """Rows of one forward pass of an update on `batch` completions."""
+        return self.micro_batch_size or batch // self.num_mini_batches
+
+    def annotation_rows(self, batch: int) -> int:
+        """Rows of one forward pass of annotation: the update's unless told otherwise, since bfloat16 products depend on
+        the row count."""
+        return self.local_rollout_forward_batch_size or self.micro_rows(batch)
 
 
 @section
@@ -161,4 +171,4 @@ class Alarms:
     finished: Fraction = 0.5
     """How much the share of finished responses may fall below the first update's; 1: no alarm."""
     window: Count = 5
-    """Updates that a measurement is averaged over."""
+    """Updates that a measurement is averaged over; before as many there is no alarm."""

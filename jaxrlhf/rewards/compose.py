@@ -105,6 +105,22 @@ class Scorer:
             judge for name, judge in self.models.items() if self._reads_tokens(name) or critic * (judge is self.model)
         ]
 
+    @property
+    def asks_a_person(self) -> bool:
+        return any(component.human for component, _ in self.parts.values())
+
+    def metrics(self) -> list[str]:
+        """The keys of `Scored.metrics`."""
+        names = [*self.parts]
+        names += [f"{name}_truncated" for name in self.models]
+        names += [
+            f"{name}_unanswered"
+            for name, (part, _) in self.parts.items()
+            if name not in self.models or part.on_error == "skip"
+        ]
+        about = [f"rewards/{name}/{what}" for name in names for what in ("mean", "std")]
+        return [*about, *(f"rewards/{name}/{what}" for name in self.parts for what in ("errors", "length_correlation"))]
+
     def pause(self, pausing: Callable[[], Any]) -> None:
         """`pausing()` is entered while a person is asked: for whatever else writes to the terminal."""
         for _, judge in self.parts.values():

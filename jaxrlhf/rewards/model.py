@@ -58,6 +58,8 @@ class RewardModel:
                 f"{path} is a language model, not a reward model: its config.json names no sequence classification "
                 "architecture. Train a reward model from it with `jaxrlhf reward`"
             )
+        self.described = described
+        """The model, before its weights are loaded."""
         self.tokenizer = load_tokenizer(weights.resolve(path, revision, weights=False), TokenizerSource())
         check_vocab(self.tokenizer, described.vocab_size)
         self.limit = min(described.max_positions, max_length or described.max_positions)

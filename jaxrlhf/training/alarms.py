@@ -11,10 +11,14 @@ Record = dict[str, Any]
 
 
 class Watch:
-    """Looks at one record after another; `before` are those of a run that is resumed."""
+    """Looks at one record after another, each of `rows` completions; `before` are those of a run that is resumed.
 
-    def __init__(self, config: Alarms, before: Sequence[Record]) -> None:
-        self.config = config
+    But for held-out prompts, nothing is said before `config.window` records are there: what one batch shows may be
+    chance. Of fewer than 4 completions the correlation of score and length is, so that alarm needs as many.
+    """
+
+    def __init__(self, config: Alarms, rows: int, before: Sequence[Record]) -> None:
+        self.config, self._rows = config, rows
         self._first: Record | None = None
         self._recent: list[Record] = []
         self._on: set[str] = set()
@@ -25,7 +29,8 @@ class Watch:
         """({alarm/<name>: 1 or 0}, a line for each that was off before)."""
         self._first = self._first or record
         self._recent = [*self._recent, record][-self.config.window :]
-        found = {name: line for name, line in self._signs() if line is not None}
+        full = len(self._recent) == self.config.window
+        found = {name: line for name, line in self._signs() if line is not None and (full or name == "held_out")}
         new = [f"alarm: {line}" for name, line in found.items() if name not in self._on]
         marks = {f"alarm/{name}": float(name in found) for name, _ in self._signs()}
         self._on = set(found)
@@ -47,7 +52,7 @@ class Watch:
             line = f"entropy per token fell from {start:.3g} to {now:.3g} nats: answers are becoming all the same"
             low = now < config.entropy * start
             signs.append(("entropy", f"{line}; raise ppo.kl_coef or ppo.entropy_coef" if low else None))
-        if config.length_correlation < 1:
+        if config.length_correlation < 1 and self._rows >= 4:
             r = self._mean("objective/score_length_correlation")
             line = f"score and length correlate at {r:.2f}: the reward may be paying for length"
             signs.append(("length", line if abs(r) > config.length_correlation else None))

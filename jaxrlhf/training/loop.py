@@ -3,12 +3,12 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
 from jaxrlhf import checkpoint, programs, runs
+from jaxrlhf.config import PPOConfig, SFTConfig
 from jaxrlhf.errors import NumericsError, Preempted, StorageError
 from jaxrlhf.metrics import Logger, read
 from jaxrlhf.training.setup import RunConfig, State
@@ -34,12 +34,15 @@ class Session:
         total_steps: int,
         state: State,
         identity: dict[str, str],
-        best: Best,
     ) -> None:
         self.run, self.config, self.total_steps = run, config, total_steps
         self.logger = Logger(run.directory, config.logging, method, total_steps)
-        self.identity, self.best = identity, best
-        self.checkpoints = open_checkpoints(config, run.directory, state, best)
+        self.identity, self.best = identity, best_of(config)
+        policy = config.checkpoint
+        short = policy.synchronous == "auto" and checkpoint.short_of_memory(state.template)
+        self.checkpoints = checkpoint.Checkpoints(
+            run.directory / "checkpoints", policy.keep, short or policy.synchronous == "always", self.best
+        )
         self.watch: Callable[[Metrics], tuple[Metrics, list[str]]] | None = None
         """What looks at each record before it is written: marks to add to it, and lines to say."""
         self._pending: tuple[int, Metrics] | None = None
@@ -140,16 +143,14 @@ def session(
     identity: dict[str, str],
     *,
     fresh: bool,
-    best: Best = None,
 ) -> Iterator[Session]:
     """Open the run directory of `config` for `method`; when the block ends pending saves land and the lock goes.
 
     `identity` names what a config does not pin down (the content of the data, frozen parameters) and a hash of each: a
-    run is not resumed with another. With `best`, checkpoints carry a metric, and the one where it is least or greatest
-    is kept beside the newest.
+    run is not resumed with another.
     """
     with runs.open_run(config, method, fresh) as run:
-        opened = Session(run, config, method, total_steps, state, identity, best)
+        opened = Session(run, config, method, total_steps, state, identity)
         try:
             with programs.announce(opened.logger.note):
                 yield opened
@@ -158,24 +159,12 @@ def session(
             opened.close()
 
 
-def open_checkpoints(config: RunConfig, directory: Path, state: State, best: Best = None) -> checkpoint.Checkpoints:
-    """The checkpoints of a run directory, written in the background unless memory is too short for a second copy."""
-    policy = config.checkpoint
-    short = policy.synchronous == "auto" and checkpoint.short_of_memory(state.template)
-    return checkpoint.Checkpoints(directory / "checkpoints", policy.keep, short or policy.synchronous == "always", best)
-
-
-def restore(config: RunConfig, state: State, best: Best = None) -> int:
-    """Take up a checkpoint of `config.run_dir` outside a run, to export it: the best if one is kept, else the newest.
-
-    Returns its step. Raises StorageError if there is none.
-    """
-    checkpoints = open_checkpoints(config, Path(config.run_dir), state, best)
-    if not checkpoints.steps:
-        raise StorageError(f"{config.run_dir} has no checkpoint yet: nothing to export")
-    which = "best" if checkpoints.best_step is not None else checkpoints.steps[-1]
-    step, state.value, _ = checkpoints.restore_step(which, state.template)
-    return step
+def best_of(config: RunConfig) -> Best:
+    """What makes a checkpoint of this run the best, which is then kept beside the newest: its metric is least or
+    greatest. None: none is best."""
+    if isinstance(config, PPOConfig):
+        return config.validation.mode if config.validation.keep_best else None
+    return ("min" if isinstance(config, SFTConfig) else "max") if config.train.keep_best else None
 
 
 def fit(

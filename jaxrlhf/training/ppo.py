@@ -1,9 +1,10 @@
 """PPO: three jitted calls and one host hop per update (generate, score, annotate, update)."""
 
+import contextlib
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from jaxrlhf.training import loop, setup
 from jaxrlhf.training.alarms import Watch
 from jaxrlhf.training.loop import Metrics
 from jaxrlhf.training.ppo_learner import Learner
-from jaxrlhf.training.ppo_roles import whole_critic
+from jaxrlhf.training.ppo_roles import critic_model, whole_critic
 from jaxrlhf.training.ppo_rollout import LOWER, Sampler
 from jaxrlhf.training.validation import Validator
 from jaxrlhf.types import Experience, Params, Rollout
@@ -51,7 +52,7 @@ class PPOTrainer:
         if config.sampling.greedy:
             raise ConfigError("sampling.greedy is true: PPO learns from samples; leave it false")
         self.mesh = sharding.make_mesh(config.mesh)
-        init_key, self._key, critic_key = jax.random.split(jax.random.key(config.seed), 3)
+        init_key, self._key, critic_key = setup.keys(config.seed)
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = prompt_rows(config.data, self.tokenizer) if config.data.path else None
         self.model = setup.model_of(config.model, self.tokenizer, "lm")
@@ -59,6 +60,10 @@ class PPOTrainer:
         self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, max(prompts, default=0))
         storage = setup.trained_dtype(config.model)
         self.scorer = Scorer(config.reward, self.tokenizer, reward, mesh=self.mesh, directory=Path(config.run_dir))
+        self.total_steps = self._updates()
+        self._check(max(prompts, default=0))
+        held_out = self.data.validation if self.data else []
+        self.validator = Validator(config, held_out, self.sampler, self.scorer) if held_out else None
         if ahead:
             self._check_reward()
         rollout = self._compile_rollout(setup.shapes_of(self.model, storage, self.mesh)) if ahead else None
@@ -67,14 +72,6 @@ class PPOTrainer:
         )
         self.scorer.load()
         judge = self.scorer.model and (self.scorer.model.model, self.scorer.model.params)
-        if config.critic.init == "reward" and not self.scorer.shares_tokenizer:
-            raise ConfigError(
-                "critic.init is 'reward' but the reward model reads other tokens than the policy; use 'policy'"
-            )
-        for reader in self.scorer.readers(config.critic.init == "reward") if prompts else []:
-            what = f"for the reward model {reader.path}, the longest prompt with its response"
-            setup.check_context([max(prompts) + config.sampling.response_length], reader.model, what, LOWER)
-        self.total_steps = self._updates()
         self.learner = Learner(config, self.sampler, policy, judge, self.total_steps, critic_key)
         self.state, self.frozen, self.roles = self.learner.state, self.learner.frozen, self.learner.roles
         self.sampler.check_memory()
@@ -82,8 +79,6 @@ class PPOTrainer:
             self.learner.compile(rollout, self._key, per_token=self.scorer.per_token)
         self._begun = ahead
         self._results: dict[str, float] = {}
-        held_out = self.data.validation if self.data else []
-        self.validator = Validator(config, held_out, self.sampler, self.scorer, self.roles) if held_out else None
 
     @property
     def params(self) -> Params:
@@ -95,8 +90,9 @@ class PPOTrainer:
         self._check_reward()
         report = self.data.report if self.data else "no data set: prompts come with ppo_step"
         about = setup.describe(self.config, self.model, self.tokenizer, report, self.mesh)
-        first = f"\nfirst prompt:\n{self.data.train[0].text}" if self.data else ""
-        return f"{about}\n{self.total_steps} updates of {self.config.ppo.batch_size} completions{first}"
+        first = ["first prompt:", self.data.train[0].text] if self.data else []
+        updates = f"{self.total_steps} updates of {self.config.ppo.batch_size} completions"
+        return "\n".join([about, updates, *self._questions(), *first])
 
     def train(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one; export; return the last update's metrics."""
@@ -104,20 +100,20 @@ class PPOTrainer:
         if not self.data:
             raise ConfigError("data.path is empty: give a file of prompts, or call ppo_step with prompts of your own")
         rows, size, sample_every = self.data.train, config.ppo.batch_size, config.logging.sample_every
-        best = config.validation.mode if config.validation.keep_best else None
         self._check_reward()
-        with loop.session(
-            config, "ppo", self.total_steps, self.state, self._identities(rows), fresh=self._fresh, best=best
-        ) as session:
+        identities = self._identities()
+        with loop.session(config, "ppo", self.total_steps, self.state, identities, fresh=self._fresh) as session:
             session.logger.note(setup.describe(config, self.model, self.tokenizer, self.data.report, self.mesh))
+            for line in self._questions():
+                session.logger.note(line)
             if not self._begun and (rollout := self._compile_rollout(self.state.template.params["policy"])):
                 self.learner.compile(rollout, self._key, per_token=self.scorer.per_token)
             self.scorer.pause(session.logger.paused)
             done = session.resume(self.state)
-            session.watch = Watch(config.alarms, session.records())
+            session.watch = Watch(config.alarms, size, session.records())
             self._calibrate()
             if self.validator:
-                self.validator.begin(session, self.state.value, self.frozen, self._key)
+                self.validator.begin(session, self.learner, self._key)
             for step in range(done, self.total_steps):
                 if self.validator and self.validator.patience_is_over(session):
                     break
@@ -127,13 +123,8 @@ class PPOTrainer:
                 rollout, texts = self.generate(batch, step)
                 session.stop_if_asked(step, self.state.value)
                 generated = time.monotonic()
-                try:
+                with self._nothing_lost(session, step):
                     scored = self._score(batch, texts, rollout, step + 1)
-                except RewardError as error:
-                    if step > done:
-                        session.save(step, self.state.value, block=True)
-                    saved = f"{step} updates are saved; once that is mended, the same command goes on"
-                    raise RewardError(f"{error}\n{saved if step else 'Nothing has been trained yet'}") from error
                 session.stop_if_asked(step, self.state.value)
                 ended = time.monotonic()
                 for note in scored.notes:
@@ -147,25 +138,19 @@ class PPOTrainer:
                     "perf/reward_seconds": ended - generated,
                     "perf/response_tokens_per_second": tokens / (generated - started),
                 }
-                results: Metrics = {}
-                if self.validator and self.validator.due(step + 1, self.total_steps):
-                    try:
-                        results = self.validator.run(session, step + 1, self.state.value, self.frozen, self._key)
-                    except RewardError as error:
-                        session.log(step + 1, metrics)
-                        session.save(step + 1, self.state.value, block=True)
-                        raise RewardError(
-                            f"{error}\n{step + 1} updates are saved; once that is mended, the same command goes on"
-                        ) from error
-                session.log(step + 1, metrics | results)
+                worth, validator = None, self.validator
+                validated = validator is not None and validator.due(step + 1, self.total_steps)
+                if validator and validated:
+                    with self._nothing_lost(session, step + 1, metrics):
+                        metrics |= validator.run(session, step + 1, self.learner, self._key)
+                    worth = validator.worth(session, metrics)
+                session.log(step + 1, metrics)
                 if sample_every and (step % sample_every == 0 or step + 1 == self.total_steps):
                     session.flush()
                     session.logger.samples(step + 1, show(batch, texts, scored.totals)[: config.logging.num_samples])
-                judged = bool(results) and best is not None
-                saved = session.due(step + 1) or judged
+                saved = session.due(step + 1) or (validated and session.best is not None)
                 if saved:
-                    value = self.validator.value(session, metrics | results) if self.validator and judged else None
-                    session.save(step + 1, self.state.value, value)
+                    session.save(step + 1, self.state.value, worth)
                 session.stop_if_asked(step + 1, self.state.value, saved=saved)
             session.flush()
             if not session.due(int(self.state.value.step)):
@@ -174,7 +159,7 @@ class PPOTrainer:
             session.take_best(self.state)
             exported = int(self.state.value.step)
             records = {record.pop("step"): record for record in session.records()}
-            self._results = records.get(exported, last)
+            self._results = records.get(exported, self.validator.before if self.validator and not exported else {})
             session.logger.note(f"exported to {self.save_pretrained(session.run.directory / 'export')}")
         return last
 
@@ -193,8 +178,8 @@ class PPOTrainer:
             raise ConfigError(f"ppo_step got {len(prompts)} prompts; it needs a positive multiple of {multiple}")
         if len(prompts) != ppo.batch_size and ppo.replay:
             raise ConfigError(f"ppo_step got {len(prompts)} prompts; with ppo.replay it needs {ppo.batch_size}")
-        sharding.check_rows(self.roles.micro_rows(len(prompts)), self.mesh, "ppo_step: rows of a forward pass")
-        if len(prompts) % self.roles.annotation_rows(len(prompts)):
+        sharding.check_rows(ppo.micro_rows(len(prompts)), self.mesh, "ppo_step: rows of a forward pass")
+        if len(prompts) % ppo.annotation_rows(len(prompts)):
             raise ConfigError(
                 f"ppo_step got {len(prompts)} prompts; ppo.local_rollout_forward_batch_size is "
                 f"{ppo.local_rollout_forward_batch_size}, which does not divide them"
@@ -232,12 +217,6 @@ class PPOTrainer:
         key = jax.random.fold_in(jax.random.fold_in(self._key, step), 1)
         return self.learner.learn(rollout, scores, token_scores, key)
 
-    def restore(self) -> int:
-        """Take up the newest checkpoint of the run directory without training on (the best if that is kept); returns
-        its step."""
-        best = self.config.validation.mode if self.config.validation.keep_best else None
-        return loop.restore(self.config, self.state, best)
-
     def save_pretrained(self, directory: str | Path, role: Literal["policy", "critic"] = "policy") -> Path:
         """Write the policy, or the critic as a model that scores text, with its tokenizer, in Hugging Face layout."""
         model, params, source = self.model, self.params, self.config.model
@@ -260,11 +239,59 @@ class PPOTrainer:
             raise ConfigError("ppo.num_train_epochs counts passes over data.path, which is empty; use total_episodes")
         return max(1, -(-round(ppo.num_train_epochs * len(self.data.train)) // ppo.batch_size))
 
-    def _identities(self, rows: Sequence[PromptRow]) -> dict[str, str]:
+    def _check(self, longest: int) -> None:
+        """Refuse what models and devices cannot do, as far as descriptions of them tell, before weights are loaded.
+        `longest` is the length of the longest prompt (0: not known)."""
+        config, ppo, size = self.config, self.config.ppo, self.config.ppo.batch_size
+        first = self.scorer.model and self.scorer.model.described
+        if config.critic.init == "reward" and not self.scorer.shares_tokenizer:
+            raise ConfigError(
+                "critic.init is 'reward' but the reward model reads other tokens than the policy; use 'policy'"
+            )
+        critic_model(config, self.model, first)
+        for reader in self.scorer.readers(config.critic.init == "reward") if longest else []:
+            what = f"for the reward model {reader.path}, the longest prompt with its response"
+            setup.check_context([longest + config.sampling.response_length], reader.described, what, LOWER)
+        sharding.check_rows(ppo.micro_rows(size), self.mesh, "ppo.micro_batch_size, or a mini-batch,")
+        sharding.check_rows(ppo.annotation_rows(size), self.mesh, "ppo.local_rollout_forward_batch_size")
+
+    @contextlib.contextmanager
+    def _nothing_lost(self, session: loop.Session, step: int, metrics: Metrics | None = None) -> Iterator[None]:
+        """A reward that fails in here finds `step` updates saved, and those measured last, if not yet logged, in the
+        log."""
+        try:
+            yield
+        except RewardError as error:
+            if not step:
+                raise RewardError(f"{error}\nNothing has been trained yet") from error
+            if metrics:
+                session.log(step, metrics)
+            session.save(step, self.state.value, block=True)
+            raise RewardError(
+                f"{error}\n{step} updates are saved; once that is mended, the same command goes on"
+            ) from error
+
+    def _questions(self) -> list[str]:
+        """What a person is in for, if one is asked."""
+        config, validations = self.config, 0
+        if not self.scorer.asks_a_person:
+            return []
+        asked = [f"{config.ppo.batch_size} in each of {self.total_steps} updates"]
+        if self.validator:
+            validations = 1 + sum(self.validator.due(step, self.total_steps) for step in range(1, self.total_steps + 1))
+            asked.append(f"{2 * len(self.validator.rows)} in each of {validations} validations")
+        if config.scores.normalise == "reference":
+            rounds = -(-config.scores.reference_samples // config.ppo.batch_size)
+            asked.append(f"{rounds * config.ppo.batch_size} before training, for scores.normalise")
+        return [f"a person is asked about completions: {', '.join(asked)}; about the same one only once"]
+
+    def _identities(self) -> dict[str, str]:
         """What a config does not pin down, and a hash of it."""
+        assert self.data
         judges = [judge.params for judge in self.scorer.models.values()]
         return {
-            "prompts": setup.fingerprint(rows),
+            "prompts": setup.fingerprint(self.data.train),
+            "held-out prompts": setup.fingerprint(self.validator.rows if self.validator else ()),
             "reference": self.learner.identity or setup.params_fingerprint(self.frozen["reference"]),
             "reward model": setup.params_fingerprint(judges[0] if len(judges) == 1 else judges or {}),
         }

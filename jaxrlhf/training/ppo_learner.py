@@ -15,7 +15,7 @@ from jaxrlhf.models import ModelConfig
 from jaxrlhf.training import setup
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.ppo_replay import empty_replay, widened
-from jaxrlhf.training.ppo_roles import Roles, make_critic, trunk_kind
+from jaxrlhf.training.ppo_roles import Roles, make_critic, reference_dtype, trunk_kind
 from jaxrlhf.training.ppo_rollout import Sampler
 from jaxrlhf.training.ppo_update import annotate, update
 from jaxrlhf.training.step import Metrics
@@ -41,9 +41,7 @@ class Learner:
         self.config, self.sampler, self.mesh = config, sampler, sampler.mesh
         ppo, model = config.ppo, sampler.model
         self.moving = config.reference.sync_every > 0
-        kept = "float32" if self.moving and config.reference.sync_alpha < 1 else model.dtype
-        kept = kept if config.reference.dtype == "auto" else config.reference.dtype
-        reference = setup.copy(policy, kept, self.mesh)
+        reference = setup.copy(policy, reference_dtype(config, model), self.mesh)
         critic_model, critic, trunk = make_critic(config, model, policy, reference, judge, self.mesh, key)
         self.frozen = {"reference": {} if self.moving else reference, "critic": trunk}
         self.identity = setup.params_fingerprint(reference) if self.moving else ""
@@ -67,10 +65,6 @@ class Learner:
             warmup_updates=config.critic.warmup_updates,
             sync_every=config.reference.sync_every,
             sync_alpha=config.reference.sync_alpha,
-        )
-        sharding.check_rows(self.roles.micro_rows(ppo.batch_size), self.mesh, "ppo.micro_batch_size, or a mini-batch,")
-        sharding.check_rows(
-            self.roles.annotation_rows(ppo.batch_size), self.mesh, "ppo.local_rollout_forward_batch_size"
         )
         self.state = setup.State(
             {"policy": policy, "critic": critic},

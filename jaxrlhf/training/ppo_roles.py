@@ -35,15 +35,6 @@ class Roles:
     sync_every: int = 0  # updates between moves of the reference; 0: it stays
     sync_alpha: float = 1.0
 
-    def micro_rows(self, batch: int) -> int:
-        """Rows of one forward pass of the update."""
-        return self.ppo.micro_batch_size or batch // self.ppo.num_mini_batches
-
-    def annotation_rows(self, batch: int) -> int:
-        """Rows of one forward pass of annotation: the update's unless told otherwise, since bfloat16 products depend on
-        the row count."""
-        return self.ppo.local_rollout_forward_batch_size or self.micro_rows(batch)
-
     def one_step(self, batch: int) -> bool:
         """Whether the whole update is one forward and one optimizer step, so that pi_old is stop_gradient(pi).
 
@@ -51,7 +42,30 @@ class Roles:
         such: whitening needs every row's advantage before the first row's loss, so annotation runs, and its
         old_logprobs are those of the update to rounding (1e-5) and not by definition.
         """
-        return self.ppo.num_ppo_epochs == 1 and self.micro_rows(batch) == batch and not self.ppo.replay
+        return self.ppo.num_ppo_epochs == 1 and self.ppo.micro_rows(batch) == batch and not self.ppo.replay
+
+
+def critic_model(config: PPOConfig, policy: ModelConfig, reward: ModelConfig | None) -> ModelConfig:
+    """The value model of a run. Raises ConfigError when it starts from a reward model that has other tokens than the
+    policy."""
+    model = policy
+    if config.critic.init == "reward":
+        assert reward is not None
+        model = reward
+        if model.vocab_size != policy.vocab_size:
+            raise ConfigError(
+                f"critic.init is 'reward' but the reward model has {model.vocab_size} token rows and the policy "
+                f"{policy.vocab_size}; use critic.init: policy"
+            )
+    model = dataclasses.replace(model, head=config.critic.head, num_labels=1, dtype=policy.dtype, remat=policy.remat)
+    return attending(model, config.model)
+
+
+def reference_dtype(config: PPOConfig, policy: ModelConfig) -> str:
+    """Storage of the reference: an average that small steps add up to is not rounded to the compute dtype."""
+    if config.reference.dtype != "auto":
+        return config.reference.dtype
+    return "float32" if config.reference.sync_every and config.reference.sync_alpha < 1 else policy.dtype
 
 
 def make_critic(
@@ -66,23 +80,14 @@ def make_critic(
     """(model, what trains, what is frozen) of the value model: a trunk from elsewhere and a head that starts at zero.
 
     A frozen trunk is the reference's or the reward model's own arrays, unless the reference moves; of a shared one,
-    only the head is here. Raises ConfigError when the reward model reads other tokens than the policy.
+    only the head is here. Raises as `critic_model` does.
     """
-    model, trunk, kind = policy_model, policy, config.critic.trunk
+    model, trunk, kind = critic_model(config, policy_model, reward and reward[0]), policy, config.critic.trunk
     if config.critic.init == "reward":
         assert reward is not None
-        model, trunk = reward
-        if model.vocab_size != policy_model.vocab_size:
-            raise ConfigError(
-                f"critic.init is 'reward' but the reward model has {model.vocab_size} token rows and the policy "
-                f"{policy_model.vocab_size}; use critic.init: policy"
-            )
+        trunk = reward[1]
     elif kind == "frozen":
         trunk = copy(reference, reference["norm"]["scale"].dtype, mesh) if config.reference.sync_every else reference
-    model = dataclasses.replace(
-        model, head=config.critic.head, num_labels=1, dtype=policy_model.dtype, remat=policy_model.remat
-    )
-    model = attending(model, config.model)
     trunk = {k: v for k, v in trunk.items() if k not in ("lm_head", "score")}
     if kind == "own":
         trunk = copy(trunk, policy["norm"]["scale"].dtype, mesh)

@@ -50,7 +50,7 @@ def annotate(
             return ref_logprobs, features, None
         return ref_logprobs, features, measure(state.params, frozen, part, features, roles)
 
-    parts = jax.lax.map(rows, split_rows(rollout, batch // roles.annotation_rows(batch)))
+    parts = jax.lax.map(rows, split_rows(rollout, batch // roles.ppo.annotation_rows(batch)))
     ref_logprobs, features, measured = join_rows(parts)
     blank = jnp.zeros_like(ref_logprobs)
     experience, metrics = (
@@ -148,7 +148,7 @@ def update(
     """
     ppo, batch = roles.ppo, experience.scores.shape[0]
     rows_each = batch // ppo.num_mini_batches
-    num_micro = rows_each // roles.micro_rows(batch)
+    num_micro = rows_each // ppo.micro_rows(batch)
     pool = jax.tree.map(lambda x: x[None], experience)
     if state.replay is not None:
         pool = jax.tree.map(lambda new, old: jnp.concatenate([new, old]), pool, state.replay)
@@ -203,7 +203,7 @@ def update(
             lambda: mini_batch(state, source, rows),
             lambda: (state, ended, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank)),
         )
-        return (state, ended | far), metrics | {"policy/steps": (kept & ~ended).astype(jnp.float32)}
+        return (state, ended | (far & (source == 0))), metrics | {"policy/steps": (kept & ~ended).astype(jnp.float32)}
 
     def orders(key: Array) -> tuple[Array, Array]:
         """(which experience, which of its rows) of every mini-batch of a pass."""

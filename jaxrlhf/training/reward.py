@@ -99,7 +99,7 @@ class RewardTrainer:
         self._num_micro = train.batch_size // micro
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = pair_rows(config.data, self.tokenizer)
-        init_key, self._key = jax.random.split(jax.random.key(config.seed))
+        init_key, self._key, _ = setup.keys(config.seed)
         storage = setup.trained_dtype(config.model)
         self.model = setup.model_of(config.model, self.tokenizer, config.head)
         rows = (*self.data.train, *self.data.validation)
@@ -124,7 +124,6 @@ class RewardTrainer:
         )
         trained, self._frozen = setup.split_head(params, config.frozen_trunk)
         self.state = setup.State({"reward": trained}, {"reward": self._optimizer}, self.mesh)
-        self._best: loop.Best = "max" if self.data.validation and train.keep_best else None
         self._results: dict[str, float] = {}
 
     @property
@@ -146,9 +145,7 @@ class RewardTrainer:
             "data": setup.fingerprint((*self.data.train, *self.data.validation)),
             "frozen parameters": setup.params_fingerprint(self._frozen),
         }
-        with loop.session(
-            self.config, "reward", self.total_steps, self.state, identity, fresh=self._fresh, best=self._best
-        ) as session:
+        with loop.session(self.config, "reward", self.total_steps, self.state, identity, fresh=self._fresh) as session:
             session.logger.note(setup.describe(self.config, self.model, self.tokenizer, self.data.report, self.mesh))
             if not self._begun:
                 self._compile(self.state.template, self._frozen)
@@ -164,10 +161,6 @@ class RewardTrainer:
             self._results = {k: float(v) for k, v in record.items()}
             session.logger.note(f"exported to {self.save_pretrained(session.run.directory / 'export')}")
         return self._results
-
-    def restore(self) -> int:
-        """Take up the best (or newest) checkpoint of the run directory without training on; returns its step."""
-        return loop.restore(self.config, self.state, self._best)
 
     def save_pretrained(self, directory: str | Path) -> Path:
         """Write the reward model as a sequence classification model in Hugging Face layout."""

@@ -23,6 +23,11 @@ from jaxrlhf.types import Params, TrainState
 RunConfig = SFTConfig | RewardConfig | PPOConfig
 
 
+def keys(seed: int) -> jax.Array:
+    """The keys [3] of a run: for parameters that are drawn, for the run itself, for the head of a critic."""
+    return jax.random.split(jax.random.key(seed), 3)
+
+
 def model_of(source: ModelSource, tokenizer: Tokenizer, head: str | None) -> ModelConfig:
     """The model that `load_model` will return with its parameters, before any weights are read."""
     compute = runtime.resolve_dtype(source.compute_dtype, jax.default_backend())
@@ -238,4 +243,5 @@ def export(
         "metrics": {k: v for k, v in results.items() if not k.startswith("perf/")},
     }
     source = weights.resolve(config.model.path, config.model.revision, weights=False)
-    return weights.export(directory, model, params, source=source, tokenizer=tokenizer, facts=card)
+    stops = () if isinstance(config, RewardConfig) else config.sampling.stop_token_ids
+    return weights.export(directory, model, params, source=source, tokenizer=tokenizer, stops=stops, facts=card)

@@ -80,7 +80,7 @@ class SFTTrainer:
         self._num_micro = train.batch_size // micro
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = sft_rows(config.data, self.tokenizer, config.completion_only)
-        init_key, self._key = jax.random.split(jax.random.key(config.seed))
+        init_key, self._key, _ = setup.keys(config.seed)
         storage = setup.trained_dtype(config.model)
         self.model = setup.model_of(config.model, self.tokenizer, "lm")
         rows = (*self.data.train, *self.data.validation)
@@ -104,7 +104,6 @@ class SFTTrainer:
             config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=init_key, head="lm", storage=storage
         )
         self.state = setup.State({"policy": params}, {"policy": self._optimizer}, self.mesh)
-        self._best: loop.Best = "min" if self.data.validation and train.keep_best else None
         self._results: dict[str, float] = {}
 
     @property
@@ -124,9 +123,7 @@ class SFTTrainer:
         """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""
         train, held_out = self.config.train, bool(self.data.validation)
         identity = {"data": setup.fingerprint((*self.data.train, *self.data.validation))}
-        with loop.session(
-            self.config, "sft", self.total_steps, self.state, identity, fresh=self._fresh, best=self._best
-        ) as session:
+        with loop.session(self.config, "sft", self.total_steps, self.state, identity, fresh=self._fresh) as session:
             session.logger.note(setup.describe(self.config, self.model, self.tokenizer, self.data.report, self.mesh))
             if not self._begun:
                 self._compile(self.state.template)
@@ -142,10 +139,6 @@ class SFTTrainer:
             self._results = {k: float(v) for k, v in record.items()}
             session.logger.note(f"exported to {self.save_pretrained(session.run.directory / 'export')}")
         return self._results
-
-    def restore(self) -> int:
-        """Take up the best (or newest) checkpoint of the run directory without training on; returns its step."""
-        return loop.restore(self.config, self.state, self._best)
 
     def save_pretrained(self, directory: str | Path) -> Path:
         """Write the model, its config and its tokenizer in Hugging Face layout."""

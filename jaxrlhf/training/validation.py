@@ -22,16 +22,18 @@ from jaxrlhf.data.datasets import PromptRow, columns
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.files import write_whole
 from jaxrlhf.logprobs import response_states
-from jaxrlhf.metrics import METRICS, REWARDS
+from jaxrlhf.metrics import METRICS
+from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout import engine
 from jaxrlhf.rollout.text import read
 from jaxrlhf.spelling import did_you_mean
 from jaxrlhf.training.loop import Metrics, Session
+from jaxrlhf.training.ppo_learner import Learner
 from jaxrlhf.training.ppo_roles import Roles, reference_of, sequence_logprobs
 from jaxrlhf.training.ppo_rollout import Sampler
 from jaxrlhf.training.step import join_rows, split_rows
-from jaxrlhf.types import Params, Rollout, TrainState
+from jaxrlhf.types import Params, Rollout
 
 VALIDATION = 2**30  # folded into the run's key in place of an update's number
 BASELINE = "validation.json"  # what the policy of step 0 scored
@@ -40,14 +42,13 @@ BASELINE = "validation.json"  # what the policy of step 0 scored
 class Validator:
     """The held-out prompts of a run. Raises ConfigError for a metric that no record has."""
 
-    def __init__(
-        self, config: PPOConfig, rows: Sequence[PromptRow], sampler: Sampler, scorer: Scorer, roles: Roles
-    ) -> None:
-        self.config, self.sampler, self.scorer, self.roles = config, sampler, scorer, roles
+    def __init__(self, config: PPOConfig, rows: Sequence[PromptRow], sampler: Sampler, scorer: Scorer) -> None:
+        self.config, self.sampler, self.scorer = config, sampler, scorer
         self.rows = rows[: config.validation.max_prompts]
         metric = config.validation.metric
-        if metric not in METRICS and not metric.startswith(REWARDS):
-            raise ConfigError(f"validation.metric: no record has '{metric}'{did_you_mean(metric, list(METRICS))}")
+        known = [*METRICS, *scorer.metrics()]
+        if metric not in known:
+            raise ConfigError(f"validation.metric: no record has '{metric}'{did_you_mean(metric, known)}")
         if metric.startswith("eval/heldout") and not config.validation.reward_model:
             raise ConfigError(f"validation.metric is '{metric}' but validation.reward_model is empty")
         self.second: Scorer | None = None
@@ -55,60 +56,64 @@ class Validator:
             source = RewardSource(model=config.validation.reward_model)
             self.second = Scorer(source, sampler.tokenizer, mesh=sampler.mesh)
         self._baseline: dict[str, Any] = {}
+        self._seen: list[float] = []  # the metric at each validation
 
     def due(self, step: int, total: int) -> bool:
         """Whether a validation follows update number `step` (from 1)."""
         every = self.config.validation.eval_steps
         return step == total or (every > 0 and step % every == 0)
 
-    def begin(self, session: Session, state: TrainState, frozen: dict[str, Params], key: Array) -> None:
-        """Measure the policy of step 0, or read what was measured then."""
-        file = session.run.directory / BASELINE
-        if int(state.step) == 0:
-            metrics, scores = self._measure(session, 0, state, frozen, key)
+    def begin(self, session: Session, learner: Learner, key: Array) -> None:
+        """Measure the policy of step 0, which may turn out to be the best; or read what was measured then."""
+        file, metric = session.run.directory / BASELINE, self.config.validation.metric
+        if int(learner.state.value.step) == 0:
+            metrics, scores = self._measure(session, 0, learner, key)
             self._baseline = {"scores": scores, "metrics": metrics}
             write_whole(file, json.dumps(self._baseline) + "\n")
+            if session.best and metric in metrics:
+                session.save(0, learner.state.value, metrics[metric])
             score, kl = metrics["eval/scores"], metrics["eval/kl"]
             session.logger.note(f"before training: {len(self.rows)} held-out prompts, score {score:.4g}, KL {kl:.3g}")
         elif file.is_file():
             self._baseline = json.loads(file.read_text(encoding="utf-8"))
         else:
             session.logger.note(f"{file} is gone: no win rate against step 0")
+        records = [self.before, *(record for record in session.records() if "eval/scores" in record)]
+        self._seen = [record[metric] for record in records if metric in record]
 
-    def run(
-        self, session: Session, step: int, state: TrainState, frozen: dict[str, Params], key: Array
-    ) -> dict[str, float]:
+    @property
+    def before(self) -> dict[str, float]:
+        """What was measured at step 0; empty where that is not known."""
+        return self._baseline.get("metrics", {})
+
+    def run(self, session: Session, step: int, learner: Learner, key: Array) -> dict[str, float]:
         """Answer the held-out prompts, log samples, and return the record of this validation."""
-        metrics, scores = self._measure(session, step, state, frozen, key)
+        metrics, scores = self._measure(session, step, learner, key)
         if self._baseline:
             before = np.asarray(self._baseline["scores"])
             wins = (np.asarray(scores) > before) + 0.5 * (np.asarray(scores) == before)
             metrics["eval/win_rate"] = float(np.mean(wins))
-            start = self._baseline["metrics"]
-            metrics["eval/gain"] = metrics["eval/scores"] - start["eval/scores"]
-            if self.second and "eval/heldout_scores" in start:
-                metrics["eval/heldout_gain"] = metrics["eval/heldout_scores"] - start["eval/heldout_scores"]
+            metrics["eval/gain"] = metrics["eval/scores"] - self.before["eval/scores"]
+            if self.second and "eval/heldout_scores" in self.before:
+                metrics["eval/heldout_gain"] = metrics["eval/heldout_scores"] - self.before["eval/heldout_scores"]
         return metrics
 
-    def value(self, session: Session, metrics: Metrics) -> float | None:
-        """What the checkpoint of this validation is worth; None, and a word about it, where nothing says so."""
+    def worth(self, session: Session, metrics: Metrics) -> float | None:
+        """What the state of this validation is worth; None, and a word about it, where nothing says so."""
         metric = self.config.validation.metric
         if metric in metrics:
-            return float(metrics[metric])
+            self._seen.append(float(metrics[metric]))
+            return self._seen[-1]
         session.logger.note(
             f"validation.metric is '{metric}', which the records of this run do not have: nothing is best"
         )
         return None
 
     def patience_is_over(self, session: Session) -> bool:
-        """Whether the last `patience` validations were no better than one before them, by the run's own log."""
-        patience, metric = self.config.validation.patience, self.config.validation.metric
+        """Whether the last `patience` validations were no better than one before them."""
+        patience, metric, seen = self.config.validation.patience, self.config.validation.metric, self._seen
         if not patience:
             return False
-        session.flush()
-        seen = [record[metric] for record in session.records() if "eval/scores" in record and metric in record]
-        start = self._baseline.get("metrics", {})
-        seen = ([start[metric]] if metric in start else []) + seen
         sign = 1 if self.config.validation.mode == "max" else -1
         best = max(range(len(seen)), key=lambda i: sign * seen[i], default=0)
         if len(seen) - 1 - best < patience:
@@ -120,16 +125,18 @@ class Validator:
         return True
 
     def _measure(
-        self, session: Session, step: int, state: TrainState, frozen: dict[str, Params], key: Array
+        self, session: Session, step: int, learner: Learner, key: Array
     ) -> tuple[dict[str, float], list[float]]:
         """(the record, the score of each sampled answer)."""
         rows, texts, n = self.rows, [row.text for row in self.rows], len(self.rows)
-        sampled, said = self._answer(state, key, greedy=False)
-        best, best_said = self._answer(state, key, greedy=True)
+        made = self.sampler.copy(learner.state.value.params["policy"])
+        sampled, said = self._answer(*made, key, greedy=False)
+        best, best_said = self._answer(*made, key, greedy=True)
+        del made
         scores = self._score(session, self.scorer, texts, said, sampled)
         greedy = self._score(session, self.scorer, texts, best_said, best)
         lengths = np.asarray(sampled.response_mask)[:n].sum(axis=1)
-        kl = self._kl(state, frozen, sampled)
+        kl = self._kl(learner, sampled)
         metrics = {
             "eval/scores": float(np.mean(scores)),
             "eval/scores_greedy": float(np.mean(greedy)),
@@ -149,11 +156,10 @@ class Validator:
         )
         return metrics, [float(score) for score in scores]
 
-    def _answer(self, state: TrainState, key: Array, *, greedy: bool) -> tuple[Rollout, list[str]]:
+    def _answer(self, model: ModelConfig, copy: Params, key: Array, *, greedy: bool) -> tuple[Rollout, list[str]]:
         """The whole of the held-out prompts, filled up with the last one to whole forward passes, on the host."""
         rows = [*self.rows, *[self.rows[-1]] * (-len(self.rows) % self._slice())]
         sampling = dataclasses.replace(self.config.sampling, greedy=greedy)
-        model, copy = self.sampler.copy(state.params["policy"])
         tokenizer = self.sampler.tokenizer
         made = engine.answer(
             copy, model, self.sampler.prompts(rows), jax.random.fold_in(key, VALIDATION), sampling,
@@ -165,7 +171,7 @@ class Validator:
         return made, texts[: len(self.rows)]
 
     def _slice(self) -> int:
-        return self.roles.annotation_rows(self.config.ppo.batch_size)
+        return self.config.ppo.annotation_rows(self.config.ppo.batch_size)
 
     def _score(
         self, session: Session, scorer: Scorer, prompts: list[str], texts: list[str], rollout: Rollout
@@ -176,10 +182,11 @@ class Validator:
             session.logger.note(f"validation: {note}")
         return scored.totals
 
-    def _kl(self, state: TrainState, frozen: dict[str, Params], rollout: Rollout) -> Array:
+    def _kl(self, learner: Learner, rollout: Rollout) -> Array:
+        policy, reference = learner.state.value.params["policy"], reference_of(learner.state.value, learner.frozen)
         placed = sharding.put_rows(rollout, self.sampler.mesh)
         parts = rollout.tokens.shape[0] // self._slice()
-        return sequence_kl(state.params["policy"], reference_of(state, frozen), placed, roles=self.roles, parts=parts)
+        return sequence_kl(policy, reference, placed, roles=learner.roles, parts=parts)
 
 
 @functools.partial(jax.jit, static_argnames=("roles", "parts"))

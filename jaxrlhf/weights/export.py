@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def export(
     *,
     source: str | Path | None = None,
     tokenizer: Tokenizer | None = None,
+    stops: Sequence[int] = (),
     facts: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
@@ -36,6 +37,7 @@ def export(
 
     source: a folder whose config.json and generation_config.json keep their keys, and whose tokenizer files are copied
         unless a `tokenizer` is given, which then also decides the special token ids.
+    stops: ids that end a response besides those of the tokenizer; they go into generation_config.json with them.
     facts: what the model card says about the run (see `card.card`).
     dtype: of the written tensors; None: that of the parameters.
     Everything is written to a hidden folder beside `directory` that takes its name at the end. A directory that is
@@ -53,7 +55,9 @@ def export(
             raise StorageError(f"{directory}: the export takes {need:,} bytes and the disk has {free:,} free")
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
         partial.mkdir()
-        config = _write_configs(partial, model, params, None if source is None else Path(source), tokenizer, dtype)
+        config = _write_configs(
+            partial, model, params, None if source is None else Path(source), tokenizer, stops, dtype
+        )
         (partial / CARD).write_text(card.card(model, config, facts or {}), encoding="utf-8")
         writer.write(partial, found, _bytes(max_shard_size))
         _swap(partial, directory, old)
@@ -68,6 +72,7 @@ def _write_configs(
     params: Params,
     source: Path | None,
     tokenizer: Tokenizer | None,
+    more_stops: Sequence[int],
     dtype: str | None,
 ) -> dict[str, Any]:
     """Everything but weights and card; returns what config.json says."""
@@ -80,7 +85,7 @@ def _write_configs(
         tokenizer.save(folder)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         config = _with_ids(config, ids)
-        stops = sorted({tokenizer.eos_id, *tokenizer.stop_ids})
+        stops = sorted({tokenizer.eos_id, *tokenizer.stop_ids, *more_stops})
         generation = _with_ids(generation, ids | {"eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id})
     elif source is not None:
         for name in TOKENIZER_FILES:

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from runs import length_reward
 
 from jaxrlhf import config
 from jaxrlhf.training.ppo import PPOTrainer
@@ -26,6 +27,22 @@ def test_sft_on_eight_devices_equals_one(supervised, tmp_path, shape):
     )
     a, b = jax.device_get((alone.params, together.params))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
+
+
+def test_kept_rollouts_and_a_moving_reference_on_eight_devices_equal_one(ppo, tmp_path):
+    options = ppo | {
+        "ppo": config.replace(ppo["ppo"], num_mini_batches=1, replay=1, kl_coef=0.2, total_episodes=16),
+        "reference": config.Reference(sync_every=1, sync_alpha=0.5),
+        "optim": config.Optim(learning_rate=1e-2, eps=1e-3),
+    }
+    trainers = []
+    for mesh in (config.Mesh(), config.Mesh(data=2, fsdp=2, tensor=2)):
+        run = config.PPOConfig(run_dir=str(tmp_path / str(mesh.tensor)), mesh=mesh, **options)
+        trainers.append(PPOTrainer(run, reward=length_reward))
+        trainers[-1].train()
+    states = [jax.device_get((t.state.value.params, t.state.value.reference, t.state.value.replay)) for t in trainers]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *states)
+    assert np.any(states[0][2].advantages)
 
 
 @pytest.mark.parametrize("method", ["sft", "ppo"])

@@ -1,32 +1,22 @@
 """PPO runs with what goes on around the update: shaped scores, validation, alarms, replay, the critic's export."""
 
 import json
-import pathlib
+import shutil
+import sys
 
 import jax
 import numpy as np
 import pytest
+from runs import equal, length_reward, records
 
 import jaxrlhf
-from jaxrlhf import config
-from jaxrlhf.errors import ConfigError, Preempted, RewardError
+from jaxrlhf import config, weights
+from jaxrlhf.errors import ConfigError, DataError, Preempted, RewardError
 from jaxrlhf.rewards.model import RewardModel
 from jaxrlhf.training.alarms import Watch
+from jaxrlhf.training.export import export
 from jaxrlhf.training.ppo import PPOTrainer
 from jaxrlhf.training.reward import RewardTrainer
-
-
-def length_reward(prompts, completions, **columns):
-    return [0.1 * len(text) for text in completions]
-
-
-def records(run: str | pathlib.Path) -> list[dict]:
-    lines = pathlib.Path(run, "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines]
-
-
-def equal(a, b) -> None:
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def held_out(ppo, **options):
@@ -149,7 +139,7 @@ def test_the_best_state_is_exported_and_patience_ends_the_run(ppo, tmp_path):
     trainer.train()
     log = records(tmp_path / "run")
     assert len(log) == 2, "the measurement before training counts as the first"
-    assert trainer.state.value.step == 1, "the best state with a checkpoint"
+    assert trainer.state.value.step == 0, "nothing was better than the policy of step 0"
     assert log[-1]["eval/win_rate"] == 0 and log[-1]["eval/gain"] < 0
     exported = jaxrlhf.load(tmp_path / "run")[1]
     equal(jax.device_get(exported["layers"]), jax.device_get(trainer.params["layers"]))
@@ -223,9 +213,54 @@ def test_what_only_the_data_or_the_model_can_contradict(ppo):
         PPOTrainer(config.PPOConfig(**ppo | replaying | {"data": config.Data()}), reward=length_reward)
     with pytest.raises(ConfigError, match=r"with ppo.replay it needs 8"):
         PPOTrainer(config.PPOConfig(**ppo | replaying), reward=length_reward).ppo_step(["say red ", "say blue "])
-    wrong = held_out(ppo, validation=config.Validation(metric="eval/score"))
-    with pytest.raises(ConfigError, match="no record has 'eval/score'; did you mean 'eval/scores'"):
-        PPOTrainer(config.PPOConfig(**wrong), reward=length_reward)
+    for wrong, near in {"eval/score": "eval/scores", "rewards/lengths/mean": "rewards/length_reward/mean"}.items():
+        options = held_out(ppo, validation=config.Validation(metric=wrong))
+        with pytest.raises(ConfigError, match=f"no record has '{wrong}'; did you mean '{near}'"):
+            PPOTrainer(config.PPOConfig(**options), reward=length_reward)
+
+
+def test_what_models_cannot_do_is_refused_before_weights_are_read(ppo, supervised, tmp_path, monkeypatch):
+    RewardTrainer(config.RewardConfig(run_dir=str(tmp_path / "rm"), **supervised)).train()
+    monkeypatch.setattr(weights, "load", lambda *_, **__: pytest.fail("weights were read"))
+    judge = {"reward": config.RewardSource(model=str(tmp_path / "rm"))}
+    second = held_out(ppo, validation=config.Validation(reward_model=str(tmp_path / "none")))
+    rows = ppo | {"mesh": config.Mesh(data=4), "ppo": config.PPO(batch_size=8, num_mini_batches=4)}
+    narrow = tmp_path / "narrow"
+    shutil.copytree(tmp_path / "rm" / "export", narrow)
+    described = json.loads((narrow / "config.json").read_text())
+    (narrow / "config.json").write_text(json.dumps(described | {"max_position_embeddings": 16}))
+    for options, said in {
+        "no such folder": (second, "none"),
+        "rows": (rows | judge, r"a mini-batch, \(2\) must be a multiple of mesh.data x mesh.fsdp \(4\)"),
+        "context": (ppo | {"reward": config.RewardSource(model=str(narrow))}, "for the reward model .* context is 16"),
+    }.values():
+        with pytest.raises((ConfigError, DataError), match=said):
+            PPOTrainer(config.PPOConfig(**options), None if "reward" in options else length_reward)
+
+
+@pytest.mark.parametrize("trunk", ["own", "shared", "frozen"])
+def test_a_stopped_run_is_exported_without_its_data_and_its_reward(ppo, tmp_path, stop_at_two, trunk):
+    """Policy and critic are those of the checkpoint, whatever else the run had."""
+    own = ppo | {"data": config.replace(ppo["data"], path=str(shutil.copy(ppo["data"].path, tmp_path / "mine.jsonl")))}
+    options = own | {"critic": config.Critic(trunk=trunk), "ppo": config.replace(ppo["ppo"], replay=1)}
+    trainer = PPOTrainer(config.PPOConfig(run_dir=str(tmp_path / "run"), **options), reward=length_reward)
+    with pytest.raises(Preempted):
+        trainer.train()
+    (tmp_path / "mine.jsonl").unlink()
+    for role in ("policy", "critic"):
+        assert export(tmp_path / "run", tmp_path / role, role) == tmp_path / role
+        trainer.save_pretrained(tmp_path / f"{role}-now", role)
+        equal(jaxrlhf.load(tmp_path / role)[1], jaxrlhf.load(tmp_path / f"{role}-now")[1])
+    assert "objective/kl" in (tmp_path / "policy" / "README.md").read_text(), "the card says what was measured"
+
+
+def test_a_person_is_told_how_often_there_will_be_a_question(ppo, monkeypatch):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    options = held_out(ppo, validation=config.Validation(eval_steps=2, max_prompts=3))
+    options |= {"reward": config.RewardSource(components=({"human": "score"},))}
+    options |= {"scores": config.Scores(normalise="reference", reference_samples=10)}
+    said = PPOTrainer(config.PPOConfig(**options)).describe()
+    assert "8 in each of 4 updates, 6 in each of 3 validations, 16 before training" in said
 
 
 def record(**changes):
@@ -246,13 +281,15 @@ def record(**changes):
     ],
 )
 def test_an_alarm_is_marked_while_it_lasts_and_said_once(name, bad, words):
-    watch = Watch(config.Alarms(kl=10.0, window=2), [])
+    watch = Watch(config.Alarms(kl=10.0, window=2), 8, [])
     assert watch(record()) == ({f"alarm/{k}": 0.0 for k in ("kl", "entropy", "length", "finished")}, [])
     watch(record(**bad))
     marks, _ = watch(record(**bad))
     assert marks[f"alarm/{name}"] == 1 and sum(marks.values()) == 1
     said = [
-        line for watched in [Watch(config.Alarms(kl=10.0, window=1), [record()])] for line in watched(record(**bad))[1]
+        line
+        for watched in [Watch(config.Alarms(kl=10.0, window=1), 8, [record()])]
+        for line in watched(record(**bad))[1]
     ]
     assert len(said) == 1 and words in said[0]
     again, silent = watch(record(**bad))
@@ -262,16 +299,24 @@ def test_an_alarm_is_marked_while_it_lasts_and_said_once(name, bad, words):
 
 
 def test_a_held_out_reward_model_that_disagrees_raises_the_alarm():
-    watch = Watch(config.Alarms(), [record()])
+    watch = Watch(config.Alarms(), 8, [record()])
     marks, lines = watch(record(eval__gain=0.5, eval__heldout_gain=-0.2))
     assert marks["alarm/held_out"] == 1 and "they disagree" in lines[0]
-    marks, _ = Watch(config.Alarms(), [])(record(eval__gain=0.5, eval__heldout_gain=0.1))
+    marks, _ = Watch(config.Alarms(), 8, [])(record(eval__gain=0.5, eval__heldout_gain=0.1))
     assert marks["alarm/held_out"] == 0
 
 
 def test_alarms_of_a_resumed_run_remember_the_first_update():
     before = [record(), record()]
-    marks, _ = Watch(config.Alarms(window=1), before)(record(objective__entropy_per_token=0.1))
+    marks, _ = Watch(config.Alarms(window=1), 8, before)(record(objective__entropy_per_token=0.1))
     assert marks["alarm/entropy"] == 1
-    marks, _ = Watch(config.Alarms(window=1), [])(record(objective__entropy_per_token=0.1))
+    marks, _ = Watch(config.Alarms(window=1), 8, [])(record(objective__entropy_per_token=0.1))
     assert marks["alarm/entropy"] == 0
+
+
+def test_what_few_completions_show_is_no_alarm():
+    by_length = record(objective__score_length_correlation=1.0)
+    seen = [{rows: Watch(config.Alarms(window=3), rows, [])} for rows in (2, 4)]
+    said = {rows: [watch(by_length)[1] for _ in range(4)] for watches in seen for rows, watch in watches.items()}
+    assert said[2] == [[]] * 4, "two points lie on a line"
+    assert [len(lines) for lines in said[4]] == [0, 0, 1, 0], "a window must be full"

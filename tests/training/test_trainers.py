@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import pathlib
 
 import jax
 import numpy as np
 import pytest
+from runs import equal, length_reward, records
 
 import jaxrlhf
 from jaxrlhf import config, sharding
@@ -16,20 +16,6 @@ from jaxrlhf.training.ppo import PPOTrainer
 from jaxrlhf.training.ppo_rollout import occurrences
 from jaxrlhf.training.reward import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
-
-
-def length_reward(prompts, completions, **columns):
-    return [0.1 * len(text) for text in completions]
-
-
-def records(run: str | pathlib.Path) -> list[dict]:
-    """metrics.jsonl without timings, which alone may differ between equal runs."""
-    lines = pathlib.Path(run, "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines]
-
-
-def equal(a, b) -> None:
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_slots_do_not_change_what_ppo_sees(ppo):
@@ -244,16 +230,6 @@ def test_a_finished_run_can_be_started_and_exported_again(ppo, tmp_path):
     saved.write_text(saved.read_text().replace("  renormalise_logprobs: false\n", ""))
     assert before == PPOTrainer(settings, reward=length_reward).train()
     assert len(records(tmp_path / "run")) == 4
-    again = PPOTrainer(settings, reward=length_reward)
-    assert again.restore() == 4
-    again.save_pretrained(tmp_path / "copy")
-    equal(jaxrlhf.load(tmp_path / "copy")[1], jaxrlhf.load(tmp_path / "run")[1])
-
-
-def test_export_of_a_run_without_checkpoint_is_refused(ppo, tmp_path):
-    settings = config.PPOConfig(run_dir=str(tmp_path / "none"), **ppo)
-    with pytest.raises(StorageError, match="no checkpoint"):
-        PPOTrainer(settings, reward=length_reward).restore()
 
 
 def test_bad_input_is_refused_at_the_door(ppo, supervised, tmp_path):

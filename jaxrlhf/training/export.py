@@ -1,0 +1,98 @@
+"""A model out of a checkpoint, without the data, the rewards and the optimizer of the run that wrote it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from jaxrlhf import config, config_file, metrics, runs, sharding, weights
+from jaxrlhf.checkpoint import Checkpoints
+from jaxrlhf.config import ModelSource, PPOConfig
+from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.errors import ConfigError, StorageError
+from jaxrlhf.models import ModelConfig
+from jaxrlhf.rewards.model import RewardModel
+from jaxrlhf.training import loop, setup
+from jaxrlhf.training.ppo_roles import critic_model, reference_dtype
+from jaxrlhf.types import Params
+
+Identity = dict[str, str]  # hashes of what checkpoints do not hold, by name
+
+
+def export(run: Path, target: Path, role: Literal["policy", "critic"] = "policy") -> Path:
+    """Write the model of the newest checkpoint of a run (the best, if that is kept), or the critic of a PPO run, to
+    `target` in Hugging Face layout, with the run's tokenizer and a card.
+
+    Raises ConfigError for the critic of a run that has none, StorageError where there is no checkpoint, or where a
+    frozen part of the model, which is not in checkpoints, is no longer what it was in the run.
+    """
+    method, _ = runs.what_ran(run)
+    if role == "critic" and method != "ppo":
+        raise ConfigError(f"{run} is a run of jaxrlhf {method}: only ppo has a critic")
+    settings = config_file.read(method, run / "config.yaml", [("run_dir", str(run))], partial=True)
+    mesh = sharding.make_mesh(config.Mesh(fsdp=jax.device_count()))  # the run's may be another machine's
+    step, trained, identity = _newest(run, settings, mesh)
+    tokenizer = weights.open_tokenizer(settings.tokenizer, settings.model)
+    source = settings.model
+    if role == "critic":
+        model, params, source = _critic(settings, tokenizer, mesh, trained, identity)
+    elif method == "reward":
+        model, params = setup.model_of(source, tokenizer, settings.head), trained["reward"]
+        if settings.frozen_trunk:
+            trunk = setup.split_head(_begun(settings, tokenizer, mesh, settings.head), frozen_trunk=True)[1]
+            params |= _unchanged(trunk, identity, "frozen parameters")
+    else:
+        model, params = setup.model_of(source, tokenizer, "lm"), trained["policy"]
+    records = {record.pop("step"): record for record in metrics.read(run / "metrics.jsonl")}
+    settings = dataclasses.replace(settings, model=source)
+    return setup.export(
+        target, model, params, settings, tokenizer, method=method, step=step, results=records.get(step, {})
+    )
+
+
+def _newest(run: Path, settings: Any, mesh: jax.sharding.Mesh) -> tuple[int, dict[str, Params], Identity]:
+    """(step, what trained by role, hashes of what did not) of the checkpoint to export."""
+    checkpoints = Checkpoints(
+        run / "checkpoints", settings.checkpoint.keep, synchronous=True, best=loop.best_of(settings)
+    )
+    if not checkpoints.steps:
+        raise StorageError(f"{run} has no checkpoint yet: nothing to export")
+    return checkpoints.restore_params("best" if checkpoints.best_step is not None else checkpoints.steps[-1], mesh)
+
+
+def _critic(
+    settings: PPOConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, trained: dict[str, Params], identity: Identity
+) -> tuple[ModelConfig, Params, ModelSource]:
+    """(model, parameters, where its description comes from) of the critic of a PPO run."""
+    source, policy, judge = settings.model, setup.model_of(settings.model, tokenizer, "lm"), None
+    trunk: Params = {}
+    if settings.critic.init == "reward":
+        part = next(part for part in settings.reward.parts() if part.model)
+        source = dataclasses.replace(source, path=part.model, revision=part.revision)
+        judge = RewardModel(part.model, revision=part.revision, dtype=part.dtype, micro_batch_size=1, mesh=mesh)
+        if settings.critic.trunk == "frozen":
+            trunk = _unchanged(judge.params, identity, "reward model")
+    elif settings.critic.trunk == "frozen":
+        trunk = setup.copy(_begun(settings, tokenizer, mesh, "lm"), reference_dtype(settings, policy), mesh)
+        trunk = _unchanged(trunk, identity, "reference")
+    elif settings.critic.trunk == "shared":
+        trunk = trained["policy"]
+    model = critic_model(settings, policy, judge and judge.described)
+    return model, {**{k: v for k, v in trunk.items() if k not in ("lm_head", "score")}, **trained["critic"]}, source
+
+
+def _begun(settings: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, head: str) -> Params:
+    """The parameters that a run began with; of a head that it made itself, others."""
+    key, storage = setup.keys(settings.seed)[0], setup.trained_dtype(settings.model)
+    made = setup.load_model(settings.model, tokenizer=tokenizer, mesh=mesh, key=key, head=head, storage=storage)
+    return made[1]
+
+
+def _unchanged(params: Params, identity: Identity, what: str) -> Params:
+    if identity.get(what) != setup.params_fingerprint(params):
+        raise StorageError(
+            f"the {what} of this run were other parameters than its config leads to now: a model that it names has "
+            "changed since; put the old one back"
+        )
+    return params

@@ -1,0 +1,23 @@
+"""What tests of runs look at: the record of one, and whether two arrived at the same arrays."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def length_reward(prompts, completions, **columns):
+    return [0.1 * len(text) for text in completions]
+
+
+def records(run: str | pathlib.Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without timings, which alone may differ between equal runs."""
+    lines = pathlib.Path(run, "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines]
+
+
+def equal(a: Any, b: Any) -> None:
+    """Assert that two trees hold the same arrays, bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
