@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -59,7 +59,8 @@ def train_help(method: str) -> int:
     import tyro
 
     print(
-        f"usage: jaxrlhf {method} CONFIG.yaml [--section.key value ...] [--fresh] [--dry-run] [--debug]\n\n"
+        f"usage: jaxrlhf {method} CONFIG.yaml [--section.key value ...] [--use-lora] [--fresh] [--dry-run] [--debug]\n"
+        "\n"
         "CONFIG.yaml is a file or the name of a preset; `jaxrlhf new "
         + method
         + "` prints one with every key. Overrides come\n"
@@ -87,13 +88,17 @@ def _train(options: Options, overrides: Overrides) -> int | None:
     if options.config is None and not overrides:
         print(f"jaxrlhf {options.verb}: give a CONFIG.yaml; `jaxrlhf new {options.verb}` prints one", file=sys.stderr)
         return 2
-    config = config_file.read(options.verb, _config_path(options.config), overrides)
+    short = [("lora.enabled", "true")] if options.use_lora else []
+    config = config_file.read(options.verb, _config_path(options.config), [*short, *overrides])
     runtime.configure()
     if options.dry_run:
         trainer = _trainer(options.verb)(config, fresh=options.fresh)
         print(config_text.dump(config))
         print(trainer.describe())
         return 0
+    from jaxrlhf import runs
+
+    runs.check(config, options.verb, options.fresh)
     with _compilations(sys.stdout, quiet=config.logging.quiet):
         _trainer(options.verb)(config, fresh=options.fresh, ahead=True).train()
     return 0
@@ -104,6 +109,15 @@ def _compilations(stream: TextIO, *, quiet: bool = False) -> contextlib.Abstract
     from jaxrlhf import programs
 
     return programs.announce(lambda line: None if quiet else print(line, file=stream, flush=True))
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """Warnings of what runs inside as notes on standard error: standard output is the result."""
+    with warnings.catch_warnings(record=True) as warned:
+        yield
+    for warning in warned:
+        print(f"note: {warning.message}", file=sys.stderr)
 
 
 def _trainer(method: str) -> Any:
@@ -160,10 +174,8 @@ def _generate(options: Options, overrides: Overrides) -> None:
     runtime.configure()
     from jaxrlhf import evaluate
 
-    with _compilations(sys.stderr, quiet=config.logging.quiet), warnings.catch_warnings(record=True) as warned:
+    with _compilations(sys.stderr, quiet=config.logging.quiet), _notes():
         texts = evaluate.complete(config, options.prompt, options.num)
-    for warning in warned:
-        print(f"note: {warning.message}", file=sys.stderr)  # standard output is the text
     for i, text in enumerate(texts):
         if options.num > 1:
             print(f"--- {i + 1} of {options.num} ---")
@@ -210,17 +222,31 @@ def _export(options: Options, overrides: Overrides) -> None:
     import shutil
 
     run, target = Path(options.run), Path(options.directory)
-    if not (run / "config.yaml").is_file():
+    if not (run / "config.yaml").is_file() and not options.merge_lora:
         raise DataError(f"{run} is not a run directory: it has no config.yaml")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StorageError(f"{target} exists and is not empty; give a new folder")
     runtime.configure()
     from jaxrlhf import runs
 
+    if not (run / "config.yaml").is_file():
+        from jaxrlhf.training.export import merge
+
+        print(merge(run, target))
+        return
     _, outcome = runs.what_ran(run)
     # what a finished run exported is its outcome; of another the export, if there is one, is from before it went on
     chosen = (run / "export").is_dir() and (outcome == "done" or not any((run / "checkpoints").glob("[0-9]*")))
-    if chosen and options.role == "policy":
+    if (
+        chosen
+        and options.role == "policy"
+        and options.merge_lora
+        and (run / "export" / "adapter_config.json").is_file()
+    ):
+        from jaxrlhf.training.export import merge
+
+        merge(run / "export", target)
+    elif chosen and options.role == "policy":
         part = target.with_name(target.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(run / "export", part)
@@ -230,7 +256,8 @@ def _export(options: Options, overrides: Overrides) -> None:
     else:
         from jaxrlhf.training.export import export
 
-        export(run, target, options.role)
+        with _notes():
+            export(run, target, options.role, merge_lora=options.merge_lora)
     print(target)
 
 
@@ -238,6 +265,7 @@ _CONFIG: dict[str, dict[str, Any]] = {
     "config": {"nargs": "?", "metavar": "CONFIG.yaml", "help": "a file, or the name of a preset"},
     "--fresh": {"action": "store_true", "help": "start over in an existing run directory"},
     "--dry-run": {"action": "store_true", "help": "say what would be done and stop"},
+    "--use-lora": {"action": "store_true", "help": "short for --lora.enabled true"},
 }
 _MODEL: dict[str, Any] = {"metavar": "MODEL", "help": "a folder, a hub id or a run directory"}
 COMMANDS: dict[str, Command] = {
@@ -304,11 +332,12 @@ COMMANDS: dict[str, Command] = {
     "plot": Command(_plot, "draw a run's curves (PNG) and write its metrics as CSV", {"run": {"metavar": "RUN"}}),
     "export": Command(
         _export,
-        "write a run's model in Hugging Face layout",
+        "write a run's model in Hugging Face layout; of a run with adapters those alone, in PEFT's",
         {
-            "run": {"metavar": "RUN"},
+            "run": {"metavar": "RUN", "help": "with --merge-lora also a folder of adapters"},
             "directory": {"metavar": "DIR"},
             "--role": {"choices": ("policy", "critic"), "default": "policy", "help": "of a PPO run; default: policy"},
+            "--merge-lora": {"action": "store_true", "help": "one model instead of adapters"},
         },
     ),
 }

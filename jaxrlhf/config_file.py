@@ -146,7 +146,7 @@ class _Reader:
                     self.problems.append(f"{self._place(key)}: {key}: {message}")
                 elif item["type"] == "value_error":  # several keys that do not go together
                     named = [k for k in self.places if re.search(rf"\b{re.escape(k)}\b", message)]
-                    key = max(named, key=len, default="")
+                    key = max(named, key=lambda k: (self.places[k] == "override", len(k)), default="")
                     self.problems.append(f"{self._place(key)}: {message}")
                 elif item["type"] == "unexpected_keyword_argument":
                     self.problems.append(f"{self._place(key)}: {self._unknown(key)}")

@@ -39,12 +39,12 @@ class Trial:
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
-        self.model = setup.model_of(config.model, self.tokenizer, "lm")
+        self.model = setup.model_of(config.model, self.tokenizer, "lm", config.lora)
         self.stops = {*self.tokenizer.stop_ids, *config.sampling.stop_token_ids}
         self.rows = datasets.prompts_from_texts(PROMPTS, {}, Data(), self.tokenizer)
         self.trainer: PPOTrainer | None = None
         self.rollout: Rollout | None = None
-        self.critic: Params | None = None  # before any update
+        self.start: dict[str, Params] = {}  # what trains, before any update
         self.measured: list[dict[str, float]] = []  # of the update in one piece, and in micro-batches of one row
         self.changes: list[dict[str, Params]] = []
 
@@ -193,9 +193,7 @@ class Trial:
         assert self.trainer is not None and self.rollout is not None
         trainer, rollout = self.trainer, _ragged(self.rollout, self.tokenizer.pad_id)
         roles = trainer.roles
-        if self.critic is None:
-            self.critic = jax.tree.map(np.array, trainer.state.value.params["critic"])
-        start = {"policy": trainer.frozen["reference"], "critic": self.critic}
+        start = self.start = self.start or jax.tree.map(np.array, trainer.state.value.params)
         fresh = jax.tree.map(lambda x: jnp.array(x, copy=True), start)
         trainer.state = setup.State(fresh, dict(roles.optimizers), roles.mesh, roles.ppo.kl_coef)
         state = trainer.state.value

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from jaxrlhf import runtime
 from jaxrlhf.algorithms import masked
@@ -192,11 +192,16 @@ def response_states(params: Params, model: ModelConfig, rollout: Rollout) -> Flo
 
 
 def last_hidden(
-    params: Params, model: ModelConfig, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+    params: Params,
+    model: ModelConfig,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    keys: Key[Array, " B"] | None = None,
 ) -> Float[Array, "B D"]:
-    """The hidden state of each sequence's last real token, wherever the padding is; of column 0 if there is none."""
+    """The hidden state of each sequence's last real token, wherever the padding is; of column 0 if there is none.
+    `keys` are for dropout."""
     column = jnp.argmax(masked.last(mask), axis=1)
-    return jnp.take_along_axis(forward(params, model, tokens, mask), column[:, None, None], axis=1)[:, 0]
+    return jnp.take_along_axis(forward(params, model, tokens, mask, keys=keys), column[:, None, None], axis=1)[:, 0]
 
 
 def last_token_scores(

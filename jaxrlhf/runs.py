@@ -96,6 +96,15 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
         lock.close()
 
 
+def check(config: Any, method: str, fresh: bool) -> None:
+    """Raise what `open_run` would, before anything has been loaded; leaves the directory as it is."""
+    directory = Path(config.run_dir).resolve()
+    if directory.is_dir() and not fresh:
+        with _lock(directory):
+            if checkpoint.exists(directory / "checkpoints"):
+                _continue(directory, config, yaml.safe_load(config_text.dump(config)), method)
+
+
 def what_ran(directory: Path) -> tuple[str, str]:
     """(method, outcome of the last start) of a run directory: "done" if it came to its end, "" while it runs or if it
     was killed. Raises StorageError if run.json cannot be read."""
@@ -104,6 +113,12 @@ def what_ran(directory: Path) -> tuple[str, str]:
         return record["method"], record["starts"][-1].get("outcome", "")
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise StorageError(f"{directory / 'run.json'} cannot be read: {first_line(error)}") from error
+
+
+def started_in(directory: Path) -> str:
+    """The working directory of the last start of a run; "" where its record does not say."""
+    record = json.loads((directory / "run.json").read_bytes())
+    return record["starts"][-1].get("directory", "")
 
 
 def _lock(directory: Path) -> TextIO:
@@ -200,6 +215,7 @@ def _record(before: dict[str, Any], config: Any, settings: dict[str, Any], metho
         "host": socket.gethostname(),
         "process": os.getpid(),
         "command": sys.argv,
+        "directory": os.getcwd(),
         "config_sha256": digest,
         "versions": _versions(),
     }

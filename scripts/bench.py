@@ -8,7 +8,8 @@ says so, and idles until it is told to run once more: repetitions take turns, A 
 matrix products and memory are timed, for the floors. Progress goes to standard error; one JSON line to standard output:
 
     contestants   by name: seconds (median, min, max), tokens_per_second, peak_bytes, floor_percent, decode_percent,
-                  update_percent, phases (median seconds), rates, knobs, versions
+                  update_percent, phases (median seconds), rates, knobs, versions; with --profile, of ours, profile:
+                  the share of each kind of operation in the time of all
     ratio         by peer: our tokens per second over theirs
     limits        GF/s by dtype and GB/s, each the best that this run measured
 
@@ -100,6 +101,7 @@ def arguments() -> argparse.Namespace:
     add("--strong", action="store_true", help="torch peers with MKL's fast path and huge pages: see strong_knobs")
     add("--rounds", type=int, default=3)
     add("--apart", action="store_true", help="start contestants anew for every repetition: one in memory at a time")
+    add("--profile", action="store_true", help="where our time goes, by kind of operation; slows us down a little")
     add("--device", choices=("cpu", "gpu"), default="cpu")
     add("--output", help="file to append the JSON line to")
     args = parser.parse_args()
@@ -227,7 +229,7 @@ def summary(contestant: Contestant, results: list[dict[str, Any]]) -> dict[str, 
         "tokens_per_second": round(rate, 2),
         "peak_bytes": contestant.peak_bytes,
     }
-    for kind in ("phases", "rates"):
+    for kind in ("phases", "rates", "profile"):
         names = dict.fromkeys(name for r in results for name in r.get(kind, {}))
         if names:
             found[kind] = {n: round(statistics.median(r[kind][n] for r in results), 4) for n in names}

@@ -1,12 +1,15 @@
 """The library's side of bench.py: `bench_ours.py NAME JOB`, started by it."""
 
+import collections
 import dataclasses
 import functools
+import gzip
 import json
 import os
 import shutil
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +47,7 @@ from jaxrlhf.types import Batch, Pairs, Prompts, Rollout  # noqa: E402
 
 Repeat = Callable[[], dict[str, Any]]
 PAD = 1
+CONTAINERS = ("while", "call", "conditional")  # operations that run others, which the profile has as well
 
 
 def compute_dtype(job: Job) -> Literal["float32", "bfloat16"]:
@@ -222,7 +226,7 @@ def supervised(job: Job, name: str) -> Repeat:
 
     def step() -> None:
         if job.case == "sft":
-            state.value, _ = sft.update(state.value, first, **static)
+            state.value, _ = sft.update(state.value, {}, first, jax.random.key(0), **static)
         else:
             state.value, _ = reward.update(state.value, {}, Pairs(first, second), jax.random.key(0), **static)
         jax.block_until_ready(state.value)
@@ -311,6 +315,27 @@ CASES: dict[str, Callable[[Job, str], Repeat]] = {
 }
 
 
+def profiled(repeat: Repeat) -> Repeat:
+    """`repeat` under jax's profiler. Its record gets a "profile": what share of all operations' time each kind takes,
+    of those with a hundredth or more. Threads are added up; what an operation calls is not counted in it."""
+
+    def repetition() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                record = repeat()
+            (file,) = Path(folder).rglob("*.trace.json.gz")
+            events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+        spent: collections.Counter[str] = collections.Counter()
+        for event in events:
+            if "hlo_op" in event.get("args", {}) and not event["name"].startswith(CONTAINERS):
+                spent[event["name"].rstrip(".0123456789")] += event["dur"]
+        return record | {
+            "profile": {n: us / spent.total() for n, us in spent.most_common() if us > 0.01 * spent.total()}
+        }
+
+    return repetition
+
+
 def peak_bytes(job: Job) -> int:
     """Of the device, if it has memory of its own, else of this process."""
     if job.device == "cpu":
@@ -320,5 +345,7 @@ def peak_bytes(job: Job) -> int:
 
 if __name__ == "__main__":
     repeat = CASES[job.case](job, name)
+    if job.profile:
+        repeat = profiled(repeat)
     turns.ready("jaxrlhf", "jax", "jaxlib")
     turns.serve(repeat, lambda: peak_bytes(job))

@@ -42,6 +42,7 @@ class Job:
     checkpointing: bool
     device: str
     rounds: int
+    profile: bool
 
 
 class Contestant:

@@ -111,7 +111,7 @@ def case(
     )
     decoder, copy = inference_copy(model, policy, rollout_dtype or model.dtype)
     rollout = generate(copy, decoder, prompts(), jax.random.key(2), sampling, STOPS, PAD)
-    frozen = {"reference": reference, "critic": {}}
+    frozen = {"policy": {}, "reference": reference, "critic": {}}
     return Case(config, roles, frozen, policy, rollout, jnp.linspace(-1, 1, B))
 
 

@@ -221,7 +221,7 @@ def run(tmp_path) -> Path:
 def exported(monkeypatch) -> list[tuple]:
     """What was asked of the export of a checkpoint."""
     seen = []
-    monkeypatch.setattr("jaxrlhf.training.export.export", lambda *asked: seen.append(asked))
+    monkeypatch.setattr("jaxrlhf.training.export.export", lambda *asked, merge_lora: seen.append(asked))
     return seen
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxrlhf.config import Component, PPOConfig, SFTConfig
+from jaxrlhf.config import Component, PPOConfig, SFTConfig, replace
 from jaxrlhf.config_file import METHODS, keys, read
 from jaxrlhf.config_text import dump, field_docs, render_new
 from jaxrlhf.errors import ConfigError
@@ -120,7 +120,19 @@ def test_a_seed_that_would_meet_another_one_is_refused(write):
 
 def test_keys_that_do_not_go_together_are_refused_at_their_place(write):
     (found,) = problems("ppo", write(GIVEN + "ppo:\n  num_mini_batches: 3\n"))
-    assert found.endswith("my.yaml:5: ppo.num_mini_batches (3) must divide ppo.batch_size (16)")
+    assert found.endswith("my.yaml:5: ppo.num_mini_batches (3) must divide ppo.batch_size (16); 1 would")
+    overrides = [("ppo.micro_batch_size", "3")]
+    (found,) = problems("ppo", write(GIVEN + "ppo:\n  num_mini_batches: 2\n"), overrides)
+    assert found.strip().startswith("override: ppo.micro_batch_size (3) must divide a mini-batch"), (
+        "what is new is wrong"
+    )
+
+
+def test_what_is_given_of_a_section_leaves_the_rest_at_the_methods_defaults(write):
+    given = read("ppo", write(GIVEN + "reward: {model: m}\noptim:\n  schedule: constant\n"))
+    assert given.optim == replace(PPOConfig().optim, schedule="constant")
+    assert (given.optim.learning_rate, given.optim.eps) == (3e-6, 1e-5)
+    assert PPOConfig(optim={"eps": 1e-7}).optim.learning_rate == 3e-6  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ them from YAML and overrides. Names are TRL's where the meaning is TRL's.
 """
 
 from jaxrlhf.config.base import DType, replace
+from jaxrlhf.config.lora import LoRA
 from jaxrlhf.config.methods import PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.config.ppo import PPO, Alarms, Critic, Reference, Scores, Validation
 from jaxrlhf.config.sections import (
@@ -31,6 +32,7 @@ __all__ = [
     "DType",
     "Data",
     "Engine",
+    "LoRA",
     "Logging",
     "Mesh",
     "ModelSource",

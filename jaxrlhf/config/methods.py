@@ -1,11 +1,12 @@
 """What a run of each method is configured by, and which combinations are refused."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from jaxrlhf.config.base import Bool, Seed, section
+from jaxrlhf.config.lora import LoRA
 from jaxrlhf.config.ppo import PPO, Alarms, Critic, Reference, Scores, Validation
 from jaxrlhf.config.sections import (
     Checkpoint,
@@ -21,9 +22,7 @@ from jaxrlhf.config.sections import (
     Train,
 )
 
-
-def _adam_ppo() -> "Optim":
-    return Optim(eps=1e-5, learning_rate=3e-6)
+_ADAM_PPO: dict[str, Any] = {"eps": 1e-5, "learning_rate": 3e-6}
 
 
 @section
@@ -33,6 +32,7 @@ class SFTConfig:
     run_dir: str = "runs/sft"
     seed: Seed = 0
     model: ModelSource = Field(default_factory=ModelSource)
+    lora: LoRA = Field(default_factory=LoRA)
     tokenizer: TokenizerSource = Field(default_factory=TokenizerSource)
     data: Data = Field(default_factory=Data)
     completion_only: Bool = True
@@ -56,6 +56,7 @@ class RewardConfig:
     run_dir: str = "runs/reward"
     seed: Seed = 0
     model: ModelSource = Field(default_factory=ModelSource)
+    lora: LoRA = Field(default_factory=LoRA)
     head: Literal["linear", "mlp"] = "linear"
     frozen_trunk: Bool = False
     """Train the head alone."""
@@ -69,6 +70,8 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         _check_train(self.train)
+        if self.frozen_trunk and self.lora.enabled:
+            raise ValueError("frozen_trunk is true and lora.enabled too: adapters are how a trunk trains; choose one")
 
 
 @section
@@ -78,6 +81,7 @@ class PPOConfig:
     run_dir: str = "runs/ppo"
     seed: Seed = 0
     model: ModelSource = Field(default_factory=ModelSource)
+    lora: LoRA = Field(default_factory=LoRA)
     tokenizer: TokenizerSource = Field(default_factory=TokenizerSource)
     reference: Reference = Field(default_factory=Reference)
     data: Data = Field(default_factory=Data)
@@ -87,12 +91,18 @@ class PPOConfig:
     ppo: PPO = Field(default_factory=PPO)
     sampling: Sampling = Field(default_factory=Sampling)
     rollout: Engine = Field(default_factory=Engine)
-    optim: Optim = Field(default_factory=_adam_ppo)
+    optim: Optim = Field(default_factory=lambda: Optim(**_ADAM_PPO))
+    """A learning_rate of 3e-6 and an eps of 1e-5 unless given; an `Optim` made in Python has its own defaults."""
     validation: Validation = Field(default_factory=Validation)
     alarms: Alarms = Field(default_factory=Alarms)
     mesh: Mesh = Field(default_factory=Mesh)
     logging: Logging = Field(default_factory=Logging)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+
+    @field_validator("optim", mode="before")
+    @classmethod
+    def _part_of_optim(cls, given: Any) -> Any:
+        return {**_ADAM_PPO, **given} if isinstance(given, dict) else given
 
     def __post_init__(self) -> None:
         ppo, sampling = self.ppo, self.sampling
@@ -134,6 +144,10 @@ _WRONG_KL = {
 
 def _check_ppo(config: PPOConfig) -> None:
     """What else does not go together."""
+    if config.lora.enabled and config.lora.dropout:
+        raise ValueError(
+            f"lora.dropout is {config.lora.dropout:g}: pi / pi_old would not be 1 before anything is learnt; set 0"
+        )
     ppo, scores, length = config.ppo, config.scores, config.sampling.response_length
     rows = ppo.local_rollout_forward_batch_size
     if rows and ppo.batch_size % rows:

@@ -23,9 +23,11 @@ class ModelSource:
     """Where a model comes from and in which precision it lives."""
 
     path: str = ""
-    """A folder in Hugging Face layout, a run directory, or a hub id. Required."""
+    """A folder in Hugging Face layout (adapters in PEFT's too), a run directory, or a hub id. Required."""
     revision: str | None = None
     """Branch, tag or commit on the hub; pin a commit to make a run repeatable."""
+    merged_path: str = ""
+    """If `path` holds adapters in PEFT's layout, they are merged into their model: a folder to write that model to."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` builds the model from config.json alone."""
     param_dtype: DType = "auto"
@@ -189,6 +191,11 @@ class Sampling:
     before it."""
 
     def __post_init__(self) -> None:
+        if self.min_length > self.response_length:
+            raise ValueError(
+                f"sampling.min_length is {self.min_length} and sampling.response_length {self.response_length}: no "
+                "response could end; set min_length lower"
+            )
         if "" in self.stop_strings:
             raise ValueError("sampling.stop_strings has an empty text, which ends every response at once; leave it out")
 

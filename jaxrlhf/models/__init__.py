@@ -1,11 +1,12 @@
 """The decoder and its heads: a model is a pair of a frozen `ModelConfig` and a plain nested dict of arrays."""
 
 from jaxrlhf.models.attention import cudnn_trouble
-from jaxrlhf.models.config import ModelConfig, Rope
+from jaxrlhf.models.config import Adapters, ModelConfig, Rope
 from jaxrlhf.models.heads import init_head, label_logits, lm_logits, scores
 from jaxrlhf.models.transformer import empty_cache, forward, forward_cached, init, unstack
 
 __all__ = [
+    "Adapters",
     "ModelConfig",
     "Rope",
     "cudnn_trouble",

@@ -1,5 +1,6 @@
 """What a model is: one frozen, hashable description that covers every family we run."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,24 @@ class Rope:
     mscale: float | None = None  # yarn
     mscale_all_dim: float | None = None  # yarn
     truncate: bool = True  # yarn: round the correction range to whole dimensions
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What is static about low-rank adapters (https://arxiv.org/abs/2106.09685): W + scale A B in place of W.
+
+    The arrays are those of `lora.init`, under "lora" of a model's parameters; parameters without them are the base.
+    """
+
+    rank: int
+    alpha: float
+    rank_stabilised: bool = False  # https://arxiv.org/abs/2312.03732
+    dropout: float = 0.0  # of what goes into A, where keys for it are given
+    layers: tuple[int, int] | None = None  # the first layer that has them, and the first after it that has not
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +74,7 @@ class ModelConfig:
     kernels: Literal["float", "int8"] = "float"  # int8: an inference copy's, see rollout/inference_copy.py
     remat: Literal["none", "full", "dots"] = "none"
     attention: Literal["plain", "cudnn"] = "plain"  # of whole sequences; with a key-value cache it is always plain
+    adapters: Adapters | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -5,13 +5,14 @@ angles and the attention softmax are float32.
 """
 
 import math
+import zlib
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
+from jaxtyping import Array, Bool, Float, Int, Int8, Key, Shaped
 
 from jaxrlhf.models.attention import attend, cudnn_attend, fits_cudnn
 from jaxrlhf.models.config import ModelConfig, Rope
@@ -116,24 +117,68 @@ def int8_product(
     return whole.astype(jnp.float32) * step * along_last(scale, whole)
 
 
+def dropped(x: Float[Array, "B T I"], keys: Key[Array, " B"], rate: float, site: str) -> Float[Array, "B T I"]:
+    """Inverted dropout with a key for each row, so that what a row loses does not depend on the rows beside it.
+    `site` tells the places of a layer apart."""
+    here = zlib.crc32(site.encode())
+    kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, here), 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
 class Dense(nn.Module):
-    """x W (+ b), with W [in, out]; with int8 kernels see `int8_product`."""
+    """x W (+ b), with W [in, out]; with int8 kernels see `int8_product`.
+
+    With variables of its own in the collection "lora": x W + scale x A B, of which A sees x with dropout if there are
+    `keys`; with a magnitude m, every output of that times m / |W + scale A B| (DoRA, https://arxiv.org/abs/2402.09353,
+    eq. 5, the norm a constant to the gradient as in section 4.3).
+    """
 
     features: int
     bias: bool
     model: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+    def __call__(self, x: Float[Array, "B T I"], keys: Key[Array, " B"] | None = None) -> Float[Array, "B T O"]:
         if self.model.kernels == "int8":
             kernel = self.param("kernel", nn.initializers.zeros, (self.features, x.shape[-1]), jnp.int8)
             y = int8_product(x, kernel, self.param("scale", nn.initializers.ones, (self.features,)))
         else:
             kernel = self.param("kernel", NORMAL, (x.shape[-1], self.features))
             y = product("bti,io->bto", x, kernel, self.model.dtype)
+            if self.has_variable("lora", "a"):
+                y = self._adapted(x, y, kernel, keys)
         if self.bias:
             y = y + along_last(self.param("bias", nn.initializers.zeros, (self.features,)), y)
         return y
+
+    def _adapted(self, x: Array, y: Array, kernel: Array, keys: Array | None) -> Array:
+        a, b = (self.get_variable("lora", name) for name in "ab")
+        adapters = self.model.adapters
+        assert adapters is not None
+        if keys is not None and adapters.dropout:
+            x = dropped(x, keys, adapters.dropout, "/".join(self.path))
+        low = product("btr,ro->bto", product("bti,ir->btr", x, a, self.model.dtype), b, self.model.dtype)
+        y = y + adapters.scale * low
+        if self.has_variable("lora", "magnitude"):
+            y = y * along_last(gain(kernel, a, b, self.get_variable("lora", "magnitude"), adapters.scale), y)
+        return y
+
+
+def gain(
+    kernel: Float[Array, "I O"],
+    a: Float[Array, "I R"],
+    b: Float[Array, "R O"],
+    magnitude: Float[Array, " O"],
+    scale: float,
+) -> Float[Array, " O"]:
+    """m / |W + scale A B| for each output; 1 where m is 0, which is how a layer without a magnitude says so.
+
+    |w + scale A b|^2 = |w|^2 + 2 scale (A' w) b + scale^2 b' (A' A) b: nothing of W's size is made for it.
+    """
+    kernel, a, b = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (kernel, a, b))
+    cross = jnp.einsum("ir,io->ro", a, kernel)
+    square = jnp.sum(kernel * kernel, axis=0) + scale * jnp.sum(b * (2 * cross + scale * (a.T @ a @ b)), axis=0)
+    return jnp.where(magnitude == 0, 1.0, magnitude * jax.lax.rsqrt(jnp.maximum(square, 1e-30)))
 
 
 class Norm(nn.Module):
@@ -159,11 +204,11 @@ class Attention(nn.Module):
     model: ModelConfig
 
     @nn.compact
-    def __call__(self, x, rotation, mask, scale, cache, slot):
+    def __call__(self, x, rotation, mask, scale, cache, slot, keys):
         m = self.model
         heads = {"q": m.num_heads, "k": m.num_kv_heads, "v": m.num_kv_heads}
         q, k, v = (
-            Dense(count * m.head_dim, m.qkv_bias, m, name=name)(x).reshape(*x.shape[:2], count, m.head_dim)
+            Dense(count * m.head_dim, m.qkv_bias, m, name=name)(x, keys).reshape(*x.shape[:2], count, m.head_dim)
             for name, count in heads.items()
         )
         if m.qk_norm:
@@ -177,7 +222,7 @@ class Attention(nn.Module):
             cache = k, v
         read = cudnn_attend if m.attention == "cudnn" and cache is None and fits_cudnn(q) else attend
         y = read(q, k, v, mask, m.dtype).reshape(*x.shape[:2], -1)
-        return Dense(x.shape[-1], m.attention_out_bias, m, name="o")(y), cache
+        return Dense(x.shape[-1], m.attention_out_bias, m, name="o")(y, keys), cache
 
 
 class Mlp(nn.Module):
@@ -186,12 +231,14 @@ class Mlp(nn.Module):
     model: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], keys: Key[Array, " B"] | None) -> Float[Array, "B T D"]:
         m = self.model
         activation = ACTIVATIONS[m.activation]
-        up = Dense(m.mlp_size, m.mlp_bias, m, name="up")(x)
-        inner = activation(Dense(m.mlp_size, m.mlp_bias, m, name="gate")(x)) * up if m.gated_mlp else activation(up)
-        return Dense(x.shape[-1], m.mlp_bias, m, name="down")(inner)
+        up = Dense(m.mlp_size, m.mlp_bias, m, name="up")(x, keys)
+        inner = (
+            activation(Dense(m.mlp_size, m.mlp_bias, m, name="gate")(x, keys)) * up if m.gated_mlp else activation(up)
+        )
+        return Dense(x.shape[-1], m.mlp_bias, m, name="down")(inner, keys)
 
 
 Cached = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None
@@ -211,11 +258,13 @@ class Block(nn.Module):
         scale: Float[Array, ""],
         cache: Cached = None,
         slot: Int[Array, ""] | int = 0,
+        keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cached]:
-        """Hidden states [B, T, D] and the cache with the new keys and values in it (None without a cache)."""
+        """Hidden states [B, T, D] and the cache with the new keys and values in it (None without a cache). `keys` are
+        for the dropout of adapters."""
         norm = partial(Norm, self.model.norm, self.model.norm_eps)
         y, cache = Attention(self.model, name="attention")(
-            norm(name="attention_norm")(x), rotation, mask, scale, cache, slot
+            norm(name="attention_norm")(x), rotation, mask, scale, cache, slot, keys
         )
         x = x + y
-        return x + Mlp(self.model, name="mlp")(norm(name="mlp_norm")(x)), cache
+        return x + Mlp(self.model, name="mlp")(norm(name="mlp_norm")(x), keys), cache

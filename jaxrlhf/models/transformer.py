@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.heads import init_head
@@ -52,11 +52,13 @@ def forward(
     mask: Bool[Array, "B T"],
     positions: Int[Array, "B T"] | None = None,
     segments: Int[Array, "B T"] | None = None,
+    keys: Key[Array, " B"] | None = None,
 ) -> Float[Array, "B T D"]:
     """Hidden states after the final norm, float32, at every position; what stands at padding is finite and meaningless.
 
     `mask` marks real tokens, wherever the padding is. `positions` count the real tokens unless given; with `segments`
-    (packed sequences) a token attends only to its own segment, and positions must be given.
+    (packed sequences) a token attends only to its own segment, and positions must be given. With `keys`, one a row,
+    adapters drop what `model.adapters` says.
     """
     if positions is None:
         assert segments is None, "packed sequences need positions of their own"
@@ -65,13 +67,28 @@ def forward(
     turn = rotation(model, positions)
 
     def layer(x, inputs):
-        weights, scale, sliding = inputs
-        x, _ = _apply(Block(model), weights, x, turn, jnp.where(sliding, windowed, full), scale)
-        return x, None
+        weights, adapters, number, scale, sliding = inputs
+        here = None if keys is None else jax.vmap(partial(jax.random.fold_in, data=number))(keys)
+        variables = {"params": weights, "lora": adapters}
+        may_attend = jnp.where(sliding, windowed, full)
+        return Block(model).apply(variables, x, turn, may_attend, scale, keys=here)[0], None
 
-    inputs = params["layers"], jnp.array(_attention_scales(model), jnp.float32), jnp.array(model.sliding_layers)
+    inputs = (
+        params["layers"], _every_layer(params, model), jnp.arange(model.num_layers),
+        jnp.array(_attention_scales(model), jnp.float32), jnp.array(model.sliding_layers),
+    )  # fmt: skip
     x, _ = jax.lax.scan(_rematerialised(layer, model), _embed(params, model, tokens, positions), inputs)
     return _apply(Norm(model.norm, model.norm_eps), params["norm"], x)
+
+
+def _every_layer(params: Params, model: ModelConfig) -> Params:
+    """The adapters of all layers, stacked: zeros, which change nothing, for layers that have none."""
+    adapters = params.get("lora", {}).get("layers", {})
+    first, last = (model.adapters and model.adapters.layers) or (0, model.num_layers)
+    room = first, model.num_layers - last
+    return (
+        adapters if room == (0, 0) else jax.tree.map(lambda x: jnp.pad(x, [room, *[(0, 0)] * (x.ndim - 1)]), adapters)
+    )
 
 
 def empty_cache(model: ModelConfig, batch: int, slots: int) -> KVCache:
@@ -106,8 +123,10 @@ def forward_cached(
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """`forward` for T more tokens, which take slots `slot` .. `slot` + T - 1 and see every valid slot before them.
 
-    The caller sees to it that `slot` + T does not exceed the cache: past its end the write would move back.
+    Adapters must have been merged. The caller sees to it that `slot` + T does not exceed the cache: past its end the
+    write would move back.
     """
+    assert "lora" not in unstacked
     write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
     key_positions, valid = write(cache.positions, positions), write(cache.valid, mask)
     full, windowed = _may_attend(model, positions, key_positions, valid, None)

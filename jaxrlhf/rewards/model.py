@@ -60,7 +60,7 @@ class RewardModel:
             )
         self.described = described
         """The model, before its weights are loaded."""
-        self.tokenizer = load_tokenizer(weights.resolve(path, revision, weights=False), TokenizerSource())
+        self.tokenizer = load_tokenizer(weights.tokenizer_folder(path, revision), TokenizerSource())
         check_vocab(self.tokenizer, described.vocab_size)
         self.limit = min(described.max_positions, max_length or described.max_positions)
         shares = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf import lora
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import ModelConfig, unstack
 from jaxrlhf.sharding import path_of
@@ -46,12 +47,14 @@ def inference_model(model: ModelConfig, dtype: RolloutDType) -> ModelConfig:
         tie_embeddings=model.tie_embeddings and not untie,
         remat="none",
         attention="plain",
+        adapters=None,
     )
 
 
 @partial(jax.jit, static_argnames=("model", "inference"))
 def convert(params: Params, model: ModelConfig, inference: ModelConfig) -> Params:
-    """Parameters of `model` as those of `inference`, one of its `inference_model`s."""
+    """Parameters of `model` as those of `inference`, one of its `inference_model`s; adapters are merged."""
+    params = lora.merge(params, model)
     if model.tie_embeddings and not inference.tie_embeddings:
         params = {**params, "lm_head": {"kernel": params["embed"]["embedding"].T}}
     if inference.kernels == "int8":

@@ -65,6 +65,12 @@ class Session:
         for note in self.run.notes:
             self.logger.note(note)
         self.logger.rewind(step)
+        for record in reversed(
+            self.records()
+        ):  # of a run that was given up, the same command does not start a new count
+            if not record.get("skipped_updates"):
+                break
+            self._skipped += 1
         return step
 
     def records(self) -> list[Metrics]:
@@ -95,8 +101,9 @@ class Session:
         self._skipped = self._skipped + 1 if skipped else 0
         if self._skipped >= MAX_SKIPPED:
             raise NumericsError(
-                f"non-finite losses or gradients in {MAX_SKIPPED} steps in a row (last: step {step}). Each such update "
-                "was left out, so the parameters are sound. Lower optim.learning_rate, or look at the data and rewards"
+                f"non-finite losses or gradients in {MAX_SKIPPED} steps in a row (last: step {step}). Those were "
+                "left out, but whatever led there was learnt: look at the metrics before them, lower "
+                "optim.learning_rate or mend data and rewards, and start over with --fresh"
             )
 
     def due(self, step: int) -> bool:

@@ -13,7 +13,7 @@ from jaxrlhf.config import Optim
 from jaxrlhf.sharding import path_of
 from jaxrlhf.types import Params
 
-DECAYED = ("kernel", "embedding")
+DECAYED = ("kernel", "embedding", "/a", "/b")  # matrices, those of adapters too
 
 
 def schedule(config: Optim, learning_rate: float, total_steps: int) -> optax.Schedule:

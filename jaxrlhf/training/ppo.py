@@ -52,13 +52,13 @@ class PPOTrainer:
         if config.sampling.greedy:
             raise ConfigError("sampling.greedy is true: PPO learns from samples; leave it false")
         self.mesh = sharding.make_mesh(config.mesh)
-        init_key, self._key, critic_key = setup.keys(config.seed)
+        init_key, self._key, *role_keys = setup.keys(config.seed)
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = prompt_rows(config.data, self.tokenizer) if config.data.path else None
-        self.model = setup.model_of(config.model, self.tokenizer, "lm")
+        self.model = setup.model_of(config.model, self.tokenizer, "lm", config.lora)
         prompts = [len(row.tokens) for row in [*self.data.train, *self.data.validation]] if self.data else []
         self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, max(prompts, default=0))
-        storage = setup.trained_dtype(config.model)
+        storage = setup.storage_of(config)
         self.scorer = Scorer(config.reward, self.tokenizer, reward, mesh=self.mesh, directory=Path(config.run_dir))
         self.total_steps = self._updates()
         self._check(max(prompts, default=0))
@@ -66,13 +66,13 @@ class PPOTrainer:
         self.validator = Validator(config, held_out, self.sampler, self.scorer) if held_out else None
         if ahead:
             self._check_reward()
-        rollout = self._compile_rollout(setup.shapes_of(self.model, storage, self.mesh)) if ahead else None
-        _, policy = setup.load_model(
+        rollout = self._compile_rollout() if ahead else None
+        policy = setup.load_model(
             config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=init_key, head="lm", storage=storage
         )
         self.scorer.load()
         judge = self.scorer.model and (self.scorer.model.model, self.scorer.model.params)
-        self.learner = Learner(config, self.sampler, policy, judge, self.total_steps, critic_key)
+        self.learner = Learner(config, self.sampler, policy, judge, self.total_steps, tuple(role_keys))
         self.state, self.frozen, self.roles = self.learner.state, self.learner.frozen, self.learner.roles
         self.sampler.check_memory()
         if rollout:
@@ -82,8 +82,8 @@ class PPOTrainer:
 
     @property
     def params(self) -> Params:
-        """The policy's parameters as they are now."""
-        return self.state.value.params["policy"]
+        """The policy's parameters as they are now, adapters and what is under them."""
+        return self.learner.policy
 
     def describe(self) -> str:
         """What `.train()` works with, and the first prompt as the model sees it."""
@@ -106,7 +106,7 @@ class PPOTrainer:
             session.logger.note(setup.describe(config, self.model, self.tokenizer, self.data.report, self.mesh))
             for line in self._questions():
                 session.logger.note(line)
-            if not self._begun and (rollout := self._compile_rollout(self.state.template.params["policy"])):
+            if not self._begun and (rollout := self._compile_rollout()):
                 self.learner.compile(rollout, self._key, per_token=self.scorer.per_token)
             self.scorer.pause(session.logger.paused)
             done = session.resume(self.state)
@@ -217,8 +217,11 @@ class PPOTrainer:
         key = jax.random.fold_in(jax.random.fold_in(self._key, step), 1)
         return self.learner.learn(rollout, scores, token_scores, key)
 
-    def save_pretrained(self, directory: str | Path, role: Literal["policy", "critic"] = "policy") -> Path:
-        """Write the policy, or the critic as a model that scores text, with its tokenizer, in Hugging Face layout."""
+    def save_pretrained(
+        self, directory: str | Path, role: Literal["policy", "critic"] = "policy", *, merge_lora: bool = False
+    ) -> Path:
+        """Write the policy, or the critic as a model that scores text, with its tokenizer, in Hugging Face layout;
+        adapters alone unless `merge_lora`."""
         model, params, source = self.model, self.params, self.config.model
         if role == "critic":
             model, params = self.roles.critic, whole_critic(self.state.value.params, self.frozen, self.roles)
@@ -227,7 +230,7 @@ class PPOTrainer:
                 source = dataclasses.replace(source, path=self.scorer.model.path, revision=self.scorer.model.revision)
         return setup.export(
             directory, model, params, dataclasses.replace(self.config, model=source), self.tokenizer,
-            method="ppo", step=int(self.state.value.step), results=self._results,
+            method="ppo", step=int(self.state.value.step), results=self._results, merge_lora=merge_lora,
         )  # fmt: skip
 
     def _updates(self) -> int:
@@ -244,6 +247,11 @@ class PPOTrainer:
         `longest` is the length of the longest prompt (0: not known)."""
         config, ppo, size = self.config, self.config.ppo, self.config.ppo.batch_size
         first = self.scorer.model and self.scorer.model.described
+        if config.critic.warmup_updates >= self.total_steps:
+            raise ConfigError(
+                f"critic.warmup_updates is {config.critic.warmup_updates} and the run has {self.total_steps} updates: "
+                "the policy would never learn; give fewer, or raise ppo.total_episodes"
+            )
         if config.critic.init == "reward" and not self.scorer.shares_tokenizer:
             raise ConfigError(
                 "critic.init is 'reward' but the reward model reads other tokens than the policy; use 'policy'"
@@ -292,7 +300,7 @@ class PPOTrainer:
         return {
             "prompts": setup.fingerprint(self.data.train),
             "held-out prompts": setup.fingerprint(self.validator.rows if self.validator else ()),
-            "reference": self.learner.identity or setup.params_fingerprint(self.frozen["reference"]),
+            "reference": self.learner.identity,
             "reward model": setup.params_fingerprint(judges[0] if len(judges) == 1 else judges or {}),
         }
 
@@ -329,10 +337,11 @@ class PPOTrainer:
             rows = self.data.train
             self.scorer.check([row.text for row in rows], columns(rows), [row.messages for row in rows])
 
-    def _compile_rollout(self, policy: Params) -> Future[Rollout] | None:
-        """Begin to compile the first rollout; `policy` may be shapes. Returns the shapes of the rollout to come."""
+    def _compile_rollout(self) -> Future[Rollout] | None:
+        """Begin to compile the first rollout. Returns the shapes of the rollout to come."""
         if not self.data:
             return None
+        policy = setup.shapes_of(self.model, setup.storage_of(self.config), self.mesh, self.config.lora)
         size, rows = self.config.ppo.batch_size, self.data.train
         first = [rows[i] for i in rows_at(0, size, len(rows), self.config.seed, self.config.data.shuffle)]
         return self.sampler.compile(policy, first, self._key)

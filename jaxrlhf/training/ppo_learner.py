@@ -15,7 +15,7 @@ from jaxrlhf.models import ModelConfig
 from jaxrlhf.training import setup
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.ppo_replay import empty_replay, widened
-from jaxrlhf.training.ppo_roles import Roles, make_critic, reference_dtype, trunk_kind
+from jaxrlhf.training.ppo_roles import Roles, make_critic, policy_of, reference_dtype, trunk_kind
 from jaxrlhf.training.ppo_rollout import Sampler
 from jaxrlhf.training.ppo_update import annotate, update
 from jaxrlhf.training.step import Metrics
@@ -23,7 +23,8 @@ from jaxrlhf.types import Experience, Params, Rollout
 
 
 class Learner:
-    """Learns from the scored rollouts of `sampler` for `updates` updates, starting from `policy`, which it takes over.
+    """Learns from the scored rollouts of `sampler` for `updates` updates, starting from `policy`, which it takes over;
+    with adapters, what is under them is shared by policy, reference and critic.
 
     `judge` is the reward model, if there is one that a critic could start from. Raises ConfigError for what the config
     asks of models or devices that they cannot do.
@@ -36,22 +37,32 @@ class Learner:
         policy: Params,
         judge: tuple[ModelConfig, Params] | None,
         updates: int,
-        key: Array,
+        keys: tuple[Array, Array],
     ) -> None:
         self.config, self.sampler, self.mesh = config, sampler, sampler.mesh
         ppo, model = config.ppo, sampler.model
         self.moving = config.reference.sync_every > 0
-        reference = setup.copy(policy, reference_dtype(config, model), self.mesh)
-        critic_model, critic, trunk = make_critic(config, model, policy, reference, judge, self.mesh, key)
-        self.frozen = {"reference": {} if self.moving else reference, "critic": trunk}
-        self.identity = setup.params_fingerprint(reference) if self.moving else ""
-        steps = updates * ppo.num_ppo_epochs * ppo.num_mini_batches * (1 + ppo.replay)
+        critic_key, lora_key = keys
+        trained, base = setup.split(setup.adapted(policy, model, config.lora, lora_key), config.lora.enabled)
+        reference = base or setup.copy(policy, reference_dtype(config, model), self.mesh)
+        critic_model, critic, trunk = make_critic(config, model, policy, reference, judge, self.mesh, critic_key)
+        moving = None
+        if self.moving:
+            moving = setup.copy(trained, "float32", self.mesh) if base else reference
+        self.frozen = {"policy": base, "reference": base if self.moving else reference, "critic": trunk}
+        self.identity = setup.params_fingerprint(reference)
+
+        def steps(first: int) -> int:
+            """Optimizer steps from update `first` on; a rollout is only there to be learnt from again once it is."""
+            passes = sum(1 + min(number, ppo.replay) for number in range(first, updates))
+            return passes * ppo.num_ppo_epochs * ppo.num_mini_batches
+
         rate = config.optim.learning_rate
         own = config.critic.max_grad_norm or config.optim.max_grad_norm
         optimizers = {
-            "policy": make_optimizer(config.optim, rate, steps),
+            "policy": make_optimizer(config.optim, rate, steps(config.critic.warmup_updates)),
             "critic": make_optimizer(
-                dataclasses.replace(config.optim, max_grad_norm=own), config.critic.learning_rate or rate, steps
+                dataclasses.replace(config.optim, max_grad_norm=own), config.critic.learning_rate or rate, steps(0)
             ),
         }
         self.roles = Roles(
@@ -67,14 +78,19 @@ class Learner:
             sync_alpha=config.reference.sync_alpha,
         )
         self.state = setup.State(
-            {"policy": policy, "critic": critic},
+            {"policy": trained, "critic": critic},
             optimizers,
             self.mesh,
             ppo.kl_coef,
             score_stats=sharding.put_whole(no_stats(), self.mesh),
-            reference=reference if self.moving else None,
+            reference=moving,
             replay=empty_replay(config, self.roles, self._room()) if ppo.replay else None,
         )
+
+    @property
+    def policy(self) -> Params:
+        """The policy's parameters as they are now, adapters and what is under them."""
+        return policy_of(self.state.value.params, self.frozen)
 
     def learn(
         self, rollout: Rollout, scores: np.ndarray, token_scores: np.ndarray | None, key: Array

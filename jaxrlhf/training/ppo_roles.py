@@ -16,7 +16,7 @@ from jaxrlhf.logprobs import response_states, token_logprobs
 from jaxrlhf.models import ModelConfig, init_head
 from jaxrlhf.models import scores as scalar
 from jaxrlhf.training.optim import Optimizer
-from jaxrlhf.training.setup import attending, copy, split_head
+from jaxrlhf.training.setup import adapted, attending, copy, split, with_adapters
 from jaxrlhf.types import Params, Rollout, TrainState
 
 
@@ -58,7 +58,7 @@ def critic_model(config: PPOConfig, policy: ModelConfig, reward: ModelConfig | N
                 f"{policy.vocab_size}; use critic.init: policy"
             )
     model = dataclasses.replace(model, head=config.critic.head, num_labels=1, dtype=policy.dtype, remat=policy.remat)
-    return attending(model, config.model)
+    return attending(with_adapters(model, config.lora), config.model)
 
 
 def reference_dtype(config: PPOConfig, policy: ModelConfig) -> str:
@@ -79,22 +79,27 @@ def make_critic(
 ) -> tuple[ModelConfig, Params, Params]:
     """(model, what trains, what is frozen) of the value model: a trunk from elsewhere and a head that starts at zero.
 
-    A frozen trunk is the reference's or the reward model's own arrays, unless the reference moves; of a shared one,
-    only the head is here. Raises as `critic_model` does.
+    A frozen trunk is the reference's or the reward model's own arrays, unless the reference moves; so is what lies
+    under the adapters of one that trains. Of a shared one, only the head is here. `policy` is what the policy began as,
+    without adapters. Raises as `critic_model` does.
     """
+    head_key, lora_key = jax.random.split(key)
     model, trunk, kind = critic_model(config, policy_model, reward and reward[0]), policy, config.critic.trunk
     if config.critic.init == "reward":
         assert reward is not None
         trunk = reward[1]
-    elif kind == "frozen":
+    elif kind == "frozen" and not config.lora.enabled:
         trunk = copy(reference, reference["norm"]["scale"].dtype, mesh) if config.reference.sync_every else reference
     trunk = {k: v for k, v in trunk.items() if k not in ("lm_head", "score")}
-    if kind == "own":
+    if kind == "own" and not config.lora.enabled:
         trunk = copy(trunk, policy["norm"]["scale"].dtype, mesh)
-    head = init_head(model, key)
+    head = init_head(model, head_key)
     output = "kernel" if config.critic.head == "linear" else "dense_2"
     head["score"][output] = jax.tree.map(jnp.zeros_like, head["score"][output])
-    trained, frozen = split_head({**trunk, **sharding.put_whole(head, mesh)}, kind != "own")
+    whole = {**trunk, **sharding.put_whole(head, mesh)}
+    if kind == "own":
+        return model, *split(adapted(whole, model, config.lora, lora_key), config.lora.enabled)
+    trained, frozen = split(whole, frozen_trunk=True)
     return model, trained, {} if kind == "shared" else frozen
 
 
@@ -105,13 +110,18 @@ def trunk_kind(config: PPOConfig) -> Literal["own", "shared", "reference", "froz
 
 
 def reference_of(state: TrainState, frozen: dict[str, Params]) -> Params:
-    """The reference as it is now."""
-    return frozen["reference"] if state.reference is None else state.reference
+    """The reference as it is now: of one that moves, what moves over what does not."""
+    return {**frozen["reference"], **(state.reference or {})}
+
+
+def policy_of(params: dict[str, Params], frozen: dict[str, Params]) -> Params:
+    """The policy's parameters, adapters and what is under them."""
+    return {**frozen["policy"], **params["policy"]}
 
 
 def whole_critic(params: dict[str, Params], frozen: dict[str, Params], roles: Roles) -> Params:
     """The value model's parameters, trunk and head, wherever they are kept."""
-    trunk = params["policy"] if roles.trunk == "shared" else frozen["critic"]
+    trunk = policy_of(params, frozen) if roles.trunk == "shared" else frozen["critic"]
     trunk = frozen["reference"] if roles.trunk == "reference" else trunk
     return {**{k: v for k, v in trunk.items() if k != "lm_head"}, **params["critic"]}
 
@@ -148,9 +158,10 @@ def measure(
 ) -> Measured:
     """What policy and critic say about a rollout: one forward each, or of the critic's head alone on `features` or on
     the policy's own states."""
-    hidden = response_states(params["policy"], roles.policy, rollout)
+    policy = policy_of(params, frozen)
+    hidden = response_states(policy, roles.policy, rollout)
     logprobs, entropy = sequence_logprobs(
-        params["policy"], roles.policy, rollout, hidden[:, :-1], roles.temperature, roles.ppo.entropy_coef > 0
+        policy, roles.policy, rollout, hidden[:, :-1], roles.temperature, roles.ppo.entropy_coef > 0
     )
     if roles.trunk == "shared":
         features = hidden

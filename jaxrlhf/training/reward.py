@@ -21,21 +21,21 @@ from jaxrlhf.models import ModelConfig, scores
 from jaxrlhf.programs import Ahead
 from jaxrlhf.training import loop, setup
 from jaxrlhf.training.optim import Optimizer, make_optimizer
-from jaxrlhf.training.step import Metrics, apply, gradients, one_role
+from jaxrlhf.training.step import Metrics, apply, dropout_keys, gradients, one_role
 from jaxrlhf.types import Pairs, Params, TrainState
 
 
 def pair_scores(
-    params: Params, pairs: Pairs, model: ModelConfig, dropout_keys: jax.Array | None
+    params: Params, pairs: Pairs, model: ModelConfig, keys: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """(chosen [B], rejected [B]) by one forward over 2B rows; `dropout_keys` [B] are for the MLP head in training."""
+    """(chosen [B], rejected [B]) by one forward over 2B rows; `keys` [B] are for dropout, in training."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), pairs.chosen, pairs.rejected)
-    hidden = last_hidden(params, model, both.tokens, both.mask)
-    if dropout_keys is None:
+    if keys is not None:
+        keys = jnp.concatenate([keys, jax.vmap(jax.random.fold_in, (0, None))(keys, 1)])
+    hidden = last_hidden(params, model, both.tokens, both.mask, keys)
+    if keys is None or model.head != "mlp":
         values = scores(params, model, hidden)
     else:
-        # A key for each row: dropout must not depend on how rows are cut into micro-batches.
-        keys = jnp.concatenate([dropout_keys, jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, 1)])
         values = jax.vmap(lambda row, key: scores(params, model, row, key))(hidden, keys)
     chosen, rejected = jnp.split(values, 2)
     return chosen, rejected
@@ -53,12 +53,12 @@ def update(
     num_micro: int,
     mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step on `pairs`. `frozen` holds the trunk when the head alone trains, else nothing.
+    """One optimizer step on `pairs`. `frozen` holds the trunk where it does not train, or is under adapters.
 
     `key` is the run's; each step folds its number in.
     """
     count = pairs.chosen.tokens.shape[0]
-    row_keys = jax.random.split(jax.random.fold_in(key, state.step), count) if model.head == "mlp" else None
+    row_keys = dropout_keys(model, key, state.step, tokens=pairs.chosen.tokens)
 
     def loss(params: Params, rows: tuple[Pairs, jax.Array | None]) -> tuple[jax.Array, Metrics]:
         chosen, rejected = pair_scores({**frozen, **params}, rows[0], model, rows[1])
@@ -99,9 +99,10 @@ class RewardTrainer:
         self._num_micro = train.batch_size // micro
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = pair_rows(config.data, self.tokenizer)
-        init_key, self._key, _ = setup.keys(config.seed)
-        storage = setup.trained_dtype(config.model)
-        self.model = setup.model_of(config.model, self.tokenizer, config.head)
+        init_key, self._key, _, lora_key = setup.keys(config.seed)
+        storage = setup.storage_of(config)
+        self.model = setup.model_of(config.model, self.tokenizer, config.head, config.lora)
+        frozen_trunk = config.frozen_trunk or config.lora.enabled
         rows = (*self.data.train, *self.data.validation)
         lengths = [len(row.tokens) for pair in rows for row in (pair.chosen, pair.rejected)]
         setup.check_context(lengths, self.model, "the longest row", "data.max_length")
@@ -117,12 +118,13 @@ class RewardTrainer:
         }
         self._programs, self._begun = Ahead(), ahead
         if ahead:
-            trained, frozen = setup.split_head(setup.shapes_of(self.model, storage, self.mesh), config.frozen_trunk)
+            shapes = setup.shapes_of(self.model, storage, self.mesh, config.lora)
+            trained, frozen = setup.split(shapes, frozen_trunk)
             self._compile(setup.State({"reward": trained}, {"reward": self._optimizer}, self.mesh).template, frozen)
-        _, params = setup.load_model(
+        params = setup.load_model(
             config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=init_key, head=config.head, storage=storage
         )
-        trained, self._frozen = setup.split_head(params, config.frozen_trunk)
+        trained, self._frozen = setup.split(setup.adapted(params, self.model, config.lora, lora_key), frozen_trunk)
         self.state = setup.State({"reward": trained}, {"reward": self._optimizer}, self.mesh)
         self._results: dict[str, float] = {}
 
@@ -162,11 +164,12 @@ class RewardTrainer:
             session.logger.note(f"exported to {self.save_pretrained(session.run.directory / 'export')}")
         return self._results
 
-    def save_pretrained(self, directory: str | Path) -> Path:
-        """Write the reward model as a sequence classification model in Hugging Face layout."""
+    def save_pretrained(self, directory: str | Path, *, merge_lora: bool = False) -> Path:
+        """Write the reward model as a sequence classification model in Hugging Face layout; adapters with their head
+        alone unless `merge_lora`."""
         return setup.export(
             directory, self.model, self.params, self.config, self.tokenizer,
-            method="reward", step=int(self.state.value.step), results=self._results,
+            method="reward", step=int(self.state.value.step), results=self._results, merge_lora=merge_lora,
         )  # fmt: skip
 
     def _pairs(self, rows: list[PairRow]) -> Pairs:

@@ -10,26 +10,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf import lora as adapters
 from jaxrlhf import runtime, sharding, weights
-from jaxrlhf.config import DType, ModelSource, PPOConfig, RewardConfig, Sampling, SFTConfig
+from jaxrlhf.config import DType, LoRA, ModelSource, PPOConfig, RewardConfig, Sampling, SFTConfig
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
 from jaxrlhf.digest import digests, leaves_by_name
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.models import ModelConfig, cudnn_trouble, init
+from jaxrlhf.models import Adapters, ModelConfig, cudnn_trouble, init
 from jaxrlhf.training.optim import Optimizer
 from jaxrlhf.training.step import in_float32
 from jaxrlhf.types import Params, TrainState
+from jaxrlhf.weights import peft
 
 RunConfig = SFTConfig | RewardConfig | PPOConfig
 
 
 def keys(seed: int) -> jax.Array:
-    """The keys [3] of a run: for parameters that are drawn, for the run itself, for the head of a critic."""
-    return jax.random.split(jax.random.key(seed), 3)
+    """The keys [4] of a run: for parameters that are drawn, for the run itself, for a critic, for adapters."""
+    return jax.random.split(jax.random.key(seed), 4)
 
 
-def model_of(source: ModelSource, tokenizer: Tokenizer, head: str | None) -> ModelConfig:
-    """The model that `load_model` will return with its parameters, before any weights are read."""
+def model_of(source: ModelSource, tokenizer: Tokenizer, head: str | None, lora: LoRA) -> ModelConfig:
+    """The model that `load_model` will return with its parameters, before any weights are read; its adapters are those
+    that `lora` asks for. Raises ConfigError for matrices and layers that it does not have."""
     compute = runtime.resolve_dtype(source.compute_dtype, jax.default_backend())
     model = weights.load_config(
         source.path,
@@ -40,7 +43,18 @@ def model_of(source: ModelSource, tokenizer: Tokenizer, head: str | None) -> Mod
     )
     if tokenizer.added and tokenizer.size > model.vocab_size:
         model = dataclasses.replace(model, vocab_size=tokenizer.size)
-    return attending(model, source)
+    return attending(with_adapters(model, lora), source)
+
+
+def with_adapters(model: ModelConfig, lora: LoRA) -> ModelConfig:
+    """The model with adapters as `lora` says. Raises ConfigError for matrices and layers that it does not have."""
+    if not lora.enabled:
+        return model
+    peft.modules(model, lora.target_modules)
+    if lora.layers and lora.layers[1] > model.num_layers:
+        raise ConfigError(f"lora.layers is {list(lora.layers)}, and the model has {model.num_layers} layers")
+    adapters = Adapters(lora.rank, lora.alpha, lora.use_rslora, lora.dropout, lora.layers)
+    return dataclasses.replace(model, adapters=adapters)
 
 
 def attending(model: ModelConfig, source: ModelSource) -> ModelConfig:
@@ -55,9 +69,10 @@ def attending(model: ModelConfig, source: ModelSource) -> ModelConfig:
     return dataclasses.replace(model, attention=kind)
 
 
-def shapes_of(model: ModelConfig, dtype: str, mesh: jax.sharding.Mesh) -> Params:
-    """Shapes, dtypes and places of a model's parameters stored in `dtype`."""
-    return _placed(jax.eval_shape(lambda: init(model, jax.random.key(0), dtype=dtype)), mesh)
+def shapes_of(model: ModelConfig, dtype: str, mesh: jax.sharding.Mesh, lora: LoRA) -> Params:
+    """Shapes, dtypes and places of a model's parameters stored in `dtype`, adapters included."""
+    key = jax.random.key(0)
+    return _placed(jax.eval_shape(lambda: adapted(init(model, key, dtype=dtype), model, lora, key)), mesh)
 
 
 def _placed(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -73,8 +88,8 @@ def load_model(
     key: jax.Array,
     head: str | None,
     storage: DType,
-) -> tuple[ModelConfig, Params]:
-    """A model of a run, placed on the mesh, with room for the tokens the tokenizer has added.
+) -> Params:
+    """The parameters of a model of a run, placed on the mesh, with room for the tokens the tokenizer has added.
 
     `storage` is the dtype of the parameters ("auto": the compute dtype). Raises DataError
     if the tokenizer has more tokens than the model has rows.
@@ -91,23 +106,46 @@ def load_model(
         key=key,
         mesh=mesh,
     )
+    whole, adapters_folder = weights.described_by(weights.resolve(source.path, source.revision))
+    if source.merged_path and adapters_folder:
+        facts = {"method": "merge", "base_model": str(whole), "adapters": str(adapters_folder)}
+        weights.export(source.merged_path, model, params, source=whole, tokenizer=tokenizer, facts=facts)
     if tokenizer.added and tokenizer.size > model.vocab_size:
         model, params = weights.resize_embeddings(model, params, tokenizer.size)
         params = jax.device_put(params, sharding.shardings(params, mesh))
     check_vocab(tokenizer, model.vocab_size)
-    return attending(model, source), params
+    return params
 
 
-def trained_dtype(source: ModelSource) -> DType:
-    """Storage of parameters that train: float32 unless the config says otherwise, whatever the compute dtype."""
-    return "float32" if source.param_dtype == "auto" else source.param_dtype
+def storage_of(config: RunConfig) -> DType:
+    """Storage of the parameters that a run loads. auto: float32 where they train, whatever the compute dtype; that of
+    products where adapters train and they do not."""
+    if config.model.param_dtype != "auto":
+        return config.model.param_dtype
+    if not config.lora.enabled:
+        return "float32"
+    return runtime.resolve_dtype(config.model.compute_dtype, jax.default_backend())
 
 
-def split_head(params: Params, frozen_trunk: bool) -> tuple[Params, Params]:
-    """(what trains, what is frozen) of a scalar model: everything, or the head alone."""
+def adapted(params: Params, model: ModelConfig, lora: LoRA, key: jax.Array) -> Params:
+    """The parameters with new adapters beside them, if `lora` asks for any. Runs under eval_shape."""
+    return {**params, **_adapters(params, model, lora, key)} if lora.enabled else params
+
+
+@functools.partial(jax.jit, static_argnames=("model", "lora"))
+def _adapters(base: Params, model: ModelConfig, lora: LoRA, key: jax.Array) -> Params:
+    return adapters.init(model, base, peft.modules(model, lora.target_modules), key, magnitudes=lora.use_dora)
+
+
+def split(params: Params, frozen_trunk: bool) -> tuple[Params, Params]:
+    """(what trains, what is frozen): everything and nothing, or adapters and scalar head, and the rest. Laid over each
+    other they are the model."""
     if not frozen_trunk:
         return params, {}
-    return {"score": params["score"]}, {k: v for k, v in params.items() if k != "score"}
+    return (
+        {k: v for k, v in params.items() if k in ("lora", "score")},
+        {k: v for k, v in params.items() if k not in ("lora", "score")},
+    )
 
 
 def copy(params: Params, dtype: str, mesh: jax.sharding.Mesh) -> Params:
@@ -214,7 +252,8 @@ def describe(config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, report
     return "\n".join(
         (
             f"model {config.model.path}: {model.family}, {millions:.1f} M parameters, context {model.max_positions}, "
-            f"parameters {trained_dtype(config.model)}, products {model.dtype}, attention {model.attention}",
+            f"parameters {storage_of(config)}, products {model.dtype}, attention {model.attention}",
+            *([f"adapters of rank {config.lora.rank} train, the model under them does not"] * config.lora.enabled),
             f"devices: {grid} of {jax.device_count()} {device.platform} ({device.device_kind})",
             *tokenizer.notes,
             str(report),
@@ -232,8 +271,10 @@ def export(
     method: str,
     step: int,
     results: dict[str, float],
+    merge_lora: bool = False,
 ) -> Path:
-    """Write a model of a run in Hugging Face layout, with a card that says how it was made."""
+    """Write a model of a run in Hugging Face layout, with a card that says how it was made; of a run with adapters
+    those alone, in PEFT's layout, unless they are to be merged or would not be enough (see `_stands_on`)."""
     card = {
         "method": method,
         "base_model": config.model.path,
@@ -242,6 +283,21 @@ def export(
         "config": dataclasses.asdict(config),
         "metrics": {k: v for k, v in results.items() if not k.startswith("perf/")},
     }
-    source = weights.resolve(config.model.path, config.model.revision, weights=False)
+    source, _ = weights.described_by(weights.resolve(config.model.path, config.model.revision, weights=False))
     stops = () if isinstance(config, RewardConfig) else config.sampling.stop_token_ids
-    return weights.export(directory, model, params, source=source, tokenizer=tokenizer, stops=stops, facts=card)
+    base = None if merge_lora else _stands_on(config, model, tokenizer)
+    return weights.export(
+        directory, model, params, source=source, tokenizer=tokenizer, stops=stops, facts=card, base=base
+    )
+
+
+def _stands_on(config: RunConfig, model: ModelConfig, tokenizer: Tokenizer) -> str | None:
+    """The model that somebody lays the adapters of this run over. None where there is none to be had: random weights,
+    merged adapters that were not written anywhere, rows for new tokens, a head that PEFT does not know."""
+    source = config.model
+    folder = weights.resolve(source.path, source.revision, weights=False)
+    merged = weights.described_by(folder)[1] is not None
+    if source.init == "random" or tokenizer.added or model.head == "mlp" or (merged and not source.merged_path):
+        return None
+    path = Path(source.merged_path if merged else source.path).expanduser()
+    return str(folder if not merged and path.is_dir() else path.resolve() if path.is_dir() else source.path)

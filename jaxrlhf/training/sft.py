@@ -26,13 +26,15 @@ from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.rollout.text import response_texts
 from jaxrlhf.training import loop, setup
 from jaxrlhf.training.optim import Optimizer, make_optimizer
-from jaxrlhf.training.step import Metrics, apply, gradients, one_role
+from jaxrlhf.training.step import Metrics, apply, dropout_keys, gradients, one_role
 from jaxrlhf.types import Batch, Params, TrainState
 
 
-def loss(params: Params, batch: Batch, model: ModelConfig, count: jax.Array) -> tuple[jax.Array, Metrics]:
-    """Cross-entropy of a batch's tokens to learn, summed and divided by `count`."""
-    hidden = forward(params, model, batch.tokens, batch.mask)
+def loss(
+    params: Params, batch: Batch, model: ModelConfig, count: jax.Array, keys: jax.Array | None = None
+) -> tuple[jax.Array, Metrics]:
+    """Cross-entropy of a batch's tokens to learn, summed and divided by `count`; `keys` [B] are for dropout."""
+    hidden = forward(params, model, batch.tokens, batch.mask, keys=keys)
     logprobs, entropy = token_logprobs(params, model, hidden[:, :-1], batch.tokens[:, 1:], 1.0)
     return sft_loss(logprobs, entropy, batch.loss_mask[:, 1:], count)
 
@@ -40,17 +42,25 @@ def loss(params: Params, batch: Batch, model: ModelConfig, count: jax.Array) -> 
 @functools.partial(jax.jit, static_argnames=("model", "optimizer", "num_micro", "mesh"), donate_argnames="state")
 def update(
     state: TrainState,
+    frozen: Params,
     batch: Batch,
+    key: jax.Array,
     *,
     model: ModelConfig,
     optimizer: Optimizer,
     num_micro: int,
     mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step on `batch`, in `num_micro` slices."""
+    """One optimizer step on `batch`, in `num_micro` slices. `frozen` is what lies under adapters, else nothing; `key`
+    is the run's, into which each step folds its number."""
     tokens = jnp.sum(batch.loss_mask)
     count = jnp.maximum(tokens, 1)
-    grads, metrics = gradients(lambda p, rows: loss(p, rows, model, count), state.params["policy"], batch, num_micro)
+    keys = dropout_keys(model, key, state.step, tokens=batch.tokens)
+
+    def share(params: Params, part: tuple[Batch, jax.Array | None]) -> tuple[jax.Array, Metrics]:
+        return loss({**frozen, **params}, part[0], model, count, part[1])
+
+    grads, metrics = gradients(share, state.params["policy"], (batch, keys), num_micro)
     state, norms = apply(state, {"policy": grads}, metrics["loss"], (("policy", optimizer),))
     state = dataclasses.replace(state, step=state.step + 1)
     return sharding.constrain(state, mesh), metrics | one_role(norms) | {"num_tokens": tokens}
@@ -80,9 +90,9 @@ class SFTTrainer:
         self._num_micro = train.batch_size // micro
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = sft_rows(config.data, self.tokenizer, config.completion_only)
-        init_key, self._key, _ = setup.keys(config.seed)
-        storage = setup.trained_dtype(config.model)
-        self.model = setup.model_of(config.model, self.tokenizer, "lm")
+        init_key, self._key, _, lora_key = setup.keys(config.seed)
+        storage = setup.storage_of(config)
+        self.model = setup.model_of(config.model, self.tokenizer, "lm", config.lora)
         rows = (*self.data.train, *self.data.validation)
         setup.check_context([len(row.tokens) for row in rows], self.model, "the longest row", "data.max_length")
         check_sampling(config.sampling, self.model.vocab_size)
@@ -98,18 +108,21 @@ class SFTTrainer:
         }
         self._programs, self._begun = Ahead(), ahead
         if ahead:
-            shapes = setup.shapes_of(self.model, storage, self.mesh)
-            self._compile(setup.State({"policy": shapes}, {"policy": self._optimizer}, self.mesh).template)
-        _, params = setup.load_model(
+            shapes = setup.shapes_of(self.model, storage, self.mesh, config.lora)
+            trained, frozen = setup.split(shapes, config.lora.enabled)
+            self._compile(setup.State({"policy": trained}, {"policy": self._optimizer}, self.mesh).template, frozen)
+        params = setup.load_model(
             config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=init_key, head="lm", storage=storage
         )
-        self.state = setup.State({"policy": params}, {"policy": self._optimizer}, self.mesh)
+        params = setup.adapted(params, self.model, config.lora, lora_key)
+        trained, self._frozen = setup.split(params, config.lora.enabled)
+        self.state = setup.State({"policy": trained}, {"policy": self._optimizer}, self.mesh)
         self._results: dict[str, float] = {}
 
     @property
     def params(self) -> Params:
-        """The parameters as they are now."""
-        return self.state.value.params["policy"]
+        """The parameters as they are now, adapters and what is under them."""
+        return {**self._frozen, **self.state.value.params["policy"]}
 
     def describe(self) -> str:
         """What `.train()` works with, and the first example as the model sees it."""
@@ -122,11 +135,14 @@ class SFTTrainer:
     def train(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""
         train, held_out = self.config.train, bool(self.data.validation)
-        identity = {"data": setup.fingerprint((*self.data.train, *self.data.validation))}
+        identity = {
+            "data": setup.fingerprint((*self.data.train, *self.data.validation)),
+            "frozen parameters": setup.params_fingerprint(self._frozen),
+        }
         with loop.session(self.config, "sft", self.total_steps, self.state, identity, fresh=self._fresh) as session:
             session.logger.note(setup.describe(self.config, self.model, self.tokenizer, self.data.report, self.mesh))
             if not self._begun:
-                self._compile(self.state.template)
+                self._compile(self.state.template, self._frozen)
             record = loop.fit(
                 session,
                 self.state,
@@ -140,11 +156,11 @@ class SFTTrainer:
             session.logger.note(f"exported to {self.save_pretrained(session.run.directory / 'export')}")
         return self._results
 
-    def save_pretrained(self, directory: str | Path) -> Path:
-        """Write the model, its config and its tokenizer in Hugging Face layout."""
+    def save_pretrained(self, directory: str | Path, *, merge_lora: bool = False) -> Path:
+        """Write the model, its config and its tokenizer in Hugging Face layout; adapters alone unless `merge_lora`."""
         return setup.export(
             directory, self.model, self.params, self.config, self.tokenizer,
-            method="sft", step=int(self.state.value.step), results=self._results,
+            method="sft", step=int(self.state.value.step), results=self._results, merge_lora=merge_lora,
         )  # fmt: skip
 
     def _batch(self, rows: list[SFTRow]) -> Batch:
@@ -155,15 +171,16 @@ class SFTTrainer:
         rows, size = self.data.train, self.config.train.batch_size
         return [rows[i] for i in rows_at(step, size, len(rows), self.config.seed, self.config.data.shuffle)]
 
-    def _compile(self, state: TrainState) -> None:
-        """Begin to compile the first step and the evaluation for a `state` that may be shapes."""
-        self._programs.compile(update, state, self._batch(self._rows_of(0)), **self._static)
+    def _compile(self, state: TrainState, frozen: Params) -> None:
+        """Begin to compile the first step and the evaluation; `state` and `frozen` may be shapes."""
+        self._programs.compile(update, state, frozen, self._batch(self._rows_of(0)), self._key, **self._static)
         for batch in itertools.islice(self._held_out(), 1):
-            self._programs.compile(evaluate, state.params["policy"], batch, model=self.model)
+            self._programs.compile(evaluate, {**frozen, **state.params["policy"]}, batch, model=self.model)
 
     def _update(self, step: int) -> Metrics:
         self._programs.wait(update)
-        self.state.value, metrics = update(self.state.value, self._batch(self._rows_of(step)), **self._static)
+        batch = self._batch(self._rows_of(step))
+        self.state.value, metrics = update(self.state.value, self._frozen, batch, self._key, **self._static)
         return metrics | {"epoch": (step + 1) * self.config.train.batch_size / len(self.data.train)}
 
     def _held_out(self) -> Iterator[Batch]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jaxrlhf.models import ModelConfig
 from jaxrlhf.training.optim import Optimizer
 from jaxrlhf.types import Params, TrainState
 
@@ -52,6 +53,14 @@ def gradients(loss: Loss, params: Params, batch: Any, num_micro: int) -> tuple[P
     zeros = jax.tree.map(jnp.zeros_like, in_float32(params))
     grads, stacked = jax.lax.scan(micro, zeros, split_rows(batch, num_micro))
     return grads, {k: v.max(0) if k.endswith("_max") else v.sum(0) for k, v in stacked.items()}
+
+
+def dropout_keys(model: ModelConfig, key: Array, step: Array, *, tokens: Array) -> Array | None:
+    """A key for each row of a batch, if anything in the model drops: it must not depend on how rows are cut into
+    micro-batches. `key` is the run's."""
+    if model.head != "mlp" and not (model.adapters and model.adapters.dropout):
+        return None
+    return jax.random.split(jax.random.fold_in(key, step), tokens.shape[0])
 
 
 def apply(

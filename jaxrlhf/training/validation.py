@@ -129,7 +129,7 @@ class Validator:
     ) -> tuple[dict[str, float], list[float]]:
         """(the record, the score of each sampled answer)."""
         rows, texts, n = self.rows, [row.text for row in self.rows], len(self.rows)
-        made = self.sampler.copy(learner.state.value.params["policy"])
+        made = self.sampler.copy(learner.policy)
         sampled, said = self._answer(*made, key, greedy=False)
         best, best_said = self._answer(*made, key, greedy=True)
         del made
@@ -183,7 +183,7 @@ class Validator:
         return scored.totals
 
     def _kl(self, learner: Learner, rollout: Rollout) -> Array:
-        policy, reference = learner.state.value.params["policy"], reference_of(learner.state.value, learner.frozen)
+        policy, reference = learner.policy, reference_of(learner.state.value, learner.frozen)
         placed = sharding.put_rows(rollout, self.sampler.mesh)
         parts = rollout.tokens.shape[0] // self._slice()
         return sequence_kl(policy, reference, placed, roles=learner.roles, parts=parts)

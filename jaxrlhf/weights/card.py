@@ -15,17 +15,23 @@ from jaxrlhf.models import ModelConfig
 
 TAG = "jaxrlhf"
 _ON_THE_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
-_METHODS = {"sft": "supervised fine-tuning", "reward": "preference pairs (Bradley-Terry)", "ppo": "PPO"}
+_METHODS = {
+    "merge": "merging adapters",
+    "sft": "supervised fine-tuning",
+    "reward": "preference pairs (Bradley-Terry)",
+    "ppo": "PPO",
+}
 
 
-def card(model: ModelConfig, config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """The text of README.md for `model` with this config.json.
+def card(model: ModelConfig, config: Mapping[str, Any], facts: Mapping[str, Any], adapters: str | None = None) -> str:
+    """The text of README.md for `model` with this config.json; for `adapters` beside it that are made for the model of
+    that name.
 
     Facts: `method`, `base_model`, `dataset`, `license`, `command`, `config` (a mapping), `metrics` ({name: number}),
     `notes` (a list of sentences); any other becomes a row of the first table.
     """
     method, base = facts.get("method"), facts.get("base_model")
-    front: dict[str, Any] = {"library_name": "transformers"}
+    front: dict[str, Any] = {"library_name": "peft" if adapters else "transformers"}
     front["pipeline_tag"] = "text-generation" if model.head == "lm" else "text-classification"
     if _hub_id(base):
         front["base_model"] = base
@@ -39,6 +45,7 @@ def card(model: ModelConfig, config: Mapping[str, Any], facts: Mapping[str, Any]
         "language-model" if model.head == "lm" else "reward-model",
     ]
     kind = "language model" if model.head == "lm" else "reward model"
+    kind += " (adapters)" if adapters else ""
     by = f" by {_METHODS.get(str(method), _text(method))}" if method else ""
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",

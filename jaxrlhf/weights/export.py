@@ -1,5 +1,6 @@
 """From `(ModelConfig, params)` to a folder that transformers reads, whole or not at all."""
 
+import dataclasses
 import json
 import os
 import re
@@ -8,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf import lora
 from jaxrlhf.data.tokenizer import FILES as TOKENIZER_FILES
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError, StorageError
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.types import Params
-from jaxrlhf.weights import card, families, mapping, safetensors, writer
+from jaxrlhf.weights import card, families, mapping, peft, safetensors, writer
 from jaxrlhf.weights.hub import CONFIG, GENERATION_CONFIG
 
 CARD = "README.md"
@@ -30,6 +32,7 @@ def export(
     tokenizer: Tokenizer | None = None,
     stops: Sequence[int] = (),
     facts: Mapping[str, Any] | None = None,
+    base: str | None = None,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Path:
@@ -39,6 +42,8 @@ def export(
         unless a `tokenizer` is given, which then also decides the special token ids.
     stops: ids that end a response besides those of the tokenizer; they go into generation_config.json with them.
     facts: what the model card says about the run (see `card.card`).
+    base: of parameters with adapters, the model that they are for: what is written are the adapters, in PEFT's layout.
+        Without it they are merged.
     dtype: of the written tensors; None: that of the parameters.
     Everything is written to a hidden folder beside `directory` that takes its name at the end. A directory that is
     there already is replaced if it is empty or an earlier export; else StorageError is raised, as when the disk is
@@ -46,7 +51,10 @@ def export(
     """
     directory = Path(directory).expanduser().absolute()
     _check_target(directory)
-    found = mapping.sources(model, params, dtype)
+    apart = base if "lora" in params else None
+    if apart is None:
+        model, params = dataclasses.replace(model, adapters=None), lora.merge(params, model)
+    found = mapping.sources(model, params, dtype) if apart is None else []
     partial, old = (directory.with_name(f".{directory.name}.{what}") for what in ("partial", "old"))
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -58,8 +66,12 @@ def export(
         config = _write_configs(
             partial, model, params, None if source is None else Path(source), tokenizer, stops, dtype
         )
-        (partial / CARD).write_text(card.card(model, config, facts or {}), encoding="utf-8")
-        writer.write(partial, found, _bytes(max_shard_size))
+        (partial / CARD).write_text(card.card(model, config, facts or {}, adapters=apart), encoding="utf-8")
+        if apart is None:
+            writer.write(partial, found, _bytes(max_shard_size))
+        else:
+            (partial / CONFIG).unlink()  # a folder of adapters is described by the model they are for
+            peft.write(partial, model, params, apart)
         _swap(partial, directory, old)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -118,7 +130,7 @@ def _check_target(directory: Path) -> None:
     if not directory.exists():
         return
     names = [p.name for p in directory.iterdir()] if directory.is_dir() else [""]
-    allowed = {CONFIG, GENERATION_CONFIG, CARD, safetensors.INDEX, *TOKENIZER_FILES}
+    allowed = {CONFIG, GENERATION_CONFIG, CARD, peft.CONFIG, peft.WEIGHTS, safetensors.INDEX, *TOKENIZER_FILES}
     strange = sorted(n for n in names if n not in allowed and not _OURS.fullmatch(n))
     if strange or (names and not _has_our_card(directory)):
         why = f"it also holds {', '.join(strange[:5])}" if any(strange) else "it is not an export of jaxrlhf"

@@ -114,7 +114,11 @@ def render(model: ModelConfig, original: dict, stored_dtype: str | None = None) 
         result["dtype" if "dtype" in result else "torch_dtype"] = stored_dtype
     if (
         replace(
-            parse(result, "the config.json to write"), dtype=model.dtype, remat=model.remat, attention=model.attention
+            parse(result, "the config.json to write"),
+            dtype=model.dtype,
+            remat=model.remat,
+            attention=model.attention,
+            adapters=model.adapters,
         )
         != model
     ):

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrlhf import models, sharding
+from jaxrlhf import lora, models, sharding
 from jaxrlhf.config import DType
 from jaxrlhf.data import tokenizer
 from jaxrlhf.errors import ConfigError, DataError
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.runtime import resolve_dtype
 from jaxrlhf.types import Params
-from jaxrlhf.weights import families, mapping, safetensors
+from jaxrlhf.weights import families, mapping, peft, safetensors
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -51,15 +51,34 @@ def resolve(path: str | Path, revision: str | None = None, *, weights: bool = Tr
     return _download(text, revision, weights)
 
 
+def described_by(folder: Path) -> tuple[Path, Path | None]:
+    """(the folder with the config.json, the folder with adapters for it) of what `resolve` found."""
+    if not peft.is_adapter(folder):
+        return folder, None
+    base, revision = peft.base_of(folder)
+    try:
+        whole = resolve(base, revision, weights=False)
+    except DataError as error:
+        raise DataError(f"{folder} holds adapters for '{base}' (base_model_name_or_path): {error}") from error
+    if peft.is_adapter(whole):
+        raise DataError(f"{folder} holds adapters for {whole}, which holds adapters too; merge those first")
+    return whole, folder
+
+
+def tokenizer_folder(path: str | Path, revision: str | None = None) -> Path:
+    """Where the tokenizer of a model is: with its adapters, if there is one, else with the model they are for."""
+    folder = resolve(path, revision, weights=False)
+    return folder if any((folder / name).is_file() for name in tokenizer.FILES) else described_by(folder)[0]
+
+
 def _local(folder: Path, weights: bool) -> Path:
-    if (folder / CONFIG).is_file():
-        return folder
-    if (folder / "export" / CONFIG).is_file():
-        return folder / "export"
+    for place in (folder, folder / "export"):
+        if (place / CONFIG).is_file() or (place / peft.CONFIG).is_file():
+            return place
     if (folder / "run.json").exists():
         raise DataError(
             f"{folder}: a run that has no export yet (looked for export/{CONFIG}); let it finish, "
-            f"or write its newest checkpoint with `jaxrlhf export {folder} DIR`"
+            f"or write a checkpoint with `jaxrlhf export {folder} DIR`"
         )
     if weights:
         raise DataError(f"{folder}: no {CONFIG} and no export/{CONFIG}; the folder holds: {_listing(folder)}")
@@ -84,9 +103,9 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
 
     if not _HUB_ID.fullmatch(name):
         raise DataError(f"'{name}' is not a hub id; ids look like ORG/NAME")
-    patterns = [CONFIG, GENERATION_CONFIG, *tokenizer.FILES]
+    patterns = [CONFIG, GENERATION_CONFIG, peft.CONFIG, *tokenizer.FILES]
     if weights:
-        patterns += [safetensors.SINGLE, safetensors.INDEX, "model-*.safetensors"]
+        patterns += [peft.WEIGHTS, safetensors.SINGLE, safetensors.INDEX, "model-*.safetensors"]
     at = f" at revision '{revision}'" if revision else ""
     try:
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -108,6 +127,8 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
             f"asked ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}). "
             "Check the network (and HF_HUB_OFFLINE), or give the path of a local folder"
         ) from error
+    if peft.is_adapter(folder):
+        return folder
     if weights and not (folder / CONFIG).is_file():
         raise DataError(f"hub model '{name}'{at}: has no {CONFIG}; it is not a transformers model")
     if weights and not any((folder / n).exists() for n in (safetensors.SINGLE, safetensors.INDEX)):
@@ -134,6 +155,13 @@ def load_config(
 
 def _describe(folder: Path, head: str | None, compute_dtype: DType, remat: Remat) -> tuple[ModelConfig, bool]:
     """(the model, whether its head is to be made afresh)."""
+    folder, adapters = described_by(folder)
+    labels = 0 if adapters is None else peft.labels(adapters)
+    if labels:  # the head comes with the adapters
+        model = _describe(folder, "linear", compute_dtype, remat)[0]
+        if head not in (None, "linear"):
+            raise DataError(f"{adapters}: adapters with a trained linear score head, and '{head}' was asked for")
+        return dataclasses.replace(model, num_labels=labels), False
     file = folder / CONFIG
     if not file.is_file():
         raise DataError(f"{folder}: no {CONFIG}; the folder holds: {_listing(folder)}")
@@ -171,6 +199,7 @@ def load(
         fresh one, drawn with `key`; a sequence classification folder is a reward model as it stands.
     compute_dtype: operands of matrix products; "auto": float32 on a CPU, else bfloat16.
     init: "random" reads config.json alone and draws the parameters with `key`.
+    A folder with adapters in PEFT's layout is the model that they are for with them merged in.
     mesh: where to place the parameters, by the rule table of sharding.py; None: the default device.
     On a CPU, memory stays under the size of the parameters and of the largest tensor together.
     Raises DataError for a folder that cannot be used, ConfigError for arguments that do not go together.
@@ -179,6 +208,15 @@ def load(
         raise ConfigError(f"dtype must be 'auto', 'float32' or 'bfloat16', got {dtype!r}")
     folder = resolve(path, revision, weights=init == "pretrained")
     model, fresh = _describe(folder, head, compute_dtype, remat)
+    folder, beside = described_by(folder)
+    if beside:
+        if init == "random":
+            raise ConfigError(f"{beside}: adapters belong to the weights of {folder}; random ones cannot be had")
+        found, added = peft.read(beside, model)
+        key = jax.random.key(0) if "score" in added else key  # the head of the base gives way to theirs
+        base = load(folder, dtype=dtype, head=model.head, compute_dtype=compute_dtype, remat=remat, key=key, mesh=mesh)
+        params = lora.merge({**base[1], **added}, dataclasses.replace(model, adapters=found))
+        return model, params
     made = "params" if init == "random" else "score" if fresh else ""
     if made and key is None:
         what = "random parameters need" if init == "random" else f"it has no '{head}' head, and a fresh one needs"

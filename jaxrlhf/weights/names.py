@@ -80,6 +80,22 @@ def tensors(model: ModelConfig) -> list[Tensor]:
     return [*_decoder(model, names), *_head(model)]
 
 
+def projections(model: ModelConfig) -> dict[str, list[Path]]:
+    """Every matrix of a layer, by the folder's name for it ("self_attn.q_proj"), and which of ours it is: several of
+    one where the folder has them in one tensor, in their order."""
+    names, found = GPT2 if model.family == "gpt2" else LLAMA, {}
+    for module, (kind, _) in _layer_modules(model).items():
+        if kind == "kernel":
+            found.setdefault(names.modules[module][0], []).append(module)
+    return found
+
+
+def layer_prefix(model: ModelConfig, layer: int) -> str:
+    """What the names of a layer's tensors begin with."""
+    names = GPT2 if model.family == "gpt2" else LLAMA
+    return names.decoder + names.layer.format(layer)
+
+
 def _decoder(model: ModelConfig, names: Names) -> Iterator[Tensor]:
     yield Tensor(f"{names.decoder}{names.embed}.weight", ("embed", "embedding"), None, False)
     if model.rope is None:

@@ -11,7 +11,7 @@ from runs import equal, length_reward, records
 
 import jaxrlhf
 from jaxrlhf import config, weights
-from jaxrlhf.errors import ConfigError, DataError, Preempted, RewardError
+from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted, RewardError
 from jaxrlhf.rewards.model import RewardModel
 from jaxrlhf.training.alarms import Watch
 from jaxrlhf.training.export import export
@@ -194,6 +194,7 @@ def test_the_critic_is_exported_as_a_model_that_scores(ppo, tmp_path):
         ({"validation": {"eval_steps": 2}}, "validation.eval_steps is set but there are no held-out prompts"),
         ({"critic": {"trunk": "shared", "init": "reward"}}, "critic.trunk is 'shared'"),
         ({"ppo": {"kl_target": 6.0, "kl_horizon": 1.0}}, "one update could turn kl_coef negative"),
+        ({"sampling": {"min_length": 9}}, "min_length is 9 and sampling.response_length 8: no response could end"),
         ({"sampling": {"stop_strings": ("",)}}, "has an empty text, which ends every response at once"),
     ],
 )  # fmt: skip
@@ -205,6 +206,36 @@ def test_contradictions_are_refused_with_the_way_out(ppo, changes, said):
         for section, values in changes.items():
             options[section] = config.replace(options.get(section) or sections[section](), **values)
         config.PPOConfig(**options)
+
+
+@pytest.mark.parametrize(("replay", "warmup"), [(0, 0), (0, 2), (2, 0), (1, 1)])
+def test_the_learning_rate_falls_to_its_end_at_the_last_step(ppo, tmp_path, replay, warmup):
+    """Neither updates that the critic has to itself nor rollouts that are not there yet are steps of the policy."""
+    options = ppo | {"critic": config.Critic(warmup_updates=warmup), "ppo": config.replace(ppo["ppo"], replay=replay)}
+    options |= {"optim": config.Optim(learning_rate=1e-3, schedule="linear")}
+    trainer = PPOTrainer(config.PPOConfig(run_dir=str(tmp_path / "run"), **options), reward=length_reward)
+    trainer.train()
+    for role, optimizer in trainer.roles.optimizers:
+        assert optimizer.rate_of(trainer.state.value.opt_state[role]) == pytest.approx(0, abs=1e-9), role
+        assert optimizer.rate(trainer.state.value.opt_state[role][-1].count - 1) > 0
+
+
+def test_a_warm_up_that_never_ends_is_refused(ppo):
+    options = ppo | {"critic": config.Critic(warmup_updates=4)}
+    with pytest.raises(
+        ConfigError, match="warmup_updates is 4 and the run has 4 updates: the policy would never learn"
+    ):
+        PPOTrainer(config.PPOConfig(**options), reward=length_reward)
+
+
+def test_a_run_that_was_given_up_does_not_end_well_the_second_time(ppo, tmp_path):
+    options = ppo | {"optim": config.Optim(learning_rate=1e38, max_grad_norm=1e38, schedule="constant")}
+    options |= {"ppo": config.replace(ppo["ppo"], total_episodes=80), "checkpoint": config.Checkpoint(save_every=2)}
+    settings = config.PPOConfig(run_dir=str(tmp_path / "run"), **options)
+    for _ in range(2):
+        with pytest.raises(NumericsError, match="start over with --fresh"):
+            PPOTrainer(settings, reward=length_reward).train()
+    assert len(records(tmp_path / "run")) < 8
 
 
 def test_what_only_the_data_or_the_model_can_contradict(ppo):

@@ -1,0 +1,88 @@
+"""Low-rank adapters beside a model's frozen parameters (https://arxiv.org/abs/2106.09685).
+
+They are a tree of their own, under "lora" of the parameters: {"layers": {module: {...: {"a" [n, in, r], "b" [n, r, out]
+and, for DoRA, "magnitude" [n, out]}}}}, over the n layers that have them. So a base is shared by laying several such
+trees beside it, and is its own reference where there is none. `models.forward` runs both as they are; `merge` makes one
+of them, for decoding and for models that go out.
+"""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrlhf.models import ModelConfig
+from jaxrlhf.models.layers import gain
+from jaxrlhf.types import Params
+
+Module = tuple[str, ...]  # ("attention", "q"), within a layer
+
+
+def init(model: ModelConfig, base: Params, modules: Iterable[Module], key: Array, *, magnitudes: bool) -> Params:
+    """{"lora": adapters of `model.adapters` for `modules`}, float32: A uniform with variance 1 / (3 in), as PEFT draws
+    it, B zero, so that the model is unchanged; with `magnitudes` (DoRA) those of `base`. Runs under jit and eval_shape.
+    """
+    assert model.adapters is not None
+    first, last = model.adapters.layers or (0, model.num_layers)
+    rank, tree = model.adapters.rank, {}
+    modules = sorted(modules)
+    for module, module_key in zip(modules, jax.random.split(key, len(modules)), strict=True):
+        kernel = _at(base["layers"], module)["kernel"][first:last]
+        count, inputs, outputs = kernel.shape
+        bound = inputs**-0.5
+        adapter = {
+            "a": jax.random.uniform(module_key, (count, inputs, rank), minval=-bound, maxval=bound),
+            "b": jnp.zeros((count, rank, outputs)),
+        }
+        if magnitudes:
+            adapter["magnitude"] = jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=1))
+        _put(tree, module, adapter)
+    return {"lora": {"layers": tree}}
+
+
+def merge(params: Params, model: ModelConfig) -> Params:
+    """The parameters with their adapters added in, and no "lora"; sums in float32, in the dtype of each kernel."""
+    if "lora" not in params:
+        return params
+    assert model.adapters is not None
+    first, last = model.adapters.layers or (0, model.num_layers)
+    scale = model.adapters.scale
+
+    def whole(layer: Params, adapter: Params) -> Params:
+        if "a" not in adapter:
+            return {name: whole(value, adapter[name]) if name in adapter else value for name, value in layer.items()}
+
+        def kernel_of(carry: None, parts: tuple[Array, Params]) -> tuple[None, Array]:
+            kernel, one = parts
+            full = kernel.astype(jnp.float32) + scale * jnp.matmul(one["a"], one["b"], precision="highest")
+            if "magnitude" in one:
+                full *= gain(kernel, one["a"], one["b"], one["magnitude"], scale)
+            return None, full.astype(kernel.dtype)
+
+        # a layer at a time: the products of all layers at once would be a copy of the model in float32
+        kernel = layer["kernel"]
+        _, made = jax.lax.scan(kernel_of, None, (kernel[first:last], adapter))
+        return {**layer, "kernel": made if made.shape == kernel.shape else kernel.at[first:last].set(made)}
+
+    rest = {name: value for name, value in params.items() if name != "lora"}
+    return {**rest, "layers": whole(params["layers"], params["lora"]["layers"])}
+
+
+def modules_of(tree: Params, inside: Module = ()) -> list[Module]:
+    """The modules that a tree of adapters, or of a layer's parameters, has kernels for."""
+    if "a" in tree or "kernel" in tree:
+        return [inside]
+    return [m for name, value in tree.items() if isinstance(value, dict) for m in modules_of(value, (*inside, name))]
+
+
+def _at(tree: Params, path: Module) -> Params:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _put(tree: Params, path: Module, value: Params) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value

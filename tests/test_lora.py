@@ -1,0 +1,129 @@
+"""Adapters begin as nothing, merged they are what they were beside the model, and each option does what it says."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny
+
+from jaxrlhf import lora
+from jaxrlhf.models import Adapters, forward, init
+from jaxrlhf.models.layers import dropped
+from jaxrlhf.weights import peft
+
+FAMILIES = {
+    "llama": {},
+    "qwen3": {"family": "qwen3", "qk_norm": True, "tie_embeddings": False},
+    "gpt2": {
+        "family": "gpt2", "norm": "layernorm", "activation": "gelu_tanh", "gated_mlp": False, "rope": None,
+        "qkv_bias": True, "attention_out_bias": True, "mlp_bias": True, "num_kv_heads": 4, "mlp_size": 64,
+    },
+}  # fmt: skip
+
+
+def adapted(family="llama", *, magnitudes=False, targets=("all-linear",), move=True, **adapters):
+    """(model, base, adapters) with adapters that do something, unless they are not to `move`."""
+    model = tiny(**FAMILIES[family], adapters=Adapters(**{"rank": 3, "alpha": 6.0} | adapters))
+    base = init(model, jax.random.key(0))
+    added = lora.init(model, base, peft.modules(model, targets), jax.random.key(1), magnitudes=magnitudes)
+    if move:
+        leaves, structure = jax.tree.flatten(added)
+        keys = jax.random.split(jax.random.key(2), len(leaves))
+        added = jax.tree.unflatten(
+            structure, [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+        )
+    return model, base, added
+
+
+def hidden(params, model, keys=None):
+    tokens = jax.random.randint(jax.random.key(3), (2, 7), 0, model.vocab_size)
+    return forward(params, model, tokens, jnp.ones((2, 7), bool).at[1, 5:].set(False), keys=keys)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("magnitudes", [False, True])
+def test_new_adapters_change_nothing(family, magnitudes):
+    model, base, added = adapted(family, magnitudes=magnitudes, move=False)
+    np.testing.assert_allclose(hidden({**base, **added}, model), hidden(base, model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("magnitudes", [False, True])
+@pytest.mark.parametrize("layers", [None, (1, 2)])
+def test_merged_is_what_they_were_beside_the_model(family, magnitudes, layers):
+    model, base, added = adapted(family, magnitudes=magnitudes, layers=layers)
+    whole = {**base, **added}
+    merged = lora.merge(whole, model)
+    assert "lora" not in merged
+    np.testing.assert_allclose(hidden(merged, model), hidden(whole, model), rtol=2e-4, atol=2e-5)
+    assert not np.allclose(hidden(base, model), hidden(whole, model), atol=1e-2)
+    for name in ("attention", "mlp"):
+        for matrix in ("q", "o") if name == "attention" else ("up", "down"):
+            before, after = (np.asarray(p["layers"][name][matrix]["kernel"]) for p in (base, merged))
+            assert np.any(before[1] != after[1]) and np.all(before[0] == after[0]) == (layers is not None)
+
+
+def test_the_product_is_that_of_the_paper():
+    """W' = W + (alpha / r) A B in float64, and DoRA's m W' / |W'| by columns."""
+    for magnitudes in (False, True):
+        model, base, added = adapted(magnitudes=magnitudes)
+        merged = lora.merge({**base, **added}, model)
+        one = {k: np.asarray(v[0], np.float64) for k, v in added["lora"]["layers"]["mlp"]["up"].items()}
+        full = np.asarray(base["layers"]["mlp"]["up"]["kernel"][0], np.float64) + 2.0 * one["a"] @ one["b"]
+        if magnitudes:
+            full *= one["magnitude"] / np.linalg.norm(full, axis=0)
+        np.testing.assert_allclose(merged["layers"]["mlp"]["up"]["kernel"][0], full, rtol=1e-5, atol=1e-6)
+
+
+def test_the_rank_stabilised_scale_divides_by_the_root():
+    assert Adapters(16, 32.0).scale == 2.0
+    assert Adapters(16, 32.0, rank_stabilised=True).scale == 8.0
+
+
+def test_gradients_go_to_the_adapters_of_the_layers_that_have_them():
+    model, base, added = adapted(magnitudes=True, layers=(1, 2), targets=("q_proj", "mlp.down_proj"))
+    grads = jax.grad(lambda a: jnp.sum(jnp.square(hidden({**base, **a}, model))))(added)
+    assert sorted(lora.modules_of(grads["lora"]["layers"])) == [("attention", "q"), ("mlp", "down")]
+    for leaf in jax.tree.leaves(grads):
+        assert leaf.shape[0] == 1 and np.any(np.asarray(leaf) != 0)
+
+
+def test_dropout_depends_on_the_row_and_on_nothing_beside_it():
+    model, base, added = adapted(dropout=0.5)
+    params, keys = {**base, **added}, jax.random.split(jax.random.key(4), 2)
+    both = hidden(params, model, keys)
+    assert not np.allclose(both, hidden(params, model))
+    tokens = jax.random.randint(jax.random.key(3), (2, 7), 0, model.vocab_size)
+    alone = forward(params, model, tokens[:1], jnp.ones((1, 7), bool), keys=keys[:1])
+    np.testing.assert_allclose(alone[0], both[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(hidden(base, model, keys), hidden(base, model), err_msg="the base has no dropout")
+
+
+def test_dropout_keeps_the_mean_and_differs_from_place_to_place():
+    x, keys = jnp.ones((2, 100, 100)), jax.random.split(jax.random.key(0), 2)
+    here, there = dropped(x, keys, 0.25, "q"), dropped(x, keys, 0.25, "k")
+    assert abs(float(jnp.mean(here)) - 1) < 0.02 and set(np.unique(here)) == {0, np.float32(1 / 0.75)}
+    assert np.mean(np.asarray(here[0]) == np.asarray(here[1])) < 0.7 > np.mean(np.asarray(here) == np.asarray(there))
+
+
+def test_a_merged_bfloat16_model_is_rounded_once():
+    model, base, added = adapted()
+    merged = lora.merge({**base, **added}, model)
+    half = lora.merge({**jax.tree.map(lambda x: x.astype(jnp.bfloat16), base), **added}, model)
+    for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(half), strict=True):
+        assert b.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a, b.astype(jnp.float32), rtol=1.6e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("magnitudes", [False, True])
+@pytest.mark.parametrize("layers", [None, (1, 2)])
+def test_adapters_come_back_from_their_files(family, magnitudes, layers, tmp_path):
+    model, base, added = adapted(family, magnitudes=magnitudes, layers=layers, rank_stabilised=True)
+    peft.write(tmp_path, model, {**base, **added}, "some/base")
+    assert peft.is_adapter(tmp_path) and peft.base_of(tmp_path) == ("some/base", None)
+    found, back = peft.read(tmp_path, model)
+    again = dataclasses.replace(model, adapters=found)
+    np.testing.assert_allclose(hidden({**base, **back}, again), hidden({**base, **added}, model), rtol=1e-4, atol=1e-5)
