@@ -1,10 +1,11 @@
 """Does PPO learn? Tasks with a known optimum, from a randomly initialised Llama of 4 layers, 128 wide, on a CPU.
 
-    python scripts/toy_tasks.py emit | length | modular | compare [--seeds 0 1 2 3 4] [--folder runs/toys]
+    python scripts/toy_tasks.py emit | length | modular | addition | compare [--seeds 0 1 2 3 4] [--folder runs/toys]
 
-toy_problems.py says what the tasks are and with which settings each runs. For `modular` those are a batch of 768 in
-mini-batches of 256, one epoch, actor 1e-4 and critic 1e-3 at constant rates, clip 0.2, value clip 0.5, gamma = lambda =
-1, no KL, 200 updates. The critic is a model of its own; advantages are whitened, rewards are not (the defaults).
+toy_problems.py says what the tasks are and with which settings each runs. For `modular` and `addition` those are a
+batch of 768 in mini-batches of 256, one epoch, actor 1e-4 and critic 1e-3 at constant rates, clip 0.2, value clip 0.5,
+gamma = lambda = 1, no KL, 200 updates. The critic is a model of its own; advantages are whitened, rewards are not (the
+defaults).
 `compare` is `emit` with nothing that trl cannot do; it leaves its initial weights in FOLDER/compare-SEED/initial, where
 toy_trl.py takes them up.
 

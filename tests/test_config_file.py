@@ -129,7 +129,7 @@ def test_keys_that_do_not_go_together_are_refused_at_their_place(write):
 
 
 def test_what_is_given_of_a_section_leaves_the_rest_at_the_methods_defaults(write):
-    given = read("ppo", write(GIVEN + "reward: {model: m}\noptim:\n  schedule: constant\n"))
+    given = read("ppo", write(GIVEN + "optim:\n  schedule: constant\n"))
     assert given.optim == replace(PPOConfig().optim, schedule="constant")
     assert (given.optim.learning_rate, given.optim.eps) == (3e-6, 1e-5)
     assert PPOConfig(optim={"eps": 1e-7}).optim.learning_rate == 3e-6  # type: ignore[arg-type]

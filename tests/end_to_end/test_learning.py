@@ -33,6 +33,10 @@ from jaxrlhf.config import TokenizerSource
         ("modular", "1,3:5,7", "x9x1", 2 / 32),
         ("modular", "1,3:5,7", "," * 32, 1 / 2),
         ("modular", "1,3:5,7", "", 0),
+        ("addition", "1,3:5,7", "91357" * 6 + "91", 1),
+        ("addition", "2,1:0,9", "8765432109" * 3 + "87", 1),
+        ("addition", "1,3:5,7", "9,1,3", 1 / 32),
+        ("addition", "1,3:5,7", "," * 32, 0),
     ],
 )
 def test_rewards_of_texts_made_by_hand(task, prompt, text, reward):
@@ -47,6 +51,14 @@ def test_every_sequence_goes_on_with_its_own_step():
         numbers = [int(symbol) for symbol in whole if symbol.isdigit()]
         assert len(numbers) == 20 and len(continuation(prompt)) == 32
         assert len({(b - a) % 10 for a, b in itertools.pairwise(numbers)}) == 1, whole
+
+
+def test_no_text_has_more_than_a_tenth_of_the_sums_of_all_prompts():
+    """The best digit for each place, chosen after looking at all of them."""
+    right = [continuation(prompt, before="") for prompt in TASKS["addition"].prompts]
+    best = "".join(max("0123456789", key=column.count) for column in zip(*right, strict=True))
+    scores = TASKS["addition"].reward(TASKS["addition"].prompts, [best] * len(right))
+    assert statistics.mean(scores) == pytest.approx(0.1, abs=0.02)
 
 
 @pytest.mark.parametrize("name", TASKS)
