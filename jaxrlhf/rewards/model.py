@@ -1,9 +1,11 @@
 """Scores from a reward model: of a rollout's tokens where it shares the policy's tokenizer, of its text where not."""
 
 import collections
+import dataclasses
 import functools
 import unicodedata
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from jaxrlhf.errors import DataError, quoted
 from jaxrlhf.logprobs import last_token_scores
 from jaxrlhf.models import ModelConfig, forward, scores
 from jaxrlhf.types import Params, Rollout
+from jaxrlhf.weights import peft
 
 Turns = list[dict[str, Any]]
 READABLE = 0.9
@@ -70,6 +73,22 @@ class RewardModel:
     def _loaded(self) -> tuple[ModelConfig, Params]:
         dtype = self._dtype
         return weights.load(self.path, revision=self.revision, dtype=dtype, compute_dtype=dtype, mesh=self.mesh)
+
+    def share(self, folder: Path, base: Params) -> None:
+        """Lay this model over `base`, the frozen parameters of the model in `folder`, if it is adapters for that model
+        in the same precision: then nothing is in memory twice."""
+        whole, adapters = weights.described_by(weights.resolve(self.path, self.revision))
+        table = base["embed"]["embedding"]
+        if (
+            adapters
+            and whole.samefile(folder)
+            and (table.dtype, len(table)) == (self._dtype, self.described.vocab_size)
+        ):
+            found, added = peft.read(adapters, self.described)
+            model = dataclasses.replace(self.described, dtype=self._dtype, adapters=found)
+            added = sharding.put_whole(added, self.mesh) if self.mesh else added
+            trunk = {name: part for name, part in base.items() if name != "lm_head"}
+            self.__dict__["_loaded"] = model, {**trunk, **added}
 
     @property
     def model(self) -> ModelConfig:

@@ -70,6 +70,9 @@ class PPOTrainer:
         policy = setup.load_model(
             config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=init_key, head="lm", storage=storage
         )
+        folder, merged = weights.described_by(weights.resolve(config.model.path, config.model.revision))
+        for judge in self.scorer.models.values() if config.lora.enabled and not merged else ():
+            judge.share(folder, policy)
         self.scorer.load()
         judge = self.scorer.model and (self.scorer.model.model, self.scorer.model.params)
         self.learner = Learner(config, self.sampler, policy, judge, self.total_steps, tuple(role_keys))

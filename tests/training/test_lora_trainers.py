@@ -11,6 +11,7 @@ from runs import equal, length_reward, records
 import jaxrlhf
 from jaxrlhf import config, weights
 from jaxrlhf.errors import ConfigError, Preempted
+from jaxrlhf.rewards.model import RewardModel
 from jaxrlhf.training.export import export, merge
 from jaxrlhf.training.ppo import PPOTrainer
 from jaxrlhf.training.reward import RewardTrainer
@@ -148,6 +149,20 @@ def test_ppo_starts_from_a_folder_of_adapters_and_writes_what_it_merged(supervis
     lost = config.replace(source, merged_path="")
     trainer = PPOTrainer(config.PPOConfig(**ppo | on_disk | {"model": lost}), reward=length_reward)
     assert (trainer.save_pretrained(tmp_path / "lost") / "model.safetensors").is_file(), "nothing to lay adapters over"
+
+
+def test_a_reward_model_of_adapters_lies_over_the_policys_model(supervised, ppo, on_disk, tmp_path):
+    RewardTrainer(config.RewardConfig(run_dir=str(tmp_path / "rm"), **supervised | on_disk)).train()
+    judged = ppo | on_disk | {"reward": config.RewardSource(model=str(tmp_path / "rm"))}
+    trainer, apart = PPOTrainer(config.PPOConfig(**judged)), RewardModel(str(tmp_path / "rm"), micro_batch_size=4)
+    judge = trainer.scorer.model
+    assert judge is not None and "lora" in judge.params and "lora" not in apart.params
+    base = trainer.frozen["policy"]
+    assert all(judge.params[part] is base[part] for part in base if part != "lm_head"), "the same arrays, no copy"
+    rollout, _ = trainer.generate(trainer.data.train[:8], 0)
+    np.testing.assert_allclose(judge.score_rollout(rollout)[0], apart.score_rollout(rollout)[0], rtol=1e-4, atol=1e-5)
+    full = PPOTrainer(config.PPOConfig(**judged | {"lora": config.LoRA()}))
+    assert "lora" not in full.scorer.model.params, "a model that trains is nothing to lie over"
 
 
 def test_the_base_may_be_in_fewer_bits_than_its_adapters(ppo, on_disk):
