@@ -170,7 +170,7 @@ def _generate(options: Options, overrides: Overrides) -> None:
         "model.path": options.model,
     }
     given = [(key, str(value)) for key, value in flags.items() if value is not None]
-    config = config_file.read("ppo", None, [*_as_trained(options.model), *given, *overrides], partial=True)
+    config = config_file.read("ppo", None, [*_as_trained(options.model, "sampling"), *given, *overrides], partial=True)
     runtime.configure()
     from jaxrlhf import evaluate
 
@@ -191,7 +191,9 @@ def _evaluate(options: Options, overrides: Overrides) -> None:
         "seed": options.seed,
     }
     given = [(key, str(value)) for key, value in flags.items() if value is not None]
-    config = config_file.read("ppo", None, [*_as_trained(options.model), *given, *overrides])
+    rewarded = any(key.startswith("reward.") for key, _ in [*given, *overrides])
+    before = _as_trained(options.model, "sampling", *[] if rewarded else ["reward"])
+    config = config_file.read("ppo", None, [*before, *given, *overrides])
     runtime.configure()
     from jaxrlhf import evaluate
 
@@ -202,13 +204,13 @@ def _evaluate(options: Options, overrides: Overrides) -> None:
         print(f"\nwrote {evaluate.write(result, Path(options.output))}")
 
 
-def _as_trained(model: str) -> Overrides:
-    """How the PPO run in the folder `model` drew its responses, if that is one; nothing for other models."""
+def _as_trained(model: str, *sections: str) -> Overrides:
+    """Sections of the config of the PPO run in the folder `model`, if that is one; nothing for other models."""
     file = Path(model) / "config.yaml"
     if not file.is_file() or not file.read_text(encoding="utf-8").startswith("# jaxrlhf ppo"):
         return []
-    sampling = config_file.read("ppo", file, partial=True).sampling
-    return [(f"sampling.{key}", json.dumps(value)) for key, value in dataclasses.asdict(sampling).items()]
+    config = dataclasses.asdict(config_file.read("ppo", file, partial=True))
+    return [(f"{name}.{key}", json.dumps(value)) for name in sections for key, value in config[name].items()]
 
 
 def _plot(options: Options, overrides: Overrides) -> None:
@@ -322,7 +324,7 @@ COMMANDS: dict[str, Command] = {
             "--prompts": {"required": True, "metavar": "FILE", "help": "a data file with prompts"},
             "--num-prompts": {"type": _count, "default": 20, "metavar": "N"},
             "--num-completions": {"type": _count, "default": 4, "metavar": "N"},
-            "--reward": {"metavar": "path.py:name", "help": "reward function"},
+            "--reward": {"metavar": "path.py:name", "help": "reward function; default: what a PPO run was trained by"},
             "--reward-model": {"metavar": "DIR"},
             "--seed": {"type": _whole, "metavar": "N"},
             "--output": {"metavar": "FILE.json", "help": "everything, as JSON"},

@@ -84,7 +84,7 @@ METRICS: dict[str, str] = {
     "tokens/max_length": "greatest response length",
     "tokens/finished": "share of responses that ended with a stop token or string; the others were truncated",
     "tokens/identical": "1 - different responses / responses of the batch",
-    "eval/scores": "held-out prompts: mean score of a sampled response, as rewards give it",
+    "eval/scores": "held-out prompts: mean score of a sampled response, as rewards give it (before `scores`)",
     "eval/scores_greedy": "held-out prompts: mean score of the greedy response",
     "eval/kl": "held-out prompts: KL of sampled responses to the reference, nats per response",
     "eval/win_rate": "held-out prompts: share whose sampled response scores higher than that of step 0, ties half",

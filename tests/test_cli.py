@@ -13,7 +13,7 @@ import pytest
 from jaxrlhf import commands, config_file, config_text, errors, weights
 from jaxrlhf.cli import main
 from jaxrlhf.commands import COMMANDS, Command
-from jaxrlhf.config import PPOConfig, Sampling
+from jaxrlhf.config import PPOConfig, RewardSource, Sampling
 
 GIVEN = ["--model.path", "m", "--data.path", "d"]
 HEAVY = ("jax", "flax", "transformers", "datasets", "numpy", "orbax", "torch", "matplotlib")
@@ -316,9 +316,10 @@ def test_the_known_story(shared_data, capsys):
 
 def test_a_ppo_run_is_asked_as_it_was_trained(tmp_path):
     sampling = Sampling(response_length=7, stop_strings=("\n", "Q: 'x'"), stop_token_ids=(3,), temperature=0.7)
-    settings = config_text.dump(PPOConfig(sampling=sampling))
+    reward = RewardSource(model="m", components=({"function": "r.py:f", "options": {"low": 3}},))  # type: ignore[arg-type]
+    settings = config_text.dump(PPOConfig(sampling=sampling, reward=reward))
     (tmp_path / "config.yaml").write_text(f"# jaxrlhf ppo, every option resolved\n{settings}")
-    again = config_file.read("ppo", None, commands._as_trained(str(tmp_path)), partial=True)
-    assert again.sampling == sampling
+    again = config_file.read("ppo", None, commands._as_trained(str(tmp_path), "sampling", "reward"), partial=True)
+    assert again.sampling == sampling and again.reward == reward
     (tmp_path / "config.yaml").write_text("# jaxrlhf sft, every option resolved\n")
-    assert commands._as_trained(str(tmp_path)) == commands._as_trained("hf://org/name") == []
+    assert commands._as_trained(str(tmp_path), "reward") == commands._as_trained("hf://org/name", "reward") == []

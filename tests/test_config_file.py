@@ -120,7 +120,7 @@ def test_a_seed_that_would_meet_another_one_is_refused(write):
 
 def test_keys_that_do_not_go_together_are_refused_at_their_place(write):
     (found,) = problems("ppo", write(GIVEN + "ppo:\n  num_mini_batches: 3\n"))
-    assert found.endswith("my.yaml:5: ppo.num_mini_batches (3) must divide ppo.batch_size (16); 1 would")
+    assert found.endswith("my.yaml:5: ppo.num_mini_batches (3) must divide ppo.batch_size (16); 2 would")
     overrides = [("ppo.micro_batch_size", "3")]
     (found,) = problems("ppo", write(GIVEN + "ppo:\n  num_mini_batches: 2\n"), overrides)
     assert found.strip().startswith("override: ppo.micro_batch_size (3) must divide a mini-batch"), (

@@ -1,6 +1,5 @@
 """What a run of each method is configured by, and which combinations are refused."""
 
-import math
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -118,13 +117,13 @@ class PPOConfig:
         if ppo.batch_size % ppo.num_mini_batches:
             raise ValueError(
                 f"ppo.num_mini_batches ({ppo.num_mini_batches}) must divide ppo.batch_size ({ppo.batch_size}); "
-                f"{math.gcd(ppo.num_mini_batches, ppo.batch_size)} would"
+                f"{_near(ppo.num_mini_batches, ppo.batch_size)} would"
             )
         rows = ppo.batch_size // ppo.num_mini_batches
         if ppo.micro_batch_size and rows % ppo.micro_batch_size:
             raise ValueError(
                 f"ppo.micro_batch_size ({ppo.micro_batch_size}) must divide a mini-batch ({rows} rows, that is "
-                f"ppo.batch_size / ppo.num_mini_batches); {math.gcd(ppo.micro_batch_size, rows)} would"
+                f"ppo.batch_size / ppo.num_mini_batches); {_near(ppo.micro_batch_size, rows)} would"
             )
         if self.critic.init == "reward" and not any(part.model for part in self.reward.parts()):
             raise ValueError("critic.init is 'reward' but reward.model is empty; give a reward model or use 'policy'")
@@ -153,7 +152,7 @@ def _check_ppo(config: PPOConfig) -> None:
     if rows and ppo.batch_size % rows:
         raise ValueError(
             f"ppo.local_rollout_forward_batch_size ({rows}) must divide ppo.batch_size ({ppo.batch_size}); "
-            f"{math.gcd(rows, ppo.batch_size)} would"
+            f"{_near(rows, ppo.batch_size)} would"
         )
     top = 1 + (ppo.cliprange_high or ppo.cliprange)
     if ppo.dual_clip is not None and ppo.dual_clip <= top:
@@ -191,9 +190,14 @@ def _check_ppo(config: PPOConfig) -> None:
         )
 
 
+def _near(wanted: int, whole: int) -> int:
+    """The largest divisor of `whole` that is not above `wanted`."""
+    return max(n for n in range(1, wanted + 1) if whole % n == 0)
+
+
 def _check_train(train: Train) -> None:
     if train.micro_batch_size and train.batch_size % train.micro_batch_size:
         raise ValueError(
             f"train.micro_batch_size ({train.micro_batch_size}) must divide train.batch_size ({train.batch_size}); "
-            f"{math.gcd(train.micro_batch_size, train.batch_size)} would"
+            f"{_near(train.micro_batch_size, train.batch_size)} would"
         )

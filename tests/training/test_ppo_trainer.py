@@ -183,7 +183,7 @@ def test_the_critic_is_exported_as_a_model_that_scores(ppo, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"ppo": {"local_rollout_forward_batch_size": 3}}, r"forward_batch_size \(3\) must divide .* 1 would"),
+        ({"ppo": {"local_rollout_forward_batch_size": 3}}, r"forward_batch_size \(3\) must divide .* 2 would"),
         ({"ppo": {"dual_clip": 1.1}}, r"dual_clip is 1.1; it must be above .*\(1.2\)"),
         ({"ppo": {"kl_coef": 0.0, "kl_target": 6.0}}, "kl_target multiplies it"),
         ({"ppo": {"cliprange": 1.5}}, "cliprange"),
