@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxrlhf import models
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.models.layers import gain
 from jaxrlhf.types import Params
@@ -26,6 +27,7 @@ def init(model: ModelConfig, base: Params, modules: Iterable[Module], key: Array
     assert model.adapters is not None
     first, last = model.adapters.layers or (0, model.num_layers)
     rank, tree = model.adapters.rank, {}
+    base = unpacked(base)
     modules = sorted(modules)
     for module, module_key in zip(modules, jax.random.split(key, len(modules)), strict=True):
         kernel = _at(base["layers"], module)["kernel"][first:last]
@@ -42,7 +44,9 @@ def init(model: ModelConfig, base: Params, modules: Iterable[Module], key: Array
 
 
 def merge(params: Params, model: ModelConfig) -> Params:
-    """The parameters with their adapters added in, and no "lora"; sums in float32, in the dtype of each kernel."""
+    """The parameters with their adapters added in, and no "lora"; sums in float32, in the dtype of each kernel. Packed
+    kernels become float32."""
+    params = unpacked(params)
     if "lora" not in params:
         return params
     assert model.adapters is not None
@@ -67,6 +71,31 @@ def merge(params: Params, model: ModelConfig) -> Params:
 
     rest = {name: value for name, value in params.items() if name != "lora"}
     return {**rest, "layers": whole(params["layers"], params["lora"]["layers"])}
+
+
+def pack(params: Params, bits: models.Bits, double: bool) -> Params:
+    """The parameters with the kernels of all layers packed, a layer at a time."""
+
+    def packed(tree: Params) -> Params:
+        if "kernel" not in tree:
+            return {name: packed(value) if isinstance(value, dict) else value for name, value in tree.items()}
+        rest = {name: value for name, value in tree.items() if name != "kernel"}
+        return {**jax.lax.map(lambda kernel: models.pack(kernel, bits, double), tree["kernel"]), **rest}
+
+    return {**params, "layers": packed(params["layers"])}
+
+
+def unpacked(params: Params) -> Params:
+    """The parameters with kernels that are float32 where they were packed."""
+
+    def whole(tree: Params) -> Params:
+        if "codes" not in tree:
+            return {name: whole(value) if isinstance(value, dict) else value for name, value in tree.items()}
+        parts = {name: value for name, value in tree.items() if name != "bias"}
+        rest = {name: value for name, value in tree.items() if name == "bias"}
+        return {"kernel": jax.lax.map(models.unpack, parts), **rest}
+
+    return {**params, "layers": whole(params["layers"])}
 
 
 def modules_of(tree: Params, inside: Module = ()) -> list[Module]:

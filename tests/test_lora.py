@@ -118,6 +118,24 @@ def test_a_merged_bfloat16_model_is_rounded_once():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("bits", "double"), [("int8", False), ("nf4", False), ("nf4", True)])
+@pytest.mark.parametrize("magnitudes", [False, True])
+def test_a_packed_base_is_the_model_that_is_left_of_it(family, bits, double, magnitudes):
+    model, base, added = adapted(family, magnitudes=magnitudes)
+    packed = lora.pack(base, bits, double)
+    left = lora.unpacked(packed)
+    assert jax.tree.structure(left) == jax.tree.structure(base)
+    np.testing.assert_allclose(hidden(packed, model), hidden(left, model), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        hidden({**packed, **added}, model), hidden({**left, **added}, model), rtol=1e-3, atol=1e-4
+    )
+    merged = lora.merge({**packed, **added}, model)
+    np.testing.assert_allclose(hidden(merged, model), hidden({**packed, **added}, model), rtol=1e-3, atol=1e-4)
+    grads = [jax.grad(lambda a, b=b: jnp.sum(jnp.square(hidden({**b, **a}, model))))(added) for b in (packed, left)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-3), *grads)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("magnitudes", [False, True])
 @pytest.mark.parametrize("layers", [None, (1, 2)])
 def test_adapters_come_back_from_their_files(family, magnitudes, layers, tmp_path):

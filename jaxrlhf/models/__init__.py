@@ -3,10 +3,12 @@
 from jaxrlhf.models.attention import cudnn_trouble
 from jaxrlhf.models.config import Adapters, ModelConfig, Rope
 from jaxrlhf.models.heads import init_head, label_logits, lm_logits, scores
+from jaxrlhf.models.packed import Bits, pack, unpack
 from jaxrlhf.models.transformer import empty_cache, forward, forward_cached, init, unstack
 
 __all__ = [
     "Adapters",
+    "Bits",
     "ModelConfig",
     "Rope",
     "cudnn_trouble",
@@ -17,6 +19,8 @@ __all__ = [
     "init_head",
     "label_logits",
     "lm_logits",
+    "pack",
     "scores",
+    "unpack",
     "unstack",
 ]

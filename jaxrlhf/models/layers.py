@@ -6,6 +6,7 @@ angles and the attention softmax are float32.
 
 import math
 import zlib
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Key, Shaped
 
 from jaxrlhf.models.attention import attend, cudnn_attend, fits_cudnn
 from jaxrlhf.models.config import ModelConfig, Rope
+from jaxrlhf.models.packed import packed_product, unpack
 from jaxrlhf.models.product import product
 
 ACTIVATIONS = {
@@ -126,7 +128,7 @@ def dropped(x: Float[Array, "B T I"], keys: Key[Array, " B"], rate: float, site:
 
 
 class Dense(nn.Module):
-    """x W (+ b), with W [in, out]; with int8 kernels see `int8_product`.
+    """x W (+ b), with W [in, out]; with int8 kernels see `int8_product`, with those of a packed model packed.py.
 
     With variables of its own in the collection "lora": x W + scale x A B, of which A sees x with dropout if there are
     `keys`; with a magnitude m, every output of that times m / |W + scale A B| (DoRA, https://arxiv.org/abs/2402.09353,
@@ -142,16 +144,21 @@ class Dense(nn.Module):
         if self.model.kernels == "int8":
             kernel = self.param("kernel", nn.initializers.zeros, (self.features, x.shape[-1]), jnp.int8)
             y = int8_product(x, kernel, self.param("scale", nn.initializers.ones, (self.features,)))
+        elif self.has_variable("params", "codes"):
+            packed = {k: v for k, v in self.variables["params"].items() if k != "bias"}
+            y = packed_product(x, packed, self.model.dtype)
+            if self.has_variable("lora", "a"):
+                y = self._adapted(x, y, lambda: unpack(packed), keys)
         else:
             kernel = self.param("kernel", NORMAL, (x.shape[-1], self.features))
             y = product("bti,io->bto", x, kernel, self.model.dtype)
             if self.has_variable("lora", "a"):
-                y = self._adapted(x, y, kernel, keys)
+                y = self._adapted(x, y, lambda: kernel, keys)
         if self.bias:
             y = y + along_last(self.param("bias", nn.initializers.zeros, (self.features,)), y)
         return y
 
-    def _adapted(self, x: Array, y: Array, kernel: Array, keys: Array | None) -> Array:
+    def _adapted(self, x: Array, y: Array, kernel: Callable[[], Array], keys: Array | None) -> Array:
         a, b = (self.get_variable("lora", name) for name in "ab")
         adapters = self.model.adapters
         assert adapters is not None
@@ -160,7 +167,7 @@ class Dense(nn.Module):
         low = product("btr,ro->bto", product("bti,ir->btr", x, a, self.model.dtype), b, self.model.dtype)
         y = y + adapters.scale * low
         if self.has_variable("lora", "magnitude"):
-            y = y * along_last(gain(kernel, a, b, self.get_variable("lora", "magnitude"), adapters.scale), y)
+            y = y * along_last(gain(kernel(), a, b, self.get_variable("lora", "magnitude"), adapters.scale), y)
         return y
 
 

@@ -124,7 +124,8 @@ def _critic(
 def _begun(settings: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, head: str) -> Params:
     """The parameters that a run began with; of a head that it made itself, others."""
     key, storage = setup.keys(settings.seed)[0], setup.storage_of(settings)
-    return setup.load_model(settings.model, tokenizer=tokenizer, mesh=mesh, key=key, head=head, storage=storage)
+    made = setup.load_model(settings.model, tokenizer=tokenizer, mesh=mesh, key=key, head=head, storage=storage)
+    return setup.packed(made, settings.lora)
 
 
 def _unchanged(params: Params, identity: Identity, what: str) -> Params:

@@ -45,7 +45,9 @@ class Learner:
         critic_key, lora_key = keys
         trained, base = setup.split(setup.adapted(policy, model, config.lora, lora_key), config.lora.enabled)
         reference = base or setup.copy(policy, reference_dtype(config, model), self.mesh)
-        critic_model, critic, trunk = make_critic(config, model, policy, reference, judge, self.mesh, critic_key)
+        critic_model, critic, trunk = make_critic(
+            config, model, base or policy, reference, judge, self.mesh, critic_key
+        )
         moving = None
         if self.moving:
             moving = setup.copy(trained, "float32", self.mesh) if base else reference

@@ -16,7 +16,7 @@ from jaxrlhf.config import DType, LoRA, ModelSource, PPOConfig, RewardConfig, Sa
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
 from jaxrlhf.digest import digests, leaves_by_name
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.models import Adapters, ModelConfig, cudnn_trouble, init
+from jaxrlhf.models import Adapters, Bits, ModelConfig, cudnn_trouble, init
 from jaxrlhf.training.optim import Optimizer
 from jaxrlhf.training.step import in_float32
 from jaxrlhf.types import Params, TrainState
@@ -128,8 +128,24 @@ def storage_of(config: RunConfig) -> DType:
 
 
 def adapted(params: Params, model: ModelConfig, lora: LoRA, key: jax.Array) -> Params:
-    """The parameters with new adapters beside them, if `lora` asks for any. Runs under eval_shape."""
-    return {**params, **_adapters(params, model, lora, key)} if lora.enabled else params
+    """The parameters with new adapters beside them, if `lora` asks for any, and packed if it asks for that. Runs under
+    eval_shape."""
+    if not lora.enabled:
+        return params
+    params = packed(params, lora)
+    return {**params, **_adapters(params, model, lora, key)}
+
+
+def packed(params: Params, lora: LoRA) -> Params:
+    """The parameters as they lie under adapters: packed, if `lora` asks for that and they are not yet."""
+    if lora.quantize == "none" or "codes" in params["layers"]["mlp"]["up"]:
+        return params
+    return _packed(params, lora.quantize, lora.double_quant)
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "double"))
+def _packed(params: Params, bits: Bits, double: bool) -> Params:
+    return adapters.pack(params, bits, double)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "lora"))

@@ -165,6 +165,31 @@ def test_a_reward_model_of_adapters_lies_over_the_policys_model(supervised, ppo,
     assert "lora" not in full.scorer.model.params, "a model that trains is nothing to lie over"
 
 
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_ppo_over_a_packed_model(ppo, on_disk, tmp_path, quantize):
+    dora = quantize == "nf4"  # whose magnitudes are those of the packed model
+    options = ppo | on_disk | {"lora": config.replace(LORA, quantize=quantize, use_dora=dora)}
+    options |= {"critic": config.Critic(trunk="own")}
+    trainer = PPOTrainer(config.PPOConfig(run_dir=str(tmp_path / "run"), **options), reward=length_reward, ahead=True)
+    codes = trainer.frozen["policy"]["layers"]["mlp"]["up"]["codes"]
+    assert codes.dtype == {"int8": jnp.int8, "nf4": jnp.uint8}[quantize]
+    assert (
+        trainer.frozen["critic"]["layers"]
+        is trainer.frozen["policy"]["layers"]
+        is trainer.frozen["reference"]["layers"]
+    )
+    trainer.train()
+    log = records(tmp_path / "run")
+    assert log[0]["val/first_log_ratio_max"] < 1e-5
+    assert abs(log[0]["objective/kl"]) <= (1e-5 if dora else 0), "m / |W| is 1 to rounding"
+    assert log[0]["val/sampler_logprob_gap_max"] < 1e-4, "what is sampled from is what is trained"
+    assert log[-1]["objective/kl"] != 0
+    for role in ("policy", "critic"):
+        again = jaxrlhf.load(export(tmp_path / "run", tmp_path / f"{role}-again", role, merge_lora=True))[1]
+        now = jaxrlhf.load(trainer.save_pretrained(tmp_path / role, role, merge_lora=True))[1]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), again, now)  # another mesh
+
+
 def test_the_base_may_be_in_fewer_bits_than_its_adapters(ppo, on_disk):
     source = config.replace(on_disk["model"], param_dtype="bfloat16")
     trainer = PPOTrainer(config.PPOConfig(**ppo | on_disk | {"model": source}), reward=length_reward)
@@ -193,6 +218,8 @@ def test_what_the_model_does_not_have_is_refused(ppo, on_disk, changes, said):
         ({"target_modules": ()}, "lora.target_modules is empty"),
         ({"layers": (3, 3)}, "give the first layer and the first after the last"),
         ({"dropout": 1.0}, "dropout"),
+        ({"quantize": "nf4", "enabled": False}, "a model in so few bits cannot train itself"),
+        ({"quantize": "int8", "double_quant": True}, "double_quant is for nf4"),
     ],
 )
 def test_contradictions_in_the_section(changes, said):

@@ -1,0 +1,127 @@
+"""Kernels in few bits, for a model that is frozen: how they are packed, and a product that unpacks a tile at a time.
+
+int8: a scale for each output (absolute maximum / 127). nf4: two 4-bit codes a byte, each a quantile of the normal
+distribution, with a scale for each block of inputs of each output (https://arxiv.org/abs/2305.14314, section 3). The
+scales may be in 8 bits themselves (the paper's double quantisation).
+"""
+
+import functools
+import math
+from typing import Literal, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxrlhf.models.product import product
+from jaxrlhf.types import Params
+
+Bits = Literal["int8", "nf4"]
+BLOCK = 64  # inputs that share a scale
+TILE = 2**20  # weights that are unpacked at a time: 4 MiB in float32
+# The paper's appendix E: quantiles of N(0, 1), each side on its own, so that 0 and both ends are exact
+LEVELS = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    np.float32,
+)  # fmt: skip
+
+
+def pack(kernel: Float[Array, "*lead I O"], bits: Bits, double: bool) -> Params:
+    """The kernel as {"codes", "scale", ...}, from which `unpack` makes it again."""
+    kernel = kernel.astype(jnp.float32)
+    if bits == "int8":
+        scale = jnp.maximum(jnp.max(jnp.abs(kernel), axis=-2, keepdims=True), 1e-30) / 127
+        return {"codes": jnp.round(kernel / scale).astype(jnp.int8), "scale": scale}
+    *lead, inputs, outputs = kernel.shape
+    block = math.gcd(BLOCK, inputs)
+    blocks = kernel.reshape(*lead, inputs // block, block, outputs)
+    scale = jnp.maximum(jnp.max(jnp.abs(blocks), axis=-2), 1e-30)
+    middle = (LEVELS[1:] + LEVELS[:-1]) / 2
+    codes = jnp.searchsorted(jnp.asarray(middle), blocks / scale[..., None, :]).astype(jnp.uint8)
+    low, high = jnp.split(codes.reshape(*lead, inputs, outputs), 2, axis=-2)
+    packed = {"codes": low | (high << 4)}
+    if not double:
+        return packed | {"scale": scale}
+    mean = jnp.mean(scale, axis=(-2, -1), keepdims=True)
+    step = jnp.maximum(jnp.max(jnp.abs(scale - mean), axis=-1, keepdims=True), 1e-30) / 127
+    return packed | {"scale": jnp.round((scale - mean) / step).astype(jnp.int8), "step": step, "mean": mean}
+
+
+def unpack(packed: Params) -> Float[Array, "*lead I O"]:
+    """The kernel, float32, to the bits that are left of it."""
+    codes, scale = packed["codes"], packed["scale"]
+    if codes.dtype == jnp.int8:
+        return codes.astype(jnp.float32) * scale
+    if "step" in packed:
+        scale = scale.astype(jnp.float32) * packed["step"] + packed["mean"]
+    whole = jnp.concatenate([codes & 15, codes >> 4], axis=-2)
+    *lead, inputs, outputs = whole.shape
+    block = inputs // scale.shape[-2]
+    values = jnp.asarray(LEVELS)[whole].reshape(*lead, -1, block, outputs) * scale[..., None, :]
+    return values.reshape(*lead, inputs, outputs)
+
+
+def packed_product(x: Float[Array, "B T I"], packed: Params, dtype: str) -> Float[Array, "B T O"]:
+    """x W for a packed W that gets no gradient, operands in `dtype`, sums in float32; W is unpacked a tile at a time,
+    in the forward pass and again in the backward."""
+    return cast(Array, _product(x, packed, dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, packed: Params, dtype: str) -> Array:
+    return _forward(x, packed, dtype)[0]
+
+
+def _tiles(packed: Params) -> int:
+    """Into how many runs of outputs the kernel is cut: the fewest that divide it and hold TILE weights at most."""
+    rows, outputs = packed["codes"].shape[-2:]
+    inputs = rows * (1 if packed["codes"].dtype == jnp.int8 else 2)
+    return next(n for n in range(1, outputs + 1) if outputs % n == 0 and inputs * (outputs // n) <= max(TILE, inputs))
+
+
+def _cut(packed: Params, count: int) -> Params:
+    """Tiles on a new first axis; what all outputs share is repeated."""
+
+    def cut(x: Array) -> Array:
+        if x.shape[-1] == 1:
+            return jnp.broadcast_to(x, (count, *x.shape))
+        return jnp.moveaxis(x.reshape(*x.shape[:-1], count, -1), -2, 0)
+
+    return {name: cut(x) for name, x in packed.items()}
+
+
+def _forward(x, packed, dtype):
+    def one(tile: Params) -> Array:
+        return product("bti,io->bto", x, unpack(tile), dtype)
+
+    made = jax.lax.map(one, _cut(packed, _tiles(packed)))
+    return jnp.moveaxis(made, 0, -2).reshape(*x.shape[:-1], -1), packed
+
+
+def _backward(dtype, packed, cotangent):
+    count = _tiles(packed)
+    parts = jnp.moveaxis(cotangent.reshape(*cotangent.shape[:-1], count, -1), -2, 0)
+
+    def one(total: Array, item: tuple[Params, Array]) -> tuple[Array, None]:
+        tile, part = item
+        return total + product("bto,io->bti", part, unpack(tile), dtype), None
+
+    rows = packed["codes"].shape[-2] * (1 if packed["codes"].dtype == jnp.int8 else 2)
+    total, _ = jax.lax.scan(one, jnp.zeros((*cotangent.shape[:-1], rows)), (_cut(packed, count), parts))
+    nothing = jax.tree.map(
+        lambda leaf: (
+            jnp.zeros_like(leaf)
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+            else np.zeros(leaf.shape, jax.dtypes.float0)
+        ),
+        packed,
+    )
+    return total, nothing
+
+
+_product.defvjp(_forward, _backward)
