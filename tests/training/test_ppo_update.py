@@ -244,7 +244,7 @@ def test_an_update_holds_one_copy_of_the_state_and_one_of_the_gradients():
     experience = jax.eval_shape(lambda: case().run()[1])
     key = jax.eval_shape(lambda: jax.random.key(0))
     compiled = ppo_update.update.lower(
-        state, {"reference": shapes, "critic": {}}, experience, key, roles=roles
+        state, {"policy": {}, "reference": shapes, "critic": {}}, experience, key, roles=roles
     ).compile()
     memory = compiled.memory_analysis()
     gradients = sum(4 * x.size for x in jax.tree.leaves(state.params))

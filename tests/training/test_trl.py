@@ -86,7 +86,7 @@ def run(case, folder=None, **changes):
         trunk="own",
         mesh=mesh,
     )
-    frozen = {"reference": jax.tree.map(lambda x: case.about["reference"] * x, params), "critic": {}}
+    frozen = {"policy": {}, "reference": jax.tree.map(lambda x: case.about["reference"] * x, params), "critic": {}}
     begin = {"policy": params, "critic": critic_params}
     copies = jax.tree.map(jnp.copy, begin)
     state = setup.State(copies, dict(roles.optimizers), mesh, settings.kl_coef).value
