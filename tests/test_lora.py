@@ -1,6 +1,7 @@
 """Adapters begin as nothing, merged they are what they were beside the model, and each option does what it says."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 from tiny import tiny
 
+import jaxrlhf
 from jaxrlhf import lora
+from jaxrlhf.errors import DataError
 from jaxrlhf.models import Adapters, forward, init
 from jaxrlhf.models.layers import dropped
 from jaxrlhf.weights import peft
@@ -49,9 +52,12 @@ def test_new_adapters_change_nothing(family, magnitudes):
     np.testing.assert_allclose(hidden({**base, **added}, model), hidden(base, model), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("magnitudes", [False, True])
-@pytest.mark.parametrize("layers", [None, (1, 2)])
+OPTIONS = [(family, family != "qwen3", layers) for family in FAMILIES for layers in (None, (1, 2))]
+
+
+@pytest.mark.parametrize(
+    ("family", "magnitudes", "layers"), [*OPTIONS, ("llama", False, None), ("gpt2", False, (1, 2))]
+)
 def test_merged_is_what_they_were_beside_the_model(family, magnitudes, layers):
     model, base, added = adapted(family, magnitudes=magnitudes, layers=layers)
     whole = {**base, **added}
@@ -117,9 +123,13 @@ def test_a_merged_bfloat16_model_is_rounded_once():
         np.testing.assert_allclose(a, b.astype(jnp.float32), rtol=1.6e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("bits", "double"), [("int8", False), ("nf4", False), ("nf4", True)])
-@pytest.mark.parametrize("magnitudes", [False, True])
+@pytest.mark.parametrize(
+    ("family", "bits", "double", "magnitudes"),
+    [
+        ("llama", "int8", False, False), ("llama", "nf4", False, True),
+        ("qwen3", "nf4", True, True), ("gpt2", "nf4", False, False),
+    ],
+)  # fmt: skip
 def test_a_packed_base_is_the_model_that_is_left_of_it(family, bits, double, magnitudes):
     model, base, added = adapted(family, magnitudes=magnitudes)
     packed = lora.pack(base, bits, double)
@@ -135,13 +145,40 @@ def test_a_packed_base_is_the_model_that_is_left_of_it(family, bits, double, mag
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-3), *grads)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("magnitudes", [False, True])
-@pytest.mark.parametrize("layers", [None, (1, 2)])
+@pytest.mark.parametrize(("family", "magnitudes", "layers"), OPTIONS)
 def test_adapters_come_back_from_their_files(family, magnitudes, layers, tmp_path):
     model, base, added = adapted(family, magnitudes=magnitudes, layers=layers, rank_stabilised=True)
     peft.write(tmp_path, model, {**base, **added}, "some/base")
     assert peft.is_adapter(tmp_path) and peft.base_of(tmp_path) == ("some/base", None)
     found, back = peft.read(tmp_path, model)
+    other = tiny(**FAMILIES[family] | {"num_layers": 1, "sliding_layers": (False,), "mlp_size": 32})
+    with pytest.raises(DataError, match=r"do not fit the model .*\n.*(unexpected|wrong shape): "):
+        peft.read(tmp_path, other)
     again = dataclasses.replace(model, adapters=found)
     np.testing.assert_allclose(hidden({**base, **back}, again), hidden({**base, **added}, model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'; expected 'LORA'"),
+        ({"bias": "all"}, "trained biases are not supported"),
+        ({"r": 0}, "r is 0; expected a whole number of at least 1"),
+        ({"rank_pattern": {"(a+)+$": 3}}, "regular expressions are not supported"),
+        ({"lora_alpha": "much"}, "lora_alpha is 'much'; expected a number"),
+    ],
+)
+def test_an_adapter_config_that_means_something_else_is_refused(changes, said, tmp_path):
+    model, base, added = adapted()
+    peft.write(tmp_path, model, {**base, **added}, "some/base")
+    file = tmp_path / peft.CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(DataError, match=said.replace("(", r"\(")):
+        peft.read(tmp_path, model)
+
+
+def test_adapters_without_their_model_say_which_it_is(tmp_path):
+    model, base, added = adapted()
+    peft.write(tmp_path, model, {**base, **added}, "/no/such/folder")
+    with pytest.raises(DataError, match="adapters for '/no/such/folder'"):
+        jaxrlhf.load(tmp_path)

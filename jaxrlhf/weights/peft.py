@@ -97,6 +97,9 @@ def read(folder: Path, model: ModelConfig) -> tuple[Adapters, Params]:
         else:
             strange.append(f"unexpected: {name} {list(entry.shape)}")
     patterns = fields.mapping("rank_pattern"), fields.mapping("alpha_pattern")
+    for key, found in zip(("rank_pattern", "alpha_pattern"), patterns, strict=True):
+        if not all(re.fullmatch(r"\^?[\w.]+", p) and isinstance(v, int | float) for p, v in found.items()):
+            fields.refuse(key, "numbers by names of modules; regular expressions are not supported")
     tree: Params = {}
     layers = [layer for found in pieces.values() for layer in found]
     first, last = min(layers, default=0), max(layers, default=model.num_layers - 1) + 1
@@ -243,7 +246,7 @@ def _misfits(module: str, found: dict[int, dict[str, np.ndarray]], widths: tuple
         where = f"layer {layer}, {module}"
         if not {"a", "b"} <= parts.keys():
             wrong.append(f"missing: {where} has only {', '.join(sorted(parts))} of A and B")
-        elif parts["a"].shape[1:] != (inputs,) or parts["b"].shape[:1] != (sum(outputs),):
+        elif parts["a"].shape[1:] != (inputs,) or parts["b"].shape != (sum(outputs), len(parts["a"])):
             wrong.append(
                 f"wrong shape: {where} has A {list(parts['a'].shape)} and B {list(parts['b'].shape)}; the model makes "
                 f"them [r, {inputs}] and [{sum(outputs)}, r]"
@@ -257,8 +260,8 @@ def _nothing(like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _pattern(patterns: dict[str, Any], name: str, default: float) -> float:
-    """PEFT's rule: the first pattern that is the end of the module's name."""
-    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name)), default)
+    """The value of the first pattern that is the end of the module's name, or, from "^" on, all of it."""
+    return next((v for p, v in patterns.items() if f"^{name}" == p or f".{name}".endswith(f".{p}")), default)
 
 
 def _at(tree: Params, path: Module) -> Params:
