@@ -237,29 +237,25 @@ def _export(options: Options, overrides: Overrides) -> None:
         print(merge(run, target))
         return
     _, outcome = runs.what_ran(run)
+    exported = run / "export"
     # what a finished run exported is its outcome; of another the export, if there is one, is from before it went on
-    chosen = (run / "export").is_dir() and (outcome == "done" or not any((run / "checkpoints").glob("[0-9]*")))
-    if (
-        chosen
-        and options.role == "policy"
-        and options.merge_lora
-        and (run / "export" / "adapter_config.json").is_file()
-    ):
-        from jaxrlhf.training.export import merge
-
-        merge(run / "export", target)
-    elif chosen and options.role == "policy":
-        part = target.with_name(target.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(run / "export", part)
-        if target.exists():
-            target.rmdir()
-        os.replace(part, target)
-    else:
+    chosen = exported.is_dir() and (outcome == "done" or not any((run / "checkpoints").glob("[0-9]*")))
+    if not chosen or options.role == "critic":
         from jaxrlhf.training.export import export
 
         with _notes():
             export(run, target, options.role, merge_lora=options.merge_lora)
+    elif options.merge_lora and (exported / "adapter_config.json").is_file():
+        from jaxrlhf.training.export import merge
+
+        merge(exported, target)
+    else:
+        part = target.with_name(target.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(exported, part)
+        if target.exists():
+            target.rmdir()
+        os.replace(part, target)
     print(target)
 
 

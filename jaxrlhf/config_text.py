@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from jaxrlhf.config import RewardSource, methods, ppo, sections
+from jaxrlhf.config import RewardSource, lora, methods, ppo, rewards, sections
 
 _RESOLVERS = (  # the core schema of YAML 1.2, section 10.3.2: tag, pattern, first characters
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -101,7 +101,9 @@ def _comment(text: str, indent: str) -> list[str]:
 def field_docs() -> dict[tuple[str, str], str]:
     """The text under each field of config/, by (class, field)."""
     docs: dict[tuple[str, str], str] = {}
-    for cls in [node for module in (sections, ppo, methods) for node in ast.parse(inspect.getsource(module)).body]:
+    for cls in [
+        node for module in (lora, methods, ppo, rewards, sections) for node in ast.parse(inspect.getsource(module)).body
+    ]:
         if not isinstance(cls, ast.ClassDef):
             continue
         for field, text in zip(cls.body, cls.body[1:], strict=False):

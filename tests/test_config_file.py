@@ -186,6 +186,7 @@ def test_every_documented_field_is_found():
     assert docs["PPO", "kl_coef"].startswith("What a nat")
     assert docs["ModelSource", "path"].endswith("Required.")
     assert ("PPO", "gamma") not in docs
+    assert {"LoRA", "RewardSource", "SFTConfig"} <= {section for section, _ in docs}, "of every module of config/"
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,16 +8,15 @@ from jaxrlhf.config.base import DType, replace
 from jaxrlhf.config.lora import LoRA
 from jaxrlhf.config.methods import PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.config.ppo import PPO, Alarms, Critic, Reference, Scores, Validation
+from jaxrlhf.config.rewards import Component, RewardSource
 from jaxrlhf.config.sections import (
     Checkpoint,
-    Component,
     Data,
     Engine,
     Logging,
     Mesh,
     ModelSource,
     Optim,
-    RewardSource,
     Sampling,
     TokenizerSource,
     Train,

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 from jaxrlhf.config.base import Bool, Seed, section
 from jaxrlhf.config.lora import LoRA
 from jaxrlhf.config.ppo import PPO, Alarms, Critic, Reference, Scores, Validation
+from jaxrlhf.config.rewards import RewardSource
 from jaxrlhf.config.sections import (
     Checkpoint,
     Data,
@@ -15,7 +16,6 @@ from jaxrlhf.config.sections import (
     Mesh,
     ModelSource,
     Optim,
-    RewardSource,
     Sampling,
     TokenizerSource,
     Train,

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxrlhf.config import Component, RewardSource
-from jaxrlhf.config.sections import function_label
+from jaxrlhf.config.rewards import function_label
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError, RewardError, quoted
 from jaxrlhf.rewards import judges, template
@@ -107,6 +107,7 @@ class Scorer:
 
     @property
     def asks_a_person(self) -> bool:
+        """Whether any component is a person."""
         return any(component.human for component, _ in self.parts.values())
 
     def metrics(self) -> list[str]:

@@ -19,12 +19,12 @@ from jaxrlhf.data.datasets import PromptRow, columns, prompt_rows, prompts_from_
 from jaxrlhf.data.loader import rows_at
 from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.rewards.compose import Scored, Scorer
-from jaxrlhf.training import loop, setup
+from jaxrlhf.training import loop, ppo_checks, setup
 from jaxrlhf.training.alarms import Watch
 from jaxrlhf.training.loop import Metrics
 from jaxrlhf.training.ppo_learner import Learner
-from jaxrlhf.training.ppo_roles import critic_model, whole_critic
-from jaxrlhf.training.ppo_rollout import LOWER, Sampler
+from jaxrlhf.training.ppo_roles import whole_critic
+from jaxrlhf.training.ppo_rollout import Sampler
 from jaxrlhf.training.validation import Validator
 from jaxrlhf.types import Experience, Params, Rollout
 
@@ -61,7 +61,7 @@ class PPOTrainer:
         storage = setup.storage_of(config)
         self.scorer = Scorer(config.reward, self.tokenizer, reward, mesh=self.mesh, directory=Path(config.run_dir))
         self.total_steps = self._updates()
-        self._check(max(prompts, default=0))
+        ppo_checks.check_run(config, self.model, self.scorer, self.mesh, max(prompts, default=0), self.total_steps)
         held_out = self.data.validation if self.data else []
         self.validator = Validator(config, held_out, self.sampler, self.scorer) if held_out else None
         if ahead:
@@ -70,9 +70,10 @@ class PPOTrainer:
         policy = setup.load_model(
             config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=init_key, head="lm", storage=storage
         )
-        folder, merged = weights.described_by(weights.resolve(config.model.path, config.model.revision))
+        folder, merged = weights.described_by(weights.resolve(config.model.path, config.model.revision, weights=False))
         for judge in self.scorer.models.values() if config.lora.enabled and not merged else ():
-            judge.share(folder, policy)
+            if config.critic.init != "reward" or judge is not self.scorer.model:  # adapters of its own come over that
+                judge.share(folder, policy)
         self.scorer.load()
         judge = self.scorer.model and (self.scorer.model.model, self.scorer.model.params)
         self.learner = Learner(config, self.sampler, policy, judge, self.total_steps, tuple(role_keys))
@@ -173,25 +174,8 @@ class PPOTrainer:
         the update under its logged name. The number of prompts must be a multiple of `ppo.num_mini_batches` (and of the
         micro-batch, if one is set); each new number compiles once.
         """
-        ppo, step = self.config.ppo, int(self.state.value.step)
-        if isinstance(prompts, str):
-            raise ConfigError("ppo_step got one text; it takes a list of prompts")
-        multiple = ppo.num_mini_batches * (ppo.micro_batch_size or 1)
-        if not prompts or len(prompts) % multiple:
-            raise ConfigError(f"ppo_step got {len(prompts)} prompts; it needs a positive multiple of {multiple}")
-        if len(prompts) != ppo.batch_size and ppo.replay:
-            raise ConfigError(f"ppo_step got {len(prompts)} prompts; with ppo.replay it needs {ppo.batch_size}")
-        sharding.check_rows(ppo.micro_rows(len(prompts)), self.mesh, "ppo_step: rows of a forward pass")
-        if len(prompts) % ppo.annotation_rows(len(prompts)):
-            raise ConfigError(
-                f"ppo_step got {len(prompts)} prompts; ppo.local_rollout_forward_batch_size is "
-                f"{ppo.local_rollout_forward_batch_size}, which does not divide them"
-            )
-        if step >= self.total_steps and self.config.optim.schedule != "constant":
-            raise ConfigError(
-                f"the learning rate schedule ended after {self.total_steps} updates (ppo.total_episodes / "
-                "ppo.batch_size); raise ppo.total_episodes or set optim.schedule: constant"
-            )
+        step = int(self.state.value.step)
+        ppo_checks.check_step(self.config, self.mesh, prompts, step, self.total_steps)
         rows = prompts_from_texts(prompts, extra, self.config.data, self.tokenizer)
         self._calibrate()
         rollout, texts = self.generate(rows, step)
@@ -244,27 +228,6 @@ class PPOTrainer:
         if not self.data:
             raise ConfigError("ppo.num_train_epochs counts passes over data.path, which is empty; use total_episodes")
         return max(1, -(-round(ppo.num_train_epochs * len(self.data.train)) // ppo.batch_size))
-
-    def _check(self, longest: int) -> None:
-        """Refuse what models and devices cannot do, as far as descriptions of them tell, before weights are loaded.
-        `longest` is the length of the longest prompt (0: not known)."""
-        config, ppo, size = self.config, self.config.ppo, self.config.ppo.batch_size
-        first = self.scorer.model and self.scorer.model.described
-        if config.critic.warmup_updates >= self.total_steps:
-            raise ConfigError(
-                f"critic.warmup_updates is {config.critic.warmup_updates} and the run has {self.total_steps} updates: "
-                "the policy would never learn; give fewer, or raise ppo.total_episodes"
-            )
-        if config.critic.init == "reward" and not self.scorer.shares_tokenizer:
-            raise ConfigError(
-                "critic.init is 'reward' but the reward model reads other tokens than the policy; use 'policy'"
-            )
-        critic_model(config, self.model, first)
-        for reader in self.scorer.readers(config.critic.init == "reward") if longest else []:
-            what = f"for the reward model {reader.path}, the longest prompt with its response"
-            setup.check_context([longest + config.sampling.response_length], reader.described, what, LOWER)
-        sharding.check_rows(ppo.micro_rows(size), self.mesh, "ppo.micro_batch_size, or a mini-batch,")
-        sharding.check_rows(ppo.annotation_rows(size), self.mesh, "ppo.local_rollout_forward_batch_size")
 
     @contextlib.contextmanager
     def _nothing_lost(self, session: loop.Session, step: int, metrics: Metrics | None = None) -> Iterator[None]:

@@ -106,7 +106,7 @@ def load_model(
         key=key,
         mesh=mesh,
     )
-    whole, adapters_folder = weights.described_by(weights.resolve(source.path, source.revision))
+    whole, adapters_folder = weights.described_by(weights.resolve(source.path, source.revision, weights=False))
     if source.merged_path and adapters_folder:
         facts = {"method": "merge", "base_model": str(whole), "adapters": str(adapters_folder)}
         weights.export(source.merged_path, model, params, source=whole, tokenizer=tokenizer, facts=facts)
@@ -307,13 +307,16 @@ def export(
     )
 
 
-def _stands_on(config: RunConfig, model: ModelConfig, tokenizer: Tokenizer) -> str | None:
-    """The model that somebody lays the adapters of this run over. None where there is none to be had: random weights,
-    merged adapters that were not written anywhere, rows for new tokens, a head that PEFT does not know."""
+def _stands_on(config: RunConfig, model: ModelConfig, tokenizer: Tokenizer) -> tuple[str, str | None] | None:
+    """The model, and its revision, that somebody lays the adapters of this run over. None where there is none to be
+    had: random weights, merged adapters that were not written anywhere, rows for new tokens, a head that PEFT does not
+    know."""
     source = config.model
     folder = weights.resolve(source.path, source.revision, weights=False)
     merged = weights.described_by(folder)[1] is not None
     if source.init == "random" or tokenizer.added or model.head == "mlp" or (merged and not source.merged_path):
         return None
     path = Path(source.merged_path if merged else source.path).expanduser()
-    return str(folder if not merged and path.is_dir() else path.resolve() if path.is_dir() else source.path)
+    if path.is_dir():
+        return str((path if merged else folder).resolve()), None
+    return source.path.removeprefix("hf://"), source.revision

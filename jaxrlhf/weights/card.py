@@ -23,9 +23,8 @@ _METHODS = {
 }
 
 
-def card(model: ModelConfig, config: Mapping[str, Any], facts: Mapping[str, Any], adapters: str | None = None) -> str:
-    """The text of README.md for `model` with this config.json; for `adapters` beside it that are made for the model of
-    that name.
+def card(model: ModelConfig, config: Mapping[str, Any], facts: Mapping[str, Any], adapters: bool = False) -> str:
+    """The text of README.md for `model` with this config.json; or of `adapters` that make it of another model.
 
     Facts: `method`, `base_model`, `dataset`, `license`, `command`, `config` (a mapping), `metrics` ({name: number}),
     `notes` (a list of sentences); any other becomes a row of the first table.

@@ -32,7 +32,7 @@ def export(
     tokenizer: Tokenizer | None = None,
     stops: Sequence[int] = (),
     facts: Mapping[str, Any] | None = None,
-    base: str | None = None,
+    base: tuple[str, str | None] | None = None,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Path:
@@ -42,8 +42,8 @@ def export(
         unless a `tokenizer` is given, which then also decides the special token ids.
     stops: ids that end a response besides those of the tokenizer; they go into generation_config.json with them.
     facts: what the model card says about the run (see `card.card`).
-    base: of parameters with adapters, the model that they are for: what is written are the adapters, in PEFT's layout.
-        Without it they are merged.
+    base: of parameters with adapters, the model that they are for and its revision on the hub: what is written are the
+        adapters, in PEFT's layout. Without it they are merged.
     dtype: of the written tensors; None: that of the parameters.
     Everything is written to a hidden folder beside `directory` that takes its name at the end. A directory that is
     there already is replaced if it is empty or an earlier export; else StorageError is raised, as when the disk is
@@ -66,12 +66,12 @@ def export(
         config = _write_configs(
             partial, model, params, None if source is None else Path(source), tokenizer, stops, dtype
         )
-        (partial / CARD).write_text(card.card(model, config, facts or {}, adapters=apart), encoding="utf-8")
+        (partial / CARD).write_text(card.card(model, config, facts or {}, adapters=apart is not None), encoding="utf-8")
         if apart is None:
             writer.write(partial, found, _bytes(max_shard_size))
         else:
             (partial / CONFIG).unlink()  # a folder of adapters is described by the model they are for
-            peft.write(partial, model, params, apart)
+            peft.write(partial, model, params, *apart)
         _swap(partial, directory, old)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,13 +51,14 @@ def resolve(path: str | Path, revision: str | None = None, *, weights: bool = Tr
     return _download(text, revision, weights)
 
 
-def described_by(folder: Path) -> tuple[Path, Path | None]:
-    """(the folder with the config.json, the folder with adapters for it) of what `resolve` found."""
+def described_by(folder: Path, *, weights: bool = False) -> tuple[Path, Path | None]:
+    """(the folder with the config.json, the folder with adapters for it) of what `resolve` found. `weights`: what they
+    are for is resolved with its weights."""
     if not peft.is_adapter(folder):
         return folder, None
     base, revision = peft.base_of(folder)
     try:
-        whole = resolve(base, revision, weights=False)
+        whole = resolve(base, revision, weights=weights)
     except DataError as error:
         raise DataError(f"{folder} holds adapters for '{base}' (base_model_name_or_path): {error}") from error
     if peft.is_adapter(whole):
@@ -103,9 +104,9 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
 
     if not _HUB_ID.fullmatch(name):
         raise DataError(f"'{name}' is not a hub id; ids look like ORG/NAME")
-    patterns = [CONFIG, GENERATION_CONFIG, peft.CONFIG, *tokenizer.FILES]
+    patterns = [CONFIG, GENERATION_CONFIG, peft.CONFIG, peft.WEIGHTS, *tokenizer.FILES]  # adapters are small
     if weights:
-        patterns += [peft.WEIGHTS, safetensors.SINGLE, safetensors.INDEX, "model-*.safetensors"]
+        patterns += [safetensors.SINGLE, safetensors.INDEX, "model-*.safetensors"]
     at = f" at revision '{revision}'" if revision else ""
     try:
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -208,14 +209,17 @@ def load(
         raise ConfigError(f"dtype must be 'auto', 'float32' or 'bfloat16', got {dtype!r}")
     folder = resolve(path, revision, weights=init == "pretrained")
     model, fresh = _describe(folder, head, compute_dtype, remat)
-    folder, beside = described_by(folder)
+    folder, beside = described_by(folder, weights=init == "pretrained")
     if beside:
         if init == "random":
             raise ConfigError(f"{beside}: adapters belong to the weights of {folder}; random ones cannot be had")
         found, added = peft.read(beside, model)
         key = jax.random.key(0) if "score" in added else key  # the head of the base gives way to theirs
-        base = load(folder, dtype=dtype, head=model.head, compute_dtype=compute_dtype, remat=remat, key=key, mesh=mesh)
-        params = lora.merge({**base[1], **added}, dataclasses.replace(model, adapters=found))
+        with jax.default_device(None if mesh is None else _one_device(mesh)):  # to the same bits on any mesh
+            base = load(folder, dtype=dtype, head=model.head, compute_dtype=compute_dtype, remat=remat, key=key)
+            params = lora.merge({**base[1], **added}, dataclasses.replace(model, adapters=found))
+        if mesh is not None:
+            params = jax.device_put(jax.device_get(params), sharding.shardings(params, mesh))
         return model, params
     made = "params" if init == "random" else "score" if fresh else ""
     if made and key is None:
@@ -232,6 +236,14 @@ def load(
     if fresh:
         params["score"] = _draw_score(draw, key, None if placed is None else placed["score"])
     return model, params
+
+
+def _one_device(mesh: jax.sharding.Mesh) -> Any:
+    """The host, which has room for a whole model where one device of the mesh may not."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return mesh.local_devices[0]
 
 
 def _draw_score(draw: Callable[[Array], Params], key: Array | None, placed: Params | None) -> Params:

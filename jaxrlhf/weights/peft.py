@@ -7,16 +7,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.errors import ConfigError, DataError
 from jaxrlhf.lora import Module, modules_of
-from jaxrlhf.models import Adapters, ModelConfig
+from jaxrlhf.models import Adapters, ModelConfig, init
 from jaxrlhf.spelling import did_you_mean
 from jaxrlhf.types import Params
 from jaxrlhf.weights import safetensors, writer
 from jaxrlhf.weights.fields import Fields
+from jaxrlhf.weights.mapping import leaf_at
 from jaxrlhf.weights.names import layer_prefix, projections
 
 CONFIG = "adapter_config.json"
@@ -144,7 +146,7 @@ def read(folder: Path, model: ModelConfig) -> tuple[Adapters, Params]:
     return dataclasses.replace(adapters, layers=span), found_params
 
 
-def write(folder: Path, model: ModelConfig, params: Params, base: str) -> None:
+def write(folder: Path, model: ModelConfig, params: Params, base: str, revision: str | None = None) -> None:
     """Write the adapters in `params`, and a linear score head beside them, for the model `base`.
 
     Where the folder's layout has several of our matrices in one (GPT-2's c_attn), their A are put side by side and
@@ -161,7 +163,7 @@ def write(folder: Path, model: ModelConfig, params: Params, base: str) -> None:
         if not trained:
             continue
         outputs = _widths(model, ours)[1]
-        arrays = {path: {k: np.asarray(v, np.float32) for k, v in _at(tree, path).items()} for path in trained}
+        arrays = {path: {k: np.asarray(v, np.float32) for k, v in leaf_at(tree, path).items()} for path in trained}
         rank = sum(parts["a"].shape[-1] for parts in arrays.values())
         if rank != adapters.rank:
             ranks[module] = rank
@@ -188,11 +190,12 @@ def write(folder: Path, model: ModelConfig, params: Params, base: str) -> None:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if model.head == "lm" else "SEQ_CLS",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": adapters.rank,
         "lora_alpha": adapters.alpha,
         "lora_dropout": adapters.dropout,
         "use_rslora": adapters.rank_stabilised,
-        "use_dora": any("magnitude" in _at(tree, path) for path in have),
+        "use_dora": any("magnitude" in leaf_at(tree, path) for path in have),
         "target_modules": names,
         "layers_to_transform": None if adapters.layers is None else list(range(first, last)),
         "layers_pattern": None if adapters.layers is None else ("h" if model.family == "gpt2" else "layers"),
@@ -228,14 +231,9 @@ def _place(name: str, model: ModelConfig, known: Iterable[str]) -> tuple[str, in
 
 def _widths(model: ModelConfig, ours: Sequence[Module]) -> tuple[int, list[int]]:
     """(inputs, outputs of each) of the matrices that one module holds."""
-    heads = {"q": model.num_heads, "k": model.num_kv_heads, "v": model.num_kv_heads}
-    inputs = {"o": model.num_heads * model.head_dim, "down": model.mlp_size}.get(ours[0][-1], model.hidden_size)
-    widths = [
-        heads[path[-1]] * model.head_dim if path[-1] in heads
-        else model.mlp_size if path[-1] in ("up", "gate") else model.hidden_size
-        for path in ours
-    ]  # fmt: skip
-    return inputs, widths
+    layers = jax.eval_shape(lambda: init(model, jax.random.key(0)))["layers"]
+    shapes = [leaf_at(layers, path)["kernel"].shape for path in ours]
+    return shapes[0][1], [shape[2] for shape in shapes]
 
 
 def _misfits(module: str, found: dict[int, dict[str, np.ndarray]], widths: tuple[int, list[int]]) -> list[str]:
@@ -262,12 +260,6 @@ def _nothing(like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _pattern(patterns: dict[str, Any], name: str, default: float) -> float:
     """The value of the first pattern that is the end of the module's name, or, from "^" on, all of it."""
     return next((v for p, v in patterns.items() if f"^{name}" == p or f".{name}".endswith(f".{p}")), default)
-
-
-def _at(tree: Params, path: Module) -> Params:
-    for name in path:
-        tree = tree[name]
-    return tree
 
 
 def _source(name: str, array: np.ndarray) -> writer.Source:

@@ -160,6 +160,14 @@ def test_a_reward_model_of_adapters_lies_over_the_policys_model(supervised, ppo,
     assert all(judge.params[part] is base[part] for part in base if part != "lm_head"), "the same arrays, no copy"
     rollout, _ = trainer.generate(trainer.data.train[:8], 0)
     np.testing.assert_allclose(judge.score_rollout(rollout)[0], apart.score_rollout(rollout)[0], rtol=1e-4, atol=1e-5)
+    started = judged | {"critic": config.Critic(init="reward"), "run_dir": str(tmp_path / "started")}
+    from_reward = PPOTrainer(config.PPOConfig(**started))
+    theirs = from_reward.frozen["critic"]["layers"]["mlp"]["up"]["kernel"]
+    assert np.any(np.asarray(theirs) != np.asarray(base["layers"]["mlp"]["up"]["kernel"])), "its adapters are in it"
+    from_reward.train()
+    again = jaxrlhf.load(export(tmp_path / "started", tmp_path / "critic", "critic", merge_lora=True))[1]
+    now = jaxrlhf.load(from_reward.save_pretrained(tmp_path / "critic-now", "critic", merge_lora=True))[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), again, now)  # another mesh
     full = PPOTrainer(config.PPOConfig(**judged | {"lora": config.LoRA()}))
     assert "lora" not in full.scorer.model.params, "a model that trains is nothing to lie over"
 
