@@ -3,7 +3,7 @@
 Axis letters, used in every shape comment, jaxtyping annotation and einsum string (lower case there):
 
     B sequences   P prompt   R response   T = P + R   D hidden   N query heads   K kv heads   H head dim
-    F mlp         V vocab    L layers     S cache slots   G group
+    F mlp         V vocab    L layers     S cache slots   G group      M pairs of a packed row
 
 Every class is a frozen dataclass and a pytree of arrays. Shapes are trailing comments and not annotations that run:
 jax builds these classes with tracers, shape structs and sharding objects in place of arrays.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 Params = dict[str, Any]
@@ -22,11 +23,13 @@ Params = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """Sequences to learn from or to score, right-padded."""
+    """Sequences to learn from or to score, right-padded. A packed row has several, none of which sees another."""
 
     tokens: Array  # int32 [B, T]
     mask: Array  # bool [B, T]   real tokens
-    loss_mask: Array  # bool [B, T]   tokens to predict; never true where mask is false, nor in column 0
+    loss_mask: Array  # bool [B, T]   tokens to predict; never true where mask is false, nor for a first token
+    segments: Array | None = None  # int32 [B, T]   of packed rows: which sequence a token belongs to
+    positions: Array | None = None  # int32 [B, T]   of packed rows: from 0 in each sequence
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +39,22 @@ class Pairs:
 
     chosen: Batch  # [B, T]
     rejected: Batch  # [B, T]
+
+    @property
+    def valid(self) -> Array:
+        """bool [B]: every row is a pair."""
+        return jnp.ones(self.chosen.tokens.shape[0], bool)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PackedPairs:
+    """A preference batch with up to M pairs in a row."""
+
+    texts: Batch  # [B, T]   packed: 2M sequences and fewer
+    chosen: Array  # int32 [B, M]   column of the last token
+    rejected: Array  # int32 [B, M]
+    valid: Array  # bool [B, M]   there is such a pair
 
 
 @jax.tree_util.register_dataclass

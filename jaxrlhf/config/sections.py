@@ -126,6 +126,9 @@ class Train:
     keep_best: Bool = True
     """With held-out rows: what is saved at the end is the best state (SFT: eval/loss, reward models: eval/accuracy)."""
     eval_batch_size: Count = 16
+    packing: Bool = False
+    """Put examples together into rows of data.max_length tokens (pairs: of twice that), where none sees another. Then
+    all three batch sizes, epochs and steps count such rows: an optimizer step learns from more examples."""
 
 
 @section

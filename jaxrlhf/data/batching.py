@@ -1,11 +1,13 @@
 """Rows of token lists to padded arrays, on the host. Masks come from lengths, never from token ids."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from jaxrlhf.data.datasets import PairRow, PromptRow, SFTRow
-from jaxrlhf.types import Batch, Pairs, Prompts
+from jaxrlhf.data.packing import PackedRow
+from jaxrlhf.types import Batch, PackedPairs, Pairs, Prompts
 
 
 def bucket(length: int, limit: int) -> int:
@@ -38,6 +40,29 @@ def pairs(rows: Sequence[PairRow], pad_id: int, length: int) -> Pairs:
     """`Pairs` of two right-padded batches, each [len(rows), length]."""
     chosen, rejected = [row.chosen for row in rows], [row.rejected for row in rows]
     return Pairs(chosen=batch(chosen, pad_id, length), rejected=batch(rejected, pad_id, length))
+
+
+def packed(rows: Sequence[PackedRow], pad_id: int, length: int) -> Batch:
+    """`batch` with segments and positions. Padding has segment 0 and position 0: there is a token that it may see."""
+    segments = np.zeros((len(rows), length), np.int32)
+    positions = np.zeros((len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+        size = len(row.tokens)
+        segments[i, :size] = np.repeat(np.arange(len(row.lengths)), row.lengths)
+        positions[i, :size] = np.concatenate([np.arange(n) for n in row.lengths])
+    made = batch(rows, pad_id, length)
+    return dataclasses.replace(made, segments=segments, positions=positions)  # type: ignore[arg-type]
+
+
+def packed_pairs(rows: Sequence[PackedRow], pad_id: int, length: int, most: int) -> PackedPairs:
+    """`PackedPairs` [len(rows), length] with room for `most` pairs in a row."""
+    ends = np.zeros((2, len(rows), most), np.int32)
+    valid = np.zeros((len(rows), most), bool)
+    for i, row in enumerate(rows):
+        last = np.cumsum(row.lengths) - 1
+        ends[:, i, : len(last) // 2] = last.reshape(-1, 2).T
+        valid[i, : len(last) // 2] = True
+    return PackedPairs(packed(rows, pad_id, length), *ends, valid)  # type: ignore[arg-type]
 
 
 def prompts(rows: Sequence[PromptRow], pad_id: int, length: int, samples: Sequence[int] | None = None) -> Prompts:

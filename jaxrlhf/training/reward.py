@@ -14,38 +14,58 @@ from jaxrlhf import sharding, weights
 from jaxrlhf.algorithms.reward import pairwise_loss
 from jaxrlhf.config import RewardConfig
 from jaxrlhf.data import batching
-from jaxrlhf.data.datasets import PairRow, pair_rows
+from jaxrlhf.data.datasets import Split, pair_rows
 from jaxrlhf.data.loader import rows_at
+from jaxrlhf.data.packing import pack
 from jaxrlhf.logprobs import last_hidden
-from jaxrlhf.models import ModelConfig, scores
+from jaxrlhf.models import ModelConfig, forward, scores
 from jaxrlhf.programs import Ahead
 from jaxrlhf.training import loop, setup
 from jaxrlhf.training.optim import Optimizer, make_optimizer
 from jaxrlhf.training.step import Metrics, apply, dropout_keys, gradients, one_role
-from jaxrlhf.types import Pairs, Params, TrainState
+from jaxrlhf.types import PackedPairs, Pairs, Params, TrainState
 
 
 def pair_scores(
-    params: Params, pairs: Pairs, model: ModelConfig, keys: jax.Array | None
+    params: Params, pairs: Pairs | PackedPairs, model: ModelConfig, keys: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """(chosen [B], rejected [B]) by one forward over 2B rows; `keys` [B] are for dropout, in training."""
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), pairs.chosen, pairs.rejected)
-    if keys is not None:
-        keys = jnp.concatenate([keys, jax.vmap(jax.random.fold_in, (0, None))(keys, 1)])
-    hidden = last_hidden(params, model, both.tokens, both.mask, keys)
+    """(chosen, rejected): [B] by one forward over 2B rows, of packed pairs [B, M] over B rows.
+
+    `keys` [B] are for dropout, in training; each text has a key of its own for that of the head.
+    """
+    if isinstance(pairs, PackedPairs):
+        hidden = _packed_hidden(params, pairs, model, keys)
+        if keys is not None:
+            texts = jnp.arange(hidden.shape[1])
+            keys = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, texts))(keys)
+    else:
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), pairs.chosen, pairs.rejected)
+        if keys is not None:
+            keys = jnp.concatenate([keys, jax.vmap(jax.random.fold_in, (0, None))(keys, 1)])
+        hidden = last_hidden(params, model, both.tokens, both.mask, keys)
     if keys is None or model.head != "mlp":
         values = scores(params, model, hidden)
     else:
-        values = jax.vmap(lambda row, key: scores(params, model, row, key))(hidden, keys)
-    chosen, rejected = jnp.split(values, 2)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        values = jax.vmap(lambda row, key: scores(params, model, row, key))(flat, keys.reshape(-1))
+        values = values.reshape(hidden.shape[:-1])
+    chosen, rejected = jnp.split(values, 2, axis=-1)
     return chosen, rejected
+
+
+def _packed_hidden(params: Params, pairs: PackedPairs, model: ModelConfig, keys: jax.Array | None) -> jax.Array:
+    """The hidden states [B, 2M, D] at the end of each chosen text and then of each rejected one."""
+    texts = pairs.texts
+    hidden = forward(params, model, texts.tokens, texts.mask, texts.positions, texts.segments, keys)
+    ends = jnp.concatenate([pairs.chosen, pairs.rejected], axis=1)
+    return jnp.take_along_axis(hidden, ends[..., None], axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "optimizer", "num_micro", "mesh"), donate_argnames="state")
 def update(
     state: TrainState,
     frozen: Params,
-    pairs: Pairs,
+    pairs: Pairs | PackedPairs,
     key: jax.Array,
     *,
     model: ModelConfig,
@@ -57,15 +77,16 @@ def update(
 
     `key` is the run's; each step folds its number in.
     """
-    count = pairs.chosen.tokens.shape[0]
-    row_keys = dropout_keys(model, key, state.step, tokens=pairs.chosen.tokens)
+    count = jnp.sum(pairs.valid)
+    row_keys = dropout_keys(model, key, state.step, rows=pairs.valid.shape[0])
 
-    def loss(params: Params, rows: tuple[Pairs, jax.Array | None]) -> tuple[jax.Array, Metrics]:
+    def loss(params: Params, rows: tuple[Pairs | PackedPairs, jax.Array | None]) -> tuple[jax.Array, Metrics]:
         chosen, rejected = pair_scores({**frozen, **params}, rows[0], model, rows[1])
-        value, metrics = pairwise_loss(chosen, rejected, count)
+        valid = rows[0].valid
+        value, metrics = pairwise_loss(chosen, rejected, valid, count)
         spread = {
-            "max_reward_max": jnp.maximum(chosen, rejected).max(),
-            "min_reward_max": -jnp.minimum(chosen, rejected).min(),
+            "max_reward_max": jnp.where(valid, jnp.maximum(chosen, rejected), -jnp.inf).max(),
+            "min_reward_max": jnp.where(valid, -jnp.minimum(chosen, rejected), -jnp.inf).max(),
         }
         return value, metrics | spread
 
@@ -77,8 +98,8 @@ def update(
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def evaluate(params: Params, pairs: Pairs, *, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Scores (chosen [B], rejected [B]) of held-out pairs, without dropout."""
+def evaluate(params: Params, pairs: Pairs | PackedPairs, *, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Scores (chosen, rejected) of held-out pairs, as those of `pair_scores`, without dropout."""
     return pair_scores(params, pairs, model, None)
 
 
@@ -106,8 +127,14 @@ class RewardTrainer:
         rows = (*self.data.train, *self.data.validation)
         lengths = [len(row.tokens) for pair in rows for row in (pair.chosen, pair.rejected)]
         setup.check_context(lengths, self.model, "the longest row", "data.max_length")
+        context = self.model.max_positions  # limits a text; a packed row, where positions start anew, may be longer
+        self._width = 2 * batching.bucket(min(config.data.max_length, context), context)
+        self._rows: Split[Any] = self.data
+        if train.packing:
+            self._rows = pack(self.data, lambda pair: (pair.chosen, pair.rejected), self._width)
+            self._most = max(len(row.lengths) // 2 for row in (*self._rows.train, *self._rows.validation))
         self.total_steps = loop.num_steps(
-            len(self.data.train), train.batch_size, train.num_train_epochs, train.max_steps
+            len(self._rows.train), train.batch_size, train.num_train_epochs, train.max_steps
         )
         self._optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
         self._static: dict[str, Any] = {
@@ -135,7 +162,7 @@ class RewardTrainer:
 
     def describe(self) -> str:
         """What `.train()` works with, and the first pair as the model sees it."""
-        about = setup.describe(self.config, self.model, self.tokenizer, self.data.report, self.mesh)
+        about = setup.describe(self.config, self.model, self.tokenizer, self._rows.report, self.mesh)
         first = self.data.train[0]
         pair = (f"{side}: {self.tokenizer.decode(getattr(first, side).tokens)}" for side in ("chosen", "rejected"))
         return "\n".join((about, f"{self.total_steps} steps", *pair))
@@ -144,11 +171,11 @@ class RewardTrainer:
         """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""
         train, held_out = self.config.train, bool(self.data.validation)
         identity = {
-            "data": setup.fingerprint((*self.data.train, *self.data.validation)),
+            "data": setup.fingerprint((*self._rows.train, *self._rows.validation)),
             "frozen parameters": setup.params_fingerprint(self._frozen),
         }
         with loop.session(self.config, "reward", self.total_steps, self.state, identity, fresh=self._fresh) as session:
-            session.logger.note(setup.describe(self.config, self.model, self.tokenizer, self.data.report, self.mesh))
+            session.logger.note(setup.describe(self.config, self.model, self.tokenizer, self._rows.report, self.mesh))
             if not self._begun:
                 self._compile(self.state.template, self._frozen)
             record = loop.fit(
@@ -156,7 +183,7 @@ class RewardTrainer:
                 self.state,
                 update=self._update,
                 evaluate=self._evaluate if held_out else None,
-                eval_every=train.eval_every or -(-len(self.data.train) // train.batch_size),
+                eval_every=train.eval_every or -(-len(self._rows.train) // train.batch_size),
                 metric="eval/accuracy",
                 samples=None,
             )
@@ -172,13 +199,16 @@ class RewardTrainer:
             method="reward", step=int(self.state.value.step), results=self._results, merge_lora=merge_lora,
         )  # fmt: skip
 
-    def _pairs(self, rows: list[PairRow]) -> Pairs:
+    def _pairs(self, rows: list[Any]) -> Pairs | PackedPairs:
+        if self.config.train.packing:
+            made = batching.packed_pairs(rows, self.tokenizer.pad_id, self._width, self._most)
+            return sharding.put_rows(made, self.mesh)
         longest = max(len(row.tokens) for pair in rows for row in (pair.chosen, pair.rejected))
         length = batching.bucket(longest, self.model.max_positions)
         return sharding.put_rows(batching.pairs(rows, self.tokenizer.pad_id, length), self.mesh)
 
-    def _rows_of(self, step: int) -> list[PairRow]:
-        rows, size = self.data.train, self.config.train.batch_size
+    def _rows_of(self, step: int) -> list[Any]:
+        rows, size = self._rows.train, self.config.train.batch_size
         return [rows[i] for i in rows_at(step, size, len(rows), self.config.seed, self.config.data.shuffle)]
 
     def _compile(self, state: TrainState, frozen: Params) -> None:
@@ -191,11 +221,11 @@ class RewardTrainer:
         self._programs.wait(update)
         pairs = self._pairs(self._rows_of(step))
         self.state.value, metrics = update(self.state.value, self._frozen, pairs, self._key, **self._static)
-        return metrics | {"epoch": (step + 1) * self.config.train.batch_size / len(self.data.train)}
+        return metrics | {"epoch": (step + 1) * self.config.train.batch_size / len(self._rows.train)}
 
-    def _held_out(self) -> Iterator[tuple[int, Pairs]]:
-        """(how many count, pairs) of the held-out rows; the last batch is filled with copies of a row."""
-        rows, size = self.data.validation, self.config.train.eval_batch_size
+    def _held_out(self) -> Iterator[tuple[int, Pairs | PackedPairs]]:
+        """(how many rows count, pairs) of the held-out rows; the last batch is filled with copies of a row."""
+        rows, size = self._rows.validation, self.config.train.eval_batch_size
         for part in (rows[i : i + size] for i in range(0, len(rows), size)):
             yield len(part), self._pairs([*part, *[part[0]] * (size - len(part))])
 
@@ -203,7 +233,8 @@ class RewardTrainer:
         self._programs.wait(evaluate)
         records = []
         for count, pairs in self._held_out():
-            both = jax.device_get(evaluate(self.params, pairs, model=self.model))
-            chosen, rejected = (jnp.asarray(x[:count]) for x in both)
-            records.append((count, pairwise_loss(chosen, rejected, count)[1]))
+            found = jax.device_get((*evaluate(self.params, pairs, model=self.model), pairs.valid))
+            chosen, rejected, valid = (jnp.asarray(x[:count]) for x in found)
+            number = int(valid.sum())
+            records.append((number, pairwise_loss(chosen, rejected, valid, number)[1]))
         return {f"eval/{key}": value for key, value in loop.weighted_mean(records).items()}

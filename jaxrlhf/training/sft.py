@@ -15,8 +15,9 @@ from jaxrlhf import sharding, weights
 from jaxrlhf.algorithms.sft import sft_loss
 from jaxrlhf.config import SFTConfig
 from jaxrlhf.data import batching
-from jaxrlhf.data.datasets import PromptRow, SFTRow, sft_rows
+from jaxrlhf.data.datasets import PromptRow, SFTRow, Split, sft_rows
 from jaxrlhf.data.loader import rows_at
+from jaxrlhf.data.packing import pack
 from jaxrlhf.logprobs import token_logprobs
 from jaxrlhf.models import ModelConfig, forward
 from jaxrlhf.programs import Ahead
@@ -34,7 +35,7 @@ def loss(
     params: Params, batch: Batch, model: ModelConfig, count: jax.Array, keys: jax.Array | None = None
 ) -> tuple[jax.Array, Metrics]:
     """Cross-entropy of a batch's tokens to learn, summed and divided by `count`; `keys` [B] are for dropout."""
-    hidden = forward(params, model, batch.tokens, batch.mask, keys=keys)
+    hidden = forward(params, model, batch.tokens, batch.mask, batch.positions, batch.segments, keys)
     logprobs, entropy = token_logprobs(params, model, hidden[:, :-1], batch.tokens[:, 1:], 1.0)
     return sft_loss(logprobs, entropy, batch.loss_mask[:, 1:], count)
 
@@ -55,7 +56,7 @@ def update(
     is the run's, into which each step folds its number."""
     tokens = jnp.sum(batch.loss_mask)
     count = jnp.maximum(tokens, 1)
-    keys = dropout_keys(model, key, state.step, tokens=batch.tokens)
+    keys = dropout_keys(model, key, state.step, rows=batch.tokens.shape[0])
 
     def share(params: Params, part: tuple[Batch, jax.Array | None]) -> tuple[jax.Array, Metrics]:
         return loss({**frozen, **params}, part[0], model, count, part[1])
@@ -96,8 +97,11 @@ class SFTTrainer:
         rows = (*self.data.train, *self.data.validation)
         setup.check_context([len(row.tokens) for row in rows], self.model, "the longest row", "data.max_length")
         check_sampling(config.sampling, self.model.vocab_size)
+        context = self.model.max_positions
+        self._width = batching.bucket(min(config.data.max_length, context), context)  # of packed rows
+        self._rows: Split[Any] = pack(self.data, lambda row: (row,), self._width) if train.packing else self.data
         self.total_steps = loop.num_steps(
-            len(self.data.train), train.batch_size, train.num_train_epochs, train.max_steps
+            len(self._rows.train), train.batch_size, train.num_train_epochs, train.max_steps
         )
         self._optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
         self._static: dict[str, Any] = {
@@ -129,18 +133,18 @@ class SFTTrainer:
         row = self.data.train[0]
         pieces = zip(self.tokenizer.pieces(row.tokens), row.loss_mask, strict=True)
         example = "".join(f"[{piece}]" if learnt else piece for piece, learnt in pieces)
-        about = setup.describe(self.config, self.model, self.tokenizer, self.data.report, self.mesh)
+        about = setup.describe(self.config, self.model, self.tokenizer, self._rows.report, self.mesh)
         return f"{about}\n{self.total_steps} steps\nfirst example, tokens to learn in brackets:\n{example}"
 
     def train(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""
         train, held_out = self.config.train, bool(self.data.validation)
         identity = {
-            "data": setup.fingerprint((*self.data.train, *self.data.validation)),
+            "data": setup.fingerprint((*self._rows.train, *self._rows.validation)),
             "frozen parameters": setup.params_fingerprint(self._frozen),
         }
         with loop.session(self.config, "sft", self.total_steps, self.state, identity, fresh=self._fresh) as session:
-            session.logger.note(setup.describe(self.config, self.model, self.tokenizer, self.data.report, self.mesh))
+            session.logger.note(setup.describe(self.config, self.model, self.tokenizer, self._rows.report, self.mesh))
             if not self._begun:
                 self._compile(self.state.template, self._frozen)
             record = loop.fit(
@@ -148,7 +152,7 @@ class SFTTrainer:
                 self.state,
                 update=self._update,
                 evaluate=self._evaluate if held_out else None,
-                eval_every=train.eval_every or -(-len(self.data.train) // train.batch_size),
+                eval_every=train.eval_every or -(-len(self._rows.train) // train.batch_size),
                 metric="eval/loss",
                 samples=self._samples,
             )
@@ -163,12 +167,14 @@ class SFTTrainer:
             method="sft", step=int(self.state.value.step), results=self._results, merge_lora=merge_lora,
         )  # fmt: skip
 
-    def _batch(self, rows: list[SFTRow]) -> Batch:
+    def _batch(self, rows: list[Any]) -> Batch:
+        if self.config.train.packing:
+            return sharding.put_rows(batching.packed(rows, self.tokenizer.pad_id, self._width), self.mesh)
         length = batching.bucket(max(len(row.tokens) for row in rows), self.model.max_positions)
         return sharding.put_rows(batching.batch(rows, self.tokenizer.pad_id, length), self.mesh)
 
-    def _rows_of(self, step: int) -> list[SFTRow]:
-        rows, size = self.data.train, self.config.train.batch_size
+    def _rows_of(self, step: int) -> list[Any]:
+        rows, size = self._rows.train, self.config.train.batch_size
         return [rows[i] for i in rows_at(step, size, len(rows), self.config.seed, self.config.data.shuffle)]
 
     def _compile(self, state: TrainState, frozen: Params) -> None:
@@ -181,11 +187,11 @@ class SFTTrainer:
         self._programs.wait(update)
         batch = self._batch(self._rows_of(step))
         self.state.value, metrics = update(self.state.value, self._frozen, batch, self._key, **self._static)
-        return metrics | {"epoch": (step + 1) * self.config.train.batch_size / len(self.data.train)}
+        return metrics | {"epoch": (step + 1) * self.config.train.batch_size / len(self._rows.train)}
 
     def _held_out(self) -> Iterator[Batch]:
         """Batches of the held-out rows, the last one filled with rows that count for nothing."""
-        rows, size = self.data.validation, self.config.train.eval_batch_size
+        rows, size = self._rows.validation, self.config.train.eval_batch_size
         for part in (rows[i : i + size] for i in range(0, len(rows), size)):
             blank = dataclasses.replace(part[0], loss_mask=[False] * len(part[0].tokens))
             yield self._batch([*part, *[blank] * (size - len(part))])

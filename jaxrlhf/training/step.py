@@ -55,12 +55,12 @@ def gradients(loss: Loss, params: Params, batch: Any, num_micro: int) -> tuple[P
     return grads, {k: v.max(0) if k.endswith("_max") else v.sum(0) for k, v in stacked.items()}
 
 
-def dropout_keys(model: ModelConfig, key: Array, step: Array, *, tokens: Array) -> Array | None:
-    """A key for each row of a batch, if anything in the model drops: it must not depend on how rows are cut into
-    micro-batches. `key` is the run's."""
+def dropout_keys(model: ModelConfig, key: Array, step: Array, *, rows: int) -> Array | None:
+    """A key for each row of a batch of `rows`, if anything in the model drops: it must not depend on how rows are cut
+    into micro-batches. `key` is the run's."""
     if model.head != "mlp" and not (model.adapters and model.adapters.dropout):
         return None
-    return jax.random.split(jax.random.fold_in(key, step), tokens.shape[0])
+    return jax.random.split(jax.random.fold_in(key, step), rows)
 
 
 def apply(

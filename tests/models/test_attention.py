@@ -26,10 +26,12 @@ def test_attention_against_a_loop():
 
 
 def padded(length=6):
-    """q, k, v of four heads on two key heads, and a causal mask with a row that is padded on the left."""
-    q, k, v = normal(2, length, 4, 8), normal(2, 2, length, 8, seed=1), normal(2, 2, length, 8, seed=2)
-    real = jnp.arange(length) >= jnp.array([[0], [2]])
-    return q, k, v, jnp.tril(jnp.ones((length, length), bool))[None] & real[:, None]
+    """q, k, v of four heads on two key heads, and a causal mask; a row is padded on the left, and another packed."""
+    q, k, v = normal(3, length, 4, 8), normal(3, 2, length, 8, seed=1), normal(3, 2, length, 8, seed=2)
+    real = jnp.arange(length) >= jnp.array([[0], [2], [0]])
+    segments = jnp.array([[0] * length, [0] * length, [0, 0, 1, 1, 1, 2]])
+    same = segments[:, :, None] == segments[:, None]
+    return q, k, v, jnp.tril(jnp.ones((length, length), bool))[None] & real[:, None] & same
 
 
 def test_what_cudnn_is_asked_for_is_our_attention():

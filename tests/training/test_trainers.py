@@ -82,10 +82,11 @@ def test_frozen_trunk_trains_the_head_alone(supervised, tmp_path):
     assert set(trainer.state.value.params["reward"]) == {"score"}
 
 
-@pytest.mark.parametrize("micro", [1, 3])
-def test_micro_batches_do_not_change_supervised_training(supervised, tmp_path, micro):
+@pytest.mark.parametrize(("micro", "packing"), [(1, False), (3, False), (2, True)])
+def test_micro_batches_do_not_change_supervised_training(supervised, tmp_path, micro, packing):
     # MLP head: its dropout must not depend on the cut either.
-    whole, parts = supervised["train"], config.replace(supervised["train"], micro_batch_size=micro)
+    whole = config.replace(supervised["train"], packing=packing)
+    parts = config.replace(whole, micro_batch_size=micro)
     optim = config.Optim(learning_rate=1e-3, eps=1e-3)
     runs = []
     for i, train in enumerate((whole, parts)):
@@ -202,8 +203,12 @@ def test_a_prompt_that_comes_twice_in_a_batch_gets_two_answers(ppo):
     assert len(set(texts)) > 4
 
 
-@pytest.mark.parametrize("method", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("method", ["sft", "reward", "ppo", "packed sft", "packed reward"])
 def test_a_stopped_run_goes_on_bit_for_bit(supervised, ppo, tmp_path, request, method):
+    if method.startswith("packed"):
+        packing = config.Train(num_train_epochs=2, batch_size=2, eval_batch_size=4, packing=True)
+        method, supervised = method.split()[1], supervised | {"train": packing}
+
     def make(name: str):
         if method == "ppo":
             return PPOTrainer(config.PPOConfig(run_dir=str(tmp_path / name), **ppo), reward=length_reward)
