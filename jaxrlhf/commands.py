@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jaxrlhf import config_file, config_text, runtime
-from jaxrlhf.errors import ConfigError, DataError, StorageError
+from jaxrlhf.errors import ConfigError, DataError, OutOfMemory, StorageError
 from jaxrlhf.spelling import did_you_mean
 
 Options = argparse.Namespace
@@ -126,6 +126,20 @@ def _trainer(method: str) -> Any:
     from jaxrlhf.training.sft import SFTTrainer
 
     return {"sft": SFTTrainer, "reward": RewardTrainer, "ppo": PPOTrainer}[method]
+
+
+def _plan(options: Options, overrides: Overrides) -> int:
+    path, method = _config_path(options.config), options.method
+    if method is None:
+        if path is None:
+            raise ConfigError("plan: give a CONFIG.yaml, or --method and overrides")
+        method = config_file.method_of(path)
+    short = [("lora.enabled", "true")] if options.use_lora else []
+    config = config_file.read(method, path, [*short, *overrides])
+    runtime.configure()
+    from jaxrlhf import plan
+
+    return 0 if plan.examine(config, every_knob=options.knobs) else OutOfMemory.exit_code
 
 
 def _demo(options: Options, overrides: Overrides) -> None:
@@ -295,6 +309,18 @@ COMMANDS: dict[str, Command] = {
     "sft": Command(_train, "supervised fine-tuning", _CONFIG, overrides=True),
     "reward": Command(_train, "train a reward model on preference pairs", _CONFIG, overrides=True),
     "ppo": Command(_train, "PPO against a reward model or a reward function", _CONFIG, overrides=True),
+    "plan": Command(
+        _plan,
+        "say what a run will hold in memory, whether it fits and how long a step takes at the least, before it runs; "
+        "exit code 8 if it does not fit",
+        {
+            "config": _CONFIG["config"],
+            "--method": {"choices": list(config_file.METHODS), "help": "default: what the file says it is for"},
+            "--use-lora": _CONFIG["--use-lora"],
+            "--knobs": {"action": "store_true", "help": "try what would need less memory even if it fits"},
+        },
+        overrides=True,
+    ),
     "generate": Command(
         _generate,
         "continue a prompt and print the text",
@@ -339,5 +365,5 @@ COMMANDS: dict[str, Command] = {
         },
     ),
 }
-COMPUTING = {"demo", "doctor", "sft", "reward", "ppo", "generate", "evaluate"}  # these use the devices
+COMPUTING = {"demo", "doctor", "sft", "reward", "ppo", "plan", "generate", "evaluate"}  # these use the devices
 TOP_LEVEL = {key for cls in config_file.METHODS.values() for key, _ in config_file.keys(cls) if "." not in key}

@@ -5,6 +5,7 @@ mapping and the whole is validated once, so every problem is reported together, 
 """
 
 import dataclasses
+import itertools
 import re
 import types
 import typing
@@ -51,6 +52,23 @@ def read(method: str, path: Path | None, overrides: Sequence[tuple[str, str]] = 
             "\n".join(["the config cannot be used:", *(f"  {p}" for p in sorted(reader.problems, key=_line))])
         )
     return config
+
+
+def method_of(path: Path) -> str:
+    """The method that a config file is for: the one its first comment names (`# jaxrlhf ppo`), or the only one that
+    knows all its sections. Raises ConfigError where neither says."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    comment = " ".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    if named := re.search(rf"jaxrlhf ({'|'.join(METHODS)})\b", comment):
+        return named[1]
+    sections = {line.partition(":")[0] for line in lines if re.match(r"\w+\s*:", line)}
+    fitting = [m for m, cls in METHODS.items() if sections <= {field.name for field in dataclasses.fields(cls)}]
+    if len(fitting) == 1:
+        return fitting[0]
+    raise ConfigError(
+        f"{path} does not say what it is for: its sections fit {' and '.join(fitting) or 'no method'}; "
+        f"give --method {'|'.join(METHODS)}"
+    )
 
 
 def keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

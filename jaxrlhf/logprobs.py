@@ -50,6 +50,12 @@ def token_logprobs(
     return _token_logprobs(pieces, weight, hidden, targets, support, jnp.asarray(temperature, jnp.float32))
 
 
+def logits_bytes(model: ModelConfig, positions: int) -> int:
+    """Bytes of the logits that `token_logprobs` holds at once for so many positions."""
+    pieces = _pieces("tvd", model.vocab_size, positions, model.dtype, False)
+    return 4 * positions * pieces.shares * pieces.width
+
+
 @dataclass(frozen=True)
 class _Pieces:
     """The vocabulary as `shares` of `size` tokens. Piece i has those from `start(i)` on, `width` of each share.

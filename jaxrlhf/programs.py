@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -47,14 +47,48 @@ class Ahead:
         for begun in self._pending.pop(program, ()):
             begun.exception()
 
+    def finish(self) -> None:
+        """Until everything begun is ready; raises what went wrong."""
+        while self._pending:
+            for begun in self._pending.popitem()[1]:
+                begun.result()
+
 
 def outputs(program: Any, *args: Any, **kwargs: Any) -> Any:
     """Compile a jitted function for these arguments; returns the shapes of what it will return, each with its place."""
-    lowered = program.lower(*args, **kwargs)
-    places = lowered.compile().output_shardings
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), lowered.out_info, places
+    traced = program.trace(*args, **kwargs)
+    lowered = traced.lower()
+    compiled = lowered.compile()
+    made = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        lowered.out_info,
+        compiled.output_shardings,
     )
+    for watcher in _watchers:
+        watcher(Compiled(program, traced.jaxpr, compiled.memory_analysis(), made))
+    return made
+
+
+class Compiled(NamedTuple):
+    """What is known of a program before it has run."""
+
+    program: Any  # the jitted function
+    jaxpr: Any
+    memory: Any  # jax's CompiledMemoryStats: bytes on one device
+    outputs: Any  # shapes, each with its place
+
+
+_watchers: list[Callable[[Compiled], None]] = []
+
+
+@contextlib.contextmanager
+def watched(watcher: Callable[[Compiled], None]) -> Iterator[None]:
+    """While the block runs, `watcher` hears of every program that is compiled ahead, in the thread that does it."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
 
 
 _listeners: list[Callable[[str], None]] = []

@@ -80,6 +80,11 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     )
 
 
+def placed(shapes: Any, places: Any) -> Any:
+    """Shape structs with these shardings: what stands for arrays before there are any."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+
+
 def constrain(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Inside jit: hold a state to the rule table, so that what an update returns lies where it was given."""
     return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))

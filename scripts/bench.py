@@ -52,7 +52,7 @@ OPTIONS = {  # of some cases only
     "prefix": ("samples",),
     "sft": TRAINING,
     "reward": TRAINING,
-    "ppo": ("epochs", "rollout_dtype", "frozen_dtype", *TRAINING),
+    "ppo": ("epochs", "lora_rank", "quantize", "rollout_dtype", "frozen_dtype", *TRAINING),
     "startup": ("epochs", *TRAINING),
 }
 SETTLE = (
@@ -85,6 +85,8 @@ def arguments() -> argparse.Namespace:
     add("--slots", type=int, default=32, help="engine: rows at work at once")
     add("--samples", type=int, default=8, help="prefix: responses to each prompt")
     add("--epochs", type=int, default=1, help="ppo: epochs of an update")
+    add("--lora-rank", type=int, help="ppo: adapters of this rank train, of policy and critic; in the peer too")
+    add("--quantize", choices=("none", "int8", "nf4"), default="none", help="ppo: what lies under our adapters")
     add("--micro-batch", type=int, help="ppo, sft, reward: rows of a forward pass, ours and the peer's")
     add("--rollout-dtype", choices=("auto", *DTYPES), default="auto", help="ppo: of our rollout; auto: --dtype")
     add(
@@ -107,7 +109,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.batch = BATCH.get(args.case, 1) if args.batch is None else args.batch
     args.prompt = (256 if args.case == "prefix" else 64) if args.prompt is None else args.prompt
-    for name in ("batch", "prompt", "response", "slots", "samples", "epochs", "rounds", "micro_batch"):
+    for name in ("batch", "prompt", "response", "slots", "samples", "epochs", "rounds", "micro_batch", "lora_rank"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -119,6 +121,8 @@ def arguments() -> argparse.Namespace:
         )
     if args.micro_batch and args.batch % args.micro_batch:
         parser.error(f"--micro-batch {args.micro_batch} does not divide --batch {args.batch}")
+    if args.quantize != "none" and not args.lora_rank:
+        parser.error("--quantize is about what lies under adapters; give --lora-rank")
     if args.dtype == "int8" and args.case not in INT8:
         parser.error(f"--dtype int8 is for {', '.join(INT8)}; {args.case} computes in float32 or bfloat16")
     for peer in args.peer:

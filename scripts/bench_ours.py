@@ -35,7 +35,19 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from jaxrlhf import sharding, weights  # noqa: E402
-from jaxrlhf.config import PPO, Data, Engine, Mesh, ModelSource, Optim, PPOConfig, Reference, RewardSource, Sampling  # noqa: E402
+from jaxrlhf.config import (  # noqa: E402
+    PPO,
+    Data,
+    Engine,
+    LoRA,
+    Mesh,
+    ModelSource,
+    Optim,
+    PPOConfig,
+    Reference,
+    RewardSource,
+    Sampling,
+)
 from jaxrlhf.logprobs import token_logprobs  # noqa: E402
 from jaxrlhf.models import forward  # noqa: E402
 from jaxrlhf.rollout.decode import generate  # noqa: E402
@@ -259,6 +271,7 @@ def make_ppo(job: Job, as_a_run: bool = False) -> tuple[ppo.PPOTrainer, list[str
         rollout=Engine(dtype=job.rollout_dtype),
         sampling=Sampling(response_length=job.response, min_length=job.response),
         optim=Optim(learning_rate=1e-6, schedule="constant", eps=1e-5),
+        lora=LoRA(enabled=bool(job.lora_rank), rank=job.lora_rank or 16, quantize=job.quantize),
     )
     return ppo.PPOTrainer(config, ahead=as_a_run), texts
 

@@ -231,15 +231,24 @@ def trl_iterations() -> None:
                 os._exit(0)
 
     ppo_trainer.batch_generation = rollout
+    value, adapted = torch_model("SequenceClassification", "float32"), {}
+    if rank := job.lora_rank:
+        import peft
+
+        def lora(task: str) -> Any:
+            return peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)
+
+        value, adapted = peft.get_peft_model(value, lora("SEQ_CLS")), {"peft_config": lora("CAUSAL_LM")}
     trainer = PPOTrainer(
         config,
         tokenizer,
         model=torch_model("CausalLM", "float32"),
-        ref_model=torch_model("CausalLM", "float32"),
+        ref_model=None if adapted else torch_model("CausalLM", "float32"),  # without its adapters it is the reference
         reward_model=torch_model("SequenceClassification", "float32"),
-        value_model=torch_model("SequenceClassification", "float32"),
+        value_model=value,
         train_dataset=datasets.Dataset.from_list(rows),
         callbacks=[Turn()],
+        **adapted,
     )
     accumulate = trainer.accelerator.accumulate
 

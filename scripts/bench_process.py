@@ -35,6 +35,8 @@ class Job:
     slots: int
     samples: int
     epochs: int
+    lora_rank: int | None
+    quantize: Literal["none", "int8", "nf4"]
     micro_batch: int | None
     remat: Literal["auto", "none", "full", "dots"]
     rollout_dtype: Literal["auto", "float32", "bfloat16", "int8"]

@@ -54,9 +54,9 @@ class Case:
         return setup.State(params, dict(self.roles.optimizers), self.roles.mesh, self.roles.ppo.kl_coef, **more).value
 
     def critic(self):
-        _, critic, self.frozen["critic"] = ppo_roles.make_critic(
+        critic, self.frozen["critic"] = ppo_roles.make_critic(
             self.config,
-            self.roles.policy,
+            ppo_roles.critic_model(self.config, self.roles.policy, None),
             self.policy,
             self.frozen["reference"],
             None,

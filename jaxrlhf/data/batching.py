@@ -2,12 +2,15 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from jaxrlhf.data.datasets import PairRow, PromptRow, SFTRow
 from jaxrlhf.data.packing import PackedRow
 from jaxrlhf.types import Batch, PackedPairs, Pairs, Prompts
+
+T = TypeVar("T")
 
 
 def bucket(length: int, limit: int) -> int:
@@ -63,6 +66,16 @@ def packed_pairs(rows: Sequence[PackedRow], pad_id: int, length: int, most: int)
         ends[:, i, : len(last) // 2] = last.reshape(-1, 2).T
         valid[i, : len(last) // 2] = True
     return PackedPairs(packed(rows, pad_id, length), *ends, valid)  # type: ignore[arg-type]
+
+
+def longest(rows: Sequence[T], count: int) -> list[T]:
+    """The `count` longest rows, again and again if there are fewer; none if there are none."""
+    by_length = sorted(rows, key=lambda row: -_length(row))
+    return [by_length[i % len(by_length)] for i in range(count)] if by_length else []
+
+
+def _length(row: Any) -> int:
+    return max(len(row.chosen.tokens), len(row.rejected.tokens)) if isinstance(row, PairRow) else len(row.tokens)
 
 
 def prompts(rows: Sequence[PromptRow], pad_id: int, length: int, samples: Sequence[int] | None = None) -> Prompts:

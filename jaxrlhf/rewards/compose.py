@@ -11,6 +11,7 @@ from jaxrlhf.config import Component, RewardSource
 from jaxrlhf.config.rewards import function_label
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError, RewardError, quoted
+from jaxrlhf.programs import Ahead
 from jaxrlhf.rewards import judges, template
 from jaxrlhf.rewards.answers import Answer, Request
 from jaxrlhf.rewards.endpoint import Endpoint
@@ -128,10 +129,17 @@ class Scorer:
             if isinstance(judge, Human):
                 judge.pausing = pausing
 
-    def load(self) -> None:
-        """Load the weights of all reward models now."""
+    def load(self, *, abstract: bool = False) -> None:
+        """Load the weights of all reward models now; if `abstract`, their shapes."""
         for judge in self.models.values():
+            if abstract:
+                judge.outline()
             _ = judge.params
+
+    def compile(self, ahead: Ahead, width: int) -> None:
+        """Begin to compile what reward models do with rows of up to `width` tokens."""
+        for name, judge in self.models.items():
+            judge.compile(ahead, width, per_token=self.parts[name][0].per_token)
 
     def check(
         self,

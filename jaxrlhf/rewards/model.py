@@ -17,7 +17,8 @@ from jaxrlhf.data.batching import bucket
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from jaxrlhf.errors import DataError, quoted
 from jaxrlhf.logprobs import last_token_scores
-from jaxrlhf.models import ModelConfig, forward, scores
+from jaxrlhf.models import ModelConfig, forward, init, scores
+from jaxrlhf.programs import Ahead
 from jaxrlhf.types import Params, Rollout
 from jaxrlhf.weights import peft
 
@@ -84,13 +85,28 @@ class RewardModel:
             adapters
             and not packed
             and whole.samefile(folder)
-            and (table.dtype, len(table)) == (self._dtype, self.described.vocab_size)
+            and (table.dtype, table.shape[0]) == (self._dtype, self.described.vocab_size)
         ):
             found, added = peft.read(adapters, self.described)
             model = dataclasses.replace(self.described, dtype=self._dtype, adapters=found)
             added = sharding.put_whole(added, self.mesh) if self.mesh else added
             trunk = {name: part for name, part in base.items() if name != "lm_head"}
             self.__dict__["_loaded"] = model, {**trunk, **added}
+
+    def outline(self) -> None:
+        """Let shapes stand for the parameters, unless they are there: for a plan, which loads nothing."""
+        if "_loaded" not in self.__dict__:
+            model = dataclasses.replace(self.described, dtype=self._dtype)
+            shapes = jax.eval_shape(lambda: init(model, jax.random.key(0), dtype=self._dtype))
+            places = sharding.shardings(shapes, self.mesh) if self.mesh else None
+            self.__dict__["_loaded"] = model, sharding.placed(shapes, places) if places else shapes
+
+    def compile(self, ahead: Ahead, width: int, *, per_token: bool) -> None:
+        """Begin to compile the scoring of rows of up to `width` tokens; the parameters may be shapes."""
+        width = bucket(min(width, self.limit), self.limit)
+        rows = np.zeros((self.rows, width), np.int32), np.ones((self.rows, width), bool)
+        placed = sharding.put_rows(rows, self.mesh) if self.mesh else rows
+        ahead.compile(_token_scores if per_token else _scores, self.params, self.model, *placed)
 
     @property
     def model(self) -> ModelConfig:

@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jaxrlhf import memory, sharding
+from jaxrlhf import memory, programs, sharding
 from jaxrlhf.config import Sampling
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import ModelConfig
@@ -98,7 +100,13 @@ def stream(
     Raises ConfigError for a slot count below 1, for one that the mesh cannot split evenly, or when the device has no
     room for the cache.
     """
-    queue, state = _begin(model, prompts, sampling, pad_id, slots, group, limits, columns, mesh)
+    queue = Queue(prompts, sampling, group, min(slots, len(prompts.index) * group), limits)
+    columns = max(columns, *queue.widths)
+    check_slots(model, queue.slots, columns + sampling.response_length, mesh)
+    state = empty_slots(model, queue.slots, columns, sampling, pad_id)
+    if mesh is not None:
+        sharding.check_rows(queue.slots, mesh, "rollout.slots")
+        state = jax.device_put(state, _places(state, mesh))
     shrinks = mesh is None or mesh.size == 1
     places = Places(queue.slots)
     while queue.waiting or places.busy:
@@ -134,37 +142,23 @@ def prepare(
     mesh: jax.sharding.Mesh | None = None,
 ) -> None:
     """Compile what `answer` calls for these arguments, `params` being arrays or their shapes."""
-    queue, state = _begin(model, prompts, sampling, pad_id, slots, group, None, columns, mesh)
+    queue = Queue(prompts, sampling, group, min(slots, len(prompts.index) * group), None)
+    columns = max(columns, *queue.widths)
+    state = jax.eval_shape(lambda: empty_slots(model, queue.slots, columns, sampling, pad_id))
+    if mesh is not None:
+        state = sharding.placed(state, _places(state, mesh))
     widths = set()
     while queue.waiting:
         part, rows = queue.take(queue.slots)
         if (width := part.tokens.shape[1]) not in widths:
             widths.add(width)
             places = np.zeros(len(rows), np.int32)
-            _admit.lower(params, model, state, part, places, queue.limits[rows], key, sampling, stop_ids).compile()
-    _advance.lower(params, model, state, np.int32(0), np.int32(0), sampling, stop_ids).compile()
+            programs.outputs(_admit, params, model, state, part, places, queue.limits[rows], key, sampling, stop_ids)
+    programs.outputs(_advance, params, model, state, np.int32(0), np.int32(0), sampling, stop_ids)
 
 
-def _begin(
-    model: ModelConfig,
-    prompts: Prompts,
-    sampling: Sampling,
-    pad_id: int,
-    slots: int,
-    group: int,
-    limits: Sequence[int] | None,
-    columns: int,
-    mesh: jax.sharding.Mesh | None,
-) -> tuple[Queue, Slots]:
-    """Everything waits, and nobody is in a slot."""
-    queue = Queue(prompts, sampling, group, min(slots, len(prompts.index) * group), limits)
-    columns = max(columns, *queue.widths)
-    check_slots(model, queue.slots, columns + sampling.response_length, mesh)
-    state = empty_slots(model, queue.slots, columns, sampling, pad_id)
-    if mesh is not None:
-        sharding.check_rows(queue.slots, mesh, "rollout.slots")
-        state = jax.tree.map(lambda x: sharding.put_rows(x, mesh) if x.ndim else sharding.put_whole(x, mesh), state)
-    return queue, state
+def _places(slots: Slots, mesh: jax.sharding.Mesh) -> Any:
+    return jax.tree.map(lambda x: NamedSharding(mesh, sharding.ROWS if x.ndim else P()), slots)
 
 
 def check_slots(model: ModelConfig, slots: int, columns: int, mesh: jax.sharding.Mesh | None = None) -> None:

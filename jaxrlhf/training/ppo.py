@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import sharding, weights
-from jaxrlhf.config import PPOConfig
+from jaxrlhf.config import LoRA, PPOConfig
+from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, columns, prompt_rows, prompts_from_texts
 from jaxrlhf.data.loader import rows_at
 from jaxrlhf.errors import ConfigError, RewardError
@@ -37,7 +38,8 @@ class PPOTrainer:
     `reward(prompts, completions, **columns) -> list[float | None]` is a function in place of `config.reward.function`;
     it runs in this process and cannot be killed, as one that the config names can.
     `.train()` runs `config`; `.ppo_step(prompts)` is one update on prompts of your own; `.save_pretrained(directory)`.
-    What can be wrong with the config, the data or the models is raised here, before training begins.
+    What can be wrong with the config, the data or the models is raised here, before training begins. With `abstract`
+    nothing is loaded and nothing can be trained: shapes stand for parameters, for `jaxrlhf plan`.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class PPOTrainer:
         *,
         fresh: bool = False,
         ahead: bool = False,
+        abstract: bool = False,
     ) -> None:
         self.config, self._fresh = config, fresh
         if config.sampling.greedy:
@@ -66,19 +69,25 @@ class PPOTrainer:
         self.validator = Validator(config, held_out, self.sampler, self.scorer) if held_out else None
         if ahead:
             self._check_reward()
-        rollout = self._compile_rollout() if ahead else None
-        policy = setup.load_model(
-            config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=init_key, head="lm", storage=storage
-        )
+        rollout = self._compile_rollout(self._rows_of(0)) if ahead and self.data else None
+        if abstract:
+            policy = setup.shapes_of(self.model, storage, self.mesh, LoRA())
+        else:
+            policy = setup.load_model(
+                config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=init_key, head="lm", storage=storage
+            )
         folder, merged = weights.described_by(weights.resolve(config.model.path, config.model.revision, weights=False))
         for judge in self.scorer.models.values() if config.lora.enabled and not merged else ():
             if config.critic.init != "reward" or judge is not self.scorer.model:  # adapters of its own come over that
                 judge.share(folder, policy)
-        self.scorer.load()
+        self.scorer.load(abstract=abstract)
         judge = self.scorer.model and (self.scorer.model.model, self.scorer.model.params)
-        self.learner = Learner(config, self.sampler, policy, judge, self.total_steps, tuple(role_keys))
+        self.learner = Learner(
+            config, self.sampler, policy, judge, self.total_steps, tuple(role_keys), abstract=abstract
+        )
         self.state, self.frozen, self.roles = self.learner.state, self.learner.frozen, self.learner.roles
-        self.sampler.check_memory()
+        if not abstract:
+            self.sampler.check_memory()
         if rollout:
             self.learner.compile(rollout, self._key, per_token=self.scorer.per_token)
         self._begun = ahead
@@ -103,14 +112,15 @@ class PPOTrainer:
         config = self.config
         if not self.data:
             raise ConfigError("data.path is empty: give a file of prompts, or call ppo_step with prompts of your own")
-        rows, size, sample_every = self.data.train, config.ppo.batch_size, config.logging.sample_every
+        size, sample_every = config.ppo.batch_size, config.logging.sample_every
         self._check_reward()
         identities = self._identities()
         with loop.session(config, "ppo", self.total_steps, self.state, identities, fresh=self._fresh) as session:
             session.logger.note(setup.describe(config, self.model, self.tokenizer, self.data.report, self.mesh))
             for line in self._questions():
                 session.logger.note(line)
-            if not self._begun and (rollout := self._compile_rollout()):
+            if not self._begun:
+                rollout = self._compile_rollout(self._rows_of(0))
                 self.learner.compile(rollout, self._key, per_token=self.scorer.per_token)
             self.scorer.pause(session.logger.paused)
             done = session.resume(self.state)
@@ -121,7 +131,7 @@ class PPOTrainer:
             for step in range(done, self.total_steps):
                 if self.validator and self.validator.patience_is_over(session):
                     break
-                batch = [rows[i] for i in rows_at(step, size, len(rows), config.seed, config.data.shuffle)]
+                batch = self._rows_of(step)
                 jax.block_until_ready(self.state.value.step)  # the update before is not the rollout's time
                 started = time.monotonic()
                 rollout, texts = self.generate(batch, step)
@@ -277,9 +287,9 @@ class PPOTrainer:
             return
         if not self.data:
             raise ConfigError("scores.normalise is 'reference', which answers prompts of data.path, and that is empty")
-        size, rows, stats = config.ppo.batch_size, self.data.train, state.score_stats
+        size, stats = config.ppo.batch_size, state.score_stats
         for part in range(-(-config.scores.reference_samples // size)):
-            batch = [rows[i] for i in rows_at(part, size, len(rows), config.seed, config.data.shuffle)]
+            batch = self._rows_of(part)
             rollout, texts = self.generate(batch, CALIBRATION - part)
             scored = self._score(batch, texts, rollout)
             if scored.notes:  # scores that are not there would count as 0
@@ -303,14 +313,27 @@ class PPOTrainer:
             rows = self.data.train
             self.scorer.check([row.text for row in rows], columns(rows), [row.messages for row in rows])
 
-    def _compile_rollout(self) -> Future[Rollout] | None:
-        """Begin to compile the first rollout. Returns the shapes of the rollout to come."""
+    def compile_longest(self) -> None:
+        """Compile every program of an update whose prompts are the longest there are, of which parameters may be
+        shapes. ConfigError without prompts."""
         if not self.data:
-            return None
+            raise ConfigError(
+                "data.path is empty: how long prompts are decides what an update needs; give a file of them"
+            )
+        rollout = self._compile_rollout(batching.longest(self.data.train, self.config.ppo.batch_size))
+        self.scorer.compile(self.sampler.programs, self.sampler.columns + self.config.sampling.response_length)
+        self.learner.compile(rollout, self._key, per_token=self.scorer.per_token)
+        self.sampler.programs.finish()
+
+    def _compile_rollout(self, rows: Sequence[PromptRow]) -> Future[Rollout]:
+        """Begin to compile the rollout of `rows`. Returns the shapes of the rollout to come."""
         policy = setup.shapes_of(self.model, setup.storage_of(self.config), self.mesh, self.config.lora)
-        size, rows = self.config.ppo.batch_size, self.data.train
-        first = [rows[i] for i in rows_at(0, size, len(rows), self.config.seed, self.config.data.shuffle)]
-        return self.sampler.compile(policy, first, self._key)
+        return self.sampler.compile(policy, rows, self._key)
+
+    def _rows_of(self, step: int) -> list[PromptRow]:
+        assert self.data
+        rows, config = self.data.train, self.config
+        return [rows[i] for i in rows_at(step, config.ppo.batch_size, len(rows), config.seed, config.data.shuffle)]
 
 
 def show(rows: Sequence[PromptRow], texts: Sequence[str], scores: np.ndarray) -> list[dict[str, Any]]:

@@ -1,9 +1,12 @@
 """The learning half of PPO: policy, critic, reference and their optimizers, and the update that moves them."""
 
 import dataclasses
+import functools
 from concurrent.futures import Future
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -15,19 +18,45 @@ from jaxrlhf.models import ModelConfig
 from jaxrlhf.training import setup
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.ppo_replay import empty_replay, widened
-from jaxrlhf.training.ppo_roles import Roles, make_critic, policy_of, reference_dtype, trunk_kind
+from jaxrlhf.training.ppo_roles import Roles, critic_model, make_critic, policy_of, reference_dtype, trunk_kind
 from jaxrlhf.training.ppo_rollout import Sampler
 from jaxrlhf.training.ppo_update import annotate, update
 from jaxrlhf.training.step import Metrics
 from jaxrlhf.types import Experience, Params, Rollout
 
 
+def _begin(
+    config: PPOConfig,
+    model: ModelConfig,
+    critic_model: ModelConfig,
+    policy: Params,
+    judge: Params | None,
+    mesh: jax.sharding.Mesh,
+    keys: tuple[Array, Array],
+) -> tuple[dict[str, Params], dict[str, Params], Params, Params | None]:
+    """(what trains, what is frozen, both by role; the reference; what of it moves) at step 0. Runs under eval_shape."""
+    critic_key, lora_key = keys
+    trained, base = setup.split(setup.adapted(policy, model, config.lora, lora_key), config.lora.enabled)
+    reference = base or setup.copy(policy, reference_dtype(config, model), mesh)
+    critic, trunk = make_critic(config, critic_model, base or policy, reference, judge, mesh, critic_key)
+    moving = None
+    if config.reference.sync_every:
+        moving = setup.copy(trained, "float32", mesh) if base else reference
+    stays = reference if moving is None else base
+    return (
+        {"policy": trained, "critic": critic},
+        {"policy": base, "reference": stays, "critic": trunk},
+        reference,
+        moving,
+    )
+
+
 class Learner:
     """Learns from the scored rollouts of `sampler` for `updates` updates, starting from `policy`, which it takes over;
     with adapters, what is under them is shared by policy, reference and critic.
 
-    `judge` is the reward model, if there is one that a critic could start from. Raises ConfigError for what the config
-    asks of models or devices that they cannot do.
+    `judge` is the reward model, if there is one that a critic could start from. With `abstract`, parameters are shapes,
+    and nothing can be learnt. Raises ConfigError for what the config asks of models or devices that they cannot do.
     """
 
     def __init__(
@@ -38,21 +67,23 @@ class Learner:
         judge: tuple[ModelConfig, Params] | None,
         updates: int,
         keys: tuple[Array, Array],
+        *,
+        abstract: bool = False,
     ) -> None:
         self.config, self.sampler, self.mesh = config, sampler, sampler.mesh
         ppo, model = config.ppo, sampler.model
-        self.moving = config.reference.sync_every > 0
-        critic_key, lora_key = keys
-        trained, base = setup.split(setup.adapted(policy, model, config.lora, lora_key), config.lora.enabled)
-        reference = base or setup.copy(policy, reference_dtype(config, model), self.mesh)
-        critic_model, critic, trunk = make_critic(
-            config, model, base or policy, reference, judge, self.mesh, critic_key
+        critic = critic_model(config, model, judge and judge[0])
+
+        def begin(policy: Params, judge: Params | None) -> tuple[dict[str, Params], dict[str, Params], Params, Any]:
+            return _begin(config, model, critic, policy, judge, self.mesh, keys)
+
+        made = (
+            setup.outline(begin, self.mesh, policy, judge and judge[1])
+            if abstract
+            else begin(policy, judge and judge[1])
         )
-        moving = None
-        if self.moving:
-            moving = setup.copy(trained, "float32", self.mesh) if base else reference
-        self.frozen = {"policy": base, "reference": base if self.moving else reference, "critic": trunk}
-        self.identity = setup.params_fingerprint(reference)
+        trained, self.frozen, reference, moving = made
+        self.identity = "" if abstract else setup.params_fingerprint(reference)
 
         def steps(first: int) -> int:
             """Optimizer steps from update `first` on; a rollout is only there to be learnt from again once it is."""
@@ -69,7 +100,7 @@ class Learner:
         }
         self.roles = Roles(
             policy=model,
-            critic=critic_model,
+            critic=critic,
             optimizers=tuple(optimizers.items()),
             ppo=ppo,
             temperature=config.sampling.temperature,
@@ -80,13 +111,13 @@ class Learner:
             sync_alpha=config.reference.sync_alpha,
         )
         self.state = setup.State(
-            {"policy": trained, "critic": critic},
+            trained,
             optimizers,
             self.mesh,
             ppo.kl_coef,
             score_stats=sharding.put_whole(no_stats(), self.mesh),
             reference=moving,
-            replay=empty_replay(config, self.roles, self._room()) if ppo.replay else None,
+            replay=self._replay(abstract) if ppo.replay else None,
         )
 
     @property
@@ -125,16 +156,27 @@ class Learner:
 
     def compile(self, rollout: Future[Rollout], key: Array, *, per_token: bool) -> None:
         """Begin to compile what learns from a rollout of full length, with rewards of single tokens or without."""
-        if self.config.ppo.replay:  # its rollouts have another width
-            return
         size, length = self.config.ppo.batch_size, self.config.sampling.response_length
         scores = sharding.put_rows(np.zeros(size, np.float32), self.mesh)
         more = sharding.put_rows(np.zeros((size, length), np.float32), self.mesh) if per_token else None
         state, frozen, roles, ahead = self.state.template, self.frozen, self.roles, self.sampler.programs
+
+        def learnt() -> Rollout:
+            """What is kept for replay is as wide as it may be."""
+            kept = state.replay
+            if kept is None:
+                return rollout.result()
+            one = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), kept.rollout))
+            return jax.tree.map(lambda x: sharding.rows_shape(x, self.mesh), one)
+
         made = ahead.begin(
-            lambda: programs.outputs(annotate, state, frozen, rollout.result(), scores, more, roles=roles), annotate
+            lambda: programs.outputs(annotate, state, frozen, learnt(), scores, more, roles=roles), annotate
         )
         ahead.begin(lambda: programs.outputs(update, state, frozen, made.result()[0], key, roles=roles), update)
+
+    def _replay(self, abstract: bool) -> Experience:
+        empty = functools.partial(empty_replay, self.config, self.roles, self._room())
+        return jax.eval_shape(empty) if abstract else empty()
 
     def _room(self) -> tuple[int, int]:
         """(P, R) of every experience that is kept for replay."""

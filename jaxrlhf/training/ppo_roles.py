@@ -70,24 +70,24 @@ def reference_dtype(config: PPOConfig, policy: ModelConfig) -> str:
 
 def make_critic(
     config: PPOConfig,
-    policy_model: ModelConfig,
+    model: ModelConfig,
     policy: Params,
     reference: Params,
-    reward: tuple[ModelConfig, Params] | None,
+    reward: Params | None,
     mesh: jax.sharding.Mesh,
     key: Array,
-) -> tuple[ModelConfig, Params, Params]:
-    """(model, what trains, what is frozen) of the value model: a trunk from elsewhere and a head that starts at zero.
+) -> tuple[Params, Params]:
+    """(what trains, what is frozen) of the value model `model`: a trunk from elsewhere and a head that starts at zero.
 
     A frozen trunk is the reference's or the reward model's own arrays, unless the reference moves; so is what lies
     under the adapters of one that trains. Of a shared one, only the head is here. `policy` is what the policy began as,
-    without adapters. Raises as `critic_model` does.
+    without adapters.
     """
     head_key, lora_key = jax.random.split(key)
-    model, trunk, kind = critic_model(config, policy_model, reward and reward[0]), policy, config.critic.trunk
+    trunk, kind = policy, config.critic.trunk
     if config.critic.init == "reward":
         assert reward is not None
-        trunk = reward[1]
+        trunk = reward
     elif kind == "frozen" and not config.lora.enabled:
         trunk = copy(reference, reference["norm"]["scale"].dtype, mesh) if config.reference.sync_every else reference
     trunk = {k: v for k, v in trunk.items() if k not in ("lm_head", "score")}
@@ -98,9 +98,9 @@ def make_critic(
     head["score"][output] = jax.tree.map(jnp.zeros_like, head["score"][output])
     whole = {**trunk, **sharding.put_whole(head, mesh)}
     if kind == "own":
-        return model, *split(adapted(whole, model, config.lora, lora_key), config.lora.enabled)
+        return split(adapted(whole, model, config.lora, lora_key), config.lora.enabled)
     trained, frozen = split(whole, frozen_trunk=True)
-    return model, trained, {} if kind == "shared" else frozen
+    return trained, {} if kind == "shared" else frozen
 
 
 def trunk_kind(config: PPOConfig) -> Literal["own", "shared", "reference", "frozen"]:

@@ -51,7 +51,12 @@ class Sampler:
         """Refuse more slots than there is memory for, once everything else has its place."""
         rows = min(self.slots or self.config.ppo.batch_size, self.config.ppo.batch_size)
         columns = self.columns + self.config.sampling.response_length
-        engine.check_slots(inference_model(self.model, self.dtype), rows, columns, self.mesh)
+        engine.check_slots(self.inference, rows, columns, self.mesh)
+
+    @property
+    def inference(self) -> ModelConfig:
+        """The model that decodes."""
+        return inference_model(self.model, self.dtype)
 
     def copy(self, params: Params) -> tuple[ModelConfig, Params]:
         """The policy made ready for decoding."""
@@ -86,7 +91,7 @@ class Sampler:
 
     def compile(self, policy: Params, rows: Sequence[PromptRow], key: Array) -> Future[Rollout]:
         """Begin to compile a rollout of `rows`; `policy` may be shapes. Returns the shapes of the rollout to come."""
-        prompts, model = self.prompts(rows), inference_model(self.model, self.dtype)
+        prompts, model = self.prompts(rows), self.inference
         rest = key, self.config.sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
         copy = self.programs.compile(convert, policy, self.model, model)
         if not 0 < self.slots < len(rows):

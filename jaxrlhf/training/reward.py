@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +107,13 @@ class RewardTrainer:
     """Train a reward model from `config.model` on the pairs of `config.data`: `.train()`, `.save_pretrained(folder)`.
 
     What can be wrong with the config, the data or the model is raised here, before training begins. With `ahead` the
-    programs are compiled while the weights load, for a trainer that is sure to train; else when training begins.
+    programs are compiled while the weights load, for a trainer that is sure to train; else when training begins. With
+    `abstract` nothing is loaded and nothing can be trained: shapes stand for parameters, for `jaxrlhf plan`.
     """
 
-    def __init__(self, config: RewardConfig, *, fresh: bool = False, ahead: bool = False) -> None:
+    def __init__(
+        self, config: RewardConfig, *, fresh: bool = False, ahead: bool = False, abstract: bool = False
+    ) -> None:
         self.config, self._fresh = config, fresh
         train = config.train
         self.mesh = sharding.make_mesh(config.mesh)
@@ -144,21 +147,24 @@ class RewardTrainer:
             "mesh": self.mesh,
         }
         self._programs, self._begun = Ahead(), ahead
+        params = setup.shapes_of(self.model, storage, self.mesh, config.lora)
         if ahead:
-            shapes = setup.shapes_of(self.model, storage, self.mesh, config.lora)
-            trained, frozen = setup.split(shapes, frozen_trunk)
-            self._compile(setup.State({"reward": trained}, {"reward": self._optimizer}, self.mesh).template, frozen)
-        params = setup.load_model(
-            config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=init_key, head=config.head, storage=storage
-        )
-        trained, self._frozen = setup.split(setup.adapted(params, self.model, config.lora, lora_key), frozen_trunk)
+            trained, frozen = setup.split(params, frozen_trunk)
+            state = setup.State({"reward": trained}, {"reward": self._optimizer}, self.mesh).template
+            self._compile(state, frozen, self._rows_of(0), self._rows.validation)
+        if not abstract:
+            params = setup.load_model(
+                config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=init_key, head=config.head, storage=storage
+            )
+            params = setup.adapted(params, self.model, config.lora, lora_key)
+        trained, self.frozen = setup.split(params, frozen_trunk)
         self.state = setup.State({"reward": trained}, {"reward": self._optimizer}, self.mesh)
         self._results: dict[str, float] = {}
 
     @property
     def params(self) -> Params:
         """The parameters as they are now, trunk and head."""
-        return {**self._frozen, **self.state.value.params["reward"]}
+        return {**self.frozen, **self.state.value.params["reward"]}
 
     def describe(self) -> str:
         """What `.train()` works with, and the first pair as the model sees it."""
@@ -172,12 +178,12 @@ class RewardTrainer:
         train, held_out = self.config.train, bool(self.data.validation)
         identity = {
             "data": setup.fingerprint((*self._rows.train, *self._rows.validation)),
-            "frozen parameters": setup.params_fingerprint(self._frozen),
+            "frozen parameters": setup.params_fingerprint(self.frozen),
         }
         with loop.session(self.config, "reward", self.total_steps, self.state, identity, fresh=self._fresh) as session:
             session.logger.note(setup.describe(self.config, self.model, self.tokenizer, self._rows.report, self.mesh))
             if not self._begun:
-                self._compile(self.state.template, self._frozen)
+                self._compile(self.state.template, self.frozen, self._rows_of(0), self._rows.validation)
             record = loop.fit(
                 session,
                 self.state,
@@ -199,7 +205,7 @@ class RewardTrainer:
             method="reward", step=int(self.state.value.step), results=self._results, merge_lora=merge_lora,
         )  # fmt: skip
 
-    def _pairs(self, rows: list[Any]) -> Pairs | PackedPairs:
+    def _pairs(self, rows: Sequence[Any]) -> Pairs | PackedPairs:
         if self.config.train.packing:
             made = batching.packed_pairs(rows, self.tokenizer.pad_id, self._width, self._most)
             return sharding.put_rows(made, self.mesh)
@@ -211,28 +217,35 @@ class RewardTrainer:
         rows, size = self._rows.train, self.config.train.batch_size
         return [rows[i] for i in rows_at(step, size, len(rows), self.config.seed, self.config.data.shuffle)]
 
-    def _compile(self, state: TrainState, frozen: Params) -> None:
-        """Begin to compile the first step and the evaluation; `state` and `frozen` may be shapes."""
-        self._programs.compile(update, state, frozen, self._pairs(self._rows_of(0)), self._key, **self._static)
-        for _, pairs in itertools.islice(self._held_out(), 1):
+    def _compile(self, state: TrainState, frozen: Params, train: Sequence[Any], held_out: Sequence[Any]) -> None:
+        """Begin to compile a step on `train` and an evaluation of `held_out`; `state` and `frozen` may be shapes."""
+        self._programs.compile(update, state, frozen, self._pairs(train), self._key, **self._static)
+        for _, pairs in itertools.islice(self._held_out(held_out), 1):
             self._programs.compile(evaluate, {**frozen, **state.params["reward"]}, pairs, model=self.model)
+
+    def compile_longest(self) -> None:
+        """Compile a step and an evaluation of the longest rows there are; parameters may be shapes."""
+        train, rows = self.config.train, batching.longest(self._rows.train, self.config.train.batch_size)
+        held_out = batching.longest(self._rows.validation, train.eval_batch_size)
+        self._compile(self.state.template, self.frozen, rows, held_out)
+        self._programs.finish()
 
     def _update(self, step: int) -> Metrics:
         self._programs.wait(update)
         pairs = self._pairs(self._rows_of(step))
-        self.state.value, metrics = update(self.state.value, self._frozen, pairs, self._key, **self._static)
+        self.state.value, metrics = update(self.state.value, self.frozen, pairs, self._key, **self._static)
         return metrics | {"epoch": (step + 1) * self.config.train.batch_size / len(self._rows.train)}
 
-    def _held_out(self) -> Iterator[tuple[int, Pairs | PackedPairs]]:
-        """(how many rows count, pairs) of the held-out rows; the last batch is filled with copies of a row."""
-        rows, size = self._rows.validation, self.config.train.eval_batch_size
+    def _held_out(self, rows: Sequence[Any]) -> Iterator[tuple[int, Pairs | PackedPairs]]:
+        """(how many rows count, pairs) of held-out rows; the last batch is filled with copies of a row."""
+        size = self.config.train.eval_batch_size
         for part in (rows[i : i + size] for i in range(0, len(rows), size)):
             yield len(part), self._pairs([*part, *[part[0]] * (size - len(part))])
 
     def _evaluate(self) -> Metrics:
         self._programs.wait(evaluate)
         records = []
-        for count, pairs in self._held_out():
+        for count, pairs in self._held_out(self._rows.validation):
             found = jax.device_get((*evaluate(self.params, pairs, model=self.model), pairs.valid))
             chosen, rejected, valid = (jnp.asarray(x[:count]) for x in found)
             number = int(valid.sum())

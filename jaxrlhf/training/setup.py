@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +72,26 @@ def attending(model: ModelConfig, source: ModelSource) -> ModelConfig:
 def shapes_of(model: ModelConfig, dtype: str, mesh: jax.sharding.Mesh, lora: LoRA) -> Params:
     """Shapes, dtypes and places of a model's parameters stored in `dtype`, adapters included."""
     key = jax.random.key(0)
-    return _placed(jax.eval_shape(lambda: adapted(init(model, key, dtype=dtype), model, lora, key)), mesh)
+    return outline(lambda: adapted(init(model, key, dtype=dtype), model, lora, key), mesh)
 
 
-def _placed(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
-    places = sharding.shardings(shapes, mesh)
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+def outline(make: Callable[..., Any], mesh: jax.sharding.Mesh, *args: Any) -> Any:
+    """What `make` returns for `args`, arrays or their shapes, as shapes in their places. What it returns twice is one
+    object, and what it was given and returns is the same one, as with arrays."""
+    leaves, tree = jax.tree.flatten(args)
+    given = {id(leaf): leaf for leaf in leaves}
+    known: dict[int, Any] = {}
+    names: list[int] = []
+
+    def traced(inputs: dict[int, Any]) -> Any:
+        known.update({id(tracer): given[name] for name, tracer in inputs.items()})
+        made = make(*jax.tree.unflatten(tree, [inputs[id(leaf)] for leaf in leaves]))
+        names.extend(id(leaf) for leaf in jax.tree.leaves(made))
+        return made
+
+    shapes = jax.eval_shape(traced, given)
+    found, structure = jax.tree.flatten(sharding.placed(shapes, sharding.shardings(shapes, mesh)))
+    return jax.tree.unflatten(structure, [known.setdefault(n, x) for n, x in zip(names, found, strict=True)])
 
 
 def load_model(
@@ -226,7 +240,9 @@ class State:
     ) -> None:
         self._begin = functools.partial(_begin, optimizers=tuple(optimizers.items()), kl_coef=kl_coef, mesh=mesh)
         begun = jax.eval_shape(self._begin, params)
-        self.template: TrainState = _placed(dataclasses.replace(begun, **jax.eval_shape(lambda: more)), mesh)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), more)
+        begun = dataclasses.replace(begun, **shapes)
+        self.template: TrainState = sharding.placed(begun, sharding.shardings(begun, mesh))
         self._params: dict[str, Params] | None = params
         self._more: dict[str, Any] = more
         self._value: TrainState | None = None

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxrlhf import sharding, weights
 from jaxrlhf.algorithms.sft import sft_loss
-from jaxrlhf.config import SFTConfig
+from jaxrlhf.config import Sampling, SFTConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, SFTRow, Split, sft_rows
 from jaxrlhf.data.loader import rows_at
@@ -22,13 +22,13 @@ from jaxrlhf.logprobs import token_logprobs
 from jaxrlhf.models import ModelConfig, forward
 from jaxrlhf.programs import Ahead
 from jaxrlhf.rollout.decode import generate
-from jaxrlhf.rollout.inference_copy import inference_copy
+from jaxrlhf.rollout.inference_copy import convert, inference_model
 from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.rollout.text import response_texts
 from jaxrlhf.training import loop, setup
 from jaxrlhf.training.optim import Optimizer, make_optimizer
 from jaxrlhf.training.step import Metrics, apply, dropout_keys, gradients, one_role
-from jaxrlhf.types import Batch, Params, TrainState
+from jaxrlhf.types import Batch, Params, Prompts, TrainState
 
 
 def loss(
@@ -78,10 +78,11 @@ class SFTTrainer:
     """Fine-tune `config.model` on `config.data`: `.train()`, then `.save_pretrained(directory)`.
 
     What can be wrong with the config, the data or the model is raised here, before training begins. With `ahead` the
-    programs are compiled while the weights load, for a trainer that is sure to train; else when training begins.
+    programs are compiled while the weights load, for a trainer that is sure to train; else when training begins. With
+    `abstract` nothing is loaded and nothing can be trained: shapes stand for parameters, for `jaxrlhf plan`.
     """
 
-    def __init__(self, config: SFTConfig, *, fresh: bool = False, ahead: bool = False) -> None:
+    def __init__(self, config: SFTConfig, *, fresh: bool = False, ahead: bool = False, abstract: bool = False) -> None:
         self.config, self._fresh = config, fresh
         train = config.train
         self.mesh = sharding.make_mesh(config.mesh)
@@ -98,8 +99,9 @@ class SFTTrainer:
         setup.check_context([len(row.tokens) for row in rows], self.model, "the longest row", "data.max_length")
         check_sampling(config.sampling, self.model.vocab_size)
         context = self.model.max_positions
-        self._width = batching.bucket(min(config.data.max_length, context), context)  # of packed rows
-        self._rows: Split[Any] = pack(self.data, lambda row: (row,), self._width) if train.packing else self.data
+        most = min(config.data.max_length, context) if train.packing else max(len(row.tokens) for row in rows)
+        self.width = batching.bucket(most, context)  # of the widest batch; all packed rows are as wide
+        self._rows: Split[Any] = pack(self.data, lambda row: (row,), self.width) if train.packing else self.data
         self.total_steps = loop.num_steps(
             len(self._rows.train), train.batch_size, train.num_train_epochs, train.max_steps
         )
@@ -111,22 +113,29 @@ class SFTTrainer:
             "mesh": self.mesh,
         }
         self._programs, self._begun = Ahead(), ahead
+        params = setup.shapes_of(self.model, storage, self.mesh, config.lora)
         if ahead:
-            shapes = setup.shapes_of(self.model, storage, self.mesh, config.lora)
-            trained, frozen = setup.split(shapes, config.lora.enabled)
-            self._compile(setup.State({"policy": trained}, {"policy": self._optimizer}, self.mesh).template, frozen)
-        params = setup.load_model(
-            config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=init_key, head="lm", storage=storage
-        )
-        params = setup.adapted(params, self.model, config.lora, lora_key)
-        trained, self._frozen = setup.split(params, config.lora.enabled)
+            trained, frozen = setup.split(params, config.lora.enabled)
+            state = setup.State({"policy": trained}, {"policy": self._optimizer}, self.mesh).template
+            self._compile(state, frozen, self._rows_of(0), self._rows.validation)
+        if not abstract:
+            params = setup.load_model(
+                config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=init_key, head="lm", storage=storage
+            )
+            params = setup.adapted(params, self.model, config.lora, lora_key)
+        trained, self.frozen = setup.split(params, config.lora.enabled)
         self.state = setup.State({"policy": trained}, {"policy": self._optimizer}, self.mesh)
         self._results: dict[str, float] = {}
 
     @property
     def params(self) -> Params:
         """The parameters as they are now, adapters and what is under them."""
-        return {**self._frozen, **self.state.value.params["policy"]}
+        return {**self.frozen, **self.state.value.params["policy"]}
+
+    @property
+    def inference(self) -> ModelConfig:
+        """The model that draws samples."""
+        return inference_model(self.model, self.model.dtype)
 
     def describe(self) -> str:
         """What `.train()` works with, and the first example as the model sees it."""
@@ -141,12 +150,12 @@ class SFTTrainer:
         train, held_out = self.config.train, bool(self.data.validation)
         identity = {
             "data": setup.fingerprint((*self._rows.train, *self._rows.validation)),
-            "frozen parameters": setup.params_fingerprint(self._frozen),
+            "frozen parameters": setup.params_fingerprint(self.frozen),
         }
         with loop.session(self.config, "sft", self.total_steps, self.state, identity, fresh=self._fresh) as session:
             session.logger.note(setup.describe(self.config, self.model, self.tokenizer, self._rows.report, self.mesh))
             if not self._begun:
-                self._compile(self.state.template, self._frozen)
+                self._compile(self.state.template, self.frozen, self._rows_of(0), self._rows.validation)
             record = loop.fit(
                 session,
                 self.state,
@@ -167,9 +176,9 @@ class SFTTrainer:
             method="sft", step=int(self.state.value.step), results=self._results, merge_lora=merge_lora,
         )  # fmt: skip
 
-    def _batch(self, rows: list[Any]) -> Batch:
+    def _batch(self, rows: Sequence[Any]) -> Batch:
         if self.config.train.packing:
-            return sharding.put_rows(batching.packed(rows, self.tokenizer.pad_id, self._width), self.mesh)
+            return sharding.put_rows(batching.packed(rows, self.tokenizer.pad_id, self.width), self.mesh)
         length = batching.bucket(max(len(row.tokens) for row in rows), self.model.max_positions)
         return sharding.put_rows(batching.batch(rows, self.tokenizer.pad_id, length), self.mesh)
 
@@ -177,49 +186,61 @@ class SFTTrainer:
         rows, size = self._rows.train, self.config.train.batch_size
         return [rows[i] for i in rows_at(step, size, len(rows), self.config.seed, self.config.data.shuffle)]
 
-    def _compile(self, state: TrainState, frozen: Params) -> None:
-        """Begin to compile the first step and the evaluation; `state` and `frozen` may be shapes."""
-        self._programs.compile(update, state, frozen, self._batch(self._rows_of(0)), self._key, **self._static)
-        for batch in itertools.islice(self._held_out(), 1):
+    def _compile(self, state: TrainState, frozen: Params, train: Sequence[Any], held_out: Sequence[Any]) -> None:
+        """Begin to compile a step on `train` and an evaluation of `held_out`; `state` and `frozen` may be shapes."""
+        self._programs.compile(update, state, frozen, self._batch(train), self._key, **self._static)
+        for batch in itertools.islice(self._held_out(held_out), 1):
             self._programs.compile(evaluate, {**frozen, **state.params["policy"]}, batch, model=self.model)
+
+    def compile_longest(self) -> None:
+        """Compile a step and an evaluation of the longest rows there are, and a sample; parameters may be shapes."""
+        state, train = self.state.template, self.config.train
+        rows = batching.longest(self._rows.train, train.batch_size)
+        self._compile(state, self.frozen, rows, batching.longest(self._rows.validation, train.eval_batch_size))
+        params = {**self.frozen, **state.params["policy"]}
+        copied = self._programs.compile(convert, params, self.model, self.inference).result()
+        prompts, sampling = self._prompts()
+        stops = self.tokenizer.stop_ids, self.tokenizer.pad_id
+        self._programs.compile(generate, copied, self.inference, prompts, self._key, sampling, *stops)
+        self._programs.finish()
 
     def _update(self, step: int) -> Metrics:
         self._programs.wait(update)
         batch = self._batch(self._rows_of(step))
-        self.state.value, metrics = update(self.state.value, self._frozen, batch, self._key, **self._static)
+        self.state.value, metrics = update(self.state.value, self.frozen, batch, self._key, **self._static)
         return metrics | {"epoch": (step + 1) * self.config.train.batch_size / len(self._rows.train)}
 
-    def _held_out(self) -> Iterator[Batch]:
-        """Batches of the held-out rows, the last one filled with rows that count for nothing."""
-        rows, size = self._rows.validation, self.config.train.eval_batch_size
+    def _held_out(self, rows: Sequence[Any]) -> Iterator[Batch]:
+        """Batches of held-out rows, the last one filled with rows that count for nothing."""
+        size = self.config.train.eval_batch_size
         for part in (rows[i : i + size] for i in range(0, len(rows), size)):
             blank = dataclasses.replace(part[0], loss_mask=[False] * len(part[0].tokens))
             yield self._batch([*part, *[blank] * (size - len(part))])
 
     def _evaluate(self) -> Metrics:
         self._programs.wait(evaluate)
-        records = [evaluate(self.params, batch, model=self.model) for batch in self._held_out()]
+        records = [evaluate(self.params, batch, model=self.model) for batch in self._held_out(self._rows.validation)]
         means = loop.weighted_mean([(float(count), metrics) for count, metrics in records])
         return {f"eval/{key}": value for key, value in means.items()}
 
-    def _samples(self) -> list[dict[str, Any]]:
+    def _prompts(self) -> tuple[Prompts, Sampling]:
+        """What samples begin with, in place, and how they are drawn: with room for a response in the context."""
         source = (self.data.validation or self.data.train)[: self.config.logging.num_samples]
         rows = [_prompt(row, index) for index, row in enumerate(source)]
         length = batching.bucket(max(len(row.tokens) for row in rows), self.model.max_positions)
         sampling = setup.fit_response(self.config.sampling, length, self.model)
-        model, copy = inference_copy(self.model, self.params, self.model.dtype)
-        rollout = generate(
-            copy,
-            model,
-            sharding.put_whole(batching.prompts(rows, self.tokenizer.pad_id, length), self.mesh),
-            jax.random.fold_in(self._key, int(self.state.value.step)),
-            sampling,
-            self.tokenizer.stop_ids,
-            self.tokenizer.pad_id,
-        )
+        return sharding.put_whole(batching.prompts(rows, self.tokenizer.pad_id, length), self.mesh), sampling
+
+    def _samples(self) -> list[dict[str, Any]]:
+        prompts, sampling = self._prompts()
+        key = jax.random.fold_in(self._key, int(self.state.value.step))
+        copied = convert(self.params, self.model, self.inference)
+        stops = self.tokenizer.stop_ids, self.tokenizer.pad_id
+        rollout = generate(copied, self.inference, prompts, key, sampling, *stops)
         texts = response_texts(rollout, self.tokenizer)
-        prompts = [self.tokenizer.decode(row.tokens) for row in rows]
-        return [{"prompt": p, "completion": t} for p, t in zip(prompts, texts, strict=True)]
+        begun = zip(np.asarray(prompts.tokens), np.asarray(prompts.mask), strict=True)
+        asked = [self.tokenizer.decode(tokens[mask].tolist()) for tokens, mask in begun]
+        return [{"prompt": p, "completion": t} for p, t in zip(asked, texts, strict=True)]
 
 
 def _prompt(row: SFTRow, index: int) -> PromptRow:

@@ -45,14 +45,14 @@ def test_supervised_runs_learn_in_their_adapters_alone(kind, supervised, on_disk
         "sft": lambda o: SFTTrainer(config.SFTConfig(**o)),
         "reward": lambda o: RewardTrainer(config.RewardConfig(**o)),
     }[kind](supervised | on_disk | {"run_dir": str(tmp_path / "run"), "lora": config.replace(LORA, dropout=0.1)})
-    before = jax.device_get(trainer._frozen)
+    before = jax.device_get(trainer.frozen)
     (trained,) = trainer.state.template.params.values()
     assert trained.keys() <= {"lora", "score"} and "lora" in trained
     assert sizes(trainer.state.template.opt_state) < 3 * sizes(trained) + 9, "no moments for what does not train"
     trainer.train()
     losses = [record["loss"] for record in records(tmp_path / "run")]
     assert losses[-1] < losses[0]
-    equal(trainer._frozen, before)
+    equal(trainer.frozen, before)
     files = {path.name for path in (tmp_path / "run" / "export").iterdir()}
     assert "adapter_model.safetensors" in files and "model.safetensors" not in files and "config.json" not in files
     model, params = jaxrlhf.load(tmp_path / "run")

@@ -11,7 +11,7 @@ from jaxrlhf import config
 from jaxrlhf.config import Critic, Reference
 from jaxrlhf.training import ppo_update
 from jaxrlhf.training.ppo import PPOTrainer
-from jaxrlhf.training.ppo_roles import make_critic
+from jaxrlhf.training.ppo_roles import critic_model, make_critic
 
 
 def test_every_epoch_and_every_update_has_an_order_of_its_own_over_the_whole_batch(monkeypatch):
@@ -58,7 +58,8 @@ def test_a_value_model_can_be_made_of_a_policy_with_tied_embeddings():
 def test_the_value_head_starts_at_zero(head):
     problem = case(critic=Critic(head=head))
     reference, mesh = problem.frozen["reference"], problem.roles.mesh
-    model, critic, _ = make_critic(problem.config, MODEL, problem.policy, reference, None, mesh, jax.random.key(0))
+    model = critic_model(problem.config, MODEL, None)
+    critic, _ = make_critic(problem.config, model, problem.policy, reference, None, mesh, jax.random.key(0))
     assert not np.any(jaxrlhf.models.scores(critic, model, jnp.ones((2, 3, 16))))
 
 
