@@ -9,7 +9,9 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -83,6 +85,15 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 def constrain(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Inside jit: hold a state to the rule table, so that what an update returns lies where it was given."""
     return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
+
+
+def place(shape: tuple[int, ...]) -> Array:
+    """The number of every element in row-major order, modulo 2^32: uint32 of `shape`, the same on any mesh, and made
+    where it is used."""
+    index = jnp.zeros(shape, jnp.uint32)
+    for axis, length in enumerate(shape):
+        index = index * np.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    return index
 
 
 def put_rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
