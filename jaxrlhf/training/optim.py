@@ -70,7 +70,7 @@ def scale_by_adam(beta1: float, beta2: float, eps: float, dtype: str) -> optax.G
     step, which is less than half of bfloat16's last place: it would stand still, so it rounds stochastically.
     """
 
-    def init(params: Params) -> optax.ScaleByAdamState:
+    def init(params: Any) -> optax.ScaleByAdamState:
         return optax.ScaleByAdamState(
             count=jnp.zeros([], jnp.int32),
             mu=optax.tree.zeros_like(params, dtype=dtype),
@@ -98,10 +98,8 @@ def scale_by_adam(beta1: float, beta2: float, eps: float, dtype: str) -> optax.G
         mu = jax.tree.map(first, state.mu, updates)
         nu = jax.tree_util.tree_map_with_path(second, state.nu, updates)
         mu, nu = jax.lax.optimization_barrier((mu, nu))
-        wide = optax.tree.cast((mu, nu), jnp.float32)
-        mean, square = (
-            optax.tree.bias_correction(x, beta, count) for x, beta in zip(wide, (beta1, beta2), strict=True)
-        )
+        mean = optax.tree.bias_correction(optax.tree.cast(mu, jnp.float32), beta1, count)
+        square = optax.tree.bias_correction(optax.tree.cast(nu, jnp.float32), beta2, count)
         updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square)
         return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
@@ -115,7 +113,7 @@ def rounded(x: Array, seed: Array) -> Array:
     `seed`, uint32 [], and an element's place decide, on any mesh. The bits are hashed in place, because those of
     jax.random would lie in memory, as large as `x` in float32.
     """
-    noise = _mix(sharding.place(x.shape) ^ _mix(seed)) >> 16
+    noise = _mix(sharding.places(x.shape, _mix(seed))) >> 16
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise  # carries into what is kept as often as x is above it
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 

@@ -15,11 +15,11 @@ from jaxrlhf.models import ModelConfig
 from jaxrlhf.training import setup
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.ppo_replay import empty_replay, widened
-from jaxrlhf.training.ppo_roles import Roles, make_critic, policy_of, reference_dtype, trunk_kind
+from jaxrlhf.training.ppo_roles import Roles, make_critic, policy_of, reference_dtype, reference_of, trunk_kind
 from jaxrlhf.training.ppo_rollout import Sampler
 from jaxrlhf.training.ppo_update import annotate, update
 from jaxrlhf.training.step import Metrics
-from jaxrlhf.types import Experience, Params, Rollout
+from jaxrlhf.types import Experience, Params, Rollout, TrainState
 
 
 class Learner:
@@ -51,8 +51,10 @@ class Learner:
         moving = None
         if self.moving:
             moving = setup.copy(trained, "float32", self.mesh) if base else reference
-        self.frozen = {"policy": base, "reference": base if self.moving else reference, "critic": trunk}
         self.identity = setup.params_fingerprint(reference)
+        if config.reference.offload:
+            reference = sharding.to_host(reference)
+        self.frozen = {"policy": base, "reference": base if self.moving else reference, "critic": trunk}
 
         def steps(first: int) -> int:
             """Optimizer steps from update `first` on; a rollout is only there to be learnt from again once it is."""
@@ -84,6 +86,7 @@ class Learner:
             optimizers,
             self.mesh,
             ppo.kl_coef,
+            config.optim.offload,
             score_stats=sharding.put_whole(no_stats(), self.mesh),
             reference=moving,
             replay=empty_replay(config, self.roles, self._room()) if ppo.replay else None,
@@ -94,11 +97,16 @@ class Learner:
         """The policy's parameters as they are now, adapters and what is under them."""
         return policy_of(self.state.value.params, self.frozen)
 
+    @property
+    def reference(self) -> Params:
+        """The reference's parameters as they are now, on the device."""
+        return sharding.to_device(reference_of(self.state.value, self.frozen))
+
     def learn(
         self, rollout: Rollout, scores: np.ndarray, token_scores: np.ndarray | None, key: Array
     ) -> tuple[Experience, Metrics]:
         """Shape the scores, annotate the rollout, and make the update's optimizer steps; moves `state` on."""
-        config, state, ahead = self.config, self.state.value, self.sampler.programs
+        config, state, ahead = self.config, _without_moments(self.state.value), self.sampler.programs
         if config.ppo.replay:
             pad = self.sampler.tokenizer.pad_id
             rollout, token_scores = widened(rollout, token_scores, self._room(), pad, self.mesh)
@@ -115,11 +123,16 @@ class Learner:
             longest=length,
         )
         placed = sharding.put_rows(np.asarray(placed), self.mesh)
-        state = dataclasses.replace(state, score_stats=sharding.put_whole(jax.device_get(stats), self.mesh))
+        stats = sharding.put_whole(jax.device_get(stats), self.mesh)
         if token_scores is not None:
             token_scores = sharding.put_rows(np.asarray(token_scores, np.float32), self.mesh)
-        experience, before = annotate(state, self.frozen, rollout, placed, token_scores, roles=self.roles)
-        self.state.value, after = update(state, self.frozen, experience, key, roles=self.roles)
+        frozen = {**self.frozen, "reference": sharding.to_device(self.frozen["reference"])}
+        experience, before = annotate(state, frozen, rollout, placed, token_scores, roles=self.roles)
+        del state, frozen
+        if config.reference.offload:
+            jax.block_until_ready(experience)  # the reference has left before moments and gradients come
+        state = dataclasses.replace(self.state.ready, score_stats=stats)
+        self.state.value, after = update(state, self._learnt_over, experience, key, roles=self.roles)
         rate = after.pop("policy/learning_rate")
         return experience, before | after | {"learning_rate": rate, "objective/raw_scores": float(np.mean(scores))}
 
@@ -130,14 +143,26 @@ class Learner:
         size, length = self.config.ppo.batch_size, self.config.sampling.response_length
         scores = sharding.put_rows(np.zeros(size, np.float32), self.mesh)
         more = sharding.put_rows(np.zeros((size, length), np.float32), self.mesh) if per_token else None
-        state, frozen, roles, ahead = self.state.template, self.frozen, self.roles, self.sampler.programs
+        state, roles, ahead = self.state.template, self.roles, self.sampler.programs
+        annotated = _without_moments(state), {**self.frozen, "reference": sharding.on_device(self.frozen["reference"])}
         made = ahead.begin(
-            lambda: programs.outputs(annotate, state, frozen, rollout.result(), scores, more, roles=roles), annotate
+            lambda: programs.outputs(annotate, *annotated, rollout.result(), scores, more, roles=roles), annotate
         )
+        frozen = self._learnt_over
         ahead.begin(lambda: programs.outputs(update, state, frozen, made.result()[0], key, roles=roles), update)
+
+    @property
+    def _learnt_over(self) -> dict[str, Params]:
+        """What is frozen and has a part in an update: annotation has said what the reference says."""
+        return {role: self.frozen[role] for role in ("policy", "critic")}
 
     def _room(self) -> tuple[int, int]:
         """(P, R) of every experience that is kept for replay."""
         if not self.sampler.columns:
             raise ConfigError("ppo.replay keeps rollouts in arrays as wide as the prompts of data.path, which is empty")
         return self.sampler.columns, self.config.sampling.response_length
+
+
+def _without_moments(state: TrainState) -> TrainState:
+    """What annotation reads of a state, wherever the moments are."""
+    return dataclasses.replace(state, opt_state={})
