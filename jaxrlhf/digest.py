@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf import sharding
 from jaxrlhf.errors import StorageError
 
 
@@ -50,7 +51,7 @@ def digests(leaves: dict[str, Any]) -> dict[str, str]:
     Changing one element always changes it, as every multiplier is odd.
     """
     # One at a time: each sums over devices, and XLA's CPU client deadlocks when many such programs are under way.
-    lanes = [jax.device_get(_lanes(leaf)) for leaf in leaves.values()]
+    lanes = [jax.device_get(_lanes(sharding.to_device(leaf))) for leaf in leaves.values()]
     return {
         path: f"{int(a):08x}{int(b):08x}:{kind(leaf)}"
         for (path, leaf), (a, b) in zip(leaves.items(), lanes, strict=True)
@@ -99,9 +100,7 @@ def _lanes(x: jax.Array) -> jax.Array:  # uint32 [2]
         x.dtype.itemsize, jnp.uint32
     )  # 8 bytes become two words on a new last axis
     words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
-    index = jnp.zeros(words.shape, jnp.uint32)
-    for axis, length in enumerate(words.shape):
-        index = index * np.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    index = sharding.places(words.shape)
     first = (index * np.uint32(0x9E3779B1) ^ (index >> 15)) | np.uint32(1)
     second = (index * np.uint32(0x85EBCA77) + np.uint32(0xC2B2AE3D)) | np.uint32(1)
     return jnp.stack([jnp.sum(words * first, dtype=jnp.uint32), jnp.sum(words * second, dtype=jnp.uint32)])

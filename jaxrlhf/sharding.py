@@ -5,19 +5,24 @@ slice and gathers when needed) and `tensor` (each device works on its share of h
 Gradients and Adam's moments follow their parameters, because their paths end in the parameter's path.
 """
 
+import math
 import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from jaxrlhf import config
 from jaxrlhf.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))
+HOST = "pinned_host"  # memory of the host that devices copy to and from by themselves
 
 # First match wins; a leading None is the stacked layer axis.
 RULES: tuple[tuple[str, P], ...] = (
@@ -90,6 +95,16 @@ def constrain(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
 
 
+def places(shape: tuple[int, ...], first: ArrayLike = 0) -> Array:
+    """The number of every element in row-major order, counted from `first` modulo 2^32: uint32 of `shape`, the same on
+    any mesh. Made where it is used: it begins with `first`, and what depends on that is not moved out of a loop."""
+    numbers = jnp.full(shape, first, jnp.uint32)
+    for axis in range(len(shape)):
+        stride = np.uint32(math.prod(shape[axis + 1 :]) % 2**32)
+        numbers += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+    return numbers
+
+
 def put_rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Host arrays with a leading row axis, split over the devices that share a batch."""
     return jax.device_put(tree, NamedSharding(mesh, ROWS))
@@ -103,6 +118,51 @@ def rows_shape(array: Any, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
 def put_whole(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Host arrays, the same on every device."""
     return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def to_host(tree: Any) -> Any:
+    """The arrays in memory of the host, split as they were; what was on the devices is deleted."""
+    moved = _moved(tree, HOST)
+    for old, new in zip(jax.tree.leaves(tree), jax.tree.leaves(moved), strict=True):
+        if new is not old:
+            old.delete()
+    return moved
+
+
+def to_device(tree: Any) -> Any:
+    """The arrays in memory of the devices, split as they were; those that are there already are not copied."""
+    return _moved(tree, _device_kind())
+
+
+def on_device(tree: Any) -> Any:
+    """Shapes, dtypes and places of what `to_device` would give."""
+    kind = _device_kind()
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(kind)), tree
+    )
+
+
+def check_host_memory(mesh: jax.sharding.Mesh, what: str) -> None:
+    """Refuse to keep arrays in memory of the host where devices do not reach it; `what` is the config key."""
+    device = mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST not in kinds:
+        raise ConfigError(
+            f"{what} is true, but jax's {device.platform} backend ({device.device_kind}) has no memory of kind {HOST}, "
+            f"only {', '.join(kinds)}: there is nowhere to keep it. Leave it false; docs/performance.md has what else "
+            "saves memory"
+        )
+
+
+def _moved(tree: Any, kind: str) -> Any:
+    def move(x: Array) -> Array:
+        return x if x.sharding.memory_kind == kind else jax.device_put(x, x.sharding.with_memory_kind(kind))
+
+    return jax.tree.map(move, tree)
+
+
+def _device_kind() -> str:
+    return jax.local_devices()[0].default_memory().kind
 
 
 def check_rows(rows: int, mesh: jax.sharding.Mesh, what: str) -> None:

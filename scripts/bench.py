@@ -9,7 +9,8 @@ matrix products and memory are timed, for the floors. Progress goes to standard 
 
     contestants   by name: seconds (median, min, max), tokens_per_second, peak_bytes, floor_percent, decode_percent,
                   update_percent, phases (median seconds), rates, knobs, versions; with --profile, of ours, profile:
-                  the share of each kind of operation in the time of all
+                  the share of each kind of operation in the time of all;
+                  of memory, gigabytes by variant (bench_memory.py)
     ratio         by peer: our tokens per second over theirs
     limits        GF/s by dtype and GB/s, each the best that this run measured
 
@@ -34,7 +35,10 @@ from typing import Any
 from bench_process import Contestant, Job, strong_knobs
 from bench_shapes import SHAPES, add_percentages, write_model
 
-BATCH = {"generate": 8, "engine": 128, "prefix": 16, "logprobs": 8, "sft": 8, "reward": 8, "ppo": 16, "startup": 16}
+BATCH = {
+    "generate": 8, "engine": 128, "prefix": 16, "logprobs": 8, "sft": 8, "reward": 8, "ppo": 16, "startup": 16,
+    "memory": 16,
+}  # fmt: skip
 CASES = ("limits", *BATCH)
 PEERS = {
     "hf": ("limits", "generate", "engine", "logprobs", "sft", "reward"),
@@ -54,6 +58,7 @@ OPTIONS = {  # of some cases only
     "reward": TRAINING,
     "ppo": ("epochs", "lora_rank", "quantize", "rollout_dtype", "frozen_dtype", *TRAINING),
     "startup": ("epochs", *TRAINING),
+    "memory": ("epochs",),
 }
 SETTLE = (
     1.0  # seconds before a repetition: threads of the one before spin for a fraction of one when they have finished
@@ -237,6 +242,8 @@ def summary(contestant: Contestant, results: list[dict[str, Any]]) -> dict[str, 
         names = dict.fromkeys(name for r in results for name in r.get(kind, {}))
         if names:
             found[kind] = {n: round(statistics.median(r[kind][n] for r in results), 4) for n in names}
+    if "gigabytes" in results[0]:
+        found["gigabytes"] = results[0]["gigabytes"]  # sizes, the same at every repetition
     return found | {"dtype": contestant.job.dtype, "knobs": contestant.knobs, **contestant.about}
 
 

@@ -33,6 +33,7 @@ turns = Turns()  # only now: it takes standard output, and the restarted process
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from bench_memory import table  # noqa: E402
 
 from jaxrlhf import sharding, weights  # noqa: E402
 from jaxrlhf.config import (  # noqa: E402
@@ -315,6 +316,16 @@ def startup(job: Job, name: str) -> Repeat:
     return repeat
 
 
+def memory(job: Job, name: str) -> Repeat:
+    """What each memory saver saves; the seconds are those of compiling."""
+
+    def repeat() -> dict[str, Any]:
+        seconds, found = timed(lambda: table(job))
+        return {"seconds": seconds, "gigabytes": found}
+
+    return repeat
+
+
 CASES: dict[str, Callable[[Job, str], Repeat]] = {
     "limits": limits,
     "generate": generation,
@@ -325,6 +336,7 @@ CASES: dict[str, Callable[[Job, str], Repeat]] = {
     "reward": supervised,
     "ppo": iteration,
     "startup": startup,
+    "memory": memory,
 }
 
 

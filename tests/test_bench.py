@@ -80,6 +80,7 @@ def test_generate(tmp_path):
         ("reward", ["ours"]),
         ("ppo", ["ours"]),
         ("startup", ["cold", "cached"]),
+        ("memory", ["ours"]),
     ],
 )
 def test_other_cases(case, contestants):
@@ -88,6 +89,11 @@ def test_other_cases(case, contestants):
     assert list(found["contestants"]) == contestants
     if case == "ppo":
         assert set(found["contestants"]["ours"]["phases"]) == {"rollout", "scoring", "update"}
+    if case == "memory":
+        sizes = found["contestants"]["ours"]["gigabytes"]
+        whole, short, away = (sizes[name] for name in ("baseline", "optim.state_dtype bfloat16", "optim.offload"))
+        assert short["moments"] == pytest.approx(whole["moments"] / 2, rel=0.3)
+        assert away["update"] == whole["update"] and away["rollout"] < whole["rollout"]
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class SFTConfig:
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
 
     def __post_init__(self) -> None:
-        _check_train(self.train)
+        _check_supervised(self.train, self.optim)
 
 
 @section
@@ -68,7 +68,7 @@ class RewardConfig:
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
 
     def __post_init__(self) -> None:
-        _check_train(self.train)
+        _check_supervised(self.train, self.optim)
         if self.frozen_trunk and self.lora.enabled:
             raise ValueError("frozen_trunk is true and lora.enabled too: adapters are how a trunk trains; choose one")
 
@@ -176,6 +176,7 @@ def _check_ppo(config: PPOConfig) -> None:
             "reference.dtype is bfloat16 with reference.sync_alpha below 1: small moves would be rounded away; "
             "use float32, or auto"
         )
+    _check_offload(config)
     held_out = config.data.validation_path or config.data.validation_fraction
     wanted = [
         key for key, value in (
@@ -190,12 +191,33 @@ def _check_ppo(config: PPOConfig) -> None:
         )
 
 
+def _check_offload(config: PPOConfig) -> None:
+    """A reference that is no model of its own cannot leave the device."""
+    if not config.reference.offload:
+        return
+    reason = ""
+    if config.lora.enabled:
+        reason = "lora.enabled is too: the reference is the model under the policy's adapters, and no second copy"
+    elif config.reference.sync_every:
+        reason = f"reference.sync_every is {config.reference.sync_every}: an update moves it, on the device"
+    elif config.critic.trunk == "frozen" and config.critic.init == "policy":
+        reason = "critic.trunk is frozen: the critic's trunk is the reference's own arrays"
+    if reason:
+        raise ValueError(f"reference.offload is true, and {reason}; leave it false")
+
+
 def _near(wanted: int, whole: int) -> int:
     """The largest divisor of `whole` that is not above `wanted`."""
     return max(n for n in range(1, wanted + 1) if whole % n == 0)
 
 
-def _check_train(train: Train) -> None:
+def _check_supervised(train: Train, optim: Optim) -> None:
+    if optim.offload:
+        raise ValueError(
+            "optim.offload is true: in supervised training every step needs the moments, and what comes between steps "
+            "takes less memory than a step, so nothing would be saved; it is for PPO. optim.state_dtype: bfloat16, "
+            "train.micro_batch_size and lora.enabled do save memory here"
+        )
     if train.micro_batch_size and train.batch_size % train.micro_batch_size:
         raise ValueError(
             f"train.micro_batch_size ({train.micro_batch_size}) must divide train.batch_size ({train.batch_size}); "

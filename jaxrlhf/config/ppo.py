@@ -39,6 +39,8 @@ class Reference:
     """Updates after which the reference moves to the policy; 0: never. From then on the KL is to a moving point."""
     sync_alpha: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
     """How far it moves: 1 all the way; less keeps an exponential moving average of the policy."""
+    offload: Bool = False
+    """Keep it in the host's memory, and on the device only while it scores a rollout."""
 
 
 @section

@@ -108,6 +108,12 @@ class Optim:
     eps: Positive = 1e-8
     max_grad_norm: Positive = 1.0
     """Global norm above which a gradient is scaled down; a very large number switches it off."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage of Adam's two moments; steps are computed in float32. bfloat16 takes half of the memory, and rounds the
+    second moment stochastically."""
+    offload: Bool = False
+    """PPO: the moments are in the host's memory while responses are drawn, scored and annotated, and on the device for
+    the update alone."""
 
 
 @section

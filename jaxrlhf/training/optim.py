@@ -1,16 +1,18 @@
 """From an `Optim` section to an optax chain."""
 
 import functools
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
+from jaxrlhf import sharding
 from jaxrlhf.config import Optim
-from jaxrlhf.sharding import path_of
 from jaxrlhf.types import Params
 
 DECAYED = ("kernel", "embedding", "/a", "/b")  # matrices, those of adapters too
@@ -50,37 +52,78 @@ def make_optimizer(config: Optim, learning_rate: float, total_steps: int) -> Opt
     """AdamW (https://arxiv.org/abs/1711.05101) on a schedule; decay touches matrices and embeddings only."""
     rate = schedule(config, learning_rate, total_steps)
     chain = optax.chain(
-        scale_by_adam(config.beta1, config.beta2, config.eps),
+        scale_by_adam(config.beta1, config.beta2, config.eps, config.state_dtype),
         optax.add_decayed_weights(config.weight_decay, mask=_decayed) if config.weight_decay else optax.identity(),
         optax.scale_by_learning_rate(rate),
     )
     return Optimizer(chain, config.max_grad_norm, rate)
 
 
-def scale_by_adam(beta1: float, beta2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam` in the memory of one state. Its update takes `finite`; where false, moments and count stay.
+def scale_by_adam(beta1: float, beta2: float, eps: float, dtype: str) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam` in the memory of one state, its moments in `dtype`. Its update takes `finite`; where false,
+    moments and count stay.
 
     XLA would compute the update from the old moments while it writes the new ones, and so keep a second copy of them;
     a barrier between the two makes it read what was written.
+
+    In bfloat16 the first moment rounds to nearest, as optax's does. The second changes by 1 - beta2 of itself in a
+    step, which is less than half of bfloat16's last place: it would stand still, so it rounds stochastically.
     """
-    plain = optax.scale_by_adam(beta1, beta2, eps)
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        return optax.ScaleByAdamState(
+            count=jnp.zeros([], jnp.int32),
+            mu=optax.tree.zeros_like(params, dtype=dtype),
+            nu=optax.tree.zeros_like(params, dtype=dtype),
+        )
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         finite: Array = extra["finite"]
+        count = state.count + finite
 
         def moment(decay: float, old: Array, new: Array) -> Array:
-            return jnp.where(finite, (1 - decay) * new + decay * old, old)
+            return (1 - decay) * new + decay * old.astype(jnp.float32)
 
-        mu = jax.tree.map(lambda m, g: moment(beta1, m, g), state.mu, updates)
-        nu = jax.tree.map(lambda v, g: moment(beta2, v, g * g), state.nu, updates)
+        def first(m: Array, g: Array) -> Array:
+            return jnp.where(finite, moment(beta1, m, g).astype(dtype), m)
+
+        def second(keys: Any, v: Array, g: Array) -> Array:
+            new = moment(beta2, v, g * g)
+            if dtype == "bfloat16":
+                new = rounded(
+                    new, _mix(count.astype(jnp.uint32)) ^ np.uint32(zlib.crc32(sharding.path_of(keys).encode()))
+                )
+            return jnp.where(finite, new, v)
+
+        mu = jax.tree.map(first, state.mu, updates)
+        nu = jax.tree_util.tree_map_with_path(second, state.nu, updates)
         mu, nu = jax.lax.optimization_barrier((mu, nu))
-        count = state.count + finite
-        first, second = optax.tree.bias_correction(mu, beta1, count), optax.tree.bias_correction(nu, beta2, count)
-        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), first, second)
+        mean = optax.tree.bias_correction(optax.tree.cast(mu, jnp.float32), beta1, count)
+        square = optax.tree.bias_correction(optax.tree.cast(nu, jnp.float32), beta2, count)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square)
         return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
-    return optax.GradientTransformationExtraArgs(plain.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def rounded(x: Array, seed: Array) -> Array:
+    """float32 `x` of any shape, not negative, in bfloat16: up or down, the nearer the likelier, so that the mean is `x`
+    (stochastic rounding, https://arxiv.org/abs/2010.06192).
+
+    `seed`, uint32 [], and an element's place decide, on any mesh. The bits are hashed in place, because those of
+    jax.random would lie in memory, as large as `x` in float32.
+    """
+    noise = _mix(sharding.places(x.shape, _mix(seed))) >> 16
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise  # carries into what is kept as often as x is above it
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+
+def _mix(x: Array) -> Array:
+    """A hash of uint32 to uint32: MurmurHash3's finaliser (https://github.com/aappleby/smhasher)."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def _decayed(params: Params) -> Params:
-    return jax.tree_util.tree_map_with_path(lambda keys, _: path_of(keys).endswith(DECAYED), params)
+    return jax.tree_util.tree_map_with_path(lambda keys, _: sharding.path_of(keys).endswith(DECAYED), params)

@@ -20,6 +20,9 @@ def check_run(
     """Raise ConfigError for what models and devices cannot do, as far as descriptions of them tell. `longest` is the
     length of the longest prompt (0: not known)."""
     ppo, size = config.ppo, config.ppo.batch_size
+    for section in ("optim", "reference"):
+        if getattr(config, section).offload:
+            sharding.check_host_memory(mesh, f"{section}.offload")
     if config.critic.warmup_updates >= updates:
         raise ConfigError(
             f"critic.warmup_updates is {config.critic.warmup_updates} and the run has {updates} updates: the policy "

@@ -18,11 +18,19 @@ from jaxrlhf.models import ModelConfig
 from jaxrlhf.training import setup
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.ppo_replay import empty_replay, widened
-from jaxrlhf.training.ppo_roles import Roles, critic_model, make_critic, policy_of, reference_dtype, trunk_kind
+from jaxrlhf.training.ppo_roles import (
+    Roles,
+    critic_model,
+    make_critic,
+    policy_of,
+    reference_dtype,
+    reference_of,
+    trunk_kind,
+)
 from jaxrlhf.training.ppo_rollout import Sampler
 from jaxrlhf.training.ppo_update import annotate, update
 from jaxrlhf.training.step import Metrics
-from jaxrlhf.types import Experience, Params, Rollout
+from jaxrlhf.types import Experience, Params, Rollout, TrainState
 
 
 def _begin(
@@ -77,13 +85,11 @@ class Learner:
         def begin(policy: Params, judge: Params | None) -> tuple[dict[str, Params], dict[str, Params], Params, Any]:
             return _begin(config, model, critic, policy, judge, self.mesh, keys)
 
-        made = (
-            setup.outline(begin, self.mesh, policy, judge and judge[1])
-            if abstract
-            else begin(policy, judge and judge[1])
-        )
-        trained, self.frozen, reference, moving = made
+        given = policy, judge and judge[1]
+        trained, self.frozen, reference, moving = setup.outline(begin, self.mesh, *given) if abstract else begin(*given)
         self.identity = "" if abstract else setup.params_fingerprint(reference)
+        if config.reference.offload and not abstract:
+            self.frozen["reference"] = sharding.to_host(reference)
 
         def steps(first: int) -> int:
             """Optimizer steps from update `first` on; a rollout is only there to be learnt from again once it is."""
@@ -115,6 +121,7 @@ class Learner:
             optimizers,
             self.mesh,
             ppo.kl_coef,
+            config.optim.offload,
             score_stats=sharding.put_whole(no_stats(), self.mesh),
             reference=moving,
             replay=self._replay(abstract) if ppo.replay else None,
@@ -125,11 +132,16 @@ class Learner:
         """The policy's parameters as they are now, adapters and what is under them."""
         return policy_of(self.state.value.params, self.frozen)
 
+    @property
+    def reference(self) -> Params:
+        """The reference's parameters as they are now, on the device."""
+        return sharding.to_device(reference_of(self.state.value, self.frozen))
+
     def learn(
         self, rollout: Rollout, scores: np.ndarray, token_scores: np.ndarray | None, key: Array
     ) -> tuple[Experience, Metrics]:
         """Shape the scores, annotate the rollout, and make the update's optimizer steps; moves `state` on."""
-        config, state, ahead = self.config, self.state.value, self.sampler.programs
+        config, state, ahead = self.config, _without_moments(self.state.value), self.sampler.programs
         if config.ppo.replay:
             pad = self.sampler.tokenizer.pad_id
             rollout, token_scores = widened(rollout, token_scores, self._room(), pad, self.mesh)
@@ -146,11 +158,16 @@ class Learner:
             longest=length,
         )
         placed = sharding.put_rows(np.asarray(placed), self.mesh)
-        state = dataclasses.replace(state, score_stats=sharding.put_whole(jax.device_get(stats), self.mesh))
+        stats = sharding.put_whole(jax.device_get(stats), self.mesh)
         if token_scores is not None:
             token_scores = sharding.put_rows(np.asarray(token_scores, np.float32), self.mesh)
-        experience, before = annotate(state, self.frozen, rollout, placed, token_scores, roles=self.roles)
-        self.state.value, after = update(state, self.frozen, experience, key, roles=self.roles)
+        frozen = {**self.frozen, "reference": sharding.to_device(self.frozen["reference"])}
+        experience, before = annotate(state, frozen, rollout, placed, token_scores, roles=self.roles)
+        del state, frozen
+        if config.reference.offload:
+            jax.block_until_ready(experience)  # the reference has left before moments and gradients come
+        state = dataclasses.replace(self.state.ready, score_stats=stats)
+        self.state.value, after = update(state, self._learnt_over, experience, key, roles=self.roles)
         rate = after.pop("policy/learning_rate")
         return experience, before | after | {"learning_rate": rate, "objective/raw_scores": float(np.mean(scores))}
 
@@ -159,7 +176,8 @@ class Learner:
         size, length = self.config.ppo.batch_size, self.config.sampling.response_length
         scores = sharding.put_rows(np.zeros(size, np.float32), self.mesh)
         more = sharding.put_rows(np.zeros((size, length), np.float32), self.mesh) if per_token else None
-        state, frozen, roles, ahead = self.state.template, self.frozen, self.roles, self.sampler.programs
+        state, roles, ahead = self.state.template, self.roles, self.sampler.programs
+        annotated = _without_moments(state), {**self.frozen, "reference": sharding.on_device(self.frozen["reference"])}
 
         def learnt() -> Rollout:
             """What is kept for replay is as wide as it may be."""
@@ -170,9 +188,15 @@ class Learner:
             return jax.tree.map(lambda x: sharding.rows_shape(x, self.mesh), one)
 
         made = ahead.begin(
-            lambda: programs.outputs(annotate, state, frozen, learnt(), scores, more, roles=roles), annotate
+            lambda: programs.outputs(annotate, *annotated, learnt(), scores, more, roles=roles), annotate
         )
+        frozen = self._learnt_over
         ahead.begin(lambda: programs.outputs(update, state, frozen, made.result()[0], key, roles=roles), update)
+
+    @property
+    def _learnt_over(self) -> dict[str, Params]:
+        """What is frozen and has a part in an update: annotation has said what the reference says."""
+        return {role: self.frozen[role] for role in ("policy", "critic")}
 
     def _replay(self, abstract: bool) -> Experience:
         empty = functools.partial(empty_replay, self.config, self.roles, self._room())
@@ -183,3 +207,8 @@ class Learner:
         if not self.sampler.columns:
             raise ConfigError("ppo.replay keeps rollouts in arrays as wide as the prompts of data.path, which is empty")
         return self.sampler.columns, self.config.sampling.response_length
+
+
+def _without_moments(state: TrainState) -> TrainState:
+    """What annotation reads of a state, wherever the moments are."""
+    return dataclasses.replace(state, opt_state={})

@@ -227,7 +227,8 @@ class State:
     """The state of a run, made from `params` on first use (which consumes them) unless a checkpoint takes their place.
 
     `more` are further fields of the state, arrays in their places. `template` has its shapes, dtypes and shardings
-    without its memory; for it alone, `params` may be shapes too.
+    without its memory; for it alone, `params` may be shapes too. With `offload` the moments of `value` lie in memory of
+    the host, and an update takes `ready`.
     """
 
     def __init__(
@@ -236,6 +237,7 @@ class State:
         optimizers: dict[str, Optimizer],
         mesh: jax.sharding.Mesh,
         kl_coef: float = 0.0,
+        offload: bool = False,
         **more: Any,
     ) -> None:
         self._begin = functools.partial(_begin, optimizers=tuple(optimizers.items()), kl_coef=kl_coef, mesh=mesh)
@@ -245,6 +247,7 @@ class State:
         self.template: TrainState = sharding.placed(begun, sharding.shardings(begun, mesh))
         self._params: dict[str, Params] | None = params
         self._more: dict[str, Any] = more
+        self._offload = offload
         self._value: TrainState | None = None
 
     @property
@@ -257,7 +260,15 @@ class State:
 
     @value.setter
     def value(self, state: TrainState) -> None:
-        self._value, self._params, self._more = state, None, {}
+        self._value, self._params, self._more = None, None, {}  # the host does not hold the moments before and after
+        if self._offload:
+            state = dataclasses.replace(state, opt_state=sharding.to_host(state.opt_state))
+        self._value = state
+
+    @property
+    def ready(self) -> TrainState:
+        """`value` with its moments on the device, for an update, whose result is the next `value`."""
+        return dataclasses.replace(self.value, opt_state=sharding.to_device(self.value.opt_state))
 
 
 def check_context(lengths: Sequence[int], model: ModelConfig, what: str, lower: str) -> None:

@@ -30,7 +30,7 @@ from jaxrlhf.rollout.text import read
 from jaxrlhf.spelling import did_you_mean
 from jaxrlhf.training.loop import Metrics, Session
 from jaxrlhf.training.ppo_learner import Learner
-from jaxrlhf.training.ppo_roles import Roles, reference_of, sequence_logprobs
+from jaxrlhf.training.ppo_roles import Roles, sequence_logprobs
 from jaxrlhf.training.ppo_rollout import Sampler
 from jaxrlhf.training.step import join_rows, split_rows
 from jaxrlhf.types import Params, Rollout
@@ -183,7 +183,7 @@ class Validator:
         return scored.totals
 
     def _kl(self, learner: Learner, rollout: Rollout) -> Array:
-        policy, reference = learner.policy, reference_of(learner.state.value, learner.frozen)
+        policy, reference = learner.policy, learner.reference
         placed = sharding.put_rows(rollout, self.sampler.mesh)
         parts = rollout.tokens.shape[0] // self._slice()
         return sequence_kl(policy, reference, placed, roles=learner.roles, parts=parts)

@@ -58,13 +58,17 @@ def reward(prompts, completions, **columns):
 def make(supervised, ppo, one_length, tmp_path):
     """A trainer of six steps over these rows, evaluating every other one."""
 
-    def build(method, rollout=None, **keywords):
+    def build(method, rollout=None, more=None, **keywords):
         base = ppo if method == "ppo" else supervised
-        options = base | {
-            "run_dir": str(tmp_path / "run"),
-            "data": config.replace(base["data"], path=one_length),
-            "logging": config.Logging(quiet=True, tensorboard=False, sample_every=0),
-        }
+        options = (
+            base
+            | (more or {})
+            | {
+                "run_dir": str(tmp_path / "run"),
+                "data": config.replace(base["data"], path=one_length),
+                "logging": config.Logging(quiet=True, tensorboard=False, sample_every=0),
+            }
+        )
         if method == "ppo":
             chosen = config.PPOConfig(**options, rollout=rollout or config.Engine())
             return PPOTrainer(chosen, reward=reward, **keywords)
@@ -109,13 +113,16 @@ def test_the_first_step_waits_for_what_is_being_compiled(method, make, monkeypat
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize(("slots", "rollout"), [(0, ("generate",)), (3, ("_admit", "advance"))])
-def test_ppo_programs_compile_once(slots, rollout, ahead, make, stop_at_two):
+@pytest.mark.parametrize(
+    ("slots", "rollout", "offload"), [(0, ("generate",), False), (3, ("_admit", "advance"), False), (0, (), True)]
+)
+def test_ppo_programs_compile_once(slots, rollout, offload, ahead, make, stop_at_two):
     chosen = config.Engine(slots=slots)
+    more = {"optim": config.Optim(offload=offload), "reference": config.Reference(offload=offload)}
     with compilations() as count:
         with pytest.raises(Preempted):
-            make("ppo", rollout=chosen, ahead=ahead).train()
-        make("ppo", rollout=chosen, ahead=ahead).train()
+            make("ppo", rollout=chosen, more=more, ahead=ahead).train()
+        make("ppo", rollout=chosen, more=more, ahead=ahead).train()
     expected = dict.fromkeys((*rollout, "annotate", "update"), 1)
     assert {name: count[name] for name in expected} == expected, count
 

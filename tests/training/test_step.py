@@ -54,8 +54,9 @@ def state_of(params, optimizer):
 
 @pytest.mark.parametrize("poison", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_non_finite_step_changes_nothing_bit_for_bit(poison, where):
-    optimizer = make_optimizer(Optim(learning_rate=0.1), 0.1, 10)
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+def test_a_non_finite_step_changes_nothing_bit_for_bit(poison, where, storage):
+    optimizer = make_optimizer(Optim(learning_rate=0.1, state_dtype=storage), 0.1, 10)
     state = state_of({"w": jnp.array([1.0, -2.0])}, optimizer)
     good = {"policy": {"w": jnp.array([0.3, 0.4])}}
     state, _ = step.apply(state, good, jnp.float32(1), (("policy", optimizer),))
