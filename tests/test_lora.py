@@ -91,6 +91,8 @@ def test_rows_of_new_tokens_stand_in_place_of_the_tables(family):
     table[[28, 5]] = added["lora"]["rows"]["embedding"]
     np.testing.assert_array_equal(merged["embed"]["embedding"], table)
     assert ("kernel" in added["lora"]["rows"]) == (not model.tie_embeddings)
+    trunk = lora.merge({k: v for k, v in ({**base, **added}).items() if k != "lm_head"}, model)  # as a critic shares it
+    np.testing.assert_array_equal(trunk["embed"]["embedding"], table)
     positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
     inference, copy = inference_copy(model, {**base, **added}, "float32")
     decoded, _ = forward_cached(copy, inference, tokens, mask, positions, empty_cache(inference, 2, 7), 0)
