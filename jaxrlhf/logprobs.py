@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from jaxrlhf import runtime
 from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.masked import Scalar
-from jaxrlhf.models import ModelConfig, forward, scores
+from jaxrlhf.models import ModelConfig, forward, lm_weight, scores
 from jaxrlhf.models.attention import MASKED
 from jaxrlhf.models.product import product
 from jaxrlhf.types import Params, Rollout
@@ -41,13 +41,15 @@ def token_logprobs(
     `hidden[:, t]` is what predicts `targets[:, t]`. The softmax is over the whole vocabulary, whatever sampling
     filtered, or over the tokens in `support`, bits as in `Rollout.support`; where that is empty (padding) results are
     finite and mean nothing. Products follow the model's rule (`product`), as the sampler's logits do; sums and
-    softmax are float32. Gradients go to `params` and `hidden` through the log-probabilities, and through the entropy
+    softmax are float32. Gradients go to `params` (where rows of tokens train beside adapters, to those in place of the
+    table's) and `hidden` through the log-probabilities, and through the entropy
     only with `entropy_gradient`: else it is a measurement, behind a stop_gradient, and costs the backward pass nothing.
     """
-    weight = params["embed"]["embedding"] if model.tie_embeddings else params["lm_head"]["kernel"]
+    weight, rows = lm_weight(params, model)
     layout = "tvd" if model.tie_embeddings else "dtv"
-    pieces = _pieces(layout, model.vocab_size, targets.size, model.dtype, entropy_gradient)
-    return _token_logprobs(pieces, weight, hidden, targets, support, jnp.asarray(temperature, jnp.float32))
+    tokens = model.adapters.tokens if model.adapters and rows is not None else ()
+    pieces = _pieces(layout, model.vocab_size, targets.size, model.dtype, entropy_gradient, tokens)
+    return _token_logprobs(pieces, weight, rows, hidden, targets, support, jnp.asarray(temperature, jnp.float32))
 
 
 def logits_bytes(model: ModelConfig, positions: int) -> int:
@@ -71,6 +73,7 @@ class _Pieces:
     width: int
     dtype: str
     entropy_gradient: bool
+    own: tuple[int, ...]  # tokens with rows of their own, in place of those of the weight
 
     @property
     def count(self) -> int:
@@ -91,6 +94,21 @@ class _Pieces:
 
     def cut(self, split: Array, piece: Array) -> Array:
         return lax.dynamic_slice_in_dim(split, self.start(piece), self.width, self.axis)
+
+    def weight(self, split: Array, rows: Array | None, piece: Array) -> Array:
+        """The piece of the weight, with the rows of tokens that have their own."""
+        cut = self.cut(split, piece)
+        if rows is None:
+            return cut
+        at = (slice(None),) * (self.axis - 1) + self.places(piece)
+        return cut.astype(self.dtype).at[at].set(rows.astype(self.dtype), mode="drop")
+
+    def places(self, piece: Array) -> tuple[Array, Array]:
+        """Where tokens with rows of their own are in the piece: (share, column) [n]; the column after the last, if they
+        are not in it."""
+        ids = jnp.array(self.own)
+        column = ids % self.size - self.start(piece)
+        return ids // self.size, jnp.where((column >= 0) & (column < self.width), column, self.width)
 
     def tokens(self, piece: Array) -> tuple[Array, Array]:
         """(ids [t, w] of the piece's tokens, whether no earlier piece had them [w])."""
@@ -114,7 +132,9 @@ class _Pieces:
         return product(subscripts, a, b, self.dtype)
 
 
-def _pieces(layout: str, vocabulary: int, positions: int, dtype: str, entropy_gradient: bool) -> _Pieces:
+def _pieces(
+    layout: str, vocabulary: int, positions: int, dtype: str, entropy_gradient: bool, own: tuple[int, ...]
+) -> _Pieces:
     shares = SHARES if vocabulary % (8 * SHARES) == 0 else 1
     size = vocabulary // shares
     wanted = max(8, runtime.logits_alive(jax.default_backend()) // positions // shares, LEAST_PIECE // shares)
@@ -122,23 +142,29 @@ def _pieces(layout: str, vocabulary: int, positions: int, dtype: str, entropy_gr
     if wanted < size:
         step = 8 * math.ceil(size / math.ceil(size / wanted) / 8)
         width = step + size % 8
-    return _Pieces(layout, shares, size, step, width, dtype, entropy_gradient)
+    return _Pieces(layout, shares, size, step, width, dtype, entropy_gradient, own)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_logprobs(
-    pieces: _Pieces, weight: Array, hidden: Array, targets: Array, support: Array | None, temperature: Array
+    pieces: _Pieces,
+    weight: Array,
+    rows: Array | None,
+    hidden: Array,
+    targets: Array,
+    support: Array | None,
+    temperature: Array,
 ) -> tuple[Array, Array]:
-    return _forward(pieces, weight, hidden, targets, support, temperature)[0]
+    return _forward(pieces, weight, rows, hidden, targets, support, temperature)[0]
 
 
-def _forward(pieces, weight, hidden, targets, support, temperature):
+def _forward(pieces, weight, rows, hidden, targets, support, temperature):
     split, hidden = pieces.split(weight), hidden.astype(pieces.dtype)
 
     def add(sums, piece):
         """`sums` are relative to the largest logit so far: of exp(x), and of x exp(x)."""
         largest, mass, moment, target = sums
-        logits = pieces.logits(pieces.cut(split, piece), hidden, support, temperature, piece)
+        logits = pieces.logits(pieces.weight(split, rows, piece), hidden, support, temperature, piece)
         ids, _ = pieces.tokens(piece)
         largest, before = jnp.maximum(largest, jnp.max(logits, axis=(2, 3))), largest
         fall = before - largest
@@ -159,17 +185,17 @@ def _forward(pieces, weight, hidden, targets, support, temperature):
     # who does not look at the entropy needs it too: without it the compiler makes another program, which rounds
     # differently, and a policy must score as its copy does to the bit
     logprobs = jnp.where(jnp.isnan(entropy), jnp.nan, target - total)
-    return (logprobs, entropy), (weight, hidden, targets, support, temperature, total, entropy)
+    return (logprobs, entropy), (weight, rows, hidden, targets, support, temperature, total, entropy)
 
 
 def _backward(pieces, kept, cotangents):
-    weight, hidden, targets, support, temperature, total, entropy = kept
+    weight, rows, hidden, targets, support, temperature, total, entropy = kept
     split = pieces.split(weight)
     scale, entropy_scale = ((cotangent / temperature)[..., None, None] for cotangent in cotangents)
 
     def add(grads, piece):
-        grad_split, grad_hidden = grads
-        cut = pieces.cut(split, piece)
+        grad_split, grad_hidden, grad_own = grads
+        cut = pieces.weight(split, rows, piece)
         logits = pieces.logits(cut, hidden, support, temperature, piece)
         logprobs = logits - total[..., None, None]
         probabilities = jnp.exp(logprobs)  # 0 for what an earlier piece had
@@ -180,13 +206,21 @@ def _backward(pieces, kept, cotangents):
             grad_logits -= probabilities * (logprobs + entropy[..., None, None]) * entropy_scale
         grad_logits = grad_logits.astype(pieces.dtype)
         grad_hidden += pieces.product(f"brtv,{pieces.layout}->brd", grad_logits, cut)
+        if rows is not None:
+            own = (slice(None), slice(None), *pieces.places(piece))
+            grad_own += grad_logits.at[own].get(mode="fill", fill_value=0)
+            grad_logits = grad_logits.at[own].set(0, mode="drop")
         grad_cut = pieces.cut(grad_split, piece) + pieces.product(f"brtv,brd->{pieces.layout}", grad_logits, hidden)
         grad_split = lax.dynamic_update_slice_in_dim(grad_split, grad_cut, pieces.start(piece), pieces.axis)
-        return (grad_split, grad_hidden), None
+        return (grad_split, grad_hidden, grad_own), None
 
-    zeros = jnp.zeros(split.shape, jnp.float32), jnp.zeros(hidden.shape, jnp.float32)
-    (grad_split, grad_hidden), _ = lax.scan(add, zeros, jnp.arange(pieces.count))
-    return grad_split.reshape(weight.shape).astype(weight.dtype), grad_hidden, None, None, None
+    shapes = split.shape, hidden.shape, (*targets.shape, len(pieces.own))
+    zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
+    (grad_split, grad_hidden, grad_own), _ = lax.scan(add, zeros, jnp.arange(pieces.count))
+    grad_rows = None
+    if rows is not None:
+        grad_rows = pieces.product(f"brv,brd->{pieces.layout.replace('t', '')}", grad_own, hidden).astype(rows.dtype)
+    return grad_split.reshape(weight.shape).astype(weight.dtype), grad_rows, grad_hidden, None, None, None
 
 
 _token_logprobs.defvjp(_forward, _backward)

@@ -1,9 +1,10 @@
 """Low-rank adapters beside a model's frozen parameters (https://arxiv.org/abs/2106.09685).
 
 They are a tree of their own, under "lora" of the parameters: {"layers": {module: {...: {"a" [n, in, r], "b" [n, r, out]
-and, for DoRA, "magnitude" [n, out]}}}}, over the n layers that have them. So a base is shared by laying several such
-trees beside it, and is its own reference where there is none. `models.forward` runs both as they are; `merge` makes one
-of them, for decoding and for models that go out.
+and, for DoRA, "magnitude" [n, out]}}}}, over the n layers that have them. New tokens have {"rows": {"embedding" [k, D]
+and, for an untied head, "kernel" [D, k]}} there, which count in place of the model's own. So a base is shared by laying
+several such trees beside it, and is its own reference where there is none. `models.forward` runs both as they are;
+`merge` makes one of them, for decoding and for models that go out.
 """
 
 from collections.abc import Iterable
@@ -22,7 +23,8 @@ Module = tuple[str, ...]  # ("attention", "q"), within a layer
 
 def init(model: ModelConfig, base: Params, modules: Iterable[Module], key: Array, *, magnitudes: bool) -> Params:
     """{"lora": adapters of `model.adapters` for `modules`}, float32: A uniform with variance 1 / (3 in), as PEFT draws
-    it, B zero, so that the model is unchanged; with `magnitudes` (DoRA) those of `base`. Runs under jit and eval_shape.
+    it, B zero, so that the model is unchanged; with `magnitudes` (DoRA) those of `base`, and the rows of
+    `model.adapters.tokens` as they are there. Runs under jit and eval_shape.
     """
     assert model.adapters is not None
     first, last = model.adapters.layers or (0, model.num_layers)
@@ -40,7 +42,13 @@ def init(model: ModelConfig, base: Params, modules: Iterable[Module], key: Array
         if magnitudes:
             adapter["magnitude"] = jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=1))
         _put(tree, module, adapter)
-    return {"lora": {"layers": tree}}
+    added = {"layers": tree}
+    if tokens := model.adapters.tokens:
+        at = jnp.array(tokens)
+        added["rows"] = {"embedding": base["embed"]["embedding"][at].astype(jnp.float32)}
+        if "lm_head" in base:
+            added["rows"]["kernel"] = base["lm_head"]["kernel"][:, at].astype(jnp.float32)
+    return {"lora": added}
 
 
 def merge(params: Params, model: ModelConfig) -> Params:
@@ -69,8 +77,14 @@ def merge(params: Params, model: ModelConfig) -> Params:
         _, made = jax.lax.scan(kernel_of, None, (kernel[first:last], adapter))
         return {**layer, "kernel": made if made.shape == kernel.shape else kernel.at[first:last].set(made)}
 
-    rest = {name: value for name, value in params.items() if name != "lora"}
-    return {**rest, "layers": whole(params["layers"], params["lora"]["layers"])}
+    made = {name: value for name, value in params.items() if name != "lora"}
+    made["layers"] = whole(params["layers"], params["lora"]["layers"])
+    rows, at = params["lora"].get("rows", {}), jnp.array(model.adapters.tokens, jnp.int32)
+    if "embedding" in rows:
+        made["embed"] = {"embedding": params["embed"]["embedding"].at[at].set(rows["embedding"])}
+    if "kernel" in rows and "lm_head" in params:  # a critic on the policy's trunk has none
+        made["lm_head"] = {"kernel": params["lm_head"]["kernel"].at[:, at].set(rows["kernel"])}
+    return made
 
 
 def pack(params: Params, bits: models.Bits, double: bool) -> Params:

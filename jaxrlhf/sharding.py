@@ -24,16 +24,17 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))
 HOST = "pinned_host"  # memory of the host that devices copy to and from by themselves
 
-# First match wins; a leading None is the stacked layer axis.
+# First match wins; a leading None is the stacked layer axis. What a packed kernel is made of (models/packed.py) lies as
+# the kernel would.
 RULES: tuple[tuple[str, P], ...] = (
     (r"(^|/)embed/embedding$", P("tensor", "fsdp")),
     (r"(^|/)positions/embedding$", P(None, "fsdp")),
-    (r"(^|/)attention/[qkv]/kernel$", P(None, "fsdp", "tensor")),
+    (r"(^|/)attention/[qkv]/(kernel|codes|scale|step)$", P(None, "fsdp", "tensor")),
     (r"(^|/)attention/[qkv]/bias$", P(None, "tensor")),
-    (r"(^|/)attention/o/kernel$", P(None, "tensor", "fsdp")),
-    (r"(^|/)mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
+    (r"(^|/)attention/o/(kernel|codes|scale|step)$", P(None, "tensor", "fsdp")),
+    (r"(^|/)mlp/(gate|up)/(kernel|codes|scale|step)$", P(None, "fsdp", "tensor")),
     (r"(^|/)mlp/(gate|up)/bias$", P(None, "tensor")),
-    (r"(^|/)mlp/down/kernel$", P(None, "tensor", "fsdp")),
+    (r"(^|/)mlp/down/(kernel|codes|scale|step)$", P(None, "tensor", "fsdp")),
     (r"(^|/)lm_head/kernel$", P("fsdp", "tensor")),
     (r"", P()),  # norms, the remaining biases, scalar heads, counters: everywhere
 )

@@ -1,6 +1,7 @@
-"""Writes tests/fixtures/models: tiny random models and what transformers computes with them.
+"""Writes tests/fixtures/models: tiny random models and what transformers computes with them; and
+tests/fixtures/adapters: adapters for some of them and what PEFT computes with both.
 
-    python scripts/make_fixtures.py          (needs torch and transformers: the `parity` extra)
+    python scripts/make_fixtures.py [adapters]   (needs torch, transformers and peft: the `parity` extra)
 
 One folder per case, in Hugging Face layout (config.json, model.safetensors in bfloat16), with golden.safetensors:
 
@@ -9,21 +10,27 @@ One folder per case, in Hugging Face layout (config.json, model.safetensors in b
     scores               [B, labels]   of a classifier
     prompts, prompt_lengths, greedy    [G, P], [G], [G, 64]   greedy continuations
     gradient/NAME        [5]   of the mean negative log-likelihood: see `digest`
+
+A folder of adapters is as PEFT saves it, but that its base is a name of tests/fixtures/models. Its golden.safetensors
+has tokens, lengths and logits alone.
 """
 
 import json
 import pathlib
 import shutil
+import sys
 import zlib
 from typing import Any
 
 import numpy as np
+import peft  # pyright: ignore[reportMissingImports]
 import torch  # pyright: ignore[reportMissingImports]
 import transformers
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
-FOLDER = pathlib.Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "models"
+FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "tests" / "fixtures"
+FOLDER = FIXTURES / "models"
 LENGTHS, PROMPT_LENGTHS, NEW_TOKENS = (20, 13, 6), (9, 4), 64
 LEAST_MARGIN = 2e-3  # between the two best tokens of a greedy step: rounding must not be able to change the choice
 
@@ -156,6 +163,32 @@ CASES = {
     "gpt2-score": case("gpt2", "GPT2ForSequenceClassification", GPT2, LABELS[1]),
     "gpt2-label": case("gpt2", "GPT2ForSequenceClassification", GPT2),
 }
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-lora": (
+        "llama",
+        {
+            "r": 4,
+            "lora_alpha": 6,
+            "target_modules": "all-linear",
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"down_proj": 3},
+            "trainable_token_indices": {"embed_tokens": [60, 5], "lm_head": [60, 5]},
+        },
+    ),
+    "gpt2-dora-rslora": (
+        "gpt2",
+        {
+            "r": 3,
+            "lora_alpha": 4,
+            "target_modules": ["c_attn", "mlp.c_proj"],
+            "fan_in_fan_out": True,
+            "use_dora": True,
+            "use_rslora": True,
+            "layers_to_transform": [1],
+            "trainable_token_indices": [5],
+        },
+    ),
+}
 
 
 def digest(gradient: np.ndarray) -> np.ndarray:
@@ -264,14 +297,46 @@ def write(name: str, config: dict[str, Any]) -> None:
     save_file(golden, folder / "golden.safetensors", metadata={"transformers": transformers.__version__})
 
 
-def main() -> None:
-    """Makes all folders anew."""
-    shutil.rmtree(FOLDER, ignore_errors=True)
+def write_adapters(name: str, base: str, options: dict[str, Any]) -> None:
+    """Makes one folder of adapters for the model `base`: bfloat16 numbers with which every part matters."""
+    folder = FIXTURES / "adapters" / name
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        FOLDER / base, dtype=torch.float32, attn_implementation="eager"
+    )
+    model = peft.get_peft_model(loaded, peft.LoraConfig(task_type="CAUSAL_LM", **options)).eval()
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) % 10_000)
+    for parameter_name, weight in model.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        if "magnitude" in parameter_name:
+            weight.data = (weight.data * (1 + 0.3 * noise)).bfloat16().float()
+        elif weight.requires_grad:
+            weight.data = (0.3 * noise).bfloat16().float()
+    rows = random_rows(LENGTHS, 0)
+    with torch.no_grad():
+        logits = logits_of(model, rows, "right")
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    golden = {
+        "tokens": padded(rows, "right")[0].numpy().astype(np.int32),
+        "lengths": np.array(LENGTHS, np.int32),
+        "logits": logits.numpy(),
+    }
+    save_file(golden, folder / "golden.safetensors", metadata={"peft": peft.__version__})
+
+
+def main(only: str = "") -> None:
+    """Makes all folders anew, or those of adapters alone."""
     torch.set_num_threads(1)
-    for name, config in CASES.items():
-        write(name, config)
-        print(f"{name}: {sum(file.stat().st_size for file in (FOLDER / name).iterdir()):,} bytes", flush=True)
+    if only != "adapters":
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        for name, config in CASES.items():
+            write(name, config)
+            print(f"{name}: {sum(file.stat().st_size for file in (FOLDER / name).iterdir()):,} bytes", flush=True)
+    shutil.rmtree(FIXTURES / "adapters", ignore_errors=True)
+    for name, (base, options) in ADAPTERS.items():
+        write_adapters(name, base, options)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

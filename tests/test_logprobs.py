@@ -48,7 +48,7 @@ def cut_at(monkeypatch, tokens):
 @pytest.mark.parametrize(("tied", "temperature"), [(True, 1.0), (False, 0.6)])
 def test_values_and_gradients_are_those_of_log_softmax(monkeypatch, vocabulary, tokens, pieces, tied, temperature):
     cut_at(monkeypatch, tokens)
-    assert logprobs._pieces("tvd", vocabulary, 21, "float32", False).count == pieces
+    assert logprobs._pieces("tvd", vocabulary, 21, "float32", False, ()).count == pieces
     model = dataclasses.replace(TINY, tie_embeddings=tied, vocab_size=vocabulary)
     params, hidden, targets = case(model)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=targets.shape).astype(np.float32))
@@ -115,6 +115,46 @@ def test_a_gradient_through_the_entropy_where_it_is_asked_for(monkeypatch, vocab
     ours, theirs = run(token_logprobs, support, entropy_gradient=True), run(materialised, inside)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), ours, theirs)
     assert np.abs(ours[1] - run(token_logprobs, support)[1]).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "tokens", "tied", "supported"),
+    [(29, 1, True, False), (128, 1, True, True), (192, 64, False, False), (97, 2**24, False, True)],
+)
+def test_rows_of_their_own_are_rows_of_the_table(monkeypatch, vocabulary, tokens, tied, supported):
+    """Wherever in a piece they are, also in the overlap of two: values, and the gradient, which the table under them
+    does not get."""
+    cut_at(monkeypatch, tokens)
+    own = tuple({0, 7, 8, 15, vocabulary // 2, vocabulary - 2, vocabulary - 1})
+    adapters = models.Adapters(1, 1.0, tokens=own)
+    model = dataclasses.replace(TINY, tie_embeddings=tied, vocab_size=vocabulary, adapters=adapters)
+    params, hidden, targets = case(model)
+    part, leaf = ("embed", "embedding") if tied else ("lm_head", "kernel")
+    table, at = params[part][leaf], jnp.array(own) if tied else (slice(None), jnp.array(own))
+    rows = table[at] + jax.random.normal(jax.random.key(1), table[at].shape)
+    rng = np.random.default_rng(1)
+    inside = (rng.random((*targets.shape, vocabulary)) < 0.3) | (np.arange(vocabulary) == targets[..., None])
+    inside |= not supported
+    support = jnp.packbits(jnp.asarray(inside), axis=-1) if supported else None
+    weights = jnp.asarray(rng.normal(size=(2, *targets.shape)).astype(np.float32))
+
+    def ours(table, rows, hidden):
+        whole = {**params, part: {leaf: table}, "lora": {"rows": {leaf: rows}}}
+        return token_logprobs(whole, model, hidden, targets, 0.6, support, entropy_gradient=True)
+
+    def theirs(table, rows, hidden):
+        return materialised({part: {leaf: table.at[at].set(rows)}}, model, hidden, targets, 0.6, inside)
+
+    def run(function):
+        def loss(*arguments):
+            made = function(*arguments)
+            return sum(jnp.sum(w * m) for w, m in zip(weights, made, strict=True)), made
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(table, rows, hidden)
+
+    a, b = run(ours), run(theirs)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5, rtol=1e-4), a, b)
+    assert np.all(np.any(np.asarray(a[1][1]) != 0, axis=1 if tied else 0)), "every row has a gradient"
 
 
 def test_entropy_is_a_measurement_without_gradient():

@@ -1,6 +1,7 @@
 """Adapters begin as nothing, merged they are what they were beside the model, and each option does what it says."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -12,8 +13,9 @@ from tiny import tiny
 import jaxrlhf
 from jaxrlhf import lora
 from jaxrlhf.errors import DataError
-from jaxrlhf.models import Adapters, forward, init
+from jaxrlhf.models import Adapters, empty_cache, forward, forward_cached, init, lm_logits
 from jaxrlhf.models.layers import dropped
+from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.weights import peft
 
 FAMILIES = {
@@ -69,6 +71,35 @@ def test_merged_is_what_they_were_beside_the_model(family, magnitudes, layers):
         for matrix in ("q", "o") if name == "attention" else ("up", "down"):
             before, after = (np.asarray(p["layers"][name][matrix]["kernel"]) for p in (base, merged))
             assert np.any(before[1] != after[1]) and np.all(before[0] == after[0]) == (layers is not None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_new_tokens_stand_in_place_of_the_tables(family):
+    tokens = jax.random.randint(jax.random.key(3), (2, 7), 0, 29).at[:, 2:4].set(jnp.array([28, 5]))
+    mask = jnp.ones((2, 7), bool)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def logits(params, model):
+        return lm_logits(params, model, forward(params, model, tokens, mask))
+
+    model, base, added = adapted(family, tokens=(28, 5), move=False)
+    np.testing.assert_array_equal(logits({**base, **added}, model), logits(base, model))
+    model, base, added = adapted(family, tokens=(28, 5))
+    apart, merged = logits({**base, **added}, model), lora.merge({**base, **added}, model)
+    np.testing.assert_allclose(logits(merged, model), apart, rtol=2e-4, atol=2e-5)
+    table = np.asarray(base["embed"]["embedding"]).copy()
+    table[[28, 5]] = added["lora"]["rows"]["embedding"]
+    np.testing.assert_array_equal(merged["embed"]["embedding"], table)
+    assert ("kernel" in added["lora"]["rows"]) == (not model.tie_embeddings)
+    trunk = lora.merge({k: v for k, v in ({**base, **added}).items() if k != "lm_head"}, model)  # as a critic shares it
+    np.testing.assert_array_equal(trunk["embed"]["embedding"], table)
+    positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
+    inference, copy = inference_copy(model, {**base, **added}, "float32")
+    decoded, _ = forward_cached(copy, inference, tokens, mask, positions, empty_cache(inference, 2, 7), 0)
+    np.testing.assert_allclose(lm_logits(copy, inference, decoded), apart, rtol=2e-4, atol=2e-5)
+    assert np.abs(logits({**base, "lora": {"layers": added["lora"]["layers"]}}, model) - apart).max() > 1e-2, (
+        "the rows do something"
+    )
 
 
 def test_the_product_is_that_of_the_paper():
@@ -147,7 +178,7 @@ def test_a_packed_base_is_the_model_that_is_left_of_it(family, bits, double, mag
 
 @pytest.mark.parametrize(("family", "magnitudes", "layers"), OPTIONS)
 def test_adapters_come_back_from_their_files(family, magnitudes, layers, tmp_path):
-    model, base, added = adapted(family, magnitudes=magnitudes, layers=layers, rank_stabilised=True)
+    model, base, added = adapted(family, magnitudes=magnitudes, layers=layers, rank_stabilised=True, tokens=(28, 5))
     peft.write(tmp_path, model, {**base, **added}, "some/base")
     assert peft.is_adapter(tmp_path) and peft.base_of(tmp_path) == ("some/base", None)
     found, back = peft.read(tmp_path, model)
@@ -155,6 +186,8 @@ def test_adapters_come_back_from_their_files(family, magnitudes, layers, tmp_pat
     with pytest.raises(DataError, match=r"do not fit the model .*\n.*(unexpected|wrong shape): "):
         peft.read(tmp_path, other)
     again = dataclasses.replace(model, adapters=found)
+    assert found.tokens == (28, 5)
+    jax.tree.map(np.testing.assert_array_equal, back["lora"]["rows"], added["lora"]["rows"])
     np.testing.assert_allclose(hidden({**base, **back}, again), hidden({**base, **added}, model), rtol=1e-4, atol=1e-5)
 
 
@@ -166,6 +199,12 @@ def test_adapters_come_back_from_their_files(family, magnitudes, layers, tmp_pat
         ({"r": 0}, "r is 0; expected a whole number of at least 1"),
         ({"rank_pattern": {"(a+)+$": 3}}, "regular expressions are not supported"),
         ({"lora_alpha": "much"}, "lora_alpha is 'much'; expected a number"),
+        ({"trainable_token_indices": [3, 29]}, "ids under 29, none twice, and the same for every table"),
+        ({"trainable_token_indices": {"embed_tokens": [3], "lm_head": [4]}}, "the same for every table"),
+        (
+            {"trainable_token_indices": [3]},
+            r"missing: model.embed_tokens.token_adapter.trainable_tokens_delta \[1, 16]",
+        ),
     ],
 )
 def test_an_adapter_config_that_means_something_else_is_refused(changes, said, tmp_path):

@@ -27,7 +27,7 @@ class Tokenizer:
     bos_id: what an empty prompt starts from, if there is one; every plain text starts with it if `adds_bos`.
     eos_id: ends every plain text and completion.        pad_id: fills, and nothing else.
     stop_ids: any of them ends a response.               turn_end: text that ends an assistant turn, "" if none.
-    size: the largest id plus one.                       added: how many tokens are new to the vocabulary.
+    size: the largest id plus one.                       added: how many tokens are new: its last ids.
     notes: the decisions, as lines to print.             origin: folder whose files say all this, None if changed.
     """
 

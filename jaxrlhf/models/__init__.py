@@ -2,7 +2,7 @@
 
 from jaxrlhf.models.attention import cudnn_trouble
 from jaxrlhf.models.config import Adapters, ModelConfig, Rope
-from jaxrlhf.models.heads import init_head, label_logits, lm_logits, scores
+from jaxrlhf.models.heads import init_head, label_logits, lm_logits, lm_weight, scores
 from jaxrlhf.models.packed import Bits, pack, unpack
 from jaxrlhf.models.transformer import empty_cache, forward, forward_cached, init, unstack
 
@@ -19,6 +19,7 @@ __all__ = [
     "init_head",
     "label_logits",
     "lm_logits",
+    "lm_weight",
     "pack",
     "scores",
     "unpack",

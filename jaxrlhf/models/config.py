@@ -35,6 +35,7 @@ class Adapters:
     rank_stabilised: bool = False  # https://arxiv.org/abs/2312.03732
     dropout: float = 0.0  # of what goes into A, where keys for it are given
     layers: tuple[int, int] | None = None  # the first layer that has them, and the first after it that has not
+    tokens: tuple[int, ...] = ()  # whose rows of the embedding and columns of an untied head train beside them
 
     @property
     def scale(self) -> float:

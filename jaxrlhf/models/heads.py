@@ -36,15 +36,26 @@ def _scalar_kernel(key: Array, size: int, outputs: int) -> Array:
     return jax.random.normal(key, (size, outputs)) * (size + 1) ** -0.5
 
 
+def lm_weight(params: Params, model: ModelConfig) -> tuple[Array, Array | None]:
+    """The table of the output, [V, D] where it is the embedding and [D, V] where not, and what stands in it, along its
+    axis V, for the tokens of `model.adapters`; None where nothing does."""
+    part, leaf = ("embed", "embedding") if model.tie_embeddings else ("lm_head", "kernel")
+    return params[part][leaf], params.get("lora", {}).get("rows", {}).get(leaf)
+
+
 def lm_logits(params: Params, model: ModelConfig, hidden: Float[Array, "*lead D"]) -> Float[Array, "*lead V"]:
     """Next-token logits, float32."""
     if model.kernels == "int8":
         table = params["embed"] if model.tie_embeddings else params["lm_head"]
         return int8_product(hidden, table["embedding" if model.tie_embeddings else "kernel"], table["scale"])
+    weight, rows = lm_weight(params, model)
+    if rows is not None:  # in the table: a product of their own would round differently
+        assert model.adapters is not None
+        tokens = jnp.array(model.adapters.tokens)
+        at = tokens if model.tie_embeddings else (slice(None), tokens)
+        weight = weight.astype(model.dtype).at[at].set(rows.astype(model.dtype))
     lead = LEAD[: hidden.ndim - 1]
-    if model.tie_embeddings:
-        return product(f"{lead}d,vd->{lead}v", hidden, params["embed"]["embedding"], model.dtype)
-    return product(f"{lead}d,dv->{lead}v", hidden, params["lm_head"]["kernel"], model.dtype)
+    return product(f"{lead}d,{'vd' if model.tie_embeddings else 'dv'}->{lead}v", hidden, weight, model.dtype)
 
 
 def label_logits(

@@ -20,6 +20,7 @@ from jaxrlhf.types import Params
 Bits = Literal["int8", "nf4"]
 BLOCK = 64  # inputs that share a scale
 TILE = 2**20  # weights that are unpacked at a time: 4 MiB in float32
+SHARES = 8  # a tile takes as many outputs from each eighth of them: from every device of a mesh that cuts them
 # The paper's appendix E: quantiles of N(0, 1), each side on its own, so that 0 and both ends are exact
 LEVELS = np.array(
     [
@@ -43,8 +44,8 @@ def pack(kernel: Float[Array, "*lead I O"], bits: Bits, double: bool) -> Params:
     scale = jnp.maximum(jnp.max(jnp.abs(blocks), axis=-2), 1e-30)
     middle = (LEVELS[1:] + LEVELS[:-1]) / 2
     codes = jnp.searchsorted(jnp.asarray(middle), blocks / scale[..., None, :]).astype(jnp.uint8)
-    low, high = jnp.split(codes.reshape(*lead, inputs, outputs), 2, axis=-2)
-    packed = {"codes": low | (high << 4)}
+    pairs = codes.reshape(*lead, inputs // 2, 2, outputs)  # neighbours, so that a mesh cuts codes where it cuts inputs
+    packed = {"codes": pairs[..., 0, :] | (pairs[..., 1, :] << 4)}
     if not double:
         return packed | {"scale": scale}
     mean = jnp.mean(scale, axis=(-2, -1), keepdims=True)
@@ -59,11 +60,10 @@ def unpack(packed: Params) -> Float[Array, "*lead I O"]:
         return codes.astype(jnp.float32) * scale
     if "step" in packed:
         scale = scale.astype(jnp.float32) * packed["step"] + packed["mean"]
-    whole = jnp.concatenate([codes & 15, codes >> 4], axis=-2)
-    *lead, inputs, outputs = whole.shape
-    block = inputs // scale.shape[-2]
-    values = jnp.asarray(LEVELS)[whole].reshape(*lead, -1, block, outputs) * scale[..., None, :]
-    return values.reshape(*lead, inputs, outputs)
+    *lead, pairs, outputs = codes.shape
+    whole = jnp.stack([codes & 15, codes >> 4], axis=-2)
+    blocks = jnp.asarray(LEVELS)[whole].reshape(*lead, scale.shape[-2], -1, outputs) * scale[..., None, :]
+    return blocks.reshape(*lead, 2 * pairs, outputs)
 
 
 def packed_product(x: Float[Array, "B T I"], packed: Params, dtype: str) -> Float[Array, "B T O"]:
@@ -78,41 +78,46 @@ def _product(x: Array, packed: Params, dtype: str) -> Array:
 
 
 def _tiles(packed: Params) -> int:
-    """Into how many runs of outputs the kernel is cut: the fewest that divide it and hold TILE weights at most."""
+    """Into how many tiles the kernel is cut: the fewest of equal size that hold TILE weights at most."""
     rows, outputs = packed["codes"].shape[-2:]
-    inputs = rows * (1 if packed["codes"].dtype == jnp.int8 else 2)
-    return next(n for n in range(1, outputs + 1) if outputs % n == 0 and inputs * (outputs // n) <= max(TILE, inputs))
+    inputs, share = rows * (1 if packed["codes"].dtype == jnp.int8 else 2), outputs // math.gcd(SHARES, outputs)
+    return next(n for n in range(1, share + 1) if share % n == 0 and (n == share or inputs * (outputs // n) <= TILE))
 
 
-def _cut(packed: Params, count: int) -> Params:
-    """Tiles on a new first axis; what all outputs share is repeated."""
+def _cut(x: Array, count: int) -> Array:
+    """The outputs, on the last axis, as tiles on a new first one; what all outputs share is repeated."""
+    outputs = x.shape[-1]
+    if outputs == 1:
+        return jnp.broadcast_to(x, (count, *x.shape))
+    apart = x.reshape(*x.shape[:-1], math.gcd(SHARES, outputs), count, -1)
+    return jnp.moveaxis(apart, -2, 0).reshape(count, *x.shape[:-1], outputs // count)
 
-    def cut(x: Array) -> Array:
-        if x.shape[-1] == 1:
-            return jnp.broadcast_to(x, (count, *x.shape))
-        return jnp.moveaxis(x.reshape(*x.shape[:-1], count, -1), -2, 0)
 
-    return {name: cut(x) for name, x in packed.items()}
+def _join(tiles: Array) -> Array:
+    """The inverse of `_cut`."""
+    count, *lead, width = tiles.shape
+    apart = tiles.reshape(count, *lead, math.gcd(SHARES, count * width), -1)
+    return jnp.moveaxis(apart, 0, -2).reshape(*lead, count * width)
 
 
 def _forward(x, packed, dtype):
     def one(tile: Params) -> Array:
         return product("bti,io->bto", x, unpack(tile), dtype)
 
-    made = jax.lax.map(one, _cut(packed, _tiles(packed)))
-    return jnp.moveaxis(made, 0, -2).reshape(*x.shape[:-1], -1), packed
+    count = _tiles(packed)
+    return _join(jax.lax.map(one, {name: _cut(part, count) for name, part in packed.items()})), packed
 
 
 def _backward(dtype, packed, cotangent):
     count = _tiles(packed)
-    parts = jnp.moveaxis(cotangent.reshape(*cotangent.shape[:-1], count, -1), -2, 0)
+    tiles = {name: _cut(part, count) for name, part in packed.items()}
 
     def one(total: Array, item: tuple[Params, Array]) -> tuple[Array, None]:
         tile, part = item
         return total + product("bto,io->bti", part, unpack(tile), dtype), None
 
     rows = packed["codes"].shape[-2] * (1 if packed["codes"].dtype == jnp.int8 else 2)
-    total, _ = jax.lax.scan(one, jnp.zeros((*cotangent.shape[:-1], rows)), (_cut(packed, count), parts))
+    total, _ = jax.lax.scan(one, jnp.zeros((*cotangent.shape[:-1], rows)), (tiles, _cut(cotangent, count)))
     nothing = jax.tree.map(
         lambda leaf: (
             jnp.zeros_like(leaf)

@@ -149,7 +149,14 @@ def _apply(module: nn.Module, weights: Params, *args: Any) -> Any:
 
 def _embed(params: Params, model: ModelConfig, tokens: Array, positions: Array) -> Array:
     # Rounded like the operands of products, so that a copy stored in `model.dtype` computes exactly the same.
-    x = params["embed"]["embedding"][tokens].astype(model.dtype).astype(jnp.float32)
+    table, rows = params["embed"]["embedding"], params.get("lora", {}).get("rows", {}).get("embedding")
+    x = table[tokens].astype(model.dtype).astype(jnp.float32)
+    if rows is not None:
+        assert model.adapters is not None
+        count = len(model.adapters.tokens)
+        row = jnp.full(len(table), count).at[jnp.array(model.adapters.tokens)].set(jnp.arange(count))[tokens]
+        own = rows.at[row].get(mode="fill", fill_value=0).astype(model.dtype).astype(jnp.float32)
+        x = jnp.where((row < count)[..., None], own, x)
     if model.kernels == "int8":
         x = x * params["embed"]["scale"][tokens][..., None]
     if model.rope is None:

@@ -58,7 +58,8 @@ def critic_model(config: PPOConfig, policy: ModelConfig, reward: ModelConfig | N
                 f"{policy.vocab_size}; use critic.init: policy"
             )
     model = dataclasses.replace(model, head=config.critic.head, num_labels=1, dtype=policy.dtype, remat=policy.remat)
-    return attending(with_adapters(model, config.lora), config.model)
+    added = policy.adapters.tokens if policy.adapters else ()
+    return attending(with_adapters(model, config.lora, added), config.model)
 
 
 def reference_dtype(config: PPOConfig, policy: ModelConfig) -> str:

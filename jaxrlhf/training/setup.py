@@ -43,17 +43,19 @@ def model_of(source: ModelSource, tokenizer: Tokenizer, head: str | None, lora: 
     )
     if tokenizer.added and tokenizer.size > model.vocab_size:
         model = dataclasses.replace(model, vocab_size=tokenizer.size)
-    return attending(with_adapters(model, lora), source)
+    added = tuple(range(tokenizer.size - tokenizer.added, tokenizer.size))
+    return attending(with_adapters(model, lora, added), source)
 
 
-def with_adapters(model: ModelConfig, lora: LoRA) -> ModelConfig:
-    """The model with adapters as `lora` says. Raises ConfigError for matrices and layers that it does not have."""
+def with_adapters(model: ModelConfig, lora: LoRA, added: tuple[int, ...]) -> ModelConfig:
+    """The model with adapters as `lora` says, and rows of their own for tokens that were `added`. Raises ConfigError
+    for matrices and layers that it does not have."""
     if not lora.enabled:
         return model
     peft.modules(model, lora.target_modules)
     if lora.layers and lora.layers[1] > model.num_layers:
         raise ConfigError(f"lora.layers is {list(lora.layers)}, and the model has {model.num_layers} layers")
-    adapters = Adapters(lora.rank, lora.alpha, lora.use_rslora, lora.dropout, lora.layers)
+    adapters = Adapters(lora.rank, lora.alpha, lora.use_rslora, lora.dropout, lora.layers, added)
     return dataclasses.replace(model, adapters=adapters)
 
 
@@ -291,12 +293,13 @@ def describe(config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, report
     shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))
     millions = sum(x.size for x in jax.tree.leaves(shapes)) / 1e6
     device = jax.devices()[0]
+    new = f" and the rows of {tokenizer.added} new tokens" if tokenizer.added else ""
     grid = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     return "\n".join(
         (
             f"model {config.model.path}: {model.family}, {millions:.1f} M parameters, context {model.max_positions}, "
             f"parameters {storage_of(config)}, products {model.dtype}, attention {model.attention}",
-            *([f"adapters of rank {config.lora.rank} train, the model under them does not"] * config.lora.enabled),
+            *([f"adapters of rank {config.lora.rank}{new} train, the model under them does not"] * config.lora.enabled),
             f"devices: {grid} of {jax.device_count()} {device.platform} ({device.device_kind})",
             *tokenizer.notes,
             str(report),
@@ -328,20 +331,21 @@ def export(
     }
     source, _ = weights.described_by(weights.resolve(config.model.path, config.model.revision, weights=False))
     stops = () if isinstance(config, RewardConfig) else config.sampling.stop_token_ids
-    base = None if merge_lora else _stands_on(config, model, tokenizer)
+    base = None if merge_lora else _stands_on(config, model)
     return weights.export(
         directory, model, params, source=source, tokenizer=tokenizer, stops=stops, facts=card, base=base
     )
 
 
-def _stands_on(config: RunConfig, model: ModelConfig, tokenizer: Tokenizer) -> tuple[str, str | None] | None:
+def _stands_on(config: RunConfig, model: ModelConfig) -> tuple[str, str | None] | None:
     """The model, and its revision, that somebody lays the adapters of this run over. None where there is none to be
-    had: random weights, merged adapters that were not written anywhere, rows for new tokens, a head that PEFT does not
-    know."""
+    had: random weights, merged adapters that were not written anywhere, a table that grew for new tokens, a head that
+    PEFT does not know."""
     source = config.model
     folder = weights.resolve(source.path, source.revision, weights=False)
     merged = weights.described_by(folder)[1] is not None
-    if source.init == "random" or tokenizer.added or model.head == "mlp" or (merged and not source.merged_path):
+    rows = weights.load_config(source.path, revision=source.revision).vocab_size
+    if source.init == "random" or model.vocab_size > rows or model.head == "mlp" or (merged and not source.merged_path):
         return None
     path = Path(source.merged_path if merged else source.path).expanduser()
     if path.is_dir():

@@ -16,7 +16,7 @@ from jaxrlhf.lora import Module, modules_of
 from jaxrlhf.models import Adapters, ModelConfig, init
 from jaxrlhf.spelling import did_you_mean
 from jaxrlhf.types import Params
-from jaxrlhf.weights import safetensors, writer
+from jaxrlhf.weights import safetensors, trainable_tokens, writer
 from jaxrlhf.weights.fields import Fields
 from jaxrlhf.weights.mapping import leaf_at
 from jaxrlhf.weights.names import layer_prefix, projections
@@ -71,7 +71,8 @@ def labels(folder: Path) -> int:
 
 
 def read(folder: Path, model: ModelConfig) -> tuple[Adapters, Params]:
-    """(what is static, {"lora": float32 arrays, and "score" where there is a head}) of the adapters in a folder.
+    """(what is static, {"lora": float32 arrays, and "score" where there is a head}) of the adapters in a folder, with
+    the rows of its `trainable_token_indices`.
 
     Ranks that differ are filled up with zeros, scales that differ are put into B, so that one rank and one scale hold
     for all. Raises DataError for adapters of another kind than LoRA and DoRA, and for those of another model, with the
@@ -84,10 +85,12 @@ def read(folder: Path, model: ModelConfig) -> tuple[Adapters, Params]:
         fields.refuse("bias", "'none': trained biases are not supported")
     rank, alpha = fields.count("r"), fields.number("lora_alpha")
     adapters = Adapters(rank, alpha, fields.flag("use_rslora", False))
-    known = projections(model)
+    known, tables = projections(model), {_PREFIX + name: name for name in trainable_tokens.names(model)}
+    tokens = trainable_tokens.indices(fields, model)
     entries = safetensors.scan(folder / WEIGHTS)
     pieces: dict[str, dict[int, dict[str, np.ndarray]]] = {}
     head: dict[str, np.ndarray] = {}
+    of_tokens: dict[str, np.ndarray] = {}
     strange = []
     for name, entry in entries.items():
         found = _place(name.removeprefix(_PREFIX), model, known)
@@ -96,6 +99,8 @@ def read(folder: Path, model: ModelConfig) -> tuple[Adapters, Params]:
             pieces.setdefault(module, {}).setdefault(layer, {})[part] = safetensors.read(entry).astype(np.float32)
         elif model.head == "linear" and name in _SCORES:
             head["kernel"] = safetensors.read(entry).astype(np.float32).T
+        elif name in tables:
+            of_tokens[tables[name]] = safetensors.read(entry).astype(np.float32)
         else:
             strange.append(f"unexpected: {name} {list(entry.shape)}")
     patterns = fields.mapping("rank_pattern"), fields.mapping("alpha_pattern")
@@ -108,6 +113,8 @@ def read(folder: Path, model: ModelConfig) -> tuple[Adapters, Params]:
     for module, found in pieces.items():
         widths = _widths(model, known[module])
         strange += _misfits(module, found, widths)
+    rows, wrong = trainable_tokens.rows(of_tokens, tokens, model)
+    strange += wrong
     if strange or not pieces:
         raise DataError(
             f"{folder}: these adapters do not fit the model ({model.family}, {model.num_layers} layers, hidden size "
@@ -140,14 +147,15 @@ def read(folder: Path, model: ModelConfig) -> tuple[Adapters, Params]:
                 here = here.setdefault(key, {})
             here[path[-1]] = {"a": jnp.array(stacked["a"]), **{k: jnp.array(v) for k, v in named.items()}}
     span = None if (first, last) == (0, model.num_layers) else (first, last)
-    found_params: Params = {"lora": {"layers": tree}}
+    found_params: Params = {"lora": {"layers": tree} | ({"rows": rows} if rows else {})}
     if head:
         found_params["score"] = {"kernel": jnp.asarray(head["kernel"])}
-    return dataclasses.replace(adapters, layers=span), found_params
+    return dataclasses.replace(adapters, layers=span, tokens=tokens), found_params
 
 
 def write(folder: Path, model: ModelConfig, params: Params, base: str, revision: str | None = None) -> None:
-    """Write the adapters in `params`, and a linear score head beside them, for the model `base`.
+    """Write the adapters in `params`, and a linear score head beside them, for the model `base`; rows of tokens too,
+    which that must have room for.
 
     Where the folder's layout has several of our matrices in one (GPT-2's c_attn), their A are put side by side and
     their B on the diagonal: the same product at the sum of their ranks.
@@ -184,6 +192,8 @@ def write(folder: Path, model: ModelConfig, params: Params, base: str, revision:
             sources += [_source(f"{name}.{part}", array) for part, array in made.items()]
     if model.head == "linear":
         sources.append(_source(f"{_PREFIX}score.weight", np.asarray(params["score"]["kernel"], np.float32).T))
+    of_tokens, indices = trainable_tokens.layout(model, params["lora"].get("rows", {}))
+    sources += [_source(_PREFIX + name, array) for name, array in of_tokens.items()]
     writer.write_file(folder / WEIGHTS, sources)
     names = [module for module, ours in known.items() if set(ours) & have]
     config = {
@@ -203,6 +213,7 @@ def write(folder: Path, model: ModelConfig, params: Params, base: str, revision:
         "alpha_pattern": {module: adapters.scale * _base(rank, adapters) for module, rank in ranks.items()},
         "fan_in_fan_out": model.family == "gpt2",
         "bias": "none",
+        trainable_tokens.KEY: indices,
         "modules_to_save": None if model.head == "lm" else ["score"],
         "init_lora_weights": True,
         "inference_mode": True,

@@ -1,12 +1,23 @@
-"""Every family and option against what transformers computed (scripts/make_fixtures.py), without torch."""
+"""Every family and option against what transformers computed, and adapters against PEFT (scripts/make_fixtures.py),
+without torch."""
 
+import dataclasses
+import json
+import pathlib
+import shutil
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from safetensors.numpy import load_file
 
+import jaxrlhf
 from jaxrlhf import models
+from jaxrlhf.weights import peft
+
+FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
 
 NEW_TOKENS = 64
 QUICKLY_COMPILED = {"xla_backend_optimization_level": 0}  # halves the time of these tests, most of which is compilation
@@ -65,3 +76,28 @@ def test_classifier_is_transformers(classifier, padded):
     np.testing.assert_allclose(models.label_logits(params, model, last), expected, atol=1e-4, rtol=0)
     score = expected[:, 0] if model.num_labels == 1 else 1 / (1 + np.exp(expected[:, 0] - expected[:, 1]))
     np.testing.assert_allclose(models.scores(params, model, last), score, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2-dora-rslora", "llama-lora"])
+def test_adapters_are_pefts(name, padded, tmp_path):
+    """Merged as they are read, and beside their base. Rows of tokens are in them, with a tied head and without."""
+    shutil.copytree(FIXTURES / "adapters" / name, tmp_path / name)
+    file = tmp_path / name / peft.CONFIG
+    said = json.loads(file.read_text())
+    folder = FIXTURES / "models" / said["base_model_name_or_path"]
+    file.write_text(json.dumps(said | {"base_model_name_or_path": str(folder)}))
+    golden = load_file(tmp_path / name / "golden.safetensors")
+    rows = [row[:length] for row, length in zip(golden["tokens"], golden["lengths"], strict=True)]
+    tokens, mask = padded(rows, "right", golden["tokens"].shape[1])
+
+    @partial(jax.jit, static_argnums=1, compiler_options=QUICKLY_COMPILED)
+    def run(params, model):
+        return models.lm_logits(params, model, models.forward(params, model, tokens, mask))
+
+    model, base = jaxrlhf.load(folder, dtype="float32")
+    adapters, added = peft.read(tmp_path / name, model)
+    apart = run({**base, **added}, dataclasses.replace(model, adapters=adapters))
+    merged = run(jaxrlhf.load(tmp_path / name, dtype="float32")[1], model)
+    for logits in (apart, merged):
+        np.testing.assert_allclose(np.asarray(logits)[np.asarray(mask)], golden["logits"], atol=1e-4, rtol=0)
+    assert np.abs(np.asarray(run(base, model))[np.asarray(mask)] - golden["logits"]).max() > 1

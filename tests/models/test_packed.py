@@ -1,5 +1,6 @@
 """Kernels in few bits: the levels are the paper's, what is lost is bounded, and the product is that of what is left."""
 
+import re
 import statistics
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf import config, sharding
 from jaxrlhf.models import packed as m
 
 KINDS = [("int8", False), ("nf4", False), ("nf4", True)]
@@ -67,6 +69,26 @@ def test_the_product_and_its_gradient_are_those_of_the_unpacked_kernel(kernel, k
     weight = jax.random.normal(jax.random.fold_in(key, 1), (2, 5, 96))
     grads = [jax.grad(lambda x, f=f: jnp.sum(f(x) * weight))(x) for f in (ours, plain)]
     np.testing.assert_allclose(*grads, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "double"), KINDS)
+def test_every_device_multiplies_its_own_share_of_every_tile(kernel, key, bits, double, monkeypatch):
+    monkeypatch.setattr(m, "TILE", 128 * 8)
+    mesh = sharding.make_mesh(config.Mesh(fsdp=2, tensor=4))
+    x, packed = jax.random.normal(key, (2, 5, 128)), m.pack(kernel, bits, double)
+    placed = jax.device_put({"mlp": {"up": packed}}, sharding.shardings({"mlp": {"up": packed}}, mesh))["mlp"]["up"]
+    rows, outputs = packed["codes"].shape[1:]
+    assert placed["codes"].addressable_shards[0].data.shape == (3, rows // 2, outputs // 4)
+
+    @jax.jit
+    def step(x, packed):
+        return jax.value_and_grad(lambda x: jnp.sum(jnp.sin(m.packed_product(x, packed, "float32"))))(x)
+
+    first = [jax.tree.map(lambda part: part[1], tree) for tree in (packed, placed)]
+    whole, cut = step(x, first[0]), step(sharding.put_whole(x, mesh), first[1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, cut)
+    program = step.lower(sharding.put_whole(x, mesh), first[1]).compile().as_text()
+    assert "all-reduce" in program and not re.search(r"[su]8\[[\d,]+\]\S* all-gather", program), "codes stay"
 
 
 def test_no_whole_kernel_is_ever_unpacked(key):

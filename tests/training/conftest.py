@@ -3,9 +3,11 @@
 import json
 import pathlib
 
+import jax
 import pytest
 
-from jaxrlhf import config
+import jaxrlhf
+from jaxrlhf import config, weights
 from jaxrlhf.training import loop
 
 WORDS = ("red", "green", "blue", "black", "white", "grey", "pink", "brown")
@@ -48,6 +50,24 @@ def ppo(parts: dict) -> dict:
         "ppo": config.PPO(batch_size=8, total_episodes=32, num_mini_batches=2, num_ppo_epochs=2),
         "sampling": config.Sampling(response_length=8),
         "data": config.replace(parts["data"], validation_fraction=0.0),
+    }
+
+
+@pytest.fixture(scope="session")
+def written(tiny_model, tmp_path_factory):
+    """The tiny model with weights: adapters of random weights would be for nothing that exists."""
+    model, params = jaxrlhf.load(tiny_model, init="random", key=jax.random.key(7))
+    return weights.export(
+        tmp_path_factory.mktemp("written") / "model", model, params, source=tiny_model,
+        tokenizer=jaxrlhf.load_tokenizer(tiny_model, config.TokenizerSource()),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def on_disk(written):
+    return {
+        "model": config.ModelSource(path=str(written)),
+        "lora": config.LoRA(enabled=True, rank=2, alpha=8.0),
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 from runs import equal, length_reward, records
 
 import jaxrlhf
-from jaxrlhf import config, weights
+from jaxrlhf import config
 from jaxrlhf.errors import ConfigError, Preempted
 from jaxrlhf.rewards.model import RewardModel
 from jaxrlhf.training.export import export, merge
@@ -18,21 +18,6 @@ from jaxrlhf.training.reward import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
 
 LORA = config.LoRA(enabled=True, rank=2, alpha=8.0)
-
-
-@pytest.fixture(scope="session")
-def written(tiny_model, tmp_path_factory):
-    """The tiny model with weights: adapters of random weights would be for nothing that exists."""
-    model, params = jaxrlhf.load(tiny_model, init="random", key=jax.random.key(7))
-    return weights.export(
-        tmp_path_factory.mktemp("written") / "model", model, params, source=tiny_model,
-        tokenizer=jaxrlhf.load_tokenizer(tiny_model, config.TokenizerSource()),
-    )  # fmt: skip
-
-
-@pytest.fixture
-def on_disk(written):
-    return {"model": config.ModelSource(path=str(written)), "lora": LORA}
 
 
 def sizes(tree) -> int:

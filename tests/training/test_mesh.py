@@ -1,11 +1,12 @@
 """SFT on eight devices is SFT on one. (PPO's update: test_ppo_update.py.)"""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import length_reward
 
-from jaxrlhf import config
+from jaxrlhf import config, models, sharding
 from jaxrlhf.training.ppo import PPOTrainer
 from jaxrlhf.training.sft import SFTTrainer
 
@@ -26,6 +27,29 @@ def test_sft_on_eight_devices_equals_one(supervised, tmp_path, shape):
         shape.fsdp * shape.tensor
     )
     a, b = jax.device_get((alone.params, together.params))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_adapters_over_a_packed_model_on_eight_devices_equal_one(supervised, quantize):
+    lora = config.LoRA(enabled=True, rank=2, quantize=quantize, double_quant=quantize == "nf4")
+    train = config.Train(max_steps=2, batch_size=8, eval_batch_size=8)
+    options = supervised | {"train": train, "optim": config.Optim(learning_rate=1e-2, eps=1e-3), "lora": lora}
+    trainers = [
+        SFTTrainer(config.SFTConfig(mesh=mesh, **options))
+        for mesh in (config.Mesh(), config.Mesh(data=2, fsdp=2, tensor=2))
+    ]
+    for part in ("up", "down"):
+        whole, cut = (trainer._frozen["layers"]["mlp"][part]["codes"] for trainer in trainers)
+        layers, rows, outputs = whole.shape
+        assert cut.addressable_shards[0].data.shape == (layers, rows // 2, outputs // 2), part
+    tokens, mask = jnp.arange(8 * 16).reshape(8, 16) % 40, jnp.ones((8, 16), bool)
+    run = jax.jit(models.forward, static_argnums=1)
+    made = [run(t.params, t.model, *sharding.put_rows((tokens, mask), t.mesh)) for t in trainers]
+    np.testing.assert_allclose(*map(jax.device_get, made), rtol=1e-4, atol=1e-5)
+    for trainer in trainers:
+        trainer._update(0), trainer._update(1)
+    a, b = (jax.device_get(trainer.state.value.params) for trainer in trainers)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
 
 

@@ -53,11 +53,12 @@ OPTIONS = {
     "patterns": {"rank_pattern": {"q_proj": 5, "c_attn": 5}, "alpha_pattern": {"v_proj": 3, "c_proj": 3}},
     "layers": {"layers_to_transform": [1]},
     "all-linear": {"target_modules": "all-linear"},
+    "tokens": {"trainable_token_indices": [60, 5]},
 }
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("folder", FAMILIES[:2], ids=lambda f: f.name)
+@pytest.mark.parametrize("folder", FAMILIES[:2], ids=lambda f: f.name)  # one with a tied head, one without
 def test_a_folder_that_peft_wrote(folder, name, tmp_path):
     torch.manual_seed(0)
     given = {"target_modules": TARGETS[family(folder)], "r": 4, "lora_alpha": 8, "init_lora_weights": False}
@@ -67,6 +68,9 @@ def test_a_folder_that_peft_wrote(folder, name, tmp_path):
             for parameter_name, value in model.named_parameters():
                 if "magnitude" in parameter_name:
                     value.mul_(1 + 0.3 * torch.rand_like(value))
+    if name == "tokens":
+        with torch.no_grad():
+            model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"].normal_()
     model.save_pretrained(tmp_path)
     expected = outputs(model.eval())
     whole, params = jaxrlhf.load(tmp_path, dtype="float32")
@@ -96,20 +100,24 @@ def test_a_classifier_that_peft_wrote(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("folder", "name"),
-    [*((f, "plain") for f in FAMILIES), *((f, o) for f in FAMILIES[:2] for o in ("rslora", "dora", "layers"))],
+    [
+        *((f, "plain") for f in FAMILIES),
+        *((f, o) for f in FAMILIES[:2] for o in ("rslora", "dora", "layers", "tokens")),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("head", ["lm", "linear"])
 def test_a_folder_that_we_wrote(folder, name, head, tmp_path):
     model, base = jaxrlhf.load(folder, head=head, key=jax.random.key(1), dtype="float32")
     static = Adapters(4, 8.0, rank_stabilised=name == "rslora", layers=(1, 2) if name == "layers" else None)
+    static = dataclasses.replace(static, tokens=(60, 5) if name == "tokens" else ())
     model = dataclasses.replace(model, adapters=static)
     added = lora.init(
         model, base, ours.modules(model, TARGETS[family(folder)]), jax.random.key(2), magnitudes=name == "dora"
     )
     added = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), added)
     whole = {**base, **added}
-    weights.export(tmp_path / "out", model, whole, source=folder, base=str(folder))
+    weights.export(tmp_path / "out", model, whole, source=folder, base=(str(folder), None))
     loaded = peft.PeftModel.from_pretrained(theirs(folder, head), tmp_path / "out").eval()
     if head == "linear":
         loaded.config.pad_token_id = 0
