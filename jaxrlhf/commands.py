@@ -137,9 +137,9 @@ def _plan(options: Options, overrides: Overrides) -> int:
     short = [("lora.enabled", "true")] if options.use_lora else []
     config = config_file.read(method, path, [*short, *overrides])
     runtime.configure()
-    from jaxrlhf import plan
+    from jaxrlhf import plan_report
 
-    return 0 if plan.examine(config, every_knob=options.knobs) else OutOfMemory.exit_code
+    return 0 if plan_report.examine(config, every_knob=options.knobs) else OutOfMemory.exit_code
 
 
 def _demo(options: Options, overrides: Overrides) -> None:

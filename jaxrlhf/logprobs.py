@@ -54,7 +54,7 @@ def token_logprobs(
 
 def logits_bytes(model: ModelConfig, positions: int) -> int:
     """Bytes of the logits that `token_logprobs` holds at once for so many positions."""
-    pieces = _pieces("tvd", model.vocab_size, positions, model.dtype, False)
+    pieces = _pieces("tvd", model.vocab_size, positions, model.dtype, False, ())
     return 4 * positions * pieces.shares * pieces.width
 
 

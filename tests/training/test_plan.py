@@ -7,7 +7,7 @@ import jax
 import pytest
 from runs import length_reward
 
-from jaxrlhf import cli, config, config_file, costs, memory, plan
+from jaxrlhf import cli, config, config_file, costs, memory, plan, plan_report
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.training.ppo import PPOTrainer
 from jaxrlhf.training.reward import RewardTrainer
@@ -76,18 +76,18 @@ def test_flops_are_those_of_the_shapes(supervised):
 
 def test_a_plan_says_whether_it_fits_and_what_would_help(rewarded, capsys, monkeypatch):
     told = config.PPOConfig(**rewarded)
-    assert plan.examine(told, every_knob=False)
+    assert plan_report.examine(told, every_knob=False)
     said = capsys.readouterr().out
     assert "it fits" in said and "keys and values" in said and "gradients" in said and "GFLOP/s" in said
     made = plan.plan(told)
     monkeypatch.setattr(memory, "free_on_device", lambda: 0)
-    monkeypatch.setattr(plan, "process_bytes", lambda: 0)
+    monkeypatch.setattr(plan_report, "process_bytes", lambda: 0)
     small = (
-        plan.Knob({"ppo.micro_batch_size": 1}, "slower"),
-        plan.Knob({"lora.enabled": True, "lora.rank": 1}, "other"),
+        plan_report.Knob({"ppo.micro_batch_size": 1}, "slower"),
+        plan_report.Knob({"lora.enabled": True, "lora.rank": 1}, "other"),
     )
-    monkeypatch.setattr(plan, "knobs", lambda *_: [*small, plan.Knob({"mesh.fsdp": 3}, "devices")])
-    assert not plan.examine(told, every_knob=False)
+    monkeypatch.setattr(plan_report, "knobs", lambda *_: [*small, plan_report.Knob({"mesh.fsdp": 3}, "devices")])
+    assert not plan_report.examine(told, every_knob=False)
     said = capsys.readouterr().out
     assert "does NOT fit" in said and "--ppo.micro_batch_size 1" in said and "not enough alone" in said
     assert "--mesh.fsdp 3: cannot be had here" in said
@@ -96,7 +96,7 @@ def test_a_plan_says_whether_it_fits_and_what_would_help(rewarded, capsys, monke
 
 def test_every_knob_is_a_key_that_can_be_turned(rewarded, supervised):
     for told in (config.PPOConfig(**rewarded), config.SFTConfig(**supervised), config.RewardConfig(**supervised)):
-        offered = plan.knobs(told, 8)
+        offered = plan_report.knobs(told, 8)
         assert len(offered) > 3
         for knob in offered:
             assert config.replace(told, **knob.keys) != told
