@@ -150,7 +150,7 @@ def check_host_memory(mesh: jax.sharding.Mesh, what: str) -> None:
     if HOST not in kinds:
         raise ConfigError(
             f"{what} is true, but jax's {device.platform} backend ({device.device_kind}) has no memory of kind {HOST}, "
-            f"only {', '.join(kinds)}: there is nowhere to keep it. Leave it false; docs/performance.md has what else "
+            f"only {', '.join(kinds)}: there is nowhere to keep it. Leave it false; docs/memory.md has what else "
             "saves memory"
         )
 

@@ -90,7 +90,7 @@ def arguments() -> argparse.Namespace:
     add("--slots", type=int, default=32, help="engine: rows at work at once")
     add("--samples", type=int, default=8, help="prefix: responses to each prompt")
     add("--epochs", type=int, default=1, help="ppo: epochs of an update")
-    add("--lora-rank", type=int, help="ppo: adapters of this rank train, of policy and critic; in the peer too")
+    add("--lora-rank", type=int, help="ppo: adapters of this rank train, the peer's too; beside it all of ours")
     add("--quantize", choices=("none", "int8", "nf4"), default="none", help="ppo: what lies under our adapters")
     add("--micro-batch", type=int, help="ppo, sft, reward: rows of a forward pass, ours and the peer's")
     add("--rollout-dtype", choices=("auto", *DTYPES), default="auto", help="ppo: of our rollout; auto: --dtype")
@@ -173,9 +173,10 @@ def field(args: argparse.Namespace, job: Job, work: Path) -> list[Contestant]:
     """Ours first, then the peers; of limits, torch stands for every peer that is made of it."""
     here, environment = Path(__file__).parent, device_environment(args.device)
     chosen = {}
-    for name in OURS.get(job.case, ("ours",)):
+    for name in OURS.get(job.case, ("ours", "ours-full") if job.lora_rank else ("ours",)):
         command = [sys.executable, str(here / "bench_ours.py"), name]
-        chosen[name] = Contestant(name, command, environment, job, "stock", work)
+        mine = dataclasses.replace(job, lora_rank=None, quantize="none") if name == "ours-full" else job
+        chosen[name] = Contestant(name, command, environment, mine, "stock", work)
     pythons = args.peer_python * len(args.peer) if len(args.peer_python) == 1 else args.peer_python
     theirs = args.peer_dtype or ("float32" if job.dtype == "int8" else job.dtype)
     for peer, python in zip(args.peer, pythons, strict=True):

@@ -40,7 +40,7 @@ def test_adapters_over_a_packed_model_on_eight_devices_equal_one(supervised, qua
         for mesh in (config.Mesh(), config.Mesh(data=2, fsdp=2, tensor=2))
     ]
     for part in ("up", "down"):
-        whole, cut = (trainer._frozen["layers"]["mlp"][part]["codes"] for trainer in trainers)
+        whole, cut = (trainer.frozen["layers"]["mlp"][part]["codes"] for trainer in trainers)
         layers, rows, outputs = whole.shape
         assert cut.addressable_shards[0].data.shape == (layers, rows // 2, outputs // 2), part
     tokens, mask = jnp.arange(8 * 16).reshape(8, 16) % 40, jnp.ones((8, 16), bool)

@@ -60,10 +60,10 @@ def test_sft_learns_the_new_tokens(supervised, chat, tmp_path, request):
             0
         ].item()
 
-    before, (start, base) = surprise(), jax.device_get((trainer.params["lora"]["rows"], trainer._frozen))
+    before, (start, base) = surprise(), jax.device_get((trainer.params["lora"]["rows"], trainer.frozen))
     trainer.train()
     assert surprise() < before - 1
-    equal(trainer._frozen, base)
+    equal(trainer.frozen, base)
     assert start.keys() == ({"embedding"} if trainer.model.tie_embeddings else {"embedding", "kernel"})
     for leaf, rows in start.items():
         assert np.all(np.asarray(trainer.params["lora"]["rows"][leaf]) != rows)
