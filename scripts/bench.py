@@ -10,7 +10,7 @@ matrix products and memory are timed, for the floors. Progress goes to standard 
     contestants   by name: seconds (median, min, max), tokens_per_second, peak_bytes, floor_percent, decode_percent,
                   update_percent, phases (median seconds), rates, knobs, versions; with --profile, of ours, profile:
                   the share of each kind of operation in the time of all;
-                  of memory, gigabytes by variant (bench_memory.py)
+                  of memory, gigabytes by variant (bench_memory.py); of plan's second contestant, gigabytes as phases
     ratio         by peer: our tokens per second over theirs
     limits        GF/s by dtype and GB/s, each the best that this run measured
 
@@ -37,7 +37,7 @@ from bench_shapes import SHAPES, add_percentages, write_model
 
 BATCH = {
     "generate": 8, "engine": 128, "prefix": 16, "logprobs": 8, "sft": 8, "reward": 8, "ppo": 16, "startup": 16,
-    "memory": 16,
+    "memory": 16, "plan": 16,
 }  # fmt: skip
 CASES = ("limits", *BATCH)
 PEERS = {
@@ -45,7 +45,12 @@ PEERS = {
     "trl": ("ppo",),
     "tunix": ("generate", "ppo"),
 }
-OURS = {"engine": ("ours", "ours-static"), "prefix": ("ours", "ours-rows"), "startup": ("cold", "cached")}
+OURS = {
+    "engine": ("ours", "ours-static"),
+    "prefix": ("ours", "ours-rows"),
+    "startup": ("cold", "cached"),
+    "plan": ("ours", "planned"),
+}
 DTYPES = ("float32", "bfloat16", "int8")
 INT8 = ("generate", "engine", "prefix")
 TORCH = ("hf", "trl")
@@ -56,6 +61,7 @@ OPTIONS = {  # of some cases only
     "prefix": ("samples",),
     "sft": TRAINING,
     "reward": TRAINING,
+    "plan": ("epochs", "lora_rank", "quantize", "rollout_dtype", "frozen_dtype", *TRAINING),
     "ppo": ("epochs", "lora_rank", "quantize", "rollout_dtype", "frozen_dtype", *TRAINING),
     "startup": ("epochs", *TRAINING),
     "memory": ("epochs",),
@@ -173,7 +179,7 @@ def field(args: argparse.Namespace, job: Job, work: Path) -> list[Contestant]:
     """Ours first, then the peers; of limits, torch stands for every peer that is made of it."""
     here, environment = Path(__file__).parent, device_environment(args.device)
     chosen = {}
-    for name in OURS.get(job.case, ("ours", "ours-full") if job.lora_rank else ("ours",)):
+    for name in OURS.get(job.case, ("ours", "ours-full") if job.case == "ppo" and job.lora_rank else ("ours",)):
         command = [sys.executable, str(here / "bench_ours.py"), name]
         mine = dataclasses.replace(job, lora_rank=None, quantize="none") if name == "ours-full" else job
         chosen[name] = Contestant(name, command, environment, mine, "stock", work)

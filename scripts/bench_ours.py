@@ -35,7 +35,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from bench_memory import table  # noqa: E402
 
-from jaxrlhf import sharding, weights  # noqa: E402
+from jaxrlhf import plan, plan_report, sharding, weights  # noqa: E402
 from jaxrlhf.config import (  # noqa: E402
     PPO,
     Data,
@@ -251,11 +251,9 @@ def supervised(job: Job, name: str) -> Repeat:
     return repeat
 
 
-def make_ppo(job: Job, as_a_run: bool = False) -> tuple[ppo.PPOTrainer, list[str]]:
-    """PPO on random models (policy, critic from it, reference, reward model), and prompts of `job.prompt` words.
-
-    `as_a_run`: with the prompts in a file, so that programs are compiled while models load, as in `jaxrlhf ppo`.
-    """
+def ppo_config(job: Job, as_a_run: bool = False) -> tuple[PPOConfig, list[str]]:
+    """PPO on random models (policy, critic from it, reference, reward model), and prompts of `job.prompt` words, in a
+    file too if it is `as_a_run`."""
     judge = Path(job.work) / "reward"
     if not judge.exists():
         weights.export(judge, *load(dataclasses.replace(job, dtype="float32"), "linear"), source=job.model)
@@ -274,7 +272,29 @@ def make_ppo(job: Job, as_a_run: bool = False) -> tuple[ppo.PPOTrainer, list[str
         optim=Optim(learning_rate=1e-6, schedule="constant", eps=1e-5),
         lora=LoRA(enabled=bool(job.lora_rank), rank=job.lora_rank or 16, quantize=job.quantize),
     )
+    return config, texts
+
+
+def make_ppo(job: Job, as_a_run: bool = False) -> tuple[ppo.PPOTrainer, list[str]]:
+    """A trainer and prompts; `as_a_run`, its programs are compiled while models load, as in `jaxrlhf ppo`."""
+    config, texts = ppo_config(job, as_a_run)
     return ppo.PPOTrainer(config, ahead=as_a_run), texts
+
+
+def planned(job: Job, name: str) -> Repeat:
+    """PPO iterations, or ("planned") the gigabytes that `jaxrlhf plan` foresees for them, phase by phase and with the
+    process: beside the peak of those who ran."""
+    if name != "planned":
+        return iteration(job, name)
+
+    def repeat() -> dict[str, Any]:
+        seconds, made = timed(lambda: plan.plan(ppo_config(job, as_a_run=True)[0]))
+        process = plan_report.process_bytes()
+        together = {phase.name: phase.total for phase in made.phases} | {"process": process}
+        together["peak"] = made.peak.total + process
+        return {"seconds": seconds, "phases": {part: count / 1e9 for part, count in together.items()}}
+
+    return repeat
 
 
 def iteration(job: Job, name: str) -> Repeat:
@@ -337,6 +357,7 @@ CASES: dict[str, Callable[[Job, str], Repeat]] = {
     "ppo": iteration,
     "startup": startup,
     "memory": memory,
+    "plan": planned,
 }
 
 

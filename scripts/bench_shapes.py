@@ -16,7 +16,8 @@ _LLAMA = {
     "eos_token_id": 0,
     "pad_token_id": 1,
 }
-_QWEN2 = _LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rms_norm_eps": 1e-6}
+# As a Llama with biases: beside a config.json of Qwen2, transformers makes a tokenizer of no words of that below.
+_QWEN2 = _LLAMA | {"attention_bias": True, "rms_norm_eps": 1e-6}
 
 
 def _shape(family: dict[str, Any], sizes: tuple[int, ...], vocabulary: int, context: int, theta: float):

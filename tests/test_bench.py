@@ -81,6 +81,7 @@ def test_generate(tmp_path):
         ("ppo", ["ours"]),
         ("startup", ["cold", "cached"]),
         ("memory", ["ours"]),
+        ("plan", ["ours", "planned"]),
     ],
 )
 def test_other_cases(case, contestants):
@@ -92,8 +93,10 @@ def test_other_cases(case, contestants):
     if case == "memory":
         sizes = found["contestants"]["ours"]["gigabytes"]
         whole, short, away = (sizes[name] for name in ("baseline", "optim.state_dtype bfloat16", "optim.offload"))
-        assert short["moments"] == pytest.approx(whole["moments"] / 2, rel=0.3)
+        assert short["optimizer state"] == pytest.approx(whole["optimizer state"] / 2, rel=0.3)
         assert away["update"] == whole["update"] and away["rollout"] < whole["rollout"]
+    if case == "plan":
+        assert set(found["contestants"]["planned"]["phases"]) >= {"rollout", "annotation", "update", "process", "peak"}
 
 
 @pytest.mark.parametrize(

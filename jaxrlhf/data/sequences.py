@@ -142,6 +142,8 @@ def fit(tokens: Tokens, config: Data, tokenizer: Tokenizer) -> tuple[Tokens | No
     """
     limit, room = config.max_length, config.max_prompt_length or config.max_length
     cut = config.truncation
+    if not (tokens.prompt or tokens.whole):
+        return None, "the tokenizer has no tokens for the prompt"
     if tokens.whole:
         if len(tokens) <= limit:
             return tokens, ""

@@ -47,7 +47,7 @@ def model_of(source: ModelSource, tokenizer: Tokenizer, head: str | None, lora: 
     return attending(with_adapters(model, lora, added), source)
 
 
-def with_adapters(model: ModelConfig, lora: LoRA, added: tuple[int, ...]) -> ModelConfig:
+def with_adapters(model: ModelConfig, lora: LoRA, added: tuple[int, ...] = ()) -> ModelConfig:
     """The model with adapters as `lora` says, and rows of their own for tokens that were `added`. Raises ConfigError
     for matrices and layers that it does not have."""
     if not lora.enabled:

@@ -31,6 +31,12 @@ def shown(tokens, tokenizer, which=0, learn_all=False):
     return (text + "]" * on).replace("Ġ", " ").replace("Ċ", "\n").replace("▁", " ")
 
 
+def test_a_prompt_without_tokens_is_not_kept(base):
+    for tokens in (Tokens([], [], False), Tokens([], [([5], [True])], False)):
+        assert fit(tokens, Data(), base) == (None, "the tokenizer has no tokens for the prompt")
+    assert fit(Tokens([], [([5, 6], [True, True])], True), Data(), base)[0] is not None, "a text has no prompt"
+
+
 def test_plain_prompt_and_completion(base, sp):
     example = Example("the fox", " says hello", " says")
     assert shown(made(example, base), base) == "the fox[ says hello<|endoftext|>]"
