@@ -41,13 +41,14 @@ def ppo(model, lora, optimizer):
     config = PPOConfig(ppo=PPO(batch_size=B, num_mini_batches=2, num_ppo_epochs=2), lora=lora)
     policy = setup.shapes_of(model, "float32", MESH, lora)
     trained, base = setup.split(policy, lora.enabled)
+    value = ppo_roles.critic_model(config, model, None)
     critic, trunk = jax.eval_shape(
-        lambda p: ppo_roles.make_critic(config, model, p, p, None, MESH, KEY)[1:], base or policy
+        lambda p: ppo_roles.make_critic(config, value, p, p, None, MESH, KEY), base or policy
     )
     optimizers = {"policy": optimizer, "critic": optimizer}
     roles = ppo_roles.Roles(
         policy=model,
-        critic=ppo_roles.critic_model(config, model, None),
+        critic=value,
         optimizers=tuple(optimizers.items()),
         ppo=config.ppo,
         temperature=1.0,
