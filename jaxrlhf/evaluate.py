@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +23,7 @@ from jaxrlhf.rollout import engine
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.rollout.text import read
+from jaxrlhf.text_metrics import distinct
 from jaxrlhf.types import Params, Rollout
 
 T = TypeVar("T")
@@ -46,13 +46,6 @@ def wilson(successes: int, total: int, z: float = Z95) -> tuple[float, float]:
     scale = 1 + z * z / total
     low, high = float((centre - half) / scale), float((centre + half) / scale)
     return min(max(0.0, low), share), max(min(1.0, high), share)  # rounding must not put the share outside
-
-
-def distinct(texts: Sequence[str], n: int) -> float:
-    """Different word n-grams as a share of all (Li et al. 2016, https://arxiv.org/abs/1510.03055); 0 if none."""
-    words = [text.split() for text in texts]
-    grams = Counter(tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1))
-    return len(grams) / max(1, grams.total())
 
 
 def evaluate(

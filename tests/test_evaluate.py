@@ -43,12 +43,6 @@ def test_wilson_covers_the_truth_about_as_often_as_it_says():
     assert 0.92 < np.mean(covered) < 0.98
 
 
-def test_distinct_counts_different_word_pairs():
-    assert evaluate.distinct(["a b a b", "a b"], 2) == pytest.approx(2 / 4)
-    assert evaluate.distinct(["a b c"], 1) == 1
-    assert evaluate.distinct(["", "a"], 2) == 0
-
-
 @pytest.fixture(scope="module")
 def model_folder(tiny_model, tmp_path_factory) -> Path:
     model, params = weights.load(tiny_model, init="random", key=jax.random.key(1))

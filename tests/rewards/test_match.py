@@ -1,12 +1,14 @@
 """Comparing a completion with a column: what counts as the answer, and when two are the same."""
 
+import json
+import time
 from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxrlhf.rewards.match import exact_match, number, numeric_match
+from jaxrlhf.rewards.match import boxed, exact_match, last_box, multiple_choice, number, numeric_match
 
 
 @pytest.mark.parametrize(
@@ -79,3 +81,130 @@ def test_texts():
     assert exact_match(said, answer=answer, case=True) == [1, 0, 0, None]
     long = ["I think. Answer: A  B", "A B", "Answer: C Answer: a b"]
     assert exact_match(long, column="key", after="Answer:", key=["A B"] * 3) == [1, 0, 1]
+
+
+def test_school_mathematics_answers_itself(shared_data):
+    lines = (shared_data / "math" / "gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines()
+    answers = [json.loads(line)["answer"] for line in lines]
+    finals = [answer.rpartition("#### ")[2] for answer in answers]
+    wrong = [f"{int(final.replace(',', '')) + 1:,}" for final in finals]
+    boxes = [rf"so $\boxed{{{final}}}$" for final in finals]
+    count = len(answers)
+    assert count == 6000
+    for right in (answers, finals, [f"The answer is ${final}." for final in finals]):
+        assert numeric_match(right, answer=answers) == [1] * count
+    assert boxed(boxes, answer=answers) == [1] * count
+    said = [answer.removesuffix(final) + other for answer, final, other in zip(answers, finals, wrong, strict=True)]
+    assert numeric_match(said, answer=answers) == [0] * count
+    assert boxed([rf"\boxed{{{other}}}" for other in wrong], answer=answers) == [0] * count
+
+
+@pytest.mark.parametrize(
+    ("said", "box"),
+    [
+        (r"first \boxed{1}, then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed {\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
+        (r"\boxed{a \boxed{b} c}", "b"),
+        (r"} \boxed{5} and \boxed{6", "5"),
+        (r"{ \boxed{}", ""),
+        (r"\boxed{6", None),
+        ("5", None),
+        (r"\boxed{" * 20_000 + "7}", "7"),
+    ],
+)
+def test_the_last_box_that_is_closed(said, box):
+    assert last_box(said) == box
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "score"),
+    [
+        (r"\boxed{\frac{1}{2}}", "0.5", 1),
+        (r"\boxed{-\dfrac12}", r"thus $\boxed{-\tfrac{1}{2}}$", 1),
+        (r"\boxed{3\frac{1}{2}}", "31/2", 0),
+        (r"\boxed{1{,}000}", "1000", 1),
+        (r"\boxed{10\,000}", "10,000", 1),
+        (r"\boxed{1 2}", "12", 0),
+        (r"\boxed{x = 5}", "5", 0),
+        (r"\boxed{50\%}", "50", 1),
+        (r"\boxed{72.0}", "9 * 8 = 72\n#### 72", 1),
+        (r"\boxed{1/0}", "1/0", 1),
+        (r"\boxed{\left( 1, 2 \right)}", "(1,2)", 1),
+        (r"\boxed{\text{East}.}", "east", 1),
+        (r"\boxed{\dfrac{x}{2}}", r"\frac{x}{2}", 1),
+        (r"\boxed{\sqrt{2}}", r"\sqrt{3}", 0),
+        ("72", "72", 0),
+        (r"\boxed{72", "72", 0),
+        (r"\boxed{1}", None, None),
+    ],
+)
+def test_boxes(said, answer, score):
+    assert boxed([said], answer=[answer]) == [score]
+
+
+@given(st.text(alphabet=st.sampled_from("a1{}()\\ ,.$-/#x"), max_size=20))
+def test_a_text_in_a_box_is_itself(text):
+    if last_box(rf"\boxed{{{text}}}") == text:
+        assert boxed([rf"\boxed{{{text}}}"], answer=[rf"\boxed{{{text}}}"]) == [1]
+    assert boxed([text], answer=[text]) == [0]
+
+
+@pytest.mark.parametrize(
+    ("said", "letter"),
+    [
+        ("The answer is (B)", "B"),
+        ("B.", "B"),
+        ("**B**", "B"),
+        ("b)", "B"),
+        ("(C) A mammal", "C"),
+        ("Let me think.\nB", "B"),
+        ("Answer:\n\n**B**: Paris", "B"),
+        (r"so $\boxed{\text{(C)}}$", "C"),
+        ("the answer is b.", "B"),
+        ("The correct option is C because A is small", "C"),
+        ("The answer to the question is B.\n(A) is too small.", "B"),
+        ("The answer is not (B), it is C", "C"),
+        ("#### D", "D"),
+        ("The answer is a dog", None),
+        ("The answer is not (B)", None),
+        ("The answer is B or C", None),
+        ("Answer: A and B", None),
+        ("The answer is A. No, the answer is B.", None),
+        ("answer: A B C D", None),
+        ("A, B, C, D", None),
+        ("A. B. C. D.", None),
+        ("A\nB", None),
+        ("(A) is wrong, so (B)", None),
+        ("The answer is E", None),
+        ("ABCD", None),
+        ("A dog", None),
+        ("", None),
+    ],
+)
+def test_the_letter_that_is_chosen(said, letter):
+    assert multiple_choice([said] * 4, answer=[*"ABCD"]) == [float(right == letter) for right in "ABCD"]
+
+
+def test_the_letter_that_is_right():
+    said = ["The answer is B"] * 6
+    assert multiple_choice(said, answer=["(B)", "b", 1, 0, 7, None]) == [1, 1, 1, 0, None, None]
+    assert multiple_choice(["E", "D"], column="key", letters="de", key=["E", "E"]) == [1, 0]
+    for letters in ("A", "AA", "A-B"):
+        with pytest.raises(ValueError, match="two or more different letters"):
+            multiple_choice(["A"], letters=letters, answer=["A"])
+
+
+@given(st.text(alphabet=st.sampled_from("ABb answeris:().*\n"), max_size=30))
+def test_nothing_chooses_two_letters(text):
+    assert sum(filter(None, multiple_choice([text] * 4, answer=[*"ABCD"]))) <= 1
+
+
+@pytest.mark.parametrize("unit", ["\n", "a ", "answer: ", r"\boxed{", "}", "(A)", "1,", r"\text{"])
+def test_long_texts_take_no_time(unit):
+    """Each is read once; backtracking over it would take minutes."""
+    text = unit * (100_000 // len(unit))
+    started = time.process_time()
+    boxed([text, rf"\boxed{{{text}}}"], answer=[text] * 2)
+    multiple_choice([text], answer=["A"])
+    assert time.process_time() - started < 5
