@@ -68,12 +68,12 @@ def ties_loss(
         p(chosen better) = sigmoid(d - nu),    p(tie) = (exp(2 nu) - 1) sigmoid(d - nu) sigmoid(-d - nu)
 
     d = chosen - rejected; which is which does not matter in a tie. `nu`, the half-width of the band of ties, must be
-    above 0 where there are ties. Accuracy is that of the pairs without a tie, to be divided by 1 - the share of ties.
+    above 0 where there are ties: at 0 they have probability 0 and an infinite loss. Accuracy and margin are sums over
+    the pairs without a tie, divided by the number of all pairs; `ties` is the share of the others.
     """
     margin = masked.keep(chosen - rejected, mask)
     tied = tied & mask
-    # A large finite number in place of log 0: without ties nu may be 0.
-    tie = jax.nn.log_sigmoid(-margin - nu) + jnp.log(jnp.maximum(jnp.expm1(2 * nu), 1e-30))
+    tie = jax.nn.log_sigmoid(-margin - nu) + jnp.log(jnp.expm1(2 * nu))
     log_p = jax.nn.log_sigmoid(margin - nu) + masked.keep(tie, tied)
     loss = -masked.total(log_p, mask) / count
     return loss, {
