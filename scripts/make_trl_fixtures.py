@@ -16,7 +16,8 @@ what was set as JSON under `about` in its metadata, and (E epochs, M mini-batche
     change/policy/NAME, change/critic/NAME    [5]      of the parameters by the update: see `digest` in make_fixtures.py
     metric/NAME                               []       as TRL logs it
 
-functions.safetensors holds what single functions of TRL return for a ragged random batch.
+functions.safetensors holds what single functions of TRL return for a ragged random batch, losses.safetensors what its
+preference losses do (trl_losses.py).
 """
 
 import json
@@ -32,6 +33,7 @@ import tokenizers
 import torch  # pyright: ignore[reportMissingImports]
 import transformers
 import trl  # pyright: ignore[reportMissingImports]
+import trl_losses
 from make_fixtures import digest
 from safetensors.numpy import save_file
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # pyright: ignore[reportMissingImports]
@@ -259,6 +261,7 @@ def main() -> None:
     (FIXTURES / "trl").mkdir()
     torch.set_num_threads(1)
     functions()
+    trl_losses.main()
     for name in CASES:
         found = run(name)
         logged = {key.removeprefix("metric/"): round(float(v), 4) for key, v in found.items() if "metric/" in key}

@@ -83,7 +83,7 @@ def update(
     def loss(params: Params, rows: tuple[Pairs | PackedPairs, jax.Array | None]) -> tuple[jax.Array, Metrics]:
         chosen, rejected = pair_scores({**frozen, **params}, rows[0], model, rows[1])
         valid = rows[0].valid
-        value, metrics = pairwise_loss(chosen, rejected, valid, count)
+        value, metrics = pairwise_loss(chosen, rejected, valid, count, 0.0)
         spread = {
             "max_reward_max": jnp.where(valid, jnp.maximum(chosen, rejected), -jnp.inf).max(),
             "min_reward_max": jnp.where(valid, -jnp.minimum(chosen, rejected), -jnp.inf).max(),
@@ -249,5 +249,5 @@ class RewardTrainer:
             found = jax.device_get((*evaluate(self.params, pairs, model=self.model), pairs.valid))
             chosen, rejected, valid = (jnp.asarray(x[:count]) for x in found)
             number = int(valid.sum())
-            records.append((number, pairwise_loss(chosen, rejected, valid, number)[1]))
+            records.append((number, pairwise_loss(chosen, rejected, valid, number, 0.0)[1]))
         return {f"eval/{key}": value for key, value in loop.weighted_mean(records).items()}

@@ -1,0 +1,67 @@
+"""Kahneman-Tversky optimisation (https://arxiv.org/abs/2402.01306): responses that are good or bad, without pairs."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxrlhf.algorithms import masked
+from jaxrlhf.algorithms.masked import Scalar
+from jaxrlhf.algorithms.reward import Metrics
+
+
+def kl_baseline(
+    logprobs: Float[Array, " B"], ref_logprobs: Float[Array, " B"], mask: Bool[Array, " B"]
+) -> Float[Array, ""]:
+    """z0 = max(0, mean log(pi / ref)) over responses to other prompts than their own (section 4.1), without a gradient.
+
+    Of the WHOLE optimizer batch: that of a micro-batch is another, noisier number. 0 where the mask is empty.
+    """
+    mean = masked.total(logprobs - ref_logprobs, mask) / jnp.maximum(jnp.sum(mask), 1)
+    return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
+
+
+def kto_loss(
+    logprobs: Float[Array, " B"],
+    ref_logprobs: Float[Array, " B"],
+    desirable: Bool[Array, " B"],
+    mask: Bool[Array, " B"],
+    count: Scalar,
+    kl: Scalar,
+    beta: Scalar,
+    desirable_weight: Scalar,
+    undesirable_weight: Scalar,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss of section 4.1, whose value function is v = weight sigmoid(+-beta (log(pi / ref) - kl)).
+
+        loss = 1 / count  sum weight (1 - sigmoid(beta (log(pi / ref) - kl)))    if desirable
+                          sum weight (1 - sigmoid(beta (kl - log(pi / ref))))    if not
+
+    `logprobs` are sums over the tokens of a response, `mask` says which rows are responses, and `count` is their number
+    in the whole optimizer batch. `kl` is the `kl_baseline`; with 0, and weights of 1, this is the unpaired form of
+    APO-zero (https://arxiv.org/abs/2408.06266). Finite for finite log-probs, also where all responses are of one kind.
+    Metrics add up over micro-batches like the loss; `additive_to_final` turns their sum into what is logged.
+    """
+    logprobs, ref_logprobs = masked.keep(logprobs, mask), masked.keep(ref_logprobs, mask)
+    log_ratio = logprobs - ref_logprobs
+    sign = jnp.where(desirable, 1.0, -1.0)
+    weight = jnp.where(desirable, desirable_weight, undesirable_weight)
+    loss = masked.total(weight * jax.nn.sigmoid(-sign * beta * (log_ratio - kl)), mask) / count
+    metrics = {"loss": loss}
+    for kind, rows in (("chosen", mask & desirable), ("rejected", mask & ~desirable)):
+        metrics[f"rewards/{kind}"] = beta * masked.total(log_ratio, rows) / count
+        metrics[f"logps/{kind}"] = masked.total(logprobs, rows) / count
+        metrics[f"share/{kind}"] = jnp.sum(rows) / count
+    return loss, metrics
+
+
+def additive_to_final(metrics: Metrics) -> Metrics:
+    """The sum of the micro-batches' metrics -> what is logged: means over the responses of a kind, and their margin.
+
+    A kind that the batch lacks has means of 0; look at its share.
+    """
+    metrics = dict(metrics)
+    for kind in ("chosen", "rejected"):
+        share = metrics[f"share/{kind}"]
+        for name in (f"rewards/{kind}", f"logps/{kind}"):
+            metrics[name] = metrics[name] / jnp.where(share > 0, share, 1.0)
+    return metrics | {"rewards/margins": metrics["rewards/chosen"] - metrics["rewards/rejected"]}
