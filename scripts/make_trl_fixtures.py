@@ -1,6 +1,6 @@
 """Writes tests/fixtures/trl: what TRL's PPOTrainer computes in one update of models from tests/fixtures/models.
 
-    python scripts/make_trl_fixtures.py          (needs torch and trl==1.8.0: an environment of its own will do)
+    python scripts/make_trl_fixtures.py          (needs torch, trl==1.8.0 and requests: any environment will do)
 
 `PPOTrainer.train` itself runs; only generation is replaced, by fixed responses. The policy is `llama`, the reference
 the same weights times REFERENCE, the value model `llama-score`, the reward model `qwen2-score`. One file per case, with

@@ -34,13 +34,13 @@ def token_weights(
         constant    the sum over tokens / (sequences longest): `longest` is the response's limit
         token       the mean over tokens
 
-    `count` and `sequences` are of the whole optimizer batch: it is them that make micro-batches add up. Metrics of the
-    losses stay means over tokens. The weights multiply those that correct for the sampler. 0 outside the mask.
+    `count` and `sequences` are of the whole optimizer batch: thus micro-batches add up. Metrics other than the
+    loss stay means over tokens. The weights multiply those that correct for the sampler. 0 outside the mask.
     """
     if normalise == "token":
         return mask.astype(jnp.float32)
     lengths = jnp.sum(mask, axis=1, keepdims=True) if normalise == "sequence" else longest
-    return masked.keep(jnp.broadcast_to(count / (sequences * jnp.maximum(lengths, 1)), mask.shape), mask)
+    return masked.keep(jnp.broadcast_to(count / (sequences * lengths), mask.shape), mask)
 
 
 def gspo_loss(
