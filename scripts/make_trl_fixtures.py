@@ -1,6 +1,6 @@
 """Writes tests/fixtures/trl: what TRL's PPOTrainer computes in one update of models from tests/fixtures/models.
 
-    python scripts/make_trl_fixtures.py          (needs torch and trl==1.8.0: an environment of its own will do)
+    python scripts/make_trl_fixtures.py          (needs torch, trl==1.8.0 and requests: any environment will do)
 
 `PPOTrainer.train` itself runs; only generation is replaced, by fixed responses. The policy is `llama`, the reference
 the same weights times REFERENCE, the value model `llama-score`, the reward model `qwen2-score`. One file per case, with
@@ -17,7 +17,8 @@ what was set as JSON under `about` in its metadata, and (E epochs, M mini-batche
     metric/NAME                               []       as TRL logs it
 
 functions.safetensors holds what single functions of TRL return for a ragged random batch, losses.safetensors what its
-preference losses do (trl_losses.py).
+preference losses do (trl_losses.py), groups.safetensors the advantages and losses of its GRPOTrainer and RLOOTrainer
+(see `groups`).
 """
 
 import json
@@ -36,6 +37,7 @@ import trl  # pyright: ignore[reportMissingImports]
 import trl_losses
 from make_fixtures import digest
 from safetensors.numpy import save_file
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # pyright: ignore[reportMissingImports]
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # pyright: ignore[reportMissingImports]
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax  # pyright: ignore[reportMissingImports]
 
@@ -255,6 +257,86 @@ def functions() -> None:
     )
 
 
+GROUP = 4  # responses to a prompt
+# the second group is without variance, the third nearly so
+GROUP_SCORES = (1.0, 0.0, 0.0, 1.0, 2.0, 2.0, 2.0, 2.0, 0.5, 0.5, 0.5, 0.5078125, 3.0, -1.0, 0.25, 7.5)
+GROUP_LENGTHS = (3, R, 1, 5, R, 6, 2, 4, 1, 1, R, 5, 4, 2, 3, 6)
+# name: what is set; `rloo` is RLOOTrainer's, the others GRPOTrainer's
+GROUP_LOSSES: dict[str, dict[str, Any]] = {
+    "grpo": {"loss_type": "grpo", "epsilon": 0.2, "epsilon_high": 0.2},
+    "grpo-kl": {"loss_type": "grpo", "epsilon": 0.2, "epsilon_high": 0.2, "beta": 0.3, "use_bias_correction_kl": True},
+    "grpo-k3": {"loss_type": "grpo", "epsilon": 0.2, "epsilon_high": 0.2, "beta": 0.3, "use_bias_correction_kl": False},
+    "dr_grpo": {"loss_type": "dr_grpo", "epsilon": 0.2, "epsilon_high": 0.2},
+    "dapo": {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28},
+    "dapo-delta": {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28, "delta": 1.5},
+    "gspo": {"loss_type": "grpo", "epsilon": 0.1, "epsilon_high": 0.15, "importance_sampling_level": "sequence"},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.25},
+    "rloo": {"epsilon": 0.2, "epsilon_high": 0.2},
+}
+
+
+def groups() -> None:
+    """What GRPOTrainer and RLOOTrainer make of given scores and log-probs (B is 16: 4 prompts of GROUP).
+
+    scores [B]; advantages/{grpo, dr_grpo, rloo} [B]; mask, logprobs, old_logprobs, ref_logprobs [B, R]; and for each
+    name of GROUP_LOSSES loss/NAME [] and gradient/NAME [B, R], of the loss to `logprobs`, with advantages/grpo (RLOO:
+    advantages/rloo).
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(GROUP_SCORES), R)
+    mask = torch.arange(R) < torch.tensor(GROUP_LENGTHS)[:, None]
+    old = torch.log_softmax(3 * torch.randn((*shape, V), generator=generator), -1)[..., 0].contiguous()
+    new, reference = (old + 0.3 * torch.randn(shape, generator=generator) for _ in range(2))
+    found = {"scores": torch.tensor(GROUP_SCORES), "mask": mask}
+    found |= {"logprobs": new, "old_logprobs": old, "ref_logprobs": reference}
+    for name, changes in {"grpo": {}, "dr_grpo": {"scale_rewards": "none"}, "rloo": {}}.items():
+        trainer = group_trainer(name, changes)
+        prompts = [{"prompt": f"t{6 + i}"} for i in range(len(GROUP_SCORES) // GROUP) for _ in range(GROUP)]
+        found[f"advantages/{name}"] = trainer._generate_and_score_completions(prompts)["advantages"]
+    for name, settings in GROUP_LOSSES.items():
+        trainer = group_trainer(name, settings)
+        trainer.current_gradient_accumulation_steps = 1
+        logprobs = new.clone().requires_grad_()
+        about = (logprobs, torch.zeros(shape), None)  # with entropies and no auxiliary loss
+        trainer._get_per_token_logps_and_entropies = lambda *_, about=about, **__: about
+        ids = torch.zeros(shape, dtype=torch.long)
+        inputs = {f"{part}_{what}": ids for part in ("prompt", "completion") for what in ("ids", "mask")}
+        inputs |= {"completion_mask": mask.long(), "num_items_in_batch": mask.sum()}
+        inputs |= {"old_per_token_logps": old, "old_logps": (old * mask).sum(1), "ref_per_token_logps": reference}
+        inputs["advantages"] = found["advantages/rloo" if name == "rloo" else "advantages/grpo"]
+        loss = trainer._compute_loss(trainer.model, inputs)
+        loss.backward()
+        found |= {f"loss/{name}": loss.detach(), f"gradient/{name}": logprobs.grad}
+    save_file(
+        {name: value.numpy() for name, value in found.items()},
+        FIXTURES / "trl" / "groups.safetensors",
+        metadata={"about": json.dumps({"trl": trl.__version__, "group": GROUP, "settings": GROUP_LOSSES})},
+    )
+
+
+def group_trainer(name: str, settings: dict[str, Any]) -> Any:
+    """The trainer of a name in GROUP_LOSSES, whose reward is GROUP_SCORES."""
+    trainer, config = (RLOOTrainer, RLOOConfig) if name == "rloo" else (GRPOTrainer, GRPOConfig)
+    with tempfile.TemporaryDirectory() as folder:
+        return trainer(
+            model=model_of("llama"),
+            reward_funcs=lambda **_: list(GROUP_SCORES),
+            processing_class=tokenizer(),
+            train_dataset=datasets.Dataset.from_dict({"prompt": ["t6"]}),
+            args=config(
+                output_dir=folder,
+                per_device_train_batch_size=len(GROUP_SCORES),
+                num_generations=GROUP,
+                max_completion_length=R,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                report_to="none",
+                **{"beta": 0.0} | settings,
+            ),
+        )
+
+
 def main() -> None:
     """Makes all files anew."""
     shutil.rmtree(FIXTURES / "trl", ignore_errors=True)
@@ -262,6 +344,7 @@ def main() -> None:
     torch.set_num_threads(1)
     functions()
     trl_losses.main()
+    groups()
     for name in CASES:
         found = run(name)
         logged = {key.removeprefix("metric/"): round(float(v), 4) for key, v in found.items() if "metric/" in key}

@@ -1,4 +1,4 @@
-"""What TRL's PPOTrainer computed (scripts/make_trl_fixtures.py): one update of fixed responses per case."""
+"""What TRL's trainers computed (scripts/make_trl_fixtures.py): for PPO, one update of fixed responses per case."""
 
 import functools
 import json

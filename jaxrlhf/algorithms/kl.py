@@ -38,22 +38,23 @@ def kl_loss(
     mask: Bool[Array, "B R"],
     count: Scalar,
     estimator: Literal["k2", "k3"],
+    weights: Float[Array, "B R"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The KL as a term of the loss, in nats per token, to be multiplied by kl_coef.
 
-        loss = 1 / count  sum_t k2_t    or    1 / count  sum_t rho_t k3_t,    rho = exp(log pi - log pi_old)
+        loss = 1 / count  sum_t w_t k2_t    or    1 / count  sum_t w_t rho_t k3_t,    rho = exp(log pi - log pi_old)
 
     For tokens drawn from pi_old, the expected gradient is that of KL(pi || ref) in the contexts of the rollout: for k2
     while pi is pi_old (later steps weigh tokens as pi_old drew them), for k3, whose gradient also flows through rho,
     at any pi. What a token does to the KL of later ones is not in it, as it is for a KL in the reward. `count` is the
-    number of real tokens of the whole optimizer batch.
+    number of real tokens of the whole optimizer batch; `weights` are what tokens count otherwise, none: 1.
     """
     logprobs, old_logprobs, ref_logprobs = (masked.keep(x, mask) for x in (logprobs, old_logprobs, ref_logprobs))
     if estimator == "k2":
         terms = k2(logprobs, ref_logprobs)
     else:
         terms = jnp.exp(logprobs - old_logprobs) * k3(logprobs, ref_logprobs)
-    loss = jnp.sum(terms) / count
+    loss = jnp.sum(terms if weights is None else terms * masked.keep(weights, mask)) / count
     return loss, {"loss/kl_avg": loss}
 
 

@@ -75,18 +75,24 @@ def policy_loss(
     bound = jnp.where(above, upper, jnp.where(below, lower, clip.dual or 1.0))
     surrogate = advantages * jnp.where(clipped | far, bound, jnp.exp(limited))
     loss = -jnp.sum(surrogate if weights is None else surrogate * masked.keep(weights, mask)) / count
-    log_ratio = jax.lax.stop_gradient(jnp.clip(log_ratio, -clip.log_ratio, clip.log_ratio))
-    metrics = {
+    metrics = ratio_metrics(log_ratio, mask, count, clip) | {
         "loss/policy_avg": loss,
-        "policy/approxkl_avg": 0.5 * jnp.sum(jnp.square(log_ratio)) / count,
-        "policy/kl_avg": masked.total(jnp.expm1(log_ratio) - log_ratio, mask) / count,
         "policy/clipfrac_avg": jnp.sum(clipped) / count,
         "policy/clipfrac_high_avg": jnp.sum(above) / count,
         "policy/clipfrac_low_avg": jnp.sum(below) / count,
+    }
+    return loss, metrics | ({"policy/dual_clipfrac_avg": jnp.sum(far) / count} if clip.dual else {})
+
+
+def ratio_metrics(log_ratio: Float[Array, "B R"], mask: Bool[Array, "B R"], count: Scalar, clip: Clip) -> Metrics:
+    """How far pi has moved from pi_old, without a gradient; `log_ratio` is 0 outside the mask."""
+    log_ratio = jax.lax.stop_gradient(jnp.clip(log_ratio, -clip.log_ratio, clip.log_ratio))
+    return {
+        "policy/approxkl_avg": 0.5 * jnp.sum(jnp.square(log_ratio)) / count,
+        "policy/kl_avg": masked.total(jnp.expm1(log_ratio) - log_ratio, mask) / count,
         "val/ratio": masked.total(jnp.exp(log_ratio), mask) / count,
         "val/ratio_spread": jnp.sum(jnp.square(jnp.expm1(log_ratio))) / count,
     }
-    return loss, metrics | ({"policy/dual_clipfrac_avg": jnp.sum(far) / count} if clip.dual else {})
 
 
 def value_loss(
