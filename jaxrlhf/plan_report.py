@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from jaxrlhf import costs, memory
-from jaxrlhf.config import PPOConfig, replace
+from jaxrlhf import costs, memory, runtime
+from jaxrlhf.config import DType, PPOConfig, replace
 from jaxrlhf.errors import JaxrlhfError
 from jaxrlhf.plan import PARTS, Plan, RunConfig, plan
 
@@ -97,34 +97,39 @@ def knobs(config: RunConfig, devices: int) -> list[Knob]:
     ppo = isinstance(config, PPOConfig)
     section, batch = ("ppo", config.ppo.batch_size) if ppo else ("train", config.train.batch_size)
     micro = config.ppo.micro_rows(batch) if ppo else config.train.micro_batch_size or batch
-    shares = config.mesh.data * config.mesh.fsdp
-    slower, rounded = "the same result, slower", "nearly the same result"
+    mesh = config.mesh
+    shares = mesh.fsdp * (mesh.data or devices // (mesh.fsdp * mesh.tensor))
+    slower, rounded, backend = "the same result, slower", "nearly the same result", jax.default_backend()
+
+    def wide(dtype: DType) -> bool:
+        return runtime.resolve_dtype(dtype, backend) != "bfloat16"
+
     found = [
         (micro > shares, {f"{section}.micro_batch_size": shares}, slower),
-        (config.model.remat != "full", {"model.remat": "full"}, slower),
+        (runtime.resolve_remat(config.model.remat, backend) != "full", {"model.remat": "full"}, slower),
         (not config.lora.enabled, {"lora.enabled": True}, "adapters train, the model does not"),
         (
             config.lora.quantize == "none",
             {"lora.enabled": True, "lora.quantize": "nf4"},
             "adapters train, over a model in 4 bits",
         ),
-        (config.lora.enabled and config.model.param_dtype != "bfloat16", {"model.param_dtype": "bfloat16"}, rounded),
+        (config.lora.enabled and wide(config.model.param_dtype), {"model.param_dtype": "bfloat16"}, rounded),
         (config.optim.state_dtype != "bfloat16", {"optim.state_dtype": "bfloat16"}, rounded),
         (
-            devices > shares * config.mesh.tensor,
-            {"mesh.fsdp": devices // config.mesh.tensor, "mesh.data": 1},
-            "the same result",
+            mesh.fsdp * mesh.tensor < devices,
+            {"mesh.data": 1, "mesh.fsdp": devices // mesh.tensor},
+            "the same result; parameters are cut, not repeated",
         ),
     ]
     if ppo:
-        quarter, apart = max(shares, batch // 4), jax.default_backend() != "cpu"  # whether the host is another memory
+        quarter, apart = max(shares, batch // 4), backend != "cpu"  # whether the host is another memory
         found += [
             (config.rollout.slots == 0 and quarter < batch, {"rollout.slots": quarter}, slower),
             (apart and not config.optim.offload, {"optim.offload": True}, slower),
             (apart and not config.reference.offload, {"reference.offload": True}, slower),
             (config.rollout.dtype != "int8", {"rollout.dtype": "int8"}, "samples from a slightly other policy"),
             (
-                config.reference.dtype != "bfloat16" and not config.lora.enabled,
+                wide(config.reference.dtype) and not config.lora.enabled,
                 {"reference.dtype": "bfloat16"},
                 "a KL to the reference as it is rounded",
             ),
@@ -134,7 +139,7 @@ def knobs(config: RunConfig, devices: int) -> list[Knob]:
                 "no critic of its own",
             ),
             (
-                bool(config.reward.model) and config.reward.model_dtype != "bfloat16",
+                bool(config.reward.model) and wide(config.reward.model_dtype),
                 {"reward.model_dtype": "bfloat16"},
                 rounded,
             ),
