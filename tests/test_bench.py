@@ -73,14 +73,14 @@ def test_generate(tmp_path):
 @pytest.mark.parametrize(
     ("case", "contestants"),
     [
-        ("engine", ["ours", "ours-static"]),
-        ("prefix", ["ours", "ours-rows"]),
-        ("logprobs", ["ours"]),
-        ("sft", ["ours"]),
-        ("reward", ["ours"]),
-        ("ppo", ["ours"]),
-        ("startup", ["cold", "cached"]),
-        ("memory", ["ours"]),
+        pytest.param("engine", ["ours", "ours-static"], marks=pytest.mark.bench),
+        pytest.param("prefix", ["ours", "ours-rows"], marks=pytest.mark.bench),
+        pytest.param("logprobs", ["ours"], marks=pytest.mark.bench),
+        pytest.param("sft", ["ours"], marks=pytest.mark.bench),
+        pytest.param("reward", ["ours"], marks=pytest.mark.bench),
+        pytest.param("ppo", ["ours"], marks=pytest.mark.bench),
+        pytest.param("startup", ["cold", "cached"], marks=pytest.mark.bench),
+        pytest.param("memory", ["ours"], marks=pytest.mark.bench),
         ("plan", ["ours", "planned"]),
     ],
 )

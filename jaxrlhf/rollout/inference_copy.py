@@ -54,16 +54,37 @@ def inference_model(model: ModelConfig, dtype: RolloutDType) -> ModelConfig:
 @partial(jax.jit, static_argnames=("model", "inference"))
 def convert(params: Params, model: ModelConfig, inference: ModelConfig) -> Params:
     """Parameters of `model` as those of `inference`, one of its `inference_model`s; adapters are merged."""
-    params = lora.merge(params, model)
+    if inference.kernels == "int8":  # all layers at once: they are small when they are rounded
+        return unstack(_int8(lora.merge(params, model)), model)
+    params = (
+        _merged(params, model)
+        if "lora" in params or "codes" in params["layers"]["mlp"]["up"]
+        else unstack(params, model)
+    )
     if model.tie_embeddings and not inference.tie_embeddings:
         params = {**params, "lm_head": {"kernel": params["embed"]["embedding"].T}}
-    if inference.kernels == "int8":
-        return unstack(_int8(params), model)
 
     def cast(keys, x):
         return x.astype(inference.dtype) if path_of(keys).endswith(("kernel", "embedding")) else x
 
-    return jax.tree_util.tree_map_with_path(cast, unstack(params, model))
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _merged(params: Params, model: ModelConfig) -> Params:
+    """`lora.merge` and `unstack`, a layer at a time: a stack of merged kernels would be as large as what comes out."""
+    adapters = params.get("lora", {})
+    first, last = (model.adapters and model.adapters.layers) or (0, model.num_layers)
+    one = model.adapters and dataclasses.replace(model.adapters, layers=None, tokens=())
+    alone = dataclasses.replace(model, num_layers=1, sliding_layers=model.sliding_layers[:1], adapters=one)
+
+    def layer(index: int) -> Params:
+        part = {"layers": jax.tree.map(lambda x: x[index][None], params["layers"])}
+        if adapters and first <= index < last:
+            part["lora"] = {"layers": jax.tree.map(lambda x: x[index - first][None], adapters["layers"])}
+        return jax.tree.map(lambda x: x[0], lora.merge(part, alone)["layers"])
+
+    outside = {**params, "layers": {}} | ({"lora": {**adapters, "layers": {}}} if adapters else {})
+    return {**lora.merge(outside, model), "layers": tuple(layer(i) for i in range(model.num_layers))}
 
 
 def _int8(params: Params) -> Params:

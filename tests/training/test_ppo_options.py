@@ -36,14 +36,13 @@ def test_an_entropy_bonus_raises_the_entropy():
     assert bonus["policy/entropy_avg"] > without["policy/entropy_avg"] + 0.01
 
 
-@pytest.mark.parametrize("micro", [1, 2])
-def test_micro_batches_do_not_change_an_update_with_everything_on(micro):
+def test_micro_batches_do_not_change_an_update_with_everything_on():
     options = {
         "entropy_coef": 0.1, "cliprange_high": 0.3, "dual_clip": 2.0, "kl_in": "loss", "kl_estimator": "k3",
         "sampler_correction": "truncate", "value_target": "reward_to_go", "whiten_rewards": True,
     }  # fmt: skip
     whole, _, expected = case(rollout_dtype="bfloat16", **options).run()
-    parts, _, metrics = case(rollout_dtype="bfloat16", micro_batch_size=micro, **options).run()
+    parts, _, metrics = case(rollout_dtype="bfloat16", micro_batch_size=2, **options).run()
     close(parts.params, whole.params, atol=3e-5)
     close({k: metrics[k] for k in expected}, expected, rtol=2e-3, atol=2e-5)
 

@@ -132,9 +132,8 @@ def exact_kl(problem, state):
     return jnp.mean(jnp.sum(jnp.exp(policy) * (policy - reference), axis=-1)[problem.rollout.response_mask])
 
 
-@pytest.mark.parametrize("estimator", ["k2", "k3"])
-def test_a_kl_in_the_loss_holds_the_policy_to_its_reference(estimator):
-    problem = case(kl_in="loss", kl_estimator=estimator, kl_coef=30.0, drift=2.0)
+def test_a_kl_in_the_loss_holds_the_policy_to_its_reference():
+    problem = case(kl_in="loss", kl_estimator="k3", kl_coef=30.0, drift=2.0)
     free, *_ = problem.run(dataclasses.replace(problem.state(), kl_coef=jnp.float32(0)))
     held, *_ = problem.run()
     assert exact_kl(problem, held) < 0.8 * exact_kl(problem, free)
