@@ -72,7 +72,7 @@ def test_packed_pairs_have_the_loss_and_gradients_of_pairs_apart(name):
     model = dataclasses.replace(MODELS[name], head="linear")
 
     def loss(params, pairs):
-        return pairwise_loss(*reward.pair_scores(params, pairs, model, None), pairs.valid, len(PAIRS))
+        return pairwise_loss(*reward.pair_scores(params, pairs, model, None), pairs.valid, len(PAIRS), 0.0)
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
     params, most = weights_of(model), max(len(row.lengths) // 2 for row in PACKED_PAIRS)
