@@ -250,11 +250,14 @@ def _export(options: Options, overrides: Overrides) -> None:
 
         print(merge(run, target))
         return
-    _, outcome = runs.what_ran(run)
+    method, outcome = runs.what_ran(run)
     exported = run / "export"
+    # what its adapters were trained over is in the run's hands alone
+    lora = config_file.read(method, run / "config.yaml", partial=True).lora
+    packed = options.merge_lora and lora.quantize != "none"
     # what a finished run exported is its outcome; of another the export, if there is one, is from before it went on
     chosen = exported.is_dir() and (outcome == "done" or not any((run / "checkpoints").glob("[0-9]*")))
-    if not chosen or options.role == "critic":
+    if not chosen or packed or options.role == "critic":
         from jaxrlhf.training.export import export
 
         with _notes():

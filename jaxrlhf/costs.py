@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters.partial_eval import dce_jaxpr
 
 SIDE = 1024  # of the square matrices that are multiplied to measure a device
 BLOCK = 2**26  # bytes that are read
@@ -34,25 +35,30 @@ class Rates(NamedTuple):
     bytes: float
 
 
-def products(program: Jaxpr | ClosedJaxpr, trips: float, times: float = 1) -> Iterator[Product]:
-    """The matrix products of a traced program. `trips` is how often the body of a `while` runs, which the trace does
-    not say; of the branches of a `cond` the costliest counts."""
+def products(program: ClosedJaxpr, trips: float) -> Iterator[Product]:
+    """The matrix products of a traced program that its results depend on. `trips` is how often the body of a `while`
+    runs, which the trace does not say; of the branches of a `cond` the costliest counts."""
+    needed, _ = dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
+    yield from _products(needed, trips, 1)
+
+
+def _products(program: Jaxpr | ClosedJaxpr, trips: float, times: float) -> Iterator[Product]:
     jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
     for equation in jaxpr.eqns:
         name, given = equation.primitive.name, equation.params
         if name == "dot_general":
             yield _product(equation, times)
         elif name == "scan":
-            yield from products(given["jaxpr"], trips, times * given["length"])
+            yield from _products(given["jaxpr"], trips, times * given["length"])
         elif name == "while":
-            yield from products(given["body_jaxpr"], trips, times * trips)
+            yield from _products(given["body_jaxpr"], trips, times * trips)
         elif name == "cond":
-            branches = [list(products(branch, trips, times)) for branch in given["branches"]]
+            branches = [list(_products(branch, trips, times)) for branch in given["branches"]]
             yield from max(branches, key=lambda found: sum(p.flops * p.times for p in found))
         else:
             for value in given.values():
                 if isinstance(value, Jaxpr | ClosedJaxpr):
-                    yield from products(value, trips, times)
+                    yield from _products(value, trips, times)
 
 
 def _product(equation: Any, times: float) -> Product:

@@ -7,7 +7,7 @@ needs besides its arguments; what else lies in memory while it runs is known fro
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a step: bytes on one device by part, and the least seconds it takes on a device."""
+    """A part of a step: bytes on one device by part, and the matrix products that it runs."""
 
     name: str
     bytes: dict[str, int]
@@ -115,15 +115,17 @@ def _gradients(state: TrainState) -> int:
     return sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state.params))
 
 
-def _phase(name: str, standing: dict[str, int], ran: list[Compiled], trips: float = 1, **known: int) -> Phase:
-    """A phase of programs that run one after another; `known` is what they are known to have of what they need besides
-    their arguments, underscores for spaces."""
+def _phase(
+    name: str, standing: dict[str, int], ran: list[Compiled], trips: float = 1, times: int = 1, **known: int
+) -> Phase:
+    """A phase of programs that run one after another, `times` over; `known` is what they are known to have of what they
+    need besides their arguments, underscores for spaces."""
     named = {key.replace("_", " "): value for key, value in known.items()}
     beside = max((_beside(one) for one in ran), default=0)
     rest = {
         "activations, rest": max(0, beside - sum(v for k, v in named.items() if k not in ("batch", "decoding copy")))
     }
-    found = [product for one in ran for product in costs.products(one.jaxpr, trips)]
+    found = [p._replace(times=p.times * times) for one in ran for p in costs.products(one.jaxpr, trips)]
     return Phase(name, {**standing, **named, **rest}, found)
 
 
@@ -148,9 +150,10 @@ def _ppo(trainer: PPOTrainer, found: dict[str, list[Compiled]]) -> Iterator[Phas
     shares = trainer.mesh.shape["data"] * trainer.mesh.shape["fsdp"]
     judges = [judge.params for judge in trainer.scorer.models.values()]
     annotating = learning = standing = _standing(state, trainer.frozen, judges)
-    if config.optim.offload:  # on the device for the update alone
+    apart = jax.default_backend() != "cpu"  # whether the host is another memory
+    if config.optim.offload and apart:  # on the device for the update alone
         annotating = standing = {**standing, "optimizer state": 0}
-    if config.reference.offload:  # on the device for annotation alone
+    if config.reference.offload and apart:  # on the device for annotation alone
         others = size([part for role, part in trainer.frozen.items() if role != "reference"], judges)
         standing, learning = ({**parts, "frozen models": others} for parts in (standing, learning))
 
@@ -162,10 +165,15 @@ def _ppo(trainer: PPOTrainer, found: dict[str, list[Compiled]]) -> Iterator[Phas
         "keys_and_values": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // shares,
     }
     drawn = [one for name in ("generate", "admit", "advance") for one in found.get(name, ())]
-    yield _phase("rollout", standing, drawn, length - 1, **known)
+    phase = _phase("rollout", standing, drawn, length - 1, -(-batch // slots), **known)
+    if "advance" in found:  # the cache is an argument there, and not of what is needed besides
+        rest = {"activations, rest": max(_beside(one) for one in drawn)}
+        phase = replace(phase, bytes=phase.bytes | rest)
+    yield phase
     learnt = size(found["annotate"][0].outputs[0])
     if scoring := [one for name in ("last_token_scores", "token_scores") for one in found.get(name, ())]:
-        yield _phase("reward model", standing, scoring, batch=learnt)
+        rows = min(judge.rows for judge in trainer.scorer.models.values())
+        yield _phase("reward model", standing, scoring, times=-(-batch // rows), batch=learnt)
     yield _phase("annotation", annotating, found["annotate"], batch=learnt)
     logits = logits_bytes(trainer.model, config.ppo.micro_rows(batch) // shares * length)
     yield _phase("update", learning, found["update"], batch=learnt, gradients=_gradients(state), logits=logits)

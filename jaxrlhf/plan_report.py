@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import pydantic
 
 from jaxrlhf import costs, memory, runtime
 from jaxrlhf.config import DType, PPOConfig, replace
@@ -73,8 +74,8 @@ def text(plan: Plan, room: Room, rates: costs.Rates) -> str:
             f"a checkpoint is {plan.state / 1e9:.2f} GB, copied for as long as it is written in the background",
             "",
             line("least seconds", [f"{s:.2f}" if s >= 0.005 else "<0.01" if s else "-" for s in seconds]),
-            f"together {sum(seconds):.3g} s at the least: FLOPs and bytes of the matrix products, at the {speeds} and "
-            f"{rates.bytes / 1e9:.0f} GB/s that this device reached just now; nothing else counted",
+            f"all of it once: {sum(seconds):.3g} s at the least: FLOPs and bytes of the matrix products, at the "
+            f"{speeds} and {rates.bytes / 1e9:.0f} GB/s that this device reached just now; nothing else counted",
         )
     )
 
@@ -154,7 +155,8 @@ def savings(config: RunConfig, devices: int, say: Callable[[str], None]) -> list
         try:
             turned = plan(replace(config, **knob.keys))
         except (JaxrlhfError, ValueError) as error:
-            say(f"{knob}: cannot be had here: {str(error).splitlines()[0]}")
+            reason = error.errors()[0]["msg"] if isinstance(error, pydantic.ValidationError) else str(error)
+            say(f"{knob}: cannot be had here: {reason.splitlines()[0]}")
             continue
         say(f"{knob}: {turned.peak.total / 1e9:.2f} GB, most in {turned.peak.name} ({knob.cost})")
         found.append((knob, turned))

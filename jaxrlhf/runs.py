@@ -29,7 +29,10 @@ from jaxrlhf.errors import Preempted, StorageError, first_line
 from jaxrlhf.files import write_whole
 
 PACKAGES = ("jaxrlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers")
-FREE = ("run_dir", "logging.", "checkpoint.", "alarms.", "validation.eval_steps", "validation.patience")
+FREE = (
+    "run_dir", "logging.", "checkpoint.", "alarms.", "validation.eval_steps", "validation.patience",
+    "optim.offload", "reference.offload",
+)  # fmt: skip
 """Keys that may change between start and resume without a trace in the result."""
 MENDING = (".timeout", ".on_error", ".error_value")
 """Keys of a reward's component that may be changed once it has failed: the failure is not part of what was learnt."""

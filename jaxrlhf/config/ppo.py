@@ -34,7 +34,7 @@ class Reference:
     """The frozen model that the KL is measured against: the policy as it was at the start."""
 
     dtype: DType = "auto"
-    """Storage. auto: the policy's compute dtype."""
+    """Storage. auto: the policy's compute dtype. With adapters there is no second copy for it to be about."""
     sync_every: Natural = 0
     """Updates after which the reference moves to the policy; 0: never. From then on the KL is to a moving point."""
     sync_alpha: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from jaxrlhf.data.datasets import SFTRow, Split
+from jaxrlhf.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -19,10 +20,11 @@ class PackedRow(SFTRow):
     lengths: list[int]
 
 
-def pack(split: Split[T], texts: Callable[[T], Sequence[SFTRow]], width: int) -> Split[PackedRow]:
+def pack(split: Split[T], texts: Callable[[T], Sequence[SFTRow]], width: int, least: int = 1) -> Split[PackedRow]:
     """The examples of a split in rows of at most `width` tokens; the report says how many rows they fill.
 
     `texts(example)` are what stands in the row, one text or both of a pair; those of an example stay together.
+    Raises ConfigError for fewer than `least` rows, a batch.
     """
 
     def rows(examples: Sequence[T]) -> list[PackedRow]:
@@ -30,6 +32,12 @@ def pack(split: Split[T], texts: Callable[[T], Sequence[SFTRow]], width: int) ->
         return [_joined([text for i in row for text in texts(examples[i])]) for row in best_fit(sizes, width)]
 
     train, validation = rows(split.train), rows(split.validation)
+    if len(train) < least:
+        raise ConfigError(
+            f"train.packing makes {len(train)} rows of {width} tokens of {len(split.train)} examples, and "
+            f"train.batch_size is {least}: a step would learn from rows more than once; give a smaller batch_size, or "
+            "leave packing off"
+        )
     empty = 1 - sum(len(row.tokens) for row in train) / (width * len(train))
     note = f"packed: {len(split.train)} examples in {len(train)} rows of {width} tokens, {empty:.1%} of them padding"
     if validation:

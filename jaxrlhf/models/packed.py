@@ -48,9 +48,11 @@ def pack(kernel: Float[Array, "*lead I O"], bits: Bits, double: bool) -> Params:
     packed = {"codes": pairs[..., 0, :] | (pairs[..., 1, :] << 4)}
     if not double:
         return packed | {"scale": scale}
-    mean = jnp.mean(scale, axis=(-2, -1), keepdims=True)
-    step = jnp.maximum(jnp.max(jnp.abs(scale - mean), axis=-1, keepdims=True), 1e-30) / 127
-    return packed | {"scale": jnp.round((scale - mean) / step).astype(jnp.int8), "step": step, "mean": mean}
+    # QLoRA takes the mean away; the middle is the same number however a mesh cuts the scales
+    ends = [f(scale, axis=(-2, -1), keepdims=True) for f in (jnp.min, jnp.max)]
+    middle = 0.5 * (ends[0] + ends[1])
+    step = jnp.maximum(jnp.max(jnp.abs(scale - middle), axis=-1, keepdims=True), 1e-30) / 127
+    return packed | {"scale": jnp.round((scale - middle) / step).astype(jnp.int8), "step": step, "middle": middle}
 
 
 def unpack(packed: Params) -> Float[Array, "*lead I O"]:
@@ -59,7 +61,7 @@ def unpack(packed: Params) -> Float[Array, "*lead I O"]:
     if codes.dtype == jnp.int8:
         return codes.astype(jnp.float32) * scale
     if "step" in packed:
-        scale = scale.astype(jnp.float32) * packed["step"] + packed["mean"]
+        scale = scale.astype(jnp.float32) * packed["step"] + packed["middle"]
     *lead, pairs, outputs = codes.shape
     whole = jnp.stack([codes & 15, codes >> 4], axis=-2)
     blocks = jnp.asarray(LEVELS)[whole].reshape(*lead, scale.shape[-2], -1, outputs) * scale[..., None, :]

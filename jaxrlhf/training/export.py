@@ -106,7 +106,7 @@ def _critic(
     kept = settings.critic.trunk == "frozen" or settings.lora.enabled
     if settings.critic.init == "reward":
         part = next(part for part in settings.reward.parts() if part.model)
-        source = dataclasses.replace(source, path=part.model, revision=part.revision)
+        source = dataclasses.replace(source, path=part.model, revision=part.revision, merged_path="")
         judge = RewardModel(part.model, revision=part.revision, dtype=part.dtype, micro_batch_size=1, mesh=mesh)
         if kept:
             alone = sum(bool(part.model) for part in settings.reward.parts()) == 1  # else the hash is of all of them

@@ -224,7 +224,8 @@ class PPOTrainer:
             model, params = self.roles.critic, whole_critic(self.state.value.params, self.frozen, self.roles)
             if self.config.critic.init == "reward":
                 assert self.scorer.model is not None
-                source = dataclasses.replace(source, path=self.scorer.model.path, revision=self.scorer.model.revision)
+                judge = self.scorer.model
+                source = dataclasses.replace(source, path=judge.path, revision=judge.revision, merged_path="")
         return setup.export(
             directory, model, params, dataclasses.replace(self.config, model=source), self.tokenizer,
             method="ppo", step=int(self.state.value.step), results=self._results, merge_lora=merge_lora,

@@ -200,7 +200,10 @@ class Learner:
 
     def _replay(self, abstract: bool) -> Experience:
         empty = functools.partial(empty_replay, self.config, self.roles, self._room())
-        return jax.eval_shape(empty) if abstract else empty()
+        if abstract:
+            return jax.eval_shape(empty)
+        # each leaf a buffer of its own: the state is donated, and a buffer is given away once
+        return sharding.put_whole(jax.tree.map(lambda x: np.array(x), empty()), self.mesh)
 
     def _room(self) -> tuple[int, int]:
         """(P, R) of every experience that is kept for replay."""

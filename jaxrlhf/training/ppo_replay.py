@@ -14,7 +14,7 @@ from jaxrlhf.types import Experience, Rollout
 
 
 def empty_replay(config: PPOConfig, roles: Roles, room: tuple[int, int]) -> Experience:
-    """Experiences [n, B, ...] of zeros, in place: what a checkpoint and the first updates find."""
+    """Experiences [n, B, ...] of zeros: what a checkpoint and the first updates find."""
     prompt, response = room
     rows, n = config.ppo.batch_size, config.ppo.replay
     token = jnp.zeros((n, rows, response), jnp.float32)
@@ -32,13 +32,11 @@ def empty_replay(config: PPOConfig, roles: Roles, room: tuple[int, int]) -> Expe
         support=jnp.zeros(bits, jnp.uint8) if config.sampling.renormalise_logprobs else None,
     )
     features = jnp.zeros((n, rows, response + 1, roles.critic.hidden_size), jnp.float32)
-    experience = Experience(
+    return Experience(
         rollout, row, token, token, token, token, token, token, row,
         features=features if roles.trunk in ("reference", "frozen") else None,
         weights=token if config.ppo.sampler_correction != "none" else None,
     )  # fmt: skip
-    # each leaf a buffer of its own: the state is donated, and a buffer is given away once
-    return sharding.put_whole(jax.tree.map(lambda x: np.array(x), experience), roles.mesh)
 
 
 def widened(

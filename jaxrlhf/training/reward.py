@@ -134,7 +134,7 @@ class RewardTrainer:
         self._width = 2 * batching.bucket(min(config.data.max_length, context), context)
         self._rows: Split[Any] = self.data
         if train.packing:
-            self._rows = pack(self.data, lambda pair: (pair.chosen, pair.rejected), self._width)
+            self._rows = pack(self.data, lambda pair: (pair.chosen, pair.rejected), self._width, train.batch_size)
             self._most = max(len(row.lengths) // 2 for row in (*self._rows.train, *self._rows.validation))
         self.total_steps = loop.num_steps(
             len(self._rows.train), train.batch_size, train.num_train_epochs, train.max_steps

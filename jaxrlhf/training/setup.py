@@ -122,14 +122,14 @@ def load_model(
         key=key,
         mesh=mesh,
     )
-    whole, adapters_folder = weights.described_by(weights.resolve(source.path, source.revision, weights=False))
-    if source.merged_path and adapters_folder:
-        facts = {"method": "merge", "base_model": str(whole), "adapters": str(adapters_folder)}
-        weights.export(source.merged_path, model, params, source=whole, tokenizer=tokenizer, facts=facts)
     if tokenizer.added and tokenizer.size > model.vocab_size:
         model, params = weights.resize_embeddings(model, params, tokenizer.size)
         params = jax.device_put(params, sharding.shardings(params, mesh))
     check_vocab(tokenizer, model.vocab_size)
+    whole, adapters_folder = weights.described_by(weights.resolve(source.path, source.revision, weights=False))
+    if source.merged_path and adapters_folder:
+        facts = {"method": "merge", "base_model": str(whole), "adapters": str(adapters_folder)}
+        weights.export(source.merged_path, model, params, source=whole, tokenizer=tokenizer, facts=facts)
     return params
 
 

@@ -101,7 +101,9 @@ class SFTTrainer:
         context = self.model.max_positions
         most = min(config.data.max_length, context) if train.packing else max(len(row.tokens) for row in rows)
         self.width = batching.bucket(most, context)  # of the widest batch; all packed rows are as wide
-        self._rows: Split[Any] = pack(self.data, lambda row: (row,), self.width) if train.packing else self.data
+        self._rows: Split[Any] = self.data
+        if train.packing:
+            self._rows = pack(self.data, lambda row: (row,), self.width, train.batch_size)
         self.total_steps = loop.num_steps(
             len(self._rows.train), train.batch_size, train.num_train_epochs, train.max_steps
         )

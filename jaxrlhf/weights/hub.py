@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxrlhf import lora, models, sharding
@@ -264,7 +265,8 @@ def resize_embeddings(model: ModelConfig, params: Params, vocab_size: int) -> tu
         return model, params
 
     def grow(table: Array, axis: int) -> Array:
-        mean = jnp.mean(table, axis=axis, keepdims=True, dtype=jnp.float32).astype(table.dtype)
+        # on the host: a sum over devices would round by how they cut the table
+        mean = np.mean(jax.device_get(table).astype(np.float32), axis=axis, keepdims=True).astype(table.dtype)
         return jnp.concatenate([table, jnp.repeat(mean, more, axis=axis)], axis=axis)
 
     params = {**params, "embed": {"embedding": grow(params["embed"]["embedding"], 0)}}
