@@ -104,7 +104,7 @@ def test_every_knob_is_a_key_that_can_be_turned(rewarded, supervised):
 
 @pytest.mark.parametrize(("kind", "trainer"), [(config.SFTConfig, SFTTrainer), (config.RewardConfig, RewardTrainer)])
 def test_supervised_runs_have_plans(supervised, kind, trainer):
-    told = kind(**supervised | {"train": dataclasses.replace(supervised["train"], packing=True)})
+    told = kind(**supervised | {"train": dataclasses.replace(supervised["train"], packing=True, batch_size=2)})
     made, real = plan.plan(told), trainer(told)
     assert made.state == there(real.state.value)
     assert made.peak.total > made.state and made.peak.name == "update"
