@@ -50,7 +50,8 @@ class Case:
         if self.roles.sync_every:
             more["reference"] = setup.copy(self.frozen["reference"], "float32", self.roles.mesh)
         if self.roles.ppo.replay:
-            more["replay"] = ppo_replay.empty_replay(self.config, self.roles, (P, R))
+            empty = ppo_replay.empty_replay(self.config, self.roles, (P, R))
+            more["replay"] = sharding.put_whole(jax.tree.map(lambda x: np.array(x), empty), self.roles.mesh)
         return setup.State(params, dict(self.roles.optimizers), self.roles.mesh, self.roles.ppo.kl_coef, **more).value
 
     def critic(self):
