@@ -206,10 +206,12 @@ class Trial:
         self.changes.append(jax.tree.map(lambda x, old: np.asarray(x) - np.asarray(old), new, start))
 
     def divergence(self) -> Outcome:
-        """Before the first step the policy is its reference, bit for bit."""
+        """Before the first step the policy is its reference, bit for bit; with DoRA, whose magnitudes are divided by a
+        norm, to rounding."""
         apart = max(m["apart"] for m in self.measured)
-        return apart == 0, f"largest |log pi - log ref| before the first step {apart:.1e}" + (
-            "" if apart == 0 else ": policy and reference are not scored alike (temperature, mask or weights)"
+        same = apart <= (RATIO if self.config.lora.use_dora else 0)
+        return same, f"largest |log pi - log ref| before the first step {apart:.1e}" + (
+            "" if same else ": policy and reference are not scored alike (temperature, mask or weights)"
         )
 
     def first_ratio(self) -> Outcome:
