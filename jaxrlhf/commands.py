@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jaxrlhf import config_file, config_text, runtime
+from jaxrlhf.config import replace
 from jaxrlhf.errors import ConfigError, DataError, OutOfMemory, StorageError
 from jaxrlhf.spelling import did_you_mean
 
@@ -92,7 +93,8 @@ def _train(options: Options, overrides: Overrides) -> int | None:
     config = config_file.read(options.verb, _config_path(options.config), [*short, *overrides])
     runtime.configure()
     if options.dry_run:
-        trainer = _trainer(options.verb)(config, fresh=options.fresh)
+        told = replace(config, **{"model.merged_path": ""})  # it is for a run to write
+        trainer = _trainer(options.verb)(told, fresh=options.fresh)
         print(config_text.dump(config))
         print(trainer.describe())
         return 0

@@ -76,7 +76,7 @@ def examine_model(config: PPOConfig) -> bool:
     """Load the model in float32, print what it is, and run checks that need nothing but itself, then those of PPO with
     what else `config` says; whether all passed."""
     path, revision = config.model.path, config.model.revision
-    folder = weights.resolve(path, revision)
+    whole, _ = weights.described_by(weights.resolve(path, revision), weights=True)  # of adapters, what they are for
     model, params = weights.load(path, revision=revision, dtype="float32", compute_dtype="float32")
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"model {path}: {model.family}, {size:,} parameters, head {model.head}, context {model.max_positions}")
@@ -86,7 +86,7 @@ def examine_model(config: PPOConfig) -> bool:
         results.append(_try("decode equals forward", lambda: decode_equals_forward(params, model, tokens, mask)))
         results.append(_try("KL of a copy is zero", lambda: copy_has_no_divergence(params, model, tokens, mask)))
     results.append(_try("padding changes nothing", lambda: padding_is_invisible(params, model, tokens, mask)))
-    results.append(_try("load and export", lambda: export_is_identical(folder)))
+    results.append(_try("load and export", lambda: export_is_identical(whole)))
     del params  # PPO's checks take the room of several models
     if model.head != "lm" or not results[0]:
         _try("PPO", lambda: (None, "needs a language model" if results[0] else "needs a tokenizer that fits the model"))

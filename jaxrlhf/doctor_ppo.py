@@ -242,7 +242,7 @@ def _small(config: PPOConfig, length: int) -> PPOConfig:
     sampling, ppo = config.sampling, config.ppo
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, param_dtype="float32", compute_dtype="float32"),
+        model=dataclasses.replace(config.model, param_dtype="float32", compute_dtype="float32", merged_path=""),
         sampling=dataclasses.replace(
             sampling, response_length=length, min_length=min(sampling.min_length, length), stop_strings=()
         ),

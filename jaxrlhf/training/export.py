@@ -125,7 +125,8 @@ def _critic(
 def _begun(settings: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, head: str) -> Params:
     """The parameters that a run began with; of a head that it made itself, others."""
     key, storage = setup.keys(settings.seed)[0], setup.storage_of(settings)
-    made = setup.load_model(settings.model, tokenizer=tokenizer, mesh=mesh, key=key, head=head, storage=storage)
+    source = dataclasses.replace(settings.model, merged_path="")  # the run has written it
+    made = setup.load_model(source, tokenizer=tokenizer, mesh=mesh, key=key, head=head, storage=storage)
     return setup.packed(made, settings.lora)
 
 
