@@ -1,5 +1,10 @@
 """What is free: the computer's memory, or what a container's limit leaves of it."""
 
+import sys
+
+import numpy as np
+import pytest
+
 from jaxrlhf import memory
 
 
@@ -19,3 +24,18 @@ def test_no_limit_leaves_what_the_computer_has(tmp_path):
     (tmp_path / "memory.stat").write_text("inactive_file 600\n")
     free = memory.free_on_host(tmp_path)
     assert free is None or free > 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is read from /proc")
+def test_small_pieces_that_were_freed_are_given_back():
+    def held() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    start = held()
+    pieces = [np.ones(2**14, np.float32) for _ in range(4000)]  # 64 KB each, far below glibc's mapped ones
+    last = np.ones(2**14, np.float32)  # above them: the heap cannot shrink past it
+    most = held()
+    del pieces
+    memory.give_back()
+    assert most - start > 200e6 and held() - start < 60e6, last.size

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import jax
 from jax import Array
 
-from jaxrlhf import programs, sharding
+from jaxrlhf import memory, programs, sharding
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow
@@ -76,6 +76,8 @@ class Sampler:
             self.programs.wait(generate)
             made = generate(copy, model, prompts, *rest)
         made, texts = read(made, self.tokenizer, self.config.sampling.stop_strings)
+        del copy  # all is drawn by now
+        memory.give_back()
         if self.config.sampling.stop_strings:
             made = sharding.put_rows(made, self.mesh)
         return trim(made), texts

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import sharding, weights
+from jaxrlhf import memory, sharding, weights
 from jaxrlhf.algorithms.sft import sft_loss
 from jaxrlhf.config import Sampling, SFTConfig
 from jaxrlhf.data import batching
@@ -240,6 +240,8 @@ class SFTTrainer:
         stops = self.tokenizer.stop_ids, self.tokenizer.pad_id
         rollout = generate(copied, self.inference, prompts, key, sampling, *stops)
         texts = response_texts(rollout, self.tokenizer)
+        del copied  # all is drawn by now
+        memory.give_back()
         begun = zip(np.asarray(prompts.tokens), np.asarray(prompts.mask), strict=True)
         asked = [self.tokenizer.decode(tokens[mask].tolist()) for tokens, mask in begun]
         return [{"prompt": p, "completion": t} for p, t in zip(asked, texts, strict=True)]
