@@ -113,15 +113,17 @@ def test_a_bug_is_not_dressed_up(monkeypatch):
     ("arguments", "message"),
     [
         (["generat"], "unknown command 'generat'; did you mean 'generate'?"),
-        (["generate", "m", "--promt", "x"], "unknown option '--promt'; did you mean '--prompt'?"),
+        (["generate", "m", "--promt", "x"], "unknown option '--promt'; did you mean '--prompt' or '--prompts'?"),
         (["ppo", "c.yaml", "--frsh"], "unknown option '--frsh'; did you mean '--fresh'?"),
         (["plot", "run", "--seed", "1"], "unknown option '--seed'"),
-        (["generate", "m"], "--prompt"),
+        (["generate", "m"], "give --prompt TEXT, or --prompts FILE"),
+        (["generate", "m", "--prompt", "x", "--prompts", "f"], "give --prompt TEXT, or --prompts FILE"),
+        (["compare", "m", "--prompts", "f"], "required: B"),
         (["new", "pp"], "invalid choice: 'pp'"),
         (["sft"], "give a CONFIG.yaml"),
         (["demo", "--seed", "-1"], "expected a whole number from 0 on, got '-1'"),
-        (["generate", "m", "--prompt", "x", "--num", "0"], "expected a whole number from 1 on, got '0'"),
-        (["generate", "m", "--prompt", "x", "--num", "-1"], "expected a whole number from 1 on, got '-1'"),
+        (["generate", "m", "--prompt", "x", "--n", "0"], "expected a whole number from 1 on, got '0'"),
+        (["generate", "m", "--prompt", "x", "--n", "-1"], "expected a whole number from 1 on, got '-1'"),
         (["generate", "m", "--prompt", "x", "--max-new-tokens", "0"], "expected a whole number from 1 on, got '0'"),
         (["evaluate", "m", "--prompts", "p", "--num-prompts", "0"], "expected a whole number from 1 on, got '0'"),
         (
@@ -286,7 +288,7 @@ def test_generate_prints_the_prompt_and_what_follows(model_folder, capsys):
     assert len(first) <= len("hello") + 8 + 1
     assert main(arguments) == 0
     assert capsys.readouterr().out == first
-    assert main([*arguments, "--num", "3"]) == 0
+    assert main([*arguments, "--n", "3"]) == 0
     several = capsys.readouterr().out
     assert several.startswith(f"--- 1 of 3 ---\n{first}")
     assert len(set(several.split("---\n")[1:])) == 3
