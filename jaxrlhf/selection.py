@@ -129,7 +129,7 @@ class Summary:
 
     def add(self, answers: Sequence[Answer], rows: Sequence[dict[str, Any]], why: str) -> None:
         """Count a prompt: its completions, the rows written for it, and why there are none."""
-        scores = [answer["score"] for answer in answers if answer["score"] is not None]
+        scores = _scores(answers)
         self.prompts += 1
         self.rows += len(rows)
         self.dropped.update([why] * bool(why))
@@ -216,7 +216,7 @@ def _complete(
     columns = evaluate.prompt_columns(config, model, rows)
     size = -(-BATCHES * config.ppo.batch_size // count)
     console = None if config.logging.quiet else Console("generate", len(rows), every=config.logging.log_every)
-    scores: list[float] = []
+    scores = [score for group in log.read() for score in _scores(group)]
     if console:
         scorer.pause(console.paused)
     try:
@@ -228,7 +228,7 @@ def _complete(
             for groups in evaluate.judge(config, scorer, tokenizer, part, rollout):
                 found = [[_answer(answer, scorer) for answer in group] for group in groups]
                 log.append(found)
-                scores += [answer["score"] for group in found for answer in group if answer["score"] is not None]
+                scores += [score for group in found for score in _scores(group)]
             if console:
                 console.progress(log.count, {"scores": mean(scores)} if scores else {})
     finally:
@@ -241,6 +241,10 @@ def _answer(answer: Answer, scorer: Scorer) -> Answer:
     silent = all(answer["components"].get(f"{name}_unanswered") for name in scorer.parts)
     score = None if silent else float(str(np.float32(answer["score"])))  # 0.9 reaches a threshold of 0.9
     return {"text": answer["text"], "score": score, "finished": answer["finished"]}
+
+
+def _scores(answers: Sequence[Answer]) -> list[float]:
+    return [answer["score"] for answer in answers if answer["score"] is not None]
 
 
 def _settings(config: PPOConfig, rows: Sequence[PromptRow], count: int) -> dict[str, Any]:
