@@ -174,7 +174,10 @@ def _data(options: Options, overrides: Overrides) -> None:
     print(doctor.examine_data(config))
 
 
-def _generate(options: Options, overrides: Overrides) -> None:
+def _generate(options: Options, overrides: Overrides) -> int | None:
+    if (options.prompt is None) == (options.prompts is None):
+        print("jaxrlhf generate: give --prompt TEXT, or --prompts FILE --out FILE.jsonl", file=sys.stderr)
+        return 2
     flags = {
         "sampling.response_length": options.max_new_tokens,
         "sampling.temperature": options.temperature,
@@ -184,23 +187,82 @@ def _generate(options: Options, overrides: Overrides) -> None:
         "sampling.greedy": "true" if options.greedy else None,
         "seed": options.seed,
         "model.path": options.model,
+        "data.path": options.prompts,
     }
     given = [(key, str(value)) for key, value in flags.items() if value is not None]
+    if options.prompts is not None:
+        return _select(options, [*given, *overrides])
+    for name in ("out", "best_by", "keep", "threshold", "min_pass_rate", "max_pass_rate", "fresh"):
+        if getattr(options, name) not in (None, False):
+            raise ConfigError(f"generate: --{name.replace('_', '-')} is for --prompts FILE, and there is one --prompt")
     config = config_file.read("ppo", None, [*_as_trained(options.model, "sampling"), *given, *overrides], partial=True)
     runtime.configure()
     from jaxrlhf import evaluate
 
     with _compilations(sys.stderr, quiet=config.logging.quiet), _notes():
-        texts = evaluate.complete(config, options.prompt, options.num)
+        texts = evaluate.complete(config, options.prompt, options.n)
     for i, text in enumerate(texts):
-        if options.num > 1:
-            print(f"--- {i + 1} of {options.num} ---")
+        if options.n > 1:
+            print(f"--- {i + 1} of {options.n} ---")
         print(text)
+    return None
+
+
+def _select(options: Options, given: Overrides) -> None:
+    """Completions of the prompts of a file, those that are kept by their score, to another file."""
+    if options.out is None:
+        raise ConfigError("generate: --prompts needs --out FILE.jsonl, where to write what is kept")
+    reward = _sections(Path(options.best_by), "reward") if options.best_by else []
+    rewarded = reward or any(key.startswith("reward.") for key, _ in given)
+    before = _as_trained(options.model, *["sampling"] if rewarded else ["sampling", "reward"])
+    config = config_file.read("ppo", None, [*before, *reward, *given], partial=True)
+    if not config.reward.parts():
+        raise ConfigError(
+            "generate: --prompts keeps completions by their reward; give --best-by FILE, a YAML file with a section "
+            "`reward`, or --reward.model DIR or --reward.function path.py:name"
+        )
+    runtime.configure()
+    from jaxrlhf import selection
+
+    rule = selection.Rule(options.keep or "best", options.threshold, options.min_pass_rate, options.max_pass_rate)
+    with _compilations(sys.stderr, quiet=config.logging.quiet), _notes():
+        summary = selection.select(config, Path(options.out), rule, options.n, fresh=options.fresh)
+    print(f"{summary}\nwrote {options.out}")
 
 
 def _evaluate(options: Options, overrides: Overrides) -> None:
+    config = _measured_by(options, [options.model], overrides)
+    runtime.configure()
+    from jaxrlhf import evaluate, evaluate_report
+
+    with _compilations(sys.stderr, quiet=config.logging.quiet), _notes():
+        result = evaluate.evaluate(config, **_asked(options))
+    print(evaluate_report.table(result))
+    if options.output:
+        print(f"\nwrote {evaluate.write(result, Path(options.output))}")
+
+
+def _compare(options: Options, overrides: Overrides) -> None:
+    models = [options.model, options.other]
+    config = _measured_by(options, models, overrides)
+    runtime.configure()
+    from jaxrlhf import evaluate, evaluate_report
+
+    with _compilations(sys.stderr, quiet=config.logging.quiet), _notes():
+        results = [
+            evaluate.evaluate(replace(config, **{"model.path": path}), **_asked(options), beside=models)
+            for path in models
+        ]
+    print(evaluate_report.comparison(*results))
+    if options.output:
+        both = {"comparison": evaluate_report.paired(*results), "a": results[0], "b": results[1]}
+        print(f"\nwrote {evaluate.write(both, Path(options.output))}")
+
+
+def _measured_by(options: Options, models: list[str], overrides: Overrides) -> Any:
+    """The config of an evaluation; what is not given is as in the first of `models` that a PPO run trained."""
     flags = {
-        "model.path": options.model,
+        "model.path": models[0],
         "data.path": options.prompts,
         "reward.function": options.reward,
         "reward.model": options.reward_model,
@@ -208,16 +270,17 @@ def _evaluate(options: Options, overrides: Overrides) -> None:
     }
     given = [(key, str(value)) for key, value in flags.items() if value is not None]
     rewarded = any(key.startswith("reward.") for key, _ in [*given, *overrides])
-    before = _as_trained(options.model, "sampling", *[] if rewarded else ["reward"])
-    config = config_file.read("ppo", None, [*before, *given, *overrides])
-    runtime.configure()
-    from jaxrlhf import evaluate
+    sections = ["sampling"] if rewarded else ["sampling", "reward"]
+    before: Overrides = next(filter(None, (_as_trained(model, *sections) for model in models)), [])
+    return config_file.read("ppo", None, [*before, *given, *overrides], partial=True)
 
-    with _compilations(sys.stderr, quiet=config.logging.quiet):
-        result = evaluate.evaluate(config, num_prompts=options.num_prompts, num_completions=options.num_completions)
-    print(evaluate.table(result))
-    if options.output:
-        print(f"\nwrote {evaluate.write(result, Path(options.output))}")
+
+def _asked(options: Options) -> dict[str, Any]:
+    return {
+        "num_prompts": options.num_prompts,
+        "num_completions": options.num_completions,
+        "references": options.references or "",
+    }
 
 
 def _as_trained(model: str, *sections: str) -> Overrides:
@@ -225,6 +288,11 @@ def _as_trained(model: str, *sections: str) -> Overrides:
     file = Path(model) / "config.yaml"
     if not file.is_file() or not file.read_text(encoding="utf-8").startswith("# jaxrlhf ppo"):
         return []
+    return _sections(file, *sections)
+
+
+def _sections(file: Path, *sections: str) -> Overrides:
+    """Sections of a PPO config as overrides."""
     config = dataclasses.asdict(config_file.read("ppo", file, partial=True))
     return [(f"{name}.{key}", json.dumps(value)) for name in sections for key, value in config[name].items()]
 
@@ -285,6 +353,19 @@ _CONFIG: dict[str, dict[str, Any]] = {
     "--use-lora": {"action": "store_true", "help": "short for --lora.enabled true"},
 }
 _MODEL: dict[str, Any] = {"metavar": "MODEL", "help": "a folder, a hub id or a run directory"}
+_MEASURE: dict[str, dict[str, Any]] = {
+    "--prompts": {"required": True, "metavar": "FILE", "help": "a data file with prompts"},
+    "--num-prompts": {"type": _count, "default": 20, "metavar": "N"},
+    "--num-completions": {"type": _count, "default": 4, "metavar": "N"},
+    "--reward": {"metavar": "path.py:name", "help": "reward function; default: what a PPO run was trained by"},
+    "--reward-model": {"metavar": "DIR"},
+    "--references": {
+        "metavar": "COLUMN",
+        "help": "the column with right answers, for BLEU and ROUGE-L; default: the answer of the data's format, if any",
+    },
+    "--seed": {"type": _whole, "metavar": "N"},
+    "--output": {"metavar": "FILE.json", "help": "everything, as JSON"},
+}
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         _demo,
@@ -328,10 +409,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "generate": Command(
         _generate,
-        "continue a prompt and print the text",
+        "continue a prompt and print the text, or complete the prompts of a file and write what is kept by a reward",
         {
             "model": _MODEL,
-            "--prompt": {"required": True, "metavar": "TEXT", "help": "empty: start from bos"},
+            "--prompt": {"metavar": "TEXT", "help": "empty: start from bos"},
             "--greedy": {"action": "store_true", "help": "always the likeliest token"},
             "--max-new-tokens": {"type": _count, "metavar": "N"},
             "--temperature": {"metavar": "T"},
@@ -339,23 +420,39 @@ COMMANDS: dict[str, Command] = {
             "--top-p": {"metavar": "P"},
             "--min-p": {"metavar": "P"},
             "--seed": {"type": _whole, "metavar": "N"},
-            "--num": {"type": _count, "default": 1, "metavar": "N", "help": "how many texts"},
+            "--n": {"type": _count, "default": 1, "metavar": "N", "help": "how many texts, of each prompt; default: 1"},
+            "--prompts": {"metavar": "FILE", "help": "a data file with prompts, instead of --prompt"},
+            "--best-by": {
+                "metavar": "reward.yaml",
+                "help": "a file with a section `reward`, as in a PPO config; default: what a PPO run was trained by",
+            },
+            "--keep": {
+                "choices": ("best", "pairs", "above", "all", "prompts"),
+                "help": "of each prompt: best (the default), for sft; pairs: best against worst, for reward and dpo; "
+                "above: all from --threshold on; all; prompts: no completion, but how good they were",
+            },
+            "--threshold": {
+                "type": float,
+                "metavar": "X",
+                "help": "the least score of a good completion; rows get their prompt's pass_rate, the share of those",
+            },
+            "--min-pass-rate": {"type": float, "metavar": "SHARE", "help": "leave out prompts that are too hard"},
+            "--max-pass-rate": {"type": float, "metavar": "SHARE", "help": "leave out prompts that are too easy"},
+            "--out": {"metavar": "FILE.jsonl", "help": "what --prompts becomes; FILE.jsonl.scored until it is whole"},
+            "--fresh": {"action": "store_true", "help": "write over --out, and begin anew what was interrupted"},
         },
         overrides=True,
     ),
     "evaluate": Command(
         _evaluate,
-        "score completions of random prompts and rank them BEST, MEDIUM, WORST",
-        {
-            "model": _MODEL,
-            "--prompts": {"required": True, "metavar": "FILE", "help": "a data file with prompts"},
-            "--num-prompts": {"type": _count, "default": 20, "metavar": "N"},
-            "--num-completions": {"type": _count, "default": 4, "metavar": "N"},
-            "--reward": {"metavar": "path.py:name", "help": "reward function; default: what a PPO run was trained by"},
-            "--reward-model": {"metavar": "DIR"},
-            "--seed": {"type": _whole, "metavar": "N"},
-            "--output": {"metavar": "FILE.json", "help": "everything, as JSON"},
-        },
+        "measure completions of random prompts by a reward, ranked BEST, MEDIUM, WORST, and by right answers",
+        {"model": _MODEL, **_MEASURE},
+        overrides=True,
+    ),
+    "compare": Command(
+        _compare,
+        "evaluate two models on the same prompts: both, who is better how often, and by how much",
+        {"model": {**_MODEL, "metavar": "A"}, "other": {**_MODEL, "metavar": "B"}, **_MEASURE},
         overrides=True,
     ),
     "plot": Command(_plot, "draw a run's curves (PNG) and write its metrics as CSV", {"run": {"metavar": "RUN"}}),
@@ -370,5 +467,5 @@ COMMANDS: dict[str, Command] = {
         },
     ),
 }
-COMPUTING = {"demo", "doctor", "sft", "reward", "ppo", "plan", "generate", "evaluate"}  # these use the devices
+COMPUTING = {"demo", "doctor", *config_file.METHODS, "plan", "generate", "evaluate", "compare"}  # these use the devices
 TOP_LEVEL = {key for cls in config_file.METHODS.values() for key, _ in config_file.keys(cls) if "." not in key}

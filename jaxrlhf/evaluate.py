@@ -1,9 +1,10 @@
-"""What a model answers and what that is worth: random prompts, several completions of each, scored and ranked."""
+"""What a model answers and what that is worth: random prompts, several completions of each, scored and ranked, or
+compared with references."""
 
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,11 +12,13 @@ import jax
 import numpy as np
 
 from jaxrlhf import runtime, weights
-from jaxrlhf.config import Data, PPOConfig
+from jaxrlhf.config import Data, PPOConfig, replace
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, columns, prompt_rows
+from jaxrlhf.data.formats import answer_column
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
-from jaxrlhf.errors import DataError
+from jaxrlhf.errors import ConfigError, DataError, quoted
+from jaxrlhf.evaluate_report import statistics
 from jaxrlhf.files import write_whole
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
@@ -23,29 +26,9 @@ from jaxrlhf.rollout import engine
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.rollout.text import read
-from jaxrlhf.text_metrics import distinct
 from jaxrlhf.types import Params, Rollout
 
 T = TypeVar("T")
-Z95 = 1.959964  # two-sided 95 % of a normal distribution
-
-
-def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and its standard error, s / sqrt(n) with the n - 1 variance; the error of a single value is 0."""
-    data = np.asarray(list(values), np.float64)
-    return float(data.mean()), float(data.std(ddof=1) / np.sqrt(len(data))) if len(data) > 1 else 0.0
-
-
-def wilson(successes: int, total: int, z: float = Z95) -> tuple[float, float]:
-    """Score interval of a share (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953); (0, 1) for no trials."""
-    if total == 0:
-        return 0.0, 1.0
-    share = successes / total
-    centre = share + z * z / (2 * total)
-    half = z * np.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    low, high = float((centre - half) / scale), float((centre + half) / scale)
-    return min(max(0.0, low), share), max(min(1.0, high), share)  # rounding must not put the share outside
 
 
 def evaluate(
@@ -54,31 +37,37 @@ def evaluate(
     num_prompts: int,
     num_completions: int,
     function: Callable[..., Any] | None = None,
+    references: str = "",
+    beside: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Complete `num_prompts` random prompts of `config.data` `num_completions` times each and score them.
+    """Complete `num_prompts` random prompts of `config.data` `num_completions` times each and measure what comes.
 
     Uses model, tokenizer, data, reward, sampling and rollout of `config`; rollout.slots completions are made at a time
-    (0: ppo.batch_size) and ppo.batch_size scored. Which prompts and completions depends on the seed alone.
-    `function` stands in for `reward.function`. Returns what `write` writes and `table` shows: `statistics` and, for
-    each prompt, its completions from best to worst with their rank, score, the parts of the score, and length.
+    (0: ppo.batch_size) and about ppo.batch_size scored. Which prompts and completions depends on the seed alone.
+    `function` stands in for `reward.function`. `references` is the column that holds a right answer to each prompt; "":
+    the answer of the data's format, where it has one. `beside`: other models that are to answer the same prompts.
+
+    Returns what `write` writes and `evaluate_report.table` shows: `statistics` and, for each prompt, its completions,
+    with a reward from best to worst with their rank, score, and the parts of the score. Raises ConfigError where there
+    is neither a reward nor a reference.
     """
-    model, params, tokenizer = open_model(config)
-    scorer = Scorer(config.reward, tokenizer, function)
-    fitting = prompt_rows(_fitting(config.data, model.max_positions, config.sampling.response_length), tokenizer).train
-    scorer.check([row.text for row in fitting], columns(fitting), [row.messages for row in fitting])
-    rows = choose(fitting, num_prompts, config.seed)
+    tokenizer, rows = read_prompts(config)
+    for path in beside:
+        taken = {row.index for row in read_prompts(replace(config, **{"model.path": path}))[1]}
+        rows = [row for row in rows if row.index in taken]
+    rewarded = bool(config.reward.parts(passed=function is not None))
+    column = _reference_column(config, rows, references, rewarded)
+    scorer = open_scorer(config, tokenizer, rows, function) if rewarded else None
+    rows = choose(rows, num_prompts, config.seed)
+    right = [reference(row, column) for row in rows]
+    model, params = open_model(config, tokenizer)
     rollout = respond(config, model, params, tokenizer, rows, num_completions)
-    repeated = [row for row in rows for _ in range(num_completions)]
-    answers: list[dict[str, Any]] = []
-    for start in range(0, len(repeated), config.ppo.batch_size):
-        span = slice(start, start + config.ppo.batch_size)
-        part = jax.tree.map(lambda x, span=span: x[span], rollout)
-        answers += _score(scorer, tokenizer, repeated[span], part, config.sampling.stop_strings)
-    groups = [answers[i : i + num_completions] for i in range(0, len(answers), num_completions)]
-    prompts = [_ranked(row, group) for row, group in zip(rows, groups, strict=True)]
+    groups = [group for part in judge(config, scorer, tokenizer, rows, rollout) for group in part]
+    prompts = [_reported(*item) for item in zip(rows, groups, right, strict=True)]
     return {
         "model": config.model.path,
         "prompts_from": config.data.path,
+        "references_from": column,
         "reward": dataclasses.asdict(config.reward)
         | {"components": [dataclasses.asdict(component) for component in config.reward.components]},
         "sampling": dataclasses.asdict(config.sampling)
@@ -91,7 +80,8 @@ def evaluate(
 
 def complete(config: PPOConfig, prompt: str, count: int) -> list[str]:
     """`count` continuations of a plain text, each with the text itself; an empty one starts from bos."""
-    model, params, tokenizer = open_model(config)
+    tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
+    model, params = open_model(config, tokenizer)
     tokens = tokenizer.encode(prompt, special=True) if config.data.control_tokens else tokenizer.prompt_ids(prompt)
     room = model.max_positions - len(tokens)
     if room < 1:
@@ -109,13 +99,32 @@ def complete(config: PPOConfig, prompt: str, count: int) -> list[str]:
     return [prompt + text for text in read(rollout, tokenizer, config.sampling.stop_strings)[1]]
 
 
-def open_model(config: PPOConfig) -> tuple[ModelConfig, Params, Tokenizer]:
-    """The language model of a config as an inference copy in its rollout dtype, with its tokenizer.
+def read_prompts(config: PPOConfig) -> tuple[Tokenizer, list[PromptRow]]:
+    """The tokenizer of a config, and the prompts that leave room for a response in the model's context. Reads no
+    weights. Raises DataError."""
+    tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
+    context = weights.load_config(config.model.path, revision=config.model.revision).max_positions
+    split = prompt_rows(_fitting(config.data, context, config.sampling.response_length), tokenizer)
+    for reason, places in split.report.dropped.items():
+        warnings.warn(f"{len(places)} of {split.report.rows} prompts are left out: {reason}", stacklevel=2)
+    return tokenizer, split.train
 
-    Raises DataError if they do not fit.
+
+def open_scorer(
+    config: PPOConfig, tokenizer: Tokenizer, rows: Sequence[PromptRow], function: Callable[..., Any] | None
+) -> Scorer:
+    """The reward of a config, after a check that it can judge these prompts. Raises what Scorer raises."""
+    scorer = Scorer(config.reward, tokenizer, function)
+    scorer.check([row.text for row in rows], columns(rows), [row.messages for row in rows])
+    return scorer
+
+
+def open_model(config: PPOConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, Params]:
+    """The language model of a config as an inference copy in its rollout dtype.
+
+    Raises DataError if model and tokenizer do not fit.
     """
     source = config.model
-    tokenizer = weights.open_tokenizer(config.tokenizer, source)
     dtype = runtime.resolve_dtype(source.compute_dtype, jax.default_backend())
     model, params = weights.load(
         source.path,
@@ -128,88 +137,37 @@ def open_model(config: PPOConfig) -> tuple[ModelConfig, Params, Tokenizer]:
     )
     check_vocab(tokenizer, model.vocab_size)
     check_sampling(config.sampling, model.vocab_size)
-    model, params = inference_copy(model, params, dtype if config.rollout.dtype == "auto" else config.rollout.dtype)
-    return model, params, tokenizer
+    return inference_copy(model, params, dtype if config.rollout.dtype == "auto" else config.rollout.dtype)
 
 
 def respond(
-    config: PPOConfig, model: ModelConfig, params: Params, tokenizer: Tokenizer, rows: Sequence[PromptRow], count: int
+    config: PPOConfig,
+    model: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    rows: Sequence[PromptRow],
+    count: int,
+    columns: int = 0,
 ) -> Rollout:
-    """`count` responses to each row, those of a row side by side, as host arrays."""
-    sampling = config.sampling
-    length = batching.bucket(max(len(row.tokens) for row in rows), model.max_positions - sampling.response_length)
+    """`count` responses to each row, those of a row side by side, as host arrays. Calls with the same `columns`, the
+    least room for a prompt, share their programs."""
+    length = prompt_columns(config, model, rows)
     prompts = batching.prompts(rows, tokenizer.pad_id, length)
     slots = config.rollout.slots or config.ppo.batch_size
-    key = jax.random.key(config.seed)
-    rest = key, sampling, tokenizer.stop_ids, tokenizer.pad_id
-    return engine.answer(params, model, prompts, *rest, slots=slots, group=count)
+    rest = jax.random.key(config.seed), config.sampling, tokenizer.stop_ids, tokenizer.pad_id
+    return engine.answer(params, model, prompts, *rest, slots=slots, group=count, columns=columns)
+
+
+def prompt_columns(config: PPOConfig, model: ModelConfig, rows: Sequence[PromptRow]) -> int:
+    """Room for the longest prompt of `rows`."""
+    longest = max(len(row.tokens) for row in rows)
+    return batching.bucket(longest, model.max_positions - config.sampling.response_length)
 
 
 def choose(rows: Sequence[T], count: int, seed: int) -> list[T]:
     """`count` random rows without repetition, in file order; all of them where there are fewer."""
     picked = np.random.default_rng(seed).permutation(len(rows))[:count]
     return [rows[i] for i in sorted(picked)]
-
-
-def statistics(prompts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Figures over all completions. Completions of one prompt are not independent, so the standard error of the mean is
-    that of the prompts' means."""
-    answers = [answer for prompt in prompts for answer in prompt["completions"]]
-    scores = np.array([answer["score"] for answer in answers])
-    texts = [answer["text"] for answer in answers]
-    finished = sum(answer["finished"] for answer in answers)
-    lengths = np.array([answer["tokens"] for answer in answers])
-    mean, error = mean_and_error(prompt["mean"] for prompt in prompts)
-    return {
-        "prompts": len(prompts),
-        "completions": len(answers),
-        "mean": mean,
-        "standard_error": error,
-        "std": float(scores.std(ddof=1)) if len(scores) > 1 else 0.0,
-        "min": float(scores.min()),
-        "max": float(scores.max()),
-        "spread_within_prompt": float(np.mean([prompt["spread"] for prompt in prompts])),
-        "best_of_n_mean": float(np.mean([prompt["completions"][0]["score"] for prompt in prompts])),
-        "distinct_1": distinct(texts, 1),
-        "distinct_2": distinct(texts, 2),
-        "identical_completions": 1 - len(set(texts)) / len(texts),
-        "tokens_mean": float(lengths.mean()),
-        "finished": finished / len(answers),
-        "finished_interval_95": list(wilson(finished, len(answers))),
-        "components": {name: _component(prompts, name) for name in answers[0]["components"]},
-    }
-
-
-def _component(prompts: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
-    means = [float(np.mean([answer["components"][name] for answer in prompt["completions"]])) for prompt in prompts]
-    return dict(zip(("mean", "standard_error"), mean_and_error(means), strict=True))
-
-
-def table(result: dict[str, Any], width: int = 100) -> str:
-    """The result for a console: every prompt with its ranked completions, then the statistics."""
-    lines = []
-    for prompt in result["prompts"]:
-        lines += ["", _one_line(prompt["prompt"], width)]
-        for answer in prompt["completions"]:
-            lines.append(f"  {answer['rank']:<6} {answer['score']:>9.3f}  {_one_line(answer['text'], width - 19)}")
-    stats = result["statistics"]
-    low, high = stats["finished_interval_95"]
-    lines += [
-        "",
-        f"{stats['prompts']} prompts, {stats['completions']} completions of {result['model']}",
-        f"score         {stats['mean']:.4f} +- {stats['standard_error']:.4f} (standard error over prompts)",
-        f"              std {stats['std']:.4f}, from {stats['min']:.4f} to {stats['max']:.4f}",
-        f"per prompt    best - worst {stats['spread_within_prompt']:.4f}, mean best {stats['best_of_n_mean']:.4f}",
-        f"length        {stats['tokens_mean']:.1f} tokens, finished {stats['finished']:.2f} [{low:.2f}, {high:.2f}]",
-        f"variety       distinct-1 {stats['distinct_1']:.2f}, distinct-2 {stats['distinct_2']:.2f}, "
-        f"identical {stats['identical_completions']:.2f}",
-    ]
-    lines += [
-        f"from {name:<8} {part['mean']:.4f} +- {part['standard_error']:.4f}"
-        for name, part in stats["components"].items()
-        if part["mean"] or not name.endswith(("_truncated", "_unanswered"))  # said only where it happened
-    ]
-    return "\n".join(lines).lstrip("\n")
 
 
 def write(result: dict[str, Any], path: Path) -> Path:
@@ -227,39 +185,75 @@ def _fitting(data: Data, context: int, response: int) -> Data:
     return dataclasses.replace(data, max_prompt_length=min(data.max_prompt_length or room, room))
 
 
-def _score(
-    scorer: Scorer, tokenizer: Tokenizer, rows: Sequence[PromptRow], rollout: Rollout, stop_strings: Sequence[str]
-) -> list[dict[str, Any]]:
-    rollout, texts = read(rollout, tokenizer, stop_strings)
-    asked = [row.text for row in rows], texts, rollout, columns(rows)
-    scored = scorer.score(*asked, messages=[row.messages for row in rows])
-    for note in scored.notes:
-        warnings.warn(note, stacklevel=2)
-    return [
-        {
-            "score": float(scored.totals[i]),
-            "components": {name: float(values[i]) for name, values in scored.components.items()},
-            "text": texts[i],
-            "tokens": int(rollout.response_mask[i].sum()),
-            "finished": bool(rollout.finished[i]),
-        }
-        for i in range(len(rows))
-    ]
+def judge(
+    config: PPOConfig, scorer: Scorer | None, tokenizer: Tokenizer, rows: Sequence[PromptRow], rollout: Rollout
+) -> Iterator[list[list[dict[str, Any]]]]:
+    """The responses to `rows`, as `respond` makes them, for each row a list; without a `scorer` they have no score.
+
+    They come, and are scored, in batches of whole rows with at least ppo.batch_size responses.
+    """
+    count = len(rollout.index) // len(rows)
+    rows_of_batch = -(-config.ppo.batch_size // count)
+    for start in range(0, len(rows), rows_of_batch):
+        asked = rows[start : start + rows_of_batch]
+        span = slice(start * count, (start + len(asked)) * count)
+        part, texts = read(jax.tree.map(lambda x, span=span: x[span], rollout), tokenizer, config.sampling.stop_strings)
+        answers: list[dict[str, Any]] = [
+            {"text": text, "tokens": int(part.response_mask[i].sum()), "finished": bool(part.finished[i])}
+            for i, text in enumerate(texts)
+        ]
+        if scorer is not None:
+            repeated = [row for row in asked for _ in range(count)]
+            of_data, messages = columns(repeated), [row.messages for row in repeated]
+            scored = scorer.score([row.text for row in repeated], texts, part, of_data, messages=messages)
+            for note in scored.notes:
+                warnings.warn(note, stacklevel=2)
+            for i, answer in enumerate(answers):
+                answer["score"] = float(scored.totals[i])
+                answer["components"] = {name: float(values[i]) for name, values in scored.components.items()}
+        yield [answers[i : i + count] for i in range(0, len(answers), count)]
 
 
-def _ranked(row: PromptRow, answers: list[dict[str, Any]]) -> dict[str, Any]:
+def _reference_column(config: PPOConfig, rows: Sequence[PromptRow], asked: str, rewarded: bool) -> str:
+    """The column of references; "" where there is none but a reward."""
+    names = list(columns(rows))
+    if asked:
+        if asked not in names:
+            raise ConfigError(f"there is no column {asked!r} in {config.data.path}; it has {', '.join(names)}")
+        return asked
+    column = answer_column(names, config.data, config.data.path)
+    if not (column or rewarded):
+        raise ConfigError(
+            f"nothing to measure completions by: give a reward (--reward, --reward-model, --reward.KEY), or say which "
+            f"column of {config.data.path} has a right answer (--references); it has {', '.join(names)}"
+        )
+    return column
+
+
+def reference(row: PromptRow, column: str) -> str | None:
+    """The text of `column`: of a conversation its last assistant turn; None where the row has none."""
+    value = row.columns.get(column)
+    if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
+        value = value[-1].get("content")
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise DataError(
+        f"row {row.index + 1} of the prompts: column {column!r} is {quoted(value)}; text, a number or a conversation "
+        "that ends with the assistant was expected"
+    )
+
+
+def _reported(row: PromptRow, answers: list[dict[str, Any]], right: str | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"prompt": row.text, "index": row.index, "reference": right, "completions": answers}
+    if "score" not in answers[0]:
+        return found
     ranked = sorted(answers, key=lambda answer: -answer["score"])
     names = ["BEST", *["MEDIUM"] * (len(ranked) - 2), "WORST"][: len(ranked)]
     scores = [answer["score"] for answer in ranked]
-    return {
-        "prompt": row.text,
-        "index": row.index,
+    return found | {
         "mean": float(np.mean(scores)),
         "spread": scores[0] - scores[-1],
         "completions": [{"rank": name, **answer} for name, answer in zip(names, ranked, strict=True)],
     }
-
-
-def _one_line(text: str, width: int) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= width else flat[: width - 3] + "..."

@@ -113,15 +113,17 @@ def test_a_bug_is_not_dressed_up(monkeypatch):
     ("arguments", "message"),
     [
         (["generat"], "unknown command 'generat'; did you mean 'generate'?"),
-        (["generate", "m", "--promt", "x"], "unknown option '--promt'; did you mean '--prompt'?"),
+        (["generate", "m", "--promt", "x"], "unknown option '--promt'; did you mean '--prompt' or '--prompts'?"),
         (["ppo", "c.yaml", "--frsh"], "unknown option '--frsh'; did you mean '--fresh'?"),
         (["plot", "run", "--seed", "1"], "unknown option '--seed'"),
-        (["generate", "m"], "--prompt"),
+        (["generate", "m"], "give --prompt TEXT, or --prompts FILE"),
+        (["generate", "m", "--prompt", "x", "--prompts", "f"], "give --prompt TEXT, or --prompts FILE"),
+        (["compare", "m", "--prompts", "f"], "required: B"),
         (["new", "pp"], "invalid choice: 'pp'"),
         (["sft"], "give a CONFIG.yaml"),
         (["demo", "--seed", "-1"], "expected a whole number from 0 on, got '-1'"),
-        (["generate", "m", "--prompt", "x", "--num", "0"], "expected a whole number from 1 on, got '0'"),
-        (["generate", "m", "--prompt", "x", "--num", "-1"], "expected a whole number from 1 on, got '-1'"),
+        (["generate", "m", "--prompt", "x", "--n", "0"], "expected a whole number from 1 on, got '0'"),
+        (["generate", "m", "--prompt", "x", "--n", "-1"], "expected a whole number from 1 on, got '-1'"),
         (["generate", "m", "--prompt", "x", "--max-new-tokens", "0"], "expected a whole number from 1 on, got '0'"),
         (["evaluate", "m", "--prompts", "p", "--num-prompts", "0"], "expected a whole number from 1 on, got '0'"),
         (
@@ -272,6 +274,52 @@ def test_export_without_a_record_says_so(tmp_path, run, capsys):
     assert "run.json cannot be read" in capsys.readouterr().err
 
 
+ROWS = {
+    "sft": {"prompt": "ab", "completion": "cd"},
+    "reward": {"prompt": "ab", "chosen": "c", "rejected": "d"},
+    "ppo": {"prompt": "ab"},
+}
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_adapters_for_short_reach_the_real_trainer(method, tiny_model, tmp_path, capsys):
+    data, reward = tmp_path / "d.jsonl", tmp_path / "r.py"
+    data.write_text(f"{json.dumps(ROWS[method])}\n" * 4)
+    reward.write_text("def f(completions):\n    return [0.0] * len(completions)\n")
+    given = ["--model.path", str(tiny_model), "--model.init", "random", "--data.path", str(data)]
+    given += ["--run_dir", str(tmp_path / "run")]
+    given += ["--sampling.response_length", "8"] if method != "reward" else []
+    given += ["--reward.function", f"{reward}:f"] if method == "ppo" else []
+    assert main([method, *given, "--use-lora", "--lora.rank", "3", "--lora.quantize", "nf4", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "adapters of rank 3 train, the model under them, in nf4, does not" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_that_fits(tiny_model, tmp_path, capsys):
+    """What the file is for is said by its comment; its model has adapters because the command line says so."""
+    (tmp_path / "d.jsonl").write_text(f"{json.dumps(ROWS['reward'])}\n" * 4)
+    file = tmp_path / "my.yaml"
+    file.write_text(f"# jaxrlhf reward\nmodel: {{path: {tiny_model}}}\ndata: {{path: {tmp_path}/d.jsonl}}\n")
+    assert main(["plan", str(file), "--model.init", "random", "--use-lora"]) == 0
+    shown = capsys.readouterr().out
+    assert "frozen models" in shown and "it fits" in shown
+
+
+def test_adapters_of_a_finished_run_become_one_model(tmp_path, monkeypatch, run, exported):
+    """Of a run over a packed model they are merged by the run itself: its export does not say what they were over."""
+    merged = []
+    monkeypatch.setattr("jaxrlhf.training.export.merge", lambda *asked: merged.append(asked))
+    (run / "export" / "adapter_config.json").write_text("{}")
+    assert main(["export", str(run), str(tmp_path / "out"), "--merge-lora"]) == 0
+    assert (merged, exported) == ([(run / "export", tmp_path / "out")], [])
+    (run / "config.yaml").write_text("model: {path: m}\ndata: {path: d}\nlora: {enabled: true, quantize: nf4}\n")
+    assert main(["export", str(run), str(tmp_path / "out"), "--merge-lora"]) == 0
+    assert (len(merged), exported) == (1, [(run, tmp_path / "out", "policy")])
+    assert main(["export", str(run / "export"), str(tmp_path / "out"), "--merge-lora"]) == 0
+    assert merged[1:] == [(run / "export", tmp_path / "out")], "a folder of adapters alone"
+
+
 @pytest.fixture(scope="module")
 def model_folder(tiny_model, tmp_path_factory) -> Path:
     model, params = weights.load(tiny_model, init="random", key=jax.random.key(1))
@@ -286,7 +334,7 @@ def test_generate_prints_the_prompt_and_what_follows(model_folder, capsys):
     assert len(first) <= len("hello") + 8 + 1
     assert main(arguments) == 0
     assert capsys.readouterr().out == first
-    assert main([*arguments, "--num", "3"]) == 0
+    assert main([*arguments, "--n", "3"]) == 0
     several = capsys.readouterr().out
     assert several.startswith(f"--- 1 of 3 ---\n{first}")
     assert len(set(several.split("---\n")[1:])) == 3

@@ -2,45 +2,17 @@
 
 import dataclasses
 import json
-import math
-import statistics as stdlib
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from jaxrlhf import evaluate, weights
+from jaxrlhf import evaluate, evaluate_report, selection, weights
 from jaxrlhf.cli import main
 from jaxrlhf.config import PPO, Data, Engine, ModelSource, PPOConfig, Sampling
 from jaxrlhf.errors import DataError
-
-
-def test_mean_and_error_against_the_standard_library():
-    values = [1.0, 4.0, -2.0, 7.5]
-    mean, error = evaluate.mean_and_error(values)
-    assert mean == pytest.approx(stdlib.fmean(values))
-    assert error == pytest.approx(stdlib.stdev(values) / 2)
-    assert evaluate.mean_and_error([3.0]) == (3.0, 0.0)
-
-
-def test_wilson_bounds_solve_the_score_equation():
-    for successes, total in [(0, 10), (3, 10), (10, 10), (150, 200)]:
-        low, high = evaluate.wilson(successes, total)
-        share = successes / total
-        assert 0 <= low <= share <= high <= 1
-        for bound in (low, high):
-            if 0 < bound < 1:
-                z = (share - bound) / math.sqrt(bound * (1 - bound) / total)
-                assert abs(z) == pytest.approx(1.96, abs=1e-4)
-    assert evaluate.wilson(0, 0) == (0.0, 1.0)
-
-
-def test_wilson_covers_the_truth_about_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    bounds = {k: evaluate.wilson(k, 40) for k in range(41)}
-    covered = [bounds[int(k)][0] <= 0.3 <= bounds[int(k)][1] for k in rng.binomial(40, 0.3, 2000)]
-    assert 0.92 < np.mean(covered) < 0.98
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +24,9 @@ def model_folder(tiny_model, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def prompts_file(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("prompts") / "p.jsonl"
-    file.write_text("".join(json.dumps({"prompt": f"question {'x' * i}", "worth": i}) + "\n" for i in range(7)))
+    file.write_text(
+        "".join(json.dumps({"prompt": f"question {'x' * i}", "worth": i, "right": f"so {i}"}) + "\n" for i in range(7))
+    )
     return file
 
 
@@ -99,7 +73,7 @@ def test_the_function_sees_every_completion_once(config, result):
     assert (
         evaluate.evaluate(config, num_prompts=4, num_completions=3, function=reward)["statistics"]["completions"] == 12
     )
-    assert [len(call) for call in calls] == [5, 5, 2]
+    assert [len(call) for call in calls] == [6, 6], "whole prompts, of five completions or more"
     seen = sorted(pair for call in calls for pair in call)
     assert seen == sorted((p["prompt"], a["text"]) for p in result["prompts"] for a in p["completions"])
 
@@ -130,7 +104,7 @@ def test_a_completion_depends_on_the_seed_and_not_on_the_batch(config, result):
 
 
 def test_the_table_shows_every_completion_and_the_json_reads_back(result, tmp_path):
-    shown = evaluate.table(result)
+    shown = evaluate_report.table(result)
     assert shown.count("BEST") == shown.count("WORST") == 4
     assert max(map(len, shown.splitlines())) <= 100
     written = evaluate.write(result, tmp_path / "new" / "r.json")
@@ -170,4 +144,70 @@ def test_the_command_writes_json(model_folder, prompts_file, tmp_path, capsys):
     assert str(output) in shown
     assert "reward " in shown
     assert "_unanswered" not in shown, "nothing went unanswered"
-    assert main(["evaluate", str(model_folder), "--prompts", str(prompts_file)]) == 3, "a reward is required"
+
+
+def test_references_alone_are_enough(model_folder, prompts_file, tmp_path, capsys):
+    asked = ["evaluate", str(model_folder), "--prompts", str(prompts_file), "--sampling.response_length", "6"]
+    assert main(asked) == 3
+    assert "nothing to measure completions by" in (said := capsys.readouterr().err)
+    assert "it has prompt, worth, right" in said
+    asked += ["--num-prompts", "2", "--num-completions", "2", "--output", f"{tmp_path}/r.json"]
+    assert main([*asked, "--references", "left"]) == 3
+    assert main([*asked, "--references", "right"]) == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["references_from"] == "right"
+    assert [prompt["reference"] for prompt in found["prompts"]] == [f"so {p['index']}" for p in found["prompts"]]
+    assert found["statistics"]["references"]["prompts"] == 2
+    assert "mean" not in found["statistics"]
+    shown = capsys.readouterr().out
+    assert "ROUGE-L" in shown and "REFERENCE" in shown
+    assert "score" not in shown
+
+
+def test_prompts_are_those_that_a_model_beside_can_read(config, model_folder, tmp_path):
+    small = shutil.copytree(model_folder, tmp_path / "small")
+    about = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(about | {"max_position_embeddings": 18}))  # prompts of 12 and no more
+    with pytest.warns(UserWarning, match="3 of 7 prompts are left out: the prompt is longer"):
+        result = evaluate.evaluate(config, num_prompts=9, num_completions=3, function=vowels, beside=[str(small)])
+    assert [prompt["index"] for prompt in result["prompts"]] == [0, 1, 2, 3]
+
+
+def test_the_comparison_of_two_models(result, tmp_path, monkeypatch, capsys):
+    """Both are asked the same, as the one that is a PPO run was trained."""
+    run = tmp_path / "run"
+    run.mkdir()
+    trained = {"sampling": {"response_length": 7}, "reward": {"function": "r.py:f"}}
+    (run / "config.yaml").write_text("# jaxrlhf ppo, every option resolved\n" + json.dumps(trained))
+    seen = []
+
+    def record(config, **asked):
+        seen.append((config, asked))
+        return result | {"model": config.model.path}
+
+    monkeypatch.setattr(evaluate, "evaluate", record)
+    asked = ["compare", "base", str(run), "--prompts", "p.jsonl", "--num-prompts", "9", "--references", "right"]
+    assert main([*asked, "--output", f"{tmp_path}/both.json"]) == 0
+    (first, of_first), (second, of_second) = seen
+    assert (first.model.path, second.model.path) == ("base", str(run))
+    assert dataclasses.replace(first, model=second.model) == second
+    assert first.sampling.response_length == 7 and first.reward.function == "r.py:f"
+    expected = {"num_prompts": 9, "num_completions": 4, "references": "right", "beside": ["base", str(run)]}
+    assert of_first == of_second == expected
+    shown = capsys.readouterr().out
+    assert "A: base, 4 prompts" in shown and "wins          A 0, B 0, ties 4" in shown
+    assert json.loads((tmp_path / "both.json").read_text())["comparison"]["ties"] == 4
+
+
+def test_a_selection_draws_what_an_evaluation_draws(config, result, tmp_path):
+    """Whatever part of the prompts they are, and however many rows are answered at a time."""
+    expected = {p["prompt"]: sorted((a["text"], a["score"]) for a in p["completions"]) for p in result["prompts"]}
+    few = dataclasses.replace(
+        config, rollout=Engine(slots=2), ppo=PPO(batch_size=1)
+    )  # two prompts before any is scored
+    summary = selection.select(few, tmp_path / "all.jsonl", selection.Rule("all"), 3, function=vowels)
+    rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert len(rows) == summary.rows == 21
+    assert [row["worth"] for row in rows] == [i for i in range(7) for _ in range(3)], "in file order"
+    for prompt, answers in expected.items():
+        assert sorted((row["completion"], row["score"]) for row in rows if row["prompt"] == prompt) == answers

@@ -28,6 +28,15 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 
 
+def test_a_block_that_is_left_by_an_exception_leaves_the_old_file_alone(tmp_path):
+    path = files.write_whole(tmp_path / "file.txt", "old")
+    with pytest.raises(KeyboardInterrupt), files.whole(path) as file:
+        file.write(b"new")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(StorageError, match="taken"):

@@ -20,6 +20,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
 INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S))
 LINES = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
+ROLLOUTS = (ROOT / "docs" / "rollouts.md").read_text(encoding="utf-8").replace("\\\n", "")
 
 
 def test_nothing_is_left_to_fill_in():
@@ -42,6 +43,7 @@ def test_the_python_example_runs_as_it_stands(tiny_model, tmp_path, monkeypatch,
 
 
 COMMAND_LINES = [line for line in LINES if line.startswith("jaxrlhf ")]
+COMMAND_LINES += re.findall(r"^jaxrlhf .*", ROLLOUTS, re.M)
 COMMAND_LINES += re.findall(r"# .*?\b(jaxrlhf .*)", "\n".join(LINES))
 COMMAND_LINES += [text for text in INLINE if text.startswith("jaxrlhf ")]
 
@@ -64,7 +66,15 @@ def test_every_command_parses(line, monkeypatch):
 
 
 def test_there_are_commands_to_check():
-    assert {line.split()[1] for line in COMMAND_LINES} >= {"doctor", "sft", "reward", "ppo", "generate", "export"}
+    assert {line.split()[1] for line in COMMAND_LINES} >= {
+        "doctor",
+        "sft",
+        "reward",
+        "ppo",
+        "generate",
+        "compare",
+        "export",
+    }
 
 
 def test_every_file_of_the_tree_exists():

@@ -30,6 +30,11 @@ KNOWN = {
     "other columns go to the reward function",
 }
 _ANSWER = {"prompt": "completion", "question": "answer", "instruction": "output"}
+DECIDING = frozenset(
+    ("text", "messages", "conversations", "prompt", "question", "instruction", "completion", "chosen", "accepted",
+     "rejected")
+)  # fmt: skip
+"""Columns that a format is recognised by: beside some of these, others are read otherwise or not at all."""
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
 _ROLES |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system", "tool": "tool"}
 _TURN = re.compile(r"(?:^|\n)\s*(?:#+ *)?(?:Assistant|AI|Bot|Chatbot|Agent|Model|Response|Answer|Output|TL;DR) *:")
@@ -114,6 +119,13 @@ def recognise(columns: Collection[str], task: Task, config: Data, source: str) -
         f"{have} are not a format known for {TASKS[task]}. Known: {KNOWN[task]}. Rename columns with data.columns, "
         "{our name: column}" + ("" if task == "pairs" else ", or write the prompt with data.template")
     )
+
+
+def answer_column(columns: Collection[str], config: Data, source: str) -> str:
+    """The column with an answer to the prompts that `recognise` finds: what belongs to their format, "" if nothing."""
+    names = recognise(columns, "prompts", config, source).prompt
+    expected = _ANSWER.values() if config.template else [_ANSWER[name] for name in names if name in _ANSWER]
+    return next((name for name in expected if name in columns and name not in names), "")
 
 
 def _key(names: tuple[str, ...]) -> str:

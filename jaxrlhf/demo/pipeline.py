@@ -17,7 +17,8 @@ from jaxrlhf import metrics, plots
 from jaxrlhf.demo import task
 from jaxrlhf.demo.tokenizer import write_base
 from jaxrlhf.errors import StorageError
-from jaxrlhf.evaluate import evaluate, wilson
+from jaxrlhf.evaluate import evaluate
+from jaxrlhf.evaluate_report import wilson
 from jaxrlhf.files import write_whole
 from jaxrlhf.training.ppo import PPOTrainer
 from jaxrlhf.training.reward import RewardTrainer

@@ -80,10 +80,8 @@ class RewardModel:
         in the same precision: then nothing is in memory twice."""
         whole, adapters = weights.described_by(weights.resolve(self.path, self.revision, weights=False))
         table = base["embed"]["embedding"]
-        packed = "codes" in base["layers"]["mlp"]["up"]  # less than the model that these adapters are for
         if (
             adapters
-            and not packed
             and whole.samefile(folder)
             and (table.dtype, table.shape[0]) == (self._dtype, self.described.vocab_size)
         ):

@@ -294,12 +294,13 @@ def describe(config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, report
     millions = sum(x.size for x in jax.tree.leaves(shapes)) / 1e6
     device = jax.devices()[0]
     new = f" and the rows of {tokenizer.added} new tokens" if tokenizer.added else ""
+    below = "the model under them" + (f", in {config.lora.quantize}," if config.lora.quantize != "none" else "")
     grid = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     return "\n".join(
         (
             f"model {config.model.path}: {model.family}, {millions:.1f} M parameters, context {model.max_positions}, "
             f"parameters {storage_of(config)}, products {model.dtype}, attention {model.attention}",
-            *([f"adapters of rank {config.lora.rank}{new} train, the model under them does not"] * config.lora.enabled),
+            *([f"adapters of rank {config.lora.rank}{new} train, {below} does not"] * config.lora.enabled),
             f"devices: {grid} of {jax.device_count()} {device.platform} ({device.device_kind})",
             *tokenizer.notes,
             str(report),

@@ -1,7 +1,7 @@
 import pytest
 
 from jaxrlhf.config import Data
-from jaxrlhf.data.formats import Example, normalise, recognise
+from jaxrlhf.data.formats import DECIDING, Example, answer_column, normalise, recognise
 from jaxrlhf.data.sources import Place, Rows
 from jaxrlhf.errors import DataError
 
@@ -182,3 +182,30 @@ def test_a_column_missing_in_one_row_is_named():
     reading = recognise(rows.columns, "sft", config, "x")
     with pytest.raises(DataError, match="x:2: column 'completion' is missing"):
         normalise(rows, 1, reading, config, False, str)
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "expected"),
+    [
+        (["prompt", "completion", "answer"], {}, "completion"),
+        (["system", "question", "answer"], {}, "answer"),
+        (["instruction", "input", "output"], {}, "output"),
+        (["prompt", "answer"], {}, ""),
+        (["messages"], {}, ""),
+        (["said", "output"], {"template": "{said}:"}, "output"),
+        (["answer", "other"], {"template": "{answer}:"}, ""),
+    ],
+)
+def test_the_answer_that_belongs_to_a_prompt(columns, options, expected):
+    assert answer_column(columns, Data(path="x", **options), "x") == expected
+
+
+def test_columns_that_decide_a_format():
+    """Beside a prompt and its answers, those that do not are no matter, and some of those that do are."""
+    config = Data(path="x")
+    for task, names in (("sft", ("prompt", "completion")), ("pairs", ("prompt", "chosen", "rejected"))):
+        for other in ("system", "input", "answer", "output", "score", "source"):
+            assert other not in DECIDING
+            assert recognise((*names, other), task, config, "x") == recognise(names, task, config, "x")
+        with pytest.raises(DataError, match="more than one way"):
+            recognise((*names, "question", "answer", "text"), task, config, "x")
