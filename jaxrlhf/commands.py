@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from jaxrlhf import config_file, config_text, runtime
 from jaxrlhf.config import replace
 from jaxrlhf.errors import ConfigError, DataError, OutOfMemory, StorageError
+from jaxrlhf.selection_rule import KEEP, Rule
 from jaxrlhf.spelling import did_you_mean
 
 Options = argparse.Namespace
@@ -221,10 +222,10 @@ def _select(options: Options, given: Overrides) -> None:
             "generate: --prompts keeps completions by their reward; give --best-by FILE, a YAML file with a section "
             "`reward`, or --reward.model DIR or --reward.function path.py:name"
         )
+    rule = Rule(options.keep or "best", options.threshold, options.min_pass_rate, options.max_pass_rate)
     runtime.configure()
     from jaxrlhf import selection
 
-    rule = selection.Rule(options.keep or "best", options.threshold, options.min_pass_rate, options.max_pass_rate)
     with _compilations(sys.stderr, quiet=config.logging.quiet), _notes():
         summary = selection.select(config, Path(options.out), rule, options.n, fresh=options.fresh)
     print(f"{summary}\nwrote {options.out}")
@@ -427,7 +428,7 @@ COMMANDS: dict[str, Command] = {
                 "help": "a file with a section `reward`, as in a PPO config; default: what a PPO run was trained by",
             },
             "--keep": {
-                "choices": ("best", "pairs", "above", "all", "prompts"),
+                "choices": KEEP,
                 "help": "of each prompt: best (the default), for sft; pairs: best against worst, for reward and dpo; "
                 "above: all from --threshold on; all; prompts: no completion, but how good they were",
             },

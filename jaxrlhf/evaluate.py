@@ -111,10 +111,15 @@ def read_prompts(config: PPOConfig) -> tuple[Tokenizer, list[PromptRow]]:
 
 
 def open_scorer(
-    config: PPOConfig, tokenizer: Tokenizer, rows: Sequence[PromptRow], function: Callable[..., Any] | None
+    config: PPOConfig,
+    tokenizer: Tokenizer,
+    rows: Sequence[PromptRow],
+    function: Callable[..., Any] | None,
+    directory: Path | None = None,
 ) -> Scorer:
-    """The reward of a config, after a check that it can judge these prompts. Raises what Scorer raises."""
-    scorer = Scorer(config.reward, tokenizer, function)
+    """The reward of a config, after a check that it can judge these prompts; `directory` keeps what people answer.
+    Raises what Scorer raises."""
+    scorer = Scorer(config.reward, tokenizer, function, directory=directory)
     scorer.check([row.text for row in rows], columns(rows), [row.messages for row in rows])
     return scorer
 

@@ -13,6 +13,7 @@ from jaxrlhf import evaluate, evaluate_report, selection, weights
 from jaxrlhf.cli import main
 from jaxrlhf.config import PPO, Data, Engine, ModelSource, PPOConfig, Sampling
 from jaxrlhf.errors import DataError
+from jaxrlhf.selection_rule import Rule
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +206,7 @@ def test_a_selection_draws_what_an_evaluation_draws(config, result, tmp_path):
     few = dataclasses.replace(
         config, rollout=Engine(slots=2), ppo=PPO(batch_size=1)
     )  # two prompts before any is scored
-    summary = selection.select(few, tmp_path / "all.jsonl", selection.Rule("all"), 3, function=vowels)
+    summary = selection.select(few, tmp_path / "all.jsonl", Rule("all"), 3, function=vowels)
     rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
     assert len(rows) == summary.rows == 21
     assert [row["worth"] for row in rows] == [i for i in range(7) for _ in range(3)], "in file order"

@@ -1,10 +1,14 @@
 """Selection: what is kept of a prompt, files that are read back by the trainers, and jobs that are interrupted."""
 
 import dataclasses
+import datetime
 import json
 import math
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jaxrlhf import evaluate, selection
@@ -12,8 +16,10 @@ from jaxrlhf.cli import main
 from jaxrlhf.config import PPO, Data, Logging, ModelSource, PPOConfig, RewardSource, Sampling, TokenizerSource
 from jaxrlhf.data.datasets import PromptRow, pair_rows, prompt_rows, sft_rows
 from jaxrlhf.data.tokenizer import load_tokenizer
-from jaxrlhf.errors import ConfigError, DataError, StorageError
-from jaxrlhf.selection import Rule
+from jaxrlhf.errors import ConfigError, DataError, RewardError, StorageError
+from jaxrlhf.rewards.answers import Request
+from jaxrlhf.selection_log import Log
+from jaxrlhf.selection_rule import Rule, Summary, kl_bound
 
 ROW = PromptRow(tokens=[5], text="why?", columns={"prompt": "why?", "answer": 42, "text": "other"}, index=0)
 
@@ -82,9 +88,9 @@ def test_the_bound_is_what_distinct_answers_come_to(n):
         shares = [(k / count) ** n - ((k - 1) / count) ** n for k in range(1, count + 1)]
         return math.fsum(p * math.log(p * count) for p in shares if p)
 
-    assert divergence(3) < divergence(100) < selection.kl_bound(n)
-    assert divergence(50_000) == pytest.approx(selection.kl_bound(n), abs=1e-3)
-    assert selection.kl_bound(1) == 0
+    assert divergence(3) < divergence(100) < kl_bound(n)
+    assert divergence(50_000) == pytest.approx(kl_bound(n), abs=1e-3)
+    assert kl_bound(1) == 0
 
 
 PROMPTS = [{"prompt": f"question {'x' * i}", "answer": i, "text": "other"} for i in range(5)]
@@ -134,7 +140,7 @@ def config(tiny_model, tmp_path) -> PPOConfig:
     )
 
 
-def select(config: PPOConfig, out: Path, *rule, **more) -> selection.Summary:
+def select(config: PPOConfig, out: Path, *rule, **more) -> Summary:
     return selection.select(config, out, Rule(*rule), 3, function=lambda completions: [0] * len(completions), **more)
 
 
@@ -150,7 +156,7 @@ def test_what_is_written_is_what_the_trainers_read(config, drawn, tmp_path, chat
     prompts = prompt_rows(data, tokenizer).train
 
     summary = select(config, tmp_path / "best.jsonl", "best")
-    assert f"columns       without {'question, ' if names else ''}text" in str(summary)
+    assert f"left out      {'question, ' if names else ''}text of the prompt file" in str(summary)
     found = sft_rows(Data(path=str(tmp_path / "best.jsonl")), tokenizer, completion_only=True)
     ends = tokenizer.eos_id if chat == "none" else tokenizer.encode_all([tokenizer.turn_end])[0][0]
     for i, (row, prompt) in enumerate(zip(found.train, prompts, strict=True)):
@@ -233,20 +239,37 @@ def test_a_job_that_fails_before_anything_is_scored_leaves_nothing(config, drawn
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_two_jobs_do_not_write_to_one_file(config, tmp_path):
-    from jaxrlhf.selection_log import Log
+def test_what_people_answer_is_kept_beside_the_file(config, drawn, tmp_path, monkeypatch):
+    """Also of a batch in the middle of which they leave."""
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    said = iter(["3", "1"])
 
+    def asked(question):
+        for line in said:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", asked)
+
+    def judge(config, scorer, tokenizer, rows, rollout):
+        scorer.parts["human"][1](Request(["why?"] * 3, ["a", "b", "c"], {}))
+        yield []
+
+    monkeypatch.setattr(evaluate, "judge", judge)
+    people = RewardSource(components=({"human": "score"},))  # type: ignore[arg-type]
+    with pytest.raises(RewardError, match="the person left"):
+        selection.select(dataclasses.replace(config, reward=people), tmp_path / "new" / "o.jsonl", Rule("best"), 3)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["human.jsonl"]
+    assert [row["answer"] for row in read(tmp_path / "new" / "human.jsonl")] == [3, 1]
+
+
+def test_two_jobs_do_not_write_to_one_file(config, tmp_path):
     with Log(tmp_path / "l", {}, fresh=False), pytest.raises(StorageError, match="another process writes to"):
         Log(tmp_path / "l", {}, fresh=False)
 
 
 def test_what_would_fail_at_the_end_is_refused_at_the_door(config, drawn, tmp_path):
     bad = dataclasses.replace(config, data=Data(path=str(tmp_path / "p.parquet")))
-    import datetime
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     pq.write_table(pa.table({"prompt": ["why?"], "when": [datetime.date(2026, 1, 1)]}), tmp_path / "p.parquet")
     with pytest.raises(DataError, match="row 1 of the prompts: column 'when' cannot be written as JSON"):
         select(bad, tmp_path / "o.jsonl", "all")
@@ -280,3 +303,13 @@ def test_the_command(config, drawn, tmp_path, capsys):
     assert main(asked) == 7, "not over a file that is there"
     assert main(["generate", "m", "--prompt", "x", "--best-by", "r.yaml"]) == 3
     assert "--best-by is for --prompts FILE" in capsys.readouterr().err
+
+
+def test_a_score_of_float32_reaches_a_threshold_of_the_same_spelling(config, drawn, tmp_path, monkeypatch):
+    def judge(config, scorer, tokenizer, rows, rollout):
+        scored = {"score": float(np.float32(0.9)), "components": {"reward": float(np.float32(0.9))}}
+        yield [[{"text": "a", "tokens": 1, "finished": True, **scored}] for _ in rows]
+
+    monkeypatch.setattr(evaluate, "judge", judge)
+    assert select(config, tmp_path / "o.jsonl", "above", 0.9).rows == 5
+    assert {row["score"] for row in read(tmp_path / "o.jsonl")} == {0.9}
