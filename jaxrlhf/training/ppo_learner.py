@@ -27,8 +27,8 @@ from jaxrlhf.training.ppo_roles import (
     reference_of,
     trunk_kind,
 )
-from jaxrlhf.training.ppo_rollout import Sampler
 from jaxrlhf.training.ppo_update import annotate, update
+from jaxrlhf.training.sampler import Sampler
 from jaxrlhf.training.step import Metrics
 from jaxrlhf.types import Experience, Params, Rollout, TrainState
 

@@ -1,4 +1,4 @@
-"""Held-out prompts inside a PPO run: what the policy answers now, what that is worth, and whether it still gets better.
+"""Held-out prompts in an on-policy run: what the policy answers, what that is worth, and whether it still gets better.
 
 The random keys are the same at every validation, so what changes is the policy.
 """
@@ -28,10 +28,10 @@ from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout import engine
 from jaxrlhf.rollout.text import read
 from jaxrlhf.spelling import did_you_mean
+from jaxrlhf.training.learner import Learner
 from jaxrlhf.training.loop import Metrics, Session
-from jaxrlhf.training.ppo_learner import Learner
-from jaxrlhf.training.ppo_roles import Roles, sequence_logprobs
-from jaxrlhf.training.ppo_rollout import Sampler
+from jaxrlhf.training.ppo_roles import sequence_logprobs
+from jaxrlhf.training.sampler import Sampler
 from jaxrlhf.training.step import join_rows, split_rows
 from jaxrlhf.types import Params, Rollout
 
@@ -40,10 +40,13 @@ BASELINE = "validation.json"  # what the policy of step 0 scored
 
 
 class Validator:
-    """The held-out prompts of a run. Raises ConfigError for a metric that no record has."""
+    """The held-out prompts of a run, scored `at_once` rows at a time. Raises ConfigError for a metric that no record
+    has."""
 
-    def __init__(self, config: PPOConfig, rows: Sequence[PromptRow], sampler: Sampler, scorer: Scorer) -> None:
-        self.config, self.sampler, self.scorer = config, sampler, scorer
+    def __init__(
+        self, config: PPOConfig, rows: Sequence[PromptRow], at_once: int, sampler: Sampler, scorer: Scorer
+    ) -> None:
+        self.config, self.sampler, self.scorer, self._at_once = config, sampler, scorer, at_once
         self.rows = rows[: config.validation.max_prompts]
         metric = config.validation.metric
         known = [*METRICS, *scorer.metrics()]
@@ -158,20 +161,17 @@ class Validator:
 
     def _answer(self, model: ModelConfig, copy: Params, key: Array, *, greedy: bool) -> tuple[Rollout, list[str]]:
         """The whole of the held-out prompts, filled up with the last one to whole forward passes, on the host."""
-        rows = [*self.rows, *[self.rows[-1]] * (-len(self.rows) % self._slice())]
+        rows = [*self.rows, *[self.rows[-1]] * (-len(self.rows) % self._at_once)]
         sampling = dataclasses.replace(self.config.sampling, greedy=greedy)
         tokenizer = self.sampler.tokenizer
         made = engine.answer(
             copy, model, self.sampler.prompts(rows), jax.random.fold_in(key, VALIDATION), sampling,
             tokenizer.stop_ids, tokenizer.pad_id,
-            slots=min(len(rows), self.sampler.slots or self.config.ppo.batch_size),
+            slots=min(len(rows), self.sampler.slots or self.sampler.batch),
             columns=self.sampler.columns, mesh=self.sampler.mesh,
         )  # fmt: skip
         made, texts = read(made, tokenizer, sampling.stop_strings)
         return made, texts[: len(self.rows)]
-
-    def _slice(self) -> int:
-        return self.config.ppo.annotation_rows(self.config.ppo.batch_size)
 
     def _score(
         self, session: Session, scorer: Scorer, prompts: list[str], texts: list[str], rollout: Rollout
@@ -185,19 +185,20 @@ class Validator:
     def _kl(self, learner: Learner, rollout: Rollout) -> Array:
         policy, reference = learner.policy, learner.reference
         placed = sharding.put_rows(rollout, self.sampler.mesh)
-        parts = rollout.tokens.shape[0] // self._slice()
-        return sequence_kl(policy, reference, placed, roles=learner.roles, parts=parts)
+        parts = rollout.tokens.shape[0] // self._at_once
+        temperature = self.config.sampling.temperature
+        return sequence_kl(policy, reference, placed, model=self.sampler.model, temperature=temperature, parts=parts)
 
 
-@functools.partial(jax.jit, static_argnames=("roles", "parts"))
-def sequence_kl(policy: Params, reference: Params, rollout: Rollout, *, roles: Roles, parts: int) -> Array:
+@functools.partial(jax.jit, static_argnames=("model", "temperature", "parts"))
+def sequence_kl(
+    policy: Params, reference: Params, rollout: Rollout, *, model: ModelConfig, temperature: float, parts: int
+) -> Array:
     """k1 of each response, f32 [B], in nats, by forward passes over `parts` slices."""
 
     def rows(part: Rollout) -> Array:
         both = [
-            sequence_logprobs(
-                params, roles.policy, part, response_states(params, roles.policy, part)[:, :-1], roles.temperature
-            )[0]
+            sequence_logprobs(params, model, part, response_states(params, model, part)[:, :-1], temperature)[0]
             for params in (policy, reference)
         ]
         return jnp.sum(masked.keep(k1(*both), part.response_mask), axis=1)

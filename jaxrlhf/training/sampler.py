@@ -1,4 +1,4 @@
-"""The sampling half of PPO: prompts in, responses of the policy as it is now out, on the device and as text."""
+"""Prompts in, responses of the policy as it is now out, on the device and as text."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import jax
 from jax import Array
 
 from jaxrlhf import programs, sharding
-from jaxrlhf.config import PPOConfig
+from jaxrlhf.config import Engine, Sampling
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.data.tokenizer import Tokenizer
@@ -25,32 +25,39 @@ LOWER = "data.max_prompt_length or sampling.response_length"
 
 
 class Sampler:
-    """Draws responses. `longest` is the length of the longest prompt that is known of (0: of none).
+    """Draws `batch` responses at a time. `longest` is the length of the longest prompt that is known of (0: of none).
 
     Raises ConfigError for what the model cannot do: prompts and responses beyond its context, filters beyond its
     vocabulary.
     """
 
     def __init__(
-        self, config: PPOConfig, model: ModelConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, longest: int
+        self,
+        sampling: Sampling,
+        rollout: Engine,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        mesh: jax.sharding.Mesh,
+        longest: int,
+        batch: int,
     ) -> None:
-        self.config, self.model, self.tokenizer, self.mesh = config, model, tokenizer, mesh
+        self.sampling, self.model, self.tokenizer, self.mesh, self.batch = sampling, model, tokenizer, mesh, batch
         self.programs = programs.Ahead()
-        self.dtype: RolloutDType = model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
+        self.dtype: RolloutDType = model.dtype if rollout.dtype == "auto" else rollout.dtype
         self.columns = 0  # that every prompt fits in, so that programs are few
-        check_sampling(config.sampling, model.vocab_size)
-        reserved = config.sampling.response_length
+        check_sampling(sampling, model.vocab_size)
+        reserved = sampling.response_length
         if longest:
             setup.check_context([longest + reserved], model, "the longest prompt with its response", LOWER)
             self.columns = batching.bucket(longest, model.max_positions - reserved)
-        self.slots = config.rollout.slots
-        if 0 < self.slots < config.ppo.batch_size:
+        self.slots = rollout.slots
+        if 0 < self.slots < batch:
             sharding.check_rows(self.slots, mesh, "rollout.slots")
 
     def check_memory(self) -> None:
         """Refuse more slots than there is memory for, once everything else has its place."""
-        rows = min(self.slots or self.config.ppo.batch_size, self.config.ppo.batch_size)
-        columns = self.columns + self.config.sampling.response_length
+        rows = min(self.slots or self.batch, self.batch)
+        columns = self.columns + self.sampling.response_length
         engine.check_slots(self.inference, rows, columns, self.mesh)
 
     @property
@@ -67,7 +74,7 @@ class Sampler:
         """A response to each prompt, all at once or in `rollout.slots`."""
         prompts, slots = self.prompts(rows), self.slots or len(rows)
         model, copy = self.copy(params)
-        rest = key, self.config.sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
+        rest = key, self.sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
         if slots < len(rows):
             self.programs.wait(engine.answer)
             made = engine.answer(copy, model, prompts, *rest, slots=slots, columns=self.columns, mesh=self.mesh)
@@ -75,14 +82,14 @@ class Sampler:
         else:
             self.programs.wait(generate)
             made = generate(copy, model, prompts, *rest)
-        made, texts = read(made, self.tokenizer, self.config.sampling.stop_strings)
-        if self.config.sampling.stop_strings:
+        made, texts = read(made, self.tokenizer, self.sampling.stop_strings)
+        if self.sampling.stop_strings:
             made = sharding.put_rows(made, self.mesh)
         return trim(made), texts
 
     def prompts(self, rows: Sequence[PromptRow]) -> Prompts:
         """Prompts of one length, in place. Raises ConfigError where there is no room for the response."""
-        reserved = self.config.sampling.response_length
+        reserved = self.sampling.response_length
         longest = max(len(row.tokens) for row in rows)
         setup.check_context([longest + reserved], self.model, "the longest prompt with its response", LOWER)
         length = batching.bucket(longest, self.model.max_positions - reserved)
@@ -92,7 +99,7 @@ class Sampler:
     def compile(self, policy: Params, rows: Sequence[PromptRow], key: Array) -> Future[Rollout]:
         """Begin to compile a rollout of `rows`; `policy` may be shapes. Returns the shapes of the rollout to come."""
         prompts, model = self.prompts(rows), self.inference
-        rest = key, self.config.sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
+        rest = key, self.sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
         copy = self.programs.compile(convert, policy, self.model, model)
         if not 0 < self.slots < len(rows):
             return self.programs.begin(
