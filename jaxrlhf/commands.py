@@ -123,11 +123,12 @@ def _notes() -> Iterator[None]:
 
 
 def _trainer(method: str) -> Any:
+    from jaxrlhf.training.grpo import GRPOTrainer
     from jaxrlhf.training.ppo import PPOTrainer
     from jaxrlhf.training.reward import RewardTrainer
     from jaxrlhf.training.sft import SFTTrainer
 
-    return {"sft": SFTTrainer, "reward": RewardTrainer, "ppo": PPOTrainer}[method]
+    return {"sft": SFTTrainer, "reward": RewardTrainer, "ppo": PPOTrainer, "grpo": GRPOTrainer}[method]
 
 
 def _plan(options: Options, overrides: Overrides) -> int:
@@ -221,11 +222,13 @@ def _evaluate(options: Options, overrides: Overrides) -> None:
 
 
 def _as_trained(model: str, *sections: str) -> Overrides:
-    """Sections of the config of the PPO run in the folder `model`, if that is one; nothing for other models."""
+    """Sections of the config of the PPO or GRPO run in the folder `model`, if that is one; nothing for other models."""
     file = Path(model) / "config.yaml"
-    if not file.is_file() or not file.read_text(encoding="utf-8").startswith("# jaxrlhf ppo"):
+    first = file.read_text(encoding="utf-8").partition("\n")[0] if file.is_file() else ""
+    method = first.removeprefix("# jaxrlhf ").split(" ")[0]
+    if method not in ("ppo", "grpo"):
         return []
-    config = dataclasses.asdict(config_file.read("ppo", file, partial=True))
+    config = dataclasses.asdict(config_file.read(method, file, partial=True))
     return [(f"{name}.{key}", json.dumps(value)) for name in sections for key, value in config[name].items()]
 
 
@@ -314,6 +317,9 @@ COMMANDS: dict[str, Command] = {
     "sft": Command(_train, "supervised fine-tuning", _CONFIG, overrides=True),
     "reward": Command(_train, "train a reward model on preference pairs", _CONFIG, overrides=True),
     "ppo": Command(_train, "PPO against a reward model or a reward function", _CONFIG, overrides=True),
+    "grpo": Command(
+        _train, "GRPO and its relatives, online DPO too: PPO's loop without a critic", _CONFIG, overrides=True
+    ),
     "plan": Command(
         _plan,
         "say what a run will hold in memory, whether it fits and how long a step takes at the least, before it runs; "
@@ -351,7 +357,10 @@ COMMANDS: dict[str, Command] = {
             "--prompts": {"required": True, "metavar": "FILE", "help": "a data file with prompts"},
             "--num-prompts": {"type": _count, "default": 20, "metavar": "N"},
             "--num-completions": {"type": _count, "default": 4, "metavar": "N"},
-            "--reward": {"metavar": "path.py:name", "help": "reward function; default: what a PPO run was trained by"},
+            "--reward": {
+                "metavar": "path.py:name",
+                "help": "reward function; default: what a PPO or GRPO run had",
+            },
             "--reward-model": {"metavar": "DIR"},
             "--seed": {"type": _whole, "metavar": "N"},
             "--output": {"metavar": "FILE.json", "help": "everything, as JSON"},
@@ -370,5 +379,5 @@ COMMANDS: dict[str, Command] = {
         },
     ),
 }
-COMPUTING = {"demo", "doctor", "sft", "reward", "ppo", "plan", "generate", "evaluate"}  # these use the devices
+COMPUTING = {"demo", "doctor", "sft", "reward", "ppo", "grpo", "plan", "generate", "evaluate"}  # these use the devices
 TOP_LEVEL = {key for cls in config_file.METHODS.values() for key, _ in config_file.keys(cls) if "." not in key}

@@ -16,12 +16,12 @@ from typing import Any
 import pydantic
 import yaml
 
-from jaxrlhf.config import PPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.config import GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.config_text import field_docs, resolve_as_yaml_1_2
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.spelling import did_you_mean
 
-METHODS: dict[str, type] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+METHODS: dict[str, type] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "grpo": GRPOConfig}
 REQUIRED = ("model.path", "data.path")
 _TEXT = (str, types.NoneType)
 _TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
@@ -186,7 +186,7 @@ class _Reader:
                 section, _, leaf = key.partition(".")
                 doc = docs[self.known[section].__name__, leaf].removesuffix(" Required.")
                 self.problems.append(f"{self._place(key)}: {key} is required. {doc}")
-        if method == "ppo" and not any(map(given, ("reward.model", "reward.function", "reward.components"))):
+        if method in ("ppo", "grpo") and not any(map(given, ("reward.model", "reward.function", "reward.components"))):
             self.problems.append(
                 f"{self._place('reward')}: a reward is required: reward.model (a reward model's folder), "
                 "reward.function (path.py:name), reward.components (a list), or several of them"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import sharding, weights
-from jaxrlhf.config import PPO, LoRA, PPOConfig
+from jaxrlhf.config import GRPO, PPO, GRPOConfig, LoRA, PPOConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, columns, prompt_rows
 from jaxrlhf.data.loader import rows_at
@@ -37,11 +37,12 @@ class Answers(NamedTuple):
     rollout: Rollout
     scored: Scored
     metrics: Metrics  # of how it came about
+    greedy: tuple[Rollout, np.ndarray] | None = None  # the greedy response to each row's prompt, its score f32 [B]
 
 
 class Online:
-    """A run of `method`, whose section of `config` is `settings`, but for what learns: a trainer makes that of what
-    `load` returns, and hands it to `take`.
+    """A run of `method`, whose section of `config` is `settings`, with `group` responses to a prompt, but for what
+    learns: a trainer makes that of what `load` returns, and hands it to `take`.
 
     Raises ConfigError for what the config, the data and descriptions of the models contradict, before weights are read.
     """
@@ -51,13 +52,15 @@ class Online:
     def __init__(
         self,
         method: str,
-        config: PPOConfig,
-        settings: PPO,
+        config: PPOConfig | GRPOConfig,
+        settings: PPO | GRPO,
         reward: Callable[..., Sequence[float | None]] | None,
         *,
+        group: int,
         fresh: bool,
     ) -> None:
-        self.method, self.config, self.settings, self.fresh = method, config, settings, fresh
+        self.method, self.config, self.settings = method, config, settings
+        self.group, self.fresh = group, fresh
         if config.sampling.greedy:
             raise ConfigError(f"sampling.greedy is true: {method} learns from samples; leave it false")
         self.mesh = sharding.make_mesh(config.mesh)
@@ -68,7 +71,9 @@ class Online:
         self.model = setup.model_of(config.model, self.tokenizer, "lm", config.lora)
         prompts = [len(row.tokens) for row in [*self.data.train, *self.data.validation]] if self.data else []
         longest, size = max(prompts, default=0), settings.batch_size
-        self.sampler = Sampler(config.sampling, config.rollout, self.model, self.tokenizer, self.mesh, longest, size)
+        self.sampler = Sampler(
+            config.sampling, config.rollout, self.model, self.tokenizer, self.mesh, longest, size, group
+        )
         self.scorer = Scorer(config.reward, self.tokenizer, reward, mesh=self.mesh, directory=Path(config.run_dir))
         self.total_steps = self._updates()
         self.longest = longest  # of the prompts that are known of, in tokens
@@ -118,10 +123,19 @@ class Online:
         updates = f"{self.total_steps} updates of {self.settings.batch_size} completions"
         return "\n".join([about, updates, *self.questions(), *first])
 
-    def answer(self, rows: Sequence[PromptRow], step: int, stop: Callable[[], None] = lambda: None) -> Answers:
-        """Responses of the policy as it is now to a prompt per row, scored; `stop` is called wherever a run may end."""
+    def answer(
+        self,
+        rows: Sequence[PromptRow],
+        step: int,
+        stop: Callable[[], None] = lambda: None,
+        *,
+        use: int = 0,
+        greedy: bool = False,
+    ) -> Answers:
+        """Responses of the policy as it is now to a prompt per row, scored; `stop` is called wherever a run may end.
+        `use` picks the random keys, as in `key`."""
         started = time.monotonic()
-        rollout, texts = self.generate(rows, step)
+        rollout, texts = self.sampler.generate(self.learner.policy, rows, self.key(step, use), greedy=greedy)
         stop()
         generated = time.monotonic()
         scored = self._score(rows, texts, rollout, step + 1)
@@ -134,19 +148,21 @@ class Online:
         }
         return Answers(rows, texts, rollout, scored, metrics)
 
-    def generate(self, rows: Sequence[PromptRow], step: int) -> tuple[Rollout, list[str]]:
-        """Responses of the policy as it is now to prompts, on the device and as text; `step` picks the random keys."""
-        return self.sampler.generate(self.learner.policy, rows, self.key(step, 0))
-
     def key(self, step: int, use: int) -> jax.Array:
-        """The random key of a use (0: the rollout, 1: the update's order) in update number `step`."""
+        """The random key of a use (0: the rollout, 1: the update's order, from 2 on: further rollouts) in update number
+        `step`."""
         return jax.random.fold_in(jax.random.fold_in(self.run_key, step), use)
 
     def rows(self, step: int) -> list[PromptRow]:
-        """The prompts of update number `step`."""
+        """The prompts of update number `step`, each `group` times."""
+        return self.drawn(step, self.config.seed)
+
+    def drawn(self, number: int, seed: int) -> list[PromptRow]:
+        """Batch `number` of the prompts in the order that `seed` gives, each `group` times."""
         assert self.data
-        rows, config = self.data.train, self.config
-        return [rows[i] for i in rows_at(step, self.settings.batch_size, len(rows), config.seed, config.data.shuffle)]
+        rows, prompts = self.data.train, self.settings.batch_size // self.group
+        order = rows_at(number, prompts, len(rows), seed, self.config.data.shuffle)
+        return repeated([rows[i] for i in order], self.group)
 
     def compile(self) -> None:
         """Begin to compile the programs of an update, unless `load` has begun."""
@@ -176,7 +192,7 @@ class Online:
         stats = state.score_stats
         for part in range(-(-config.scores.reference_samples // self.settings.batch_size)):
             batch = self.rows(part)
-            rollout, texts = self.generate(batch, CALIBRATION - part)
+            rollout, texts = self.sampler.generate(self.learner.policy, batch, self.key(CALIBRATION - part, 0))
             scored = self._score(batch, texts, rollout)
             if scored.notes:  # scores that are not there would count as 0
                 raise RewardError(
@@ -206,7 +222,7 @@ class Online:
             raise ConfigError(
                 f"{self.method}.num_train_epochs counts passes over data.path, which is empty; use total_episodes"
             )
-        return max(1, -(-round(settings.num_train_epochs * len(self.data.train)) // settings.batch_size))
+        return max(1, -(-round(settings.num_train_epochs * len(self.data.train) * self.group) // settings.batch_size))
 
     def questions(self) -> list[str]:
         """What a person is in for, if one is asked."""
@@ -243,3 +259,8 @@ class Online:
         """Begin to compile the rollout of `rows`. Returns the shapes of the rollout to come."""
         policy = setup.shapes_of(self.model, setup.storage_of(self.config), self.mesh, self.config.lora)
         return self.sampler.compile(policy, rows, self.run_key)
+
+
+def repeated(rows: Sequence[PromptRow], times: int) -> list[PromptRow]:
+    """Each row so many times, side by side."""
+    return [row for row in rows for _ in range(times)]

@@ -1,18 +1,19 @@
 """What is refused of any on-policy run before it has cost anything: before weights are read, or a response is drawn."""
 
+import math
 from collections.abc import Sequence
 
 import jax
 
 from jaxrlhf import sharding
-from jaxrlhf.config import PPO, PPOConfig
+from jaxrlhf.config import GRPO, PPO, GRPOConfig, PPOConfig
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.rewards.model import RewardModel
 from jaxrlhf.training import setup
 from jaxrlhf.training.sampler import LOWER
 
 
-def check_run(method: str, config: PPOConfig, settings: PPO, mesh: jax.sharding.Mesh) -> None:
+def check_run(method: str, config: PPOConfig | GRPOConfig, settings: PPO | GRPO, mesh: jax.sharding.Mesh) -> None:
     """Raise ConfigError for what devices cannot do."""
     for section in ("optim", "reference"):
         if getattr(config, section).offload:
@@ -31,21 +32,24 @@ def check_readers(readers: Sequence[RewardModel], longest: int, response_length:
 
 def check_step(
     method: str,
-    config: PPOConfig,
-    settings: PPO,
+    config: PPOConfig | GRPOConfig,
+    settings: PPO | GRPO,
     mesh: jax.sharding.Mesh,
+    group: int,
     prompts: Sequence[str],
     step: int,
     updates: int,
 ) -> None:
-    """Raise ConfigError for prompts that cannot be update number `step` of so many."""
+    """Raise ConfigError for prompts that cannot be update number `step` of so many, with `group` responses to each."""
     if isinstance(prompts, str):
         raise ConfigError(f"{method}_step got one text; it takes a list of prompts")
     multiple = settings.num_mini_batches * (settings.micro_batch_size or 1)
+    multiple //= math.gcd(multiple, group)
     if not prompts or len(prompts) % multiple:
         raise ConfigError(f"{method}_step got {len(prompts)} prompts; it needs a positive multiple of {multiple}")
-    sharding.check_rows(settings.micro_rows(len(prompts)), mesh, f"{method}_step: rows of a forward pass")
-    if len(prompts) % settings.annotation_rows(len(prompts)):
+    rows = len(prompts) * group
+    sharding.check_rows(settings.micro_rows(rows), mesh, f"{method}_step: rows of a forward pass")
+    if rows % settings.annotation_rows(rows):
         raise ConfigError(
             f"{method}_step got {len(prompts)} prompts; {method}.local_rollout_forward_batch_size is "
             f"{settings.local_rollout_forward_batch_size}, which does not divide them"

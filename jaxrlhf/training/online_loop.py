@@ -13,7 +13,7 @@ from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.training import loop, online_checks, setup
 from jaxrlhf.training.alarms import Watch
 from jaxrlhf.training.loop import Metrics
-from jaxrlhf.training.online import Answers, Online
+from jaxrlhf.training.online import Answers, Online, repeated
 
 Stop = Callable[[], None]
 
@@ -96,9 +96,9 @@ def one_update(
 ) -> dict[str, Any]:
     """One update on prompts of somebody's own; `extra` columns go to the reward function, a value a prompt."""
     step = int(online.learner.state.value.step)
-    about = online.method, online.config, online.settings, online.mesh
+    about = online.method, online.config, online.settings, online.mesh, online.group
     online_checks.check_step(*about, prompts, step, online.total_steps)
-    rows = prompts_from_texts(prompts, extra, online.config.data, online.tokenizer)
+    rows = repeated(prompts_from_texts(prompts, extra, online.config.data, online.tokenizer), online.group)
     online.calibrate()
     answers = answer(rows, step)
     for note in answers.scored.notes:

@@ -37,7 +37,7 @@ class PPOTrainer:
         abstract: bool = False,
     ) -> None:
         self.config = config
-        self.online = online = Online("ppo", config, config.ppo, reward, fresh=fresh)
+        self.online = online = Online("ppo", config, config.ppo, reward, group=1, fresh=fresh)
         self.mesh, self.tokenizer, self.data, self.model = online.mesh, online.tokenizer, online.data, online.model
         self.sampler, self.scorer, self.total_steps = online.sampler, online.scorer, online.total_steps
         from_reward = config.critic.init == "reward"
@@ -85,7 +85,7 @@ class PPOTrainer:
 
     def generate(self, rows: Sequence[PromptRow], step: int) -> tuple[Rollout, list[str]]:
         """Responses of the policy as it is now to prompts, on the device and as text; `step` picks the random keys."""
-        return self.online.generate(rows, step)
+        return self.sampler.generate(self.params, rows, self.online.key(step, 0))
 
     def learn(
         self, rollout: Rollout, scores: np.ndarray, step: int, token_scores: np.ndarray | None = None

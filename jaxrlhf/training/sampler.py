@@ -1,5 +1,7 @@
 """Prompts in, responses of the policy as it is now out, on the device and as text."""
 
+import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -25,7 +27,8 @@ LOWER = "data.max_prompt_length or sampling.response_length"
 
 
 class Sampler:
-    """Draws `batch` responses at a time. `longest` is the length of the longest prompt that is known of (0: of none).
+    """Draws `batch` responses at a time, `group` in turn to one prompt. `longest` is the length of the longest prompt
+    that is known of (0: of none).
 
     Raises ConfigError for what the model cannot do: prompts and responses beyond its context, filters beyond its
     vocabulary.
@@ -40,8 +43,10 @@ class Sampler:
         mesh: jax.sharding.Mesh,
         longest: int,
         batch: int,
+        group: int = 1,
     ) -> None:
-        self.sampling, self.model, self.tokenizer, self.mesh, self.batch = sampling, model, tokenizer, mesh, batch
+        self.sampling, self.model, self.tokenizer, self.mesh = sampling, model, tokenizer, mesh
+        self.batch, self._group = batch, group
         self.programs = programs.Ahead()
         self.dtype: RolloutDType = model.dtype if rollout.dtype == "auto" else rollout.dtype
         self.columns = 0  # that every prompt fits in, so that programs are few
@@ -70,46 +75,58 @@ class Sampler:
         self.programs.wait(convert)
         return inference_copy(self.model, params, self.dtype)
 
-    def generate(self, params: Params, rows: Sequence[PromptRow], key: Array) -> tuple[Rollout, list[str]]:
-        """A response to each prompt, all at once or in `rollout.slots`."""
-        prompts, slots = self.prompts(rows), self.slots or len(rows)
+    def generate(
+        self, params: Params, rows: Sequence[PromptRow], key: Array, *, greedy: bool = False
+    ) -> tuple[Rollout, list[str]]:
+        """A response to each row's prompt, all at once or in `rollout.slots`; `greedy`: the likeliest."""
+        group, slots = 1 if greedy else self.shared(len(rows)), self.slots or len(rows)
+        prompts = self.prompts(rows, group)
         model, copy = self.copy(params)
-        rest = key, self.sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
+        sampling = dataclasses.replace(self.sampling, greedy=greedy)
+        rest = key, sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
         if slots < len(rows):
             self.programs.wait(engine.answer)
-            made = engine.answer(copy, model, prompts, *rest, slots=slots, columns=self.columns, mesh=self.mesh)
-            made = sharding.put_rows(made, self.mesh)
+            where = {"slots": slots, "columns": self.columns, "mesh": self.mesh}
+            made = sharding.put_rows(engine.answer(copy, model, prompts, *rest, group=group, **where), self.mesh)
         else:
             self.programs.wait(generate)
-            made = generate(copy, model, prompts, *rest)
+            made = generate(copy, model, prompts, *rest, group=group)
         made, texts = read(made, self.tokenizer, self.sampling.stop_strings)
         if self.sampling.stop_strings:
             made = sharding.put_rows(made, self.mesh)
         return trim(made), texts
 
-    def prompts(self, rows: Sequence[PromptRow]) -> Prompts:
-        """Prompts of one length, in place. Raises ConfigError where there is no room for the response."""
+    def shared(self, rows: int) -> int:
+        """How many of `rows` responses share the reading of their prompt: a group, where the devices can split what is
+        read evenly."""
+        shares = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return self._group if rows % (self._group * shares) == 0 else 1
+
+    def prompts(self, rows: Sequence[PromptRow], group: int = 1) -> Prompts:
+        """Prompts of one length, in place, the first of each `group` rows. Raises ConfigError where there is no room
+        for the response."""
         reserved = self.sampling.response_length
         longest = max(len(row.tokens) for row in rows)
         setup.check_context([longest + reserved], self.model, "the longest prompt with its response", LOWER)
         length = batching.bucket(longest, self.model.max_positions - reserved)
-        made = batching.prompts(rows, self.tokenizer.pad_id, length, occurrences(rows))
+        made = batching.prompts(rows[::group], self.tokenizer.pad_id, length, occurrences(rows)[::group])
         return sharding.put_rows(made, self.mesh)
 
     def compile(self, policy: Params, rows: Sequence[PromptRow], key: Array) -> Future[Rollout]:
         """Begin to compile a rollout of `rows`; `policy` may be shapes. Returns the shapes of the rollout to come."""
-        prompts, model = self.prompts(rows), self.inference
+        group, model = self.shared(len(rows)), self.inference
+        prompts = self.prompts(rows, group)
         rest = key, self.sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
         copy = self.programs.compile(convert, policy, self.model, model)
         if not 0 < self.slots < len(rows):
             return self.programs.begin(
-                lambda: programs.outputs(generate, copy.result(), model, prompts, *rest), generate
+                lambda: programs.outputs(generate, copy.result(), model, prompts, *rest, group=group), generate
             )
-        where = {"slots": self.slots, "columns": self.columns, "mesh": self.mesh}
+        where = {"slots": self.slots, "group": group, "columns": self.columns, "mesh": self.mesh}
         self.programs.begin(lambda: engine.prepare(copy.result(), model, prompts, *rest, **where), engine.answer)
 
         def shapes() -> Rollout:
-            made = jax.eval_shape(generate, copy.result(), model, prompts, *rest)
+            made = jax.eval_shape(functools.partial(generate, group=group), copy.result(), model, prompts, *rest)
             return jax.tree.map(lambda x: sharding.rows_shape(x, self.mesh), made)
 
         return self.programs.begin(shapes, engine.answer)

@@ -17,7 +17,7 @@ from jax import Array
 from jaxrlhf import sharding
 from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.kl import k1
-from jaxrlhf.config import PPOConfig, RewardSource
+from jaxrlhf.config import GRPOConfig, PPOConfig, RewardSource
 from jaxrlhf.data.datasets import PromptRow, columns
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.files import write_whole
@@ -44,7 +44,7 @@ class Validator:
     has."""
 
     def __init__(
-        self, config: PPOConfig, rows: Sequence[PromptRow], at_once: int, sampler: Sampler, scorer: Scorer
+        self, config: PPOConfig | GRPOConfig, rows: Sequence[PromptRow], at_once: int, sampler: Sampler, scorer: Scorer
     ) -> None:
         self.config, self.sampler, self.scorer, self._at_once = config, sampler, scorer, at_once
         self.rows = rows[: config.validation.max_prompts]
@@ -75,8 +75,9 @@ class Validator:
             write_whole(file, json.dumps(self._baseline) + "\n")
             if session.best and metric in metrics:
                 session.save(0, learner.state.value, metrics[metric])
-            score, kl = metrics["eval/scores"], metrics["eval/kl"]
-            session.logger.note(f"before training: {len(self.rows)} held-out prompts, score {score:.4g}, KL {kl:.3g}")
+            kl = f", KL {metrics['eval/kl']:.3g}" if "eval/kl" in metrics else ""
+            score = f"score {metrics['eval/scores']:.4g}"
+            session.logger.note(f"before training: {len(self.rows)} held-out prompts, {score}{kl}")
         elif file.is_file():
             self._baseline = json.loads(file.read_text(encoding="utf-8"))
         else:
@@ -139,14 +140,14 @@ class Validator:
         scores = self._score(session, self.scorer, texts, said, sampled)
         greedy = self._score(session, self.scorer, texts, best_said, best)
         lengths = np.asarray(sampled.response_mask)[:n].sum(axis=1)
-        kl = self._kl(learner, sampled)
         metrics = {
             "eval/scores": float(np.mean(scores)),
             "eval/scores_greedy": float(np.mean(greedy)),
-            "eval/kl": float(np.mean(np.asarray(kl)[:n])),
             "eval/mean_length": float(np.mean(lengths)),
             "eval/finished": float(np.mean(np.asarray(sampled.finished)[:n])),
         }
+        if learner.reference is not None:
+            metrics["eval/kl"] = float(np.mean(np.asarray(self._kl(learner.policy, learner.reference, sampled))[:n]))
         if self.second:
             metrics["eval/heldout_scores"] = float(np.mean(self._score(session, self.second, texts, said, sampled)))
         shown = zip(rows, said, best_said, scores, strict=True)
@@ -182,8 +183,7 @@ class Validator:
             session.logger.note(f"validation: {note}")
         return scored.totals
 
-    def _kl(self, learner: Learner, rollout: Rollout) -> Array:
-        policy, reference = learner.policy, learner.reference
+    def _kl(self, policy: Params, reference: Params, rollout: Rollout) -> Array:
         placed = sharding.put_rows(rollout, self.sampler.mesh)
         parts = rollout.tokens.shape[0] // self._at_once
         temperature = self.config.sampling.temperature
