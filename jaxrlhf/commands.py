@@ -225,7 +225,7 @@ def _as_trained(model: str, *sections: str) -> Overrides:
     """Sections of the config of the PPO or GRPO run in the folder `model`, if that is one; nothing for other models."""
     file = Path(model) / "config.yaml"
     first = file.read_text(encoding="utf-8").partition("\n")[0] if file.is_file() else ""
-    method = first.removeprefix("# jaxrlhf ").split(" ")[0]
+    method = first.removeprefix("# jaxrlhf ").partition(",")[0]
     if method not in ("ppo", "grpo"):
         return []
     config = dataclasses.asdict(config_file.read(method, file, partial=True))
