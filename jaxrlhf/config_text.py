@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from jaxrlhf.config import RewardSource, lora, methods, ppo, rewards, sections
+from jaxrlhf.config import RewardSource, grpo, lora, methods, ppo, rewards, sections
 
 _RESOLVERS = (  # the core schema of YAML 1.2, section 10.3.2: tag, pattern, first characters
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),

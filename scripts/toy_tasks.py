@@ -1,7 +1,7 @@
 """Does it learn? Tasks with a known optimum, from a randomly initialised Llama of 4 layers, 128 wide, on a CPU.
 
-    python scripts/toy_tasks.py emit | length | modular | addition | compare [--seeds 0 1 2 3 4] [--folder runs/toys]
-                                [--method ppo | grpo | dr_grpo | ...]
+    python scripts/toy_tasks.py emit | length | modular | addition | sum | compare
+                                [--method ppo | grpo | dr_grpo | ...] [--seeds 0 1 2 3 4] [--folder runs/toys]
 
 With a method of `jaxrlhf grpo`, batch, mini-batches, rate and updates are those of PPO; groups are of 16.
 
