@@ -7,11 +7,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxrlhf.config import PPOConfig, RewardConfig, SFTConfig
+    from jaxrlhf.config import GRPOConfig, PPOConfig, RewardConfig, SFTConfig
     from jaxrlhf.data.tokenizer import load_tokenizer
     from jaxrlhf.models import ModelConfig
     from jaxrlhf.rollout.decode import generate
     from jaxrlhf.rollout.inference_copy import inference_copy
+    from jaxrlhf.training.grpo import GRPOTrainer
     from jaxrlhf.training.ppo import PPOTrainer
     from jaxrlhf.training.reward import RewardTrainer
     from jaxrlhf.training.sft import SFTTrainer
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "GRPOConfig",
+    "GRPOTrainer",
     "ModelConfig",
     "PPOConfig",
     "PPOTrainer",
@@ -36,6 +39,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "GRPOConfig": "jaxrlhf.config",
+    "GRPOTrainer": "jaxrlhf.training.grpo",
     "ModelConfig": "jaxrlhf.models",
     "PPOConfig": "jaxrlhf.config",
     "PPOTrainer": "jaxrlhf.training.ppo",

@@ -14,8 +14,8 @@ from jaxrlhf.errors import ConfigError, JaxrlhfError, OutOfMemory, Preempted, St
 from jaxrlhf.spelling import did_you_mean, suggestions
 
 _MEMORY = (
-    "out of memory: {reason}\nThe same result in less memory: a smaller ppo.micro_batch_size or train.micro_batch_size "
-    "or reward.micro_batch_size, fewer rollout.slots, model.remat=full, a larger mesh.fsdp.\nA smaller run: "
+    "out of memory: {reason}\nThe same result in less memory: a smaller micro_batch_size of ppo, grpo, train "
+    "or reward, fewer rollout.slots, model.remat=full, a larger mesh.fsdp.\nA smaller run: "
     "--use-lora, lora.quantize=nf4, optim.state_dtype=bfloat16, "
     "critic.trunk=frozen, model.compute_dtype=bfloat16, rollout.dtype=int8, data.max_length, "
     "sampling.response_length. `jaxrlhf plan` says what each of them would save"

@@ -124,11 +124,12 @@ def _notes() -> Iterator[None]:
 
 
 def _trainer(method: str) -> Any:
+    from jaxrlhf.training.grpo import GRPOTrainer
     from jaxrlhf.training.ppo import PPOTrainer
     from jaxrlhf.training.reward import RewardTrainer
     from jaxrlhf.training.sft import SFTTrainer
 
-    return {"sft": SFTTrainer, "reward": RewardTrainer, "ppo": PPOTrainer}[method]
+    return {"sft": SFTTrainer, "reward": RewardTrainer, "ppo": PPOTrainer, "grpo": GRPOTrainer}[method]
 
 
 def _plan(options: Options, overrides: Overrides) -> int:
@@ -213,7 +214,10 @@ def _select(options: Options, given: Overrides) -> None:
     """Completions of the prompts of a file, those that are kept by their score, to another file."""
     if options.out is None:
         raise ConfigError("generate: --prompts needs --out FILE.jsonl, where to write what is kept")
-    reward = _sections(Path(options.best_by), "reward") if options.best_by else []
+    reward: Overrides = []
+    if options.best_by:
+        by = Path(options.best_by)
+        reward = _sections("grpo" if config_file.fitting(by) == ["grpo"] else "ppo", by, "reward")
     rewarded = reward or any(key.startswith("reward.") for key, _ in given)
     before = _as_trained(options.model, *["sampling"] if rewarded else ["sampling", "reward"])
     config = config_file.read("ppo", None, [*before, *reward, *given], partial=True)
@@ -261,7 +265,7 @@ def _compare(options: Options, overrides: Overrides) -> None:
 
 
 def _measured_by(options: Options, models: list[str], overrides: Overrides) -> Any:
-    """The config of an evaluation; what is not given is as in the first of `models` that a PPO run trained."""
+    """The config of an evaluation; what is not given is as in the first of `models` that a PPO or GRPO run trained."""
     flags = {
         "model.path": models[0],
         "data.path": options.prompts,
@@ -285,16 +289,18 @@ def _asked(options: Options) -> dict[str, Any]:
 
 
 def _as_trained(model: str, *sections: str) -> Overrides:
-    """Sections of the config of the PPO run in the folder `model`, if that is one; nothing for other models."""
+    """Sections of the config of the PPO or GRPO run in the folder `model`, if that is one; nothing for other models."""
     file = Path(model) / "config.yaml"
-    if not file.is_file() or not file.read_text(encoding="utf-8").startswith("# jaxrlhf ppo"):
+    first = file.read_text(encoding="utf-8").partition("\n")[0] if file.is_file() else ""
+    method = first.removeprefix("# jaxrlhf ").partition(",")[0]
+    if method not in ("ppo", "grpo"):
         return []
-    return _sections(file, *sections)
+    return _sections(method, file, *sections)
 
 
-def _sections(file: Path, *sections: str) -> Overrides:
-    """Sections of a PPO config as overrides."""
-    config = dataclasses.asdict(config_file.read("ppo", file, partial=True))
+def _sections(method: str, file: Path, *sections: str) -> Overrides:
+    """Sections of a config as overrides."""
+    config = dataclasses.asdict(config_file.read(method, file, partial=True))
     return [(f"{name}.{key}", json.dumps(value)) for name in sections for key, value in config[name].items()]
 
 
@@ -358,7 +364,7 @@ _MEASURE: dict[str, dict[str, Any]] = {
     "--prompts": {"required": True, "metavar": "FILE", "help": "a data file with prompts"},
     "--num-prompts": {"type": _count, "default": 20, "metavar": "N"},
     "--num-completions": {"type": _count, "default": 4, "metavar": "N"},
-    "--reward": {"metavar": "path.py:name", "help": "reward function; default: what a PPO run was trained by"},
+    "--reward": {"metavar": "path.py:name", "help": "reward function; default: what a PPO or GRPO run had"},
     "--reward-model": {"metavar": "DIR"},
     "--references": {
         "metavar": "COLUMN",
@@ -396,6 +402,9 @@ COMMANDS: dict[str, Command] = {
     "sft": Command(_train, "supervised fine-tuning", _CONFIG, overrides=True),
     "reward": Command(_train, "train a reward model on preference pairs", _CONFIG, overrides=True),
     "ppo": Command(_train, "PPO against a reward model or a reward function", _CONFIG, overrides=True),
+    "grpo": Command(
+        _train, "GRPO and its relatives, online DPO too: PPO's loop without a critic", _CONFIG, overrides=True
+    ),
     "plan": Command(
         _plan,
         "say what a run will hold in memory, whether it fits and how long a step takes at the least, before it runs; "
@@ -425,7 +434,7 @@ COMMANDS: dict[str, Command] = {
             "--prompts": {"metavar": "FILE", "help": "a data file with prompts, instead of --prompt"},
             "--best-by": {
                 "metavar": "reward.yaml",
-                "help": "a file with a section `reward`, as in a PPO config; default: what a PPO run was trained by",
+                "help": "a file with a section `reward`, as in a PPO config; default: what a PPO or GRPO run had",
             },
             "--keep": {
                 "choices": KEEP,

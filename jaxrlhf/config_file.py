@@ -16,12 +16,12 @@ from typing import Any
 import pydantic
 import yaml
 
-from jaxrlhf.config import PPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.config import GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.config_text import field_docs, resolve_as_yaml_1_2
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.spelling import did_you_mean
 
-METHODS: dict[str, type] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+METHODS: dict[str, type] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "grpo": GRPOConfig}
 REQUIRED = ("model.path", "data.path")
 _TEXT = (str, types.NoneType)
 _TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
@@ -61,14 +61,20 @@ def method_of(path: Path) -> str:
     comment = " ".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
     if named := re.search(rf"jaxrlhf ({'|'.join(METHODS)})\b", comment):
         return named[1]
-    sections = {line.partition(":")[0] for line in lines if re.match(r"\w+\s*:", line)}
-    fitting = [m for m, cls in METHODS.items() if sections <= {field.name for field in dataclasses.fields(cls)}]
-    if len(fitting) == 1:
-        return fitting[0]
+    known = fitting(path)
+    if len(known) == 1:
+        return known[0]
     raise ConfigError(
-        f"{path} does not say what it is for: its sections fit {' and '.join(fitting) or 'no method'}; "
+        f"{path} does not say what it is for: its sections fit {' and '.join(known) or 'no method'}; "
         f"give --method {'|'.join(METHODS)}"
     )
+
+
+def fitting(path: Path) -> list[str]:
+    """The methods that know all sections of a config file."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    sections = {line.partition(":")[0] for line in lines if re.match(r"\w+\s*:", line)}
+    return [m for m, cls in METHODS.items() if sections <= {field.name for field in dataclasses.fields(cls)}]
 
 
 def keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -186,7 +192,7 @@ class _Reader:
                 section, _, leaf = key.partition(".")
                 doc = docs[self.known[section].__name__, leaf].removesuffix(" Required.")
                 self.problems.append(f"{self._place(key)}: {key} is required. {doc}")
-        if method == "ppo" and not any(map(given, ("reward.model", "reward.function", "reward.components"))):
+        if method in ("ppo", "grpo") and not any(map(given, ("reward.model", "reward.function", "reward.components"))):
             self.problems.append(
                 f"{self._place('reward')}: a reward is required: reward.model (a reward model's folder), "
                 "reward.function (path.py:name), reward.components (a list), or several of them"

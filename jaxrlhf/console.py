@@ -12,6 +12,13 @@ SUMMARY: dict[str, dict[str, str]] = {
     "reward": {"loss": "loss", "accuracy": "acc", "margin": "margin", "eval/accuracy": "eval", "learning_rate": "lr"},
     "generate": {"scores": "score"},
     "ppo": {"objective/scores": "score", "objective/kl": "kl", "tokens/mean_length": "len", "learning_rate": "lr"},
+    "grpo": {
+        "objective/scores": "score",
+        "objective/kl": "kl",
+        "groups/flat": "flat",
+        "tokens/mean_length": "len",
+        "learning_rate": "lr",
+    },
 }
 """What the console shows of a record, by method: key -> label."""
 

@@ -19,8 +19,8 @@ from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout.text import read, response_ids
 from jaxrlhf.training import setup
 from jaxrlhf.training.ppo import PPOTrainer
-from jaxrlhf.training.ppo_rollout import LOWER, Sampler
 from jaxrlhf.training.ppo_update import annotate, update
+from jaxrlhf.training.sampler import LOWER, Sampler
 from jaxrlhf.types import Params, Rollout
 
 ROWS, TOKENS, FIRST = 4, 16, 64  # prompts, most tokens of a response, rows of the data that are read
@@ -131,11 +131,9 @@ class Trial:
             end = ids[len(ids) // 2]
             stops, note = {*stops, end}, f"; no response ended by itself, so {self._name(end)} plays an end token"
             sampling = dataclasses.replace(trainer.config.sampling, stop_token_ids=tuple(stops))
-            config = dataclasses.replace(trainer.config, sampling=sampling)
-            sampler = Sampler(config, trainer.model, self.tokenizer, trainer.mesh, 0)
-            sampler, trainer.sampler = trainer.sampler, sampler
-            rollout = trainer.generate(self.rows, 0)[0]
-            trainer.sampler = sampler
+            engine = trainer.config.rollout
+            sampler = Sampler(sampling, engine, trainer.model, self.tokenizer, trainer.mesh, 0, ROWS)
+            rollout = sampler.generate(trainer.params, self.rows, trainer.online.key(0, 0))[0]
         wrong, lines = audit(jax.device_get(rollout), self.rows, stops, self.tokenizer)
         return not wrong, "\n".join([wrong or f"as the lengths say, in {ROWS} rows; one of them{note}", *lines])
 

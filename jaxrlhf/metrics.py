@@ -56,7 +56,7 @@ METRICS: dict[str, str] = {
     "policy/kl_avg": "mean over response tokens and optimizer steps of pi / pi_old - 1 - log(pi / pi_old), nats",
     "policy/steps": "mini-batches looked at in this update; where target_kl ended it, the last was not learnt from",
     "policy/entropy_avg": "mean over response tokens and optimizer steps of the policy's entropy, nats",
-    "loss/policy_avg": "clipped policy loss, mean over response tokens and optimizer steps",
+    "loss/policy_avg": "policy loss of PPO or of grpo.method, mean over response tokens and optimizer steps",
     "loss/value_avg": "clipped value loss (halved squares), mean over response tokens and optimizer steps",
     "loss/kl_avg": "with kl_in: loss, mean over response tokens and optimizer steps of k2 or pi / pi_old * k3",
     "val/clipfrac_avg": "share of response tokens where the clipped value loss is the larger",
@@ -98,7 +98,19 @@ METRICS: dict[str, str] = {
     "alarm/length": "1 where the score follows length (alarms.length_correlation)",
     "alarm/finished": "1 where far fewer responses finish than at first (alarms.finished)",
     "alarm/held_out": "1 where score and held-out reward model moved apart since step 0",
-    "episode": "responses generated since the start",
+    "episode": "responses since the start; of refills those that took another's place",
+    # GRPO and its relatives
+    "groups/count": "groups: prompts of the batch",
+    "groups/flat": "groups whose scores, as `scores` shapes them, are all equal: their advantages are 0",
+    "groups/single": "groups of one response",
+    "groups/refills": "further rollouts of this update (grpo.max_refills)",
+    "groups/replaced": "flat groups that gave way to one of a refill",
+    "groups/tied": "online DPO: groups whose best and worst score alike: no pair is made of them",
+    "objective/greedy_scores": "ReMax: mean score of the greedy response, as rewards gave it",
+    "rewards/chosen": "online DPO: mean over pairs of beta log(pi / ref) of the chosen response",
+    "rewards/rejected": "the same of the rejected response",
+    "rewards/accuracies": "share of pairs where that of the chosen response is larger",
+    "rewards/margins": "mean over pairs of the difference",
     "perf/response_tokens_per_second": "response tokens per wall-clock second of generation",
     "perf/rollout_seconds": "wall-clock seconds of generation",
     "perf/reward_seconds": "wall-clock seconds of scoring",
@@ -118,7 +130,7 @@ class Logger:
     Args:
         directory: the run directory.
         config: what to show and where to send it.
-        method: "sft", "reward" or "ppo".
+        method: "sft", "reward", "ppo" or "grpo".
         total_steps: steps of the whole run, for progress and time left.
     """
 

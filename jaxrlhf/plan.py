@@ -13,16 +13,17 @@ from typing import Any
 import jax
 
 from jaxrlhf import costs, programs
-from jaxrlhf.config import PPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.config import GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.logprobs import logits_bytes
 from jaxrlhf.models import empty_cache
 from jaxrlhf.programs import Compiled
+from jaxrlhf.training.grpo import GRPOTrainer
 from jaxrlhf.training.ppo import PPOTrainer
 from jaxrlhf.training.reward import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
 from jaxrlhf.types import TrainState
 
-RunConfig = SFTConfig | RewardConfig | PPOConfig
+RunConfig = SFTConfig | RewardConfig | PPOConfig | GRPOConfig
 PARTS = (
     "trained parameters",
     "optimizer state",
@@ -69,6 +70,8 @@ def plan(config: RunConfig) -> Plan:
     """Compile the programs of a run without loading a model. Raises what its trainer would raise."""
     with _compiled() as found:
         match config:
+            case GRPOConfig():
+                trainer = GRPOTrainer(config, abstract=True)
             case PPOConfig():
                 trainer = PPOTrainer(config, abstract=True)
             case RewardConfig():
@@ -76,7 +79,7 @@ def plan(config: RunConfig) -> Plan:
             case SFTConfig():
                 trainer = SFTTrainer(config, abstract=True)
         trainer.compile_longest()
-    phases = _ppo(trainer, found) if isinstance(trainer, PPOTrainer) else _supervised(trainer, found)
+    phases = _online(trainer, found) if isinstance(trainer, PPOTrainer | GRPOTrainer) else _supervised(trainer, found)
     about = f"{trainer.config.model.path}, {trainer.total_steps} steps"
     return Plan(about, tuple(phases), size(trainer.state.template), trainer.mesh.size)
 
@@ -144,9 +147,10 @@ def _supervised(trainer: SFTTrainer | RewardTrainer, found: dict[str, list[Compi
     yield from samples
 
 
-def _ppo(trainer: PPOTrainer, found: dict[str, list[Compiled]]) -> Iterator[Phase]:
+def _online(trainer: PPOTrainer | GRPOTrainer, found: dict[str, list[Compiled]]) -> Iterator[Phase]:
     config, state, sampler = trainer.config, trainer.state.template, trainer.sampler
-    length, batch = config.sampling.response_length, config.ppo.batch_size
+    settings, length = trainer.online.settings, config.sampling.response_length
+    batch = settings.batch_size
     shares = trainer.mesh.shape["data"] * trainer.mesh.shape["fsdp"]
     judges = [judge.params for judge in trainer.scorer.models.values()]
     annotating = learning = standing = _standing(state, trainer.frozen, judges)
@@ -175,5 +179,5 @@ def _ppo(trainer: PPOTrainer, found: dict[str, list[Compiled]]) -> Iterator[Phas
         rows = min(judge.rows for judge in trainer.scorer.models.values())
         yield _phase("reward model", standing, scoring, times=-(-batch // rows), batch=learnt)
     yield _phase("annotation", annotating, found["annotate"], batch=learnt)
-    logits = logits_bytes(trainer.model, config.ppo.micro_rows(batch) // shares * length)
+    logits = logits_bytes(trainer.model, settings.micro_rows(batch) // shares * length)
     yield _phase("update", learning, found["update"], batch=learnt, gradients=_gradients(state), logits=logits)

@@ -10,7 +10,7 @@ import jax
 import pydantic
 
 from jaxrlhf import costs, memory, runtime
-from jaxrlhf.config import DType, PPOConfig, replace
+from jaxrlhf.config import DType, GRPOConfig, PPOConfig, replace
 from jaxrlhf.errors import JaxrlhfError
 from jaxrlhf.plan import PARTS, Plan, RunConfig, plan
 
@@ -95,9 +95,14 @@ class Knob:
 
 def knobs(config: RunConfig, devices: int) -> list[Knob]:
     """What could be set to need less memory, of what is not set."""
-    ppo = isinstance(config, PPOConfig)
-    section, batch = ("ppo", config.ppo.batch_size) if ppo else ("train", config.train.batch_size)
-    micro = config.ppo.micro_rows(batch) if ppo else config.train.micro_batch_size or batch
+    match config:
+        case PPOConfig():
+            section, batch, micro = "ppo", config.ppo.batch_size, config.ppo.micro_rows(config.ppo.batch_size)
+        case GRPOConfig():
+            section, batch, micro = "grpo", config.grpo.batch_size, config.grpo.micro_rows(config.grpo.batch_size)
+        case _:
+            section, batch = "train", config.train.batch_size
+            micro = config.train.micro_batch_size or batch
     mesh = config.mesh
     shares = mesh.fsdp * (mesh.data or devices // (mesh.fsdp * mesh.tensor))
     slower, rounded, backend = "the same result, slower", "nearly the same result", jax.default_backend()
@@ -122,29 +127,30 @@ def knobs(config: RunConfig, devices: int) -> list[Knob]:
             "the same result; parameters are cut, not repeated",
         ),
     ]
-    if ppo:
+    if isinstance(config, PPOConfig | GRPOConfig):
         quarter, apart = max(shares, batch // 4), backend != "cpu"  # whether the host is another memory
         found += [
             (config.rollout.slots == 0 and quarter < batch, {"rollout.slots": quarter}, slower),
             (apart and not config.optim.offload, {"optim.offload": True}, slower),
-            (apart and not config.reference.offload, {"reference.offload": True}, slower),
             (config.rollout.dtype != "int8", {"rollout.dtype": "int8"}, "samples from a slightly other policy"),
-            (
-                wide(config.reference.dtype) and not config.lora.enabled,
-                {"reference.dtype": "bfloat16"},
-                "a KL to the reference as it is rounded",
-            ),
-            (
-                config.critic.trunk != "shared" and config.critic.init == "policy",
-                {"critic.trunk": "shared"},
-                "no critic of its own",
-            ),
             (
                 bool(config.reward.model) and wide(config.reward.model_dtype),
                 {"reward.model_dtype": "bfloat16"},
                 rounded,
             ),
         ]
+        if isinstance(config, PPOConfig) or config.grpo.has_reference:
+            found += [
+                (apart and not config.reference.offload, {"reference.offload": True}, slower),
+                (
+                    wide(config.reference.dtype) and not config.lora.enabled,
+                    {"reference.dtype": "bfloat16"},
+                    "a KL to the reference as it is rounded",
+                ),
+            ]
+    if isinstance(config, PPOConfig):
+        own = config.critic.trunk != "shared" and config.critic.init == "policy"
+        found.append((own, {"critic.trunk": "shared"}, "no critic of its own"))
     return [Knob(keys, cost) for applies, keys, cost in found if applies]
 
 

@@ -41,7 +41,14 @@ ROUNDING = (
     "remat", "model.attention", "rollout.slots",
 )  # fmt: skip
 """Keys that change the order of sums: the result stays the same to rounding, no longer bit for bit."""
-LENGTH = ("train.num_train_epochs", "train.max_steps", "ppo.total_episodes", "ppo.num_train_epochs")
+LENGTH = (
+    "train.num_train_epochs",
+    "train.max_steps",
+    "ppo.total_episodes",
+    "ppo.num_train_epochs",
+    "grpo.total_episodes",
+    "grpo.num_train_epochs",
+)
 """Keys that only say when to stop, as long as the learning rate does not depend on the last step."""
 
 
@@ -60,7 +67,7 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
-    """Lock and prepare `config.run_dir` for a run of `method` ("sft", "reward", "ppo"); resume what is there.
+    """Lock and prepare `config.run_dir` for a run of `method` ("sft", "reward", "ppo", "grpo"); resume what is there.
 
     Writes config.yaml (everything, resolved) and run.json (versions, hash of the config, command, host, mesh, starts).
     With `fresh` an existing run is moved aside to `<name>.old-<n>`. Until it closes, SIGTERM and SIGINT set

@@ -142,6 +142,18 @@ class Experience:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Compared:
+    """A rollout whose responses have been compared within groups, with what an update needs. For online DPO the leading
+    axes of all are [n, 2]: chosen and rejected of n pairs. 0 outside the response mask."""
+
+    rollout: Rollout
+    advantages: Array  # f32 [B, R]; of pairs [n, 2], 1 where the two differ in score, 0 for a tie
+    old_logprobs: Array | None  # f32 [B, R]   None: those of the update's one step
+    ref_logprobs: Array | None  # f32 [B, R]   None: there is no reference
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TrainState:
     """What an update changes, and so what a checkpoint holds. What does not train is `frozen` and travels beside it."""
 

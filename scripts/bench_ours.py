@@ -312,7 +312,7 @@ def iteration(job: Job, name: str) -> Repeat:
         setattr(owner, name, outer)
 
     trainer.ppo_step(prompts)  # compiles, and must meet the jitted functions themselves
-    clocked(trainer, "generate")
+    clocked(trainer.sampler, "generate")
     clocked(ppo_learner, "update")
 
     def repeat() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Three tasks with a known optimum, for scripts/toy_tasks.py and scripts/toy_trl.py: needs neither jax nor torch.
+"""Tasks with a known optimum, for scripts/toy_tasks.py and scripts/toy_trl.py: needs neither jax nor torch.
 
 A symbol is a character is a token. There are 16: digits, comma, colon, a full stop that no task asks for, and the
 control tokens <pad>, <bos> and <eos>, which the text of a response does not show. A task is prompts, a reward that
@@ -13,6 +13,8 @@ modular   Prompts `a,b:c,d` are the first four numbers of an arithmetic sequence
           Symbols need not be right from the start to count, so that nothing but commas, whatever the prompt, has 0.5.
 addition  The same without commas, 1,3:5,7 goes on 913579135791..., 32 digits: no text that is the same for all prompts
           has more than 0.1 on average, so that whoever has more has read the prompt.
+sum       Prompts `a,b:` are two digits below 5, so there are 25; right is the one digit of (a + b) modulo 5, and then
+          <eos>, and nothing else has a reward. It is 1, and no text that is the same for all prompts has more than 0.2.
 """
 
 import json
@@ -78,6 +80,11 @@ def added(prompt: str, text: str) -> float:
     return _share(text, continuation(prompt, before=""))
 
 
+def summed(prompt: str, text: str) -> float:
+    a, b = prompt.rstrip(":").split(",")
+    return float(text == str((int(a) + int(b)) % 5))
+
+
 def _share(text: str, right: str) -> float:
     return sum(x == y for x, y in zip(text, right, strict=False)) / 32
 
@@ -105,11 +112,13 @@ class Settings:
 
 _DIGITS = tuple("0123456789")
 _SEQUENCES = tuple(f"{a},{(a + s) % 10}:{(a + 2 * s) % 10},{(a + 3 * s) % 10}" for a in range(10) for s in range(10))
+_SUMS = tuple(f"{a},{b}:" for a in range(5) for b in range(5))
 TASKS = {
     "emit": Task(_DIGITS, 8, emitted, lambda n: n / len(VISIBLE) / 8),
     "length": Task(_DIGITS, 16, in_band, lambda n: in_band("", "." * n), missing_eos_penalty=1.0),
     "modular": Task(_SEQUENCES, 32, continued, lambda n: n / len(VISIBLE) / 32),
     "addition": Task(_SEQUENCES, 32, added, lambda n: n / len(VISIBLE) / 32),
+    "sum": Task(_SUMS, 2, summed, lambda n: float(n == 1) / len(VISIBLE)),
 }
 
 SETTINGS = {
@@ -117,6 +126,7 @@ SETTINGS = {
     "length": Settings("length", 0.9, 120, 256, 2, 2, 1e-4, 1e-3),
     "modular": Settings("modular", 0.2, 200, 768, 3, 1, 1e-4, 1e-3),
     "addition": Settings("addition", 0.2, 200, 768, 3, 1, 1e-4, 1e-3),
+    "sum": Settings("sum", 0.9, 400, 512, 2, 1, 1e-3, 1e-3, layers=2, width=64),
     # trl 1.8.0 has one optimizer with one rate, makes one step an epoch, and does not clip gradients
     "compare": Settings("emit", 0.2, 40, 256, 1, 4, 1e-4, 1e-4, max_grad_norm=1e9),
 }

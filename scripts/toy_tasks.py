@@ -1,6 +1,9 @@
-"""Does PPO learn? Tasks with a known optimum, from a randomly initialised Llama of 4 layers, 128 wide, on a CPU.
+"""Does it learn? Tasks with a known optimum, from a randomly initialised Llama of 4 layers, 128 wide, on a CPU.
 
-    python scripts/toy_tasks.py emit | length | modular | addition | compare [--seeds 0 1 2 3 4] [--folder runs/toys]
+    python scripts/toy_tasks.py emit | length | modular | addition | sum | compare
+                                [--method ppo | grpo | dr_grpo | ...] [--seeds 0 1 2 3 4] [--folder runs/toys]
+
+With a method of `jaxrlhf grpo`, batch, mini-batches, rate and updates are those of PPO; groups are of 16.
 
 toy_problems.py says what the tasks are and with which settings each runs. For `modular` and `addition` those are a
 batch of 768 in mini-batches of 256, one epoch, actor 1e-4 and critic 1e-3 at constant rates, clip 0.2, value clip 0.5,
@@ -24,21 +27,40 @@ from typing import Any
 
 from toy_problems import SETTINGS, TASKS, Settings, write_model
 
-from jaxrlhf import PPOTrainer, metrics
+from jaxrlhf import GRPOTrainer, PPOTrainer, metrics
 from jaxrlhf import config as c
+from jaxrlhf.config.grpo import RECIPES
 
 ROWS = 64  # of a forward pass: a matter of speed
+GROUP = 16
 
 
-def config(settings: Settings, run: Path, seed: int) -> c.PPOConfig:
-    """The config of one run, with its model and prompts in `run`/model."""
+def shared(settings: Settings, run: Path, seed: int) -> dict[str, Any]:
+    """What the config of every method has in common, with its model and prompts in `run`/model."""
     task = TASKS[settings.task]
     folder = write_model(run / "model", settings)
-    return c.PPOConfig(
-        run_dir=str(run / "run"),
-        seed=seed,
-        model=c.ModelSource(path=str(folder), init="random"),
-        data=c.Data(path=str(folder / "prompts.jsonl")),
+    return {
+        "run_dir": str(run / "run"),
+        "seed": seed,
+        "model": c.ModelSource(path=str(folder), init="random"),
+        "data": c.Data(path=str(folder / "prompts.jsonl")),
+        "scores": c.Scores(missing_eos_penalty=task.missing_eos_penalty),
+        "sampling": c.Sampling(response_length=task.length, temperature=1.0),
+        "optim": c.Optim(
+            learning_rate=settings.learning_rate,
+            schedule="constant",
+            eps=settings.adam_eps,
+            max_grad_norm=settings.max_grad_norm,
+        ),
+        "logging": c.Logging(quiet=True, tensorboard=False, sample_every=20),
+        "checkpoint": c.Checkpoint(save_every=0),
+    }
+
+
+def ppo(settings: Settings, run: Path, seed: int) -> PPOTrainer:
+    """PPO on a task."""
+    config = c.PPOConfig(
+        **shared(settings, run, seed),
         critic=c.Critic(learning_rate=settings.critic_learning_rate),
         ppo=c.PPO(
             total_episodes=settings.updates * settings.batch_size,
@@ -53,24 +75,33 @@ def config(settings: Settings, run: Path, seed: int) -> c.PPOConfig:
             cliprange_value=settings.cliprange_value,
             vf_coef=settings.vf_coef,
         ),
-        scores=c.Scores(missing_eos_penalty=task.missing_eos_penalty),
-        sampling=c.Sampling(response_length=task.length, temperature=1.0),
-        optim=c.Optim(
-            learning_rate=settings.learning_rate,
-            schedule="constant",
-            eps=settings.adam_eps,
-            max_grad_norm=settings.max_grad_norm,
-        ),
-        logging=c.Logging(quiet=True, tensorboard=False, sample_every=20),
-        checkpoint=c.Checkpoint(save_every=0),
     )
+    return PPOTrainer(config, reward=TASKS[settings.task].reward, fresh=True)
 
 
-def learn(name: str, settings: Settings, run: Path, seed: int) -> dict[str, Any]:
+def grpo(method: Any, settings: Settings, run: Path, seed: int) -> GRPOTrainer:
+    """A method of `jaxrlhf grpo` on a task."""
+    paired = method == "online_dpo"
+    steps = RECIPES[method].loss != "reinforce" and not paired
+    section = c.GRPO(
+        method=method,
+        total_episodes=settings.updates * settings.batch_size,
+        batch_size=settings.batch_size,
+        num_generations=GROUP,
+        num_iterations=settings.num_ppo_epochs if steps else 1,
+        num_mini_batches=settings.num_mini_batches if steps else 1,
+        micro_batch_size=None if paired else ROWS,
+        kl_coef=None if paired else 0.0,
+    )
+    config = c.GRPOConfig(**shared(settings, run, seed), grpo=section)
+    return GRPOTrainer(config, reward=TASKS[settings.task].reward, fresh=True)
+
+
+def learn(name: str, settings: Settings, run: Path, seed: int, method: str = "ppo") -> dict[str, Any]:
     """One run from scratch, and what the docstring of this file says of it."""
     task = TASKS[settings.task]
     started = time.monotonic()
-    trainer = PPOTrainer(config(settings, run, seed), reward=task.reward, fresh=True)
+    trainer = ppo(settings, run, seed) if method == "ppo" else grpo(method, settings, run, seed)
     if name == "compare":
         trainer.save_pretrained(run / "initial")
     trainer.train()
@@ -78,6 +109,7 @@ def learn(name: str, settings: Settings, run: Path, seed: int) -> dict[str, Any]
     curve = [sum(part) / len(part) for i in range(0, len(scores), 10) if (part := scores[i : i + 10])]
     return {
         "task": name,
+        "method": method,
         "seed": seed,
         "chance": task.chance(),
         "untrained": scores[0],
@@ -92,13 +124,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=SETTINGS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--method", choices=["ppo", *RECIPES], default="ppo")
     parser.add_argument("--folder", type=Path, help="where runs are kept; without it they are not")
     arguments = parser.parse_args()
     passed = True
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         for seed in arguments.seeds:
-            result = learn(arguments.name, SETTINGS[arguments.name], folder / f"{arguments.name}-{seed}", seed)
+            method = "" if arguments.method == "ppo" else f"{arguments.method}-"
+            run = folder / f"{arguments.name}-{method}{seed}"
+            result = learn(arguments.name, SETTINGS[arguments.name], run, seed, arguments.method)
             print(json.dumps(result), flush=True)
             passed = passed and result["passed"]
     return 0 if passed else 1

@@ -185,14 +185,14 @@ def test_dry_run_prints_the_resolved_config_and_does_not_train(trained, tmp_path
 
 @pytest.mark.parametrize("method", config_file.METHODS)
 def test_presets_are_found_by_name_and_valid(trained, method):
-    reward = ["--reward.function", "r.py:f"] if method == "ppo" else []
+    reward = ["--reward.function", "r.py:f"] if method in ("ppo", "grpo") else []
     assert main([method, method, *GIVEN, *reward]) == 0
     assert trained[0].config != config_file.METHODS[method](), "a preset says something"
 
 
 def test_a_preset_that_is_not_there(capsys):
-    assert main(["ppo", "pqo"]) == 3
-    assert "did you mean 'ppo'?" in capsys.readouterr().err
+    assert main(["ppo", "rewrd"]) == 3
+    assert "did you mean 'reward'?" in capsys.readouterr().err
 
 
 def test_new_prints_a_config_that_reads_back(capsys, tmp_path):

@@ -3,7 +3,7 @@
 With d = log pi(a) - log ref(a), a ~ pi. All three are elementwise and know no mask. Which one is right depends on where
 it is used: as a *reward* only k1 has the gradient of the KL (the score-function gradient of E[k2] and E[k3] lacks their
 pathwise term and almost vanishes near the reference); as a *loss*, k1 has zero expected gradient, k2 has the right one,
-and k3 only together with importance weights. `PPOConfig` refuses the other pairs.
+and k3 only together with importance weights. Configs refuse the other pairs.
 """
 
 from typing import Literal

@@ -138,25 +138,31 @@ def rollout_metrics(
     kl_coef: Scalar,
     kl_in: Literal["reward", "loss"],
 ) -> Metrics:
-    """What a rollout was worth: means over sequences of sums over real tokens; the KL is k1, in nats per response.
+    """`response_metrics`, and the KL: means over sequences of sums over real tokens of k1, in nats per response.
 
     rlhf_reward is the objective, score - kl_coef KL, wherever the KL enters; non_score_reward is what of the KL is in
     the rewards, so nothing where it is in the loss.
     """
     kept = masked.keep(old_logprobs, mask), masked.keep(ref_logprobs, mask)
     kl = jnp.mean(jnp.sum(k1(*kept), axis=1))
-    score = jnp.mean(scores)
-    lengths = jnp.sum(mask, axis=1).astype(jnp.float32)
-    return {
+    return response_metrics(scores, mask, finished) | {
         "objective/kl": kl,
         "objective/kl_k3": jnp.mean(jnp.sum(k3(*kept), axis=1)),
+        "objective/non_score_reward": -kl_coef * kl if kl_in == "reward" else jnp.zeros_like(kl),
+        "objective/rlhf_reward": jnp.mean(scores) - kl_coef * kl,
+    }
+
+
+def response_metrics(scores: Float[Array, " B"], mask: Bool[Array, "B R"], finished: Bool[Array, " B"]) -> Metrics:
+    """What is known of responses and their scores without any model."""
+    lengths = jnp.sum(mask, axis=1).astype(jnp.float32)
+    return {
+        "objective/scores": jnp.mean(scores),
+        "objective/scores_std": jnp.std(scores),
         "objective/score_length_correlation": masked.correlation(scores, lengths),
         "tokens/mean_length": jnp.mean(lengths),
         "tokens/min_length": jnp.min(lengths),
         "tokens/max_length": jnp.max(lengths),
         "tokens/finished": jnp.mean(finished.astype(jnp.float32)),
-        "objective/scores": score,
-        "objective/non_score_reward": -kl_coef * kl if kl_in == "reward" else jnp.zeros_like(kl),
-        "objective/rlhf_reward": score - kl_coef * kl,
         "val/num_eos_tokens": jnp.sum(finished).astype(jnp.float32),
     }

@@ -36,3 +36,8 @@ def replace(config: T, **changes: Any) -> T:
             raise ConfigError(f"unknown key '{key}'")
         here[head] = replace(here.get(head, getattr(config, head)), **{rest: value}) if rest else value
     return dataclasses.replace(config, **here)  # type: ignore[type-var]
+
+
+def nearest_divisor(wanted: int, whole: int) -> int:
+    """The largest divisor of `whole` that is not above `wanted`."""
+    return max(n for n in range(1, wanted + 1) if whole % n == 0)

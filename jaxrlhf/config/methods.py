@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from jaxrlhf.config.base import Bool, Seed, section
+from jaxrlhf.config import online
+from jaxrlhf.config.base import Bool, Seed, nearest_divisor, section
 from jaxrlhf.config.lora import LoRA
 from jaxrlhf.config.ppo import PPO, Alarms, Critic, Reference, Scores, Validation
 from jaxrlhf.config.rewards import RewardSource
@@ -104,56 +105,23 @@ class PPOConfig:
         return {**_ADAM_PPO, **given} if isinstance(given, dict) else given
 
     def __post_init__(self) -> None:
-        ppo, sampling = self.ppo, self.sampling
-        reason = _WRONG_KL.get((ppo.kl_estimator, ppo.kl_in))
+        ppo = self.ppo
+        reason = online.WRONG_KL.get((ppo.kl_estimator, ppo.kl_in))
         if reason:
             raise ValueError(f"ppo.kl_estimator {ppo.kl_estimator} does not go with ppo.kl_in {ppo.kl_in}: {reason}")
-        filters = sampling.top_k or sampling.top_p < 1 or sampling.min_p or sampling.min_length
-        if sampling.renormalise_logprobs and not filters:
-            raise ValueError(
-                "sampling.renormalise_logprobs is true but sampling filters nothing: nothing to renormalise; "
-                "set top_k, top_p, min_p or min_length, or leave it false"
-            )
-        if ppo.batch_size % ppo.num_mini_batches:
-            raise ValueError(
-                f"ppo.num_mini_batches ({ppo.num_mini_batches}) must divide ppo.batch_size ({ppo.batch_size}); "
-                f"{_near(ppo.num_mini_batches, ppo.batch_size)} would"
-            )
-        rows = ppo.batch_size // ppo.num_mini_batches
-        if ppo.micro_batch_size and rows % ppo.micro_batch_size:
-            raise ValueError(
-                f"ppo.micro_batch_size ({ppo.micro_batch_size}) must divide a mini-batch ({rows} rows, that is "
-                f"ppo.batch_size / ppo.num_mini_batches); {_near(ppo.micro_batch_size, rows)} would"
-            )
+        online.check("ppo", self, ppo.batch_size)
         if self.critic.init == "reward" and not any(part.model for part in self.reward.parts()):
             raise ValueError("critic.init is 'reward' but reward.model is empty; give a reward model or use 'policy'")
-        _check_ppo(self)
+        if self.reference.offload and self.critic.trunk == "frozen" and self.critic.init == "policy":
+            raise ValueError(
+                "reference.offload is true, and critic.trunk is frozen: the critic's trunk is the reference's own "
+                "arrays; leave it false"
+            )
+        _check_ppo(ppo)
 
 
-_NO_PATHWISE = (
-    "a reward is a constant to the gradient, so the part that flows through the estimate is lost, which near the "
-    "reference is nearly all of it; use k1, or kl_in 'loss'"
-)
-_WRONG_KL = {
-    ("k1", "loss"): "its expected gradient is zero, so nothing would hold the policy; use k2, k3, or kl_in 'reward'",
-    ("k2", "reward"): _NO_PATHWISE,
-    ("k3", "reward"): _NO_PATHWISE,
-}
-
-
-def _check_ppo(config: PPOConfig) -> None:
+def _check_ppo(ppo: PPO) -> None:
     """What else does not go together."""
-    if config.lora.enabled and config.lora.dropout:
-        raise ValueError(
-            f"lora.dropout is {config.lora.dropout:g}: pi / pi_old would not be 1 before anything is learnt; set 0"
-        )
-    ppo, scores, length = config.ppo, config.scores, config.sampling.response_length
-    rows = ppo.local_rollout_forward_batch_size
-    if rows and ppo.batch_size % rows:
-        raise ValueError(
-            f"ppo.local_rollout_forward_batch_size ({rows}) must divide ppo.batch_size ({ppo.batch_size}); "
-            f"{_near(rows, ppo.batch_size)} would"
-        )
     top = 1 + (ppo.cliprange_high or ppo.cliprange)
     if ppo.dual_clip is not None and ppo.dual_clip <= top:
         raise ValueError(
@@ -166,49 +134,6 @@ def _check_ppo(config: PPOConfig) -> None:
             f"ppo.kl_horizon ({ppo.kl_horizon:g}) is so near ppo.batch_size ({ppo.batch_size}) that one update could "
             "turn kl_coef negative; 10000 is usual"
         )
-    if scores.overlong_buffer > length:
-        raise ValueError(
-            f"scores.overlong_buffer ({scores.overlong_buffer}) is more than sampling.response_length ({length}): "
-            "every response would be too long; give fewer tokens"
-        )
-    if config.reference.sync_alpha < 1 and config.reference.dtype == "bfloat16":
-        raise ValueError(
-            "reference.dtype is bfloat16 with reference.sync_alpha below 1: small moves would be rounded away; "
-            "use float32, or auto"
-        )
-    _check_offload(config)
-    held_out = config.data.validation_path or config.data.validation_fraction
-    wanted = [
-        key for key, value in (
-            ("eval_steps", config.validation.eval_steps), ("keep_best", config.validation.keep_best),
-            ("patience", config.validation.patience), ("reward_model", config.validation.reward_model),
-        ) if value
-    ]  # fmt: skip
-    if wanted and not held_out:
-        raise ValueError(
-            f"validation.{wanted[0]} is set but there are no held-out prompts; give data.validation_path or "
-            "data.validation_fraction"
-        )
-
-
-def _check_offload(config: PPOConfig) -> None:
-    """A reference that is no model of its own cannot leave the device."""
-    if not config.reference.offload:
-        return
-    reason = ""
-    if config.lora.enabled:
-        reason = "lora.enabled is too: the reference is the model under the policy's adapters, and no second copy"
-    elif config.reference.sync_every:
-        reason = f"reference.sync_every is {config.reference.sync_every}: an update moves it, on the device"
-    elif config.critic.trunk == "frozen" and config.critic.init == "policy":
-        reason = "critic.trunk is frozen: the critic's trunk is the reference's own arrays"
-    if reason:
-        raise ValueError(f"reference.offload is true, and {reason}; leave it false")
-
-
-def _near(wanted: int, whole: int) -> int:
-    """The largest divisor of `whole` that is not above `wanted`."""
-    return max(n for n in range(1, wanted + 1) if whole % n == 0)
 
 
 def _check_supervised(train: Train, optim: Optim) -> None:
@@ -221,5 +146,5 @@ def _check_supervised(train: Train, optim: Optim) -> None:
     if train.micro_batch_size and train.batch_size % train.micro_batch_size:
         raise ValueError(
             f"train.micro_batch_size ({train.micro_batch_size}) must divide train.batch_size ({train.batch_size}); "
-            f"{_near(train.micro_batch_size, train.batch_size)} would"
+            f"{nearest_divisor(train.micro_batch_size, train.batch_size)} would"
         )

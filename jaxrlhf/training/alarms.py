@@ -46,12 +46,12 @@ class Watch:
         if config.kl is not None:
             kl = self._mean("objective/kl")
             line = f"KL to the reference is {kl:.3g} nats per response, over the budget of {config.kl:g}"
-            signs.append(("kl", f"{line}; raise ppo.kl_coef, or set ppo.kl_target" if kl > config.kl else None))
+            signs.append(("kl", f"{line}; raise kl_coef" if kl > config.kl else None))
         if config.entropy:
             now, start = self._mean("objective/entropy_per_token"), first.get("objective/entropy_per_token", np.nan)
             line = f"entropy per token fell from {start:.3g} to {now:.3g} nats: answers are becoming all the same"
             low = now < config.entropy * start
-            signs.append(("entropy", f"{line}; raise ppo.kl_coef or ppo.entropy_coef" if low else None))
+            signs.append(("entropy", f"{line}; raise kl_coef" if low else None))
         if config.length_correlation < 1 and self._rows >= 4:
             r = self._mean("objective/score_length_correlation")
             line = f"score and length correlate at {r:.2f}: the reward may be paying for length"

@@ -48,7 +48,7 @@ def export(run: Path, target: Path, role: Literal["policy", "critic"] = "policy"
         model, params = setup.model_of(source, tokenizer, "lm", settings.lora), trained["policy"]
         if settings.lora.enabled:
             base = _begun(settings, tokenizer, mesh, "lm")
-            params |= _unchanged(base, identity, "reference" if method == "ppo" else "frozen parameters")
+            params |= _unchanged(base, identity, "reference" if method in ("ppo", "grpo") else "frozen parameters")
     records = {record.pop("step"): record for record in metrics.read(run / "metrics.jsonl")}
     settings = dataclasses.replace(settings, model=source)
     return setup.export(
@@ -114,7 +114,7 @@ def _critic(
     elif kept:
         trunk = _begun(settings, tokenizer, mesh, "lm")
         if not settings.lora.enabled:
-            trunk = setup.copy(trunk, reference_dtype(settings, policy), mesh)
+            trunk = setup.copy(trunk, reference_dtype(settings.reference, policy), mesh)
         trunk = _unchanged(trunk, identity, "reference")
     if settings.critic.trunk == "shared":
         trunk |= trained["policy"]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 
 from jaxrlhf import checkpoint, programs, runs
-from jaxrlhf.config import PPOConfig, SFTConfig
+from jaxrlhf.config import GRPOConfig, PPOConfig, SFTConfig
 from jaxrlhf.errors import NumericsError, Preempted, StorageError
 from jaxrlhf.metrics import Logger, read
 from jaxrlhf.training.setup import RunConfig, State
@@ -169,7 +169,7 @@ def session(
 def best_of(config: RunConfig) -> Best:
     """What makes a checkpoint of this run the best, which is then kept beside the newest: its metric is least or
     greatest. None: none is best."""
-    if isinstance(config, PPOConfig):
+    if isinstance(config, PPOConfig | GRPOConfig):
         return config.validation.mode if config.validation.keep_best else None
     return ("min" if isinstance(config, SFTConfig) else "max") if config.train.keep_best else None
 

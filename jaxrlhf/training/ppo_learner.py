@@ -11,11 +11,12 @@ import numpy as np
 from jax import Array
 
 from jaxrlhf import programs, sharding
-from jaxrlhf.algorithms.scores import no_stats, shaped
+from jaxrlhf.algorithms.scores import no_stats
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.training import setup
+from jaxrlhf.training.learner import shaped_scores, without_moments
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.ppo_replay import empty_replay, widened
 from jaxrlhf.training.ppo_roles import (
@@ -27,10 +28,10 @@ from jaxrlhf.training.ppo_roles import (
     reference_of,
     trunk_kind,
 )
-from jaxrlhf.training.ppo_rollout import Sampler
 from jaxrlhf.training.ppo_update import annotate, update
+from jaxrlhf.training.sampler import Sampler
 from jaxrlhf.training.step import Metrics
-from jaxrlhf.types import Experience, Params, Rollout, TrainState
+from jaxrlhf.types import Experience, Params, Rollout
 
 
 def _begin(
@@ -45,7 +46,7 @@ def _begin(
     """(what trains, what is frozen, both by role; the reference; what of it moves) at step 0. Runs under eval_shape."""
     critic_key, lora_key = keys
     trained, base = setup.split(setup.adapted(policy, model, config.lora, lora_key), config.lora.enabled)
-    reference = base or setup.copy(policy, reference_dtype(config, model), mesh)
+    reference = base or setup.copy(policy, reference_dtype(config.reference, model), mesh)
     critic, trunk = make_critic(config, critic_model, base or policy, reference, judge, mesh, critic_key)
     moving = None
     if config.reference.sync_every:
@@ -141,7 +142,7 @@ class Learner:
         self, rollout: Rollout, scores: np.ndarray, token_scores: np.ndarray | None, key: Array
     ) -> tuple[Experience, Metrics]:
         """Shape the scores, annotate the rollout, and make the update's optimizer steps; moves `state` on."""
-        config, state, ahead = self.config, _without_moments(self.state.value), self.sampler.programs
+        config, state, ahead = self.config, without_moments(self.state.value), self.sampler.programs
         if config.ppo.replay:
             pad = self.sampler.tokenizer.pad_id
             rollout, token_scores = widened(rollout, token_scores, self._room(), pad, self.mesh)
@@ -149,16 +150,7 @@ class Learner:
         if rollout.response_mask.shape[1] == length:  # else it is another program
             ahead.wait(annotate)
             ahead.wait(update)
-        placed, stats = shaped(
-            sharding.put_rows(np.asarray(scores, np.float32), self.mesh),
-            rollout.response_mask,
-            rollout.finished,
-            state.score_stats,
-            config=config.scores,
-            longest=length,
-        )
-        placed = sharding.put_rows(np.asarray(placed), self.mesh)
-        stats = sharding.put_whole(jax.device_get(stats), self.mesh)
+        placed, stats = shaped_scores(rollout, scores, state.score_stats, config.scores, length, self.mesh)
         if token_scores is not None:
             token_scores = sharding.put_rows(np.asarray(token_scores, np.float32), self.mesh)
         frozen = {**self.frozen, "reference": sharding.to_device(self.frozen["reference"])}
@@ -177,7 +169,7 @@ class Learner:
         scores = sharding.put_rows(np.zeros(size, np.float32), self.mesh)
         more = sharding.put_rows(np.zeros((size, length), np.float32), self.mesh) if per_token else None
         state, roles, ahead = self.state.template, self.roles, self.sampler.programs
-        annotated = _without_moments(state), {**self.frozen, "reference": sharding.on_device(self.frozen["reference"])}
+        annotated = without_moments(state), {**self.frozen, "reference": sharding.on_device(self.frozen["reference"])}
 
         def learnt() -> Rollout:
             """What is kept for replay is as wide as it may be."""
@@ -210,8 +202,3 @@ class Learner:
         if not self.sampler.columns:
             raise ConfigError("ppo.replay keeps rollouts in arrays as wide as the prompts of data.path, which is empty")
         return self.sampler.columns, self.config.sampling.response_length
-
-
-def _without_moments(state: TrainState) -> TrainState:
-    """What annotation reads of a state, wherever the moments are."""
-    return dataclasses.replace(state, opt_state={})

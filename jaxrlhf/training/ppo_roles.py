@@ -10,7 +10,7 @@ from jax import Array
 
 from jaxrlhf import sharding
 from jaxrlhf.algorithms import masked
-from jaxrlhf.config import PPO, PPOConfig
+from jaxrlhf.config import PPO, PPOConfig, Reference
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.logprobs import response_states, token_logprobs
 from jaxrlhf.models import ModelConfig, init_head
@@ -62,11 +62,11 @@ def critic_model(config: PPOConfig, policy: ModelConfig, reward: ModelConfig | N
     return attending(with_adapters(model, config.lora, added), config.model)
 
 
-def reference_dtype(config: PPOConfig, policy: ModelConfig) -> str:
+def reference_dtype(reference: Reference, policy: ModelConfig) -> str:
     """Storage of the reference: an average that small steps add up to is not rounded to the compute dtype."""
-    if config.reference.dtype != "auto":
-        return config.reference.dtype
-    return "float32" if config.reference.sync_every and config.reference.sync_alpha < 1 else policy.dtype
+    if reference.dtype != "auto":
+        return reference.dtype
+    return "float32" if reference.sync_every and reference.sync_alpha < 1 else policy.dtype
 
 
 def make_critic(

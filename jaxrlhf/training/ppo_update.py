@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def complete(experience: Experience, measured: Measured, kl_coef: Array, ppo: PP
     advantages, returns = gae(rewards, values, mask, bootstrap, ppo.gamma, ppo.lam)
     if ppo.value_target == "reward_to_go":
         returns = reward_to_go(rewards, mask, bootstrap, ppo.gamma)
-    weights, about_sampler = sampler_weights(rollout, logprobs, ppo)
+    weights, about_sampler = corrected(rollout, logprobs, ppo)
     done = dataclasses.replace(
         experience,
         old_logprobs=logprobs,
@@ -105,7 +106,6 @@ def complete(experience: Experience, measured: Measured, kl_coef: Array, ppo: PP
         "objective/entropy_per_token": mean(entropy),
         "objective/kl_coef": kl_coef,
         "objective/kl_per_token": mean(logprobs - ref_logprobs),
-        "objective/scores_std": jnp.std(worth),
         "val/advantage_mean": mean(advantages),
         "val/value_mean": mean(values),
         "val/explained_variance": jnp.where(
@@ -114,10 +114,9 @@ def complete(experience: Experience, measured: Measured, kl_coef: Array, ppo: PP
     }
 
 
-def sampler_weights(rollout: Rollout, logprobs: Array, ppo: PPO) -> tuple[Array | None, Metrics]:
+def corrected(rollout: Rollout, logprobs: Array, ppo: PPO) -> tuple[Array | None, Metrics]:
     """How tokens weigh in the policy loss (f32 [B, R], None: alike), and how far the sampler is from pi_old."""
-    mask = rollout.response_mask
-    gap = masked.keep(logprobs, mask) - masked.keep(rollout.logprobs, mask)
+    mask, gap = rollout.response_mask, sampler_gap(rollout, logprobs)
     low, middle, high = masked.quantiles(jnp.exp(gap), mask, QUANTILES)
     metrics = {
         "val/sampler_logprob_gap": jnp.sum(jnp.abs(gap)) / jnp.maximum(jnp.sum(mask), 1),
@@ -128,14 +127,27 @@ def sampler_weights(rollout: Rollout, logprobs: Array, ppo: PPO) -> tuple[Array 
     }
     if ppo.sampler_correction == "none":
         return None, metrics
-    if ppo.sampler_correction == "truncate":
-        weights = jnp.minimum(jnp.exp(jnp.minimum(gap, jnp.log(ppo.sampler_cap))), ppo.sampler_cap)
-        cut = gap > jnp.log(ppo.sampler_cap)
+    weights, cut = sampler_weights(gap, mask, ppo.sampler_correction, ppo.sampler_cap)
+    return weights, metrics | {"val/sampler_corrected": jnp.sum(cut) / jnp.maximum(jnp.sum(mask), 1)}
+
+
+def sampler_gap(rollout: Rollout, logprobs: Array) -> Array:
+    """log pi_old - log pi_sampler of every token, f32 [B, R]; 0 outside the mask."""
+    return masked.keep(logprobs, rollout.response_mask) - masked.keep(rollout.logprobs, rollout.response_mask)
+
+
+def sampler_weights(
+    gap: Array, mask: Array, correction: Literal["truncate", "mask"], cap: float
+) -> tuple[Array, Array]:
+    """(what tokens weigh f32 [B, R], which of them were cut or left out bool [B, R]), where `gap` is what the weights
+    are the exponentials of."""
+    if correction == "truncate":
+        weights = jnp.minimum(jnp.exp(jnp.minimum(gap, jnp.log(cap))), cap)
+        cut = gap > jnp.log(cap)
     else:
-        cut = jnp.broadcast_to(jnp.abs(jnp.sum(gap, axis=1, keepdims=True)) > jnp.log(ppo.sampler_cap), mask.shape)
+        cut = jnp.broadcast_to(jnp.abs(jnp.sum(gap, axis=1, keepdims=True)) > jnp.log(cap), mask.shape)
         weights = jnp.where(cut, 0.0, 1.0)
-    share = masked.total(cut.astype(jnp.float32), mask) / jnp.maximum(jnp.sum(mask), 1)
-    return masked.keep(weights, mask), metrics | {"val/sampler_corrected": share}
+    return masked.keep(weights, mask), cut & mask
 
 
 @functools.partial(jax.jit, static_argnames="roles", donate_argnames="state")
@@ -231,17 +243,17 @@ def update(
         state,
         step=number + 1,
         kl_coef=adapted(kl_coef, kl, ppo.kl_target, ppo.kl_horizon, batch),
-        reference=moved(state, number, roles),
+        reference=moved(state, number, roles.sync_every, roles.sync_alpha),
         replay=remembered(state.replay, experience, number),
     )
     return sharding.constrain(state, roles.mesh), metrics
 
 
-def moved(state: TrainState, number: Array, roles: Roles) -> Params | None:
+def moved(state: TrainState, number: Array, sync_every: int, sync_alpha: float) -> Params | None:
     """The reference after update `number` (from 0): every `sync_every` updates it goes `sync_alpha` of the way."""
     if state.reference is None:
         return None
-    share = jnp.where((number + 1) % roles.sync_every == 0, roles.sync_alpha, 0.0)
+    share = jnp.where((number + 1) % sync_every == 0, sync_alpha, 0.0)
 
     def move(old: Array, new: Array) -> Array:
         return jnp.where(share == 1, new, (1 - share) * old + share * new).astype(old.dtype)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxrlhf import lora as adapters
 from jaxrlhf import runtime, sharding, weights
-from jaxrlhf.config import DType, LoRA, ModelSource, PPOConfig, RewardConfig, Sampling, SFTConfig
+from jaxrlhf.config import DType, GRPOConfig, LoRA, ModelSource, PPOConfig, RewardConfig, Sampling, SFTConfig
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
 from jaxrlhf.digest import digests, leaves_by_name
 from jaxrlhf.errors import ConfigError
@@ -22,7 +22,7 @@ from jaxrlhf.training.step import in_float32
 from jaxrlhf.types import Params, TrainState
 from jaxrlhf.weights import peft
 
-RunConfig = SFTConfig | RewardConfig | PPOConfig
+RunConfig = SFTConfig | RewardConfig | PPOConfig | GRPOConfig
 
 
 def keys(seed: int) -> jax.Array:

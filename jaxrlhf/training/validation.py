@@ -1,4 +1,4 @@
-"""Held-out prompts inside a PPO run: what the policy answers now, what that is worth, and whether it still gets better.
+"""Held-out prompts in an on-policy run: what the policy answers, what that is worth, and whether it still gets better.
 
 The random keys are the same at every validation, so what changes is the policy.
 """
@@ -17,7 +17,7 @@ from jax import Array
 from jaxrlhf import sharding
 from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.kl import k1
-from jaxrlhf.config import PPOConfig, RewardSource
+from jaxrlhf.config import GRPOConfig, PPOConfig, RewardSource
 from jaxrlhf.data.datasets import PromptRow, columns
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.files import write_whole
@@ -28,10 +28,10 @@ from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout import engine
 from jaxrlhf.rollout.text import read
 from jaxrlhf.spelling import did_you_mean
+from jaxrlhf.training.learner import Learner
 from jaxrlhf.training.loop import Metrics, Session
-from jaxrlhf.training.ppo_learner import Learner
-from jaxrlhf.training.ppo_roles import Roles, sequence_logprobs
-from jaxrlhf.training.ppo_rollout import Sampler
+from jaxrlhf.training.ppo_roles import sequence_logprobs
+from jaxrlhf.training.sampler import Sampler
 from jaxrlhf.training.step import join_rows, split_rows
 from jaxrlhf.types import Params, Rollout
 
@@ -40,10 +40,13 @@ BASELINE = "validation.json"  # what the policy of step 0 scored
 
 
 class Validator:
-    """The held-out prompts of a run. Raises ConfigError for a metric that no record has."""
+    """The held-out prompts of a run, scored `at_once` rows at a time. Raises ConfigError for a metric that no record
+    has."""
 
-    def __init__(self, config: PPOConfig, rows: Sequence[PromptRow], sampler: Sampler, scorer: Scorer) -> None:
-        self.config, self.sampler, self.scorer = config, sampler, scorer
+    def __init__(
+        self, config: PPOConfig | GRPOConfig, rows: Sequence[PromptRow], at_once: int, sampler: Sampler, scorer: Scorer
+    ) -> None:
+        self.config, self.sampler, self.scorer, self._at_once = config, sampler, scorer, at_once
         self.rows = rows[: config.validation.max_prompts]
         metric = config.validation.metric
         known = [*METRICS, *scorer.metrics()]
@@ -72,8 +75,9 @@ class Validator:
             write_whole(file, json.dumps(self._baseline) + "\n")
             if session.best and metric in metrics:
                 session.save(0, learner.state.value, metrics[metric])
-            score, kl = metrics["eval/scores"], metrics["eval/kl"]
-            session.logger.note(f"before training: {len(self.rows)} held-out prompts, score {score:.4g}, KL {kl:.3g}")
+            kl = f", KL {metrics['eval/kl']:.3g}" if "eval/kl" in metrics else ""
+            score = f"score {metrics['eval/scores']:.4g}"
+            session.logger.note(f"before training: {len(self.rows)} held-out prompts, {score}{kl}")
         elif file.is_file():
             self._baseline = json.loads(file.read_text(encoding="utf-8"))
         else:
@@ -136,14 +140,14 @@ class Validator:
         scores = self._score(session, self.scorer, texts, said, sampled)
         greedy = self._score(session, self.scorer, texts, best_said, best)
         lengths = np.asarray(sampled.response_mask)[:n].sum(axis=1)
-        kl = self._kl(learner, sampled)
         metrics = {
             "eval/scores": float(np.mean(scores)),
             "eval/scores_greedy": float(np.mean(greedy)),
-            "eval/kl": float(np.mean(np.asarray(kl)[:n])),
             "eval/mean_length": float(np.mean(lengths)),
             "eval/finished": float(np.mean(np.asarray(sampled.finished)[:n])),
         }
+        if learner.reference is not None:
+            metrics["eval/kl"] = float(np.mean(np.asarray(self._kl(learner.policy, learner.reference, sampled))[:n]))
         if self.second:
             metrics["eval/heldout_scores"] = float(np.mean(self._score(session, self.second, texts, said, sampled)))
         shown = zip(rows, said, best_said, scores, strict=True)
@@ -158,20 +162,17 @@ class Validator:
 
     def _answer(self, model: ModelConfig, copy: Params, key: Array, *, greedy: bool) -> tuple[Rollout, list[str]]:
         """The whole of the held-out prompts, filled up with the last one to whole forward passes, on the host."""
-        rows = [*self.rows, *[self.rows[-1]] * (-len(self.rows) % self._slice())]
+        rows = [*self.rows, *[self.rows[-1]] * (-len(self.rows) % self._at_once)]
         sampling = dataclasses.replace(self.config.sampling, greedy=greedy)
         tokenizer = self.sampler.tokenizer
         made = engine.answer(
             copy, model, self.sampler.prompts(rows), jax.random.fold_in(key, VALIDATION), sampling,
             tokenizer.stop_ids, tokenizer.pad_id,
-            slots=min(len(rows), self.sampler.slots or self.config.ppo.batch_size),
+            slots=min(len(rows), self.sampler.slots or self.sampler.batch),
             columns=self.sampler.columns, mesh=self.sampler.mesh,
         )  # fmt: skip
         made, texts = read(made, tokenizer, sampling.stop_strings)
         return made, texts[: len(self.rows)]
-
-    def _slice(self) -> int:
-        return self.config.ppo.annotation_rows(self.config.ppo.batch_size)
 
     def _score(
         self, session: Session, scorer: Scorer, prompts: list[str], texts: list[str], rollout: Rollout
@@ -182,22 +183,22 @@ class Validator:
             session.logger.note(f"validation: {note}")
         return scored.totals
 
-    def _kl(self, learner: Learner, rollout: Rollout) -> Array:
-        policy, reference = learner.policy, learner.reference
+    def _kl(self, policy: Params, reference: Params, rollout: Rollout) -> Array:
         placed = sharding.put_rows(rollout, self.sampler.mesh)
-        parts = rollout.tokens.shape[0] // self._slice()
-        return sequence_kl(policy, reference, placed, roles=learner.roles, parts=parts)
+        parts = rollout.tokens.shape[0] // self._at_once
+        temperature = self.config.sampling.temperature
+        return sequence_kl(policy, reference, placed, model=self.sampler.model, temperature=temperature, parts=parts)
 
 
-@functools.partial(jax.jit, static_argnames=("roles", "parts"))
-def sequence_kl(policy: Params, reference: Params, rollout: Rollout, *, roles: Roles, parts: int) -> Array:
+@functools.partial(jax.jit, static_argnames=("model", "temperature", "parts"))
+def sequence_kl(
+    policy: Params, reference: Params, rollout: Rollout, *, model: ModelConfig, temperature: float, parts: int
+) -> Array:
     """k1 of each response, f32 [B], in nats, by forward passes over `parts` slices."""
 
     def rows(part: Rollout) -> Array:
         both = [
-            sequence_logprobs(
-                params, roles.policy, part, response_states(params, roles.policy, part)[:, :-1], roles.temperature
-            )[0]
+            sequence_logprobs(params, model, part, response_states(params, model, part)[:, :-1], temperature)[0]
             for params in (policy, reference)
         ]
         return jnp.sum(masked.keep(k1(*both), part.response_mask), axis=1)

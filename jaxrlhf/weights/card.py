@@ -20,6 +20,7 @@ _METHODS = {
     "sft": "supervised fine-tuning",
     "reward": "preference pairs (Bradley-Terry)",
     "ppo": "PPO",
+    "grpo": "group-relative policy optimisation",
 }
 
 

@@ -13,8 +13,8 @@ from jaxrlhf import config, sharding
 from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted, RewardError, StorageError
 from jaxrlhf.training import setup
 from jaxrlhf.training.ppo import PPOTrainer
-from jaxrlhf.training.ppo_rollout import occurrences
 from jaxrlhf.training.reward import RewardTrainer
+from jaxrlhf.training.sampler import occurrences
 from jaxrlhf.training.sft import SFTTrainer
 
 

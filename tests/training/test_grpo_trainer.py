@@ -1,0 +1,160 @@
+"""GRPO runs: resuming with refills, the greedy baseline of ReMax, exports, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import equal, length_reward, records
+
+import jaxrlhf
+from jaxrlhf import commands, config, models, plan
+from jaxrlhf.errors import ConfigError, Preempted
+from jaxrlhf.training import grpo_answers
+from jaxrlhf.training.export import export
+from jaxrlhf.training.grpo import GRPOTrainer
+
+
+@pytest.fixture
+def grpo(parts):
+    return parts | {
+        "grpo": config.GRPO(method="dapo", batch_size=8, num_generations=2, total_episodes=32, num_mini_batches=2),
+        "sampling": config.Sampling(response_length=8),
+        "data": config.replace(parts["data"], validation_fraction=0.0),
+    }
+
+
+def coarse(prompts, completions, **columns):
+    """Few values, so that many groups are flat."""
+    return [float(len(text) > 6) for text in completions]
+
+
+def test_a_stopped_run_with_refills_goes_on_bit_for_bit_and_is_exported(grpo, tmp_path, request):
+    options = grpo | {"data": config.replace(grpo["data"], validation_fraction=0.25)}
+    options |= {"validation": config.Validation(eval_steps=2, max_prompts=4)}
+
+    def make(name):
+        return GRPOTrainer(config.GRPOConfig(run_dir=str(tmp_path / name), **options), reward=coarse)
+
+    whole = make("whole")
+    whole.train()
+    request.getfixturevalue("stop_at_two")
+    stopped = make("parts")
+    with pytest.raises(Preempted, match="after step 2"):
+        stopped.train()
+    assert list(stopped.frozen) == ["policy"], "there is no KL, so no reference"
+    assert export(tmp_path / "parts", tmp_path / "exported") == tmp_path / "exported"
+    assert commands._as_trained(str(tmp_path / "parts"), "sampling"), "generate and evaluate sample as it did"
+    resumed = make("parts")
+    resumed.train()
+    log = records(tmp_path / "whole")
+    assert records(tmp_path / "parts") == log
+    equal(jax.device_get(resumed.state.value), jax.device_get(whole.state.value))
+    assert sum(record["groups/replaced"] for record in log) > 0, "there were flat groups, and others"
+    assert all(0 <= record["groups/refills"] <= 3 for record in log) and "eval/kl" not in log[-1]
+    assert jaxrlhf.load(tmp_path / "exported")[0].vocab_size == whole.model.vocab_size
+
+
+def test_a_refill_replaces_flat_groups_whole_and_leaves_the_others_where_they_are(grpo):
+    trainer = GRPOTrainer(config.GRPOConfig(**grpo), reward=coarse)
+    online = trainer.online
+    plain, filled = online.answer(online.rows(0), 0), grpo_answers.refilled(online, 0, lambda: None, 3)
+    before, after = (set(grpo_answers.flat_groups(answers, 2).tolist()) for answers in (plain, filled))
+    assert before and after < before
+    assert filled.metrics["groups/replaced"] == len(before) - len(after)
+    masks = [np.asarray(answers.rollout.response_mask).sum(1) for answers in (plain, filled)]
+    for group in range(4):
+        rows = slice(2 * group, 2 * group + 2)
+        assert (filled.texts[rows] == plain.texts[rows]) == (group not in before - after)
+        assert len({row.index for row in filled.rows[rows]}) == 1, "one prompt"
+        index, sample = (np.asarray(x)[rows].tolist() for x in (filled.rollout.index, filled.rollout.sample))
+        assert index == [row.index for row in filled.rows[rows]] and sample == [0, 1]
+        assert filled.scored.totals[rows].tolist() == coarse([], filled.texts[rows])
+        assert group in before - after or (masks[0][rows] == masks[1][rows]).all()
+    said = [filled.texts[i] for i in range(8)]
+    real = np.asarray(filled.rollout.tokens[:, -filled.rollout.response_mask.shape[1] :])
+    decoded = [
+        trainer.tokenizer.decode(tokens[mask].tolist(), after=row.tokens)
+        for tokens, mask, row in zip(real, np.asarray(filled.rollout.response_mask), filled.rows, strict=True)
+    ]
+    assert decoded == said, "text and tokens are of the same response"
+
+
+def test_the_baseline_of_remax_is_the_greedy_response(grpo):
+    """Every token of it is the likeliest by the model's own forward pass, and it is scored and shaped like the rest."""
+    remax = config.GRPO(method="remax", batch_size=8, num_generations=2)
+    scores = config.Scores(missing_eos_penalty=1.0)
+    trainer = GRPOTrainer(config.GRPOConfig(**grpo | {"grpo": remax, "scores": scores}), reward=length_reward)
+    online = trainer.online
+    answers = grpo_answers.with_greedy(online, online.rows(0), 0, lambda: None)
+    greedy, worth = answers.greedy
+    length = greedy.response_mask.shape[1]
+    hidden = models.forward(trainer.params, trainer.model, greedy.tokens, greedy.mask)[:, -length - 1 : -1]
+    likeliest = jnp.argmax(models.lm_logits(trainer.params, trainer.model, hidden), axis=-1)
+    assert np.all((likeliest == greedy.tokens[:, -length:]) | ~greedy.response_mask)
+    np.testing.assert_array_equal(greedy.index, [row.index for row in answers.rows])
+    compared, metrics = trainer.learner.learn(answers.rollout, answers.scored.totals, answers.greedy, jax.random.key(0))
+    shaped = [np.asarray(s) - np.where(r.finished, 0.0, 1.0) for r, s in
+              ((answers.rollout, answers.scored.totals), (greedy, worth))]  # fmt: skip
+    expected = np.where(answers.rollout.response_mask, (shaped[0] - shaped[1])[:, None], 0)
+    np.testing.assert_allclose(compared.advantages, expected, atol=1e-6)
+    assert np.isfinite(metrics["loss/policy_avg"])
+
+
+def test_grpo_step_answers_as_a_notebook_expects(grpo):
+    """With a reference, which here is what lies under the adapters: there is no second copy."""
+    options = {"grpo": config.GRPO(batch_size=4, num_generations=2), "lora": config.LoRA(enabled=True, rank=2)}
+    trainer = GRPOTrainer(config.GRPOConfig(**grpo | options | {"data": config.Data()}), reward=length_reward)
+    assert trainer.frozen["reference"] is trainer.frozen["policy"]
+    result = trainer.grpo_step(["say red ", "say blue "])
+    assert len(result["generated_texts"]) == len(result["rewards"]) == 4
+    assert result["objective/kl"] == 0 and result["groups/count"] == 2 and trainer.state.value.step == 1
+    assert len(set(result["generated_texts"])) > 2, "samples of a prompt differ"
+    with pytest.raises(ConfigError, match="grpo_step got one text"):
+        trainer.grpo_step("say red ")
+
+
+def test_a_run_has_a_plan(grpo, tmp_path):
+    (tmp_path / "reward.py").write_text("def reward(prompts, completions):\n    return [0.0] * len(prompts)\n")
+    reward = config.RewardSource(function=f"{tmp_path / 'reward.py'}:reward")
+    made = plan.plan(config.GRPOConfig(**grpo | {"reward": reward}))
+    assert [phase.name for phase in made.phases] == ["copy for decoding", "rollout", "annotation", "update"]
+    assert made.peak.bytes["frozen models"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_generations": 1}, "every advantage would be 0; give 2 or more, or use remax or reinforce_pp"),
+        ({"batch_size": 9}, r"must be a multiple of grpo.num_generations \(2\); 8 would do"),
+        ({"method": "cispo", "cliprange": 1.5}, "less than or equal to 1"),
+        ({"method": "rloo", "num_mini_batches": 2}, "rloo has no ratio"),
+        ({"method": "gpg", "cliprange_high": 0.3, "num_mini_batches": 1}, "gpg has no ratio to clip"),
+        ({"kl_estimator": "k1"}, "its expected gradient is zero"),
+        ({"method": "rloo", "kl_estimator": "k3", "num_mini_batches": 1}, "the part that flows through the estimate"),
+        ({"method": "remax", "max_refills": 1, "num_mini_batches": 1}, "compares no groups that could be flat"),
+        ({"method": "online_dpo", "sampler_correction": "mask"}, "no importance weights"),
+        ({"method": "online_dpo", "num_mini_batches": 3}, "must divide the pairs of a batch"),
+        ({"method": "online_dpo", "kl_coef": 0.1}, "grpo.beta is its own"),
+        ({"micro_batch_size": 3}, r"grpo.micro_batch_size \(3\) must divide a mini-batch"),
+    ],
+)
+def test_contradictions_are_refused_with_the_way_out(grpo, changes, said):
+    with pytest.raises(ValueError, match=said):
+        config.GRPOConfig(**grpo | {"grpo": config.replace(grpo["grpo"], **changes)})
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [("reference", {"offload": True}), ("reference", {"sync_every": 2}), ("alarms", {"kl": 10.0})],
+)
+def test_what_is_about_a_reference_is_refused_where_there_is_none(grpo, section, values):
+    kinds = {"reference": config.Reference, "alarms": config.Alarms}
+    with pytest.raises(ValueError, match=f"{section}.* is set, and with a grpo.kl_coef of 0"):
+        config.GRPOConfig(**grpo | {section: kinds[section](**values)})
+
+
+def test_a_key_that_is_given_takes_the_place_of_the_methods_own():
+    assert config.GRPO(method="dapo").clip == (0.2, 0.28) and config.GRPO(method="gspo").clip == (3e-4, 4e-4)
+    assert config.GRPO(cliprange=0.1).clip == (0.1, 0.1) and config.GRPO(cliprange_high=0.3).clip == (0.2, 0.3)
+    assert config.GRPO().kl_weight == 0.04 and not config.GRPO(kl_coef=0.0).has_reference
+    assert config.GRPO(method="dapo").refills == 3 and config.GRPO(method="dapo", max_refills=0).refills == 0

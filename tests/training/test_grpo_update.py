@@ -1,0 +1,171 @@
+"""Group-relative updates on one small rollout, against numpy; the trainer around them is in test_grpo_trainer.py."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ppo_case import B, R, case, close
+
+from jaxrlhf import sharding
+from jaxrlhf.config import GRPO, Mesh, Optim
+from jaxrlhf.config.grpo import RECIPES
+from jaxrlhf.training import grpo_update, setup
+from jaxrlhf.training.optim import make_optimizer
+
+G = 4
+SCORES = jnp.asarray([1.0, 0.0, 0.5, -1.0, 2.0, 2.5, 0.0, 0.25])
+GREEDY = jnp.asarray([0.25, 0.5]).repeat(G)
+OPTIMIZERS = (("policy", make_optimizer(Optim(eps=1e-3), 1e-2, 100)),)  # one for all: programs are shared; see ppo_case
+KEY = jax.random.key(3)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    made = case()
+    made.rollout = dataclasses.replace(made.rollout, index=jnp.arange(B) // G)
+    return made
+
+
+def run(problem, grpo, scores=SCORES, *, rollout=None, key=KEY, mesh=None):
+    """(the policy after the update, what was compared, metrics)."""
+    mesh = mesh or problem.roles.mesh
+    roles = grpo_update.Roles(problem.roles.policy, OPTIMIZERS, grpo, R, 0.7, mesh, 0, 1.0)
+    policy, reference = problem.policy, problem.frozen["reference"]
+    rollout = rollout or problem.rollout
+    if mesh.size > 1:
+        policy, reference = (jax.device_put(tree, sharding.shardings(tree, mesh)) for tree in (policy, reference))
+        rollout, scores = sharding.put_rows((rollout, scores), mesh)
+    params = {"policy": setup.copy(policy, "float32", mesh)}
+    state = setup.State(params, dict(OPTIMIZERS), mesh, grpo.kl_weight).value
+    frozen = {"policy": {}} | ({"reference": reference} if grpo.has_reference else {})
+    greedy = GREEDY if grpo.recipe.advantage == "greedy" else None
+    compared, before = grpo_update.annotate(state, frozen, rollout, scores, greedy, roles=roles)
+    state, after = grpo_update.update(state, {"policy": {}}, compared, key, roles=roles)
+    return state.params["policy"], compared, before | after
+
+
+def settings(method, **options):
+    return GRPO(method=method, batch_size=B, num_generations=G, **options)
+
+
+def oracle(method, problem, kl):
+    """(advantages [B, R], loss before the KL) of one step, for which pi = pi_old; `kl` is k1 [B, R]."""
+    mask = np.asarray(problem.rollout.response_mask)
+    logprobs = np.float64(problem.rollout.logprobs) * mask
+    scores, lengths = np.float64(SCORES), mask.sum(1)
+    if method == "rloo":
+        scores = scores - 0.05 * kl.sum(1)
+    group = scores.reshape(-1, G)
+    centred = (group - group.mean(1, keepdims=True)).reshape(-1)
+    scaled = centred / (group.std(1, ddof=1).repeat(G) + 1e-4)
+
+    def white(x):
+        real = x[mask]
+        return (x - real.mean()) / np.sqrt(real.var(ddof=1) + 1e-8) * mask
+
+    rewards = -0.01 * kl
+    rewards[np.arange(B), lengths - 1] += scores
+    advantages = {
+        "dr_grpo": centred,
+        "rloo": centred * G / (G - 1),
+        "gpg": centred,
+        "remax": scores - np.float64(GREEDY),
+        "reinforce_pp": white(np.cumsum(rewards[:, ::-1], axis=1)[:, ::-1]),
+        "reinforce_pp_baseline": white(centred[:, None] * np.ones(mask.shape)),
+    }.get(method, scaled)
+    advantages = (advantages if advantages.ndim == 2 else advantages[:, None]) * mask
+    terms = advantages * (logprobs if method in ("rloo", "remax", "gpg", "cispo") else 1)
+    loss = {
+        "grpo": np.mean(terms.sum(1) / lengths),
+        "gspo": np.mean(terms.sum(1) / lengths),
+        "dr_grpo": terms.sum() / (B * R),
+        "rloo": terms.sum() / B,
+        "remax": terms.sum() / B,
+    }.get(method, terms.sum() / mask.sum())
+    return advantages, -loss
+
+
+@pytest.mark.parametrize("method", [name for name in RECIPES if name != "online_dpo"])
+def test_every_method_is_its_equations(problem, method):
+    grpo = settings(method)
+    params, compared, metrics = run(problem, grpo)
+    mask = np.asarray(problem.rollout.response_mask)
+    kl = np.zeros(mask.shape)
+    if grpo.has_reference:
+        kl = np.float64(problem.rollout.logprobs - compared.ref_logprobs) * mask
+        np.testing.assert_allclose(metrics["objective/kl"], kl.sum(1).mean(), rtol=1e-4)
+    assert ("loss/kl_avg" in metrics) == (grpo.has_reference and grpo.recipe.kl_in == "loss")
+    advantages, loss = oracle(method, problem, kl)
+    np.testing.assert_allclose(compared.advantages, advantages, rtol=2e-4, atol=1e-5)
+    np.testing.assert_allclose(metrics["loss/policy_avg"], loss, rtol=2e-4, atol=1e-5)
+    assert all(np.isfinite(value) for value in metrics.values()) and metrics["skipped_updates"] == 0
+    assert metrics["val/first_log_ratio_max"] == 0 or compared.old_logprobs is not None
+    moved = [np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (params, problem.policy)), strict=True)]
+    assert any(moved) and metrics["groups/count"] == 2
+
+
+def test_flat_groups_change_nothing(problem):
+    scores = SCORES.at[:G].set(0.5)
+    params, compared, metrics = run(problem, settings("dapo"), jnp.full(B, 0.1))
+    close(params, problem.policy, rtol=0, atol=0)
+    assert metrics["groups/flat"] == 2
+    _, compared, metrics = run(problem, settings("dapo"), scores)
+    assert metrics["groups/flat"] == 1
+    assert not np.any(compared.advantages[:G]) and np.any(compared.advantages[G:])
+
+
+SEVERAL = {"num_iterations": 2, "num_mini_batches": 2, "kl_coef": 0.1}
+
+
+def test_neither_micro_batches_nor_padding_nor_devices_change_an_update_of_several_steps(problem):
+    whole, _, expected = run(problem, settings("grpo", **SEVERAL))
+    assert expected["policy/steps"] == 4 and expected["val/first_log_ratio_max"] <= 1e-5 < expected["val/log_ratio_max"]
+    other = jnp.where(problem.rollout.mask, problem.rollout.tokens, 13)
+    rollout = dataclasses.replace(problem.rollout, tokens=other)
+    parts, _, metrics = run(problem, settings("grpo", micro_batch_size=1, **SEVERAL), rollout=rollout)
+    close(parts, whole, atol=2e-5)
+    close({k: metrics[k] for k in expected}, expected, rtol=1e-3, atol=1e-5)
+    shuffled, *_ = run(problem, settings("grpo", **SEVERAL), key=jax.random.key(4))
+    differs = [np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (shuffled, whole)), strict=True)]
+    assert any(differs), "another key is another order of the mini-batches"
+    mesh = sharding.make_mesh(Mesh(fsdp=2, tensor=4))
+    together, *_ = run(problem, settings("grpo", **SEVERAL), mesh=mesh)
+    close(together, whole, atol=2e-5)
+
+
+def test_one_step_needs_no_log_probs_before_it_whatever_the_micro_batches(problem):
+    """Also with weights for the sampler, which are made of the policy's own log-probs then."""
+    options = {"sampler_correction": "truncate", "kl_coef": 0.1}
+    whole, compared, expected = run(problem, settings("gspo", **options))
+    parts, _, metrics = run(problem, settings("gspo", micro_batch_size=2, **options))
+    assert compared.old_logprobs is None and metrics["val/first_log_ratio_max"] == 0
+    close(parts, whole, atol=2e-5)
+    close({k: metrics[k] for k in expected}, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_in_gspo_a_response_has_one_weight_for_the_sampler(problem):
+    apart = dataclasses.replace(problem.rollout, logprobs=problem.rollout.logprobs - jnp.linspace(0, 1, R))
+    weights, _ = grpo_update.corrected(
+        apart, problem.rollout.logprobs, settings("gspo", sampler_correction="truncate", sampler_cap=1.5)
+    )
+    mask = np.asarray(apart.response_mask)
+    for row, real in enumerate(mask):
+        expected = min(np.exp(np.linspace(0, 1, R)[real].mean()), 1.5)
+        np.testing.assert_allclose(np.asarray(weights)[row, real], expected, rtol=1e-5)
+
+
+def test_online_dpo_learns_from_the_best_and_the_worst_of_each_group_and_leaves_ties_out(problem):
+    scores = SCORES.at[:G].set(0.5)
+    params, compared, metrics = run(problem, settings("online_dpo"), scores)
+    np.testing.assert_array_equal(compared.rollout.tokens[1], problem.rollout.tokens[jnp.asarray([5, 6])])
+    np.testing.assert_array_equal(compared.advantages, [[0, 0], [1, 1]])
+    mask = np.asarray(compared.rollout.response_mask)
+    ratios = np.sum(np.float64(compared.rollout.logprobs - compared.ref_logprobs) * mask, axis=2)[1]
+    margin = 0.1 * (ratios[0] - ratios[1])
+    np.testing.assert_allclose(metrics["rewards/margins"], margin, rtol=1e-3)
+    np.testing.assert_allclose(metrics["loss/policy_avg"], np.log1p(np.exp(-margin)), rtol=1e-4)
+    assert metrics["groups/tied"] == 1
+    parts, *_ = run(problem, settings("online_dpo", micro_batch_size=2), scores)
+    close(parts, params, atol=2e-5)
