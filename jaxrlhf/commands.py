@@ -123,11 +123,12 @@ def _notes() -> Iterator[None]:
 
 
 def _trainer(method: str) -> Any:
+    from jaxrlhf.training.dpo import DPOTrainer
     from jaxrlhf.training.ppo import PPOTrainer
     from jaxrlhf.training.reward import RewardTrainer
     from jaxrlhf.training.sft import SFTTrainer
 
-    return {"sft": SFTTrainer, "reward": RewardTrainer, "ppo": PPOTrainer}[method]
+    return {"sft": SFTTrainer, "reward": RewardTrainer, "dpo": DPOTrainer, "ppo": PPOTrainer}[method]
 
 
 def _plan(options: Options, overrides: Overrides) -> int:
@@ -313,6 +314,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "sft": Command(_train, "supervised fine-tuning", _CONFIG, overrides=True),
     "reward": Command(_train, "train a reward model on preference pairs", _CONFIG, overrides=True),
+    "dpo": Command(
+        _train, "learn from preferences without a reward model: DPO and its relatives", _CONFIG, overrides=True
+    ),
     "ppo": Command(_train, "PPO against a reward model or a reward function", _CONFIG, overrides=True),
     "plan": Command(
         _plan,
@@ -370,5 +374,5 @@ COMMANDS: dict[str, Command] = {
         },
     ),
 }
-COMPUTING = {"demo", "doctor", "sft", "reward", "ppo", "plan", "generate", "evaluate"}  # these use the devices
+COMPUTING = {"demo", "doctor", "sft", "reward", "dpo", "ppo", "plan", "generate", "evaluate"}  # these use the devices
 TOP_LEVEL = {key for cls in config_file.METHODS.values() for key, _ in config_file.keys(cls) if "." not in key}

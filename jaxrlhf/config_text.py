@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from jaxrlhf.config import RewardSource, lora, methods, ppo, rewards, sections
+from jaxrlhf.config import RewardSource, dpo, lora, methods, ppo, rewards, sections
 
 _RESOLVERS = (  # the core schema of YAML 1.2, section 10.3.2: tag, pattern, first characters
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -102,7 +102,9 @@ def field_docs() -> dict[tuple[str, str], str]:
     """The text under each field of config/, by (class, field)."""
     docs: dict[tuple[str, str], str] = {}
     for cls in [
-        node for module in (lora, methods, ppo, rewards, sections) for node in ast.parse(inspect.getsource(module)).body
+        node
+        for module in (dpo, lora, methods, ppo, rewards, sections)
+        for node in ast.parse(inspect.getsource(module)).body
     ]:
         if not isinstance(cls, ast.ClassDef):
             continue

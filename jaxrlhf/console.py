@@ -10,6 +10,13 @@ from typing import Any
 SUMMARY: dict[str, dict[str, str]] = {
     "sft": {"loss": "loss", "eval/loss": "eval", "learning_rate": "lr"},
     "reward": {"loss": "loss", "accuracy": "acc", "margin": "margin", "eval/accuracy": "eval", "learning_rate": "lr"},
+    "dpo": {
+        "loss": "loss",
+        "rewards/accuracies": "acc",
+        "rewards/margins": "margin",
+        "eval/rewards/accuracies": "eval",
+        "learning_rate": "lr",
+    },
     "ppo": {"objective/scores": "score", "objective/kl": "kl", "tokens/mean_length": "len", "learning_rate": "lr"},
 }
 """What the console shows of a record, by method: key -> label."""

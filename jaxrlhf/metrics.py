@@ -13,6 +13,21 @@ from jaxrlhf.console import Console
 from jaxrlhf.errors import ConfigError, DataError, first_line, quoted
 from jaxrlhf.files import write_whole
 
+PREFERENCES: dict[str, str] = {
+    "rewards/chosen": "mean over pairs of the chosen response's reward; kto: over rows with a true label",
+    "rewards/rejected": "the same of rejected responses; kto: of rows with a false label",
+    "rewards/accuracies": "share of pairs whose chosen response has the higher reward",
+    "rewards/margins": "rewards/chosen - rewards/rejected",
+    "logps/chosen": "mean over pairs (kto: rows with a true label) of log p(chosen), summed over its tokens, nats",
+    "logps/rejected": "the same of rejected responses",
+    "nll_loss": "the SFT term before its weight: mean over tokens of chosen responses of -log p",
+    "log_odds_chosen": "ORPO: mean over pairs of the log odds ratio, chosen against rejected",
+    "log_odds_ratio": "ORPO: mean over pairs of log sigmoid of it",
+    "share/chosen": "KTO: share of rows with a true label",
+    "share/rejected": "KTO: share of rows with a false label",
+    "kl": "KTO: the baseline, mean log(policy / reference) of answers to other prompts, at least 0",
+    "beta": "beta of this step",
+}
 METRICS: dict[str, str] = {
     # every trainer
     "epoch": "passes over the training rows so far",
@@ -22,7 +37,8 @@ METRICS: dict[str, str] = {
     "num_tokens": "tokens learnt in this step",
     "skipped_updates": "optimizer steps of this record that were left out because loss or gradient was not finite",
     # SFT
-    "loss": "SFT: mean over loss tokens of -log p; reward model: mean over pairs of -log sigmoid(chosen - rejected)",
+    "loss": "SFT: mean over loss tokens of -log p; reward model: mean over pairs of -log sigmoid(chosen - rejected); "
+    "DPO: mean over pairs of what dpo.loss says, and the SFT term",
     "entropy": "mean over loss tokens of the entropy of the next-token distribution, nats",
     "eval/loss": "`loss` over all held-out rows",
     "eval/entropy": "`entropy` over all held-out rows",
@@ -35,6 +51,9 @@ METRICS: dict[str, str] = {
     "eval/accuracy": "`accuracy` over all held-out pairs",
     "eval/margin": "`margin` over all held-out pairs",
     "eval/mean_reward": "`mean_reward` over all held-out pairs",
+    # DPO and its relatives; a pair's reward is beta log(policy / reference), without a reference beta log p per token
+    **PREFERENCES,
+    **{f"eval/{key}": f"`{key}` over all held-out rows" for key in PREFERENCES if key != "beta"},
     # PPO; per sequence: the sum over response tokens, then the mean over the batch
     "objective/kl": "per sequence: sum of k1 = log pi_old - log ref at the sampled tokens, nats",
     "objective/kl_per_token": "mean over response tokens of k1, nats",
@@ -118,7 +137,7 @@ class Logger:
     Args:
         directory: the run directory.
         config: what to show and where to send it.
-        method: "sft", "reward" or "ppo".
+        method: "sft", "reward", "dpo" or "ppo".
         total_steps: steps of the whole run, for progress and time left.
     """
 

@@ -190,7 +190,7 @@ def test_presets_are_found_by_name_and_valid(trained, method):
 
 def test_a_preset_that_is_not_there(capsys):
     assert main(["ppo", "pqo"]) == 3
-    assert "did you mean 'ppo'?" in capsys.readouterr().err
+    assert "did you mean 'ppo'" in capsys.readouterr().err
 
 
 def test_new_prints_a_config_that_reads_back(capsys, tmp_path):

@@ -1,10 +1,11 @@
 """Every run's configuration: frozen, strict and complete. A default is said here and nowhere else; no jax in sight.
 
-A run's config is one of `SFTConfig`, `RewardConfig`, `PPOConfig`; each is a record of sections. `config_file.py` reads
-them from YAML and overrides. Names are TRL's where the meaning is TRL's.
+A run's config is one of `SFTConfig`, `RewardConfig`, `DPOConfig`, `PPOConfig`; each is a record of sections.
+`config_file.py` reads them from YAML and overrides. Names are TRL's where the meaning is TRL's.
 """
 
 from jaxrlhf.config.base import DType, replace
+from jaxrlhf.config.dpo import DPO, DPOConfig
 from jaxrlhf.config.lora import LoRA
 from jaxrlhf.config.methods import PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.config.ppo import PPO, Alarms, Critic, Reference, Scores, Validation
@@ -23,11 +24,13 @@ from jaxrlhf.config.sections import (
 )
 
 __all__ = [
+    "DPO",
     "PPO",
     "Alarms",
     "Checkpoint",
     "Component",
     "Critic",
+    "DPOConfig",
     "DType",
     "Data",
     "Engine",

@@ -45,7 +45,7 @@ class SFTConfig:
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
 
     def __post_init__(self) -> None:
-        _check_supervised(self.train, self.optim)
+        check_supervised(self.train, self.optim)
 
 
 @section
@@ -68,7 +68,7 @@ class RewardConfig:
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
 
     def __post_init__(self) -> None:
-        _check_supervised(self.train, self.optim)
+        check_supervised(self.train, self.optim)
         if self.frozen_trunk and self.lora.enabled:
             raise ValueError("frozen_trunk is true and lora.enabled too: adapters are how a trunk trains; choose one")
 
@@ -211,7 +211,8 @@ def _near(wanted: int, whole: int) -> int:
     return max(n for n in range(1, wanted + 1) if whole % n == 0)
 
 
-def _check_supervised(train: Train, optim: Optim) -> None:
+def check_supervised(train: Train, optim: Optim) -> None:
+    """What does not go together in supervised training."""
     if optim.offload:
         raise ValueError(
             "optim.offload is true: in supervised training every step needs the moments, and what comes between steps "

@@ -70,11 +70,12 @@ def packed_pairs(rows: Sequence[PackedRow], pad_id: int, length: int, most: int)
 
 def longest(rows: Sequence[T], count: int) -> list[T]:
     """The `count` longest rows, again and again if there are fewer; none if there are none."""
-    by_length = sorted(rows, key=lambda row: -_length(row))
+    by_length = sorted(rows, key=lambda row: -longer(row))
     return [by_length[i % len(by_length)] for i in range(count)] if by_length else []
 
 
-def _length(row: Any) -> int:
+def longer(row: Any) -> int:
+    """Tokens of a row; of a pair, those of the longer text."""
     return max(len(row.chosen.tokens), len(row.rejected.tokens)) if isinstance(row, PairRow) else len(row.tokens)
 
 

@@ -184,7 +184,7 @@ def fit(
     metric: str,
     samples: Callable[[], list[dict[str, Any]]] | None,
 ) -> Metrics:
-    """Run what is left of supervised training (SFT, reward models); return the last step's metrics.
+    """Run what is left of supervised training (SFT, reward models, preferences); return the last step's metrics.
 
     `update(step)` moves `state` on from step to step + 1. `evaluate` runs every `eval_every` steps and at the end, and
     its `metric` goes into a checkpoint made at that moment. `samples` runs every `logging.sample_every` steps. If the

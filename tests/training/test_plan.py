@@ -117,7 +117,7 @@ def test_the_command_finds_out_what_a_file_is_for(rewarded, tmp_path, capsys):
     file.write_text("model:\n  path: m\nppo:\n  batch_size: 4\n")
     assert config_file.method_of(file) == "ppo"
     file.write_text("model:\n  path: m\n")
-    with pytest.raises(ConfigError, match=r"fit sft and reward and ppo; give --method"):
+    with pytest.raises(ConfigError, match=r"fit sft and reward and dpo and ppo; give --method"):
         config_file.method_of(file)
     assert cli.main(["plan", str(file)]) == ConfigError.exit_code
     assert "--method" in capsys.readouterr().err
