@@ -23,7 +23,7 @@ from jaxrlhf.programs import Ahead
 from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.training import loop, reference, setup
 from jaxrlhf.training.dpo_rows import Rows, read, texts
-from jaxrlhf.training.dpo_update import Preferences, Responses, evaluate, score, update
+from jaxrlhf.training.dpo_update import PairLogprobs, Preferences, evaluate, score, update
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.samples import Samples
 from jaxrlhf.training.step import Metrics
@@ -152,7 +152,7 @@ class DPOTrainer:
 
         def compute() -> np.ndarray:
             say(f"log-probs of the reference: {len(rows)} rows, once for this model and these rows")
-            return np.concatenate([self._responses(self._before, part.rows, say, stopping).logprobs for part in parts])
+            return np.concatenate([self._scored(self._before, part.rows, say, stopping).logprobs for part in parts])
 
         found = reference.kept(
             Path(self.config.dpo.reference_folder or Path(self.config.run_dir) / "reference"),
@@ -209,13 +209,13 @@ class DPOTrainer:
         self.state.value, metrics = update(self.state.value, self.frozen, batch, beta, self._key, **self._static)
         return metrics | {"epoch": (step + 1) * self.config.train.batch_size / len(self._rows.train.rows)}
 
-    def _responses(
+    def _scored(
         self,
         params: Params,
         rows: Sequence[Any],
         say: Callable[[str], None] = lambda _: None,
         stopping: Callable[[], bool] = lambda: False,
-    ) -> Responses:
+    ) -> PairLogprobs:
         """`score` of all rows, in their order, on the host. Rows of like length go together."""
         self._programs.wait(score)
         size, found, told = self.config.train.eval_batch_size, [], time.monotonic()
@@ -234,6 +234,6 @@ class DPOTrainer:
 
     def _evaluate(self) -> Metrics:
         part, beta = self._rows.held_out, self._beta_at(max(int(self.state.value.step) - 1, 0))
-        found = self._responses(self.params, part.rows)
+        found = self._scored(self.params, part.rows)
         metrics = evaluate(found, part.reference, part.desirable, beta, settings=self.config.dpo)
         return {f"eval/{key}": value for key, value in metrics.items()}

@@ -32,7 +32,7 @@ class Preferences(NamedTuple):
     desirable: Array  # bool [B]   kto: the label; else true
 
 
-class Responses(NamedTuple):
+class PairLogprobs(NamedTuple):
     """Of the responses of pairs, chosen and rejected on the last axis."""
 
     logprobs: Array  # f32 [B, 2], of packed pairs [B, M, 2]   log p, summed over the tokens
@@ -47,7 +47,7 @@ def _token_logprobs(params: Params, batch: Batch, model: ModelConfig, keys: Arra
     return masked.keep(logprobs, batch.loss_mask[:, 1:])
 
 
-def responses(params: Params, pairs: Pairs | PackedPairs, model: ModelConfig, keys: Array | None) -> Responses:
+def pair_logprobs(params: Params, pairs: Pairs | PackedPairs, model: ModelConfig, keys: Array | None) -> PairLogprobs:
     """One forward over 2B rows, of packed pairs over B rows. `keys` [B] are for dropout."""
     if isinstance(pairs, PackedPairs):
         texts, segments = pairs.texts, pairs.texts.segments
@@ -65,7 +65,7 @@ def responses(params: Params, pairs: Pairs | PackedPairs, model: ModelConfig, ke
             return jnp.sum(values, axis=1).reshape(2, -1).T
 
     logprobs = summed(_token_logprobs(params, texts, model, keys))
-    return Responses(logprobs, summed(texts.loss_mask[:, 1:].astype(jnp.int32)), pairs.valid)
+    return PairLogprobs(logprobs, summed(texts.loss_mask[:, 1:].astype(jnp.int32)), pairs.valid)
 
 
 def _logprobs(params: Params, batch: Batch, model: ModelConfig, keys: Array | None) -> Array:
@@ -74,13 +74,13 @@ def _logprobs(params: Params, batch: Batch, model: ModelConfig, keys: Array | No
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def score(params: Params, pairs: Pairs | PackedPairs, *, model: ModelConfig) -> Responses:
-    """`responses` without dropout: those of the reference, and of held-out pairs."""
-    return responses(params, pairs, model, None)
+def score(params: Params, pairs: Pairs | PackedPairs, *, model: ModelConfig) -> PairLogprobs:
+    """`pair_logprobs` without dropout: those of the reference, and of held-out pairs."""
+    return pair_logprobs(params, pairs, model, None)
 
 
 def objective(
-    found: Responses, reference: Array, count: Scalar, chosen_tokens: Scalar, beta: Scalar, settings: DPO
+    found: PairLogprobs, reference: Array, count: Scalar, chosen_tokens: Scalar, beta: Scalar, settings: DPO
 ) -> tuple[Array, Metrics]:
     """The loss of `settings` over pairs, with its SFT term, and its metrics. `count` and `chosen_tokens` are the pairs
     of the whole optimizer batch and the tokens of their chosen responses."""
@@ -115,7 +115,7 @@ def kto_objective(
 
 
 @functools.partial(jax.jit, static_argnames="settings")
-def evaluate(found: Responses, reference: Array, desirable: Array, beta: Array, *, settings: DPO) -> Metrics:
+def evaluate(found: PairLogprobs, reference: Array, desirable: Array, beta: Array, *, settings: DPO) -> Metrics:
     """Loss and metrics of held-out rows, all of them at once: some losses rank them, and the KL of kto is a mean."""
     count = jnp.sum(found.valid)
     if settings.loss == "kto":
@@ -160,7 +160,7 @@ def update(
             assert isinstance(part.pairs, Pairs)
             logprobs = _logprobs(policy, part.pairs.chosen, model, rows[1])
             return kto_objective(logprobs, part.reference[:, 0], part.desirable, kl, count, beta, settings)
-        found = responses(policy, part.pairs, model, rows[1])
+        found = pair_logprobs(policy, part.pairs, model, rows[1])
         return objective(found, part.reference, count, chosen_tokens, beta, settings)
 
     grads, metrics = gradients(share, state.params["policy"], (batch, keys), num_micro)

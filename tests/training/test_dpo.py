@@ -63,9 +63,7 @@ def test_adapters_have_the_model_under_them_as_reference(short, on_disk, tmp_pat
     base = jax.device_get(trainer.frozen)
     trainer.score_reference(lambda _: None)
     known = trainer._rows.held_out.reference
-    np.testing.assert_allclose(
-        trainer._responses(trainer.params, trainer._rows.held_out.rows).logprobs, known, rtol=1e-6
-    )
+    np.testing.assert_allclose(trainer._scored(trainer.params, trainer._rows.held_out.rows).logprobs, known, rtol=1e-6)
     assert known.ndim == 3 and trainer._evaluate()["eval/rewards/margins"] == pytest.approx(0, abs=1e-6)
     trainer.train()
     equal(trainer.frozen, base)

@@ -128,7 +128,7 @@ def test_padding_and_packing_do_not_change_an_update():
 
 
 @functools.cache
-def responses_and_back():
+def scored_and_back():
     """Responses of PARAMS, and the function from the gradient by their log-probs to that by the parameters."""
     pairs = jax.tree.map(jnp.asarray, preferences().pairs)
 
@@ -142,7 +142,7 @@ def responses_and_back():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_loss_moves_the_policy_by_finite_numbers(name):
     """From the reference itself, where margins are 0, as at the first step."""
-    found, back = responses_and_back()
+    found, back = scored_and_back()
     smoothing = {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}
     settings, reference = config.DPO(loss=name, **smoothing), found.logprobs * (name not in REFERENCE_FREE)
 
