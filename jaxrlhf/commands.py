@@ -200,6 +200,13 @@ def _generate(options: Options, overrides: Overrides) -> None:
 
 
 def _evaluate(options: Options, overrides: Overrides) -> None:
+    if bool(options.prompts) == bool(options.examples):
+        raise ConfigError(
+            "evaluate: give --prompts FILE for a language model to complete, or --examples FILE for a reward model to "
+            "judge; one of the two"
+        )
+    if options.examples:
+        return _judge(options, overrides)
     flags = {
         "model.path": options.model,
         "data.path": options.prompts,
@@ -221,12 +228,28 @@ def _evaluate(options: Options, overrides: Overrides) -> None:
         print(f"\nwrote {evaluate.write(result, Path(options.output))}")
 
 
-def _as_trained(model: str, *sections: str) -> Overrides:
-    """Sections of the config of the PPO run in the folder `model`, if that is one; nothing for other models."""
+def _judge(options: Options, overrides: Overrides) -> None:
+    """`evaluate --examples`: what a reward model says of examples."""
+    given = [("model.path", options.model), ("data.path", options.examples)]
+    kept = {f"data.{key}" for key in ("completion_prefix", "control_tokens", "max_length", "truncation")}
+    before = [pair for pair in _as_trained(options.model, "data", method="reward") if pair[0] in kept]
+    config = config_file.read("reward", None, [*before, *given, *overrides], partial=True)
+    runtime.configure()
+    from jaxrlhf import evaluate, examples
+
+    with _compilations(sys.stderr, quiet=config.logging.quiet):
+        result = examples.judge(config)
+    print(examples.table(result))
+    if options.output:
+        print(f"\nwrote {evaluate.write(result, Path(options.output))}")
+
+
+def _as_trained(model: str, *sections: str, method: str = "ppo") -> Overrides:
+    """Sections of the config of the `method` run in the folder `model`, if that is one; nothing for other models."""
     file = Path(model) / "config.yaml"
-    if not file.is_file() or not file.read_text(encoding="utf-8").startswith("# jaxrlhf ppo"):
+    if not file.is_file() or not file.read_text(encoding="utf-8").startswith(f"# jaxrlhf {method}"):
         return []
-    config = dataclasses.asdict(config_file.read("ppo", file, partial=True))
+    config = dataclasses.asdict(config_file.read(method, file, partial=True))
     return [(f"{name}.{key}", json.dumps(value)) for name in sections for key, value in config[name].items()]
 
 
@@ -349,10 +372,16 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate": Command(
         _evaluate,
-        "score completions of random prompts and rank them BEST, MEDIUM, WORST",
+        "score completions of random prompts and rank them BEST, MEDIUM, WORST; of a reward model, its verdicts on "
+        "examples",
         {
             "model": _MODEL,
-            "--prompts": {"required": True, "metavar": "FILE", "help": "a data file with prompts"},
+            "--prompts": {"metavar": "FILE", "help": "a data file with prompts, for a language model"},
+            "--examples": {
+                "metavar": "FILE",
+                "help": "for a reward model: rows {name, prompt, good, bad}, {name, prompt, completion, label}, or "
+                "preferences",
+            },
             "--num-prompts": {"type": _count, "default": 20, "metavar": "N"},
             "--num-completions": {"type": _count, "default": 4, "metavar": "N"},
             "--reward": {"metavar": "path.py:name", "help": "reward function; default: what a PPO run was trained by"},

@@ -37,20 +37,29 @@ METRICS: dict[str, str] = {
     "num_tokens": "tokens learnt in this step",
     "skipped_updates": "optimizer steps of this record that were left out because loss or gradient was not finite",
     # SFT
-    "loss": "SFT: mean over loss tokens of -log p; reward model: mean over pairs of -log sigmoid(chosen - rejected); "
-    "DPO: mean over pairs of what dpo.loss says, and the SFT term",
+    "loss": "SFT: mean over loss tokens of -log p; reward model: the loss that it learns by, mean over rows; "
+    "DPO: what dpo.loss says, mean over rows, and the SFT term",
     "entropy": "mean over loss tokens of the entropy of the next-token distribution, nats",
     "eval/loss": "`loss` over all held-out rows",
     "eval/entropy": "`entropy` over all held-out rows",
     # reward model
-    "accuracy": "share of pairs whose chosen completion scores higher",
-    "margin": "mean over pairs of chosen score - rejected score",
-    "min_reward": "least score of the batch, chosen and rejected together",
-    "mean_reward": "mean score of the batch, chosen and rejected together",
-    "max_reward": "greatest score of the batch, chosen and rejected together",
-    "eval/accuracy": "`accuracy` over all held-out pairs",
-    "eval/margin": "`margin` over all held-out pairs",
-    "eval/mean_reward": "`mean_reward` over all held-out pairs",
+    "accuracy": "share of pairs whose chosen response scores higher (ties are none of them, but count); of a ranking "
+    "the share of its pairs in order, mean over rankings; share of labelled responses with the label's sign",
+    "margin": "mean over pairs of chosen score - rejected score (0 for a tie)",
+    "ties": "share of pairs that are ties",
+    "absolute_error": "mean over scored responses of |score - target|",
+    "min_reward": "least score of the batch, of all responses together",
+    "mean_reward": "mean score of the batch, of all responses together (of rankings, mean of their means)",
+    "max_reward": "greatest score of the batch, of all responses together",
+    "eval/accuracy": "`accuracy` over all held-out rows",
+    "eval/margin": "`margin` over all held-out rows",
+    "eval/ties": "`ties` over all held-out rows",
+    "eval/absolute_error": "`absolute_error` over all held-out rows",
+    "eval/mean_reward": "`mean_reward` over all held-out rows",
+    "eval/ece": "held-out rows: expected calibration error of sigmoid(chosen - rejected); of labels, sigmoid(score)",
+    "eval/auc": "held-out labels: share of all (good, bad) where the good response scores higher, a tie half",
+    "eval/correlation": "held-out scores: Pearson correlation of score and target",
+    "eval/length_accuracy": "held-out rows: accuracy of length alone, longer or shorter as better, whichever is more",
     # DPO and its relatives; a pair's reward is beta log(policy / reference), without a reference beta log p per token
     **PREFERENCES,
     **{f"eval/{key}": f"`{key}` over all held-out rows" for key in PREFERENCES if key != "beta"},
@@ -127,8 +136,8 @@ METRICS: dict[str, str] = {
 REWARDS = "rewards/"
 """Keys that begin so are a part of the score by its own name: `mean` and `std` over the batch, before its weight
 (NAME_unanswered and NAME_truncated: shares of the completions without an opinion, and of those a model could not read
-whole); `errors`, completions without a usable answer; `length_correlation`, Pearson's, with the number of response
-tokens (0 where one of the two does not vary)."""
+whole; NAME_spread: standard deviation between the models of an ensemble); `errors`, completions without a usable
+answer; `length_correlation`, Pearson's, with the number of response tokens (0 where one of the two does not vary)."""
 
 
 class Logger:

@@ -163,10 +163,11 @@ def _prompt_row(tokens: Tokens, example: Example, rows: Rows, i: int) -> PromptR
             "argument of that name; rename it with data.columns"
         )
     turns = None if isinstance(example.prompt, str) else example.prompt
-    return PromptRow(tokens.prompt, _as_written(example.prompt), rows.rows[i], i, turns)
+    return PromptRow(tokens.prompt, as_written(example.prompt), rows.rows[i], i, turns)
 
 
-def _as_written(prompt: Content) -> str:
+def as_written(prompt: Content) -> str:
+    """A prompt as people wrote it, without chat format; a conversation with several turns as a transcript."""
     if isinstance(prompt, str):
         return prompt.replace(GUARD, "")
     said = [turn for turn in prompt if turn["role"] != "system"]

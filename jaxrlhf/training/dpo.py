@@ -22,8 +22,8 @@ from jaxrlhf.errors import Preempted
 from jaxrlhf.programs import Ahead
 from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.training import loop, reference, setup
-from jaxrlhf.training.dpo_rows import Rows, read, texts
-from jaxrlhf.training.dpo_update import PairLogprobs, Preferences, evaluate, score, update
+from jaxrlhf.training.dpo_rows import Rows, read
+from jaxrlhf.training.dpo_update import PairLogprobs, Preferences, evaluate, evaluated, score, update
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.samples import Samples
 from jaxrlhf.training.step import Metrics
@@ -67,6 +67,8 @@ class DPOTrainer:
         self._rows = Rows(self.data, config, self.tokenizer, self.model, self.mesh)
         self.width, self._known = self._rows.width, config.dpo.loss in REFERENCE_FREE
         number = len(self._rows.train.rows)
+        known = [f"eval/{key}" for key in evaluated(config.dpo)]
+        loop.check_metric(config, known, bool(self._rows.held_out.rows))
         self.total_steps = loop.num_steps(number, train.batch_size, train.num_train_epochs, train.max_steps)
         self._optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
         self._beta = beta_schedule(config.dpo, self.total_steps)
@@ -79,7 +81,7 @@ class DPOTrainer:
         }
         shown = (self.data.validation or self.data.train)[: config.logging.num_samples]
         self._samples = Samples(
-            [texts(row)[0] for row in shown], self.model, self.tokenizer, config.sampling, self.mesh
+            [batching.texts(row)[0] for row in shown], self.model, self.tokenizer, config.sampling, self.mesh
         )
         self._programs, self._begun = Ahead(), ahead
         params = setup.shapes_of(self.model, storage, self.mesh, config.lora)
@@ -106,7 +108,8 @@ class DPOTrainer:
         first = self.data.train[0]
         sides = ("chosen", "rejected") if isinstance(first, PairRow) else (("good" if first.label else "bad"),)
         shown = (
-            f"{side}: {self.tokenizer.decode(text.tokens)}" for side, text in zip(sides, texts(first), strict=True)
+            f"{side}: {self.tokenizer.decode(text.tokens)}"
+            for side, text in zip(sides, batching.texts(first), strict=True)
         )
         return "\n".join((self._about(), f"{self.total_steps} steps", *shown))
 
@@ -130,7 +133,6 @@ class DPOTrainer:
                 update=self._update,
                 evaluate=self._evaluate if rows.held_out.rows else None,
                 eval_every=train.eval_every or -(-len(rows.train.rows) // train.batch_size),
-                metric="eval/rewards/margins" if self.config.dpo.loss == "kto" else "eval/rewards/accuracies",
                 samples=lambda: self._samples.draw(
                     self.params, jax.random.fold_in(self._key, int(self.state.value.step))
                 ),

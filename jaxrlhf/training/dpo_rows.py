@@ -51,7 +51,7 @@ class Rows:
         limit = min(config.data.max_length, self._context)
         read: list[Any] = [*split.train, *split.validation]
         labels = np.array([getattr(row, "label", True) for row in read])
-        lengths = [len(text.tokens) for row in read for text in texts(row)]
+        lengths = [len(text.tokens) for row in read for text in batching.texts(row)]
         setup.check_context(lengths, model, "the longest row", "data.max_length")
         rows: Split[Any] = split
         if config.dpo.loss == "kto":
@@ -61,7 +61,7 @@ class Rows:
         self.width = 2 * batching.bucket(widest, self._context)
         """Columns of the widest pair, or of all packed rows."""
         if config.train.packing:
-            rows = pack(rows, texts, self.width, config.train.batch_size)
+            rows = pack(rows, batching.texts, self.width, config.train.batch_size)
             self._most = max(len(row.lengths) // 2 for row in (*rows.train, *rows.validation))
         self.report = rows.report
         self.train, self.held_out = (
@@ -98,8 +98,3 @@ class Rows:
         """A batch of the longest rows, which come again and again if there are fewer."""
         order = sorted(range(len(part.rows)), key=lambda i: -batching.longer(part.rows[i]))
         return self.batch(part, [order[i % len(order)] for i in range(count)])
-
-
-def texts(row: PairRow | LabelledRow) -> tuple[Any, ...]:
-    """The texts of a row as it was read."""
-    return (row.chosen, row.rejected) if isinstance(row, PairRow) else (row,)

@@ -127,6 +127,14 @@ def evaluate(found: PairLogprobs, reference: Array, desirable: Array, beta: Arra
     return objective(found, reference, count, chosen_tokens, beta, settings)[1]
 
 
+def evaluated(settings: DPO) -> list[str]:
+    """The keys of `evaluate`."""
+    row = jax.ShapeDtypeStruct((1, 2), jnp.float32)
+    found = PairLogprobs(row, jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.bool_))  # type: ignore[arg-type]
+    one = functools.partial(evaluate, settings=settings)
+    return list(jax.eval_shape(one, found, row, found.valid, jax.ShapeDtypeStruct((), jnp.float32)))
+
+
 @functools.partial(
     jax.jit, static_argnames=("model", "optimizer", "settings", "num_micro", "mesh"), donate_argnames="state"
 )

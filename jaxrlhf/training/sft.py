@@ -89,6 +89,7 @@ class SFTTrainer:
         self._num_micro = train.batch_size // micro
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = sft_rows(config.data, self.tokenizer, config.completion_only)
+        loop.check_metric(config, ("eval/loss", "eval/entropy"), bool(self.data.validation))
         init_key, self._key, _, lora_key = setup.keys(config.seed)
         storage = setup.storage_of(config)
         self.model = setup.model_of(config.model, self.tokenizer, "lm", config.lora)
@@ -158,7 +159,6 @@ class SFTTrainer:
                 update=self._update,
                 evaluate=self._evaluate if held_out else None,
                 eval_every=train.eval_every or -(-len(self._rows.train) // train.batch_size),
-                metric="eval/loss",
                 samples=self._samples,
             )
             self._results = {k: float(v) for k, v in record.items()}
