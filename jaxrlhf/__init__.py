@@ -1,4 +1,4 @@
-"""RLHF for causal language models in JAX: SFT, reward models and PPO, between Hugging Face models.
+"""RLHF for causal language models in JAX: SFT, reward models, DPO and PPO, between Hugging Face models.
 
 The names below are imported when they are first used, so that neither `import jaxrlhf` nor the command line loads jax.
 """
@@ -7,11 +7,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxrlhf.config import GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+    from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
     from jaxrlhf.data.tokenizer import load_tokenizer
     from jaxrlhf.models import ModelConfig
     from jaxrlhf.rollout.decode import generate
     from jaxrlhf.rollout.inference_copy import inference_copy
+    from jaxrlhf.training.dpo import DPOTrainer
     from jaxrlhf.training.grpo import GRPOTrainer
     from jaxrlhf.training.ppo import PPOTrainer
     from jaxrlhf.training.reward import RewardTrainer
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "DPOConfig",
+    "DPOTrainer",
     "GRPOConfig",
     "GRPOTrainer",
     "ModelConfig",
@@ -39,6 +42,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DPOConfig": "jaxrlhf.config",
+    "DPOTrainer": "jaxrlhf.training.dpo",
     "GRPOConfig": "jaxrlhf.config",
     "GRPOTrainer": "jaxrlhf.training.grpo",
     "ModelConfig": "jaxrlhf.models",

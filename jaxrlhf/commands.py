@@ -124,12 +124,14 @@ def _notes() -> Iterator[None]:
 
 
 def _trainer(method: str) -> Any:
+    from jaxrlhf.training.dpo import DPOTrainer
     from jaxrlhf.training.grpo import GRPOTrainer
     from jaxrlhf.training.ppo import PPOTrainer
     from jaxrlhf.training.reward import RewardTrainer
     from jaxrlhf.training.sft import SFTTrainer
 
-    return {"sft": SFTTrainer, "reward": RewardTrainer, "ppo": PPOTrainer, "grpo": GRPOTrainer}[method]
+    trainers = {"sft": SFTTrainer, "reward": RewardTrainer, "dpo": DPOTrainer, "ppo": PPOTrainer, "grpo": GRPOTrainer}
+    return trainers[method]
 
 
 def _plan(options: Options, overrides: Overrides) -> int:
@@ -236,6 +238,13 @@ def _select(options: Options, given: Overrides) -> None:
 
 
 def _evaluate(options: Options, overrides: Overrides) -> None:
+    if bool(options.prompts) == bool(options.examples):
+        raise ConfigError(
+            "evaluate: give --prompts FILE for a language model to complete, or --examples FILE for a reward model to "
+            "judge; one of the two"
+        )
+    if options.examples:
+        return _judge(options, overrides)
     config = _measured_by(options, [options.model], overrides)
     runtime.configure()
     from jaxrlhf import evaluate, evaluate_report
@@ -288,12 +297,28 @@ def _asked(options: Options) -> dict[str, Any]:
     }
 
 
-def _as_trained(model: str, *sections: str) -> Overrides:
-    """Sections of the config of the PPO or GRPO run in the folder `model`, if that is one; nothing for other models."""
+def _judge(options: Options, overrides: Overrides) -> None:
+    """`evaluate --examples`: what a reward model says of examples."""
+    given = [("model.path", options.model), ("data.path", options.examples)]
+    kept = {f"data.{key}" for key in ("completion_prefix", "control_tokens", "max_length", "truncation")}
+    before = [pair for pair in _as_trained(options.model, "data", methods=("reward",)) if pair[0] in kept]
+    config = config_file.read("reward", None, [*before, *given, *overrides], partial=True)
+    runtime.configure()
+    from jaxrlhf import evaluate, examples
+
+    with _compilations(sys.stderr, quiet=config.logging.quiet):
+        result = examples.judge(config)
+    print(examples.table(result))
+    if options.output:
+        print(f"\nwrote {evaluate.write(result, Path(options.output))}")
+
+
+def _as_trained(model: str, *sections: str, methods: tuple[str, ...] = ("ppo", "grpo")) -> Overrides:
+    """Sections of the config of the run in the folder `model`, if one of `methods` made it; nothing for others."""
     file = Path(model) / "config.yaml"
     first = file.read_text(encoding="utf-8").partition("\n")[0] if file.is_file() else ""
     method = first.removeprefix("# jaxrlhf ").partition(",")[0]
-    if method not in ("ppo", "grpo"):
+    if method not in methods:
         return []
     return _sections(method, file, *sections)
 
@@ -401,6 +426,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "sft": Command(_train, "supervised fine-tuning", _CONFIG, overrides=True),
     "reward": Command(_train, "train a reward model on preference pairs", _CONFIG, overrides=True),
+    "dpo": Command(
+        _train, "learn from preferences without a reward model: DPO and its relatives", _CONFIG, overrides=True
+    ),
     "ppo": Command(_train, "PPO against a reward model or a reward function", _CONFIG, overrides=True),
     "grpo": Command(
         _train, "GRPO and its relatives, online DPO too: PPO's loop without a critic", _CONFIG, overrides=True
@@ -455,8 +483,18 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate": Command(
         _evaluate,
-        "measure completions of random prompts by a reward, ranked BEST, MEDIUM, WORST, and by right answers",
-        {"model": _MODEL, **_MEASURE},
+        "measure completions of random prompts by a reward, ranked BEST, MEDIUM, WORST, and by right answers; of a "
+        "reward model, its verdicts on examples",
+        {
+            "model": _MODEL,
+            **_MEASURE,
+            "--prompts": {"metavar": "FILE", "help": "a data file with prompts, for a language model"},
+            "--examples": {
+                "metavar": "FILE",
+                "help": "for a reward model: rows {name, prompt, good, bad}, {name, prompt, completion, label}, or "
+                "preferences",
+            },
+        },
         overrides=True,
     ),
     "compare": Command(

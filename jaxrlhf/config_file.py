@@ -16,12 +16,18 @@ from typing import Any
 import pydantic
 import yaml
 
-from jaxrlhf.config import GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.config_text import field_docs, resolve_as_yaml_1_2
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.spelling import did_you_mean
 
-METHODS: dict[str, type] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "grpo": GRPOConfig}
+METHODS: dict[str, type] = {
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "dpo": DPOConfig,
+    "ppo": PPOConfig,
+    "grpo": GRPOConfig,
+}
 REQUIRED = ("model.path", "data.path")
 _TEXT = (str, types.NoneType)
 _TAGS = ("null", "bool", "int", "float", "str", "seq", "map")

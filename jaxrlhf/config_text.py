@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from jaxrlhf.config import RewardSource, grpo, lora, methods, ppo, rewards, sections
+from jaxrlhf.config import RewardSource, dpo, grpo, lora, methods, ppo, rewards, sections
 
 _RESOLVERS = (  # the core schema of YAML 1.2, section 10.3.2: tag, pattern, first characters
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -103,7 +103,7 @@ def field_docs() -> dict[tuple[str, str], str]:
     docs: dict[tuple[str, str], str] = {}
     for cls in [
         node
-        for module in (grpo, lora, methods, ppo, rewards, sections)
+        for module in (dpo, grpo, lora, methods, ppo, rewards, sections)
         for node in ast.parse(inspect.getsource(module)).body
     ]:
         if not isinstance(cls, ast.ClassDef):

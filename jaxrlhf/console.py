@@ -11,6 +11,13 @@ SUMMARY: dict[str, dict[str, str]] = {
     "sft": {"loss": "loss", "eval/loss": "eval", "learning_rate": "lr"},
     "reward": {"loss": "loss", "accuracy": "acc", "margin": "margin", "eval/accuracy": "eval", "learning_rate": "lr"},
     "generate": {"scores": "score"},
+    "dpo": {
+        "loss": "loss",
+        "rewards/accuracies": "acc",
+        "rewards/margins": "margin",
+        "eval/rewards/accuracies": "eval",
+        "learning_rate": "lr",
+    },
     "ppo": {"objective/scores": "score", "objective/kl": "kl", "tokens/mean_length": "len", "learning_rate": "lr"},
     "grpo": {
         "objective/scores": "score",

@@ -13,6 +13,21 @@ from jaxrlhf.console import Console
 from jaxrlhf.errors import ConfigError, DataError, first_line, quoted
 from jaxrlhf.files import write_whole
 
+PREFERENCES: dict[str, str] = {
+    "rewards/chosen": "mean over pairs of the chosen response's reward; kto: over rows with a true label",
+    "rewards/rejected": "the same of rejected responses; kto: of rows with a false label",
+    "rewards/accuracies": "share of pairs whose chosen response has the higher reward",
+    "rewards/margins": "rewards/chosen - rewards/rejected",
+    "logps/chosen": "mean over pairs (kto: rows with a true label) of log p(chosen), summed over its tokens, nats",
+    "logps/rejected": "the same of rejected responses",
+    "nll_loss": "the SFT term before its weight: mean over tokens of chosen responses of -log p",
+    "log_odds_chosen": "ORPO: mean over pairs of the log odds ratio, chosen against rejected",
+    "log_odds_ratio": "ORPO: mean over pairs of log sigmoid of it",
+    "share/chosen": "KTO: share of rows with a true label",
+    "share/rejected": "KTO: share of rows with a false label",
+    "kl": "KTO: the baseline, mean log(policy / reference) of answers to other prompts, at least 0",
+    "beta": "beta of this step",
+}
 METRICS: dict[str, str] = {
     # every trainer
     "epoch": "passes over the training rows so far",
@@ -22,19 +37,32 @@ METRICS: dict[str, str] = {
     "num_tokens": "tokens learnt in this step",
     "skipped_updates": "optimizer steps of this record that were left out because loss or gradient was not finite",
     # SFT
-    "loss": "SFT: mean over loss tokens of -log p; reward model: mean over pairs of -log sigmoid(chosen - rejected)",
+    "loss": "SFT: mean over loss tokens of -log p; reward model: the loss that it learns by, mean over rows; "
+    "DPO: what dpo.loss says, mean over rows, and the SFT term",
     "entropy": "mean over loss tokens of the entropy of the next-token distribution, nats",
     "eval/loss": "`loss` over all held-out rows",
     "eval/entropy": "`entropy` over all held-out rows",
     # reward model
-    "accuracy": "share of pairs whose chosen completion scores higher",
-    "margin": "mean over pairs of chosen score - rejected score",
-    "min_reward": "least score of the batch, chosen and rejected together",
-    "mean_reward": "mean score of the batch, chosen and rejected together",
-    "max_reward": "greatest score of the batch, chosen and rejected together",
-    "eval/accuracy": "`accuracy` over all held-out pairs",
-    "eval/margin": "`margin` over all held-out pairs",
-    "eval/mean_reward": "`mean_reward` over all held-out pairs",
+    "accuracy": "share of pairs whose chosen response scores higher (ties are none of them, but count); of a ranking "
+    "the share of its pairs in order, mean over rankings; share of labelled responses with the label's sign",
+    "margin": "mean over pairs of chosen score - rejected score (0 for a tie)",
+    "ties": "share of pairs that are ties",
+    "absolute_error": "mean over scored responses of |score - target|",
+    "min_reward": "least score of the batch, of all responses together",
+    "mean_reward": "mean score of the batch, of all responses together (of rankings, mean of their means)",
+    "max_reward": "greatest score of the batch, of all responses together",
+    "eval/accuracy": "`accuracy` over all held-out rows",
+    "eval/margin": "`margin` over all held-out rows",
+    "eval/ties": "`ties` over all held-out rows",
+    "eval/absolute_error": "`absolute_error` over all held-out rows",
+    "eval/mean_reward": "`mean_reward` over all held-out rows",
+    "eval/ece": "held-out rows: expected calibration error of sigmoid(chosen - rejected); of labels, sigmoid(score)",
+    "eval/auc": "held-out labels: share of all (good, bad) where the good response scores higher, a tie half",
+    "eval/correlation": "held-out scores: Pearson correlation of score and target",
+    "eval/length_accuracy": "held-out rows: accuracy of length alone, longer or shorter as better, whichever is more",
+    # DPO and its relatives; a pair's reward is beta log(policy / reference), without a reference beta log p per token
+    **PREFERENCES,
+    **{f"eval/{key}": f"`{key}` over all held-out rows" for key in PREFERENCES if key != "beta"},
     # PPO; per sequence: the sum over response tokens, then the mean over the batch
     "objective/kl": "per sequence: sum of k1 = log pi_old - log ref at the sampled tokens, nats",
     "objective/kl_per_token": "mean over response tokens of k1, nats",
@@ -120,8 +148,8 @@ METRICS: dict[str, str] = {
 REWARDS = "rewards/"
 """Keys that begin so are a part of the score by its own name: `mean` and `std` over the batch, before its weight
 (NAME_unanswered and NAME_truncated: shares of the completions without an opinion, and of those a model could not read
-whole); `errors`, completions without a usable answer; `length_correlation`, Pearson's, with the number of response
-tokens (0 where one of the two does not vary)."""
+whole; NAME_spread: standard deviation between the models of an ensemble); `errors`, completions without a usable
+answer; `length_correlation`, Pearson's, with the number of response tokens (0 where one of the two does not vary)."""
 
 
 class Logger:
@@ -130,7 +158,7 @@ class Logger:
     Args:
         directory: the run directory.
         config: what to show and where to send it.
-        method: "sft", "reward", "ppo" or "grpo".
+        method: what runs: "sft", "reward", "dpo", "ppo", "grpo" or "generate".
         total_steps: steps of the whole run, for progress and time left.
     """
 

@@ -13,17 +13,18 @@ from typing import Any
 import jax
 
 from jaxrlhf import costs, programs
-from jaxrlhf.config import GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.logprobs import logits_bytes
 from jaxrlhf.models import empty_cache
 from jaxrlhf.programs import Compiled
+from jaxrlhf.training.dpo import DPOTrainer
 from jaxrlhf.training.grpo import GRPOTrainer
 from jaxrlhf.training.ppo import PPOTrainer
 from jaxrlhf.training.reward import RewardTrainer
+from jaxrlhf.training.setup import RunConfig
 from jaxrlhf.training.sft import SFTTrainer
 from jaxrlhf.types import TrainState
 
-RunConfig = SFTConfig | RewardConfig | PPOConfig | GRPOConfig
 PARTS = (
     "trained parameters",
     "optimizer state",
@@ -76,6 +77,8 @@ def plan(config: RunConfig) -> Plan:
                 trainer = PPOTrainer(config, abstract=True)
             case RewardConfig():
                 trainer = RewardTrainer(config, abstract=True)
+            case DPOConfig():
+                trainer = DPOTrainer(config, abstract=True)
             case SFTConfig():
                 trainer = SFTTrainer(config, abstract=True)
         trainer.compile_longest()
@@ -132,18 +135,18 @@ def _phase(
     return Phase(name, {**standing, **named, **rest}, found)
 
 
-def _supervised(trainer: SFTTrainer | RewardTrainer, found: dict[str, list[Compiled]]) -> Iterator[Phase]:
+def _supervised(trainer: SFTTrainer | RewardTrainer | DPOTrainer, found: dict[str, list[Compiled]]) -> Iterator[Phase]:
     state, train = trainer.state.template, trainer.config.train
     standing, logits, samples = _standing(state, trainer.frozen), 0, []
-    if isinstance(trainer, SFTTrainer):
+    if not isinstance(trainer, RewardTrainer):
         shares = trainer.mesh.shape["data"] * trainer.mesh.shape["fsdp"]
         rows = (train.micro_batch_size or train.batch_size) // shares
         logits = logits_bytes(trainer.model, rows * (trainer.width - 1))
         copy, length = size(found["convert"][0].outputs), trainer.config.sampling.response_length
         samples = [_phase("samples", standing, found["generate"], length, decoding_copy=copy)]
     yield _phase("update", standing, found["update"], gradients=_gradients(state), logits=logits)
-    if "evaluate" in found:
-        yield _phase("evaluation", standing, found["evaluate"])
+    if scoring := found.get("evaluate") or found.get("score"):
+        yield _phase("evaluation", standing, scoring[-1:])
     yield from samples
 
 

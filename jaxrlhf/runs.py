@@ -31,7 +31,7 @@ from jaxrlhf.files import write_whole
 PACKAGES = ("jaxrlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers")
 FREE = (
     "run_dir", "logging.", "checkpoint.", "alarms.", "validation.eval_steps", "validation.patience",
-    "optim.offload", "reference.offload",
+    "optim.offload", "reference.offload", "dpo.reference_folder",
 )  # fmt: skip
 """Keys that may change between start and resume without a trace in the result."""
 MENDING = (".timeout", ".on_error", ".error_value")
@@ -67,7 +67,7 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
-    """Lock and prepare `config.run_dir` for a run of `method` ("sft", "reward", "ppo", "grpo"); resume what is there.
+    """Lock and prepare `config.run_dir` for a run of `method`, a command's name; resume what is there.
 
     Writes config.yaml (everything, resolved) and run.json (versions, hash of the config, command, host, mesh, starts).
     With `fresh` an existing run is moved aside to `<name>.old-<n>`. Until it closes, SIGTERM and SIGINT set
@@ -196,7 +196,8 @@ def _continue(
         )
     now = _flat(settings)
     before = _flat(yaml.safe_load(config_text.dump(type(config)()))) | before  # keys that are younger than the run
-    steady = before.get("optim.schedule") == now.get("optim.schedule") == "constant"
+    schedules = [(keys.get("optim.schedule"), keys.get("dpo.beta_schedule", "constant")) for keys in (before, now)]
+    steady = schedules == [("constant", "constant")] * 2
     changed = [key for key in now | before if before.get(key, "(not set)") != now.get(key, "(not set)")]
     changed = [key for key in changed if not key.startswith(FREE) and not (steady and key in LENGTH)]
     changed = [key for key in changed if not (key.startswith("reward.components.") and key.endswith(MENDING))]

@@ -56,6 +56,30 @@ class PackedPairs:
     rejected: Array  # int32 [B, M]
     valid: Array  # bool [B, M]   there is such a pair
 
+    @property
+    def real(self) -> Array:
+        """bool [B, M, 2], as in `Responses`."""
+        return jnp.repeat(self.valid[..., None], 2, axis=-1)
+
+    @property
+    def target(self) -> Array:
+        """f32 [B, M]: nothing is said of a packed pair beside which text is better."""
+        return jnp.zeros(self.valid.shape, jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Responses:
+    """What a reward model learns from: right-padded responses to a prompt, best first, and what is said of them.
+
+    Two of a pair, up to G of a ranking, one that has a label or a score.
+    """
+
+    tokens: Array  # int32 [B, G, T]
+    mask: Array  # bool [B, G, T]   real tokens; where there is no response, the first alone
+    real: Array  # bool [B, G]   there is such a response
+    target: Array  # f32 [B]   margin of a pair, or 1 for a tie; 1 for a good response; its score; of a ranking 0
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

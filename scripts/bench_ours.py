@@ -46,6 +46,7 @@ from jaxrlhf.config import (  # noqa: E402
     Optim,
     PPOConfig,
     Reference,
+    RewardConfig,
     RewardSource,
     Sampling,
 )
@@ -56,7 +57,8 @@ from jaxrlhf.rollout.engine import answer  # noqa: E402
 from jaxrlhf.rollout.inference_copy import inference_copy  # noqa: E402
 from jaxrlhf.training import ppo, ppo_learner, reward, setup, sft  # noqa: E402
 from jaxrlhf.training.optim import make_optimizer  # noqa: E402
-from jaxrlhf.types import Batch, Pairs, Prompts, Rollout  # noqa: E402
+from jaxrlhf.training.reward_loss import objective_of  # noqa: E402
+from jaxrlhf.types import Batch, Prompts, Responses, Rollout  # noqa: E402
 
 Repeat = Callable[[], dict[str, Any]]
 PAD = 1
@@ -227,9 +229,11 @@ def supervised(job: Job, name: str) -> Repeat:
     width = job.prompt + job.response
     tokens = jnp.asarray(random_tokens(job, 2 * job.batch, width))
     learn = jnp.ones(tokens.shape, bool).at[:, 0].set(False)
-    first, second = (
-        Batch(t, jnp.ones(t.shape, bool), m) for t, m in zip(jnp.split(tokens, 2), jnp.split(learn, 2), strict=True)
-    )
+    first = Batch(tokens[: job.batch], jnp.ones((job.batch, width), bool), learn[: job.batch])
+    group = tokens.reshape(2, job.batch, width).swapaxes(0, 1)
+    everywhere = jnp.ones(group.shape, bool)
+    both = Responses(group, everywhere, everywhere[..., 0], jnp.zeros(job.batch))
+    objective = objective_of(RewardConfig())
     static = {
         "model": model,
         "optimizer": optimizer,
@@ -241,7 +245,7 @@ def supervised(job: Job, name: str) -> Repeat:
         if job.case == "sft":
             state.value, _ = sft.update(state.value, {}, first, jax.random.key(0), **static)
         else:
-            state.value, _ = reward.update(state.value, {}, Pairs(first, second), jax.random.key(0), **static)
+            state.value, _ = reward.update(state.value, {}, both, jax.random.key(0), objective=objective, **static)
         jax.block_until_ready(state.value)
 
     def repeat() -> dict[str, Any]:

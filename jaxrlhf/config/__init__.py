@@ -1,10 +1,12 @@
 """Every run's configuration: frozen, strict and complete. A default is said here and nowhere else; no jax in sight.
 
-A run's config is one of `SFTConfig`, `RewardConfig`, `PPOConfig`, `GRPOConfig`; each is a record of sections.
+A run's config is one of `SFTConfig`, `RewardConfig`, `DPOConfig`, `PPOConfig`, `GRPOConfig`; each is a record of
+sections.
 `config_file.py` reads them from YAML and overrides. Names are TRL's where the meaning is TRL's.
 """
 
 from jaxrlhf.config.base import DType, replace
+from jaxrlhf.config.dpo import DPO, DPOConfig
 from jaxrlhf.config.grpo import GRPO, GRPOConfig
 from jaxrlhf.config.lora import LoRA
 from jaxrlhf.config.methods import PPOConfig, RewardConfig, SFTConfig
@@ -24,12 +26,14 @@ from jaxrlhf.config.sections import (
 )
 
 __all__ = [
+    "DPO",
     "GRPO",
     "PPO",
     "Alarms",
     "Checkpoint",
     "Component",
     "Critic",
+    "DPOConfig",
     "DType",
     "Data",
     "Engine",

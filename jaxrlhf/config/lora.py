@@ -21,7 +21,7 @@ class LoRA:
     use_dora: Bool = False
     """Magnitudes of the outputs train too (https://arxiv.org/abs/2402.09353)."""
     dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
-    """Of what goes into the adapters, in SFT and reward models; never in PPO, whose ratio would not be one."""
+    """Of what goes into the adapters, in supervised training; never in PPO, whose ratio would not be one."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """Matrices that get adapters, named as in PEFT (q_proj, c_attn, ...); `all-linear`: those of every layer."""
     quantize: Literal["none", "int8", "nf4"] = "none"

@@ -1,11 +1,11 @@
 """What a run of each method is configured by, and which combinations are refused."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from jaxrlhf.config import online
-from jaxrlhf.config.base import Bool, Seed, nearest_divisor, section
+from jaxrlhf.config.base import Bool, NonNegative, Positive, Seed, nearest_divisor, section
 from jaxrlhf.config.lora import LoRA
 from jaxrlhf.config.ppo import PPO, Alarms, Critic, Reference, Scores, Validation
 from jaxrlhf.config.rewards import RewardSource
@@ -46,12 +46,12 @@ class SFTConfig:
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
 
     def __post_init__(self) -> None:
-        _check_supervised(self.train, self.optim)
+        check_supervised(self.train, self.optim)
 
 
 @section
 class RewardConfig:
-    """A reward model from preference pairs (Bradley-Terry)."""
+    """A reward model from preference pairs, rankings, labels or scores."""
 
     run_dir: str = "runs/reward"
     seed: Seed = 0
@@ -60,6 +60,18 @@ class RewardConfig:
     head: Literal["linear", "mlp"] = "linear"
     frozen_trunk: Bool = False
     """Train the head alone."""
+    loss: Literal["pairwise", "ties", "ranking", "classification", "regression"] = "pairwise"
+    """What it learns from. pairwise: pairs, chosen and rejected (Bradley-Terry). ties: pairs of which some are ties
+    (Rao-Kupper; column tie or tied, or label: tie). ranking: a list `responses`, best first or with `ranks`
+    (Plackett-Luce). classification: responses with a `label`, good or bad. regression: responses with a `score`."""
+    label_smoothing: Annotated[float, Field(strict=True, ge=0, lt=0.5)] = 0.0
+    """pairwise: share of the pairs that are taken to be the wrong way round."""
+    margins: Bool = False
+    """pairwise: a score should be higher by the column `margin`, and not just higher."""
+    center_rewards_coefficient: NonNegative = 0.0
+    """pairwise and ties: times the mean of (chosen + rejected)^2, which puts the scores around 0."""
+    nu: Positive = 0.5
+    """ties: half the width of the band of score differences that count as a tie."""
     tokenizer: TokenizerSource = Field(default_factory=TokenizerSource)
     data: Data = Field(default_factory=Data)
     train: Train = Field(default_factory=Train)
@@ -69,9 +81,25 @@ class RewardConfig:
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
 
     def __post_init__(self) -> None:
-        _check_supervised(self.train, self.optim)
+        check_supervised(self.train, self.optim)
         if self.frozen_trunk and self.lora.enabled:
             raise ValueError("frozen_trunk is true and lora.enabled too: adapters are how a trunk trains; choose one")
+        pairs = ("pairwise", "ties")
+        for key, default, losses in (
+            ("label_smoothing", 0.0, ("pairwise",)), ("margins", False, ("pairwise",)),
+            ("center_rewards_coefficient", 0.0, pairs), ("nu", 0.5, ("ties",)),
+        ):  # fmt: skip
+            if getattr(self, key) != default and self.loss not in losses:
+                raise ValueError(
+                    f"{key} ({getattr(self, key)!r}) has no meaning with loss: {self.loss}, only with "
+                    f"{' or '.join(losses)}; leave it out"
+                )
+        if self.train.packing and (self.loss != "pairwise" or self.margins):
+            said = "margins is true" if self.margins else f"loss is {self.loss}"
+            raise ValueError(
+                f"train.packing is true and {said}: a packed row keeps where its texts end, and not what is said of "
+                "them; it is for plain pairs"
+            )
 
 
 @section
@@ -136,7 +164,8 @@ def _check_ppo(ppo: PPO) -> None:
         )
 
 
-def _check_supervised(train: Train, optim: Optim) -> None:
+def check_supervised(train: Train, optim: Optim) -> None:
+    """What does not go together in supervised training."""
     if optim.offload:
         raise ValueError(
             "optim.offload is true: in supervised training every step needs the moments, and what comes between steps "

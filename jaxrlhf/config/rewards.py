@@ -1,11 +1,12 @@
 """The sections that say what a completion is worth."""
 
+import dataclasses
 import re
 from typing import Any, Literal
 
 from pydantic import Field
 
-from jaxrlhf.config.base import Bool, Count, DType, Positive, Real, section
+from jaxrlhf.config.base import Bool, Count, DType, NonNegative, Positive, Real, section
 
 
 @section
@@ -39,6 +40,13 @@ class Component:
     """Of a model: tokens it reads at most, the last ones; None: its context."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for a function."""
+    ensemble: tuple[str, ...] = ()
+    """Of a model: more models that judge the same text; the component's score is what `combine` makes of all."""
+    combine: Literal["mean", "min", "mean_minus_std"] = "mean"
+    """Of an ensemble. min: the least of the scores. mean_minus_std: the mean less spread_coef times the standard
+    deviation between the models."""
+    spread_coef: NonNegative = 1.0
+    """With combine: mean_minus_std."""
     per_token: Bool = False
     """A number for every token of the response instead of one for all. A function gets their texts as `tokens`; a model
     must read the policy's tokens."""
@@ -55,10 +63,10 @@ class Component:
         if len(who) != 1:
             found = " and ".join(f"{kind} '{value}'" for kind, value in who.items()) or "none of them"
             raise ValueError(f"a component has exactly one of model, function, url and human; this one has {found}")
-        if not re.fullmatch(r"|[A-Za-z]\w*", self.name, re.ASCII) or self.name.endswith(("_truncated", "_unanswered")):
+        if not re.fullmatch(r"|[A-Za-z]\w*", self.name, re.ASCII) or self.name.endswith(_ENDINGS):
             raise ValueError(
                 f"name is '{self.name}'; use letters, digits and underscores, and no ending that logs give a meaning "
-                "to (_truncated, _unanswered)"
+                f"to ({', '.join(_ENDINGS)})"
             )
         if self.function and self.function != "passed" and not all(self.function.rpartition(":")[::2]):
             raise ValueError(f"function is '{self.function}'; write it as path.py:name or package.module:name")
@@ -78,6 +86,15 @@ class Component:
                 f"on_error is '{self.on_error}' and error_value is {self.error_value}: on_error: value needs an "
                 "error_value, and nothing else has a use for one"
             )
+        if (self.combine != "mean" and not self.ensemble) or (
+            self.spread_coef != 1.0 and self.combine != "mean_minus_std"
+        ):
+            raise ValueError(
+                f"combine is {self.combine} and spread_coef {self.spread_coef:g}: combine has a meaning with ensemble "
+                "alone, and spread_coef with combine: mean_minus_std; leave out the one that has none"
+            )
+        if len({self.model, *self.ensemble}) <= len(self.ensemble):
+            raise ValueError("ensemble names a model twice, which would count twice; name each once")
         if self.per_token and self.template:
             raise ValueError(
                 "per_token and template do not go together: the tokens judged are those of the response as it is; "
@@ -91,6 +108,16 @@ class Component:
         kinds = {"model": self.model, named: self.function, "endpoint": self.url, "human": self.human}
         return self.name or next(name for name, value in kinds.items() if value)
 
+    def members(self) -> tuple["Component", ...]:
+        """The models of an ensemble as components NAME_1, NAME_2, ...; of anything else itself."""
+        if not self.ensemble:
+            return (self,)
+        alone: dict[str, Any] = {"ensemble": (), "combine": "mean", "spread_coef": 1.0}
+        return tuple(
+            dataclasses.replace(self, name=f"{self.label}_{k}", model=path, **alone)
+            for k, path in enumerate((self.model, *self.ensemble), 1)
+        )
+
 
 def function_label(spec: str) -> str:
     """What a function is called in logs: its name without path and module, where that is one for a metric's key."""
@@ -98,11 +125,13 @@ def function_label(spec: str) -> str:
     return last if last.isidentifier() and last.isascii() and last != "model" else "function"
 
 
+_ENDINGS = ("_truncated", "_unanswered", "_spread")
 _ONLY_FOR = {
     "revision": ("model",),
     "dtype": ("model",),
     "micro_batch_size": ("model",),
     "max_length": ("model",),
+    "ensemble": ("model",),
     "options": ("function",),
     "timeout": ("function", "url"),
     "per_token": ("model", "function", "url"),
@@ -129,7 +158,7 @@ class RewardSource:
     """More parts, a list. Their keys:"""
 
     def __post_init__(self) -> None:
-        labels = [component.label for component in self.parts()]
+        labels = [name for part in self.parts() for name in {part.label, *(member.label for member in part.members())}]
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"{labels.count(label)} components of the reward are called '{label}'; name each one")

@@ -130,7 +130,12 @@ class Train:
     eval_every: Natural = 0
     """Optimizer steps between evaluations; 0: at the end of each epoch."""
     keep_best: Bool = True
-    """With held-out rows: what is saved at the end is the best state (SFT: eval/loss, reward models: eval/accuracy)."""
+    """With held-out rows: what is saved at the end is the best state by `metric`."""
+    metric: str = ""
+    """Any key of a record that ends an evaluation. Empty: eval/loss in SFT and for scores, eval/accuracy for other
+    reward models, eval/rewards/accuracies for DPO (kto: eval/rewards/margins)."""
+    mode: Literal["auto", "max", "min"] = "auto"
+    """Whether the best is the greatest or the least. auto: the least loss, entropy or error, else the greatest."""
     eval_batch_size: Count = 16
     packing: Bool = False
     """Put examples together into rows of data.max_length tokens (pairs: of twice that), where none sees another. Then

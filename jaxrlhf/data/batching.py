@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxrlhf.data.datasets import PairRow, PromptRow, SFTRow
+from jaxrlhf.data.judged import RankedRow
 from jaxrlhf.data.packing import PackedRow
-from jaxrlhf.types import Batch, PackedPairs, Pairs, Prompts
+from jaxrlhf.types import Batch, PackedPairs, Pairs, Prompts, Responses
 
 T = TypeVar("T")
 
@@ -45,6 +46,27 @@ def pairs(rows: Sequence[PairRow], pad_id: int, length: int) -> Pairs:
     return Pairs(chosen=batch(chosen, pad_id, length), rejected=batch(rejected, pad_id, length))
 
 
+def texts(row: Any) -> tuple[SFTRow, ...]:
+    """The sequences of a row: one, both of a pair, all of a ranking."""
+    if isinstance(row, PairRow):
+        return row.chosen, row.rejected
+    return row.responses if isinstance(row, RankedRow) else (row,)
+
+
+def responses(rows: Sequence[Any], targets: Sequence[float], pad_id: int, length: int, group: int) -> Responses:
+    """`Responses` [len(rows), group, length] of rows with at most `group` texts, and what is said of each row."""
+    tokens = np.full((len(rows), group, length), pad_id, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    real = np.zeros(tokens.shape[:2], bool)
+    mask[:, :, 0] = True
+    for i, row in enumerate(rows):
+        for k, text in enumerate(texts(row)):
+            size = len(text.tokens)
+            assert size <= length, f"{size} tokens do not fit in {length}"
+            tokens[i, k, :size], mask[i, k, :size], real[i, k] = text.tokens, True, True
+    return Responses(tokens, mask, real, np.asarray(targets, np.float32))  # type: ignore[arg-type]
+
+
 def packed(rows: Sequence[PackedRow], pad_id: int, length: int) -> Batch:
     """`batch` with segments and positions. Padding has segment 0 and position 0: there is a token that it may see."""
     segments = np.zeros((len(rows), length), np.int32)
@@ -70,12 +92,13 @@ def packed_pairs(rows: Sequence[PackedRow], pad_id: int, length: int, most: int)
 
 def longest(rows: Sequence[T], count: int) -> list[T]:
     """The `count` longest rows, again and again if there are fewer; none if there are none."""
-    by_length = sorted(rows, key=lambda row: -_length(row))
+    by_length = sorted(rows, key=lambda row: -longer(row))
     return [by_length[i % len(by_length)] for i in range(count)] if by_length else []
 
 
-def _length(row: Any) -> int:
-    return max(len(row.chosen.tokens), len(row.rejected.tokens)) if isinstance(row, PairRow) else len(row.tokens)
+def longer(row: Any) -> int:
+    """Tokens of a row; of several texts, those of the longest."""
+    return len(row.tokens) if isinstance(row, PromptRow) else max(len(text.tokens) for text in texts(row))
 
 
 def prompts(rows: Sequence[PromptRow], pad_id: int, length: int, samples: Sequence[int] | None = None) -> Prompts:

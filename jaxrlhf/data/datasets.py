@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from jaxrlhf.config import Data
+from jaxrlhf.data import judgements
 from jaxrlhf.data.formats import Content, Example, Task, normalise, recognise
 from jaxrlhf.data.loader import permutation
 from jaxrlhf.data.sequences import Tokens, draft, fit, refusal, tokenise
@@ -28,10 +29,13 @@ class SFTRow:
 
 @dataclass(frozen=True, slots=True)
 class PairRow:
-    """Two answers to one prompt: the same prompt tokens, then an answer with its end token (the loss mask)."""
+    """Two answers to one prompt: the same prompt tokens, then an answer with its end token (the loss mask). margin: by
+    how much the first is better. tied: neither is."""
 
     chosen: SFTRow
     rejected: SFTRow
+    margin: float = 0.0
+    tied: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,22 +94,38 @@ def sft_rows(config: Data, tokenizer: Tokenizer, completion_only: bool) -> Split
     def row(tokens: Tokens, example: Example, rows: Rows, i: int) -> SFTRow:
         return SFTRow(*tokens.sequence(0, learn_all=not completion_only))
 
-    return _split(config, tokenizer, "sft", row)
+    return split_rows(config, tokenizer, "sft", row)
 
 
-def pair_rows(config: Data, tokenizer: Tokenizer) -> Split[PairRow]:
-    """Preference pairs; the loss masks cover the answers. Raises DataError and ConfigError."""
+def pair_rows(config: Data, tokenizer: Tokenizer, *, margins: bool = False, ties: bool = False) -> Split[PairRow]:
+    """Preference pairs; the loss masks cover the answers. With `margins` the column `margin` is read, with `ties` the
+    columns that `judgements.tied` knows. Raises DataError, also for pairs that are all tied or none, and ConfigError.
+    """
 
     def row(tokens: Tokens, example: Example, rows: Rows, i: int) -> PairRow:
-        return PairRow(SFTRow(*tokens.sequence(0)), SFTRow(*tokens.sequence(1)))
+        where = f"data {rows.places[i]}"
+        margin = judgements.number(rows.rows[i], "margin", where) if margins else 0.0
+        if margin < 0:
+            raise DataError(f"{where}: column 'margin' is {margin:g}; the chosen answer is better by 0 or more")
+        tied = ties and judgements.tied(rows.rows[i], where)
+        return PairRow(SFTRow(*tokens.sequence(0)), SFTRow(*tokens.sequence(1)), margin, tied)
 
-    return _split(config, tokenizer, "pairs", row)
+    split = split_rows(config, tokenizer, "pairs", row)
+    if ties:
+        count = sum(pair.tied for pair in split.train)
+        split.report.notes.append(f"{count} of {len(split.train)} pairs to train on are ties")
+        if count in (0, len(split.train)):
+            raise DataError(
+                f"data {config.path}: {count} of {len(split.train)} pairs to train on are ties (columns tie, tied or "
+                "label); learning from ties needs pairs with one and pairs without"
+            )
+    return split
 
 
 def prompt_rows(config: Data, tokenizer: Tokenizer) -> Split[PromptRow]:
     """Prompts to answer, ready for generation. Raises DataError and ConfigError."""
 
-    return _split(config, tokenizer, "prompts", _prompt_row)
+    return split_rows(config, tokenizer, "prompts", _prompt_row)
 
 
 def prompts_from_texts(
@@ -143,10 +163,11 @@ def _prompt_row(tokens: Tokens, example: Example, rows: Rows, i: int) -> PromptR
             "argument of that name; rename it with data.columns"
         )
     turns = None if isinstance(example.prompt, str) else example.prompt
-    return PromptRow(tokens.prompt, _as_written(example.prompt), rows.rows[i], i, turns)
+    return PromptRow(tokens.prompt, as_written(example.prompt), rows.rows[i], i, turns)
 
 
-def _as_written(prompt: Content) -> str:
+def as_written(prompt: Content) -> str:
+    """A prompt as people wrote it, without chat format; a conversation with several turns as a transcript."""
     if isinstance(prompt, str):
         return prompt.replace(GUARD, "")
     said = [turn for turn in prompt if turn["role"] != "system"]
@@ -155,7 +176,8 @@ def _as_written(prompt: Content) -> str:
     return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in prompt)
 
 
-def _split(config: Data, tokenizer: Tokenizer, task: Task, row: Callable[..., T]) -> Split[T]:
+def split_rows(config: Data, tokenizer: Tokenizer, task: Task, row: Callable[..., T]) -> Split[T]:
+    """The rows of `task`, row `i` as `row(tokens, example, rows, i)` makes it. Raises DataError and ConfigError."""
     if config.validation_path and config.validation_fraction:
         raise ConfigError("data.validation_path and data.validation_fraction both hold rows out; set one of them")
     rows = read(config)

@@ -1,26 +1,36 @@
 """What the columns of a file mean: recognise a format by its columns and normalise each row to one `Example`.
 
-A task (supervised fine-tuning, pairs, prompts) asks for a prompt, an answer and perhaps a rejected answer. Prompts come
-from `prompt` (a finished prompt, or messages), `question` (with `system`) or `instruction` (with `input`), or are
-written by `data.template`. Answers come from `completion`, `answer`, `output`; pairs from `chosen` or `accepted` with
-`rejected`; `text`, `messages` and `conversations` hold everything. More than one possible reading is refused.
+A task (supervised fine-tuning, pairs, prompts, labels, scores, rankings) asks for a prompt, an answer and perhaps worse
+answers. Prompts come from `prompt` (a finished prompt, or messages), `question` (with `system`) or `instruction` (with
+`input`), or are written by `data.template`. Answers come from `completion`, `answer`, `output`; pairs from `chosen` or
+`accepted` with `rejected`; rankings from the list `responses`; `text`, `messages` and `conversations` hold everything.
+What a `label`, `score` or `ranks` says is read by judgements.py. More than one possible reading is refused.
 """
 
 import re
 import string
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jaxrlhf.config import Data
+from jaxrlhf.data.judgements import ranked, shown
 from jaxrlhf.data.sources import Row, Rows
 from jaxrlhf.errors import DataError
 
 Message = dict[str, Any]
 Content = str | list[Message]
-Task = Literal["sft", "pairs", "prompts"]
-Kind = Literal["text", "messages", "prompt_completion", "prompt", "preference"]
-TASKS = {"sft": "supervised fine-tuning", "pairs": "preference pairs", "prompts": "prompts"}
+Task = Literal["sft", "pairs", "prompts", "labels", "scores", "rankings"]
+Kind = Literal["text", "messages", "prompt_completion", "prompt", "preference", "ranking"]
+TASKS = {
+    "sft": "supervised fine-tuning",
+    "pairs": "preference pairs",
+    "prompts": "prompts",
+    "labels": "labelled responses",
+    "scores": "scored responses",
+    "rankings": "ranked responses",
+}
+_RESPONSES = "prompt, completion | [system, ]question, answer | instruction[, input], output | messages | text"
 KNOWN = {
     "sft": "text | messages | conversations | prompt, completion | instruction[, input], output | "
     "[system, ]question, answer | the preference formats (chosen is learnt)",
@@ -28,7 +38,12 @@ KNOWN = {
     "[system, ]question, chosen, rejected | instruction[, input], chosen, rejected",
     "prompts": "prompt | [system, ]question | instruction[, input] | messages | conversations | chosen, rejected; "
     "other columns go to the reward function",
+    "labels": f"label with {_RESPONSES}",
+    "scores": f"score with {_RESPONSES}",
+    "rankings": "prompt, responses (a list, best first, or in any order with ranks) | [system, ]question, responses | "
+    "instruction[, input], responses | responses (conversations, or text with a common beginning)",
 }
+_JUDGED = {"labels": "label", "scores": "score"}
 _ANSWER = {"prompt": "completion", "question": "answer", "instruction": "output"}
 DECIDING = frozenset(
     ("text", "messages", "conversations", "prompt", "question", "instruction", "completion", "chosen", "accepted",
@@ -42,10 +57,12 @@ _TURN = re.compile(r"(?:^|\n)\s*(?:#+ *)?(?:Assistant|AI|Bot|Chatbot|Agent|Model
 
 @dataclass(frozen=True)
 class Reading:
-    """How a task reads rows: which columns are the prompt, the answer and the rejected answer ("" where there is none).
+    """How a task reads rows: which columns are the prompt, the answer (of a ranking, all of them), the rejected answer
+    and what is said of an answer ("" where there is none).
 
     style: `finished` prompts are used as they stand; a `question` becomes a user turn where the tokenizer has a chat
-    format; a `template` prompt is written from columns; `implicit` prompts are what two answers begin with.
+    format; a `template` prompt is written from columns; `implicit` prompts are what all answers begin with, or of one
+    conversation all before its last assistant turn.
     """
 
     kind: Kind
@@ -53,26 +70,34 @@ class Reading:
     answer: str = ""
     rejected: str = ""
     style: Literal["finished", "question", "template", "implicit", "whole"] = "whole"
+    verdict: str = ""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Every column this reading uses."""
-        return (*self.prompt, *filter(None, (self.answer, self.rejected)))
+        return (*self.prompt, *filter(None, (self.answer, self.rejected, self.verdict)))
 
     def __str__(self) -> str:
-        if self.style == "implicit":
-            return f"{self.kind} from {self.answer}, {self.rejected} (the prompt is what both begin with)"
+        if self.style == "implicit" and self.kind != "messages":
+            return f"{self.kind} from {', '.join(self.columns)} (the prompt is what all answers begin with)"
         used = self.prompt if self.kind == "prompt" and self.prompt else self.columns
         return f"{self.kind.replace('_', ' + ')} from {', '.join(used)}"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row, normalised: text or messages. `prompt` is None where text or messages are learnt as a whole."""
+    """One row, normalised: text or messages. `prompt` is None where text or messages are learnt as a whole; `worse` are
+    the answers of a ranking after the second, best first."""
 
     prompt: Content | None
     answer: Content | None = None
     rejected: Content | None = None
+    worse: tuple[Content, ...] = ()
+
+    @property
+    def answers(self) -> list[Content]:
+        """All that there are, best first."""
+        return [answer for answer in (self.answer, self.rejected, *self.worse) if answer is not None]
 
 
 def recognise(columns: Collection[str], task: Task, config: Data, source: str) -> Reading:
@@ -87,6 +112,10 @@ def recognise(columns: Collection[str], task: Task, config: Data, source: str) -
     whole = [Reading("messages", answer=name) for name in ("messages", "conversations") if name in columns]
     if task == "pairs":
         levels = [pairs]
+    elif task == "rankings":
+        asked = prompts or [((), "implicit")]
+        levels = [[Reading("ranking", names, "responses", style=style) for names, style in asked]]
+        levels = levels if "responses" in columns else []
     elif task == "prompts":
         # beside a plain prompt there may be conversations that show it to be a user turn
         beside = next((name for name in ("chosen", "messages", "completion") if name in columns), "")
@@ -100,7 +129,13 @@ def recognise(columns: Collection[str], task: Task, config: Data, source: str) -
             if answer in columns and answer not in names
         ]
         text = [Reading("text", answer="text")] if "text" in columns else []
-        levels = [answered, pairs] if config.template else [[*text, *whole, *answered], pairs]
+        if task == "sft":
+            levels = [answered, pairs] if config.template else [[*text, *whole, *answered], pairs]
+        else:
+            single = [replace(reading, style="implicit") for reading in whole]
+            single = answered if config.template else [*text, *single, *answered]
+            levels = [[replace(reading, verdict=_JUDGED[task]) for reading in single]]
+            levels = levels if _JUDGED[task] in columns else []
     readings = next((level for level in levels if level), [])
     if len(readings) > 1 and config.columns:  # a column the person has named decides
         readings = [r for r in readings if set(r.columns) & set(config.columns)] or readings
@@ -117,7 +152,7 @@ def recognise(columns: Collection[str], task: Task, config: Data, source: str) -
         raise DataError(f"{have} hold token ids; give the text they were made from, the tokenizer here makes its own")
     raise DataError(
         f"{have} are not a format known for {TASKS[task]}. Known: {KNOWN[task]}. Rename columns with data.columns, "
-        "{our name: column}" + ("" if task == "pairs" else ", or write the prompt with data.template")
+        "{our name: column}" + ("" if task in ("pairs", "rankings") else ", or write the prompt with data.template")
     )
 
 
@@ -164,12 +199,16 @@ def normalise(rows: Rows, i: int, reading: Reading, config: Data, chat: bool, gu
     names = [name for name in (reading.answer, reading.rejected) if name]
     if reading.kind == "prompt" and reading.prompt:  # an answer is of interest only where it shows the prompt's turns
         names = [name for name in names if isinstance(row.get(name), list)]
-    values = [_content(row, name, where) for name in names]
+    if reading.kind == "ranking":
+        values = [_read(value, "responses", where) for value in ranked(row, where)]
+    else:
+        values = [_content(row, name, where) for name in names]
     if reading.kind in ("text", "messages"):
         value = values[0]
         if isinstance(value, str) != (reading.kind == "text"):
             raise DataError(f"{where}: column {reading.answer!r} should hold {reading.kind}")
-        return Example(None, guard(value) if isinstance(value, str) else value)
+        if reading.style == "whole":
+            return Example(None, guard(value) if isinstance(value, str) else value)
     prompt: Content | None = None
     if reading.kind == "prompt" and reading.style == "whole":
         turns = _turns(values[0], "user")
@@ -181,8 +220,8 @@ def normalise(rows: Rows, i: int, reading: Reading, config: Data, chat: bool, gu
         prompt, values = _common_messages(values, where)  # whole conversations, whatever else the row holds
     elif reading.style == "implicit":
         if all(isinstance(value, str) for value in values):
-            prompt, *values = _common_text(*values)  # type: ignore[arg-type]
-            return Example(guard(prompt), *map(guard, values))
+            prompt, *texts = _common_text([str(value) for value in values])
+            return _example(guard(prompt), map(guard, texts))
         prompt = []
     elif reading.style == "template":
         fields = {name: guard(_scalar(row, name, where)) for name in reading.prompt}
@@ -193,8 +232,13 @@ def normalise(rows: Rows, i: int, reading: Reading, config: Data, chat: bool, gu
         prompt = _content(row, reading.prompt[0], where)
         prompt = guard(prompt) if isinstance(prompt, str) else prompt
     if reading.style != "template" and any(isinstance(value, list) for value in [prompt, *values]):
-        return Example(_turns(prompt, "user"), *(_turns(value, "assistant") for value in values))
-    return Example(prompt, *(guard(config.completion_prefix + _said(value, where)) for value in values))
+        return _example(_turns(prompt, "user"), (_turns(value, "assistant") for value in values))
+    return _example(prompt, (guard(config.completion_prefix + _said(value, where)) for value in values))
+
+
+def _example(prompt: Content, answers: Iterable[Content]) -> Example:
+    first, second, *worse = [*answers, None, None]
+    return Example(prompt, first, second, tuple(answer for answer in worse if answer is not None))
 
 
 def _question(
@@ -207,9 +251,9 @@ def _question(
         system = texts.pop(0) if reading.prompt[0] == "system" else ""
         turns = [{"role": "system", "content": system}] if system else []
         turns.append({"role": "user", "content": "\n".join(filter(None, texts))})
-        return Example(turns, *(_turns(value, "assistant") for value in values))
+        return _example(turns, (_turns(value, "assistant") for value in values))
     prompt = "".join(f"{text}\n" for text in texts if text)
-    return Example(guard(prompt), *(guard(config.completion_prefix + _said(value, where)) for value in values))
+    return _example(guard(prompt), (guard(config.completion_prefix + _said(value, where)) for value in values))
 
 
 def _turns(content: Content | None, role: str) -> list[Message]:
@@ -231,25 +275,28 @@ def _content(row: Row, column: str, where: str, optional: bool = False) -> Conte
         return ""
     if column not in row:
         raise DataError(f"{where}: column {column!r} is missing")
-    value = row[column]
+    return _read(row[column], column, where, optional)
+
+
+def _read(value: Any, column: str, where: str, text_only: bool = False) -> Content:
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and not optional:
+    if isinstance(value, list) and not text_only:
         return [_message(item, f"{where}: column {column!r}, message {n}") for n, item in enumerate(value, 1)]
-    raise DataError(f"{where}: column {column!r} is {_shown(value)}; text or a list of messages was expected")
+    raise DataError(f"{where}: column {column!r} is {shown(value)}; text or a list of messages was expected")
 
 
 def _scalar(row: Row, column: str, where: str) -> str:
     value = row.get(column)
     if isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
         return str(value)
-    raise DataError(f"{where}: column {column!r} is {_shown(value)}; data.template needs text or a number")
+    raise DataError(f"{where}: column {column!r} is {shown(value)}; data.template needs text or a number")
 
 
 def _message(item: Any, where: str) -> Message:
     """One message with `role` and text `content`; sharegpt's from/value and lists of text parts are translated."""
     if not isinstance(item, dict):
-        raise DataError(f"{where}: is {_shown(item)}; an object with role and content was expected")
+        raise DataError(f"{where}: is {shown(item)}; an object with role and content was expected")
     item = {key: value for key, value in item.items() if value is not None}
     if "from" in item and "value" in item:
         role = _ROLES.get(str(item["from"]))
@@ -260,14 +307,10 @@ def _message(item: Any, where: str) -> Message:
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         content = "".join(part["text"] for part in content)
     if not isinstance(role, str) or not re.fullmatch(r"\w+", role):
-        raise DataError(f"{where}: role is {_shown(role)}; user, assistant, system or tool was expected")
+        raise DataError(f"{where}: role is {shown(role)}; user, assistant, system or tool was expected")
     if not isinstance(content, str):
-        raise DataError(f"{where}: content is {_shown(content)}; text was expected")
+        raise DataError(f"{where}: content is {shown(content)}; text was expected")
     return {**item, "role": role, "content": content}
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
 def _common_messages(values: list[Content], where: str) -> tuple[list[Message], list[Content]]:
@@ -282,11 +325,12 @@ def _common_messages(values: list[Content], where: str) -> tuple[list[Message], 
     return first[:shared], [turns[shared:] for turns in lists]
 
 
-def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Prompt and the two answers of dialogues given whole. The prompt ends with the last "Assistant:" (or the like)
-    that both share; failing that, at the last space or line end of the common beginning."""
-    differ = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
-    common = chosen[: next(differ, min(len(chosen), len(rejected)))]
+def _common_text(answers: list[str]) -> list[str]:
+    """Prompt and the answers of dialogues given whole. The prompt ends with the last "Assistant:" (or the like) that
+    all share; failing that, at the last space or line end of the common beginning."""
+    first, last = min(answers, default=""), max(answers, default="")  # what these two share, all do
+    differ = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    common = first[: next(differ, len(first))]
     turns = [match.end() for match in _TURN.finditer(common)]
     cut = turns[-1] if turns else max((match.start() for match in re.finditer(r"\s+", common)), default=0)
-    return common[:cut], chosen[cut:], rejected[cut:]
+    return [common[:cut], *(text[cut:] for text in answers)]

@@ -63,13 +63,24 @@ def refusal(example: Example, task: Task, bos: bool) -> str:
         return "the prompt is empty"
     if task == "prompts":
         return "the prompt ends with an assistant turn" if isinstance(prompt, list) and _speaker(prompt) else ""
-    if any(isinstance(said, list) and not (said and _speaker(said)) for said in (answer, example.rejected)):
+    answers = example.answers
+    if any(isinstance(said, list) and not (said and _speaker(said)) for said in answers):
         return "an answer does not end with an assistant turn"
     if task == "pairs":
-        return "chosen and rejected are the same" if answer == example.rejected else ""
-    if not answer or not (answer if isinstance(answer, str) else "".join(t["content"] for t in answer)).strip():
-        return "the completion is empty"
-    return ""
+        names = ("chosen", "rejected")
+        empty = next((f"{name} is empty" for name, said in zip(names, answers, strict=True) if _blank(said)), "")
+        return "chosen and rejected are the same" if answer == example.rejected else empty
+    if task == "rankings":
+        if len(answers) < 2:
+            return "fewer than two responses"
+        if any(said in answers[:i] for i, said in enumerate(answers)):
+            return "two responses are the same"
+        return "a response is empty" if any(map(_blank, answers)) else ""
+    return "the completion is empty" if answer is None or _blank(answer) else ""
+
+
+def _blank(answer: Content) -> bool:
+    return not (answer if isinstance(answer, str) else "".join(turn["content"] for turn in answer)).strip()
 
 
 def _speaker(turns: list[dict]) -> bool:
@@ -97,8 +108,8 @@ def draft(example: Example, task: Task, tokenizer: Tokenizer) -> Draft:
 
 
 def _answers(example: Example, task: Task) -> list[Content]:
-    wanted = {"sft": [example.answer], "pairs": [example.answer, example.rejected], "prompts": []}[task]
-    return [answer for answer in wanted if answer is not None]
+    number = {"pairs": 2, "prompts": 0, "rankings": None}.get(task, 1)
+    return example.answers[:number]
 
 
 def tokenise(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[Tokens]:
@@ -173,6 +184,6 @@ def fit(tokens: Tokens, config: Data, tokenizer: Tokenizer) -> tuple[Tokens | No
     if cut != "right" or keep < 1:
         return None, f"longer than data.max_length ({limit} tokens)"
     answers = [(ids[:keep], learnt[:keep]) for ids, learnt in tokens.answers]
-    if len(answers) == 2 and answers[0] == answers[1]:
+    if any(answer in answers[:i] for i, answer in enumerate(answers)):
         return None, "the answers are the same as far as data.max_length reaches"
     return replace(tokens, answers=answers), f"answer cut on the right, {limit} in all"

@@ -15,6 +15,7 @@ from jaxrlhf.programs import Ahead
 from jaxrlhf.rewards import judges, template
 from jaxrlhf.rewards.answers import Answer, Request
 from jaxrlhf.rewards.endpoint import Endpoint
+from jaxrlhf.rewards.ensemble import combined
 from jaxrlhf.rewards.functions import RewardFunction
 from jaxrlhf.rewards.human import Human
 from jaxrlhf.rewards.judges import Judge
@@ -63,14 +64,21 @@ class Scorer:
             raise ConfigError(f"two reward functions: a Python one and reward.function '{config.function}'; give one")
         self._tokenizer = tokenizer
         self.parts: dict[str, tuple[Component, Judge]] = {}
-        for component in config.parts(passed=function is not None):
-            judge = judges.open_judge(component, function, mesh, directory, whole=component not in config.components)
-            name = component.label
-            if isinstance(judge, RewardFunction) and not component.name:
-                name = function_label(judge.name)
-            if name in self.parts:
-                raise ConfigError(f"two components of the reward are called '{name}'; name one in reward.components")
-            self.parts[name] = component, judge
+        self._sums: dict[str, tuple[Component, list[str]]] = {}
+        for source in config.parts(passed=function is not None):
+            names = []
+            for component in source.members():
+                judge = judges.open_judge(component, function, mesh, directory, whole=source not in config.components)
+                name = component.label
+                if isinstance(judge, RewardFunction) and not component.name:
+                    name = function_label(judge.name)
+                if name in self.parts:
+                    raise ConfigError(
+                        f"two components of the reward are called '{name}'; name one in reward.components"
+                    )
+                self.parts[name] = component, judge
+                names.append(name)
+            self._sums[source.label if source.ensemble else names[0]] = source, names
         if not self.parts:
             raise ConfigError(
                 "no reward: give reward.model, reward.function (path.py:name), reward.components, or a Python function"
@@ -114,6 +122,7 @@ class Scorer:
     def metrics(self) -> list[str]:
         """The keys of `Scored.metrics`."""
         names = [*self.parts]
+        names += [name for label in self._ensembles for name in (label, f"{label}_spread")]
         names += [f"{name}_truncated" for name in self.models]
         names += [
             f"{name}_unanswered"
@@ -121,7 +130,12 @@ class Scorer:
             if name not in self.models or part.on_error == "skip"
         ]
         about = [f"rewards/{name}/{what}" for name in names for what in ("mean", "std")]
+        about += [f"rewards/{label}/length_correlation" for label in self._ensembles]
         return [*about, *(f"rewards/{name}/{what}" for name in self.parts for what in ("errors", "length_correlation"))]
+
+    @property
+    def _ensembles(self) -> list[str]:
+        return [label for label, (source, _) in self._sums.items() if source.ensemble]
 
     def pause(self, pausing: Callable[[], Any]) -> None:
         """`pausing()` is entered while a person is asked: for whatever else writes to the terminal."""
@@ -189,6 +203,7 @@ class Scorer:
         scores, token_scores = np.zeros(len(completions), np.float32), None
         components: dict[str, np.ndarray] = {}
         metrics: dict[str, float] = {}
+        settled: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         notes = []
         for name, (component, judge) in self.parts.items():
             asked = request
@@ -211,20 +226,28 @@ class Scorer:
                 answer = Answer([None] * len(completions), range(len(completions)), str(error))
             if answer.problem:
                 notes.append(f"{answer.problem}; {_consequence(component, len(answer.failed))}")
-            values, unanswered = _settled(answer, component, mask)
+            values, unanswered = settled[name] = _settled(answer, component, mask)
             whole = values.sum(1) if component.per_token else values
             components[name] = whole
             if truncated is not None:
                 components[f"{name}_truncated"] = truncated.astype(np.float32)
             if truncated is None or component.on_error == "skip":
                 components[f"{name}_unanswered"] = unanswered.astype(np.float32)
-            if component.per_token:
-                before = np.zeros(mask.shape, np.float32) if token_scores is None else token_scores
-                token_scores = before + np.float32(component.weight) * values
-            else:
-                scores += np.float32(component.weight) * values
             metrics[f"rewards/{name}/errors"] = float(len(answer.failed))
             metrics[f"rewards/{name}/length_correlation"] = correlation(whole, mask.sum(1))
+        for label, (source, names) in self._sums.items():
+            values = settled[names[0]][0]
+            if source.ensemble:
+                values = _together([settled[name] for name in names], source)
+                each = np.stack([components[name] for name in names])
+                components[label] = whole = values.sum(1) if source.per_token else values
+                components[f"{label}_spread"] = each.std(axis=0)
+                metrics[f"rewards/{label}/length_correlation"] = correlation(whole, mask.sum(1))
+            if source.per_token:
+                before = np.zeros(mask.shape, np.float32) if token_scores is None else token_scores
+                token_scores = before + np.float32(source.weight) * values
+            else:
+                scores += np.float32(source.weight) * values
         for name, values in components.items():
             metrics |= {f"rewards/{name}/mean": float(np.mean(values)), f"rewards/{name}/std": float(np.std(values))}
         return Scored(scores, token_scores, components, metrics, tuple(notes))
@@ -279,6 +302,13 @@ def _settled(answer: Answer, component: Component, mask: np.ndarray) -> tuple[np
         else:
             values[i] = value
     return values, unanswered
+
+
+def _together(settled: Sequence[tuple[np.ndarray, np.ndarray]], source: Component) -> np.ndarray:
+    """The score of an ensemble by what its models said; none, so 0, where one of them has no opinion."""
+    values = combined(np.stack([said for said, _ in settled]), source.combine, source.spread_coef)
+    without = np.any([unanswered for _, unanswered in settled], axis=0)
+    return np.where(without.reshape(-1, *[1] * (values.ndim - 1)), np.float32(0), values)
 
 
 def _consequence(component: Component, count: int) -> str:

@@ -141,7 +141,7 @@ class RewardModel:
 
     def score_rollout(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
         """(scores f32 [B], truncated bool [B]) of a rollout by its token ids, read at the last real token."""
-        return self._score(
+        return self.score_ids(
             [t[m].tolist() for t, m in zip(*map(np.asarray, (rollout.tokens, rollout.mask)), strict=True)]
         )
 
@@ -180,16 +180,17 @@ class RewardModel:
             else:
                 text = (transcript(before) if before and len(before) > 1 else prompt) + completion
                 rows.append((self.tokenizer.prompt_ids(text) if text else []) + [self.tokenizer.eos_id] * bool(ended))
-        return self._score(rows)
+        return self.score_ids(rows)
 
     def score_written(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(scores f32 [B], truncated bool [B]) of texts as they stand, control tokens included where `guard` has not
         marked them as letters. Nothing is added but the token that begins every text, if this tokenizer has one."""
         assert self.tokenizer.bos_id is not None or not self.tokenizer.adds_bos
         first = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
-        return self._score([[*first, *ids] for ids in self.tokenizer.encode_all(texts)])  # type: ignore[list-item]
+        return self.score_ids([[*first, *ids] for ids in self.tokenizer.encode_all(texts)])  # type: ignore[list-item]
 
-    def _score(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    def score_ids(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """(scores f32 [B], truncated bool [B]) of token ids of this model."""
         found, truncated = self._run(rows, _scores)
         return np.array(found, np.float32), truncated
 

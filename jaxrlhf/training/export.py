@@ -109,7 +109,8 @@ def _critic(
         source = dataclasses.replace(source, path=part.model, revision=part.revision, merged_path="")
         judge = RewardModel(part.model, revision=part.revision, dtype=part.dtype, micro_batch_size=1, mesh=mesh)
         if kept:
-            alone = sum(bool(part.model) for part in settings.reward.parts()) == 1  # else the hash is of all of them
+            models = [member for each in settings.reward.parts() if each.model for member in each.members()]
+            alone = len(models) == 1  # else the hash is of all of them
             trunk = _unchanged(judge.params, identity, "reward model") if alone else judge.params
     elif kept:
         trunk = _begun(settings, tokenizer, mesh, "lm")

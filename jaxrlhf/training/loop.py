@@ -2,20 +2,22 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal
 
 import jax
 
 from jaxrlhf import checkpoint, programs, runs
-from jaxrlhf.config import GRPOConfig, PPOConfig, SFTConfig
-from jaxrlhf.errors import NumericsError, Preempted, StorageError
+from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.errors import ConfigError, NumericsError, Preempted, StorageError
 from jaxrlhf.metrics import Logger, read
+from jaxrlhf.spelling import did_you_mean
 from jaxrlhf.training.setup import RunConfig, State
 from jaxrlhf.types import TrainState
 
 Metrics = dict[str, Any]
 Best = Literal["min", "max"] | None
+LESS_IS_BETTER = ("eval/loss", "eval/entropy", "eval/ece", "eval/absolute_error")
 MAX_SKIPPED = 5  # records in a row with a step skipped for non-finite numbers, before a run gives up
 
 
@@ -171,7 +173,38 @@ def best_of(config: RunConfig) -> Best:
     greatest. None: none is best."""
     if isinstance(config, PPOConfig | GRPOConfig):
         return config.validation.mode if config.validation.keep_best else None
-    return ("min" if isinstance(config, SFTConfig) else "max") if config.train.keep_best else None
+    if not config.train.keep_best:
+        return None
+    if config.train.mode != "auto":
+        return config.train.mode
+    return "min" if metric_of(config) in LESS_IS_BETTER else "max"
+
+
+def metric_of(config: SFTConfig | RewardConfig | DPOConfig) -> str:
+    """The key of the records of an evaluation that says which state is the best."""
+    match config:
+        case DPOConfig():
+            usual = "eval/rewards/margins" if config.dpo.loss == "kto" else "eval/rewards/accuracies"
+        case RewardConfig():
+            usual = "eval/loss" if config.loss == "regression" else "eval/accuracy"
+        case SFTConfig():
+            usual = "eval/loss"
+    return config.train.metric or usual
+
+
+def check_metric(config: SFTConfig | RewardConfig | DPOConfig, known: Collection[str], held_out: bool) -> None:
+    """Refuse a `train.metric` that no evaluation gives; `known` are the keys of one, `held_out`: there will be any."""
+    metric = config.train.metric
+    if metric and not held_out:
+        raise ConfigError(
+            f"train.metric is '{metric}' but there are no held-out rows to measure it on; give data.validation_path or "
+            "data.validation_fraction"
+        )
+    if metric and metric not in known:
+        raise ConfigError(
+            f"train.metric: no evaluation here gives '{metric}'{did_you_mean(metric, sorted(known))}; there are "
+            f"{', '.join(sorted(known))}"
+        )
 
 
 def fit(
@@ -181,16 +214,17 @@ def fit(
     update: Callable[[int], Metrics],
     evaluate: Callable[[], Metrics] | None,
     eval_every: int,
-    metric: str,
     samples: Callable[[], list[dict[str, Any]]] | None,
 ) -> Metrics:
-    """Run what is left of supervised training (SFT, reward models); return the last step's metrics.
+    """Run what is left of supervised training (SFT, reward models, preferences); return the last step's metrics.
 
     `update(step)` moves `state` on from step to step + 1. `evaluate` runs every `eval_every` steps and at the end, and
-    its `metric` goes into a checkpoint made at that moment. `samples` runs every `logging.sample_every` steps. If the
-    session keeps the best state, `state` is that one in the end.
+    what it says of `metric_of` the run goes into a checkpoint made at that moment. `samples` runs every
+    `logging.sample_every` steps. If the session keeps the best state, `state` is that one in the end.
     """
-    total, sample_every = session.total_steps, session.config.logging.sample_every
+    config = session.config
+    assert not isinstance(config, PPOConfig | GRPOConfig)
+    total, sample_every = session.total_steps, config.logging.sample_every
     done = session.resume(state)
     record = session.last()
     for step in range(done + 1, total + 1):
@@ -203,7 +237,8 @@ def fit(
             session.logger.samples(step, samples())
         saved = session.due(step) or (bool(results) and session.best is not None)
         if saved:
-            session.save(step, state.value, float(results[metric]) if results and session.best else None)
+            worth = float(results[metric_of(config)]) if results and session.best else None
+            session.save(step, state.value, worth)
         session.stop_if_asked(step, state.value, saved=saved)
     session.flush()
     if session.take_best(state):

@@ -1,96 +1,69 @@
-"""A reward model from preferences: the chosen answer of a pair should score higher than the rejected one."""
+"""A reward model from preferences, rankings, labels or scores: a better answer should score higher than a worse one."""
 
 import dataclasses
 import functools
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrlhf import sharding, weights
-from jaxrlhf.algorithms.reward import pairwise_loss
 from jaxrlhf.config import RewardConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import Split, pair_rows
+from jaxrlhf.data.judged import label_rows, ranking_rows, score_rows
 from jaxrlhf.data.loader import rows_at
-from jaxrlhf.data.packing import pack
-from jaxrlhf.logprobs import last_hidden
-from jaxrlhf.models import ModelConfig, forward, scores
+from jaxrlhf.data.packing import PackedRow, pack
+from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.files import write_whole
+from jaxrlhf.models import ModelConfig
 from jaxrlhf.programs import Ahead
+from jaxrlhf.reward_metrics import KEYS, HeldOut, evaluation, summary
 from jaxrlhf.training import loop, setup
 from jaxrlhf.training.optim import Optimizer, make_optimizer
+from jaxrlhf.training.reward_loss import Objective, objective_of, response_loss, response_scores
 from jaxrlhf.training.step import Metrics, apply, dropout_keys, gradients, one_role
-from jaxrlhf.types import PackedPairs, Pairs, Params, TrainState
+from jaxrlhf.types import PackedPairs, Params, Responses, TrainState
 
 
-def pair_scores(
-    params: Params, pairs: Pairs | PackedPairs, model: ModelConfig, keys: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """(chosen, rejected): [B] by one forward over 2B rows, of packed pairs [B, M] over B rows.
-
-    `keys` [B] are for dropout, in training; each text has a key of its own for that of the head.
-    """
-    if isinstance(pairs, PackedPairs):
-        hidden = _packed_hidden(params, pairs, model, keys)
-        if keys is not None:
-            texts = jnp.arange(hidden.shape[1])
-            keys = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, texts))(keys)
-    else:
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), pairs.chosen, pairs.rejected)
-        if keys is not None:
-            keys = jnp.concatenate([keys, jax.vmap(jax.random.fold_in, (0, None))(keys, 1)])
-        hidden = last_hidden(params, model, both.tokens, both.mask, keys)
-    if keys is None or model.head != "mlp":
-        values = scores(params, model, hidden)
-    else:
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        values = jax.vmap(lambda row, key: scores(params, model, row, key))(flat, keys.reshape(-1))
-        values = values.reshape(hidden.shape[:-1])
-    chosen, rejected = jnp.split(values, 2, axis=-1)
-    return chosen, rejected
-
-
-def _packed_hidden(params: Params, pairs: PackedPairs, model: ModelConfig, keys: jax.Array | None) -> jax.Array:
-    """The hidden states [B, 2M, D] at the end of each chosen text and then of each rejected one."""
-    texts = pairs.texts
-    hidden = forward(params, model, texts.tokens, texts.mask, texts.positions, texts.segments, keys)
-    ends = jnp.concatenate([pairs.chosen, pairs.rejected], axis=1)
-    return jnp.take_along_axis(hidden, ends[..., None], axis=1)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "optimizer", "num_micro", "mesh"), donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames=("model", "objective", "optimizer", "num_micro", "mesh"), donate_argnames="state"
+)
 def update(
     state: TrainState,
     frozen: Params,
-    pairs: Pairs | PackedPairs,
+    batch: Responses | PackedPairs,
     key: jax.Array,
     *,
     model: ModelConfig,
+    objective: Objective,
     optimizer: Optimizer,
     num_micro: int,
     mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step on `pairs`. `frozen` holds the trunk where it does not train, or is under adapters.
+    """One optimizer step on `batch`. `frozen` holds the trunk where it does not train, or is under adapters.
 
     `key` is the run's; each step folds its number in.
     """
-    count = jnp.sum(pairs.valid)
-    row_keys = dropout_keys(model, key, state.step, rows=pairs.valid.shape[0])
+    count = jnp.sum(batch.real[..., 0])
+    row_keys = dropout_keys(model, key, state.step, rows=batch.real.shape[0])
 
-    def loss(params: Params, rows: tuple[Pairs | PackedPairs, jax.Array | None]) -> tuple[jax.Array, Metrics]:
-        chosen, rejected = pair_scores({**frozen, **params}, rows[0], model, rows[1])
-        valid = rows[0].valid
-        value, metrics = pairwise_loss(chosen, rejected, valid, count, 0.0)
+    def loss(params: Params, rows: tuple[Responses | PackedPairs, jax.Array | None]) -> tuple[jax.Array, Metrics]:
+        part = rows[0]
+        found = response_scores({**frozen, **params}, part, model, rows[1])
+        value, metrics = response_loss(found, part.real, part.target, count, objective)
         spread = {
-            "max_reward_max": jnp.where(valid, jnp.maximum(chosen, rejected), -jnp.inf).max(),
-            "min_reward_max": jnp.where(valid, -jnp.minimum(chosen, rejected), -jnp.inf).max(),
+            "max_reward_max": jnp.where(part.real, found, -jnp.inf).max(),
+            "min_reward_max": jnp.where(part.real, -found, -jnp.inf).max(),
         }
         return value, metrics | spread
 
-    grads, metrics = gradients(loss, state.params["reward"], (pairs, row_keys), num_micro)
+    grads, metrics = gradients(loss, state.params["reward"], (batch, row_keys), num_micro)
     metrics["max_reward"], metrics["min_reward"] = metrics.pop("max_reward_max"), -metrics.pop("min_reward_max")
     state, norms = apply(state, {"reward": grads}, metrics["loss"], (("reward", optimizer),))
     state = dataclasses.replace(state, step=state.step + 1)
@@ -98,13 +71,13 @@ def update(
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def evaluate(params: Params, pairs: Pairs | PackedPairs, *, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Scores (chosen, rejected) of held-out pairs, as those of `pair_scores`, without dropout."""
-    return pair_scores(params, pairs, model, None)
+def evaluate(params: Params, batch: Responses | PackedPairs, *, model: ModelConfig) -> jax.Array:
+    """Scores of held-out responses, as those of `response_scores`, without dropout."""
+    return response_scores(params, batch, model, None)
 
 
 class RewardTrainer:
-    """Train a reward model from `config.model` on the pairs of `config.data`: `.train()`, `.save_pretrained(folder)`.
+    """Train a reward model from `config.model` on the rows of `config.data`: `.train()`, `.save_pretrained(folder)`.
 
     What can be wrong with the config, the data or the model is raised here, before training begins. With `ahead` the
     programs are compiled while the weights load, for a trainer that is sure to train; else when training begins. With
@@ -122,19 +95,22 @@ class RewardTrainer:
         sharding.check_rows(train.eval_batch_size, self.mesh, "train.eval_batch_size")
         self._num_micro = train.batch_size // micro
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
-        self.data = pair_rows(config.data, self.tokenizer)
+        self.data = _rows(config, self.tokenizer)
+        self._objective = objective_of(config)
+        loop.check_metric(config, _evaluated(self._objective), bool(self.data.validation))
         init_key, self._key, _, lora_key = setup.keys(config.seed)
         storage = setup.storage_of(config)
         self.model = setup.model_of(config.model, self.tokenizer, config.head, config.lora)
         frozen_trunk = config.frozen_trunk or config.lora.enabled
         rows = (*self.data.train, *self.data.validation)
-        lengths = [len(row.tokens) for pair in rows for row in (pair.chosen, pair.rejected)]
+        lengths = [len(text.tokens) for row in rows for text in batching.texts(row)]
+        self._group = max(len(batching.texts(row)) for row in rows)
         setup.check_context(lengths, self.model, "the longest row", "data.max_length")
         context = self.model.max_positions  # limits a text; a packed row, where positions start anew, may be longer
         self._width = 2 * batching.bucket(min(config.data.max_length, context), context)
         self._rows: Split[Any] = self.data
         if train.packing:
-            self._rows = pack(self.data, lambda pair: (pair.chosen, pair.rejected), self._width, train.batch_size)
+            self._rows = pack(self.data, batching.texts, self._width, train.batch_size)
             self._most = max(len(row.lengths) // 2 for row in (*self._rows.train, *self._rows.validation))
         self.total_steps = loop.num_steps(
             len(self._rows.train), train.batch_size, train.num_train_epochs, train.max_steps
@@ -142,6 +118,7 @@ class RewardTrainer:
         self._optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
         self._static: dict[str, Any] = {
             "model": self.model,
+            "objective": self._objective,
             "optimizer": self._optimizer,
             "num_micro": self._num_micro,
             "mesh": self.mesh,
@@ -160,6 +137,8 @@ class RewardTrainer:
         trained, self.frozen = setup.split(params, frozen_trunk)
         self.state = setup.State({"reward": trained}, {"reward": self._optimizer}, self.mesh)
         self._results: dict[str, float] = {}
+        self.evaluation: dict[str, Any] = {}
+        """What the newest evaluation found, in full; empty before the first."""
 
     @property
     def params(self) -> Params:
@@ -167,11 +146,13 @@ class RewardTrainer:
         return {**self.frozen, **self.state.value.params["reward"]}
 
     def describe(self) -> str:
-        """What `.train()` works with, and the first pair as the model sees it."""
+        """What `.train()` works with, and the first row as the model sees it."""
         about = setup.describe(self.config, self.model, self.tokenizer, self._rows.report, self.mesh)
-        first = self.data.train[0]
-        pair = (f"{side}: {self.tokenizer.decode(getattr(first, side).tokens)}" for side in ("chosen", "rejected"))
-        return "\n".join((about, f"{self.total_steps} steps", *pair))
+        first = batching.texts(self.data.train[0])
+        names = [f"rank {k + 1}" for k in range(len(first))] if len(first) != 2 else ["chosen", "rejected"]
+        names = names if len(first) > 1 else ["response"]
+        said = (f"{name}: {self.tokenizer.decode(text.tokens)}" for name, text in zip(names, first, strict=True))
+        return "\n".join((about, f"{self.total_steps} steps", *said))
 
     def train(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""
@@ -190,10 +171,11 @@ class RewardTrainer:
                 update=self._update,
                 evaluate=self._evaluate if held_out else None,
                 eval_every=train.eval_every or -(-len(self._rows.train) // train.batch_size),
-                metric="eval/accuracy",
                 samples=None,
             )
             self._results = {k: float(v) for k, v in record.items()}
+            if held_out:
+                self._write_evaluation(session)
             session.logger.note(f"exported to {self.save_pretrained(session.run.directory / 'export')}")
         return self._results
 
@@ -205,13 +187,19 @@ class RewardTrainer:
             method="reward", step=int(self.state.value.step), results=self._results, merge_lora=merge_lora,
         )  # fmt: skip
 
-    def _pairs(self, rows: Sequence[Any]) -> Pairs | PackedPairs:
+    def _batch(self, rows: Sequence[Any]) -> Responses | PackedPairs:
         if self.config.train.packing:
             made = batching.packed_pairs(rows, self.tokenizer.pad_id, self._width, self._most)
             return sharding.put_rows(made, self.mesh)
-        longest = max(len(row.tokens) for pair in rows for row in (pair.chosen, pair.rejected))
-        length = batching.bucket(longest, self.model.max_positions)
-        return sharding.put_rows(batching.pairs(rows, self.tokenizer.pad_id, length), self.mesh)
+        longest = max(len(text.tokens) for row in rows for text in batching.texts(row))
+        length, targets = batching.bucket(longest, self.model.max_positions), [self._target(row) for row in rows]
+        made = batching.responses(rows, targets, self.tokenizer.pad_id, length, self._group)
+        return sharding.put_rows(made, self.mesh)
+
+    def _target(self, row: Any) -> float:
+        """What is said of a row, as `Responses.target` has it."""
+        said = {"pairwise": "margin", "ties": "tied", "classification": "label", "regression": "score"}
+        return float(getattr(row, said[self.config.loss])) if self.config.loss in said else 0.0
 
     def _rows_of(self, step: int) -> list[Any]:
         rows, size = self._rows.train, self.config.train.batch_size
@@ -219,9 +207,9 @@ class RewardTrainer:
 
     def _compile(self, state: TrainState, frozen: Params, train: Sequence[Any], held_out: Sequence[Any]) -> None:
         """Begin to compile a step on `train` and an evaluation of `held_out`; `state` and `frozen` may be shapes."""
-        self._programs.compile(update, state, frozen, self._pairs(train), self._key, **self._static)
-        for _, pairs in itertools.islice(self._held_out(held_out), 1):
-            self._programs.compile(evaluate, {**frozen, **state.params["reward"]}, pairs, model=self.model)
+        self._programs.compile(update, state, frozen, self._batch(train), self._key, **self._static)
+        for _, batch in itertools.islice(self._held_out(held_out), 1):
+            self._programs.compile(evaluate, {**frozen, **state.params["reward"]}, batch, model=self.model)
 
     def compile_longest(self) -> None:
         """Compile a step and an evaluation of the longest rows there are; parameters may be shapes."""
@@ -232,22 +220,65 @@ class RewardTrainer:
 
     def _update(self, step: int) -> Metrics:
         self._programs.wait(update)
-        pairs = self._pairs(self._rows_of(step))
-        self.state.value, metrics = update(self.state.value, self.frozen, pairs, self._key, **self._static)
+        batch = self._batch(self._rows_of(step))
+        self.state.value, metrics = update(self.state.value, self.frozen, batch, self._key, **self._static)
         return metrics | {"epoch": (step + 1) * self.config.train.batch_size / len(self._rows.train)}
 
-    def _held_out(self, rows: Sequence[Any]) -> Iterator[tuple[int, Pairs | PackedPairs]]:
-        """(how many rows count, pairs) of held-out rows; the last batch is filled with copies of a row."""
+    def _held_out(self, rows: Sequence[Any]) -> Iterator[tuple[Sequence[Any], Responses | PackedPairs]]:
+        """(rows, batch) of held-out rows; the last batch is filled with copies of a row."""
         size = self.config.train.eval_batch_size
         for part in (rows[i : i + size] for i in range(0, len(rows), size)):
-            yield len(part), self._pairs([*part, *[part[0]] * (size - len(part))])
+            yield part, self._batch([*part, *[part[0]] * (size - len(part))])
 
     def _evaluate(self) -> Metrics:
         self._programs.wait(evaluate)
-        records = []
-        for count, pairs in self._held_out(self._rows.validation):
-            found = jax.device_get((*evaluate(self.params, pairs, model=self.model), pairs.valid))
-            chosen, rejected, valid = (jnp.asarray(x[:count]) for x in found)
-            number = int(valid.sum())
-            records.append((number, pairwise_loss(chosen, rejected, valid, number, 0.0)[1]))
-        return {f"eval/{key}": value for key, value in loop.weighted_mean(records).items()}
+        found, real, targets, lengths = [], [], [], []
+        for rows, batch in self._held_out(self._rows.validation):
+            scores = np.asarray(evaluate(self.params, batch, model=self.model), np.float32)[: len(rows)]
+            mask, target = (np.asarray(x)[: len(rows)] for x in (batch.real, batch.target))
+            valid = mask[..., 0]
+            found.append(scores[valid])
+            real.append(mask[valid])
+            targets.append(target[valid])
+            for row in rows:
+                lengths += _response_lengths(row, self._group)
+        scores, real, target = (jnp.concatenate(parts) for parts in (found, real, targets))
+        metrics = response_loss(scores, real, target, len(scores), self._objective)[1]
+        held_out = HeldOut(*map(np.asarray, (scores, real, target, lengths)))
+        self.evaluation = evaluation(held_out, self.config.loss)
+        measured = {key: self.evaluation[key] for key in KEYS[self.config.loss]}
+        return {f"eval/{key}": value for key, value in (metrics | measured).items()}
+
+    def _write_evaluation(self, session: loop.Session) -> None:
+        if not self.evaluation:  # a run that had nothing left to do
+            self._evaluate()
+        path = write_whole(session.run.directory / "evaluation.json", json.dumps(self.evaluation, indent=2) + "\n")
+        for line in [*summary(self.evaluation), f"wrote {path}"]:
+            session.logger.note(line)
+
+
+def _rows(config: RewardConfig, tokenizer: Tokenizer) -> Split[Any]:
+    """The rows that the loss learns from. Raises DataError and ConfigError."""
+    if config.loss == "ranking":
+        return ranking_rows(config.data, tokenizer)
+    if config.loss == "classification":
+        return label_rows(config.data, tokenizer)
+    if config.loss == "regression":
+        return score_rows(config.data, tokenizer)
+    return pair_rows(config.data, tokenizer, margins=config.margins, ties=config.loss == "ties")
+
+
+def _evaluated(objective: Objective) -> list[str]:
+    """The keys of an evaluation's record."""
+    scores = jnp.zeros((2, 2))
+    metrics = jax.eval_shape(lambda: response_loss(scores, scores == 0, scores[:, 0], 2, objective))[1]
+    return [f"eval/{key}" for key in (*metrics, *KEYS[objective.loss])]
+
+
+def _response_lengths(row: Any, group: int) -> list[list[int]]:
+    """Tokens of a row's responses without the prompt, 0 where there is none; of a packed row, those of each pair."""
+    if isinstance(row, PackedRow):
+        starts = np.cumsum([0, *row.lengths[:-1]])
+        return np.add.reduceat(np.array(row.loss_mask, int), starts).reshape(-1, 2).tolist()
+    sizes = [sum(text.loss_mask) for text in batching.texts(row)]
+    return [sizes + [0] * (group - len(sizes))]

@@ -12,7 +12,17 @@ import jax.numpy as jnp
 
 from jaxrlhf import lora as adapters
 from jaxrlhf import runtime, sharding, weights
-from jaxrlhf.config import DType, GRPOConfig, LoRA, ModelSource, PPOConfig, RewardConfig, Sampling, SFTConfig
+from jaxrlhf.config import (
+    DPOConfig,
+    DType,
+    GRPOConfig,
+    LoRA,
+    ModelSource,
+    PPOConfig,
+    RewardConfig,
+    Sampling,
+    SFTConfig,
+)
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
 from jaxrlhf.digest import digests, leaves_by_name
 from jaxrlhf.errors import ConfigError
@@ -22,7 +32,7 @@ from jaxrlhf.training.step import in_float32
 from jaxrlhf.types import Params, TrainState
 from jaxrlhf.weights import peft
 
-RunConfig = SFTConfig | RewardConfig | PPOConfig | GRPOConfig
+RunConfig = SFTConfig | RewardConfig | DPOConfig | PPOConfig | GRPOConfig
 
 
 def keys(seed: int) -> jax.Array:
@@ -266,6 +276,11 @@ class State:
         if self._offload:
             state = dataclasses.replace(state, opt_state=sharding.to_host(state.opt_state))
         self._value = state
+
+    @property
+    def params(self) -> dict[str, Params]:
+        """The parameters as they are now; of a state that was not made yet those it will be made from."""
+        return self.value.params if self._params is None else self._params
 
     @property
     def ready(self) -> TrainState:

@@ -9,26 +9,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxrlhf import memory, sharding, weights
+from jaxrlhf import sharding, weights
 from jaxrlhf.algorithms.sft import sft_loss
-from jaxrlhf.config import Sampling, SFTConfig
+from jaxrlhf.config import SFTConfig
 from jaxrlhf.data import batching
-from jaxrlhf.data.datasets import PromptRow, SFTRow, Split, sft_rows
+from jaxrlhf.data.datasets import Split, sft_rows
 from jaxrlhf.data.loader import rows_at
 from jaxrlhf.data.packing import pack
 from jaxrlhf.logprobs import token_logprobs
 from jaxrlhf.models import ModelConfig, forward
 from jaxrlhf.programs import Ahead
-from jaxrlhf.rollout.decode import generate
-from jaxrlhf.rollout.inference_copy import convert, inference_model
 from jaxrlhf.rollout.sampling import check_sampling
-from jaxrlhf.rollout.text import response_texts
 from jaxrlhf.training import loop, setup
 from jaxrlhf.training.optim import Optimizer, make_optimizer
+from jaxrlhf.training.samples import Samples
 from jaxrlhf.training.step import Metrics, apply, dropout_keys, gradients, one_role
-from jaxrlhf.types import Batch, Params, Prompts, TrainState
+from jaxrlhf.types import Batch, Params, TrainState
 
 
 def loss(
@@ -92,6 +89,7 @@ class SFTTrainer:
         self._num_micro = train.batch_size // micro
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = sft_rows(config.data, self.tokenizer, config.completion_only)
+        loop.check_metric(config, ("eval/loss", "eval/entropy"), bool(self.data.validation))
         init_key, self._key, _, lora_key = setup.keys(config.seed)
         storage = setup.storage_of(config)
         self.model = setup.model_of(config.model, self.tokenizer, "lm", config.lora)
@@ -127,17 +125,14 @@ class SFTTrainer:
             params = setup.adapted(params, self.model, config.lora, lora_key)
         trained, self.frozen = setup.split(params, config.lora.enabled)
         self.state = setup.State({"policy": trained}, {"policy": self._optimizer}, self.mesh)
+        shown = (self.data.validation or self.data.train)[: config.logging.num_samples]
+        self.samples = Samples(shown, self.model, self.tokenizer, config.sampling, self.mesh)
         self._results: dict[str, float] = {}
 
     @property
     def params(self) -> Params:
         """The parameters as they are now, adapters and what is under them."""
         return {**self.frozen, **self.state.value.params["policy"]}
-
-    @property
-    def inference(self) -> ModelConfig:
-        """The model that draws samples."""
-        return inference_model(self.model, self.model.dtype)
 
     def describe(self) -> str:
         """What `.train()` works with, and the first example as the model sees it."""
@@ -164,7 +159,6 @@ class SFTTrainer:
                 update=self._update,
                 evaluate=self._evaluate if held_out else None,
                 eval_every=train.eval_every or -(-len(self._rows.train) // train.batch_size),
-                metric="eval/loss",
                 samples=self._samples,
             )
             self._results = {k: float(v) for k, v in record.items()}
@@ -200,10 +194,7 @@ class SFTTrainer:
         rows = batching.longest(self._rows.train, train.batch_size)
         self._compile(state, self.frozen, rows, batching.longest(self._rows.validation, train.eval_batch_size))
         params = {**self.frozen, **state.params["policy"]}
-        copied = self._programs.compile(convert, params, self.model, self.inference).result()
-        prompts, sampling = self._prompts()
-        stops = self.tokenizer.stop_ids, self.tokenizer.pad_id
-        self._programs.compile(generate, copied, self.inference, prompts, self._key, sampling, *stops)
+        self.samples.compile(self._programs, params, self._key)
         self._programs.finish()
 
     def _update(self, step: int) -> Metrics:
@@ -225,29 +216,5 @@ class SFTTrainer:
         means = loop.weighted_mean([(float(count), metrics) for count, metrics in records])
         return {f"eval/{key}": value for key, value in means.items()}
 
-    def _prompts(self) -> tuple[Prompts, Sampling]:
-        """What samples begin with, in place, and how they are drawn: with room for a response in the context."""
-        source = (self.data.validation or self.data.train)[: self.config.logging.num_samples]
-        rows = [_prompt(row, index) for index, row in enumerate(source)]
-        length = batching.bucket(max(len(row.tokens) for row in rows), self.model.max_positions)
-        sampling = setup.fit_response(self.config.sampling, length, self.model)
-        return sharding.put_whole(batching.prompts(rows, self.tokenizer.pad_id, length), self.mesh), sampling
-
     def _samples(self) -> list[dict[str, Any]]:
-        prompts, sampling = self._prompts()
-        key = jax.random.fold_in(self._key, int(self.state.value.step))
-        copied = convert(self.params, self.model, self.inference)
-        stops = self.tokenizer.stop_ids, self.tokenizer.pad_id
-        rollout = generate(copied, self.inference, prompts, key, sampling, *stops)
-        texts = response_texts(rollout, self.tokenizer)
-        del copied  # all is drawn by now
-        memory.give_back()
-        begun = zip(np.asarray(prompts.tokens), np.asarray(prompts.mask), strict=True)
-        asked = [self.tokenizer.decode(tokens[mask].tolist()) for tokens, mask in begun]
-        return [{"prompt": p, "completion": t} for p, t in zip(asked, texts, strict=True)]
-
-
-def _prompt(row: SFTRow, index: int) -> PromptRow:
-    """What comes before the first token to learn; of a text that is learnt whole, its first 8 tokens."""
-    start = int(np.argmax(row.loss_mask))
-    return PromptRow(tokens=row.tokens[: start if start > 1 else 8], text="", columns={}, index=index)
+        return self.samples.draw(self.params, jax.random.fold_in(self._key, int(self.state.value.step)))

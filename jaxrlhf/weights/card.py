@@ -19,6 +19,7 @@ _METHODS = {
     "merge": "merging adapters",
     "sft": "supervised fine-tuning",
     "reward": "preference pairs (Bradley-Terry)",
+    "dpo": "preferences (DPO and its relatives)",
     "ppo": "PPO",
     "grpo": "group-relative policy optimisation",
 }

@@ -202,7 +202,9 @@ def test_several_models_and_a_template_with_columns(reward_folder, policy_tokeni
             )
     spelt = [*policy_tokenizer.encode(f"q: {talk.prompts[1]}</s>\nr: {talk.completions[1]}"), policy_tokenizer.eos_id]
     judge = scorer.models["written"]
-    assert scored.components["written"][1] == pytest.approx(judge._score([spelt])[0][0], rel=1e-4), "a column is text"
+    assert scored.components["written"][1] == pytest.approx(judge.score_ids([spelt])[0][0], rel=1e-4), (
+        "a column is text"
+    )
     np.testing.assert_allclose(
         scored.scores, scored.components["model"] + 0.5 * scored.components["written"], rtol=1e-5, atol=1e-6
     )

@@ -9,10 +9,10 @@ import pytest
 from tiny import tiny
 
 from jaxrlhf import sharding
-from jaxrlhf.config import PPO, LoRA, Mesh, Optim, PPOConfig
-from jaxrlhf.training import ppo_roles, ppo_update, reward, setup, sft
+from jaxrlhf.config import PPO, LoRA, Mesh, Optim, PPOConfig, RewardConfig
+from jaxrlhf.training import ppo_roles, ppo_update, reward, reward_loss, setup, sft
 from jaxrlhf.training.optim import make_optimizer
-from jaxrlhf.types import Batch, Pairs, Rollout
+from jaxrlhf.types import Batch, Responses, Rollout
 
 B, P, R = 2, 4, 4
 KEY = jax.random.key(0)
@@ -33,8 +33,12 @@ def supervised(method, model, lora, optimizer):
     trained, frozen = setup.split(setup.shapes_of(model, "float32", MESH, lora), lora.enabled)
     state = setup.State({role: trained}, {role: optimizer}, MESH).template
     rows = Batch(array("int32", B, P + R), array("bool", B, P + R), array("bool", B, P + R))
-    batch = rows if method == "sft" else Pairs(rows, rows)
-    return program, state, (frozen, batch, KEY), {"model": model, "optimizer": optimizer, "num_micro": 1, "mesh": MESH}
+    static = {"model": model, "optimizer": optimizer, "num_micro": 1, "mesh": MESH}
+    if method == "sft":
+        return program, state, (frozen, rows, KEY), static
+    pairs = array("int32", B, 2, P + R), array("bool", B, 2, P + R), array("bool", B, 2), array("float32", B)
+    static |= {"objective": reward_loss.objective_of(RewardConfig())}
+    return program, state, (frozen, Responses(*pairs), KEY), static
 
 
 def ppo(model, lora, optimizer):

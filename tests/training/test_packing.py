@@ -9,13 +9,13 @@ import pytest
 from tiny import tiny
 
 from jaxrlhf import config, models
-from jaxrlhf.algorithms.reward import pairwise_loss
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PairRow, Report, SFTRow, Split
 from jaxrlhf.data.packing import pack
 from jaxrlhf.logprobs import token_logprobs
-from jaxrlhf.training import reward, sft
+from jaxrlhf.training import sft
 from jaxrlhf.training.reward import RewardTrainer
+from jaxrlhf.training.reward_loss import objective_of, response_loss, response_scores
 from jaxrlhf.training.sft import SFTTrainer
 
 MODELS = {
@@ -72,14 +72,15 @@ def test_packed_pairs_have_the_loss_and_gradients_of_pairs_apart(name):
     model = dataclasses.replace(MODELS[name], head="linear")
 
     def loss(params, pairs):
-        return pairwise_loss(*reward.pair_scores(params, pairs, model, None), pairs.valid, len(PAIRS), 0.0)
+        found = response_scores(params, pairs, model, None)
+        return response_loss(found, pairs.real, pairs.target, len(PAIRS), objective_of(config.RewardConfig()))
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
     params, most = weights_of(model), max(len(row.lengths) // 2 for row in PACKED_PAIRS)
     packed = batching.packed_pairs(PACKED_PAIRS, 0, WIDTH, most)
     assert not packed.valid.all(), "not every row has the same number of pairs"
     found = run(params, jax.tree.map(jnp.asarray, packed))
-    wanted = run(params, jax.tree.map(jnp.asarray, batching.pairs(PAIRS, 0, max(LENGTHS))))
+    wanted = run(params, jax.tree.map(jnp.asarray, batching.responses(PAIRS, [0.0] * len(PAIRS), 0, max(LENGTHS), 2)))
     agree(found, wanted)
     assert found[0][1]["margin"].std() == 0 and np.abs(found[0][1]["margin"]) > 1e-3
 
@@ -111,7 +112,7 @@ def test_pairs_in_a_row_have_dropout_of_their_own():
     row = pack(split([PAIRS[2]] * 2), lambda pair: (pair.chosen, pair.rejected), 2 * WIDTH).train
     pairs = jax.tree.map(jnp.asarray, batching.packed_pairs(row, 0, 2 * WIDTH, 2))
     params = models.init(model, jax.random.key(0))
-    score = jax.jit(lambda keys: jnp.stack(reward.pair_scores(params, pairs, model, keys)))
+    score = jax.jit(lambda keys: jnp.moveaxis(response_scores(params, pairs, model, keys), -1, 0))
     calm, dropped = score(None), score(jax.random.split(jax.random.key(1), 1))
     np.testing.assert_allclose(calm[:, 0, 0], calm[:, 0, 1], rtol=1e-4)
     assert np.abs(dropped[:, 0, 0] - dropped[:, 0, 1]).min() > 1e-3 and np.abs(dropped - calm).min() > 1e-3

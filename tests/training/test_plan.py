@@ -9,6 +9,7 @@ from runs import length_reward
 
 from jaxrlhf import cli, config, config_file, costs, memory, plan, plan_report
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.training.dpo import DPOTrainer
 from jaxrlhf.training.ppo import PPOTrainer
 from jaxrlhf.training.reward import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
@@ -102,7 +103,10 @@ def test_every_knob_is_a_key_that_can_be_turned(rewarded, supervised):
             assert config.replace(told, **knob.keys) != told
 
 
-@pytest.mark.parametrize(("kind", "trainer"), [(config.SFTConfig, SFTTrainer), (config.RewardConfig, RewardTrainer)])
+@pytest.mark.parametrize(
+    ("kind", "trainer"),
+    [(config.SFTConfig, SFTTrainer), (config.RewardConfig, RewardTrainer), (config.DPOConfig, DPOTrainer)],
+)
 def test_supervised_runs_have_plans(supervised, kind, trainer):
     told = kind(**supervised | {"train": dataclasses.replace(supervised["train"], packing=True, batch_size=2)})
     made, real = plan.plan(told), trainer(told)
@@ -117,7 +121,7 @@ def test_the_command_finds_out_what_a_file_is_for(rewarded, tmp_path, capsys):
     file.write_text("model:\n  path: m\nppo:\n  batch_size: 4\n")
     assert config_file.method_of(file) == "ppo"
     file.write_text("model:\n  path: m\n")
-    with pytest.raises(ConfigError, match=r"fit sft and reward and ppo and grpo; give --method"):
+    with pytest.raises(ConfigError, match=r"fit sft and reward and dpo and ppo and grpo; give --method"):
         config_file.method_of(file)
     assert cli.main(["plan", str(file)]) == ConfigError.exit_code
     assert "--method" in capsys.readouterr().err

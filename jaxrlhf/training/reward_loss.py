@@ -1,0 +1,82 @@
+"""What a reward model learns by: the scores of a batch, and the loss that suits what was said of its responses."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxrlhf.algorithms import reward
+from jaxrlhf.algorithms.masked import Scalar
+from jaxrlhf.algorithms.reward import Metrics
+from jaxrlhf.config import RewardConfig
+from jaxrlhf.logprobs import last_hidden
+from jaxrlhf.models import ModelConfig, forward, scores
+from jaxrlhf.types import PackedPairs, Params, Responses
+
+
+class Objective(NamedTuple):
+    """The loss and its numbers, as in `RewardConfig`."""
+
+    loss: str
+    label_smoothing: float
+    center_rewards_coefficient: float
+    nu: float
+
+
+def objective_of(config: RewardConfig) -> Objective:
+    return Objective(config.loss, config.label_smoothing, config.center_rewards_coefficient, config.nu)
+
+
+def response_scores(
+    params: Params, batch: Responses | PackedPairs, model: ModelConfig, keys: Array | None
+) -> Float[Array, "... G"]:
+    """Scores [B, G] by one forward over B * G texts; of packed pairs [B, M, 2], by one over B rows.
+
+    `keys` [B] are for dropout, in training; each text has a key of its own.
+    """
+    shape = batch.real.shape
+    head_keys = None if keys is None else _spread(keys, math.prod(shape[1:]))
+    if isinstance(batch, PackedPairs):
+        texts = batch.texts
+        hidden = forward(params, model, texts.tokens, texts.mask, texts.positions, texts.segments, keys)
+        ends = jnp.stack([batch.chosen, batch.rejected], axis=-1).reshape(shape[0], -1)
+        hidden = jnp.take_along_axis(hidden, ends[..., None], axis=1).reshape(-1, hidden.shape[-1])
+    else:
+        tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask))
+        hidden = last_hidden(params, model, tokens, mask, head_keys)
+    if head_keys is None or model.head != "mlp":
+        return scores(params, model, hidden).reshape(shape)
+    return jax.vmap(lambda row, key: scores(params, model, row, key))(hidden, head_keys).reshape(shape)
+
+
+def _spread(keys: Array, number: int) -> Array:
+    """[B] -> [B * number]."""
+    each = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(number)))(keys)
+    return each.reshape(-1)
+
+
+def response_loss(
+    found: Float[Array, "*rows G"],
+    real: Bool[Array, "*rows G"],
+    target: Float[Array, "*rows"],
+    count: Scalar,
+    objective: Objective,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss of `objective` over scores, and its metrics, of which `loss` is one: a sum over rows divided by `count`,
+    the number of rows in the whole batch."""
+    if objective.loss == "ranking":
+        return reward.ranking_loss(found, real, count)
+    first, mask = found[..., 0], real[..., 0]
+    if objective.loss == "classification":
+        return reward.classification_loss(first, target > 0, mask, count)
+    if objective.loss == "regression":
+        return reward.regression_loss(first, target, mask, count)
+    second = found[..., 1]
+    if objective.loss == "ties":
+        loss, metrics = reward.ties_loss(first, second, target > 0, mask, count, objective.nu)
+    else:
+        loss, metrics = reward.pairwise_loss(first, second, mask, count, objective.label_smoothing, target)
+    loss += objective.center_rewards_coefficient * reward.centring_term(first, second, mask, count)
+    return loss, metrics | {"loss": loss}

@@ -1,0 +1,83 @@
+"""Several reward models as one: what they say together, against numpy and against each alone."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrlhf import weights
+from jaxrlhf.config import Component, RewardSource
+from jaxrlhf.rewards.compose import Scorer
+from jaxrlhf.rewards.ensemble import combined
+
+SCORES = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("combine", "wanted"),
+    [
+        ("mean", [sum(column) / 3 for column in SCORES.T]),
+        ("min", [min(column) for column in SCORES.T]),
+        ("mean_minus_std", [
+            sum(c) / 3 - 0.7 * (sum((x - sum(c) / 3) ** 2 for x in c) / 3) ** 0.5 for c in SCORES.T.tolist()
+        ]),
+    ],
+)  # fmt: skip
+def test_what_models_say_together(combine, wanted):
+    found = combined(SCORES, combine, 0.7)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert (combined(SCORES, "min", 1.0) <= combined(SCORES, "mean", 1.0)).all()
+    np.testing.assert_array_equal(combined(SCORES[:1], combine, 0.7), SCORES[0])
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_model, reward_folder, tmp_path_factory):
+    model, params = weights.load(tiny_model, init="random", key=jax.random.key(2), head="linear")
+    params["score"]["kernel"] = params["score"]["kernel"] * 30
+    other = weights.export(tmp_path_factory.mktemp("other") / "m", model, params, source=tiny_model)
+    return str(reward_folder), str(other)
+
+
+def test_an_ensemble_is_one_part_of_the_reward(folders, policy_tokenizer, make_rollout, talk):
+    first, second = folders
+    options = {"combine": "mean_minus_std", "spread_coef": 0.5}
+    source = RewardSource(
+        model=first, components=(Component(name="judges", model=first, ensemble=(second,), weight=2.0, **options),)
+    )
+    scorer, rollout = Scorer(source, policy_tokenizer), make_rollout(policy_tokenizer)
+    scored = scorer.score(talk.prompts, talk.completions, rollout, {})
+    alone = [scored.components[f"judges_{k}"] for k in (1, 2)]
+    np.testing.assert_array_equal(alone[0], scored.components["model"])
+    assert np.abs(alone[0] - alone[1]).min() > 1e-3
+    together = np.mean(alone, axis=0) - 0.5 * np.std(alone, axis=0)
+    np.testing.assert_allclose(scored.components["judges"], together, rtol=1e-5)
+    np.testing.assert_allclose(scored.components["judges_spread"], np.std(alone, axis=0), rtol=1e-5)
+    np.testing.assert_allclose(scored.totals, alone[0] + 2 * together, rtol=1e-5)
+    assert scored.metrics.keys() == {*scorer.metrics()}
+
+
+def test_who_has_no_opinion_has_none_in_an_ensemble(folders, policy_tokenizer, make_rollout, talk, monkeypatch):
+    source = RewardSource(components=(Component(model=folders[0], ensemble=folders[1:], combine="min",
+                                                on_error="skip"),))  # fmt: skip
+    scorer, rollout = Scorer(source, policy_tokenizer), make_rollout(policy_tokenizer)
+    says = {"model_1": [np.nan, 2.0, 3.0], "model_2": [-5.0, 1.0, 4.0]}
+    for name, judge in scorer.models.items():
+        found = np.array(says[name], np.float32)
+        monkeypatch.setattr(judge, "score_rollout", lambda rollout, found=found: (found, np.zeros(3, bool)))
+    scored = scorer.score(talk.prompts, talk.completions, rollout, {})
+    assert scored.totals.tolist() == [0.0, 1.0, 3.0] and len(scored.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"function": "a.py:b", "ensemble": ("m",)}, "ensemble .* only with model"),
+        ({"model": "m", "combine": "min"}, "combine has a meaning with ensemble alone"),
+        ({"model": "m", "ensemble": ("n",), "spread_coef": 2.0}, "leave out the one"),
+        ({"model": "m", "ensemble": ("m",)}, "names a model twice"),
+        ({"model": "m", "name": "a_spread"}, "_spread"),
+    ],
+)
+def test_what_makes_no_ensemble_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        Component(**options)

@@ -1,0 +1,203 @@
+"""An optimizer step on preferences: its gradient, and what it does not depend on."""
+
+import dataclasses
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny
+
+from jaxrlhf import config, models, sharding
+from jaxrlhf.algorithms.dpo import LOSSES
+from jaxrlhf.config.dpo import REFERENCE_FREE
+from jaxrlhf.data import batching
+from jaxrlhf.data.datasets import PairRow, Report, SFTRow, Split
+from jaxrlhf.data.packing import pack
+from jaxrlhf.training import setup
+from jaxrlhf.training.dpo_update import Preferences, kto_objective, objective, score, update
+from jaxrlhf.training.optim import make_optimizer
+
+MODEL = tiny(num_layers=1, sliding_layers=(False,))
+MESH = sharding.make_mesh(config.Mesh())
+PARAMS = jax.tree.map(lambda x: jnp.where(x == 1, x, 10 * x), models.init(MODEL, jax.random.key(0)))  # far from flat
+PROMPTS, SIZES = (2, 3, 1, 4), ((3, 5), (4, 2), (6, 1), (1, 2))
+GOOD = jnp.array([True, False, False, True])
+NAMES = typing.get_args({f.name: f.type for f in dataclasses.fields(config.DPO)}["loss"])
+# Adam's first step is g / (|g| + eps): with an eps and a rate of 1 the gradient can be read from it
+PLAIN = make_optimizer(config.Optim(learning_rate=1.0, schedule="constant", eps=1.0, max_grad_norm=1e9), 1.0, 1)
+
+
+def pair(prompt, sizes):
+    generator = np.random.default_rng([prompt, *sizes])
+    start = generator.integers(3, 29, prompt).tolist()
+    answers = [generator.integers(3, 29, size).tolist() for size in sizes]
+    return PairRow(*(SFTRow(start + a, [False] * prompt + [True] * len(a)) for a in answers))
+
+
+PAIRS = [pair(prompt, sizes) for prompt, sizes in zip(PROMPTS, SIZES, strict=True)]
+REFERENCE = np.array([[-sum(sizes) - i, -4.0 * sizes[1]] for i, sizes in enumerate(SIZES)], np.float32)
+
+
+def preferences(width=12):
+    return Preferences(batching.pairs(PAIRS, 0, width), REFERENCE, GOOD)  # type: ignore[arg-type]
+
+
+def packed():
+    """Two rows with room for three pairs each: other rows, other padding, and a place without a pair."""
+    split = Split(PAIRS, [], Report("pairs", "", len(PAIRS)))
+    rows = pack(split, lambda p: (p.chosen, p.rejected), 32).train
+    assert [len(row.lengths) for row in rows] != [2] * len(PAIRS)
+    made, first = batching.packed_pairs(rows, 0, 32, 3), {tuple(p.chosen.tokens): i for i, p in enumerate(PAIRS)}
+    reference = np.zeros((len(rows), 3, 2), np.float32)
+    for r, row in enumerate(rows):
+        ends = np.cumsum(row.lengths)
+        for k, begin in enumerate([0, *ends[1:-1:2]]):
+            reference[r, k] = REFERENCE[first[tuple(row.tokens[begin : ends[2 * k]])]]
+    return Preferences(made, reference, np.ones(len(rows), bool))  # type: ignore[arg-type]
+
+
+def step(settings, batch, num_micro=1, beta=0.3):
+    """(gradient, metrics) of one update of a policy that begins as PARAMS."""
+    state = setup.State({"policy": jax.tree.map(jnp.copy, PARAMS)}, {"policy": PLAIN}, MESH).value
+    state, metrics = update(
+        state, {}, jax.tree.map(jnp.asarray, batch), jnp.float32(beta), jax.random.key(1),
+        model=MODEL, optimizer=PLAIN, settings=settings, num_micro=num_micro, mesh=MESH,
+    )  # fmt: skip
+    moved = jax.tree.map(lambda new, old: np.asarray(old - new, np.float64), state.params["policy"], PARAMS)
+    return jax.tree.map(lambda u: u / (1 - np.abs(u)), moved), jax.device_get(metrics)
+
+
+def agree(found, wanted, rtol=2e-3):
+    """To what is lost by reading a gradient from the parameters, of the largest one."""
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
+    assert largest > 1e-2
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=rtol * largest), found, wanted)
+
+
+def log_p(params, side):
+    """Sums over the tokens of responses [B], from all logits at once."""
+    batch = jax.tree.map(jnp.asarray, getattr(preferences().pairs, side))
+    logits = models.forward(params, MODEL, batch.tokens, batch.mask) @ params["embed"]["embedding"].T
+    logprobs = logits - jnp.log(jnp.sum(jnp.exp(logits), axis=2, keepdims=True))
+    found = [
+        [logprobs[i, t - 1, row.tokens[t]] for t in range(1, len(row.tokens)) if row.loss_mask[t]]
+        for i, row in enumerate(getattr(p, side) for p in PAIRS)
+    ]
+    return jnp.stack([sum(parts) for parts in found])
+
+
+def dpo(params):
+    """https://arxiv.org/abs/2305.18290, eq. 7, and 0.7 nats per token of the chosen responses."""
+    chosen, rejected = log_p(params, "chosen"), log_p(params, "rejected")
+    margin = 0.3 * ((chosen - REFERENCE[:, 0]) - (rejected - REFERENCE[:, 1]))
+    return jnp.mean(jnp.log1p(jnp.exp(-margin))) - 0.7 * jnp.sum(chosen) / sum(sizes[0] for sizes in SIZES)
+
+
+def kto(params):
+    """https://arxiv.org/abs/2402.01306, section 4.1: lambda 1.5 and 1, z0 of the whole batch."""
+    own, other = log_p(params, "chosen"), log_p(params, "rejected")
+    z0 = jax.lax.stop_gradient(jnp.mean(other - REFERENCE[:, 1]))  # here above 0
+    weight, sign = jnp.where(GOOD, 1.5, 1.0), jnp.where(GOOD, 1, -1)
+    return jnp.mean(weight - weight / (1 + jnp.exp(-0.3 * sign * (own - REFERENCE[:, 0] - z0))))
+
+
+@pytest.mark.parametrize(
+    ("by_hand", "settings"),
+    [(dpo, config.DPO(sft_coef=0.7)), (kto, config.DPO(loss="kto", desirable_weight=1.5))],
+)
+def test_the_gradient_of_an_update_is_that_of_the_papers_formula(by_hand, settings):
+    loss, gradient = jax.jit(jax.value_and_grad(by_hand))(PARAMS)
+    found, metrics = step(settings, preferences(), num_micro=2)
+    agree(found, gradient)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    assert metrics.get("kl", 1) > 0.1
+
+
+def test_padding_and_packing_do_not_change_an_update():
+    settings = config.DPO(loss="sigmoid_norm", sft_coef=0.5)
+    gradient, metrics = step(settings, preferences())
+    for other in (preferences(width=20), packed()):
+        found, told = step(settings, other)
+        agree(found, gradient)
+        assert {k: float(v) for k, v in told.items()} == pytest.approx(
+            {k: float(v) for k, v in metrics.items()}, rel=1e-4, abs=1e-6
+        )
+
+
+@functools.cache
+def scored_and_back():
+    """Responses of PARAMS, and the function from the gradient by their log-probs to that by the parameters."""
+    pairs = jax.tree.map(jnp.asarray, preferences().pairs)
+
+    @jax.jit
+    def back(cotangent):
+        return jax.vjp(lambda params: score(params, pairs, model=MODEL).logprobs, PARAMS)[1](cotangent)
+
+    return score(PARAMS, pairs, model=MODEL), back
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_loss_moves_the_policy_by_finite_numbers(name):
+    """From the reference itself, where margins are 0, as at the first step."""
+    found, back = scored_and_back()
+    smoothing = {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}
+    settings, reference = config.DPO(loss=name, **smoothing), found.logprobs * (name not in REFERENCE_FREE)
+
+    def loss(logprobs):
+        if name == "kto":
+            return kto_objective(logprobs[:, 0], reference[:, 0], GOOD, 0.0, 4, 0.3, settings)
+        return objective(found._replace(logprobs=logprobs), reference, 4, 14, 0.3, settings)
+
+    (value, metrics), slope = jax.value_and_grad(loss, has_aux=True)(found.logprobs)
+    gradient = jax.tree.leaves(back(slope))
+    assert all(np.isfinite(x).all() for x in (*gradient, value, *metrics.values()))
+    assert max(np.abs(leaf).max() for leaf in gradient) > 1e-4
+    if name in ("sigmoid", "sigmoid_norm", "aot", "aot_unpaired"):
+        assert value == pytest.approx(np.log(2), abs=1e-6) and metrics["rewards/margins"] == 0
+
+
+def test_the_losses_of_a_config_are_those_there_are():
+    assert {*NAMES} == {*LOSSES, "simpo", "orpo", "cpo", "kto"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"beta": 0.0}, "greater than 0"),
+        ({"label_smoothing": 0.5}, "less than 0.5"),
+        ({"loss": "exo_pair"}, "infinite; give 0.001"),
+        ({"loss": "discopop", "discopop_tau": 1.0}, "less than 1"),
+        ({"loss": "hinge", "label_smoothing": 0.1}, "hinge, which does not use it; leave it at 0.0. It is for sigmoid"),
+        ({"discopop_tau": 0.5}, "It is for discopop"),
+        ({"loss": "aot", "divergence": "forward_kl"}, "dpo.divergence is forward_kl and dpo.loss aot, which does not"),
+        ({"alpha": 0.1}, "dpo.alpha is 0.1 and dpo.divergence reverse_kl, which has none"),
+        ({"loss": "ipo", "length_normalised": True}, "ipo, which does not use it"),
+        ({"simpo_gamma": 1.0}, "It is for simpo"),
+        ({"loss": "sigmoid", "desirable_weight": 2.0}, "It is for kto"),
+        ({"loss": "simpo", "reference_folder": "x"}, "which does not use it: it needs no reference"),
+        ({"loss": "kto", "sft_coef": 0.1}, "kto, which has no SFT term"),
+        ({"beta_schedule": "linear"}, "dpo.beta_final not given"),
+        ({"beta_final": 0.2}, "constant takes none"),
+    ],
+)
+def test_settings_that_a_loss_does_not_take_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        config.DPO(**options)
+
+
+@pytest.mark.parametrize(
+    ("loss", "train", "said"),
+    [
+        ("aot", {"micro_batch_size": 2}, "aot, which ranks the pairs of the whole batch; leave it out"),
+        ("aot_unpaired", {"micro_batch_size": 4}, "ranks the pairs of the whole batch"),
+        ("kto", {"packing": True}, "train.packing is true and dpo.loss kto"),
+    ],
+)
+def test_batches_that_a_loss_does_not_take_are_refused(loss, train, said):
+    with pytest.raises(ValueError, match=said):
+        config.DPOConfig(dpo=config.DPO(loss=loss), train=config.Train(batch_size=8, **train))
+    with pytest.raises(ValueError, match="optim.offload is true"):
+        config.DPOConfig(optim=config.Optim(offload=True))
