@@ -148,7 +148,8 @@ def select(config: PPOConfig, out: Path, *rule, **more) -> Summary:
 def test_what_is_written_is_what_the_trainers_read(config, drawn, tmp_path, chat):
     """The tokens of a prompt and of a completion are those that were drawn, with whatever else the file holds."""
     names = {"prompt": "question"} if chat == "chatml" else {}
-    rows = [{names.get(name, name): value for name, value in row.items()} for row in PROMPTS]
+    system = {"system": "ab"} if chat == "chatml" else {}
+    rows = [system | {names.get(name, name): value for name, value in row.items()} for row in PROMPTS]
     source = TokenizerSource(chat_template=chat)
     data = Data(path=str(write(tmp_path / "asked.jsonl", rows)))
     config = dataclasses.replace(config, data=data, tokenizer=source)
@@ -157,6 +158,8 @@ def test_what_is_written_is_what_the_trainers_read(config, drawn, tmp_path, chat
 
     summary = select(config, tmp_path / "best.jsonl", "best")
     assert f"left out      {'question, ' if names else ''}text of the prompt file" in str(summary)
+    said = read(tmp_path / "best.jsonl")[0]["completion"]
+    assert said == (" 0 2." if chat == "none" else [{"role": "assistant", "content": " 0 2."}])
     found = sft_rows(Data(path=str(tmp_path / "best.jsonl")), tokenizer, completion_only=True)
     ends = tokenizer.eos_id if chat == "none" else tokenizer.encode_all([tokenizer.turn_end])[0][0]
     for i, (row, prompt) in enumerate(zip(found.train, prompts, strict=True)):
