@@ -70,7 +70,6 @@ def annotate(
     if grpo.recipe.advantage == "pairs":
         rollout, valid = pairs(rollout, scores, grpo.num_generations)
         metrics["groups/tied"] = jnp.sum(valid[:, 0] == 0)
-
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rollout) if valid is not None else rollout
     count = rows.tokens.shape[0]
     scored = {"policy": policy_of(state.params, frozen)} if roles.annotates_policy else {}
@@ -80,7 +79,7 @@ def annotate(
     def logprobs(part: Rollout) -> dict[str, tuple[Array, Array]]:
         return {role: _logprobs(params, part, roles) for role, params in scored.items()}
 
-    parts = count // (grpo.local_rollout_forward_batch_size or grpo.micro_batch_size or count // grpo.num_mini_batches)
+    parts = count // grpo.annotation_rows(len(scores))
     made = join_rows(jax.lax.map(logprobs, split_rows(rows, parts))) if scored else {}
     old, entropy = made.get("policy", (None, None))
     ref, _ = made.get("reference", (None, None))

@@ -1,4 +1,4 @@
-"""PPO learns what has a known optimum, and the tasks of scripts/toy_problems.py are what they say they are."""
+"""PPO and GRPO learn what has a known optimum, and the tasks of scripts/toy_problems.py are what they say they are."""
 
 import dataclasses
 import itertools
@@ -37,6 +37,9 @@ from jaxrlhf.config import TokenizerSource
         ("addition", "2,1:0,9", "8765432109" * 3 + "87", 1),
         ("addition", "1,3:5,7", "9,1,3", 1 / 32),
         ("addition", "1,3:5,7", "," * 32, 0),
+        ("sum", "3,4:", "2", 1),
+        ("sum", "3,4:", "7", 0),
+        ("sum", "3,4:", "22", 0),
     ],
 )
 def test_rewards_of_texts_made_by_hand(task, prompt, text, reward):
@@ -76,13 +79,13 @@ def test_chance_is_what_all_strings_get_on_average(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "level", "updates", "rate"),
-    [("emit", 0.8, 40, 1e-3), ("length", 0.6, 70, 3e-4)],
+    ("method", "name", "level", "updates", "rate"),
+    [("ppo", "emit", 0.8, 40, 1e-3), ("ppo", "length", 0.6, 70, 3e-4), ("grpo", "emit", 0.8, 30, 1e-3)],
 )
-def test_ppo_learns(name, level, updates, rate, tmp_path):
+def test_it_learns(method, name, level, updates, rate, tmp_path):
     """A smaller model for fewer updates than in docs/learning.md. Chance is 0.05 and -0.04, the optimum is 1."""
     small = {"layers": 2, "width": 64, "updates": updates, "learning_rate": rate}
-    result = toy_tasks.learn(name, dataclasses.replace(SETTINGS[name], **small), tmp_path, seed=0)
+    result = toy_tasks.learn(name, dataclasses.replace(SETTINGS[name], **small), tmp_path, seed=0, method=method)
     assert result["untrained"] == pytest.approx(result["chance"], abs=0.15)  # an untrained model is not quite uniform
     assert result["final"] > level, result["curve"]
 
