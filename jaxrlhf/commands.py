@@ -335,7 +335,7 @@ COMMANDS: dict[str, Command] = {
         _data, "say what a data file holds and how it will be read", {"file": {"metavar": "FILE"}}, overrides=True
     ),
     "sft": Command(_train, "supervised fine-tuning", _CONFIG, overrides=True),
-    "reward": Command(_train, "train a reward model on preference pairs", _CONFIG, overrides=True),
+    "reward": Command(_train, "train a reward model on pairs, rankings, labels or scores", _CONFIG, overrides=True),
     "ppo": Command(_train, "PPO against a reward model or a reward function", _CONFIG, overrides=True),
     "plan": Command(
         _plan,
