@@ -425,7 +425,7 @@ COMMANDS: dict[str, Command] = {
         _data, "say what a data file holds and how it will be read", {"file": {"metavar": "FILE"}}, overrides=True
     ),
     "sft": Command(_train, "supervised fine-tuning", _CONFIG, overrides=True),
-    "reward": Command(_train, "train a reward model on preference pairs", _CONFIG, overrides=True),
+    "reward": Command(_train, "train a reward model on pairs, rankings, labels or scores", _CONFIG, overrides=True),
     "dpo": Command(
         _train, "learn from preferences without a reward model: DPO and its relatives", _CONFIG, overrides=True
     ),

@@ -1,6 +1,7 @@
 """Is everything here as it should be: this computer, a model, a data file. Prints what it finds; needs no torch. What
 PPO does with the model is checked in doctor_ppo.py."""
 
+import contextlib
 import itertools
 import os
 import platform
@@ -212,6 +213,13 @@ def examine_data(config: SFTConfig) -> str:
             lines.append(f"jaxrlhf {method}: {readable[task]}")
         except DataError as error:
             lines.append(f"jaxrlhf {method}: no. {error}")
+    judged: tuple[tuple[formats.Task, str], ...] = (
+        ("labels", "classification"), ("scores", "regression"), ("rankings", "ranking")
+    )  # fmt: skip
+    for task, loss in judged:
+        with contextlib.suppress(DataError):  # rare, so only what it is is said
+            reading = formats.recognise(rows.columns, task, config.data, rows.source)
+            lines.append(f"jaxrlhf reward --loss {loss}: {reading}")
     first = "\n".join(f"  {name}: {quoted(value, 200)}" for name, value in rows.rows[0].items())
     lines.append(f"first row:\n{first}")
     place = config.tokenizer.path or config.model.path

@@ -101,8 +101,8 @@ def summary(made: dict[str, Any]) -> list[str]:
              f"accuracy {made['accuracy']:.3f}, ECE {made['ece']:.3f}"]  # fmt: skip
     lines[0] += f", AUC {made['auc']:.3f}" if "auc" in made else f", margin {made['margin']:.3f}"
     by = "; ".join(f"{name} {part['accuracy']:.3f} of {part['count']}" for name, part in made["by_length"].items())
-    lines.append(f"length alone ({made['length_rule']}): {made['length_accuracy']:.3f}; accuracy by length: {by}")
-    return [*lines, _about_length(made)]
+    lines.append(f"accuracy of length alone ({made['length_rule']}): {made['length_accuracy']:.3f}")
+    return [*lines, f"accuracy by length: {by}", _about_length(made)]
 
 
 def _about_length(made: dict[str, Any]) -> str:
@@ -170,9 +170,9 @@ def _by(groups: dict[str, np.ndarray], right: np.ndarray) -> dict[str, dict[str,
 def _by_tercile(lengths: np.ndarray, right: np.ndarray) -> dict[str, dict[str, float]]:
     low, high = np.quantile(lengths, [1 / 3, 2 / 3])
     groups = {
-        f"up to {low:g} tokens": lengths <= low,
-        f"up to {high:g} tokens": (lengths > low) & (lengths <= high),
-        f"over {high:g} tokens": lengths > high,
+        f"up to {low:.4g} tokens": lengths <= low,
+        f"{low:.4g} to {high:.4g} tokens": (lengths > low) & (lengths <= high),
+        f"over {high:.4g} tokens": lengths > high,
     }
     return _by(groups, right)
 

@@ -43,7 +43,7 @@ def test_named_pairs_get_a_verdict_each_and_the_command_says_so(folder, tmp_path
     assert f"{right} of 3 right: {right / 3:.3f}" in shown and "case 2: so?" in shown
     assert shown.count("right  good") == right and shown.count("WRONG  good") == 3 - right
     assert result["evaluation"]["accuracy"] == pytest.approx(right / 3)
-    assert "length alone (longer is better): 1.000" in shown
+    assert "accuracy of length alone (longer is better): 1.000" in shown
 
 
 def test_labelled_and_preferred_rows(folder, tmp_path):

@@ -119,6 +119,11 @@ def pair_rows(config: Data, tokenizer: Tokenizer, *, margins: bool = False, ties
                 f"data {config.path}: {count} of {len(split.train)} pairs to train on are ties (columns tie, tied or "
                 "label); learning from ties needs pairs with one and pairs without"
             )
+        if split.validation and all(pair.tied for pair in split.validation):
+            raise DataError(
+                f"data {config.path}: all {len(split.validation)} held-out pairs are ties, which no accuracy can be "
+                "measured on; hold out more"
+            )
     return split
 
 

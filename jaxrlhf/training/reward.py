@@ -20,6 +20,7 @@ from jaxrlhf.data.judged import label_rows, ranking_rows, score_rows
 from jaxrlhf.data.loader import rows_at
 from jaxrlhf.data.packing import PackedRow, pack
 from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.errors import NumericsError
 from jaxrlhf.files import write_whole
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.programs import Ahead
@@ -243,6 +244,11 @@ class RewardTrainer:
             for row in rows:
                 lengths += _response_lengths(row, self._group)
         scores, real, target = (jnp.concatenate(parts) for parts in (found, real, targets))
+        if not jnp.isfinite(scores).all():
+            raise NumericsError(
+                "the reward model's scores of held-out rows are not finite; start over with --fresh and a lower "
+                "optim.learning_rate"
+            )
         metrics = response_loss(scores, real, target, len(scores), self._objective)[1]
         held_out = HeldOut(*map(np.asarray, (scores, real, target, lengths)))
         self.evaluation = evaluation(held_out, self.config.loss)

@@ -18,7 +18,7 @@ _ON_THE_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 _METHODS = {
     "merge": "merging adapters",
     "sft": "supervised fine-tuning",
-    "reward": "preference pairs (Bradley-Terry)",
+    "reward": "preferences, labels or scores of responses",
     "dpo": "preferences (DPO and its relatives)",
     "ppo": "PPO",
     "grpo": "group-relative policy optimisation",

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -104,6 +105,9 @@ def test_pairs_with_margins_and_ties(tmp_path, base):
     split = pair_rows(data, base, margins=True, ties=True)
     assert [(row.margin, row.tied) for row in split.train] == [(0.5, False), (2.0, True)]
     assert "1 of 2 pairs to train on are ties" in str(split.report)
+    (tmp_path / "held.jsonl").write_text(json.dumps(pair | {"tie": 1}) + "\n")
+    with pytest.raises(DataError, match="all 1 held-out pairs are ties"):
+        pair_rows(dataclasses.replace(data, validation_path=str(tmp_path / "held.jsonl")), base, ties=True)
     with pytest.raises(DataError, match=r"p.jsonl:1: column 'margin' is -1"):
         pair_rows(write(tmp_path / "p.jsonl", [pair | {"margin": -1}]), base, margins=True)
     with pytest.raises(DataError, match=r"p.jsonl:1: column 'margin' is null"):
