@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxrlhf import sharding, weights
-from jaxrlhf.config import DPO, DPOConfig
+from jaxrlhf.config import DPOConfig
 from jaxrlhf.config.dpo import REFERENCE_FREE
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PairRow
@@ -31,16 +29,6 @@ from jaxrlhf.types import Params, TrainState
 
 PROGRESS = 10.0
 """Seconds between two lines on how far the reference has been scored."""
-
-
-def beta_schedule(settings: DPO, total_steps: int) -> optax.Schedule:
-    """beta by optimizer step: constant, or on a line or half a cosine to `beta_final` at the last step."""
-    steps = max(total_steps - 1, 1)
-    if settings.beta_final is None:
-        return optax.constant_schedule(settings.beta)
-    if settings.beta_schedule == "linear":
-        return optax.linear_schedule(settings.beta, settings.beta_final, steps)
-    return optax.cosine_decay_schedule(settings.beta, steps, settings.beta_final / settings.beta)
 
 
 class DPOTrainer:
@@ -71,11 +59,11 @@ class DPOTrainer:
         loop.check_metric(config, known, bool(self._rows.held_out.rows))
         self.total_steps = loop.num_steps(number, train.batch_size, train.num_train_epochs, train.max_steps)
         self._optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
-        self._beta = beta_schedule(config.dpo, self.total_steps)
         self._static: dict[str, Any] = {
             "model": self.model,
             "optimizer": self._optimizer,
             "settings": config.dpo,
+            "total_steps": self.total_steps,
             "num_micro": train.batch_size // micro,
             "mesh": self.mesh,
         }
@@ -193,12 +181,9 @@ class DPOTrainer:
     def _about(self) -> str:
         return setup.describe(self.config, self.model, self.tokenizer, self._rows.report, self.mesh)
 
-    def _beta_at(self, step: int) -> jax.Array:
-        return jnp.asarray(self._beta(step), jnp.float32)
-
     def _compile(self, state: TrainState, frozen: Params, batch: Preferences) -> None:
         """Begin to compile a step on `batch` and the scoring of the longest rows; `state`, `frozen` may be shapes."""
-        self._programs.compile(update, state, frozen, batch, self._beta_at(0), self._key, **self._static)
+        self._programs.compile(update, state, frozen, batch, self._key, **self._static)
         policy, size = {**frozen, **state.params["policy"]}, self.config.train.eval_batch_size
         wanted = [(frozen or policy, self._rows.train)] * (not self._known) + [(policy, self._rows.held_out)]
         for params, part in wanted:
@@ -207,8 +192,8 @@ class DPOTrainer:
 
     def _update(self, step: int) -> Metrics:
         self._programs.wait(update)
-        batch, beta = self._rows.of_step(step), self._beta_at(step)
-        self.state.value, metrics = update(self.state.value, self.frozen, batch, beta, self._key, **self._static)
+        batch = self._rows.of_step(step)
+        self.state.value, metrics = update(self.state.value, self.frozen, batch, self._key, **self._static)
         return metrics | {"epoch": (step + 1) * self.config.train.batch_size / len(self._rows.train.rows)}
 
     def _scored(
@@ -235,7 +220,7 @@ class DPOTrainer:
         return jax.tree.map(lambda *parts: np.concatenate(parts)[back], *found)
 
     def _evaluate(self) -> Metrics:
-        part, beta = self._rows.held_out, self._beta_at(max(int(self.state.value.step) - 1, 0))
+        part, told = self._rows.held_out, {key: self._static[key] for key in ("settings", "total_steps")}
         found = self._scored(self.params, part.rows)
-        metrics = evaluate(found, part.reference, part.desirable, beta, settings=self.config.dpo)
+        metrics = evaluate(found, part.reference, part.desirable, self.state.value.step, **told)
         return {f"eval/{key}": value for key, value in metrics.items()}

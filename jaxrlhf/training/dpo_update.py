@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from jaxrlhf import sharding
@@ -38,6 +39,16 @@ class PairLogprobs(NamedTuple):
     logprobs: Array  # f32 [B, 2], of packed pairs [B, M, 2]   log p, summed over the tokens
     tokens: Array  # int32, the same shape   how many tokens were summed
     valid: Array  # bool [B], of packed pairs [B, M]   there is such a pair
+
+
+def beta_schedule(settings: DPO, total_steps: int) -> optax.Schedule:
+    """beta by optimizer step: constant, or on a line or half a cosine to `beta_final` at the last step."""
+    steps = max(total_steps - 1, 1)
+    if settings.beta_final is None:
+        return optax.constant_schedule(settings.beta)
+    if settings.beta_schedule == "linear":
+        return optax.linear_schedule(settings.beta, settings.beta_final, steps)
+    return optax.cosine_decay_schedule(settings.beta, steps, settings.beta_final / settings.beta)
 
 
 def _token_logprobs(params: Params, batch: Batch, model: ModelConfig, keys: Array | None) -> Array:
@@ -114,10 +125,13 @@ def kto_objective(
     return kto.kto_loss(logprobs, reference, desirable, every, count, kl, beta, *weights)
 
 
-@functools.partial(jax.jit, static_argnames="settings")
-def evaluate(found: PairLogprobs, reference: Array, desirable: Array, beta: Array, *, settings: DPO) -> Metrics:
-    """Loss and metrics of held-out rows, all of them at once: some losses rank them, and the KL of kto is a mean."""
-    count = jnp.sum(found.valid)
+@functools.partial(jax.jit, static_argnames=("settings", "total_steps"))
+def evaluate(
+    found: PairLogprobs, reference: Array, desirable: Array, step: Array, *, settings: DPO, total_steps: int
+) -> Metrics:
+    """Loss and metrics of held-out rows after `step` steps, with the last one's beta. They are of all rows at once:
+    some losses rank them, and the KL of kto is a mean."""
+    count, beta = jnp.sum(found.valid), _beta(jnp.maximum(step - 1, 0), settings, total_steps)
     if settings.loss == "kto":
         kl = kto.kl_baseline(found.logprobs[:, 1], reference[:, 1], found.valid)
         logprobs = found.logprobs[:, 0], reference[:, 0]
@@ -131,23 +145,25 @@ def evaluated(settings: DPO) -> list[str]:
     """The keys of `evaluate`."""
     row = jax.ShapeDtypeStruct((1, 2), jnp.float32)
     found = PairLogprobs(row, jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.bool_))  # type: ignore[arg-type]
-    one = functools.partial(evaluate, settings=settings)
-    return list(jax.eval_shape(one, found, row, found.valid, jax.ShapeDtypeStruct((), jnp.float32)))
+    one = functools.partial(evaluate, settings=settings, total_steps=1)
+    return list(jax.eval_shape(one, found, row, found.valid, jax.ShapeDtypeStruct((), jnp.int32)))
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "optimizer", "settings", "num_micro", "mesh"), donate_argnames="state"
+    jax.jit,
+    static_argnames=("model", "optimizer", "settings", "total_steps", "num_micro", "mesh"),
+    donate_argnames="state",
 )
 def update(
     state: TrainState,
     frozen: Params,
     batch: Preferences,
-    beta: Array,
     key: Array,
     *,
     model: ModelConfig,
     optimizer: Optimizer,
     settings: DPO,
+    total_steps: int,
     num_micro: int,
     mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, Metrics]:
@@ -155,7 +171,7 @@ def update(
     is the run's, into which each step folds its number."""
     valid, labelled = batch.pairs.valid, settings.loss == "kto"
     count, (chosen_tokens, rejected_tokens) = jnp.sum(valid), _tokens(batch.pairs)
-    keys = dropout_keys(model, key, state.step, rows=valid.shape[0])
+    keys, beta = dropout_keys(model, key, state.step, rows=valid.shape[0]), _beta(state.step, settings, total_steps)
     kl = jnp.float32(0)
     if labelled:
         policy, others = {**frozen, **state.params["policy"]}, split_rows(batch.pairs.rejected, num_micro)
@@ -177,6 +193,10 @@ def update(
     state = dataclasses.replace(state, step=state.step + 1)
     tokens = chosen_tokens if labelled else chosen_tokens + rejected_tokens
     return sharding.constrain(state, mesh), metrics | one_role(norms) | {"num_tokens": tokens, "beta": beta}
+
+
+def _beta(step: Array, settings: DPO, total_steps: int) -> Array:
+    return jnp.asarray(beta_schedule(settings, total_steps)(step), jnp.float32)
 
 
 def _tokens(pairs: Pairs | PackedPairs) -> tuple[Array, Array]:

@@ -11,12 +11,14 @@ import pytest
 from jaxrlhf import config, programs
 from jaxrlhf.errors import Preempted
 from jaxrlhf.rollout import engine
+from jaxrlhf.training.dpo import DPOTrainer
 from jaxrlhf.training.ppo import PPOTrainer
 from jaxrlhf.training.reward import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 SUPERVISED = {"sft": (config.SFTConfig, SFTTrainer), "reward": (config.RewardConfig, RewardTrainer)}
+TRAINERS = SUPERVISED | {"dpo": (config.DPOConfig, DPOTrainer)}
 
 
 @contextlib.contextmanager
@@ -73,7 +75,7 @@ def make(supervised, ppo, one_length, tmp_path):
             chosen = config.PPOConfig(**options, rollout=rollout or config.Engine())
             return PPOTrainer(chosen, reward=reward, **keywords)
         options["train"] = config.Train(max_steps=6, batch_size=6, eval_batch_size=4, eval_every=2)
-        cls, trainer = SUPERVISED[method]
+        cls, trainer = TRAINERS[method]
         return trainer(cls(**options), **keywords)
 
     return build
@@ -142,7 +144,7 @@ def test_the_engines_programs_are_compiled_ahead(make, monkeypatch):
     assert needed == [0] * 4
 
 
-@pytest.mark.parametrize("method", list(SUPERVISED))
+@pytest.mark.parametrize("method", list(TRAINERS))
 def test_a_step_takes_nothing_from_the_host_but_its_batch(method, make):
     """The batch is put in place explicitly, which the guard allows; parameters, keys and counters stay put."""
     trainer = make(method)

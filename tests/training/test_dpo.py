@@ -12,9 +12,10 @@ import jaxrlhf
 from jaxrlhf import config
 from jaxrlhf.data import mismatched
 from jaxrlhf.data.datasets import SFTRow
-from jaxrlhf.errors import DataError, NumericsError, Preempted
+from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted
 from jaxrlhf.training import reference
-from jaxrlhf.training.dpo import DPOTrainer, beta_schedule
+from jaxrlhf.training.dpo import DPOTrainer
+from jaxrlhf.training.dpo_update import beta_schedule
 from jaxrlhf.training.export import export
 
 
@@ -22,16 +23,10 @@ def made(options, **changes):
     return DPOTrainer(config.DPOConfig(**options | changes))
 
 
-@pytest.fixture
-def short(supervised):
-    """Three epochs of three steps."""
-    return supervised | {"logging": config.replace(supervised["logging"], sample_every=8)}
-
-
-def test_a_run_begins_at_its_reference_learns_and_goes_on_bit_for_bit(short, tmp_path, request, capsys):
+def test_a_run_begins_at_its_reference_learns_and_goes_on_bit_for_bit(supervised, tmp_path, request, capsys):
     kept = {"dpo": config.DPO(reference_folder=str(tmp_path / "kept"), beta_schedule="linear", beta_final=0.2)}
-    kept["logging"] = config.replace(short["logging"], quiet=False, log_every=100)
-    whole = made(short | kept, run_dir=str(tmp_path / "whole"))
+    kept["logging"] = config.replace(supervised["logging"], quiet=False, log_every=100)
+    whole = made(supervised | kept, run_dir=str(tmp_path / "whole"))
     assert "chosen: say red red" in whole.describe()
     before = jax.device_get(whole.params)
     result = whole.train()
@@ -44,8 +39,8 @@ def test_a_run_begins_at_its_reference_learns_and_goes_on_bit_for_bit(short, tmp
     assert (tmp_path / "whole" / "samples.jsonl").stat().st_size > 0
     request.getfixturevalue("stop_at_two")
     with pytest.raises(Preempted, match="after step 2"):
-        made(short | kept, run_dir=str(tmp_path / "parts")).train()
-    resumed = made(short | kept, run_dir=str(tmp_path / "parts"))
+        made(supervised | kept, run_dir=str(tmp_path / "parts")).train()
+    resumed = made(supervised | kept, run_dir=str(tmp_path / "parts"))
     equal(resumed.state.params["policy"], before)
     resumed.train()
     assert "log-probs of the reference: 24 rows read from" in capsys.readouterr().out
@@ -54,9 +49,11 @@ def test_a_run_begins_at_its_reference_learns_and_goes_on_bit_for_bit(short, tmp
     equal(resumed.state.value, whole.state.value)
 
 
-def test_adapters_have_the_model_under_them_as_reference(short, on_disk, tmp_path):
+def test_adapters_have_the_model_under_them_as_reference(supervised, on_disk, tmp_path):
     options = (
-        short | on_disk | {"run_dir": str(tmp_path / "run"), "lora": config.LoRA(enabled=True, rank=2, dropout=0.2)}
+        supervised
+        | on_disk
+        | {"run_dir": str(tmp_path / "run"), "lora": config.LoRA(enabled=True, rank=2, dropout=0.2)}
     )
     options |= {"train": config.Train(batch_size=2, eval_batch_size=4, packing=True, max_steps=3)}
     trainer = made(options)
@@ -100,26 +97,28 @@ def test_the_reference_is_kept_by_what_it_is_made_of(tmp_path):
     assert not (tmp_path / "c.npz").exists()
 
 
-def test_another_model_other_rows_or_another_dtype_are_another_reference(short, tmp_path):
+def test_another_model_other_rows_or_another_dtype_are_another_reference(supervised, tmp_path):
     """And the order of an epoch, batches and the loss are nothing to it."""
-    options = short | {"dpo": config.DPO(reference_folder=str(tmp_path))}
+    options = supervised | {"dpo": config.DPO(reference_folder=str(tmp_path))}
 
     def files(**changes):
         made(options, **changes).score_reference(lambda _: None)
         return len(list(tmp_path.iterdir()))
 
+    with pytest.raises(Preempted, match="before the first step"):
+        made(options).score_reference(lambda _: None, stopping=lambda: True)
     assert files() == 1
     same = {
-        "data": config.replace(short["data"], shuffle=False),
+        "data": config.replace(supervised["data"], shuffle=False),
         "train": config.Train(batch_size=3, eval_batch_size=4),
     }
     assert files(**same, dpo=config.replace(options["dpo"], loss="ipo")) == 1
     assert files(seed=1) == 2, "random weights"
-    assert files(data=config.replace(short["data"], max_rows=20)) == 3
-    assert files(model=config.replace(short["model"], compute_dtype="bfloat16")) == 4
+    assert files(data=config.replace(supervised["data"], max_rows=20)) == 3
+    assert files(model=config.replace(supervised["model"], compute_dtype="bfloat16")) == 4
 
 
-def test_kto_learns_from_labels_and_needs_both(short, tmp_path):
+def test_kto_learns_from_labels_and_needs_both(supervised, tmp_path):
     rows = [
         {"prompt": f"say {word} ", "completion": word if good else "nooo", "label": good}
         for i, word in enumerate(("red", "green", "blue", "black", "white", "grey"))
@@ -127,7 +126,7 @@ def test_kto_learns_from_labels_and_needs_both(short, tmp_path):
     ]
     file = tmp_path / "labels.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = short | {"dpo": config.DPO(loss="kto"), "data": config.replace(short["data"], path=str(file))}
+    options = supervised | {"dpo": config.DPO(loss="kto"), "data": config.replace(supervised["data"], path=str(file))}
     options |= {"train": config.Train(batch_size=4, micro_batch_size=2, eval_batch_size=4, num_train_epochs=3)}
     trainer = made(options, run_dir=str(tmp_path / "run"))
     assert "good: say red red" in trainer.describe()
@@ -155,14 +154,14 @@ def test_what_stands_beside_a_row_has_another_prompt():
     assert [pair.rejected.tokens for pair in alike] == [[1, 5, 8, 2], [1, 5, 3], [1, 5, 7]]
 
 
-def test_rows_that_have_nothing_to_learn_from_are_counted_and_named(short, tmp_path):
+def test_rows_that_have_nothing_to_learn_from_are_counted_and_named(supervised, tmp_path):
     rows = [{"prompt": "say red ", "chosen": "red", "rejected": "no"}] * 3
     rows += [{"prompt": "say ", "chosen": "a", "rejected": "a"}, {"prompt": "say ", "chosen": "", "rejected": "a"}]
     rows += [{"prompt": "say " * 30, "chosen": "a", "rejected": "b"}]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = config.Data(path=str(file), max_length=32)
-    told = DPOTrainer(config.DPOConfig(**short | {"data": data}), abstract=True).describe()
+    told = DPOTrainer(config.DPOConfig(**supervised | {"data": data}), abstract=True).describe()
     for line in (
         "chosen and rejected are the same (line 4)",
         "chosen is empty (line 5)",
@@ -170,6 +169,9 @@ def test_rows_that_have_nothing_to_learn_from_are_counted_and_named(short, tmp_p
     ):
         assert f"dropped 1: {line}" in told
     assert "6 rows" in told and "; 3 kept" in told
+    wrong = config.replace(supervised["train"], metric="eval/rewards/margin")
+    with pytest.raises(ConfigError, match="did you mean 'eval/rewards/margins'"):
+        DPOTrainer(config.DPOConfig(**supervised | {"train": wrong}), abstract=True)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])

@@ -59,12 +59,12 @@ def packed():
     return Preferences(made, reference, np.ones(len(rows), bool))  # type: ignore[arg-type]
 
 
-def step(settings, batch, num_micro=1, beta=0.3):
+def step(settings, batch, num_micro=1):
     """(gradient, metrics) of one update of a policy that begins as PARAMS."""
     state = setup.State({"policy": jax.tree.map(jnp.copy, PARAMS)}, {"policy": PLAIN}, MESH).value
     state, metrics = update(
-        state, {}, jax.tree.map(jnp.asarray, batch), jnp.float32(beta), jax.random.key(1),
-        model=MODEL, optimizer=PLAIN, settings=settings, num_micro=num_micro, mesh=MESH,
+        state, {}, jax.tree.map(jnp.asarray, batch), jax.random.key(1),
+        model=MODEL, optimizer=PLAIN, settings=settings, total_steps=1, num_micro=num_micro, mesh=MESH,
     )  # fmt: skip
     moved = jax.tree.map(lambda new, old: np.asarray(old - new, np.float64), state.params["policy"], PARAMS)
     return jax.tree.map(lambda u: u / (1 - np.abs(u)), moved), jax.device_get(metrics)
@@ -106,7 +106,7 @@ def kto(params):
 
 @pytest.mark.parametrize(
     ("by_hand", "settings"),
-    [(dpo, config.DPO(sft_coef=0.7)), (kto, config.DPO(loss="kto", desirable_weight=1.5))],
+    [(dpo, config.DPO(beta=0.3, sft_coef=0.7)), (kto, config.DPO(loss="kto", beta=0.3, desirable_weight=1.5))],
 )
 def test_the_gradient_of_an_update_is_that_of_the_papers_formula(by_hand, settings):
     loss, gradient = jax.jit(jax.value_and_grad(by_hand))(PARAMS)
@@ -117,7 +117,7 @@ def test_the_gradient_of_an_update_is_that_of_the_papers_formula(by_hand, settin
 
 
 def test_padding_and_packing_do_not_change_an_update():
-    settings = config.DPO(loss="sigmoid_norm", sft_coef=0.5)
+    settings = config.DPO(loss="sigmoid_norm", beta=0.3, sft_coef=0.5)
     gradient, metrics = step(settings, preferences())
     for other in (preferences(width=20), packed()):
         found, told = step(settings, other)
