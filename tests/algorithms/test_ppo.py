@@ -151,6 +151,7 @@ def test_rollout_metrics_by_hand(mask, kl_in):
     expected = {
         "objective/kl": kl,
         "objective/scores": 2.5,
+        "objective/scores_std": np.std(scores),
         "objective/non_score_reward": -0.5 * kl if kl_in == "reward" else 0,
         "objective/rlhf_reward": 2.5 - 0.5 * kl,
         "val/num_eos_tokens": 2,
