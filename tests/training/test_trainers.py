@@ -85,7 +85,7 @@ def test_frozen_trunk_trains_the_head_alone(supervised, tmp_path):
 @pytest.mark.parametrize(("micro", "packing"), [(1, False), (3, False), (2, True)])
 def test_micro_batches_do_not_change_supervised_training(supervised, tmp_path, micro, packing):
     # MLP head: its dropout must not depend on the cut either.
-    whole = config.replace(supervised["train"], packing=packing)
+    whole = config.replace(supervised["train"], packing=packing, batch_size=4 if packing else 6)  # of 5 packed rows
     parts = config.replace(whole, micro_batch_size=micro)
     optim = config.Optim(learning_rate=1e-3, eps=1e-3)
     runs = []
