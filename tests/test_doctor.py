@@ -101,6 +101,11 @@ def test_data_is_described_for_every_method(tmp_path, tiny_model, capsys):
     printed = capsys.readouterr().out
     assert "why? [[so.</s>]]" in printed
     assert "why? [[no</s>]]" in printed
+    file.write_text('{"prompt": "why? ", "completion": "so.", "label": 1}\n')
+    assert main(["data", str(file)]) == 0
+    assert "jaxrlhf reward --loss classification: prompt + completion from prompt, completion, label" in (
+        capsys.readouterr().out
+    )
     (tmp_path / "bad.jsonl").write_text('{"a": 1\n')
     assert main(["data", str(tmp_path / "bad.jsonl")]) == 4
     assert "bad.jsonl:1" in capsys.readouterr().err
