@@ -141,7 +141,8 @@ class DPOTrainer:
         about = f"{self._origin} {setup.fingerprint(rows)} {alone}"
 
         def compute() -> np.ndarray:
-            say(f"log-probs of the reference: {len(rows)} rows, once for this model and these rows")
+            counts = " and ".join(str(len(part.rows)) for part in parts)
+            say(f"log-probs of the reference: {counts} rows, once for this model and these rows")
             return np.concatenate([self._scored(self._before, part.rows, say, stopping).logprobs for part in parts])
 
         found = reference.kept(
