@@ -1,26 +1,20 @@
 """What each command does, and its arguments. What is heavy is imported by the command that needs it."""
 
 import argparse
-import contextlib
-import dataclasses
 import functools
-import json
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from jaxrlhf import config_file, config_text, runtime
+from jaxrlhf.commands_models import Options, Overrides, compare, compilations, evaluate, generate, notes
 from jaxrlhf.config import replace
 from jaxrlhf.errors import ConfigError, DataError, OutOfMemory, StorageError
-from jaxrlhf.selection_rule import KEEP, Rule
+from jaxrlhf.selection_rule import KEEP
 from jaxrlhf.spelling import did_you_mean
-
-Options = argparse.Namespace
-Overrides = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -102,25 +96,9 @@ def _train(options: Options, overrides: Overrides) -> int | None:
     from jaxrlhf import runs
 
     runs.check(config, options.verb, options.fresh)
-    with _compilations(sys.stdout, quiet=config.logging.quiet):
+    with compilations(sys.stdout, quiet=config.logging.quiet):
         _trainer(options.verb)(config, fresh=options.fresh, ahead=True).train()
     return 0
-
-
-def _compilations(stream: TextIO, *, quiet: bool = False) -> contextlib.AbstractContextManager[None]:
-    """While the block runs, a line on `stream` for every program that takes long to compile or load, unless `quiet`."""
-    from jaxrlhf import programs
-
-    return programs.announce(lambda line: None if quiet else print(line, file=stream, flush=True))
-
-
-@contextlib.contextmanager
-def _notes() -> Iterator[None]:
-    """Warnings of what runs inside as notes on standard error: standard output is the result."""
-    with warnings.catch_warnings(record=True) as warned:
-        yield
-    for warning in warned:
-        print(f"note: {warning.message}", file=sys.stderr)
 
 
 def _trainer(method: str) -> Any:
@@ -178,157 +156,6 @@ def _data(options: Options, overrides: Overrides) -> None:
     print(doctor.examine_data(config))
 
 
-def _generate(options: Options, overrides: Overrides) -> int | None:
-    if (options.prompt is None) == (options.prompts is None):
-        print("jaxrlhf generate: give --prompt TEXT, or --prompts FILE --out FILE.jsonl", file=sys.stderr)
-        return 2
-    flags = {
-        "sampling.response_length": options.max_new_tokens,
-        "sampling.temperature": options.temperature,
-        "sampling.top_k": options.top_k,
-        "sampling.top_p": options.top_p,
-        "sampling.min_p": options.min_p,
-        "sampling.greedy": "true" if options.greedy else None,
-        "seed": options.seed,
-        "model.path": options.model,
-        "data.path": options.prompts,
-    }
-    given = [(key, str(value)) for key, value in flags.items() if value is not None]
-    if options.prompts is not None:
-        return _select(options, [*given, *overrides])
-    for name in ("out", "best_by", "keep", "threshold", "min_pass_rate", "max_pass_rate", "fresh"):
-        if getattr(options, name) not in (None, False):
-            raise ConfigError(f"generate: --{name.replace('_', '-')} is for --prompts FILE, and there is one --prompt")
-    config = config_file.read("ppo", None, [*_as_trained(options.model, "sampling"), *given, *overrides], partial=True)
-    runtime.configure()
-    from jaxrlhf import evaluate
-
-    with _compilations(sys.stderr, quiet=config.logging.quiet), _notes():
-        texts = evaluate.complete(config, options.prompt, options.n)
-    for i, text in enumerate(texts):
-        if options.n > 1:
-            print(f"--- {i + 1} of {options.n} ---")
-        print(text)
-    return None
-
-
-def _select(options: Options, given: Overrides) -> None:
-    """Completions of the prompts of a file, those that are kept by their score, to another file."""
-    if options.out is None:
-        raise ConfigError("generate: --prompts needs --out FILE.jsonl, where to write what is kept")
-    reward: Overrides = []
-    if options.best_by:
-        by = Path(options.best_by)
-        reward = _sections("grpo" if config_file.fitting(by) == ["grpo"] else "ppo", by, "reward")
-    rewarded = reward or any(key.startswith("reward.") for key, _ in given)
-    before = _as_trained(options.model, *["sampling"] if rewarded else ["sampling", "reward"])
-    config = config_file.read("ppo", None, [*before, *reward, *given], partial=True)
-    if not config.reward.parts():
-        raise ConfigError(
-            "generate: --prompts keeps completions by their reward; give --best-by FILE, a YAML file with a section "
-            "`reward`, or --reward.model DIR or --reward.function path.py:name"
-        )
-    rule = Rule(options.keep or "best", options.threshold, options.min_pass_rate, options.max_pass_rate)
-    runtime.configure()
-    from jaxrlhf import selection
-
-    with _compilations(sys.stderr, quiet=config.logging.quiet), _notes():
-        summary = selection.select(config, Path(options.out), rule, options.n, fresh=options.fresh)
-    print(f"{summary}\nwrote {options.out}")
-
-
-def _evaluate(options: Options, overrides: Overrides) -> None:
-    if bool(options.prompts) == bool(options.examples):
-        raise ConfigError(
-            "evaluate: give --prompts FILE for a language model to complete, or --examples FILE for a reward model to "
-            "judge; one of the two"
-        )
-    if options.examples:
-        return _judge(options, overrides)
-    config = _measured_by(options, [options.model], overrides)
-    runtime.configure()
-    from jaxrlhf import evaluate, evaluate_report
-
-    with _compilations(sys.stderr, quiet=config.logging.quiet), _notes():
-        result = evaluate.evaluate(config, **_asked(options))
-    print(evaluate_report.table(result))
-    if options.output:
-        print(f"\nwrote {evaluate.write(result, Path(options.output))}")
-
-
-def _compare(options: Options, overrides: Overrides) -> None:
-    models = [options.model, options.other]
-    config = _measured_by(options, models, overrides)
-    runtime.configure()
-    from jaxrlhf import evaluate, evaluate_report
-
-    with _compilations(sys.stderr, quiet=config.logging.quiet), _notes():
-        results = [
-            evaluate.evaluate(replace(config, **{"model.path": path}), **_asked(options), beside=models)
-            for path in models
-        ]
-    print(evaluate_report.comparison(*results))
-    if options.output:
-        both = {"comparison": evaluate_report.paired(*results), "a": results[0], "b": results[1]}
-        print(f"\nwrote {evaluate.write(both, Path(options.output))}")
-
-
-def _measured_by(options: Options, models: list[str], overrides: Overrides) -> Any:
-    """The config of an evaluation; what is not given is as in the first of `models` that a PPO or GRPO run trained."""
-    flags = {
-        "model.path": models[0],
-        "data.path": options.prompts,
-        "reward.function": options.reward,
-        "reward.model": options.reward_model,
-        "seed": options.seed,
-    }
-    given = [(key, str(value)) for key, value in flags.items() if value is not None]
-    rewarded = any(key.startswith("reward.") for key, _ in [*given, *overrides])
-    sections = ["sampling"] if rewarded else ["sampling", "reward"]
-    before: Overrides = next(filter(None, (_as_trained(model, *sections) for model in models)), [])
-    return config_file.read("ppo", None, [*before, *given, *overrides], partial=True)
-
-
-def _asked(options: Options) -> dict[str, Any]:
-    return {
-        "num_prompts": options.num_prompts,
-        "num_completions": options.num_completions,
-        "references": options.references or "",
-    }
-
-
-def _judge(options: Options, overrides: Overrides) -> None:
-    """`evaluate --examples`: what a reward model says of examples."""
-    given = [("model.path", options.model), ("data.path", options.examples)]
-    kept = {f"data.{key}" for key in ("completion_prefix", "control_tokens", "max_length", "truncation")}
-    before = [pair for pair in _as_trained(options.model, "data", methods=("reward",)) if pair[0] in kept]
-    config = config_file.read("reward", None, [*before, *given, *overrides], partial=True)
-    runtime.configure()
-    from jaxrlhf import evaluate, examples
-
-    with _compilations(sys.stderr, quiet=config.logging.quiet):
-        result = examples.judge(config)
-    print(examples.table(result))
-    if options.output:
-        print(f"\nwrote {evaluate.write(result, Path(options.output))}")
-
-
-def _as_trained(model: str, *sections: str, methods: tuple[str, ...] = ("ppo", "grpo")) -> Overrides:
-    """Sections of the config of the run in the folder `model`, if one of `methods` made it; nothing for others."""
-    file = Path(model) / "config.yaml"
-    first = file.read_text(encoding="utf-8").partition("\n")[0] if file.is_file() else ""
-    method = first.removeprefix("# jaxrlhf ").partition(",")[0]
-    if method not in methods:
-        return []
-    return _sections(method, file, *sections)
-
-
-def _sections(method: str, file: Path, *sections: str) -> Overrides:
-    """Sections of a config as overrides."""
-    config = dataclasses.asdict(config_file.read(method, file, partial=True))
-    return [(f"{name}.{key}", json.dumps(value)) for name in sections for key, value in config[name].items()]
-
-
 def _plot(options: Options, overrides: Overrides) -> None:
     from jaxrlhf import plots
 
@@ -362,7 +189,7 @@ def _export(options: Options, overrides: Overrides) -> None:
     if not chosen or packed or options.role == "critic":
         from jaxrlhf.training.export import export
 
-        with _notes():
+        with notes():
             export(run, target, options.role, merge_lora=options.merge_lora)
     elif options.merge_lora and (exported / "adapter_config.json").is_file():
         from jaxrlhf.training.export import merge
@@ -446,7 +273,7 @@ COMMANDS: dict[str, Command] = {
         overrides=True,
     ),
     "generate": Command(
-        _generate,
+        generate,
         "continue a prompt and print the text, or complete the prompts of a file and write what is kept by a reward",
         {
             "model": _MODEL,
@@ -482,7 +309,7 @@ COMMANDS: dict[str, Command] = {
         overrides=True,
     ),
     "evaluate": Command(
-        _evaluate,
+        evaluate,
         "measure completions of random prompts by a reward, ranked BEST, MEDIUM, WORST, and by right answers; of a "
         "reward model, its verdicts on examples",
         {
@@ -498,7 +325,7 @@ COMMANDS: dict[str, Command] = {
         overrides=True,
     ),
     "compare": Command(
-        _compare,
+        compare,
         "evaluate two models on the same prompts: both, who is better how often, and by how much",
         {"model": {**_MODEL, "metavar": "A"}, "other": {**_MODEL, "metavar": "B"}, **_MEASURE},
         overrides=True,

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxrlhf import commands, config_file, config_text, errors, weights
+from jaxrlhf import commands, commands_models, config_file, config_text, errors, weights
 from jaxrlhf.cli import main
 from jaxrlhf.commands import COMMANDS, Command
 from jaxrlhf.config import PPOConfig, RewardSource, Sampling
@@ -367,7 +367,11 @@ def test_a_ppo_run_is_asked_as_it_was_trained(tmp_path):
     reward = RewardSource(model="m", components=({"function": "r.py:f", "options": {"low": 3}},))  # type: ignore[arg-type]
     settings = config_text.dump(PPOConfig(sampling=sampling, reward=reward))
     (tmp_path / "config.yaml").write_text(f"# jaxrlhf ppo, every option resolved\n{settings}")
-    again = config_file.read("ppo", None, commands._as_trained(str(tmp_path), "sampling", "reward"), partial=True)
+    again = config_file.read("ppo", None, commands_models.as_trained(str(tmp_path), "sampling", "reward"), partial=True)
     assert again.sampling == sampling and again.reward == reward
     (tmp_path / "config.yaml").write_text("# jaxrlhf sft, every option resolved\n")
-    assert commands._as_trained(str(tmp_path), "reward") == commands._as_trained("hf://org/name", "reward") == []
+    assert (
+        commands_models.as_trained(str(tmp_path), "reward")
+        == commands_models.as_trained("hf://org/name", "reward")
+        == []
+    )
