@@ -10,7 +10,7 @@ from typing import Any
 SUMMARY: dict[str, dict[str, str]] = {
     "sft": {"loss": "loss", "eval/loss": "eval", "learning_rate": "lr"},
     "reward": {"loss": "loss", "accuracy": "acc", "margin": "margin", "eval/accuracy": "eval", "learning_rate": "lr"},
-    "generate": {"scores": "score"},
+    "generate": {"objective/scores": "score"},
     "dpo": {
         "loss": "loss",
         "rewards/accuracies": "acc",

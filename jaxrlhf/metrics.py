@@ -158,7 +158,7 @@ class Logger:
     Args:
         directory: the run directory.
         config: what to show and where to send it.
-        method: what runs: "sft", "reward", "dpo", "ppo", "grpo" or "generate".
+        method: the command that runs.
         total_steps: steps of the whole run, for progress and time left.
     """
 

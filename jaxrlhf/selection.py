@@ -90,7 +90,7 @@ def _complete(
                 log.append(found)
                 scores += [score for group in found for score in scores_of(group)]
             if console:
-                console.progress(log.count, {"scores": mean(scores)} if scores else {})
+                console.progress(log.count, {"objective/scores": mean(scores)} if scores else {})
     finally:
         if console:
             console.close()

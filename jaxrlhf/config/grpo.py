@@ -113,6 +113,8 @@ class GRPO:
     """online_dpo: how much the log-ratio to the reference counts."""
     dpo_loss: Literal["sigmoid", "sigmoid_norm", "hinge", "ipo"] = "sigmoid"
     """online_dpo: by the names of algorithms/dpo.py."""
+    rejected_text: str | None = None
+    """online_dpo: what is rejected for every prompt, in place of the worst of its group, which may then be of one."""
 
     @property
     def recipe(self) -> Recipe:
@@ -156,7 +158,7 @@ class GRPO:
 
     def __post_init__(self) -> None:
         recipe, group = self.recipe, self.num_generations
-        if recipe.needs_group and group < 2:
+        if recipe.needs_group and group < 2 and self.rejected_text is None:
             raise ValueError(
                 f"grpo.num_generations is 1, and {self.method} compares a response with others to its prompt: every "
                 "advantage would be 0; give 2 or more, or use remax or reinforce_pp"
@@ -182,6 +184,8 @@ class GRPO:
             )
         if recipe.loss == "dpo":
             self._check_pairs()
+        elif self.rejected_text is not None:
+            raise ValueError(f"grpo.rejected_text is set, and {self.method} learns from no pairs; it is for online_dpo")
 
     def _check_kl(self, recipe: Recipe) -> None:
         if recipe.loss == "dpo" and self.kl_coef:
@@ -238,6 +242,11 @@ class GRPOConfig:
     def __post_init__(self) -> None:
         grpo = self.grpo
         online.check("grpo", self, grpo.learnt(grpo.batch_size))
+        if grpo.rejected_text is not None and self.sampling.renormalise_logprobs:
+            raise ValueError(
+                "grpo.rejected_text is set, and sampling.renormalise_logprobs true: the text need not be one that "
+                "could be drawn; leave renormalise_logprobs false"
+            )
         if grpo.has_reference:
             return
         for key, value in (

@@ -10,10 +10,13 @@ from jax import Array
 from jaxrlhf import programs, sharding
 from jaxrlhf.algorithms.scores import no_stats
 from jaxrlhf.config import GRPOConfig
+from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.training import setup
 from jaxrlhf.training.grpo_update import Roles, annotate, update
 from jaxrlhf.training.learner import shaped_scores, without_moments
 from jaxrlhf.training.optim import make_optimizer
+from jaxrlhf.training.ppo_replay import widened
 from jaxrlhf.training.ppo_roles import policy_of, reference_dtype, reference_of
 from jaxrlhf.training.sampler import Sampler
 from jaxrlhf.training.step import Metrics
@@ -60,6 +63,7 @@ class Learner:
             mesh=self.mesh,
             sync_every=config.reference.sync_every,
             sync_alpha=config.reference.sync_alpha,
+            rejected=rejected_tokens(config, sampler.tokenizer),
         )
         self.state = setup.State(
             {"policy": trained},
@@ -92,6 +96,10 @@ class Learner:
         """
         config, state, ahead = self.config, without_moments(self.state.value), self.sampler.programs
         length = config.sampling.response_length
+        columns = rollout.response_mask.shape[1]
+        if columns < len(self.roles.rejected):
+            room = rollout.tokens.shape[1] - columns, len(self.roles.rejected)
+            rollout, _ = widened(rollout, None, room, self.sampler.tokenizer.pad_id, self.mesh)
         if rollout.response_mask.shape[1] == length:  # else it is another program
             ahead.wait(annotate)
             ahead.wait(update)
@@ -125,3 +133,19 @@ class Learner:
         )
         under = {"policy": self.frozen["policy"]}
         ahead.begin(lambda: programs.outputs(update, state, under, made.result()[0], key, roles=roles), update)
+
+
+def rejected_tokens(config: GRPOConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens of grpo.rejected_text as a whole response; none where there is none. Raises ConfigError where there is
+    no room for them."""
+    text, length = config.grpo.rejected_text, config.sampling.response_length
+    if text is None:
+        return ()
+    tokens = tokenizer.encode_all([tokenizer.guard(text)], [True])[0]
+    tokens += [tokenizer.eos_id] * (tokenizer.eos_id is not None)
+    if not 0 < len(tokens) <= length:
+        raise ConfigError(
+            f"grpo.rejected_text has {len(tokens)} tokens with its end, and a response may have from 1 to {length}; "
+            "change the text, or sampling.response_length"
+        )
+    return tuple(tokens)

@@ -36,6 +36,7 @@ class Roles:
     mesh: jax.sharding.Mesh
     sync_every: int  # updates between moves of the reference; 0: it stays
     sync_alpha: float
+    rejected: tuple[int, ...] = ()  # the tokens of grpo.rejected_text
 
     @property
     def annotates_policy(self) -> bool:
@@ -68,7 +69,7 @@ def annotate(
     metrics |= groups.group_metrics(scores, rollout.index) | {"objective/kl_coef": state.kl_coef}
     valid = None
     if grpo.recipe.advantage == "pairs":
-        rollout, valid = pairs(rollout, scores, grpo.num_generations)
+        rollout, valid = pairs(rollout, scores, grpo.num_generations, roles.rejected)
         metrics["groups/tied"] = jnp.sum(valid[:, 0] == 0)
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rollout) if valid is not None else rollout
     count = rows.tokens.shape[0]
@@ -130,13 +131,39 @@ def compared(
     return masked.keep(made if made.ndim == 2 else jnp.broadcast_to(made[:, None], mask.shape), mask)
 
 
-def pairs(rollout: Rollout, scores: Array, group: int) -> tuple[Rollout, Array]:
-    """(the best and the worst of every `group` rows, leading axes [n, 2]; f32 [n, 2], 0 where all score alike)."""
+def pairs(rollout: Rollout, scores: Array, group: int, rejected: tuple[int, ...]) -> tuple[Rollout, Array]:
+    """(the best and the worst of every `group` rows, leading axes [n, 2]; f32 [n, 2], 0 where there is no pair).
+
+    With `rejected`, tokens for which there is room, those take the place of the worst response. There is no pair where
+    all score alike, or where the best response is `rejected` itself.
+    """
     scores = scores.reshape(-1, group)
     ends = jnp.stack([jnp.argmax(scores, axis=1), jnp.argmin(scores, axis=1)], axis=1)
-    valid = jnp.max(scores, axis=1) != jnp.min(scores, axis=1)  # a score that is no number makes the loss none either
     rows = ends + group * jnp.arange(len(scores))[:, None]
-    return jax.tree.map(lambda x: x[rows], rollout), jnp.broadcast_to(valid[:, None], rows.shape).astype(jnp.float32)
+    made = jax.tree.map(lambda x: x[rows], rollout)
+    if rejected:
+        made = _rejecting(made, rejected)
+        mask = made.response_mask
+        said = jnp.where(mask, made.tokens[..., -mask.shape[-1] :], -1)
+        valid = jnp.any(said[:, 0] != said[:, 1], axis=1)
+    else:  # a score that is no number makes the loss none either
+        valid = jnp.max(scores, axis=1) != jnp.min(scores, axis=1)
+    return made, jnp.broadcast_to(valid[:, None], rows.shape).astype(jnp.float32)
+
+
+def _rejecting(pair: Rollout, rejected: tuple[int, ...]) -> Rollout:
+    """`pair` [n, 2] with `rejected` as the second response."""
+    room = pair.response_mask.shape[-1]
+    real = jnp.arange(room) < len(rejected)
+    tokens = jnp.zeros(room, pair.tokens.dtype).at[: len(rejected)].set(jnp.asarray(rejected))
+    return dataclasses.replace(
+        pair,
+        tokens=pair.tokens.at[:, 1, -room:].set(tokens),
+        mask=pair.mask.at[:, 1, -room:].set(real),
+        response_mask=pair.response_mask.at[:, 1].set(real),
+        logprobs=pair.logprobs.at[:, 1].set(0.0),
+        finished=pair.finished.at[:, 1].set(True),
+    )
 
 
 def policy_metrics(

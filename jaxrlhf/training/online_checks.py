@@ -43,13 +43,15 @@ def check_step(
     """Raise ConfigError for prompts that cannot be update number `step` of so many, with `group` responses to each."""
     if isinstance(prompts, str):
         raise ConfigError(f"{method}_step got one text; it takes a list of prompts")
+    paired = isinstance(settings, GRPO) and settings.recipe.loss == "dpo"
     multiple = settings.num_mini_batches * (settings.micro_batch_size or 1)
-    multiple //= math.gcd(multiple, group)
+    multiple //= math.gcd(multiple, 1 if paired else group)
     if not prompts or len(prompts) % multiple:
         raise ConfigError(f"{method}_step got {len(prompts)} prompts; it needs a positive multiple of {multiple}")
     rows = len(prompts) * group
     sharding.check_rows(settings.micro_rows(rows), mesh, f"{method}_step: rows of a forward pass")
-    if rows % settings.annotation_rows(rows):
+    learnt = settings.learnt(rows) if isinstance(settings, GRPO) else rows
+    if learnt % settings.annotation_rows(rows):
         raise ConfigError(
             f"{method}_step got {len(prompts)} prompts; {method}.local_rollout_forward_batch_size is "
             f"{settings.local_rollout_forward_batch_size}, which does not divide them"

@@ -113,6 +113,21 @@ def test_grpo_step_answers_as_a_notebook_expects(grpo):
         trainer.grpo_step("say red ")
 
 
+def test_online_dpo_pushes_a_text_away_with_one_response_to_a_prompt(grpo):
+    method = config.GRPO(method="online_dpo", batch_size=4, num_generations=1, rejected_text="no, no")
+    sampling = config.Sampling(response_length=8, stop_strings=("a", "e", "i", "o", "u", "b", "c"))  # shorter than it
+    optim = config.Optim(learning_rate=1e-2, schedule="constant")
+    options = grpo | {"grpo": method, "sampling": sampling, "optim": optim, "data": config.Data()}
+    trainer = GRPOTrainer(config.GRPOConfig(**options), reward=length_reward)
+    assert len(trainer.roles.rejected) == 7
+    first, second = (trainer.grpo_step(["say red ", "say blue ", "go ", "stop "]) for _ in range(2))
+    assert first["groups/tied"] == 0 and abs(first["rewards/margins"]) < 1e-5
+    assert second["rewards/rejected"] < 0 < second["rewards/margins"]
+    with pytest.raises(ConfigError, match="a response may have from 1 to 4; change the text"):
+        short = config.replace(sampling, response_length=4)
+        GRPOTrainer(config.GRPOConfig(**options | {"sampling": short}), reward=length_reward)
+
+
 def test_a_run_has_a_plan(grpo, tmp_path):
     (tmp_path / "reward.py").write_text("def reward(prompts, completions):\n    return [0.0] * len(prompts)\n")
     reward = config.RewardSource(function=f"{tmp_path / 'reward.py'}:reward")
@@ -133,6 +148,7 @@ def test_a_run_has_a_plan(grpo, tmp_path):
         ({"method": "rloo", "kl_estimator": "k3", "num_mini_batches": 1}, "the part that flows through the estimate"),
         ({"method": "remax", "max_refills": 1, "num_mini_batches": 1}, "compares no groups that could be flat"),
         ({"method": "online_dpo", "sampler_correction": "mask"}, "no importance weights"),
+        ({"rejected_text": "no"}, "learns from no pairs; it is for online_dpo"),
         ({"method": "online_dpo", "num_mini_batches": 3}, "must divide the pairs of a batch"),
         ({"method": "online_dpo", "kl_coef": 0.1}, "grpo.beta is its own"),
         ({"micro_batch_size": 3}, r"grpo.micro_batch_size \(3\) must divide a mini-batch"),

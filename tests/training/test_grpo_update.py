@@ -28,10 +28,10 @@ def problem():
     return made
 
 
-def run(problem, grpo, scores=SCORES, *, rollout=None, key=KEY, mesh=None):
+def run(problem, grpo, scores=SCORES, *, rollout=None, key=KEY, mesh=None, rejected=()):
     """(the policy after the update, what was compared, metrics)."""
     mesh = mesh or problem.roles.mesh
-    roles = grpo_update.Roles(problem.roles.policy, OPTIMIZERS, grpo, R, 0.7, mesh, 0, 1.0)
+    roles = grpo_update.Roles(problem.roles.policy, OPTIMIZERS, grpo, R, 0.7, mesh, 0, 1.0, rejected)
     policy, reference = problem.policy, problem.frozen["reference"]
     rollout = rollout or problem.rollout
     if mesh.size > 1:
@@ -169,3 +169,20 @@ def test_online_dpo_learns_from_the_best_and_the_worst_of_each_group_and_leaves_
     assert metrics["groups/tied"] == 1
     parts, *_ = run(problem, settings("online_dpo", micro_batch_size=2), scores)
     close(parts, params, atol=2e-5)
+
+
+def test_online_dpo_against_a_text_that_is_always_rejected(problem):
+    grpo, rejected = settings("online_dpo", rejected_text="no"), (5, 9)
+    made, valid = grpo_update.pairs(problem.rollout, SCORES, G, rejected)
+    assert valid.all()
+    response = problem.rollout.response_mask.shape[1]
+    np.testing.assert_array_equal(made.tokens[:, 1, -response:][:, :2], [rejected] * 2)
+    np.testing.assert_array_equal(made.response_mask[:, 1].sum(axis=1), [2, 2])
+    best = np.argmax(np.asarray(SCORES).reshape(-1, G), axis=1) + G * np.arange(2)
+    np.testing.assert_array_equal(made.tokens[:, 0], problem.rollout.tokens[best])
+    said = made.tokens[0, 0, -response:][made.response_mask[0, 0]]
+    _, valid = grpo_update.pairs(problem.rollout, SCORES, G, tuple(said.tolist()))
+    np.testing.assert_array_equal(valid, [[0, 0], [1, 1]])  # the best of the first group says just that
+    _, compared, metrics = run(problem, grpo, rejected=rejected)
+    assert metrics["groups/tied"] == 0 and np.isfinite(metrics["loss/policy_avg"]) and metrics["policy/grad_norm"] > 0
+    assert compared.rollout.response_mask[:, 1].sum() == 4
