@@ -7,7 +7,7 @@ import pytest
 from runs import equal, length_reward, records
 
 import jaxrlhf
-from jaxrlhf import commands, config, models, plan
+from jaxrlhf import commands_models, config, models, plan
 from jaxrlhf.errors import ConfigError, Preempted
 from jaxrlhf.training import grpo_answers
 from jaxrlhf.training.export import export
@@ -43,7 +43,7 @@ def test_a_stopped_run_with_refills_goes_on_bit_for_bit_and_is_exported(grpo, tm
         stopped.train()
     assert list(stopped.frozen) == ["policy"], "there is no KL, so no reference"
     assert export(tmp_path / "parts", tmp_path / "exported") == tmp_path / "exported"
-    assert commands._as_trained(str(tmp_path / "parts"), "sampling"), "generate and evaluate sample as it did"
+    assert commands_models.as_trained(str(tmp_path / "parts"), "sampling"), "generate and evaluate sample as it did"
     resumed = make("parts")
     resumed.train()
     log = records(tmp_path / "whole")
