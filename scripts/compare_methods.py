@@ -5,8 +5,9 @@
 FOLDER is where `jaxrlhf demo --output FOLDER --seed SEED` has run, or will by this script: its SFT model is what every
 method starts from, its reward model what all of them are judged by while they learn, and its PPO run the one in the
 table. Each method may draw as many completions of the training prompts as PPO does, 12,800 of up to 20 tokens: GRPO in
-100 updates of 128; DPO before it learns, 22 of each prompt, of which the best and the worst are a pair. Best-of-16
-learns nothing and draws its 16 when it is asked.
+100 updates of 128; DPO before it learns, 22 of each prompt, which make 11 pairs (the best and the worst of the 22 would
+teach form and little else, as the worst are hardly answers). Best-of-16 learns nothing and draws its 16 when it is
+asked.
 
 The table: shares of 768 answers to held-out questions (192, four each, temperature 0.6) that are right in tone, fact
 and form, and in each of them; nats per answer from the SFT model, of samples at temperature 1 (best-of-16: at most log
@@ -61,18 +62,25 @@ def grpo(folder: Path, ppo: c.PPOConfig) -> tuple[Path, int]:
 
 
 def dpo(folder: Path, ppo: c.PPOConfig) -> tuple[Path, int]:
-    """Train by DPO on the best and the worst of the SFT model's own completions."""
-    pairs = folder / "pairs.jsonl"
+    """Train by DPO on pairs of the SFT model's own completions, the one with the higher score chosen."""
+    completions, pairs = folder / "completions.jsonl", folder / "pairs.jsonl"
     drawn = c.replace(ppo, **{"critic.init": "policy", "ppo.batch_size": 256})
-    summary = select(drawn, pairs, Rule("pairs"), PER_PROMPT, fresh=True)
+    summary = select(drawn, completions, Rule("all"), PER_PROMPT, fresh=True)
+    rows = [json.loads(line) for line in completions.read_text(encoding="utf-8").splitlines()]
+    with pairs.open("w", encoding="utf-8") as file:
+        for two in zip(rows[::2], rows[1::2], strict=True):
+            worse, better = sorted(two, key=lambda row: row["score"])
+            if better["score"] > worse["score"]:
+                pair = {"prompt": two[0]["prompt"], "chosen": better["completion"], "rejected": worse["completion"]}
+                file.write(json.dumps(pair) + "\n")
     config = c.DPOConfig(
         run_dir=str(folder / "dpo"),
         seed=ppo.seed,
         model=ppo.model,
         data=c.Data(path=str(pairs), completion_prefix=" ", max_length=64),
-        dpo=c.DPO(beta=0.3),
-        train=c.Train(batch_size=32, num_train_epochs=4),
-        optim=c.Optim(learning_rate=3e-4, schedule="cosine", warmup_steps=5, final_lr_fraction=0.05),
+        dpo=c.DPO(beta=1.0),
+        train=c.Train(batch_size=64, num_train_epochs=2),
+        optim=c.Optim(learning_rate=2e-4, schedule="cosine", warmup_steps=5, final_lr_fraction=0.05),
         logging=c.Logging(quiet=True, tensorboard=False, sample_every=0),
         checkpoint=ppo.checkpoint,
     )

@@ -70,17 +70,18 @@ def test_generate(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.bench
 @pytest.mark.parametrize(
     ("case", "contestants"),
     [
-        pytest.param("engine", ["ours", "ours-static"], marks=pytest.mark.bench),
-        pytest.param("prefix", ["ours", "ours-rows"], marks=pytest.mark.bench),
-        pytest.param("logprobs", ["ours"], marks=pytest.mark.bench),
-        pytest.param("sft", ["ours"], marks=pytest.mark.bench),
-        pytest.param("reward", ["ours"], marks=pytest.mark.bench),
-        pytest.param("ppo", ["ours"], marks=pytest.mark.bench),
-        pytest.param("startup", ["cold", "cached"], marks=pytest.mark.bench),
-        pytest.param("memory", ["ours"], marks=pytest.mark.bench),
+        ("engine", ["ours", "ours-static"]),
+        ("prefix", ["ours", "ours-rows"]),
+        ("logprobs", ["ours"]),
+        ("sft", ["ours"]),
+        ("reward", ["ours"]),
+        ("ppo", ["ours"]),
+        ("startup", ["cold", "cached"]),
+        ("memory", ["ours"]),
         ("plan", ["ours", "planned"]),
     ],
 )
@@ -94,7 +95,7 @@ def test_other_cases(case, contestants):
         sizes = found["contestants"]["ours"]["gigabytes"]
         whole, short, away = (sizes[name] for name in ("baseline", "optim.state_dtype bfloat16", "optim.offload"))
         assert short["optimizer state"] == pytest.approx(whole["optimizer state"] / 2, rel=0.3)
-        assert away["update"] == whole["update"] and away["rollout"] < whole["rollout"]
+        assert away == whole, "a CPU has no other memory to put the moments in"
     if case == "plan":
         assert set(found["contestants"]["planned"]["phases"]) >= {"rollout", "annotation", "update", "process", "peak"}
 

@@ -5,9 +5,12 @@ from jaxtyping import Float
 
 
 def combined(scores: Float[np.ndarray, "K *shape"], combine: str, spread_coef: float) -> Float[np.ndarray, "*shape"]:
-    """One score of those of K models: their mean, the least (https://arxiv.org/abs/2310.02743, eq. 4: worst case), or
-    the mean less `spread_coef` times the standard deviation between the models (eq. 5, uncertainty-weighted, there with
-    the variance; the deviation is in the unit of the scores)."""
+    """One score of those of K models: their mean, the least, or the mean less `spread_coef` times the standard
+    deviation between the models.
+
+    The latter two are the worst-case and the uncertainty-weighted objective of https://arxiv.org/abs/2310.02743, which
+    has the variance in place of the deviation; that is in the unit of the scores.
+    """
     if combine == "min":
         return scores.min(axis=0)
     mean = scores.mean(axis=0)
