@@ -126,7 +126,7 @@ SETTINGS = {
     "length": Settings("length", 0.9, 120, 256, 2, 2, 1e-4, 1e-3),
     "modular": Settings("modular", 0.2, 200, 768, 3, 1, 1e-4, 1e-3),
     "addition": Settings("addition", 0.2, 200, 768, 3, 1, 1e-4, 1e-3),
-    "sum": Settings("sum", 0.9, 600, 512, 2, 1, 1e-3, 1e-3, layers=2, width=64),
+    "sum": Settings("sum", 0.9, 1000, 512, 2, 1, 3e-4, 1e-3, layers=2, width=64),
     # trl 1.8.0 has one optimizer with one rate, makes one step an epoch, and does not clip gradients
     "compare": Settings("emit", 0.2, 40, 256, 1, 4, 1e-4, 1e-4, max_grad_norm=1e9),
 }
