@@ -15,6 +15,7 @@ from jaxrlhf.data.datasets import SFTRow
 from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted
 from jaxrlhf.training import reference
 from jaxrlhf.training.dpo import DPOTrainer
+from jaxrlhf.training.dpo_rows import read
 from jaxrlhf.training.dpo_update import beta_schedule
 from jaxrlhf.training.export import export
 
@@ -138,6 +139,18 @@ def test_kto_learns_from_labels_and_needs_both(supervised, tmp_path):
     file.write_text("".join(json.dumps(row | {"label": True}) + "\n" for row in rows))
     with pytest.raises(DataError, match="9 good and 0 bad"):
         made(options)
+
+
+def test_kto_takes_pairs_apart(supervised):
+    """As TRL does: all chosen ones before all rejected ones, so that the KL is over both."""
+    tokenizer = jaxrlhf.load_tokenizer(supervised["model"].path, config.TokenizerSource())
+    losses = (config.DPO(), config.DPO(loss="kto"))
+    pairs, apart = (read(config.DPOConfig(**supervised, dpo=loss), tokenizer) for loss in losses)
+    for whole, parts in ((pairs.train, apart.train), (pairs.validation, apart.validation)):
+        assert [row.label for row in parts] == [True] * len(whole) + [False] * len(whole)
+        assert [row.tokens for row in parts] == [getattr(p, s).tokens for s in ("chosen", "rejected") for p in whole]
+        assert [row.loss_mask for row in parts[len(whole) :]] == [pair.rejected.loss_mask for pair in whole]
+    assert "36 responses to train on" in str(apart.report)
 
 
 def test_what_stands_beside_a_row_has_another_prompt():
