@@ -14,7 +14,7 @@ from jaxrlhf.config import Mesh, Optim, RewardConfig, Train
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PairRow, SFTRow
 from jaxrlhf.data.judged import RankedRow
-from jaxrlhf.errors import ConfigError
+from jaxrlhf.errors import ConfigError, NumericsError
 from jaxrlhf.training import reward, setup
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.reward import RewardTrainer
@@ -121,6 +121,14 @@ def test_each_kind_of_row_trains_and_is_evaluated(supervised, tmp_path, loss):
     best = max(logged) if loss == "classification" else min(logged)
     assert result[metric] == pytest.approx(best) == made[metric.removeprefix("eval/")]
     assert made["auc" if loss == "classification" else "accuracy"] >= 0.75
+
+
+def test_held_out_scores_that_are_not_finite_stop_the_run(supervised, tmp_path, monkeypatch):
+    trainer = RewardTrainer(RewardConfig(run_dir=str(tmp_path / "run"), **supervised), abstract=True)
+    monkeypatch.setattr(RewardTrainer, "params", {})
+    monkeypatch.setattr(reward, "evaluate", lambda params, batch, *, model: np.where(batch.real, np.inf, 0))
+    with pytest.raises(NumericsError, match="scores of held-out rows are not finite; start over with --fresh"):
+        trainer._evaluate()
 
 
 def test_a_metric_that_no_evaluation_gives_is_refused(supervised, tmp_path):
