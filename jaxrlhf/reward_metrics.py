@@ -13,8 +13,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "classification": ("ece", "auc", "length_accuracy"),
     "regression": ("correlation",),
 }
-"""By loss: what `evaluation` finds that is a metric of a run too, as eval/KEY. Of ties in place of the sums over a batch,
-which ties count in: so accuracy stands beside that of length alone, over the same pairs."""
+"""By loss: what `evaluation` finds that is a metric of a run too, as eval/KEY. With ties accuracy and margin too, in
+place of the sums over a batch, in which ties count: they stand beside the accuracy of length, over the same pairs."""
 
 
 @dataclass(frozen=True)
