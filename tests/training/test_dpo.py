@@ -13,10 +13,10 @@ from jaxrlhf import config
 from jaxrlhf.data import mismatched
 from jaxrlhf.data.datasets import SFTRow
 from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted
-from jaxrlhf.training import reference
+from jaxrlhf.training import loop, reference
 from jaxrlhf.training.dpo import DPOTrainer
 from jaxrlhf.training.dpo_rows import read
-from jaxrlhf.training.dpo_update import beta_schedule
+from jaxrlhf.training.dpo_update import beta_schedule, evaluated
 from jaxrlhf.training.export import export
 
 
@@ -185,6 +185,16 @@ def test_rows_that_have_nothing_to_learn_from_are_counted_and_named(supervised, 
     wrong = config.replace(supervised["train"], metric="eval/rewards/margin")
     with pytest.raises(ConfigError, match="did you mean 'eval/rewards/margins'"):
         DPOTrainer(config.DPOConfig(**supervised | {"train": wrong}), abstract=True)
+
+
+@pytest.mark.parametrize(("loss", "less"), [("orpo", {"loss", "nll_loss"}), ("kto", {"loss", "kl"})])
+def test_the_best_state_has_the_least_loss_and_the_greatest_margin(loss, less):
+    def best(metric):
+        return loop.best_of(config.DPOConfig(dpo=config.DPO(loss=loss), train=config.Train(metric=metric)))
+
+    found = {key: best(f"eval/{key}") for key in evaluated(config.DPO(loss=loss))}
+    assert {key for key, mode in found.items() if mode == "min"} == less
+    assert found["rewards/margins"] == best("") == "max"
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
