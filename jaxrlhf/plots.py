@@ -14,8 +14,18 @@ from jaxrlhf.metrics import read
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("loss", ("loss", "eval/loss", "loss/policy_avg", "loss/value_avg")),
     ("learning rate", ("learning_rate",)),
-    ("mean reward", ("objective/scores", "objective/rlhf_reward", "mean_reward", "eval/mean_reward")),
-    ("KL to the reference (nats per response)", ("objective/kl",)),
+    (
+        "mean reward",
+        (
+            "objective/scores",
+            "objective/rlhf_reward",
+            "mean_reward",
+            "eval/mean_reward",
+            "rewards/chosen",
+            "rewards/rejected",
+        ),
+    ),
+    ("KL to the reference (nats per response)", ("objective/kl", "kl")),
 )
 
 

@@ -48,6 +48,9 @@ def test_panels_draw_what_was_logged_and_say_what_was_not(tmp_path, monkeypatch)
             drawn[axes.get_title()] = (lines, [text.get_text() for text in axes.texts])
 
     monkeypatch.setattr(Figure, "savefig", keep)
+    write(tmp_path, [{"step": 1, "rewards/chosen": 0.1, "rewards/rejected": -0.2, "kl": 0.5}])
+    plots.plot(tmp_path)
+    assert drawn["mean reward"][0] == {"rewards/chosen": [0.1], "rewards/rejected": [-0.2]}, "of preferences"
     write(tmp_path, [{k: v for k, v in r.items() if k != "objective/kl"} for r in RECORDS])
     plots.plot(tmp_path)
     assert len(drawn) == 4
