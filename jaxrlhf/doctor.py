@@ -206,7 +206,7 @@ def examine_data(config: SFTConfig) -> str:
     rows = sources.read(config.data)
     lines = [f"data {rows.source}: {len(rows.rows):,} rows with columns {', '.join(rows.columns)}"]
     readable: dict[formats.Task, formats.Reading] = {}
-    methods: tuple[tuple[formats.Task, str], ...] = (("sft", "sft"), ("pairs", "reward"), ("prompts", "ppo"))
+    methods: tuple[tuple[formats.Task, str], ...] = (("sft", "sft"), ("pairs", "reward, dpo"), ("prompts", "ppo, grpo"))
     for task, method in methods:
         try:
             readable[task] = formats.recognise(rows.columns, task, config.data, rows.source)
@@ -214,7 +214,7 @@ def examine_data(config: SFTConfig) -> str:
         except DataError as error:
             lines.append(f"jaxrlhf {method}: no. {error}")
     judged: tuple[tuple[formats.Task, str], ...] = (
-        ("labels", "classification"), ("scores", "regression"), ("rankings", "ranking")
+        ("labels", "classification, dpo --dpo.loss kto"), ("scores", "regression"), ("rankings", "ranking")
     )  # fmt: skip
     for task, loss in judged:
         with contextlib.suppress(DataError):  # rare, so only what it is is said

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,18 @@ from jaxrlhf.metrics import read
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("loss", ("loss", "eval/loss", "loss/policy_avg", "loss/value_avg")),
     ("learning rate", ("learning_rate",)),
-    ("mean reward", ("objective/scores", "objective/rlhf_reward", "mean_reward", "eval/mean_reward")),
-    ("KL to the reference (nats per response)", ("objective/kl",)),
+    (
+        "mean reward",
+        (
+            "objective/scores",
+            "objective/rlhf_reward",
+            "mean_reward",
+            "eval/mean_reward",
+            "rewards/chosen",
+            "rewards/rejected",
+        ),
+    ),
+    ("KL to the reference (nats per response)", ("objective/kl", "kl")),
 )
 
 
@@ -34,7 +45,9 @@ def plot(run: Path) -> tuple[Path, Path]:
             f'wrote {table}, but the plot needs matplotlib: pip install "jaxrlhf[plots]" and run this again'
         ) from error
     matplotlib.use("Agg")
-    return write_whole(run / "plot.png", _draw(records, run.resolve().name)), table
+    evaluation = run / "evaluation.json"  # of a reward model
+    scores = json.loads(evaluation.read_text(encoding="utf-8"))["histogram"] if evaluation.is_file() else {}
+    return write_whole(run / "plot.png", _draw(records, run.resolve().name, scores)), table
 
 
 def series(records: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -53,13 +66,19 @@ def _csv(records: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _draw(records: Sequence[dict[str, Any]], title: str) -> bytes:
-    """A PNG."""
+def _draw(records: Sequence[dict[str, Any]], title: str, scores: dict[str, list[float]]) -> bytes:
+    """A PNG. Of a reward model, whose runs have no KL, a histogram of its held-out `scores` takes that panel."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     figure.suptitle(title)
     for axes, (name, keys) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        if scores and "objective/kl" in keys:
+            for kind in (name for name in scores if name != "edges"):
+                axes.stairs(scores[kind], scores["edges"], fill=True, alpha=0.5, label=kind)
+            axes.set_title("scores of held-out responses")
+            axes.legend(fontsize="small")
+            continue
         drawn = [(key, *series(records, key)) for key in keys]
         drawn = [(key, steps, values) for key, steps, values in drawn if steps]
         for key, steps, values in drawn:

@@ -8,12 +8,13 @@ import numpy as np
 BINS = 10
 KEYS: dict[str, tuple[str, ...]] = {
     "pairwise": ("ece", "length_accuracy"),
-    "ties": ("ece", "length_accuracy"),
+    "ties": ("accuracy", "margin", "ece", "length_accuracy"),
     "ranking": ("ece", "length_accuracy"),
     "classification": ("ece", "auc", "length_accuracy"),
     "regression": ("correlation",),
 }
-"""By loss: what `evaluation` finds that is a metric of a run too, as eval/KEY."""
+"""By loss: what `evaluation` finds that is a metric of a run too, as eval/KEY. With ties accuracy and margin too, in
+place of the sums over a batch, in which ties count: they stand beside the accuracy of length, over the same pairs."""
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,33 @@ def test_panels_draw_what_was_logged_and_say_what_was_not(tmp_path, monkeypatch)
             drawn[axes.get_title()] = (lines, [text.get_text() for text in axes.texts])
 
     monkeypatch.setattr(Figure, "savefig", keep)
+    write(tmp_path, [{"step": 1, "rewards/chosen": 0.1, "rewards/rejected": -0.2, "kl": 0.5}])
+    plots.plot(tmp_path)
+    assert drawn["mean reward"][0] == {"rewards/chosen": [0.1], "rewards/rejected": [-0.2]}, "of preferences"
     write(tmp_path, [{k: v for k, v in r.items() if k != "objective/kl"} for r in RECORDS])
     plots.plot(tmp_path)
     assert len(drawn) == 4
     assert drawn["loss"] == ({"loss/policy_avg": [0.5, 0.25]}, [])
     assert drawn["mean reward"] == ({"objective/scores": [-1.0, 1.0]}, [])
     assert drawn["KL to the reference (nats per response)"] == ({}, ["not logged in this run"])
+
+
+def test_a_reward_models_scores_take_the_place_of_the_kl(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = {}
+
+    def keep(figure, *_, **__):
+        axes = figure.axes[-1]
+        drawn[axes.get_title()] = {p.get_label(): [list(map(float, x)) for x in p.get_data()[:2]] for p in axes.patches}
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    write(tmp_path, [{"step": 1, "loss": 0.7, "mean_reward": 0.1}])
+    histogram = {"edges": [-1.0, 0.0, 2.0], "best": [1, 4], "others": [3, 2]}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"histogram": histogram}))
+    plots.plot(tmp_path)
+    edges = histogram["edges"]
+    assert drawn == {"scores of held-out responses": {"best": [[1, 4], edges], "others": [[3, 2], edges]}}
 
 
 def test_without_matplotlib_the_csv_is_still_written(tmp_path, monkeypatch):

@@ -67,7 +67,8 @@ def test_pairs_by_length_beside_what_length_alone_says():
 def test_ties_are_left_out_and_a_ranking_is_all_its_pairs():
     scores, lengths = np.array([[1.0, 0.0], [0.0, 9.0]]), np.ones((2, 2), int)
     made = evaluation(pairs(scores, lengths, np.array([0, 1])), "ties")
-    assert (made["pairs"], made["ties"], made["accuracy"]) == (1, 1, 1.0)
+    assert (made["pairs"], made["ties"], made["accuracy"], made["margin"]) == (1, 1, 1.0, 1.0)
+    assert {"accuracy", "margin"} <= {*KEYS["ties"]}, "the sums over a batch take ties in"
     assert made["ece"] == pytest.approx(1 - sigmoid(1.0))
     scores = np.array([[3.0, 2.0, 1.0], [0.0, 1.0, 50.0]])
     rows = pairs(scores, np.ones((2, 3), int))

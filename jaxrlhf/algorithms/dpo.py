@@ -52,7 +52,8 @@ Scores = tuple[Float[Array, " B"], Float[Array, " B"]]
 
 
 def divergence_scores(log_ratio: Float[Array, "*shape"], divergence: Divergence) -> Float[Array, "*shape"]:
-    """f'(u), u = pi / ref, to which the reward is proportional (https://arxiv.org/abs/2309.16240, table 1).
+    """f'(u), u = pi / ref, to which the reward is proportional (https://arxiv.org/abs/2309.16240, its table of
+    divergences).
 
         reverse KL log u,    forward KL 1 - 1 / u,    Jensen-Shannon log(2u / (1 + u)),    alpha (1 - u^-alpha) / alpha
 

@@ -12,7 +12,7 @@ from jaxrlhf.algorithms.reward import Metrics
 def kl_baseline(
     logprobs: Float[Array, " B"], ref_logprobs: Float[Array, " B"], mask: Bool[Array, " B"]
 ) -> Float[Array, ""]:
-    """z0 = max(0, mean log(pi / ref)) over responses to other prompts than their own (section 4.1), without a gradient.
+    """The paper's z0 = max(0, mean log(pi / ref)), over responses to other prompts than their own. Without a gradient.
 
     Of the WHOLE optimizer batch: that of a micro-batch is another, noisier number. 0 where the mask is empty.
     """
@@ -31,7 +31,7 @@ def kto_loss(
     desirable_weight: Scalar,
     undesirable_weight: Scalar,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The loss of section 4.1, whose value function is v = weight sigmoid(+-beta (log(pi / ref) - kl)).
+    """The loss of the paper, whose value function is v = weight sigmoid(+-beta (log(pi / ref) - kl)).
 
         loss = 1 / count  sum weight (1 - sigmoid(beta (log(pi / ref) - kl)))    if desirable
                           sum weight (1 - sigmoid(beta (kl - log(pi / ref))))    if not

@@ -73,7 +73,8 @@ def ties_loss(
     """
     margin = masked.keep(chosen - rejected, mask)
     tied = tied & mask
-    tie = jax.nn.log_sigmoid(-margin - nu) + jnp.log(jnp.expm1(2 * nu))
+    band = 2 * nu + jnp.log(-jnp.expm1(-2 * nu))  # log(exp(2 nu) - 1), where exp(2 nu) would overflow too
+    tie = jax.nn.log_sigmoid(-margin - nu) + band
     log_p = jax.nn.log_sigmoid(margin - nu) + masked.keep(tie, tied)
     loss = -masked.total(log_p, mask) / count
     return loss, {

@@ -46,7 +46,8 @@ class DPO:
         "aot_unpaired", "apo_zero", "apo_down", "discopop", "simpo", "orpo", "cpo", "kto",
     ] = "sigmoid"  # fmt: skip
     """sigmoid is DPO. simpo, orpo and cpo need no reference. kto learns from rows with a label (prompt, completion,
-    label) and not from pairs. docs/preferences.md says what each is for."""
+    label); of pairs it takes the chosen response as a good one and the rejected as a bad one. docs/preferences.md says
+    what each is for."""
     beta: Positive = 0.1
     """Multiplies log(policy / reference): the smaller, the further the policy may go. simpo wants 2 and more; in orpo
     it is the weight of the odds ratio."""

@@ -63,7 +63,8 @@ class RewardConfig:
     loss: Literal["pairwise", "ties", "ranking", "classification", "regression"] = "pairwise"
     """What it learns from. pairwise: pairs, chosen and rejected (Bradley-Terry). ties: pairs of which some are ties
     (Rao-Kupper; column tie or tied, or label: tie). ranking: a list `responses`, best first or with `ranks`
-    (Plackett-Luce). classification: responses with a `label`, good or bad. regression: responses with a `score`."""
+    (Plackett-Luce). classification: responses with a `label`, good or bad; as a reward, the probability of good.
+    regression: responses with a `score`."""
     label_smoothing: Annotated[float, Field(strict=True, ge=0, lt=0.5)] = 0.0
     """pairwise: share of the pairs that are taken to be the wrong way round."""
     margins: Bool = False

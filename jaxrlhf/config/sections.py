@@ -135,7 +135,8 @@ class Train:
     """Any key of a record that ends an evaluation. Empty: eval/loss in SFT and for scores, eval/accuracy for other
     reward models, eval/rewards/accuracies for DPO (kto: eval/rewards/margins)."""
     mode: Literal["auto", "max", "min"] = "auto"
-    """Whether the best is the greatest or the least. auto: the least loss, entropy or error, else the greatest."""
+    """Whether the best is the greatest or the least. auto: the least loss, entropy, error or KL, else the
+    greatest."""
     eval_batch_size: Count = 16
     packing: Bool = False
     """Put examples together into rows of data.max_length tokens (pairs: of twice that), where none sees another. Then

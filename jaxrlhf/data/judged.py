@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxrlhf.config import Data
 from jaxrlhf.data import judgements
-from jaxrlhf.data.datasets import SFTRow, Split, split_rows
+from jaxrlhf.data.datasets import SFTRow, Split, pair_rows, split_rows
 from jaxrlhf.data.formats import Example
 from jaxrlhf.data.sequences import Tokens
 from jaxrlhf.data.sources import Rows
@@ -51,6 +51,20 @@ def label_rows(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
         raise DataError(f"data {config.path}: {counts}; learning from labels needs both\n{split.report}")
     split.report.notes.append(counts)
     return split
+
+
+def labels_of_pairs(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
+    """Both responses of every preference pair: first all chosen ones, as good, then all rejected ones, as bad. Raises
+    DataError and ConfigError."""
+
+    split = pair_rows(config, tokenizer)
+    train, validation = (
+        [LabelledRow(text.tokens, text.loss_mask, good) for texts, good in (
+            ([pair.chosen for pair in part], True), ([pair.rejected for pair in part], False)) for text in texts]
+        for part in (split.train, split.validation)
+    )  # fmt: skip
+    split.report.notes.append(f"{len(train)} responses to train on: of each pair the chosen as good, the other as bad")
+    return Split(train, validation, split.report)
 
 
 def score_rows(config: Data, tokenizer: Tokenizer) -> Split[ScoredRow]:

@@ -1,5 +1,7 @@
 """What stands on the hidden states: the language-model head, and the scalar heads of reward and value models."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -94,3 +96,28 @@ def scores(
     if model.num_labels == 1:
         return outputs[..., 0]
     return jax.nn.softmax(outputs, axis=-1)[..., 1]
+
+
+def log_odds(
+    params: Params, model: ModelConfig, hidden: Float[Array, "*lead D"], dropout_key: Array | None = None
+) -> Float[Array, "*lead"]:
+    """What a reward model is trained by, which has no bounds: the output itself, or with two labels the logit of label
+    1 less that of label 0."""
+    outputs = label_logits(params, model, hidden, dropout_key)
+    return outputs[..., 0] if model.num_labels == 1 else outputs[..., 1] - outputs[..., 0]
+
+
+def with_two_labels(model: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The same reward model with an output for label 0, always 0, before its only one: the score becomes the
+    probability of label 1, the sigmoid of what it was, and the log-odds stay."""
+
+    def beside_zero(x: Array) -> Array:
+        return jnp.concatenate([jnp.zeros_like(x), x], axis=-1)
+
+    score = params["score"]
+    if model.head == "linear":
+        score = jax.tree.map(beside_zero, score)
+    else:
+        last = f"dense_{len(MLP_SIZES)}"
+        score = {**score, last: jax.tree.map(beside_zero, score[last])}
+    return dataclasses.replace(model, num_labels=2), {**params, "score": score}

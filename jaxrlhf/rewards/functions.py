@@ -150,7 +150,7 @@ def _awaited(answer: Any) -> Any:
 def load(spec: str, **how: Any) -> RewardFunction:
     """The function that `path.py:name` or `package.module:name` names; `how`: options and timeout of RewardFunction.
 
-    Raises RewardError if there is none.
+    Raises RewardError if there is none, and a ConfigError that its module raises when it is imported.
     """
     source, _, name = spec.rpartition(":")
     if not source or not name:
@@ -163,6 +163,8 @@ def load(spec: str, **how: Any) -> RewardFunction:
         if error.filename and Path(error.filename) == Path(source):
             raise RewardError(f"reward function {spec!r}: there is no file {source}") from error
         raise RewardError(f"reward function {spec!r}: loading it raised {error!r}{_place(error, None)}") from error
+    except ConfigError as error:  # it knows what it lacks, and says what to do
+        raise ConfigError(f"reward function {spec!r}: {error}") from error
     except (Exception, SystemExit) as error:
         message = f"loading it raised {type(error).__name__}: {error}{_place(error, None)}"
         raise RewardError(f"reward function {spec!r}: {message}") from error

@@ -9,9 +9,9 @@ import numpy as np
 
 from jaxrlhf import sharding
 from jaxrlhf.config import DPOConfig
-from jaxrlhf.data import batching, mismatched
+from jaxrlhf.data import batching, mismatched, sources
 from jaxrlhf.data.datasets import PairRow, Split, pair_rows
-from jaxrlhf.data.judged import LabelledRow, label_rows
+from jaxrlhf.data.judged import LabelledRow, label_rows, labels_of_pairs
 from jaxrlhf.data.loader import rows_at
 from jaxrlhf.data.packing import PackedRow, pack
 from jaxrlhf.data.tokenizer import Tokenizer
@@ -31,8 +31,13 @@ class Part:
 
 
 def read(config: DPOConfig, tokenizer: Tokenizer) -> Split[PairRow] | Split[LabelledRow]:
-    """Pairs, or for kto responses with a label. Raises DataError and ConfigError."""
-    return (label_rows if config.dpo.loss == "kto" else pair_rows)(config.data, tokenizer)
+    """Pairs, or for kto responses with a label, which of a file of pairs are those of the pairs. Raises DataError and
+    ConfigError."""
+    if config.dpo.loss != "kto":
+        return pair_rows(config.data, tokenizer)
+    columns = sources.read(config.data).columns
+    paired = "rejected" in columns and "label" not in columns
+    return (labels_of_pairs if paired else label_rows)(config.data, tokenizer)
 
 
 class Rows:

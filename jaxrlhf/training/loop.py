@@ -17,7 +17,7 @@ from jaxrlhf.types import TrainState
 
 Metrics = dict[str, Any]
 Best = Literal["min", "max"] | None
-LESS_IS_BETTER = ("eval/loss", "eval/entropy", "eval/ece", "eval/absolute_error")
+LESS_IS_BETTER = ("eval/loss", "eval/nll_loss", "eval/entropy", "eval/ece", "eval/absolute_error", "eval/kl")
 MAX_SKIPPED = 5  # records in a row with a step skipped for non-finite numbers, before a run gives up
 
 

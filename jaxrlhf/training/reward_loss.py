@@ -12,7 +12,7 @@ from jaxrlhf.algorithms.masked import Scalar
 from jaxrlhf.algorithms.reward import Metrics
 from jaxrlhf.config import RewardConfig
 from jaxrlhf.logprobs import last_hidden
-from jaxrlhf.models import ModelConfig, forward, scores
+from jaxrlhf.models import ModelConfig, forward, log_odds
 from jaxrlhf.types import PackedPairs, Params, Responses
 
 
@@ -32,7 +32,8 @@ def objective_of(config: RewardConfig) -> Objective:
 def response_scores(
     params: Params, batch: Responses | PackedPairs, model: ModelConfig, keys: Array | None
 ) -> Float[Array, "... G"]:
-    """Scores [B, G] by one forward over B * G texts; of packed pairs [B, M, 2], by one over B rows.
+    """Scores, or log-odds of two labels, [B, G] by one forward over B * G texts; of packed pairs [B, M, 2], by one over
+    B rows.
 
     `keys` [B] are for dropout, in training; each text has a key of its own.
     """
@@ -47,8 +48,8 @@ def response_scores(
         tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask))
         hidden = last_hidden(params, model, tokens, mask, head_keys)
     if head_keys is None or model.head != "mlp":
-        return scores(params, model, hidden).reshape(shape)
-    return jax.vmap(lambda row, key: scores(params, model, row, key))(hidden, head_keys).reshape(shape)
+        return log_odds(params, model, hidden).reshape(shape)
+    return jax.vmap(lambda row, key: log_odds(params, model, row, key))(hidden, head_keys).reshape(shape)
 
 
 def _spread(keys: Array, number: int) -> Array:

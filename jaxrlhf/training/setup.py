@@ -26,7 +26,7 @@ from jaxrlhf.config import (
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
 from jaxrlhf.digest import digests, leaves_by_name
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.models import Adapters, Bits, ModelConfig, cudnn_trouble, init
+from jaxrlhf.models import Adapters, Bits, ModelConfig, cudnn_trouble, init, with_two_labels
 from jaxrlhf.training.optim import Optimizer
 from jaxrlhf.training.step import in_float32
 from jaxrlhf.types import Params, TrainState
@@ -336,7 +336,10 @@ def export(
     merge_lora: bool = False,
 ) -> Path:
     """Write a model of a run in Hugging Face layout, with a card that says how it was made; of a run with adapters
-    those alone, in PEFT's layout, unless they are to be merged or would not be enough (see `_stands_on`)."""
+    those alone, in PEFT's layout, unless they are to be merged or would not be enough (see `_stands_on`). A classifier
+    has two labels, so that its score is the probability of the good one."""
+    if isinstance(config, RewardConfig) and config.loss == "classification" and model.num_labels == 1:
+        model, params = with_two_labels(model, params)
     card = {
         "method": method,
         "base_model": config.model.path,

@@ -132,6 +132,14 @@ def test_probabilities_with_ties_sum_to_one():
         np.testing.assert_allclose(sum(np.exp(-reward.ties_loss(*x, one, 1, 0.4)[0]) for x in outcomes), 1, rtol=1e-5)
 
 
+def test_a_wide_band_makes_a_tie_certain_and_never_nan():
+    scores, one = jnp.asarray(scores_case()), jnp.ones(8, bool)
+    for nu in (20.0, 100.0):
+        loss = jax.value_and_grad(lambda x, nu=nu: reward.ties_loss(*x, one, one, 8, nu)[0])(scores)
+        np.testing.assert_allclose(loss[0], 0, atol=1e-4)
+        np.testing.assert_allclose(loss[1], 0, atol=1e-4)
+
+
 def test_without_ties_and_a_band_of_none_it_is_bradley_terry():
     scores, mask = jnp.asarray(scores_case()), jnp.asarray(REAL)
     ours, metrics = reward.ties_loss(*scores, jnp.zeros(8, bool), mask, 6, 0.0)

@@ -48,6 +48,19 @@ def test_two_labels_give_the_probability_of_the_second(make, big_weights, hidden
     np.testing.assert_allclose(models.scores(params, model, hidden), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_a_second_label_makes_a_probability_of_a_score_and_keeps_its_log_odds(make, key, hidden, head):
+    one = make(head=head)
+    params = init_head(one, key)
+    two, wider = heads.with_two_labels(one, params)
+    score = np.float64(models.scores(params, one, hidden))
+    np.testing.assert_allclose(models.scores(wider, two, hidden), 1 / (1 + np.exp(-score)), rtol=1e-5)
+    for model, has in ((one, params), (two, wider)):
+        np.testing.assert_allclose(models.log_odds(has, model, hidden), score, rtol=1e-5)
+    drawn = jax.eval_shape(lambda: heads.init_head(two, key))
+    assert jax.tree.map(jnp.shape, wider["score"]) == jax.tree.map(jnp.shape, drawn["score"])
+
+
 def test_mlp_head_is_512_256_1(make, key, hidden):
     model = make(head="mlp")
     params = init_head(model, key)

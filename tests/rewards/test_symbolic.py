@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from jaxrlhf.errors import RewardError
+from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.rewards.answers import Request
 from jaxrlhf.rewards.functions import load
 from jaxrlhf.rewards.worker import Worker
@@ -36,5 +36,5 @@ def test_a_hang_is_ended():
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     monkeypatch.delitem(sys.modules, "jaxrlhf.rewards.symbolic", raising=False)
-    with pytest.raises(RewardError, match=r'math_verify needs math-verify.*pip install "jaxrlhf\[math\]"'):
+    with pytest.raises(ConfigError, match=r'math_verify needs math-verify.*pip install "jaxrlhf\[math\]"'):
         load(SPEC)

@@ -212,6 +212,7 @@ def test_a_column_that_cannot_travel_is_named(write, value):
     [
         ("import nothing_here", RewardError, r"ModuleNotFoundError: No module .* at .*mine.py:1"),
         ("import os\nos._exit(4)", RewardError, r"mine.py:f': loading it ended its process with exit code 4"),
+        ("from jaxrlhf.errors import *\nraise ConfigError('no lexicon')", ConfigError, r"mine.py:f': no lexicon$"),
         ("def g(completions): pass", RewardError, r"mine.py has no 'f'"),
         ("def f(completions, high=3): pass", ConfigError, r"has no option 'hihg'; did you mean 'high'"),
     ],

@@ -13,9 +13,10 @@ from jaxrlhf import config
 from jaxrlhf.data import mismatched
 from jaxrlhf.data.datasets import SFTRow
 from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted
-from jaxrlhf.training import reference
+from jaxrlhf.training import loop, reference
 from jaxrlhf.training.dpo import DPOTrainer
-from jaxrlhf.training.dpo_update import beta_schedule
+from jaxrlhf.training.dpo_rows import read
+from jaxrlhf.training.dpo_update import beta_schedule, evaluated
 from jaxrlhf.training.export import export
 
 
@@ -140,6 +141,18 @@ def test_kto_learns_from_labels_and_needs_both(supervised, tmp_path):
         made(options)
 
 
+def test_kto_takes_pairs_apart(supervised):
+    """As TRL does: all chosen ones before all rejected ones, so that the KL is over both."""
+    tokenizer = jaxrlhf.load_tokenizer(supervised["model"].path, config.TokenizerSource())
+    losses = (config.DPO(), config.DPO(loss="kto"))
+    pairs, apart = (read(config.DPOConfig(**supervised, dpo=loss), tokenizer) for loss in losses)
+    for whole, parts in ((pairs.train, apart.train), (pairs.validation, apart.validation)):
+        assert [row.label for row in parts] == [True] * len(whole) + [False] * len(whole)
+        assert [row.tokens for row in parts] == [getattr(p, s).tokens for s in ("chosen", "rejected") for p in whole]
+        assert [row.loss_mask for row in parts[len(whole) :]] == [pair.rejected.loss_mask for pair in whole]
+    assert "36 responses to train on" in str(apart.report)
+
+
 def test_what_stands_beside_a_row_has_another_prompt():
     def row(prompt, answer):
         return SFTRow([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
@@ -172,6 +185,16 @@ def test_rows_that_have_nothing_to_learn_from_are_counted_and_named(supervised, 
     wrong = config.replace(supervised["train"], metric="eval/rewards/margin")
     with pytest.raises(ConfigError, match="did you mean 'eval/rewards/margins'"):
         DPOTrainer(config.DPOConfig(**supervised | {"train": wrong}), abstract=True)
+
+
+@pytest.mark.parametrize(("loss", "less"), [("orpo", {"loss", "nll_loss"}), ("kto", {"loss", "kl"})])
+def test_the_best_state_has_the_least_loss_and_the_greatest_margin(loss, less):
+    def best(metric):
+        return loop.best_of(config.DPOConfig(dpo=config.DPO(loss=loss), train=config.Train(metric=metric)))
+
+    found = {key: best(f"eval/{key}") for key in evaluated(config.DPO(loss=loss))}
+    assert {key for key, mode in found.items() if mode == "min"} == less
+    assert found["rewards/margins"] == best("") == "max"
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])

@@ -97,7 +97,7 @@ def dpo(params):
 
 
 def kto(params):
-    """https://arxiv.org/abs/2402.01306, section 4.1: lambda 1.5 and 1, z0 of the whole batch."""
+    """The loss of https://arxiv.org/abs/2402.01306: lambda 1.5 and 1, z0 of the whole batch."""
     own, other = log_p(params, "chosen"), log_p(params, "rejected")
     z0 = jax.lax.stop_gradient(jnp.mean(other - REFERENCE[:, 1]))  # here above 0
     weight, sign = jnp.where(GOOD, 1.5, 1.0), jnp.where(GOOD, 1, -1)

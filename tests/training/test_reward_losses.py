@@ -9,12 +9,12 @@ import pytest
 from runs import records
 from tiny import tiny
 
-from jaxrlhf import models, sharding
+from jaxrlhf import models, sharding, weights
 from jaxrlhf.config import Mesh, Optim, RewardConfig, Train
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PairRow, SFTRow
 from jaxrlhf.data.judged import RankedRow
-from jaxrlhf.errors import ConfigError
+from jaxrlhf.errors import ConfigError, NumericsError
 from jaxrlhf.training import reward, setup
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.reward import RewardTrainer
@@ -115,12 +115,26 @@ def test_each_kind_of_row_trains_and_is_evaluated(supervised, tmp_path, loss):
     metric = "eval/auc" if loss == "classification" else "eval/ece"
     train = {"train": Train(num_train_epochs=6, batch_size=8, eval_batch_size=8, metric=metric)}
     config = RewardConfig(run_dir=str(tmp_path / "run"), loss=loss, **supervised | data | train)
-    result = RewardTrainer(config).train()
+    trainer = RewardTrainer(config)
+    result = trainer.train()
     made = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     logged = [record[metric] for record in records(tmp_path / "run") if metric in record]
     best = max(logged) if loss == "classification" else min(logged)
     assert result[metric] == pytest.approx(best) == made[metric.removeprefix("eval/")]
     assert made["auc" if loss == "classification" else "accuracy"] >= 0.75
+    model, params = weights.load(tmp_path / "run")
+    labels = 2 if loss == "classification" else 1
+    trained = trainer.params["score"]["kernel"]
+    assert (model.num_labels, params["score"]["kernel"].shape[1]) == (labels, labels)
+    np.testing.assert_array_equal(params["score"]["kernel"][:, -1:], trained)
+
+
+def test_held_out_scores_that_are_not_finite_stop_the_run(supervised, tmp_path, monkeypatch):
+    trainer = RewardTrainer(RewardConfig(run_dir=str(tmp_path / "run"), **supervised), abstract=True)
+    monkeypatch.setattr(RewardTrainer, "params", {})
+    monkeypatch.setattr(reward, "evaluate", lambda params, batch, *, model: np.where(batch.real, np.inf, 0))
+    with pytest.raises(NumericsError, match="scores of held-out rows are not finite; start over with --fresh"):
+        trainer._evaluate()
 
 
 def test_a_metric_that_no_evaluation_gives_is_refused(supervised, tmp_path):
