@@ -6,6 +6,8 @@ Errors name row and column.
 import math
 from typing import Any
 
+import numpy as np
+
 from jaxrlhf.data.sources import Row
 from jaxrlhf.errors import DataError
 
@@ -28,14 +30,14 @@ def tied(row: Row, where: str) -> bool:
 
 
 def number(row: Row, column: str, where: str) -> float:
-    """A finite number; text that spells one counts, as CSV has nothing else."""
+    """A number that is finite in float32; text that spells one counts, as CSV has nothing else."""
     value = row.get(column)
     if isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             found = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             found = math.nan
-        if math.isfinite(found):
+        if abs(found) <= float(np.finfo(np.float32).max):
             return found
     raise DataError(f"{where}: column {column!r} is {shown(value)}; a finite number was expected")
 

@@ -66,7 +66,7 @@ def test_scores_are_finite_numbers_that_differ(tmp_path, base):
         return write(tmp_path / "s.jsonl", [{"text": f"word {i}", "score": s} for i, s in enumerate(scores)])
 
     assert [row.score for row in score_rows(rows(1, "-2.5"), base).train] == [1.0, -2.5]
-    for wrong in (None, True, "x", "nan", [1]):
+    for wrong in (None, True, "x", "nan", [1], 1e39, 10**400):
         with pytest.raises(DataError, match=r"s.jsonl:2: column 'score' is .*finite number"):
             score_rows(rows(1, wrong), base)
     with pytest.raises(DataError, match="all 2 scores to train on are 3"):
