@@ -102,6 +102,8 @@ class GRPO:
     """How far pi / pi_old may fall below 1 for a gain; in cispo, how far below 1 a weight may be, 1: no bound."""
     cliprange_high: Positive | None = None
     """How far it may rise above 1. None: cliprange if that is given, else the method's."""
+    gamma: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
+    """reinforce_pp: what a token's reward, the score too, counts a token earlier."""
     log_ratio_clamp: Positive = 20.0
     """log pi - log pi_old beyond it counts as it, without a gradient: keeps exp finite."""
     sampler_correction: Literal["none", "truncate", "mask"] = "none"
@@ -177,6 +179,11 @@ class GRPO:
         for key in ("cliprange", "cliprange_high"):
             if getattr(self, key) is not None and recipe.loss in ("reinforce", "dpo"):
                 raise ValueError(f"grpo.{key} is set, and {self.method} has no ratio to clip; leave it out")
+        if self.gamma != 1 and recipe.advantage != "whitened_tokens":
+            raise ValueError(
+                f"grpo.gamma is {self.gamma:g}, and in {self.method} all tokens of a response have one advantage; "
+                "leave it out, or use reinforce_pp"
+            )
         self._check_kl(recipe)
         if self.refills and not recipe.needs_group:
             raise ValueError(

@@ -123,7 +123,7 @@ def compared(
             made = groups.remax(scores, greedy_scores)
         case "whitened_tokens":
             rewards = token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
-            made = groups.reinforce_pp(rewards, mask, 1.0)
+            made = groups.reinforce_pp(rewards, mask, grpo.gamma)
         case "whitened_group":
             made = groups.reinforce_pp_baseline(scores, group, mask)
         case "pairs":

@@ -151,6 +151,7 @@ def test_a_run_has_a_plan(grpo, tmp_path):
         ({"rejected_text": "no"}, "learns from no pairs; it is for online_dpo"),
         ({"method": "online_dpo", "num_mini_batches": 3}, "must divide the pairs of a batch"),
         ({"method": "online_dpo", "kl_coef": 0.1}, "grpo.beta is its own"),
+        ({"gamma": 0.9}, "all tokens of a response have one advantage; leave it out, or use reinforce_pp"),
         ({"micro_batch_size": 3}, r"grpo.micro_batch_size \(3\) must divide a mini-batch"),
     ],
 )

@@ -106,6 +106,15 @@ def test_every_method_is_its_equations(problem, method):
     assert any(moved) and metrics["groups/count"] == 2
 
 
+def test_the_score_counts_less_the_earlier_a_token_is(problem):
+    mask = np.asarray(problem.rollout.response_mask)
+    none = settings("reinforce_pp", gamma=0.5, kl_coef=0.0)
+    made = grpo_update.compared(SCORES, problem.rollout, None, None, None, jnp.float32(0), none)
+    left = mask.sum(1, keepdims=True) - 1 - np.arange(R)
+    worth = np.float64(SCORES)[:, None] * 0.5**left
+    close(made, np.where(mask, (worth - worth[mask].mean()) / worth[mask].std(ddof=1), 0), rtol=1e-5, atol=1e-5)
+
+
 def test_flat_groups_change_nothing(problem):
     scores = SCORES.at[:G].set(0.5)
     params, compared, metrics = run(problem, settings("dapo"), jnp.full(B, 0.1))
