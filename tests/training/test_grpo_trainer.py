@@ -77,6 +77,12 @@ def test_a_refill_replaces_flat_groups_whole_and_leaves_the_others_where_they_ar
         for tokens, mask, row in zip(real, np.asarray(filled.rollout.response_mask), filled.rows, strict=True)
     ]
     assert decoded == said, "text and tokens are of the same response"
+    silent = np.isin(np.arange(8), [0, 1, 3])
+    some = plain._replace(scored=plain.scored._replace(silent=silent, scores=np.arange(8.0)))
+    assert grpo_answers.flat_groups(some, 2).tolist() == [0, 1], "of a group of two, one is nothing to compare"
+    apart, index = grpo_answers.set_apart(online, some), np.asarray(plain.rollout.index)
+    assert apart.index.tolist() == [-1, -2, index[2], -4, *index[4:]]
+    assert grpo_answers.set_apart(online, plain) is plain.rollout
 
 
 def test_the_baseline_of_remax_is_the_greedy_response(grpo):
