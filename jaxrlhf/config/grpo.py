@@ -191,8 +191,8 @@ class GRPO:
             )
         if recipe.loss == "dpo":
             self._check_pairs()
-        elif self.rejected_text is not None:
-            raise ValueError(f"grpo.rejected_text is set, and {self.method} learns from no pairs; it is for online_dpo")
+        else:
+            self._check_no_pairs()
 
     def _check_kl(self, recipe: Recipe) -> None:
         if recipe.loss == "dpo" and self.kl_coef:
@@ -203,6 +203,15 @@ class GRPO:
                 f"grpo.kl_estimator {self.kl_estimator} does not go with {self.method}, whose KL is in the "
                 f"{recipe.kl_in}: {reason}"
             )
+
+    def _check_no_pairs(self) -> None:
+        fields: dict[str, Any] = self.__pydantic_fields__  # type: ignore[attr-defined]
+        for key in ("beta", "dpo_loss", "rejected_text"):
+            if getattr(self, key) != fields[key].default:
+                instead = "; what a nat of KL costs is grpo.kl_coef" if key == "beta" else ""
+                raise ValueError(
+                    f"grpo.{key} is set, and {self.method} learns from no pairs; it is for online_dpo{instead}"
+                )
 
     def _check_pairs(self) -> None:
         if self.sampler_correction != "none":

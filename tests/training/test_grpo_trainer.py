@@ -155,6 +155,8 @@ def test_a_run_has_a_plan(grpo, tmp_path):
         ({"method": "remax", "max_refills": 1, "num_mini_batches": 1}, "compares no groups that could be flat"),
         ({"method": "online_dpo", "sampler_correction": "mask"}, "no importance weights"),
         ({"rejected_text": "no"}, "learns from no pairs; it is for online_dpo"),
+        ({"beta": 0.2}, "it is for online_dpo; what a nat of KL costs is grpo.kl_coef"),
+        ({"dpo_loss": "ipo"}, "grpo.dpo_loss is set"),
         ({"method": "online_dpo", "num_mini_batches": 3}, "must divide the pairs of a batch"),
         ({"method": "online_dpo", "kl_coef": 0.1}, "grpo.beta is its own"),
         ({"gamma": 0.9}, "all tokens of a response have one advantage; leave it out, or use reinforce_pp"),
