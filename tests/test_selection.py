@@ -318,6 +318,8 @@ def test_the_command(config, drawn, tmp_path, capsys):
     asked += ["--n", "3", "--out", f"{tmp_path}/out.jsonl"]
     assert main(asked) == 3
     assert "give --best-by FILE" in capsys.readouterr().err
+    assert main([*asked, "--best-by", f"{tmp_path}/nowhere.yaml"]) == 3
+    assert "cannot read the config file" in capsys.readouterr().err
     asked += ["--best-by", f"{tmp_path}/reward.yaml"]
     assert main([*asked, "--min-pass-rate", "0.2"]) == 3
     assert main([*asked, "--keep", "pairs", "--threshold", "2", "--max-pass-rate", "0.4"]) == 0
