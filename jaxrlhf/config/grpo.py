@@ -203,6 +203,11 @@ class GRPO:
                 f"grpo.kl_estimator {self.kl_estimator} does not go with {self.method}, whose KL is in the "
                 f"{recipe.kl_in}: {reason}"
             )
+        if self.kl_estimator and not self.kl_weight:
+            raise ValueError(
+                f"grpo.kl_estimator is set, and {self.method} with a grpo.kl_coef of 0 has no KL to estimate; give a "
+                "grpo.kl_coef, or leave it out"
+            )
 
     def _check_no_pairs(self) -> None:
         fields: dict[str, Any] = self.__pydantic_fields__  # type: ignore[attr-defined]

@@ -151,6 +151,7 @@ def test_a_run_has_a_plan(grpo, tmp_path):
         ({"method": "rloo", "num_mini_batches": 2}, "rloo has no ratio"),
         ({"method": "gpg", "cliprange_high": 0.3, "num_mini_batches": 1}, "gpg has no ratio to clip"),
         ({"kl_estimator": "k1"}, "its expected gradient is zero"),
+        ({"method": "dr_grpo", "kl_estimator": "k2"}, "has no KL to estimate; give a grpo.kl_coef, or leave it out"),
         ({"method": "rloo", "kl_estimator": "k3", "num_mini_batches": 1}, "the part that flows through the estimate"),
         ({"method": "remax", "max_refills": 1, "num_mini_batches": 1}, "compares no groups that could be flat"),
         ({"method": "online_dpo", "sampler_correction": "mask"}, "no importance weights"),
