@@ -131,7 +131,8 @@ def compare(options: Options, overrides: Overrides) -> None:
 
 
 def _measured_by(options: Options, models: list[str], overrides: Overrides) -> Any:
-    """The config of an evaluation; what is not given is as in the first of `models` that a PPO or GRPO run trained."""
+    """The config of an evaluation; what is not given is as in the first of `models` that a PPO or GRPO run trained, or
+    else an SFT or DPO run."""
     flags = {
         "model.path": models[0],
         "data.path": options.prompts,
@@ -142,7 +143,9 @@ def _measured_by(options: Options, models: list[str], overrides: Overrides) -> A
     given = [(key, str(value)) for key, value in flags.items() if value is not None]
     rewarded = any(key.startswith("reward.") for key, _ in [*given, *overrides])
     sections = ["sampling"] if rewarded else ["sampling", "reward"]
-    before: Overrides = next(filter(None, (as_trained(model, *sections) for model in models)), [])
+    kinds = ("ppo", "grpo"), ("sft", "dpo")  # those with a reward first
+    trained = (as_trained(model, *sections, methods=methods) for methods in kinds for model in models)
+    before: Overrides = next(filter(None, trained), [])
     return config_file.read("ppo", None, [*before, *given, *overrides], partial=True)
 
 
@@ -170,8 +173,9 @@ def _judge(options: Options, overrides: Overrides) -> None:
         print(f"\nwrote {evaluate.write(result, Path(options.output))}")
 
 
-def as_trained(model: str, *sections: str, methods: tuple[str, ...] = ("ppo", "grpo")) -> Overrides:
-    """Sections of the config of the run in the folder `model`, if one of `methods` made it; nothing for others."""
+def as_trained(model: str, *sections: str, methods: tuple[str, ...] = ("ppo", "grpo", "sft", "dpo")) -> Overrides:
+    """Those sections that the config of the run in the folder `model` has, if one of `methods` made it; nothing for
+    others."""
     file = Path(model) / "config.yaml"
     first = file.read_text(encoding="utf-8").partition("\n")[0] if file.is_file() else ""
     method = first.removeprefix("# jaxrlhf ").partition(",")[0]
@@ -181,6 +185,6 @@ def as_trained(model: str, *sections: str, methods: tuple[str, ...] = ("ppo", "g
 
 
 def _sections(method: str, file: Path, *sections: str) -> Overrides:
-    """Sections of a config as overrides."""
+    """Sections of a config, those that it has, as overrides."""
     config = dataclasses.asdict(config_file.read(method, file, partial=True))
-    return [(f"{name}.{key}", json.dumps(value)) for name in sections for key, value in config[name].items()]
+    return [(f"{name}.{key}", json.dumps(value)) for name in sections for key, value in config.get(name, {}).items()]

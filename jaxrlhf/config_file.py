@@ -63,7 +63,7 @@ def read(method: str, path: Path | None, overrides: Sequence[tuple[str, str]] = 
 def method_of(path: Path) -> str:
     """The method that a config file is for: the one its first comment names (`# jaxrlhf ppo`), or the only one that
     knows all its sections. Raises ConfigError where neither says."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = _lines(path)
     comment = " ".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
     if named := re.search(rf"jaxrlhf ({'|'.join(METHODS)})\b", comment):
         return named[1]
@@ -77,10 +77,17 @@ def method_of(path: Path) -> str:
 
 
 def fitting(path: Path) -> list[str]:
-    """The methods that know all sections of a config file."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    """The methods that know all sections of a config file. Raises ConfigError where there is none."""
+    lines = _lines(path)
     sections = {line.partition(":")[0] for line in lines if re.match(r"\w+\s*:", line)}
     return [m for m, cls in METHODS.items() if sections <= {field.name for field in dataclasses.fields(cls)}]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
 
 
 def keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

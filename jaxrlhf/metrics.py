@@ -130,7 +130,7 @@ METRICS: dict[str, str] = {
     # GRPO and its relatives
     "groups/count": "groups: prompts of the batch",
     "groups/flat": "groups whose scores, as `scores` shapes them, are all equal: their advantages are 0",
-    "groups/single": "groups of one response",
+    "groups/single": "groups of one response; each that no reward had an opinion on is one",
     "groups/refills": "further rollouts of this update (grpo.max_refills)",
     "groups/replaced": "flat groups that gave way to one of a refill",
     "groups/tied": "online DPO: groups whose best and worst score alike: no pair is made of them",

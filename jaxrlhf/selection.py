@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf import evaluate
+from jaxrlhf import evaluate, weights
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.console import Console
 from jaxrlhf.data.datasets import PromptRow
@@ -53,7 +53,7 @@ def select(
     tokenizer, rows = evaluate.read_prompts(config)
     _check_columns(rows)
     scorer = evaluate.open_scorer(config, tokenizer, rows, function, directory=out.parent)
-    with Log(out.with_name(f"{out.name}.scored"), _settings(config, rows, count), fresh=fresh) as log:
+    with Log(out.with_name(f"{out.name}.scored"), _settings(config, rows, count), _code(config), fresh=fresh) as log:
         if log.count < len(rows):
             _complete(config, tokenizer, rows, count, scorer, log)
         summary = Summary(config.model.path, rule, count)
@@ -104,24 +104,43 @@ def _answer(answer: Answer, scorer: Scorer) -> Answer:
 
 
 def _settings(config: PPOConfig, rows: Sequence[PromptRow], count: int) -> dict[str, Any]:
-    """All that decides what is drawn and how it is scored, but for the content of models and functions."""
+    """All that decides what is drawn and how it is scored, but for the code of functions."""
     reward = dataclasses.asdict(config.reward)
     for part in [reward, *reward["components"]]:
         for name in MENDING:
             part.pop(name, None)
+    judges = [member for part in config.reward.parts() for member in part.members()]
     prompts = hashlib.sha256()
     for row in rows:
         prompts.update(repr((row.index, row.tokens, row.columns)).encode("utf-8", "backslashreplace"))
     return {
-        "model": dataclasses.asdict(config.model),
+        "model": dataclasses.asdict(config.model) | {"content": _content(config.model.path, config.model.revision)},
         "tokenizer": dataclasses.asdict(config.tokenizer),
         "prompts": prompts.hexdigest(),
         "n": count,
-        "reward": reward,
+        "reward": reward | {"content": [_content(part.model, part.revision) for part in judges if part.model]},
         "sampling": dataclasses.asdict(config.sampling),
         "rollout.dtype": config.rollout.dtype,
         "seed": config.seed,
     }
+
+
+def _content(path: str, revision: str | None) -> str:
+    """A hash of a model's description and weights, adapters and what they are for."""
+    found = weights.described_by(weights.resolve(path, revision), weights=True)
+    files = [file for folder in found if folder for file in sorted(folder.iterdir())]
+    total = hashlib.sha256()
+    for file in files:
+        if file.suffix in (".json", ".safetensors"):
+            with file.open("rb") as opened:
+                total.update(hashlib.file_digest(opened, "sha256").digest())
+    return total.hexdigest()
+
+
+def _code(config: PPOConfig) -> dict[str, str]:
+    """A hash of each file that a function of the reward is in."""
+    files = [Path(part.function.rpartition(":")[0]) for part in config.reward.parts()]
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.suffix == ".py"}
 
 
 def _check_columns(rows: Sequence[PromptRow]) -> None:

@@ -4,22 +4,26 @@ import fcntl
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from jaxrlhf.errors import StorageError
 
+CODE = "reward's code"
+
 
 class Log:
-    """JSON lines: first `settings`, all that decides what completions and scores are, then a list for each prompt in
-    order. A context manager; `count` prompts are there.
+    """JSON lines: first `settings` and `code` (a hash by file), all that decides what completions and scores are, then
+    a list for each prompt in order. A context manager; `count` prompts are there.
 
     A last line that was not written to its end is dropped, and with `fresh` everything. Raises StorageError where
-    another process writes to `path`, or where it was begun with other settings.
+    another process writes to `path`, or where it was begun with other settings. Other code is only said: a function
+    that failed has to be mended.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], *, fresh: bool) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], code: dict[str, str], *, fresh: bool) -> None:
         self.path, self.count = path, 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +32,7 @@ class Log:
             raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
         try:
             self._lock()
-            self._go_on(settings, fresh)
+            self._go_on(settings | {CODE: code}, fresh)
         except BaseException:
             self._file.close()
             raise
@@ -88,11 +92,17 @@ class Log:
             before, now = dict(json.loads(head)), json.loads(_line(settings))
         except (ValueError, TypeError):
             raise StorageError(f"{self.path} is no list of scored completions; move it away") from None
+        code, was = now.pop(CODE), before.pop(CODE, {})
         differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if differing:
             raise StorageError(
                 f"{self.path} holds completions made with another {', '.join(differing)}; go back to that, give "
                 "another --out, or --fresh to begin anew"
+            )
+        for file in (file for file, content in code.items() if was.get(file) != content):
+            warnings.warn(
+                f"{file} has changed since {self.path} was begun: scores that are there stay; --fresh begins anew",
+                stacklevel=2,
             )
 
 

@@ -36,8 +36,8 @@ from bench_process import Contestant, Job, strong_knobs
 from bench_shapes import SHAPES, add_percentages, write_model
 
 BATCH = {
-    "generate": 8, "engine": 128, "prefix": 16, "logprobs": 8, "sft": 8, "reward": 8, "ppo": 16, "startup": 16,
-    "memory": 16, "plan": 16,
+    "generate": 8, "engine": 128, "prefix": 16, "logprobs": 8, "sft": 8, "reward": 8, "dpo": 8, "ppo": 16,
+    "grpo": 16, "startup": 16, "memory": 16, "plan": 16,
 }  # fmt: skip
 CASES = ("limits", *BATCH)
 PEERS = {
@@ -61,8 +61,10 @@ OPTIONS = {  # of some cases only
     "prefix": ("samples",),
     "sft": TRAINING,
     "reward": TRAINING,
+    "dpo": TRAINING,
     "plan": ("epochs", "lora_rank", "quantize", "rollout_dtype", "frozen_dtype", *TRAINING),
     "ppo": ("epochs", "lora_rank", "quantize", "rollout_dtype", "frozen_dtype", *TRAINING),
+    "grpo": ("samples", "epochs", "lora_rank", "quantize", "rollout_dtype", "frozen_dtype", *TRAINING),
     "startup": ("epochs", *TRAINING),
     "memory": ("epochs",),
 }
@@ -94,12 +96,16 @@ def arguments() -> argparse.Namespace:
     add("--prompt", type=int, help="tokens of a prompt (64; prefix: 256)")
     add("--response", type=int, default=64, help="tokens of a response; engine: their mean, and 4 times it the most")
     add("--slots", type=int, default=32, help="engine: rows at work at once")
-    add("--samples", type=int, default=8, help="prefix: responses to each prompt")
-    add("--epochs", type=int, default=1, help="ppo: epochs of an update")
-    add("--lora-rank", type=int, help="ppo: adapters of this rank train, the peer's too; beside it all of ours")
-    add("--quantize", choices=("none", "int8", "nf4"), default="none", help="ppo: what lies under our adapters")
-    add("--micro-batch", type=int, help="ppo, sft, reward: rows of a forward pass, ours and the peer's")
-    add("--rollout-dtype", choices=("auto", *DTYPES), default="auto", help="ppo: of our rollout; auto: --dtype")
+    add("--samples", type=int, default=8, help="prefix, grpo: responses to each prompt")
+    add("--epochs", type=int, default=1, help="ppo, grpo: epochs of an update")
+    add(
+        "--lora-rank",
+        type=int,
+        help="ppo, grpo: adapters of this rank train; ppo: the peer's too, and all of ours",
+    )
+    add("--quantize", choices=("none", "int8", "nf4"), default="none", help="ppo, grpo: what lies under our adapters")
+    add("--micro-batch", type=int, help="ppo, grpo, sft, reward, dpo: rows of a forward pass, ours and the peer's")
+    add("--rollout-dtype", choices=("auto", *DTYPES), default="auto", help="ppo, grpo: of our rollout; auto: --dtype")
     add(
         "--frozen-dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -132,6 +138,8 @@ def arguments() -> argparse.Namespace:
         )
     if args.micro_batch and args.batch % args.micro_batch:
         parser.error(f"--micro-batch {args.micro_batch} does not divide --batch {args.batch}")
+    if args.case == "grpo" and args.batch % args.samples:
+        parser.error(f"--samples {args.samples} does not divide --batch {args.batch}, which counts responses")
     if args.quantize != "none" and not args.lora_rank:
         parser.error("--quantize is about what lies under adapters; give --lora-rank")
     if args.dtype == "int8" and args.case not in INT8:

@@ -37,9 +37,12 @@ from bench_memory import table  # noqa: E402
 
 from jaxrlhf import plan, plan_report, sharding, weights  # noqa: E402
 from jaxrlhf.config import (  # noqa: E402
+    DPO,
+    GRPO,
     PPO,
     Data,
     Engine,
+    GRPOConfig,
     LoRA,
     Mesh,
     ModelSource,
@@ -55,10 +58,10 @@ from jaxrlhf.models import forward  # noqa: E402
 from jaxrlhf.rollout.decode import generate  # noqa: E402
 from jaxrlhf.rollout.engine import answer  # noqa: E402
 from jaxrlhf.rollout.inference_copy import inference_copy  # noqa: E402
-from jaxrlhf.training import ppo, ppo_learner, reward, setup, sft  # noqa: E402
+from jaxrlhf.training import dpo_update, grpo, grpo_learner, ppo, ppo_learner, reward, setup, sft  # noqa: E402
 from jaxrlhf.training.optim import make_optimizer  # noqa: E402
 from jaxrlhf.training.reward_loss import objective_of  # noqa: E402
-from jaxrlhf.types import Batch, Prompts, Responses, Rollout  # noqa: E402
+from jaxrlhf.types import Batch, Pairs, Prompts, Responses, Rollout  # noqa: E402
 
 Repeat = Callable[[], dict[str, Any]]
 PAD = 1
@@ -219,8 +222,9 @@ def scoring(job: Job, name: str) -> Repeat:
 
 
 def supervised(job: Job, name: str) -> Repeat:
-    """An optimizer step of SFT on all tokens, or of a reward model on pairs."""
-    role, head = ("policy", "lm") if job.case == "sft" else ("reward", "linear")
+    """An optimizer step of SFT on all tokens, of a reward model on pairs, or of DPO on pairs whose responses the
+    reference has scored before."""
+    role, head = ("reward", "linear") if job.case == "reward" else ("policy", "lm")
     model, params = load(job, head)
     mesh = sharding.make_mesh(Mesh())
     optimizer = make_optimizer(Optim(learning_rate=1e-6), 1e-6, 10**6)
@@ -233,6 +237,9 @@ def supervised(job: Job, name: str) -> Repeat:
     group = tokens.reshape(2, job.batch, width).swapaxes(0, 1)
     everywhere = jnp.ones(group.shape, bool)
     both = Responses(group, everywhere, everywhere[..., 0], jnp.zeros(job.batch))
+    said = jnp.ones(first.mask.shape, bool).at[:, : job.prompt].set(False)
+    sides = (Batch(x, first.mask, said) for x in (first.tokens, tokens[job.batch :]))
+    scored = dpo_update.Preferences(Pairs(*sides), jnp.zeros((job.batch, 2)), everywhere[:, 0, 0])
     objective = objective_of(RewardConfig())
     static = {
         "model": model,
@@ -244,6 +251,9 @@ def supervised(job: Job, name: str) -> Repeat:
     def step() -> None:
         if job.case == "sft":
             state.value, _ = sft.update(state.value, {}, first, jax.random.key(0), **static)
+        elif job.case == "dpo":
+            pairs = {"settings": DPO(), "total_steps": 10**6}
+            state.value, _ = dpo_update.update(state.value, {}, scored, jax.random.key(0), **pairs, **static)
         else:
             state.value, _ = reward.update(state.value, {}, both, jax.random.key(0), objective=objective, **static)
         jax.block_until_ready(state.value)
@@ -255,26 +265,37 @@ def supervised(job: Job, name: str) -> Repeat:
     return repeat
 
 
-def ppo_config(job: Job, as_a_run: bool = False) -> tuple[PPOConfig, list[str]]:
-    """PPO on random models (policy, critic from it, reference, reward model), and prompts of `job.prompt` words, in a
-    file too if it is `as_a_run`."""
+def random_texts(job: Job) -> list[str]:
+    """Prompts of `job.prompt` words."""
+    return [" ".join(f"w{i}" for i in row) for row in random_tokens(job, job.batch, job.prompt)]
+
+
+def judged(job: Job) -> dict[str, Any]:
+    """What configs of runs on random models have in common: policy, reference, and a reward model in a folder."""
     judge = Path(job.work) / "reward"
     if not judge.exists():
         weights.export(judge, *load(dataclasses.replace(job, dtype="float32"), "linear"), source=job.model)
-    texts = [" ".join(f"w{i}" for i in row) for row in random_tokens(job, job.batch, job.prompt)]
+    dtype = compute_dtype(job)
+    return {
+        "model": ModelSource(path=job.model, init="random", compute_dtype=dtype, remat=job.remat),
+        "reward": RewardSource(model=str(judge), model_dtype=dtype if job.frozen_dtype == "auto" else job.frozen_dtype),
+        "reference": Reference(dtype=job.frozen_dtype),
+        "rollout": Engine(dtype=job.rollout_dtype),
+        "sampling": Sampling(response_length=job.response, min_length=job.response),
+        "optim": Optim(learning_rate=1e-6, schedule="constant", eps=1e-5),
+        "lora": LoRA(enabled=bool(job.lora_rank), rank=job.lora_rank or 16, quantize=job.quantize),
+    }
+
+
+def ppo_config(job: Job, as_a_run: bool = False) -> tuple[PPOConfig, list[str]]:
+    """PPO on random models, the critic from the policy, and its prompts, in a file too if it is `as_a_run`."""
+    texts = random_texts(job)
     file = Path(job.work) / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    dtype = compute_dtype(job)
     config = PPOConfig(
         data=Data(path=str(file) if as_a_run else ""),
-        model=ModelSource(path=job.model, init="random", compute_dtype=dtype, remat=job.remat),
-        reward=RewardSource(model=str(judge), model_dtype=dtype if job.frozen_dtype == "auto" else job.frozen_dtype),
-        reference=Reference(dtype=job.frozen_dtype),
         ppo=PPO(batch_size=job.batch, num_ppo_epochs=job.epochs, micro_batch_size=job.micro_batch),
-        rollout=Engine(dtype=job.rollout_dtype),
-        sampling=Sampling(response_length=job.response, min_length=job.response),
-        optim=Optim(learning_rate=1e-6, schedule="constant", eps=1e-5),
-        lora=LoRA(enabled=bool(job.lora_rank), rank=job.lora_rank or 16, quantize=job.quantize),
+        **judged(job),
     )
     return config, texts
 
@@ -302,8 +323,15 @@ def planned(job: Job, name: str) -> Repeat:
 
 
 def iteration(job: Job, name: str) -> Repeat:
-    """One PPO iteration; phases: rollout, update, and scoring (the reward model, and annotation before the update)."""
-    trainer, prompts = make_ppo(job)
+    """One iteration of PPO, or of GRPO with `samples` responses to a prompt; phases: rollout, update, and scoring (the
+    reward model, and annotation before the update)."""
+    if job.case == "grpo":
+        sizes = {"batch_size": job.batch, "num_generations": job.samples, "micro_batch_size": job.micro_batch}
+        trainer = grpo.GRPOTrainer(GRPOConfig(grpo=GRPO(num_iterations=job.epochs, **sizes), **judged(job)))
+        learner, step = grpo_learner, functools.partial(trainer.grpo_step, random_texts(job)[:: job.samples])
+    else:
+        trainer, prompts = make_ppo(job)
+        learner, step = ppo_learner, functools.partial(trainer.ppo_step, prompts)
     spent: dict[str, float] = {}
 
     def clocked(owner: Any, name: str) -> None:
@@ -315,12 +343,12 @@ def iteration(job: Job, name: str) -> Repeat:
 
         setattr(owner, name, outer)
 
-    trainer.ppo_step(prompts)  # compiles, and must meet the jitted functions themselves
+    step()  # compiles, and must meet the jitted functions themselves
     clocked(trainer.sampler, "generate")
-    clocked(ppo_learner, "update")
+    clocked(learner, "update")
 
     def repeat() -> dict[str, Any]:
-        seconds, _ = timed(lambda: trainer.ppo_step(prompts))
+        seconds, _ = timed(step)
         rollout, update = spent["generate"], spent["update"]
         phases = {"rollout": rollout, "scoring": seconds - rollout - update, "update": update}
         return {"seconds": seconds, "tokens": job.batch * job.response, "phases": phases}
@@ -358,7 +386,9 @@ CASES: dict[str, Callable[[Job, str], Repeat]] = {
     "logprobs": scoring,
     "sft": supervised,
     "reward": supervised,
+    "dpo": supervised,
     "ppo": iteration,
+    "grpo": iteration,
     "startup": startup,
     "memory": memory,
     "plan": planned,

@@ -100,7 +100,7 @@ def add_percentages(summary: dict[str, Any], job: Job, limits: dict[str, float])
         return flops / peak(job.dtype, limits) / 1e9
 
     prefill = products(costs.forward(rows, job.prompt, 1))
-    drawn = job.dtype if job.case != "ppo" or job.rollout_dtype == "auto" else job.rollout_dtype
+    drawn = job.dtype if job.case not in ("ppo", "grpo") or job.rollout_dtype == "auto" else job.rollout_dtype
     decode = costs.decode(rows, job.prompt, job.response - 1, drawn, limits)
     score = costs.forward(rows, total, job.response)  # log-probs of a response
     value = costs.forward(rows, total, 0)  # values, or a reward
@@ -122,6 +122,14 @@ def add_percentages(summary: dict[str, Any], job: Job, limits: dict[str, float])
             floor = update = products(3 * costs.forward(rows, total, total - 1))
         case "reward":
             floor = update = products(3 * 2 * value)
+        case "dpo":
+            floor = update = products(3 * 2 * score)
+        case "grpo":
+            prompts = rows // job.samples  # each is read once for all its responses
+            update, updating = products(3 * job.epochs * score), phases.get("update", 0.0)
+            # With one step, the reference and the reward model alone read responses before it.
+            before = score + value + (score if job.epochs > 1 else 0.0)
+            floor = products(costs.forward(prompts, job.prompt, 1) + before) + decode + update
         case "ppo":
             update, updating = products(3 * job.epochs * (score + value)), phases.get("update", 0.0)
             # Old log-probs and values need forwards of their own only where there is more than one epoch.

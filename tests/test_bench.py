@@ -79,7 +79,9 @@ def test_generate(tmp_path):
         ("logprobs", ["ours"]),
         ("sft", ["ours"]),
         ("reward", ["ours"]),
+        ("dpo", ["ours"]),
         ("ppo", ["ours"]),
+        ("grpo", ["ours"]),
         ("startup", ["cold", "cached"]),
         ("memory", ["ours"]),
         ("plan", ["ours", "planned"]),
@@ -89,7 +91,7 @@ def test_other_cases(case, contestants):
     size = ("--batch", "4", "--prompt", "16", "--response", "8", "--slots", "2", "--samples", "2", "--rounds", "1")
     found = record(case, "--shape", "T", *size)
     assert list(found["contestants"]) == contestants
-    if case == "ppo":
+    if case in ("ppo", "grpo"):
         assert set(found["contestants"]["ours"]["phases"]) == {"rollout", "scoring", "update"}
     if case == "memory":
         sizes = found["contestants"]["ours"]["gigabytes"]
@@ -107,6 +109,7 @@ def test_other_cases(case, contestants):
         (["generate", "--rounds", "0"], "--rounds is 0; it must be at least 1"),
         (["generate", "--response", "4000"], "4064 tokens; the context of shape S is 2048"),
         (["ppo", "--micro-batch", "3"], "--micro-batch 3 does not divide --batch 16"),
+        (["grpo", "--samples", "3"], "--samples 3 does not divide --batch 16, which counts responses"),
         (["ppo", "--dtype", "int8"], "--dtype int8 is for generate, engine, prefix"),
         (["ppo", "--peer", "hf"], "--peer hf has no ppo; it has limits, generate"),
         (["generate", "--strong"], "give --peer hf or --peer trl"),

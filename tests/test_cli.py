@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxrlhf import commands, commands_models, config_file, config_text, errors, weights
+from jaxrlhf import commands, commands_models, config_file, config_text, errors, evaluate, evaluate_report, weights
 from jaxrlhf.cli import main
 from jaxrlhf.commands import COMMANDS, Command
 from jaxrlhf.config import PPOConfig, RewardSource, Sampling
@@ -369,9 +369,26 @@ def test_a_ppo_run_is_asked_as_it_was_trained(tmp_path):
     (tmp_path / "config.yaml").write_text(f"# jaxrlhf ppo, every option resolved\n{settings}")
     again = config_file.read("ppo", None, commands_models.as_trained(str(tmp_path), "sampling", "reward"), partial=True)
     assert again.sampling == sampling and again.reward == reward
-    (tmp_path / "config.yaml").write_text("# jaxrlhf sft, every option resolved\n")
+    (tmp_path / "config.yaml").write_text("# jaxrlhf dpo, every option resolved\nsampling: {temperature: 0.7}\n")
+    again = config_file.read("ppo", None, commands_models.as_trained(str(tmp_path), "sampling", "reward"), partial=True)
+    assert again.sampling == Sampling(temperature=0.7) and not again.reward.parts(), "there is no reward in DPO's"
     assert (
         commands_models.as_trained(str(tmp_path), "reward")
         == commands_models.as_trained("hf://org/name", "reward")
         == []
     )
+
+
+def test_two_models_are_asked_as_the_one_with_a_reward_was_trained(tmp_path, monkeypatch):
+    for method, line in (("sft", "sampling: {top_k: 5}"), ("grpo", "reward: {function: r.py:f}")):
+        (tmp_path / method).mkdir()
+        (tmp_path / method / "config.yaml").write_text(f"# jaxrlhf {method}, every option resolved\n{line}\n")
+    seen = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda config, **asked: seen.append(config))
+    monkeypatch.setattr(evaluate_report, "comparison", lambda *results: "")
+    models = [str(tmp_path / method) for method in ("sft", "grpo")]
+    assert main(["compare", *models, "--prompts", "p.jsonl"]) == 0
+    assert main(["compare", models[0], "m", "--prompts", "p.jsonl", "--reward", "r.py:f"]) == 0
+    assert [(config.reward.function, config.sampling.top_k) for config in seen] == [("r.py:f", 0)] * 2 + [
+        ("r.py:f", 5)
+    ] * 2

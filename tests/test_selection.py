@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,10 @@ def test_the_summary_accounts_for_every_prompt(config, drawn, tmp_path):
 
 def test_an_interrupted_job_goes_on_where_it_was(config, drawn, tmp_path, monkeypatch, capsys):
     out, judge = tmp_path / "o.jsonl", evaluate.judge
+    folder = shutil.copytree(config.model.path, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(b"trained")
+    config = dataclasses.replace(config, model=ModelSource(path=str(folder)))
     partial = tmp_path / "o.jsonl.scored"
     select(config, tmp_path / "whole.jsonl", "all")
     drawn.clear()
@@ -221,6 +226,10 @@ def test_an_interrupted_job_goes_on_where_it_was(config, drawn, tmp_path, monkey
     ):
         with pytest.raises(StorageError, match="made with another (seed|prompts); go back to that"):
             select(other, out, "all")
+    weights.write_bytes(b"trained further")
+    with pytest.raises(StorageError, match="made with another model; go back to that"):
+        select(config, out, "all")
+    weights.write_bytes(b"trained")
     drawn.clear()
     slow = dataclasses.replace(config.reward.components[0], timeout=9.0)
     config = dataclasses.replace(config, reward=RewardSource(components=(slow,)), ppo=PPO(batch_size=64))
@@ -233,6 +242,19 @@ def test_an_interrupted_job_goes_on_where_it_was(config, drawn, tmp_path, monkey
         select(config, out, "best")
     select(config, out, "best", fresh=True)
     assert len(read(out)) == 5
+
+
+def test_a_function_that_has_been_mended_is_said_and_the_job_goes_on(config, tmp_path):
+    file = tmp_path / "mine.py"
+    config = dataclasses.replace(config, reward=RewardSource(function=f"{file}:reward"))
+    file.write_text("1 / 0")
+    with Log(tmp_path / "l", {"n": 1}, selection._code(config), fresh=False) as log:
+        log.append([[]])
+    file.write_text("")
+    with pytest.warns(UserWarning, match=r"mine\.py has changed since .*l was begun: scores that are there stay"):
+        again = Log(tmp_path / "l", {"n": 1}, selection._code(config), fresh=False)
+    with again:
+        assert again.count == 1
 
 
 def test_a_job_that_fails_before_anything_is_scored_leaves_nothing(config, drawn, tmp_path, monkeypatch):
@@ -267,8 +289,8 @@ def test_what_people_answer_is_kept_beside_the_file(config, drawn, tmp_path, mon
 
 
 def test_two_jobs_do_not_write_to_one_file(config, tmp_path):
-    with Log(tmp_path / "l", {}, fresh=False), pytest.raises(StorageError, match="another process writes to"):
-        Log(tmp_path / "l", {}, fresh=False)
+    with Log(tmp_path / "l", {}, {}, fresh=False), pytest.raises(StorageError, match="another process writes to"):
+        Log(tmp_path / "l", {}, {}, fresh=False)
 
 
 def test_what_would_fail_at_the_end_is_refused_at_the_door(config, drawn, tmp_path):
@@ -296,6 +318,8 @@ def test_the_command(config, drawn, tmp_path, capsys):
     asked += ["--n", "3", "--out", f"{tmp_path}/out.jsonl"]
     assert main(asked) == 3
     assert "give --best-by FILE" in capsys.readouterr().err
+    assert main([*asked, "--best-by", f"{tmp_path}/nowhere.yaml"]) == 3
+    assert "cannot read the config file" in capsys.readouterr().err
     asked += ["--best-by", f"{tmp_path}/reward.yaml"]
     assert main([*asked, "--min-pass-rate", "0.2"]) == 3
     assert main([*asked, "--keep", "pairs", "--threshold", "2", "--max-pass-rate", "0.4"]) == 0

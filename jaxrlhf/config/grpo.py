@@ -102,6 +102,8 @@ class GRPO:
     """How far pi / pi_old may fall below 1 for a gain; in cispo, how far below 1 a weight may be, 1: no bound."""
     cliprange_high: Positive | None = None
     """How far it may rise above 1. None: cliprange if that is given, else the method's."""
+    gamma: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
+    """reinforce_pp: what a token's reward, the score too, counts a token earlier."""
     log_ratio_clamp: Positive = 20.0
     """log pi - log pi_old beyond it counts as it, without a gradient: keeps exp finite."""
     sampler_correction: Literal["none", "truncate", "mask"] = "none"
@@ -177,6 +179,11 @@ class GRPO:
         for key in ("cliprange", "cliprange_high"):
             if getattr(self, key) is not None and recipe.loss in ("reinforce", "dpo"):
                 raise ValueError(f"grpo.{key} is set, and {self.method} has no ratio to clip; leave it out")
+        if self.gamma != 1 and recipe.advantage != "whitened_tokens":
+            raise ValueError(
+                f"grpo.gamma is {self.gamma:g}, and in {self.method} all tokens of a response have one advantage; "
+                "leave it out, or use reinforce_pp"
+            )
         self._check_kl(recipe)
         if self.refills and not recipe.needs_group:
             raise ValueError(
@@ -184,8 +191,8 @@ class GRPO:
             )
         if recipe.loss == "dpo":
             self._check_pairs()
-        elif self.rejected_text is not None:
-            raise ValueError(f"grpo.rejected_text is set, and {self.method} learns from no pairs; it is for online_dpo")
+        else:
+            self._check_no_pairs()
 
     def _check_kl(self, recipe: Recipe) -> None:
         if recipe.loss == "dpo" and self.kl_coef:
@@ -196,6 +203,20 @@ class GRPO:
                 f"grpo.kl_estimator {self.kl_estimator} does not go with {self.method}, whose KL is in the "
                 f"{recipe.kl_in}: {reason}"
             )
+        if self.kl_estimator and not self.kl_weight:
+            raise ValueError(
+                f"grpo.kl_estimator is set, and {self.method} with a grpo.kl_coef of 0 has no KL to estimate; give a "
+                "grpo.kl_coef, or leave it out"
+            )
+
+    def _check_no_pairs(self) -> None:
+        fields: dict[str, Any] = self.__pydantic_fields__  # type: ignore[attr-defined]
+        for key in ("beta", "dpo_loss", "rejected_text"):
+            if getattr(self, key) != fields[key].default:
+                instead = "; what a nat of KL costs is grpo.kl_coef" if key == "beta" else ""
+                raise ValueError(
+                    f"grpo.{key} is set, and {self.method} learns from no pairs; it is for online_dpo{instead}"
+                )
 
     def _check_pairs(self) -> None:
         if self.sampler_correction != "none":

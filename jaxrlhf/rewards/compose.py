@@ -35,6 +35,7 @@ class Scored(NamedTuple):
     components: dict[str, np.ndarray]  # f32 [B] each, before weights; of one per token the sum over the response
     metrics: dict[str, float]  # rewards/NAME/mean, std, errors, length_correlation
     notes: tuple[str, ...]  # what went wrong and did not stop the run
+    silent: np.ndarray  # bool [B]   no part had an opinion: the score of 0 says nothing
 
     @property
     def totals(self) -> np.ndarray:
@@ -204,7 +205,7 @@ class Scorer:
         components: dict[str, np.ndarray] = {}
         metrics: dict[str, float] = {}
         settled: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        notes = []
+        notes, silent = [], np.ones(len(completions), bool)
         for name, (component, judge) in self.parts.items():
             asked = request
             if component.per_token and not isinstance(judge, RewardModel):
@@ -237,6 +238,7 @@ class Scorer:
             metrics[f"rewards/{name}/length_correlation"] = correlation(whole, mask.sum(1))
         for label, (source, names) in self._sums.items():
             values = settled[names[0]][0]
+            silent &= np.any([settled[name][1] for name in names], axis=0)
             if source.ensemble:
                 values = _together([settled[name] for name in names], source)
                 each = np.stack([components[name] for name in names])
@@ -250,7 +252,7 @@ class Scorer:
                 scores += np.float32(source.weight) * values
         for name, values in components.items():
             metrics |= {f"rewards/{name}/mean": float(np.mean(values)), f"rewards/{name}/std": float(np.std(values))}
-        return Scored(scores, token_scores, components, metrics, tuple(notes))
+        return Scored(scores, token_scores, components, metrics, tuple(notes), silent)
 
     def _reads_tokens(self, name: str) -> bool:
         return self._shared[name] and not self.parts[name][0].template

@@ -12,13 +12,14 @@ Record = dict[str, Any]
 
 class Watch:
     """Looks at one record after another, each of `rows` completions; `before` are those of a run that is resumed.
+    `brake` is the option that holds the policy near its reference.
 
     But for held-out prompts, nothing is said before `config.window` records are there: what one batch shows may be
     chance. Of fewer than 4 completions the correlation of score and length is, so that alarm needs as many.
     """
 
-    def __init__(self, config: Alarms, rows: int, before: Sequence[Record]) -> None:
-        self.config, self._rows = config, rows
+    def __init__(self, config: Alarms, rows: int, before: Sequence[Record], *, brake: str) -> None:
+        self.config, self._rows, self._brake = config, rows, brake
         self._first: Record | None = None
         self._recent: list[Record] = []
         self._on: set[str] = set()
@@ -46,12 +47,12 @@ class Watch:
         if config.kl is not None:
             kl = self._mean("objective/kl")
             line = f"KL to the reference is {kl:.3g} nats per response, over the budget of {config.kl:g}"
-            signs.append(("kl", f"{line}; raise kl_coef" if kl > config.kl else None))
+            signs.append(("kl", f"{line}; raise {self._brake}" if kl > config.kl else None))
         if config.entropy:
             now, start = self._mean("objective/entropy_per_token"), first.get("objective/entropy_per_token", np.nan)
             line = f"entropy per token fell from {start:.3g} to {now:.3g} nats: answers are becoming all the same"
             low = now < config.entropy * start
-            signs.append(("entropy", f"{line}; raise kl_coef" if low else None))
+            signs.append(("entropy", f"{line}; raise {self._brake}" if low else None))
         if config.length_correlation < 1 and self._rows >= 4:
             r = self._mean("objective/score_length_correlation")
             line = f"score and length correlate at {r:.2f}: the reward may be paying for length"

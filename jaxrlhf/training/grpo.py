@@ -92,4 +92,6 @@ class GRPOTrainer:
 
     def _learn(self, answers: Answers, step: int) -> Metrics:
         key = self.online.key(step, 1)
-        return self.learner.learn(answers.rollout, answers.scored.totals, answers.greedy, key)[1]
+        return self.learner.learn(
+            grpo_answers.set_apart(self.online, answers), answers.scored.totals, answers.greedy, key
+        )[1]

@@ -1,5 +1,7 @@
-"""The rollouts of a group-relative update: refills in place of flat groups, and the greedy responses of ReMax."""
+"""The rollouts of a group-relative update: refills in place of flat groups, responses without a score, and the greedy
+responses of ReMax."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,9 +44,21 @@ def refilled(online: Online, step: int, stop: Callable[[], None], refills: int) 
 
 
 def flat_groups(answers: Answers, group: int) -> np.ndarray:
-    """The numbers of the groups, `group` rows each, whose scores are all equal, before `scores` shapes them."""
-    scores = answers.scored.totals.reshape(-1, group)
-    return np.flatnonzero(scores.max(axis=1) == scores.min(axis=1))
+    """The numbers of the groups, `group` rows each, whose scores are all equal, before `scores` shapes them. Responses
+    that nobody had an opinion on are left out."""
+    scores, silent = (x.reshape(-1, group) for x in (answers.scored.totals, answers.scored.silent))
+    most, least = np.where(silent, -np.inf, scores).max(axis=1), np.where(silent, np.inf, scores).min(axis=1)
+    return np.flatnonzero(most <= least)
+
+
+def set_apart(online: Online, answers: Answers) -> Rollout:
+    """The rollout, with responses that nobody had an opinion on as groups of their own, named below 0: what is not
+    known is no baseline for the others, and is not learnt from."""
+    rollout, silent = answers.rollout, answers.scored.silent
+    if not silent.any():
+        return rollout
+    index = np.where(silent, -1 - np.arange(len(silent)), jax.device_get(rollout.index)).astype(np.int32)
+    return dataclasses.replace(rollout, index=sharding.put_rows(index, online.mesh))
 
 
 def with_greedy(online: Online, rows: Sequence[PromptRow], step: int, stop: Callable[[], None]) -> Answers:
@@ -94,6 +108,7 @@ def _replaced(online: Online, answers: Answers, old: np.ndarray, more: Answers, 
             {name: both(values, other.components[name]) for name, values in scored.components.items()},
             scored.metrics,
             (*scored.notes, *other.notes),
+            both(scored.silent, other.silent),
         ),
         metrics=answers.metrics
         | {key: value + answers.metrics[key] for key, value in more.metrics.items() if key.endswith("_seconds")},

@@ -66,7 +66,9 @@ def annotate(
     """
     grpo = roles.grpo
     metrics = response_metrics(scores, rollout.response_mask, rollout.finished)
-    metrics |= groups.group_metrics(scores, rollout.index) | {"objective/kl_coef": state.kl_coef}
+    metrics["objective/kl_coef"] = state.kl_coef
+    if grpo.recipe.needs_group and not roles.rejected:
+        metrics |= groups.group_metrics(scores, rollout.index)
     valid = None
     if grpo.recipe.advantage == "pairs":
         rollout, valid = pairs(rollout, scores, grpo.num_generations, roles.rejected)
@@ -104,7 +106,8 @@ def compared(
     kl_coef: Array,
     grpo: GRPO,
 ) -> Array:
-    """The advantages f32 [B, R] of a whole rollout, 0 outside the response mask."""
+    """The advantages f32 [B, R] of a whole rollout: 0 outside the response mask, and in responses without a score,
+    whose `index` is below 0."""
     mask, group = rollout.response_mask, rollout.index
     if grpo.recipe.kl_in == "reward" and grpo.has_reference:
         assert logprobs is not None and ref_logprobs is not None
@@ -123,22 +126,24 @@ def compared(
             made = groups.remax(scores, greedy_scores)
         case "whitened_tokens":
             rewards = token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
-            made = groups.reinforce_pp(rewards, mask, 1.0)
+            made = groups.reinforce_pp(rewards, mask, grpo.gamma)
         case "whitened_group":
             made = groups.reinforce_pp_baseline(scores, group, mask)
         case "pairs":
             raise AssertionError("pairs have no advantages")
-    return masked.keep(made if made.ndim == 2 else jnp.broadcast_to(made[:, None], mask.shape), mask)
+    made = made if made.ndim == 2 else jnp.broadcast_to(made[:, None], mask.shape)
+    return masked.keep(made, mask & (group >= 0)[:, None])
 
 
 def pairs(rollout: Rollout, scores: Array, group: int, rejected: tuple[int, ...]) -> tuple[Rollout, Array]:
     """(the best and the worst of every `group` rows, leading axes [n, 2]; f32 [n, 2], 0 where there is no pair).
 
     With `rejected`, tokens for which there is room, those take the place of the worst response. There is no pair where
-    all score alike, or where the best response is `rejected` itself.
+    all score alike, or where the best response is `rejected` itself. Responses without a score are in none.
     """
-    scores = scores.reshape(-1, group)
-    ends = jnp.stack([jnp.argmax(scores, axis=1), jnp.argmin(scores, axis=1)], axis=1)
+    scores, silent = scores.reshape(-1, group), rollout.index.reshape(-1, group) < 0
+    high, low = jnp.where(silent, -jnp.inf, scores), jnp.where(silent, jnp.inf, scores)
+    ends = jnp.stack([jnp.argmax(high, axis=1), jnp.argmin(low, axis=1)], axis=1)
     rows = ends + group * jnp.arange(len(scores))[:, None]
     made = jax.tree.map(lambda x: x[rows], rollout)
     if rejected:
@@ -147,7 +152,8 @@ def pairs(rollout: Rollout, scores: Array, group: int, rejected: tuple[int, ...]
         said = jnp.where(mask, made.tokens[..., -mask.shape[-1] :], -1)
         valid = jnp.any(said[:, 0] != said[:, 1], axis=1)
     else:  # a score that is no number makes the loss none either
-        valid = jnp.max(scores, axis=1) != jnp.min(scores, axis=1)
+        valid = jnp.max(high, axis=1) != jnp.min(low, axis=1)
+    valid &= jnp.any(~silent, axis=1)
     return made, jnp.broadcast_to(valid[:, None], rows.shape).astype(jnp.float32)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxrlhf.config import GRPO
 from jaxrlhf.data.datasets import PromptRow, prompts_from_texts
 from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.training import loop, online_checks, setup
@@ -44,7 +45,7 @@ def train(
         online.compile()
         online.scorer.pause(session.logger.paused)
         done = session.resume(state)
-        session.watch = Watch(config.alarms, size, session.records())
+        session.watch = Watch(config.alarms, size, session.records(), brake=_brake(online))
         online.calibrate()
         if validator:
             validator.begin(session, online.learner, online.run_key)
@@ -128,6 +129,12 @@ def _nothing_lost(online: Online, session: loop.Session, step: int, metrics: Met
         raise RewardError(
             f"{error}\n{step} updates are saved; once that is mended, the same command goes on"
         ) from error
+
+
+def _brake(online: Online) -> str:
+    """The option that holds the policy near its reference."""
+    paired = isinstance(online.settings, GRPO) and online.settings.recipe.loss == "dpo"
+    return "grpo.beta" if paired else f"{online.method}.kl_coef"
 
 
 def _show(answers: Answers) -> list[dict[str, Any]]:

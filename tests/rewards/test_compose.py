@@ -71,6 +71,8 @@ def test_the_sum_is_weighted_and_its_parts_are_not(reward_folder, policy_tokeniz
     assert scored.scores.dtype == np.float32
     assert scored.token_scores is None
     assert scored.totals is scored.scores
+    alone = Scorer(RewardSource(), policy_tokenizer, lengths).score(talk.prompts, talk.completions, made, {})
+    assert not scored.silent.any() and alone.silent.tolist() == [False, False, True]
 
 
 def test_any_number_of_components_add_up_to_a_number_worked_out_by_hand(score, functions):

@@ -77,6 +77,12 @@ def test_a_refill_replaces_flat_groups_whole_and_leaves_the_others_where_they_ar
         for tokens, mask, row in zip(real, np.asarray(filled.rollout.response_mask), filled.rows, strict=True)
     ]
     assert decoded == said, "text and tokens are of the same response"
+    silent = np.isin(np.arange(8), [0, 1, 3])
+    some = plain._replace(scored=plain.scored._replace(silent=silent, scores=np.arange(8.0)))
+    assert grpo_answers.flat_groups(some, 2).tolist() == [0, 1], "of a group of two, one is nothing to compare"
+    apart, index = grpo_answers.set_apart(online, some), np.asarray(plain.rollout.index)
+    assert apart.index.tolist() == [-1, -2, index[2], -4, *index[4:]]
+    assert grpo_answers.set_apart(online, plain) is plain.rollout
 
 
 def test_the_baseline_of_remax_is_the_greedy_response(grpo):
@@ -145,12 +151,16 @@ def test_a_run_has_a_plan(grpo, tmp_path):
         ({"method": "rloo", "num_mini_batches": 2}, "rloo has no ratio"),
         ({"method": "gpg", "cliprange_high": 0.3, "num_mini_batches": 1}, "gpg has no ratio to clip"),
         ({"kl_estimator": "k1"}, "its expected gradient is zero"),
+        ({"method": "dr_grpo", "kl_estimator": "k2"}, "has no KL to estimate; give a grpo.kl_coef, or leave it out"),
         ({"method": "rloo", "kl_estimator": "k3", "num_mini_batches": 1}, "the part that flows through the estimate"),
         ({"method": "remax", "max_refills": 1, "num_mini_batches": 1}, "compares no groups that could be flat"),
         ({"method": "online_dpo", "sampler_correction": "mask"}, "no importance weights"),
         ({"rejected_text": "no"}, "learns from no pairs; it is for online_dpo"),
+        ({"beta": 0.2}, "it is for online_dpo; what a nat of KL costs is grpo.kl_coef"),
+        ({"dpo_loss": "ipo"}, "grpo.dpo_loss is set"),
         ({"method": "online_dpo", "num_mini_batches": 3}, "must divide the pairs of a batch"),
         ({"method": "online_dpo", "kl_coef": 0.1}, "grpo.beta is its own"),
+        ({"gamma": 0.9}, "all tokens of a response have one advantage; leave it out, or use reinforce_pp"),
         ({"micro_batch_size": 3}, r"grpo.micro_batch_size \(3\) must divide a mini-batch"),
     ],
 )

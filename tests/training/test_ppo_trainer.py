@@ -1,5 +1,6 @@
 """PPO runs with what goes on around the update: shaped scores, validation, alarms, replay, the critic's export."""
 
+import functools
 import json
 import shutil
 import sys
@@ -302,24 +303,27 @@ def record(**changes):
     return plain | {key.replace("__", "/"): value for key, value in changes.items()}
 
 
+watcher = functools.partial(Watch, brake="ppo.kl_coef")
+
+
 @pytest.mark.parametrize(
     ("name", "bad", "words"),
     [
-        ("kl", {"objective__kl": 30.0}, "30 nats per response, over the budget of 10"),
-        ("entropy", {"objective__entropy_per_token": 0.1}, "from 2 to 0.1 nats"),
+        ("kl", {"objective__kl": 30.0}, "30 nats per response, over the budget of 10; raise ppo.kl_coef"),
+        ("entropy", {"objective__entropy_per_token": 0.1}, "the same; raise ppo.kl_coef"),
         ("length", {"objective__score_length_correlation": -0.97}, "correlate at -0.97"),
         ("finished", {"tokens__finished": 0.2}, "fell from 0.90 to 0.20"),
     ],
 )
 def test_an_alarm_is_marked_while_it_lasts_and_said_once(name, bad, words):
-    watch = Watch(config.Alarms(kl=10.0, window=2), 8, [])
+    watch = watcher(config.Alarms(kl=10.0, window=2), 8, [])
     assert watch(record()) == ({f"alarm/{k}": 0.0 for k in ("kl", "entropy", "length", "finished")}, [])
     watch(record(**bad))
     marks, _ = watch(record(**bad))
     assert marks[f"alarm/{name}"] == 1 and sum(marks.values()) == 1
     said = [
         line
-        for watched in [Watch(config.Alarms(kl=10.0, window=1), 8, [record()])]
+        for watched in [watcher(config.Alarms(kl=10.0, window=1), 8, [record()])]
         for line in watched(record(**bad))[1]
     ]
     assert len(said) == 1 and words in said[0]
@@ -330,24 +334,24 @@ def test_an_alarm_is_marked_while_it_lasts_and_said_once(name, bad, words):
 
 
 def test_a_held_out_reward_model_that_disagrees_raises_the_alarm():
-    watch = Watch(config.Alarms(), 8, [record()])
+    watch = watcher(config.Alarms(), 8, [record()])
     marks, lines = watch(record(eval__gain=0.5, eval__heldout_gain=-0.2))
     assert marks["alarm/held_out"] == 1 and "they disagree" in lines[0]
-    marks, _ = Watch(config.Alarms(), 8, [])(record(eval__gain=0.5, eval__heldout_gain=0.1))
+    marks, _ = watcher(config.Alarms(), 8, [])(record(eval__gain=0.5, eval__heldout_gain=0.1))
     assert marks["alarm/held_out"] == 0
 
 
 def test_alarms_of_a_resumed_run_remember_the_first_update():
     before = [record(), record()]
-    marks, _ = Watch(config.Alarms(window=1), 8, before)(record(objective__entropy_per_token=0.1))
+    marks, _ = watcher(config.Alarms(window=1), 8, before)(record(objective__entropy_per_token=0.1))
     assert marks["alarm/entropy"] == 1
-    marks, _ = Watch(config.Alarms(window=1), 8, [])(record(objective__entropy_per_token=0.1))
+    marks, _ = watcher(config.Alarms(window=1), 8, [])(record(objective__entropy_per_token=0.1))
     assert marks["alarm/entropy"] == 0
 
 
 def test_what_few_completions_show_is_no_alarm():
     by_length = record(objective__score_length_correlation=1.0)
-    seen = [{rows: Watch(config.Alarms(window=3), rows, [])} for rows in (2, 4)]
+    seen = [{rows: watcher(config.Alarms(window=3), rows, [])} for rows in (2, 4)]
     said = {rows: [watch(by_length)[1] for _ in range(4)] for watches in seen for rows, watch in watches.items()}
     assert said[2] == [[]] * 4, "two points lie on a line"
     assert [len(lines) for lines in said[4]] == [0, 0, 1, 0], "a window must be full"
