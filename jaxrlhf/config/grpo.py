@@ -161,9 +161,10 @@ class GRPO:
     def __post_init__(self) -> None:
         recipe, group = self.recipe, self.num_generations
         if recipe.needs_group and group < 2 and self.rejected_text is None:
+            instead = "give grpo.rejected_text" if recipe.loss == "dpo" else "use remax or reinforce_pp"
             raise ValueError(
-                f"grpo.num_generations is 1, and {self.method} compares a response with others to its prompt: every "
-                "advantage would be 0; give 2 or more, or use remax or reinforce_pp"
+                f"grpo.num_generations is 1, and {self.method} compares a response with others to its prompt: there "
+                f"would be nothing to learn; give 2 or more, or {instead}"
             )
         if self.batch_size % group:
             near = max(self.batch_size // group, 1) * group

@@ -145,7 +145,8 @@ def test_a_run_has_a_plan(grpo, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_generations": 1}, "every advantage would be 0; give 2 or more, or use remax or reinforce_pp"),
+        ({"num_generations": 1}, "nothing to learn; give 2 or more, or use remax or reinforce_pp"),
+        ({"method": "online_dpo", "num_generations": 1}, "give 2 or more, or give grpo.rejected_text"),
         ({"batch_size": 9}, r"must be a multiple of grpo.num_generations \(2\); 8 would do"),
         ({"method": "cispo", "cliprange": 1.5}, "less than or equal to 1"),
         ({"method": "rloo", "num_mini_batches": 2}, "rloo has no ratio"),
