@@ -21,6 +21,7 @@ from jaxrlhf.training import setup
 from jaxrlhf.training.ppo import PPOTrainer
 from jaxrlhf.training.ppo_update import annotate, update
 from jaxrlhf.training.sampler import LOWER, Sampler
+from jaxrlhf.training.state import State
 from jaxrlhf.types import Params, Rollout
 
 ROWS, TOKENS, FIRST = 4, 16, 64  # prompts, most tokens of a response, rows of the data that are read
@@ -193,7 +194,7 @@ class Trial:
         roles = trainer.roles
         start = self.start = self.start or jax.tree.map(np.array, trainer.state.value.params)
         fresh = jax.tree.map(lambda x: jnp.array(x, copy=True), start)
-        trainer.state = setup.State(fresh, dict(roles.optimizers), roles.mesh, roles.ppo.kl_coef)
+        trainer.state = State(fresh, dict(roles.optimizers), roles.mesh, roles.ppo.kl_coef)
         state = trainer.state.value
         roles = dataclasses.replace(roles, ppo=dataclasses.replace(roles.ppo, micro_batch_size=micro))
         experience, before = annotate(state, trainer.frozen, rollout, jnp.linspace(-1, 1, ROWS), roles=roles)

@@ -58,9 +58,10 @@ from jaxrlhf.models import forward  # noqa: E402
 from jaxrlhf.rollout.decode import generate  # noqa: E402
 from jaxrlhf.rollout.engine import answer  # noqa: E402
 from jaxrlhf.rollout.inference_copy import inference_copy  # noqa: E402
-from jaxrlhf.training import dpo_update, grpo, grpo_learner, ppo, ppo_learner, reward, setup, sft  # noqa: E402
+from jaxrlhf.training import dpo_update, grpo, grpo_learner, ppo, ppo_learner, reward, sft  # noqa: E402
 from jaxrlhf.training.optim import make_optimizer  # noqa: E402
 from jaxrlhf.training.reward_loss import objective_of  # noqa: E402
+from jaxrlhf.training.state import State  # noqa: E402
 from jaxrlhf.types import Batch, Pairs, Prompts, Responses, Rollout  # noqa: E402
 
 Repeat = Callable[[], dict[str, Any]]
@@ -228,7 +229,7 @@ def supervised(job: Job, name: str) -> Repeat:
     model, params = load(job, head)
     mesh = sharding.make_mesh(Mesh())
     optimizer = make_optimizer(Optim(learning_rate=1e-6), 1e-6, 10**6)
-    state = setup.State({role: params}, {role: optimizer}, mesh)
+    state = State({role: params}, {role: optimizer}, mesh)
     del params
     width = job.prompt + job.response
     tokens = jnp.asarray(random_tokens(job, 2 * job.batch, width))

@@ -14,6 +14,7 @@ from jaxrlhf.rollout.decode import generate
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.training import ppo_replay, ppo_roles, ppo_update, setup
 from jaxrlhf.training.optim import make_optimizer
+from jaxrlhf.training.state import State
 from jaxrlhf.types import Prompts
 
 B, P, R, V, PAD = 8, 6, 7, 19, 0
@@ -52,7 +53,7 @@ class Case:
         if self.roles.ppo.replay:
             empty = ppo_replay.empty_replay(self.config, self.roles, (P, R))
             more["replay"] = sharding.put_whole(jax.tree.map(lambda x: np.array(x), empty), self.roles.mesh)
-        return setup.State(params, dict(self.roles.optimizers), self.roles.mesh, self.roles.ppo.kl_coef, **more).value
+        return State(params, dict(self.roles.optimizers), self.roles.mesh, self.roles.ppo.kl_coef, **more).value
 
     def critic(self):
         critic, self.frozen["critic"] = ppo_roles.make_critic(

@@ -21,6 +21,7 @@ from jaxrlhf.models.layers import Block, Norm, rotation
 from jaxrlhf.types import KVCache, Params
 
 
+@partial(jax.jit, static_argnames=("model", "dtype"))  # traced once for a model, however often its shapes are asked for
 def init(model: ModelConfig, key: Array, dtype: DTypeLike = "float32") -> Params:
     """Fresh parameters, all of `dtype`: kernels and embeddings N(0, 0.02^2), norms 1, biases 0; heads see `init_head`.
 

@@ -19,11 +19,12 @@ from jaxrlhf.data.datasets import PairRow
 from jaxrlhf.errors import Preempted
 from jaxrlhf.programs import Ahead
 from jaxrlhf.rollout.sampling import check_sampling
-from jaxrlhf.training import loop, reference, setup
+from jaxrlhf.training import loop, pretrained, reference, setup
 from jaxrlhf.training.dpo_rows import Rows, read
 from jaxrlhf.training.dpo_update import PairLogprobs, Preferences, evaluate, evaluated, score, update
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.samples import Samples
+from jaxrlhf.training.state import State
 from jaxrlhf.training.step import Metrics
 from jaxrlhf.types import Params, TrainState
 
@@ -75,7 +76,7 @@ class DPOTrainer:
         params = setup.shapes_of(self.model, storage, self.mesh, config.lora)
         if ahead:
             trained, frozen = setup.split(params, config.lora.enabled)
-            state = setup.State({"policy": trained}, {"policy": self._optimizer}, self.mesh).template
+            state = State({"policy": trained}, {"policy": self._optimizer}, self.mesh).template
             self._compile(state, frozen, self._rows.of_step(0))
         if not abstract:
             params = setup.load_model(
@@ -83,7 +84,7 @@ class DPOTrainer:
             )
             params = setup.adapted(params, self.model, config.lora, lora_key)
         trained, self.frozen = setup.split(params, config.lora.enabled)
-        self.state = setup.State({"policy": trained}, {"policy": self._optimizer}, self.mesh)
+        self.state = State({"policy": trained}, {"policy": self._optimizer}, self.mesh)
         self._results: dict[str, float] = {}
 
     @property
@@ -157,7 +158,7 @@ class DPOTrainer:
 
     def save_pretrained(self, directory: str | Path, *, merge_lora: bool = False) -> Path:
         """Write the model, its config and its tokenizer in Hugging Face layout; adapters alone unless `merge_lora`."""
-        return setup.export(
+        return pretrained.save(
             directory, self.model, self.params, self.config, self.tokenizer,
             method="dpo", step=int(self.state.value.step), results=self._results, merge_lora=merge_lora,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from jaxrlhf.data.tokenizer import Tokenizer, load_tokenizer
 from jaxrlhf.errors import ConfigError, DataError, StorageError
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.model import RewardModel
-from jaxrlhf.training import loop, setup
+from jaxrlhf.training import loop, pretrained, setup
 from jaxrlhf.training.ppo_roles import critic_model, reference_dtype
 from jaxrlhf.types import Params
 
@@ -51,7 +51,7 @@ def export(run: Path, target: Path, role: Literal["policy", "critic"] = "policy"
             params |= _unchanged(base, identity, "reference" if method in ("ppo", "grpo") else "frozen parameters")
     records = {record.pop("step"): record for record in metrics.read(run / "metrics.jsonl")}
     settings = dataclasses.replace(settings, model=source)
-    return setup.export(
+    return pretrained.save(
         target,
         model,
         params,

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxrlhf.config import GRPOConfig
 from jaxrlhf.data.datasets import PromptRow
-from jaxrlhf.training import grpo_answers, online_checks, online_loop, setup
+from jaxrlhf.training import grpo_answers, online_checks, online_loop, pretrained
 from jaxrlhf.training.grpo_learner import Learner
 from jaxrlhf.training.loop import Metrics
 from jaxrlhf.training.online import Answers, Online
@@ -69,7 +69,7 @@ class GRPOTrainer:
 
     def save_pretrained(self, directory: str | Path, *, merge_lora: bool = False) -> Path:
         """Write the policy with its tokenizer, in Hugging Face layout; adapters alone unless `merge_lora`."""
-        return setup.export(
+        return pretrained.save(
             directory, self.model, self.params, self.config, self.tokenizer,
             method="grpo", step=int(self.state.value.step), results=self.online.results, merge_lora=merge_lora,
         )  # fmt: skip

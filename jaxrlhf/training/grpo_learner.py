@@ -19,6 +19,7 @@ from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.ppo_replay import widened
 from jaxrlhf.training.ppo_roles import policy_of, reference_dtype, reference_of
 from jaxrlhf.training.sampler import Sampler
+from jaxrlhf.training.state import State
 from jaxrlhf.training.step import Metrics
 from jaxrlhf.types import Compared, Params, Rollout
 
@@ -65,7 +66,7 @@ class Learner:
             sync_alpha=config.reference.sync_alpha,
             rejected=rejected_tokens(config, sampler.tokenizer),
         )
-        self.state = setup.State(
+        self.state = State(
             {"policy": trained},
             optimizers,
             self.mesh,

@@ -10,14 +10,14 @@ import numpy as np
 from jaxrlhf import sharding
 from jaxrlhf.algorithms.scores import ScoreStats, shaped
 from jaxrlhf.config import Scores
-from jaxrlhf.training import setup
+from jaxrlhf.training.state import State
 from jaxrlhf.types import Params, Rollout, TrainState
 
 
 class Learner(Protocol):
     """What learns from scored rollouts."""
 
-    state: setup.State
+    state: State
     identity: str  # a hash of what it uses and does not train
 
     @property

@@ -12,7 +12,8 @@ from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTCo
 from jaxrlhf.errors import ConfigError, NumericsError, Preempted, StorageError
 from jaxrlhf.metrics import Logger, read
 from jaxrlhf.spelling import did_you_mean
-from jaxrlhf.training.setup import RunConfig, State
+from jaxrlhf.training.setup import RunConfig
+from jaxrlhf.training.state import State
 from jaxrlhf.types import TrainState
 
 Metrics = dict[str, Any]

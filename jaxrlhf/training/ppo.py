@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.datasets import PromptRow
-from jaxrlhf.training import online_checks, online_loop, ppo_checks, setup
+from jaxrlhf.training import online_checks, online_loop, ppo_checks, pretrained
 from jaxrlhf.training.loop import Metrics
 from jaxrlhf.training.online import Answers, Online
 from jaxrlhf.training.ppo_learner import Learner
@@ -108,7 +108,7 @@ class PPOTrainer:
                 assert self.scorer.model is not None
                 judge = self.scorer.model
                 source = dataclasses.replace(source, path=judge.path, revision=judge.revision, merged_path="")
-        return setup.export(
+        return pretrained.save(
             directory, model, params, dataclasses.replace(self.config, model=source), self.tokenizer,
             method="ppo", step=int(self.state.value.step), results=self.online.results, merge_lora=merge_lora,
         )  # fmt: skip

@@ -30,6 +30,7 @@ from jaxrlhf.training.ppo_roles import (
 )
 from jaxrlhf.training.ppo_update import annotate, update
 from jaxrlhf.training.sampler import Sampler
+from jaxrlhf.training.state import State
 from jaxrlhf.training.step import Metrics
 from jaxrlhf.types import Experience, Params, Rollout
 
@@ -117,7 +118,7 @@ class Learner:
             sync_every=config.reference.sync_every,
             sync_alpha=config.reference.sync_alpha,
         )
-        self.state = setup.State(
+        self.state = State(
             trained,
             optimizers,
             self.mesh,

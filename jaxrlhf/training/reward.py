@@ -25,9 +25,10 @@ from jaxrlhf.files import write_whole
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.programs import Ahead
 from jaxrlhf.reward_metrics import KEYS, HeldOut, evaluation, summary
-from jaxrlhf.training import loop, setup
+from jaxrlhf.training import loop, pretrained, setup
 from jaxrlhf.training.optim import Optimizer, make_optimizer
 from jaxrlhf.training.reward_loss import Objective, objective_of, response_loss, response_scores
+from jaxrlhf.training.state import State
 from jaxrlhf.training.step import Metrics, apply, dropout_keys, gradients, one_role
 from jaxrlhf.types import PackedPairs, Params, Responses, TrainState
 
@@ -128,7 +129,7 @@ class RewardTrainer:
         params = setup.shapes_of(self.model, storage, self.mesh, config.lora)
         if ahead:
             trained, frozen = setup.split(params, frozen_trunk)
-            state = setup.State({"reward": trained}, {"reward": self._optimizer}, self.mesh).template
+            state = State({"reward": trained}, {"reward": self._optimizer}, self.mesh).template
             self._compile(state, frozen, self._rows_of(0), self._rows.validation)
         if not abstract:
             params = setup.load_model(
@@ -136,7 +137,7 @@ class RewardTrainer:
             )
             params = setup.adapted(params, self.model, config.lora, lora_key)
         trained, self.frozen = setup.split(params, frozen_trunk)
-        self.state = setup.State({"reward": trained}, {"reward": self._optimizer}, self.mesh)
+        self.state = State({"reward": trained}, {"reward": self._optimizer}, self.mesh)
         self._results: dict[str, float] = {}
         self.evaluation: dict[str, Any] = {}
         """What the newest evaluation found, in full; empty before the first."""
@@ -183,7 +184,7 @@ class RewardTrainer:
     def save_pretrained(self, directory: str | Path, *, merge_lora: bool = False) -> Path:
         """Write the reward model as a sequence classification model in Hugging Face layout; adapters with their head
         alone unless `merge_lora`."""
-        return setup.export(
+        return pretrained.save(
             directory, self.model, self.params, self.config, self.tokenizer,
             method="reward", step=int(self.state.value.step), results=self._results, merge_lora=merge_lora,
         )  # fmt: skip

@@ -1,10 +1,9 @@
-"""Before the first step of any trainer: tokenizer, model, what trains and what is frozen, and the state."""
+"""Before the first step of any trainer: tokenizer, model, what trains and what is frozen."""
 
 import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,10 +25,8 @@ from jaxrlhf.config import (
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
 from jaxrlhf.digest import digests, leaves_by_name
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.models import Adapters, Bits, ModelConfig, cudnn_trouble, init, with_two_labels
-from jaxrlhf.training.optim import Optimizer
-from jaxrlhf.training.step import in_float32
-from jaxrlhf.types import Params, TrainState
+from jaxrlhf.models import Adapters, Bits, ModelConfig, cudnn_trouble, init
+from jaxrlhf.types import Params
 from jaxrlhf.weights import peft
 
 RunConfig = SFTConfig | RewardConfig | DPOConfig | PPOConfig | GRPOConfig
@@ -221,73 +218,6 @@ def params_fingerprint(params: Any) -> str:
     return hashlib.sha256(repr(sorted(digests(leaves_by_name(params)).items())).encode()).hexdigest()
 
 
-@functools.partial(jax.jit, static_argnames=("optimizers", "kl_coef", "mesh"), donate_argnames="params")
-def _begin(
-    params: dict[str, Params],
-    *,
-    optimizers: tuple[tuple[str, Optimizer], ...],
-    kl_coef: float,
-    mesh: jax.sharding.Mesh,
-) -> TrainState:
-    """The state of step 0. One program makes it where it belongs; eager moments would all land on one device."""
-    moments = {role: optimizer.chain.init(in_float32(params[role])) for role, optimizer in optimizers}
-    state = TrainState(step=jnp.int32(0), params=params, opt_state=moments, kl_coef=jnp.float32(kl_coef))
-    return sharding.constrain(state, mesh)
-
-
-class State:
-    """The state of a run, made from `params` on first use (which consumes them) unless a checkpoint takes their place.
-
-    `more` are further fields of the state, arrays in their places. `template` has its shapes, dtypes and shardings
-    without its memory; for it alone, `params` may be shapes too. With `offload` the moments of `value` lie in memory of
-    the host, and an update takes `ready`.
-    """
-
-    def __init__(
-        self,
-        params: dict[str, Params],
-        optimizers: dict[str, Optimizer],
-        mesh: jax.sharding.Mesh,
-        kl_coef: float = 0.0,
-        offload: bool = False,
-        **more: Any,
-    ) -> None:
-        self._begin = functools.partial(_begin, optimizers=tuple(optimizers.items()), kl_coef=kl_coef, mesh=mesh)
-        begun = jax.eval_shape(self._begin, params)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), more)
-        begun = dataclasses.replace(begun, **shapes)
-        self.template: TrainState = sharding.placed(begun, sharding.shardings(begun, mesh))
-        self._params: dict[str, Params] | None = params
-        self._more: dict[str, Any] = more
-        self._offload = offload
-        self._value: TrainState | None = None
-
-    @property
-    def value(self) -> TrainState:
-        if self._value is None:
-            assert self._params is not None
-            self.value = dataclasses.replace(self._begin(self._params), **self._more)
-        assert self._value is not None
-        return self._value
-
-    @value.setter
-    def value(self, state: TrainState) -> None:
-        self._value, self._params, self._more = None, None, {}  # the host does not hold the moments before and after
-        if self._offload:
-            state = dataclasses.replace(state, opt_state=sharding.to_host(state.opt_state))
-        self._value = state
-
-    @property
-    def params(self) -> dict[str, Params]:
-        """The parameters as they are now; of a state that was not made yet those it will be made from."""
-        return self.value.params if self._params is None else self._params
-
-    @property
-    def ready(self) -> TrainState:
-        """`value` with its moments on the device, for an update, whose result is the next `value`."""
-        return dataclasses.replace(self.value, opt_state=sharding.to_device(self.value.opt_state))
-
-
 def check_context(lengths: Sequence[int], model: ModelConfig, what: str, lower: str) -> None:
     """Refuse rows that are longer than the model's context; `what` is long, `lower` the config keys to lower."""
     longest = max(lengths)
@@ -321,52 +251,3 @@ def describe(config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, report
             str(report),
         )
     )
-
-
-def export(
-    directory: str | Path,
-    model: ModelConfig,
-    params: Params,
-    config: RunConfig,
-    tokenizer: Tokenizer,
-    *,
-    method: str,
-    step: int,
-    results: dict[str, float],
-    merge_lora: bool = False,
-) -> Path:
-    """Write a model of a run in Hugging Face layout, with a card that says how it was made; of a run with adapters
-    those alone, in PEFT's layout, unless they are to be merged or would not be enough (see `_stands_on`). A classifier
-    has two labels, so that its score is the probability of the good one."""
-    if isinstance(config, RewardConfig) and config.loss == "classification" and model.num_labels == 1:
-        model, params = with_two_labels(model, params)
-    card = {
-        "method": method,
-        "base_model": config.model.path,
-        "dataset": config.data.path,
-        "steps": step,
-        "config": dataclasses.asdict(config),
-        "metrics": {k: v for k, v in results.items() if not k.startswith("perf/")},
-    }
-    source, _ = weights.described_by(weights.resolve(config.model.path, config.model.revision, weights=False))
-    stops = () if isinstance(config, RewardConfig) else config.sampling.stop_token_ids
-    base = None if merge_lora else _stands_on(config, model)
-    return weights.export(
-        directory, model, params, source=source, tokenizer=tokenizer, stops=stops, facts=card, base=base
-    )
-
-
-def _stands_on(config: RunConfig, model: ModelConfig) -> tuple[str, str | None] | None:
-    """The model, and its revision, that somebody lays the adapters of this run over. None where there is none to be
-    had: random weights, merged adapters that were not written anywhere, a table that grew for new tokens, a head that
-    PEFT does not know."""
-    source = config.model
-    folder = weights.resolve(source.path, source.revision, weights=False)
-    merged = weights.described_by(folder)[1] is not None
-    rows = weights.load_config(source.path, revision=source.revision).vocab_size
-    if source.init == "random" or model.vocab_size > rows or model.head == "mlp" or (merged and not source.merged_path):
-        return None
-    path = Path(source.merged_path if merged else source.path).expanduser()
-    if path.is_dir():
-        return str((path if merged else folder).resolve()), None
-    return source.path.removeprefix("hf://"), source.revision

@@ -21,9 +21,10 @@ from jaxrlhf.logprobs import token_logprobs
 from jaxrlhf.models import ModelConfig, forward
 from jaxrlhf.programs import Ahead
 from jaxrlhf.rollout.sampling import check_sampling
-from jaxrlhf.training import loop, setup
+from jaxrlhf.training import loop, pretrained, setup
 from jaxrlhf.training.optim import Optimizer, make_optimizer
 from jaxrlhf.training.samples import Samples
+from jaxrlhf.training.state import State
 from jaxrlhf.training.step import Metrics, apply, dropout_keys, gradients, one_role
 from jaxrlhf.types import Batch, Params, TrainState
 
@@ -116,7 +117,7 @@ class SFTTrainer:
         params = setup.shapes_of(self.model, storage, self.mesh, config.lora)
         if ahead:
             trained, frozen = setup.split(params, config.lora.enabled)
-            state = setup.State({"policy": trained}, {"policy": self._optimizer}, self.mesh).template
+            state = State({"policy": trained}, {"policy": self._optimizer}, self.mesh).template
             self._compile(state, frozen, self._rows_of(0), self._rows.validation)
         if not abstract:
             params = setup.load_model(
@@ -124,7 +125,7 @@ class SFTTrainer:
             )
             params = setup.adapted(params, self.model, config.lora, lora_key)
         trained, self.frozen = setup.split(params, config.lora.enabled)
-        self.state = setup.State({"policy": trained}, {"policy": self._optimizer}, self.mesh)
+        self.state = State({"policy": trained}, {"policy": self._optimizer}, self.mesh)
         shown = (self.data.validation or self.data.train)[: config.logging.num_samples]
         self.samples = Samples(shown, self.model, self.tokenizer, config.sampling, self.mesh)
         self._results: dict[str, float] = {}
@@ -167,7 +168,7 @@ class SFTTrainer:
 
     def save_pretrained(self, directory: str | Path, *, merge_lora: bool = False) -> Path:
         """Write the model, its config and its tokenizer in Hugging Face layout; adapters alone unless `merge_lora`."""
-        return setup.export(
+        return pretrained.save(
             directory, self.model, self.params, self.config, self.tokenizer,
             method="sft", step=int(self.state.value.step), results=self._results, merge_lora=merge_lora,
         )  # fmt: skip

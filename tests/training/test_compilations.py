@@ -81,14 +81,14 @@ def make(supervised, ppo, one_length, tmp_path):
     return build
 
 
-@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("method", list(SUPERVISED))
-def test_supervised_programs_compile_once(method, ahead, make, stop_at_two):
+def test_supervised_programs_compile_once(method, make, stop_at_two):
+    """Begun before the weights are read; begun by `train`: the test below."""
     with compilations() as count:
         with pytest.raises(Preempted):
-            make(method, ahead=ahead).train()
+            make(method, ahead=True).train()
         assert count["update"] == 1 and count["evaluate"] == 1, count
-        make(method, ahead=ahead).train()  # resumes in the same process, and evaluates twice more
+        make(method, ahead=True).train()  # resumes in the same process, and evaluates twice more
     assert count["update"] == 1 and count["evaluate"] == 1, count
 
 
@@ -114,9 +114,15 @@ def test_the_first_step_waits_for_what_is_being_compiled(method, make, monkeypat
     assert len(threads) == 2 and all(name.startswith("compile") for name in threads), threads
 
 
-@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(
-    ("slots", "rollout", "offload"), [(0, ("generate",), False), (3, ("_admit", "advance"), False), (0, (), True)]
+    ("slots", "rollout", "offload", "ahead"),
+    [
+        (0, ("generate",), False, False),
+        (0, ("generate",), False, True),
+        (3, ("_admit", "advance"), False, True),  # begun by `train`: the test below
+        (0, (), True, False),
+        (0, (), True, True),
+    ],
 )
 def test_ppo_programs_compile_once(slots, rollout, offload, ahead, make, stop_at_two):
     chosen = config.Engine(slots=slots)

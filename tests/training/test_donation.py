@@ -12,6 +12,7 @@ from jaxrlhf import sharding
 from jaxrlhf.config import PPO, LoRA, Mesh, Optim, PPOConfig, RewardConfig
 from jaxrlhf.training import ppo_roles, ppo_update, reward, reward_loss, setup, sft
 from jaxrlhf.training.optim import make_optimizer
+from jaxrlhf.training.state import State
 from jaxrlhf.types import Batch, Responses, Rollout
 
 B, P, R = 2, 4, 4
@@ -31,7 +32,7 @@ def supervised(method, model, lora, optimizer):
     """(program, state, other arguments, static ones) of a step on B rows."""
     role, program = {"sft": ("policy", sft.update), "reward": ("reward", reward.update)}[method]
     trained, frozen = setup.split(setup.shapes_of(model, "float32", MESH, lora), lora.enabled)
-    state = setup.State({role: trained}, {role: optimizer}, MESH).template
+    state = State({role: trained}, {role: optimizer}, MESH).template
     rows = Batch(array("int32", B, P + R), array("bool", B, P + R), array("bool", B, P + R))
     static = {"model": model, "optimizer": optimizer, "num_micro": 1, "mesh": MESH}
     if method == "sft":
@@ -59,7 +60,7 @@ def ppo(model, lora, optimizer):
         trunk="own",
         mesh=MESH,
     )
-    state = setup.State({"policy": trained, "critic": critic}, optimizers, MESH, 0.1).template
+    state = State({"policy": trained, "critic": critic}, optimizers, MESH, 0.1).template
     frozen = {"policy": base, "reference": base or policy, "critic": trunk}
     token, row = array("float32", B, R), array("int32", B)
     rollout = Rollout(

@@ -16,9 +16,9 @@ from jaxrlhf.config.dpo import REFERENCE_FREE
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PairRow, Report, SFTRow, Split
 from jaxrlhf.data.packing import pack
-from jaxrlhf.training import setup
 from jaxrlhf.training.dpo_update import Preferences, kto_objective, objective, score, update
 from jaxrlhf.training.optim import make_optimizer
+from jaxrlhf.training.state import State
 
 MODEL = tiny(num_layers=1, sliding_layers=(False,))
 MESH = sharding.make_mesh(config.Mesh())
@@ -61,7 +61,7 @@ def packed():
 
 def step(settings, batch, num_micro=1):
     """(gradient, metrics) of one update of a policy that begins as PARAMS."""
-    state = setup.State({"policy": jax.tree.map(jnp.copy, PARAMS)}, {"policy": PLAIN}, MESH).value
+    state = State({"policy": jax.tree.map(jnp.copy, PARAMS)}, {"policy": PLAIN}, MESH).value
     state, metrics = update(
         state, {}, jax.tree.map(jnp.asarray, batch), jax.random.key(1),
         model=MODEL, optimizer=PLAIN, settings=settings, total_steps=1, num_micro=num_micro, mesh=MESH,

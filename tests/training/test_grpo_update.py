@@ -13,6 +13,7 @@ from jaxrlhf.config import GRPO, Mesh, Optim
 from jaxrlhf.config.grpo import RECIPES
 from jaxrlhf.training import grpo_update, setup
 from jaxrlhf.training.optim import make_optimizer
+from jaxrlhf.training.state import State
 
 G = 4
 SCORES = jnp.asarray([1.0, 0.0, 0.5, -1.0, 2.0, 2.5, 0.0, 0.25])
@@ -38,7 +39,7 @@ def run(problem, grpo, scores=SCORES, *, rollout=None, key=KEY, mesh=None, rejec
         policy, reference = (jax.device_put(tree, sharding.shardings(tree, mesh)) for tree in (policy, reference))
         rollout, scores = sharding.put_rows((rollout, scores), mesh)
     params = {"policy": setup.copy(policy, "float32", mesh)}
-    state = setup.State(params, dict(OPTIMIZERS), mesh, grpo.kl_weight).value
+    state = State(params, dict(OPTIMIZERS), mesh, grpo.kl_weight).value
     frozen = {"policy": {}} | ({"reference": reference} if grpo.has_reference else {})
     greedy = GREEDY if grpo.recipe.advantage == "greedy" else None
     compared, before = grpo_update.annotate(state, frozen, rollout, scores, greedy, roles=roles)

@@ -15,10 +15,11 @@ from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PairRow, SFTRow
 from jaxrlhf.data.judged import RankedRow
 from jaxrlhf.errors import ConfigError, NumericsError
-from jaxrlhf.training import reward, setup
+from jaxrlhf.training import reward
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.reward import RewardTrainer
 from jaxrlhf.training.reward_loss import objective_of
+from jaxrlhf.training.state import State
 
 MODEL = tiny(head="linear", num_layers=1, sliding_layers=(False,))
 MESH = sharding.make_mesh(Mesh())
@@ -61,7 +62,7 @@ def test_padding_and_micro_batches_do_not_change_an_update(loss):
     for width, number, num_micro in ((12, group, 1), (16, group + 1, 2)):
         number = number if loss == "ranking" else group  # only there may responses be missing
         batch = jax.tree.map(jnp.asarray, batching.responses(made, target, 3, width, number))
-        state = setup.State({"reward": jax.tree.map(jnp.copy, params)}, {"reward": OPTIMIZER}, MESH).value
+        state = State({"reward": jax.tree.map(jnp.copy, params)}, {"reward": OPTIMIZER}, MESH).value
         found.append(reward.update(
             state, {}, batch, jax.random.key(0), model=MODEL, objective=objective, optimizer=OPTIMIZER,
             num_micro=num_micro, mesh=MESH,

@@ -18,8 +18,9 @@ from jaxrlhf import sharding
 from jaxrlhf.algorithms.scores import no_stats, shaped
 from jaxrlhf.config import PPO, Mesh, Optim, Scores
 from jaxrlhf.logprobs import last_token_scores
-from jaxrlhf.training import ppo_roles, ppo_update, setup
+from jaxrlhf.training import ppo_roles, ppo_update
 from jaxrlhf.training.optim import make_optimizer
+from jaxrlhf.training.state import State
 from jaxrlhf.types import Rollout
 
 LOGGED = {
@@ -89,7 +90,7 @@ def run(case, folder=None, **changes):
     frozen = {"policy": {}, "reference": jax.tree.map(lambda x: case.about["reference"] * x, params), "critic": {}}
     begin = {"policy": params, "critic": critic_params}
     copies = jax.tree.map(jnp.copy, begin)
-    state = setup.State(copies, dict(roles.optimizers), mesh, settings.kl_coef).value
+    state = State(copies, dict(roles.optimizers), mesh, settings.kl_coef).value
     rollout = rollout_of(case)
     scores, _ = shaped(
         jnp.asarray(case["raw_scores"]), rollout.response_mask, rollout.finished, no_stats(), config=shape, longest=99

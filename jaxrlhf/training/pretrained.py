@@ -1,0 +1,60 @@
+"""A model of a run in Hugging Face layout: the folder that `save_pretrained` and `jaxrlhf export` write."""
+
+import dataclasses
+from pathlib import Path
+
+from jaxrlhf import weights
+from jaxrlhf.config import RewardConfig
+from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.models import ModelConfig, with_two_labels
+from jaxrlhf.training.setup import RunConfig
+from jaxrlhf.types import Params
+
+
+def save(
+    directory: str | Path,
+    model: ModelConfig,
+    params: Params,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    *,
+    method: str,
+    step: int,
+    results: dict[str, float],
+    merge_lora: bool = False,
+) -> Path:
+    """Write a model of a run in Hugging Face layout, with a card that says how it was made; of a run with adapters
+    those alone, in PEFT's layout, unless they are to be merged or would not be enough (see `_stands_on`). A classifier
+    has two labels, so that its score is the probability of the good one."""
+    if isinstance(config, RewardConfig) and config.loss == "classification" and model.num_labels == 1:
+        model, params = with_two_labels(model, params)
+    card = {
+        "method": method,
+        "base_model": config.model.path,
+        "dataset": config.data.path,
+        "steps": step,
+        "config": dataclasses.asdict(config),
+        "metrics": {k: v for k, v in results.items() if not k.startswith("perf/")},
+    }
+    source, _ = weights.described_by(weights.resolve(config.model.path, config.model.revision, weights=False))
+    stops = () if isinstance(config, RewardConfig) else config.sampling.stop_token_ids
+    base = None if merge_lora else _stands_on(config, model)
+    return weights.export(
+        directory, model, params, source=source, tokenizer=tokenizer, stops=stops, facts=card, base=base
+    )
+
+
+def _stands_on(config: RunConfig, model: ModelConfig) -> tuple[str, str | None] | None:
+    """The model, and its revision, that somebody lays the adapters of this run over. None where there is none to be
+    had: random weights, merged adapters that were not written anywhere, a table that grew for new tokens, a head that
+    PEFT does not know."""
+    source = config.model
+    folder = weights.resolve(source.path, source.revision, weights=False)
+    merged = weights.described_by(folder)[1] is not None
+    rows = weights.load_config(source.path, revision=source.revision).vocab_size
+    if source.init == "random" or model.vocab_size > rows or model.head == "mlp" or (merged and not source.merged_path):
+        return None
+    path = Path(source.merged_path if merged else source.path).expanduser()
+    if path.is_dir():
+        return str((path if merged else folder).resolve()), None
+    return source.path.removeprefix("hf://"), source.revision
