@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import console, metrics
+from jaxrlhf import console
 from jaxrlhf.config import Logging
 from jaxrlhf.errors import ConfigError, DataError
+from jaxrlhf.metric_keys import METRICS
 from jaxrlhf.metrics import Logger, read
 
 PLAIN = Logging(tensorboard=False)
@@ -57,8 +58,8 @@ def test_unknown_keys_are_a_mistake(tmp_path):
 
 def test_every_shown_key_is_defined():
     for labels in console.SUMMARY.values():
-        assert labels.keys() <= metrics.METRICS.keys()
-    assert all(text and "\n" not in text for text in metrics.METRICS.values())
+        assert labels.keys() <= METRICS.keys()
+    assert all(text and "\n" not in text for text in METRICS.values())
 
 
 def test_lines_are_on_disk_at_once_and_rewind_cuts(tmp_path, capsys):

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxrlhf.metrics import METRICS
+from jaxrlhf.metric_keys import METRICS
 from jaxrlhf.reward_metrics import KEYS, HeldOut, auc, calibration, evaluation, summary
 
 RNG = np.random.default_rng(0)

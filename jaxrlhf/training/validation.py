@@ -22,7 +22,7 @@ from jaxrlhf.data.datasets import PromptRow, columns
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.files import write_whole
 from jaxrlhf.logprobs import response_states
-from jaxrlhf.metrics import METRICS
+from jaxrlhf.metric_keys import METRICS
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout import engine
