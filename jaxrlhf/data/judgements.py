@@ -6,11 +6,10 @@ Errors name row and column.
 import math
 from typing import Any
 
-import numpy as np
-
 from jaxrlhf.data.sources import Row
 from jaxrlhf.errors import DataError
 
+_LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
 _LABELS: dict[str, bool] = dict.fromkeys(("1", "1.0", "true", "good", "chosen"), True)
 _LABELS |= dict.fromkeys(("0", "0.0", "false", "bad", "rejected"), False)
 _TIES: dict[str, bool] = dict.fromkeys(("1", "1.0", "true", "tie", "tied"), True)
@@ -37,7 +36,7 @@ def number(row: Row, column: str, where: str) -> float:
             found = float(value)
         except (ValueError, OverflowError):
             found = math.nan
-        if abs(found) <= float(np.finfo(np.float32).max):
+        if abs(found) <= _LARGEST:
             return found
     raise DataError(f"{where}: column {column!r} is {shown(value)}; a finite number was expected")
 
