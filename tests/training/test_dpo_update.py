@@ -128,9 +128,10 @@ def test_padding_and_packing_do_not_change_an_update():
 
 
 @functools.cache
-def scored_and_back():
-    """Responses of PARAMS, and the function from the gradient by their log-probs to that by the parameters."""
-    pairs = jax.tree.map(jnp.asarray, preferences().pairs)
+def scored_and_back(width=12):
+    """Responses of PARAMS in rows of so many tokens, and the function from the gradient by their log-probs to that by
+    the parameters."""
+    pairs = jax.tree.map(jnp.asarray, preferences(width).pairs)
 
     @jax.jit
     def back(cotangent):
@@ -140,23 +141,32 @@ def scored_and_back():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_loss_moves_the_policy_by_finite_numbers(name):
+def test_every_loss_moves_the_policy_by_finite_numbers_whatever_the_padding(name):
     """From the reference itself, where margins are 0, as at the first step."""
-    found, back = scored_and_back()
     smoothing = {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}
-    settings, reference = config.DPO(loss=name, **smoothing), found.logprobs * (name not in REFERENCE_FREE)
+    settings = config.DPO(loss=name, **smoothing)
 
-    def loss(logprobs):
-        if name == "kto":
-            return kto_objective(logprobs[:, 0], reference[:, 0], GOOD, 0.0, 4, 0.3, settings)
-        return objective(found._replace(logprobs=logprobs), reference, 4, 14, 0.3, settings)
+    def by_parameters(found, back):
+        reference = found.logprobs * (name not in REFERENCE_FREE)
 
-    (value, metrics), slope = jax.value_and_grad(loss, has_aux=True)(found.logprobs)
-    gradient = jax.tree.leaves(back(slope))
+        def loss(logprobs):
+            if name == "kto":
+                return kto_objective(logprobs[:, 0], reference[:, 0], GOOD, 0.0, 4, 0.3, settings)
+            return objective(found._replace(logprobs=logprobs), reference, 4, 14, 0.3, settings)
+
+        (value, metrics), slope = jax.value_and_grad(loss, has_aux=True)(found.logprobs)
+        return value, metrics, jax.tree.leaves(back(slope))
+
+    value, metrics, gradient = by_parameters(*scored_and_back())
     assert all(np.isfinite(x).all() for x in (*gradient, value, *metrics.values()))
-    assert max(np.abs(leaf).max() for leaf in gradient) > 1e-4
+    largest = max(np.abs(leaf).max() for leaf in gradient)
+    assert largest > 1e-4
     if name in ("sigmoid", "sigmoid_norm", "aot", "aot_unpaired"):
         assert value == pytest.approx(np.log(2), abs=1e-6) and metrics["rewards/margins"] == 0
+    padded_value, _, padded = by_parameters(*scored_and_back(20))
+    assert padded_value == pytest.approx(float(value), rel=1e-5)
+    for leaf, wanted in zip(padded, gradient, strict=True):
+        np.testing.assert_allclose(leaf, wanted, rtol=0, atol=1e-5 * largest)
 
 
 def test_the_losses_of_a_config_are_those_there_are():
