@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from jaxrlhf.models import ModelConfig
     from jaxrlhf.rollout.decode import generate
     from jaxrlhf.rollout.inference_copy import inference_copy
-    from jaxrlhf.training.dpo import DPOTrainer
-    from jaxrlhf.training.grpo import GRPOTrainer
-    from jaxrlhf.training.ppo import PPOTrainer
-    from jaxrlhf.training.reward import RewardTrainer
+    from jaxrlhf.training.dpo.trainer import DPOTrainer
+    from jaxrlhf.training.grpo.trainer import GRPOTrainer
+    from jaxrlhf.training.ppo.trainer import PPOTrainer
+    from jaxrlhf.training.reward.trainer import RewardTrainer
     from jaxrlhf.training.sft import SFTTrainer
     from jaxrlhf.weights import export, load
 
@@ -43,14 +43,14 @@ __all__ = [
 
 _HOMES = {
     "DPOConfig": "jaxrlhf.config",
-    "DPOTrainer": "jaxrlhf.training.dpo",
+    "DPOTrainer": "jaxrlhf.training.dpo.trainer",
     "GRPOConfig": "jaxrlhf.config",
-    "GRPOTrainer": "jaxrlhf.training.grpo",
+    "GRPOTrainer": "jaxrlhf.training.grpo.trainer",
     "ModelConfig": "jaxrlhf.models",
     "PPOConfig": "jaxrlhf.config",
-    "PPOTrainer": "jaxrlhf.training.ppo",
+    "PPOTrainer": "jaxrlhf.training.ppo.trainer",
     "RewardConfig": "jaxrlhf.config",
-    "RewardTrainer": "jaxrlhf.training.reward",
+    "RewardTrainer": "jaxrlhf.training.reward.trainer",
     "SFTConfig": "jaxrlhf.config",
     "SFTTrainer": "jaxrlhf.training.sft",
     "export": "jaxrlhf.weights",

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from jaxrlhf import runtime
 from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.masked import Scalar
-from jaxrlhf.models import ModelConfig, forward, lm_weight, scores
+from jaxrlhf.models import ModelConfig, forward, lm_weight, scalar_head
 from jaxrlhf.models.attention import MASKED
 from jaxrlhf.models.product import product
 from jaxrlhf.types import Params, Rollout
@@ -251,4 +251,4 @@ def last_token_scores(
 
     A row without a real token gets some finite score that means nothing.
     """
-    return scores(params, model, last_hidden(params, model, tokens, mask))
+    return scalar_head(params, model, last_hidden(params, model, tokens, mask))

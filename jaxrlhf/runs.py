@@ -24,7 +24,8 @@ from typing import Any, TextIO
 
 import yaml
 
-from jaxrlhf import checkpoint, config_text
+from jaxrlhf import checkpoint
+from jaxrlhf.config import text
 from jaxrlhf.errors import Preempted, StorageError, first_line
 from jaxrlhf.files import write_whole
 
@@ -83,12 +84,10 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
             lock.close()
             lock = _lock(directory)
         resumed = checkpoint.exists(directory / "checkpoints")
-        settings = yaml.safe_load(config_text.dump(config))
+        settings = yaml.safe_load(text.dump(config))
         record, notes = _continue(directory, config, settings, method) if resumed else ({}, ())
         record = _record(record, config, settings, method)
-        write_whole(
-            directory / "config.yaml", f"# jaxrlhf {method}, every option resolved\n" + config_text.dump(config)
-        )
+        write_whole(directory / "config.yaml", f"# jaxrlhf {method}, every option resolved\n" + text.dump(config))
         write_whole(directory / "run.json", json.dumps(record, indent=1) + "\n")
         run = Run(directory, resumed, notes)
         outcome = "done"
@@ -112,7 +111,7 @@ def check(config: Any, method: str, fresh: bool) -> None:
     if directory.is_dir() and not fresh:
         with _lock(directory):
             if checkpoint.exists(directory / "checkpoints"):
-                _continue(directory, config, yaml.safe_load(config_text.dump(config)), method)
+                _continue(directory, config, yaml.safe_load(text.dump(config)), method)
 
 
 def what_ran(directory: Path) -> tuple[str, str]:
@@ -195,7 +194,7 @@ def _continue(
             f"{directory} holds a run of '{began}' and not of '{method}'; choose another run_dir, or use --fresh"
         )
     now = _flat(settings)
-    before = _flat(yaml.safe_load(config_text.dump(type(config)()))) | before  # keys that are younger than the run
+    before = _flat(yaml.safe_load(text.dump(type(config)()))) | before  # keys that are younger than the run
     schedules = [(keys.get("optim.schedule"), keys.get("dpo.beta_schedule", "constant")) for keys in (before, now)]
     steady = schedules == [("constant", "constant")] * 2
     changed = [key for key in now | before if before.get(key, "(not set)") != now.get(key, "(not set)")]

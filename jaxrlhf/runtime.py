@@ -144,7 +144,7 @@ def resolve_remat(requested: Literal["auto", "none", "full", "dots"], backend: s
 def resolve_attention(
     requested: Literal["auto", "plain", "cudnn"], backend: str, dtype: str
 ) -> Literal["plain", "cudnn"]:
-    """`requested`, where auto means cudnn for bfloat16 on an NVIDIA card, if a trial agrees (`setup.attending`)."""
+    """`requested`, where auto means cudnn for bfloat16 on an NVIDIA card, if a trial agrees."""
     if requested != "auto":
         return requested
     return "cudnn" if backend in ("gpu", "cuda") and dtype == "bfloat16" else "plain"

@@ -86,7 +86,7 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     )
 
 
-def placed(shapes: Any, places: Any) -> Any:
+def with_shardings(shapes: Any, places: Any) -> Any:
     """Shape structs with these shardings: what stands for arrays before there are any."""
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
@@ -96,7 +96,7 @@ def constrain(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
 
 
-def places(shape: tuple[int, ...], first: ArrayLike = 0) -> Array:
+def element_indices(shape: tuple[int, ...], first: ArrayLike = 0) -> Array:
     """The number of every element in row-major order, counted from `first` modulo 2^32: uint32 of `shape`, the same on
     any mesh. Made where it is used: it begins with `first`, and what depends on that is not moved out of a loop."""
     numbers = jnp.full(shape, first, jnp.uint32)
@@ -166,8 +166,13 @@ def _device_kind() -> str:
     return jax.local_devices()[0].default_memory().kind
 
 
+def row_shards(mesh: jax.sharding.Mesh) -> int:
+    """The number of shards that the rows of a batch are split into: data x fsdp."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_rows(rows: int, mesh: jax.sharding.Mesh, what: str) -> None:
     """Refuse a batch that the mesh cannot split evenly; `what` is the config key to change."""
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    shares = row_shards(mesh)
     if rows % shares:
         raise ConfigError(f"{what} ({rows}) must be a multiple of mesh.data x mesh.fsdp ({shares})")

@@ -166,7 +166,7 @@ class Experience:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Compared:
+class GroupExperience:
     """A rollout whose responses have been compared within groups, with what an update needs. For online DPO the leading
     axes of all are [n, 2]: chosen and rejected of n pairs. 0 outside the response mask."""
 

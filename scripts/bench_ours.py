@@ -35,13 +35,13 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from bench_memory import table  # noqa: E402
 
-from jaxrlhf import plan, plan_report, sharding, weights  # noqa: E402
+from jaxrlhf import plan, sharding, weights  # noqa: E402
 from jaxrlhf.config import (  # noqa: E402
     DPO,
     GRPO,
     PPO,
     Data,
-    Engine,
+    Generation,
     GRPOConfig,
     LoRA,
     Mesh,
@@ -55,12 +55,19 @@ from jaxrlhf.config import (  # noqa: E402
 )
 from jaxrlhf.logprobs import token_logprobs  # noqa: E402
 from jaxrlhf.models import forward  # noqa: E402
+from jaxrlhf.plan import report  # noqa: E402
 from jaxrlhf.rollout.decode import generate  # noqa: E402
 from jaxrlhf.rollout.engine import answer  # noqa: E402
 from jaxrlhf.rollout.inference_copy import inference_copy  # noqa: E402
-from jaxrlhf.training import dpo_update, grpo, grpo_learner, ppo, ppo_learner, reward, sft  # noqa: E402
+from jaxrlhf.training import sft  # noqa: E402
+from jaxrlhf.training.dpo import update as dpo_update  # noqa: E402
+from jaxrlhf.training.grpo import learner as grpo_learner  # noqa: E402
+from jaxrlhf.training.grpo import trainer as grpo  # noqa: E402
 from jaxrlhf.training.optim import make_optimizer  # noqa: E402
-from jaxrlhf.training.reward_loss import objective_of  # noqa: E402
+from jaxrlhf.training.ppo import learner as ppo_learner  # noqa: E402
+from jaxrlhf.training.ppo import trainer as ppo  # noqa: E402
+from jaxrlhf.training.reward import trainer as reward  # noqa: E402
+from jaxrlhf.training.reward.loss import objective_of  # noqa: E402
 from jaxrlhf.training.state import State  # noqa: E402
 from jaxrlhf.types import Batch, Pairs, Prompts, Responses, Rollout  # noqa: E402
 
@@ -281,7 +288,7 @@ def judged(job: Job) -> dict[str, Any]:
         "model": ModelSource(path=job.model, init="random", compute_dtype=dtype, remat=job.remat),
         "reward": RewardSource(model=str(judge), model_dtype=dtype if job.frozen_dtype == "auto" else job.frozen_dtype),
         "reference": Reference(dtype=job.frozen_dtype),
-        "rollout": Engine(dtype=job.rollout_dtype),
+        "rollout": Generation(dtype=job.rollout_dtype),
         "sampling": Sampling(response_length=job.response, min_length=job.response),
         "optim": Optim(learning_rate=1e-6, schedule="constant", eps=1e-5),
         "lora": LoRA(enabled=bool(job.lora_rank), rank=job.lora_rank or 16, quantize=job.quantize),
@@ -315,7 +322,7 @@ def planned(job: Job, name: str) -> Repeat:
 
     def repeat() -> dict[str, Any]:
         seconds, made = timed(lambda: plan.plan(ppo_config(job, as_a_run=True)[0]))
-        process = plan_report.process_bytes()
+        process = report.process_bytes()
         together = {phase.name: phase.total for phase in made.phases} | {"process": process}
         together["peak"] = made.peak.total + process
         return {"seconds": seconds, "phases": {part: count / 1e9 for part, count in together.items()}}

@@ -33,10 +33,10 @@ from jaxrlhf.algorithms import masked
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import prompt_rows
 from jaxrlhf.demo import pipeline, task
-from jaxrlhf.evaluate import evaluate
+from jaxrlhf.evaluation.completions import evaluate
 from jaxrlhf.logprobs import response_states, token_logprobs
-from jaxrlhf.selection import select
-from jaxrlhf.selection_rule import Rule
+from jaxrlhf.selection.rule import Rule
+from jaxrlhf.selection.select import select
 
 PER_PROMPT = 22  # completions of each of 576 prompts: as near to PPO's 12,800 as whole numbers come
 PARTS = {"right_level": "tone", "fact_right": "fact", "well_formed": "form"}

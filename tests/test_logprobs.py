@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiny import tiny
+from support.tiny import tiny
 
 from jaxrlhf import logprobs, models, runtime, sharding
 from jaxrlhf.config import Mesh

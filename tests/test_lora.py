@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny
+from support.tiny import tiny
 
 import jaxrlhf
 from jaxrlhf import lora

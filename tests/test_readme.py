@@ -11,9 +11,10 @@ import jax
 import pytest
 
 import jaxrlhf
-from jaxrlhf import config_file, weights
+from jaxrlhf import weights
 from jaxrlhf.cli import main
-from jaxrlhf.commands import COMMANDS
+from jaxrlhf.cli.training import COMMANDS
+from jaxrlhf.config import file
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,8 +62,8 @@ def test_every_command_parses(line, monkeypatch):
     if len(words) == 1 and words[0] in COMMANDS:  # the name of a command and not a call
         return
     assert main(words) == 0, words
-    if words[0] in config_file.METHODS:
-        assert set(seen) <= {key for key, _ in config_file.keys(config_file.METHODS[words[0]])}
+    if words[0] in file.METHODS:
+        assert set(seen) <= {key for key, _ in file.keys(file.METHODS[words[0]])}
 
 
 def test_there_are_commands_to_check():

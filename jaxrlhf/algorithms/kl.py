@@ -58,7 +58,7 @@ def kl_loss(
     return loss, {"loss/kl_avg": loss}
 
 
-def adapted(
+def adaptive_kl_coef(
     kl_coef: Float[Array, ""], kl: Float[Array, ""], target: float | None, horizon: float, episodes: int
 ) -> Float[Array, ""]:
     """The coefficient after `episodes` responses with a mean KL of `kl` nats (https://arxiv.org/abs/1909.08593, 2.2).

@@ -39,7 +39,7 @@ def kto_loss(
     `logprobs` are sums over the tokens of a response, `mask` says which rows are responses, and `count` is their number
     in the whole optimizer batch. `kl` is the `kl_baseline`; with 0, and weights of 1, this is the unpaired form of
     APO-zero (https://arxiv.org/abs/2408.06266). Finite for finite log-probs, also where all responses are of one kind.
-    Metrics add up over micro-batches like the loss; `additive_to_final` turns their sum into what is logged.
+    Metrics add up over micro-batches like the loss; `finalize_metrics` turns their sum into what is logged.
     """
     logprobs, ref_logprobs = masked.keep(logprobs, mask), masked.keep(ref_logprobs, mask)
     log_ratio = logprobs - ref_logprobs
@@ -54,7 +54,7 @@ def kto_loss(
     return loss, metrics
 
 
-def additive_to_final(metrics: Metrics) -> Metrics:
+def finalize_metrics(metrics: Metrics) -> Metrics:
     """The sum of the micro-batches' metrics -> what is logged: means over the responses of a kind, and their margin.
 
     A kind that the batch lacks has means of 0; look at its share.

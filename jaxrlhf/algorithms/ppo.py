@@ -61,7 +61,7 @@ def policy_loss(
 
     With a dual clip, min(that, -A_t dual) where A_t < 0. `weights` correct for a sampler that is not pi_old; none: 1.
     `count` is the number of real tokens of the whole optimizer batch. Metrics add up over micro-batches like the loss;
-    `additive_to_final` turns their sum into what is logged.
+    `finalize_metrics` turns their sum into what is logged.
     """
     log_ratio = masked.keep(logprobs, mask) - masked.keep(old_logprobs, mask)
     advantages = masked.keep(advantages, mask)
@@ -119,7 +119,7 @@ def value_loss(
     return loss, {"loss/value_avg": loss, "val/clipfrac_avg": jnp.sum(near_error > free_error) / count}
 
 
-def additive_to_final(metrics: Metrics) -> Metrics:
+def finalize_metrics(metrics: Metrics) -> Metrics:
     """The sum of the micro-batches' metrics -> what is logged: val/ratio_var in place of val/ratio_spread.
 
     E[(rho - 1)^2] is what adds up; Var[rho] = E[(rho - 1)^2] - (E[rho] - 1)^2, without the cancellation of E[rho^2].

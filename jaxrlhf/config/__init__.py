@@ -15,7 +15,7 @@ from jaxrlhf.config.rewards import Component, RewardSource
 from jaxrlhf.config.sections import (
     Checkpoint,
     Data,
-    Engine,
+    Generation,
     Logging,
     Mesh,
     ModelSource,
@@ -36,8 +36,8 @@ __all__ = [
     "DPOConfig",
     "DType",
     "Data",
-    "Engine",
     "GRPOConfig",
+    "Generation",
     "LoRA",
     "Logging",
     "Mesh",

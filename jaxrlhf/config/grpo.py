@@ -12,7 +12,7 @@ from jaxrlhf.config.rewards import RewardSource
 from jaxrlhf.config.sections import (
     Checkpoint,
     Data,
-    Engine,
+    Generation,
     Logging,
     Mesh,
     ModelSource,
@@ -247,7 +247,7 @@ class GRPOConfig:
     scores: Scores = Field(default_factory=Scores)
     grpo: GRPO = Field(default_factory=GRPO)
     sampling: Sampling = Field(default_factory=Sampling)
-    rollout: Engine = Field(default_factory=Engine)
+    rollout: Generation = Field(default_factory=Generation)
     optim: Optim = Field(default_factory=lambda: Optim(**_OPTIM))
     """A learning_rate of 1e-6 and an eps of 1e-5 unless given; an `Optim` made in Python has its own defaults."""
     validation: Validation = Field(default_factory=Validation)

@@ -12,7 +12,7 @@ from jaxrlhf.config.rewards import RewardSource
 from jaxrlhf.config.sections import (
     Checkpoint,
     Data,
-    Engine,
+    Generation,
     Logging,
     Mesh,
     ModelSource,
@@ -119,7 +119,7 @@ class PPOConfig:
     critic: Critic = Field(default_factory=Critic)
     ppo: PPO = Field(default_factory=PPO)
     sampling: Sampling = Field(default_factory=Sampling)
-    rollout: Engine = Field(default_factory=Engine)
+    rollout: Generation = Field(default_factory=Generation)
     optim: Optim = Field(default_factory=lambda: Optim(**_ADAM_PPO))
     """A learning_rate of 3e-6 and an eps of 1e-5 unless given; an `Optim` made in Python has its own defaults."""
     validation: Validation = Field(default_factory=Validation)

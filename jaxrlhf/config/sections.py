@@ -214,7 +214,7 @@ class Sampling:
 
 
 @section
-class Engine:
+class Generation:
     """What draws the responses: a copy of the policy made for decoding, and how many rows it answers at a time."""
 
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxrlhf.data.datasets import PairRow, PromptRow, SFTRow
-from jaxrlhf.data.judged import RankedRow
+from jaxrlhf.data.labelled import RankedRow
 from jaxrlhf.data.packing import PackedRow
 from jaxrlhf.types import Batch, PackedPairs, Pairs, Prompts, Responses
 

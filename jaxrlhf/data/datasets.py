@@ -7,11 +7,11 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from jaxrlhf.config import Data
-from jaxrlhf.data import judgements
+from jaxrlhf.data import labels
 from jaxrlhf.data.formats import Content, Example, Task, normalise, recognise
 from jaxrlhf.data.loader import permutation
-from jaxrlhf.data.sequences import Tokens, draft, fit, refusal, tokenise
-from jaxrlhf.data.sources import Place, Rows, read
+from jaxrlhf.data.sources import Rows, SourceLocation, read
+from jaxrlhf.data.tokenise import Tokens, draft, fit, refusal, tokenise
 from jaxrlhf.data.tokenizer import GUARD, Tokenizer
 from jaxrlhf.errors import ConfigError, DataError
 
@@ -94,7 +94,7 @@ def sft_rows(config: Data, tokenizer: Tokenizer, completion_only: bool) -> Split
     def row(tokens: Tokens, example: Example, rows: Rows, i: int) -> SFTRow:
         return SFTRow(*tokens.sequence(0, learn_all=not completion_only))
 
-    return split_rows(config, tokenizer, "sft", row)
+    return train_validation_split(config, tokenizer, "sft", row)
 
 
 def pair_rows(config: Data, tokenizer: Tokenizer, *, margins: bool = False, ties: bool = False) -> Split[PairRow]:
@@ -104,13 +104,13 @@ def pair_rows(config: Data, tokenizer: Tokenizer, *, margins: bool = False, ties
 
     def row(tokens: Tokens, example: Example, rows: Rows, i: int) -> PairRow:
         where = f"data {rows.places[i]}"
-        margin = judgements.number(rows.rows[i], "margin", where) if margins else 0.0
+        margin = labels.number(rows.rows[i], "margin", where) if margins else 0.0
         if margin < 0:
             raise DataError(f"{where}: column 'margin' is {margin:g}; the chosen answer is better by 0 or more")
-        tied = ties and judgements.tied(rows.rows[i], where)
+        tied = ties and labels.tied(rows.rows[i], where)
         return PairRow(SFTRow(*tokens.sequence(0)), SFTRow(*tokens.sequence(1)), margin, tied)
 
-    split = split_rows(config, tokenizer, "pairs", row)
+    split = train_validation_split(config, tokenizer, "pairs", row)
     if ties:
         count = sum(pair.tied for pair in split.train)
         split.report.notes.append(f"{count} of {len(split.train)} pairs to train on are ties")
@@ -130,7 +130,7 @@ def pair_rows(config: Data, tokenizer: Tokenizer, *, margins: bool = False, ties
 def prompt_rows(config: Data, tokenizer: Tokenizer) -> Split[PromptRow]:
     """Prompts to answer, ready for generation. Raises DataError and ConfigError."""
 
-    return split_rows(config, tokenizer, "prompts", _prompt_row)
+    return train_validation_split(config, tokenizer, "prompts", _prompt_row)
 
 
 def prompts_from_texts(
@@ -144,7 +144,7 @@ def prompts_from_texts(
         if len(values) != len(texts):
             raise DataError(f"column '{name}' has {len(values)} values for {len(texts)} prompts")
     rows = [{"prompt": text, **{name: values[i] for name, values in columns.items()}} for i, text in enumerate(texts)]
-    places = [Place("prompts", i + 1, line=False) for i in range(len(rows))]
+    places = [SourceLocation("prompts", i + 1, line=False) for i in range(len(rows))]
     kept, report = _usable(
         Rows("prompts", rows, places), replace(config, template="", columns={}), tokenizer, "prompts", _prompt_row
     )
@@ -181,7 +181,7 @@ def as_written(prompt: Content) -> str:
     return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in prompt)
 
 
-def split_rows(config: Data, tokenizer: Tokenizer, task: Task, row: Callable[..., T]) -> Split[T]:
+def train_validation_split(config: Data, tokenizer: Tokenizer, task: Task, row: Callable[..., T]) -> Split[T]:
     """The rows of `task`, row `i` as `row(tokens, example, rows, i)` makes it. Raises DataError and ConfigError."""
     if config.validation_path and config.validation_fraction:
         raise ConfigError("data.validation_path and data.validation_fraction both hold rows out; set one of them")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jaxrlhf.config import Data
-from jaxrlhf.data.judgements import ranked, shown
+from jaxrlhf.data.labels import ranked, shown
 from jaxrlhf.data.sources import Row, Rows
 from jaxrlhf.errors import DataError
 

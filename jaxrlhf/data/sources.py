@@ -24,7 +24,7 @@ SPLITS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-class Place(NamedTuple):
+class SourceLocation(NamedTuple):
     """Where a row stands: a file and its line there (JSONL, CSV), or its place in the list, counted from 1."""
 
     path: str
@@ -46,7 +46,7 @@ class Rows:
 
     source: str
     rows: list[Row]
-    places: list[Place]
+    places: list[SourceLocation]
 
     @property
     def columns(self) -> list[str]:
@@ -86,7 +86,7 @@ def _renamed(rows: Rows, columns: dict[str, str]) -> Rows:
     return Rows(rows.source, [{new.get(k, k): v for k, v in row.items()} for row in rows.rows], rows.places)
 
 
-def _open(source: str, config: Data) -> Iterator[tuple[Place, Row]]:
+def _open(source: str, config: Data) -> Iterator[tuple[SourceLocation, Row]]:
     path = Path(source).expanduser()
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -102,7 +102,7 @@ def _open(source: str, config: Data) -> Iterator[tuple[Place, Row]]:
         raise DataError(f"data {source}: no such file or folder")
 
 
-def _file(path: Path) -> Iterator[tuple[Place, Row]]:
+def _file(path: Path) -> Iterator[tuple[SourceLocation, Row]]:
     name = path.name.removesuffix(".gz")
     try:
         if name.endswith((".jsonl", ".ndjson")):
@@ -134,14 +134,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, text.removeprefix("\ufeff") if number == 1 else text
 
 
-def _jsonl(path: Path) -> Iterator[tuple[Place, Row]]:
+def _jsonl(path: Path) -> Iterator[tuple[SourceLocation, Row]]:
     for number, line in _lines(path):
         if line.strip():
-            place = Place(str(path), number, line=True)
+            place = SourceLocation(str(path), number, line=True)
             yield place, _object(_parse(line, str(place)), place)
 
 
-def _json(path: Path) -> Iterator[tuple[Place, Row]]:
+def _json(path: Path) -> Iterator[tuple[SourceLocation, Row]]:
     text = "".join(line for _, line in _lines(path))
     if text.lstrip().startswith("{") and "\n{" in text.strip().replace("\r", ""):  # JSON lines by another name
         yield from _jsonl(path)
@@ -152,7 +152,7 @@ def _json(path: Path) -> Iterator[tuple[Place, Row]]:
     if not isinstance(rows, list):
         raise DataError(f"data {path}: a list of objects was expected, not {_kind(rows)}")
     for number, row in enumerate(rows, 1):
-        place = Place(str(path), number, line=False)
+        place = SourceLocation(str(path), number, line=False)
         yield place, _object(row, place)
 
 
@@ -183,7 +183,7 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _object(value: Any, place: Place) -> Row:
+def _object(value: Any, place: SourceLocation) -> Row:
     if not isinstance(value, dict):
         raise DataError(f"data {place}: an object {{column: value}} was expected, not {_kind(value)}")
     return value
@@ -193,7 +193,7 @@ def _kind(value: Any) -> str:
     return {dict: "an object", list: "a list", str: "text", type(None): "null"}.get(type(value), "a number")
 
 
-def _csv(path: Path) -> Iterator[tuple[Place, Row]]:
+def _csv(path: Path) -> Iterator[tuple[SourceLocation, Row]]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader((text for _, text in _lines(path)), strict=True)
     try:
@@ -201,7 +201,7 @@ def _csv(path: Path) -> Iterator[tuple[Place, Row]]:
         if len(set(names)) < len(names):
             raise DataError(f"data {path}: two columns of the header have the same name: {', '.join(names)}")
         for cells in reader:
-            place = Place(str(path), reader.line_num, line=True)
+            place = SourceLocation(str(path), reader.line_num, line=True)
             if cells and len(cells) != len(names):
                 raise DataError(f"data {place}: {len(cells)} cells, but the header has {len(names)} columns")
             if cells:
@@ -210,14 +210,14 @@ def _csv(path: Path) -> Iterator[tuple[Place, Row]]:
         raise DataError(f"data {path}:{reader.line_num}: not CSV ({error})") from error
 
 
-def _parquet(path: Path) -> Iterator[tuple[Place, Row]]:
+def _parquet(path: Path) -> Iterator[tuple[SourceLocation, Row]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             for number, row in enumerate((row for part in file.iter_batches() for row in part.to_pylist()), 1):
-                yield Place(str(path), number, line=False), row
+                yield SourceLocation(str(path), number, line=False), row
     except pa.ArrowInvalid as error:
         raise DataError(f"data {path}: not a Parquet file ({error})") from error
 
@@ -235,7 +235,7 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     return mine or files
 
 
-def _saved_dataset(path: Path, config: Data) -> Iterator[tuple[Place, Row]]:
+def _saved_dataset(path: Path, config: Data) -> Iterator[tuple[SourceLocation, Row]]:
     import datasets
 
     try:
@@ -249,7 +249,7 @@ def _saved_dataset(path: Path, config: Data) -> Iterator[tuple[Place, Row]]:
     yield from _numbered(str(path), data)
 
 
-def _hub(source: str, config: Data) -> Iterator[tuple[Place, Row]]:
+def _hub(source: str, config: Data) -> Iterator[tuple[SourceLocation, Row]]:
     import datasets
 
     try:
@@ -262,6 +262,6 @@ def _hub(source: str, config: Data) -> Iterator[tuple[Place, Row]]:
     yield from _numbered(source, data)
 
 
-def _numbered(source: str, rows: Iterable[Any]) -> Iterator[tuple[Place, Row]]:
+def _numbered(source: str, rows: Iterable[Any]) -> Iterator[tuple[SourceLocation, Row]]:
     for number, row in enumerate(rows, 1):
-        yield Place(source, number, line=False), dict(row)
+        yield SourceLocation(source, number, line=False), dict(row)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config import TokenizerSource
-from jaxrlhf.data.pretrained import CHATML, FILES, chat_template, generation_stops, pretrained
+from jaxrlhf.data.hf_tokenizer import CHATML, FILES, chat_template, generation_stops, pretrained
 from jaxrlhf.errors import DataError
 
 GUARD = "\ufdd0"

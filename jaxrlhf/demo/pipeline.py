@@ -13,15 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrlhf import config as c
-from jaxrlhf import metrics, plots
+from jaxrlhf import metrics
 from jaxrlhf.demo import task
 from jaxrlhf.demo.tokenizer import write_base
 from jaxrlhf.errors import StorageError
-from jaxrlhf.evaluate import evaluate
-from jaxrlhf.evaluate_report import wilson
+from jaxrlhf.evaluation.completions import evaluate
+from jaxrlhf.evaluation.summary import wilson
 from jaxrlhf.files import write_whole
-from jaxrlhf.training.ppo import PPOTrainer
-from jaxrlhf.training.reward import RewardTrainer
+from jaxrlhf.metrics import plots
+from jaxrlhf.training.ppo.trainer import PPOTrainer
+from jaxrlhf.training.reward.trainer import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
 
 MEASURES = {"right_level": "right strictness", "fact_right": "fact right", "well_formed": "well formed"}

@@ -2,7 +2,7 @@
 
 from jaxrlhf.models.attention import cudnn_trouble
 from jaxrlhf.models.config import Adapters, ModelConfig, Rope
-from jaxrlhf.models.heads import init_head, label_logits, lm_logits, lm_weight, log_odds, scores, with_two_labels
+from jaxrlhf.models.heads import init_head, label_logits, lm_logits, lm_weight, log_odds, scalar_head, with_two_labels
 from jaxrlhf.models.packed import Bits, pack, unpack
 from jaxrlhf.models.transformer import empty_cache, forward, forward_cached, init, unstack
 
@@ -22,7 +22,7 @@ __all__ = [
     "lm_weight",
     "log_odds",
     "pack",
-    "scores",
+    "scalar_head",
     "unpack",
     "unstack",
     "with_two_labels",

@@ -88,7 +88,7 @@ def _matmul(x: Array, kernel: Array) -> Array:
     return product(f"{lead}i,io->{lead}o", x, kernel, jnp.float32)
 
 
-def scores(
+def scalar_head(
     params: Params, model: ModelConfig, hidden: Float[Array, "*lead D"], dropout_key: Array | None = None
 ) -> Float[Array, "*lead"]:
     """One number per position: the output itself, or with two labels the probability of label 1."""

@@ -7,20 +7,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxrlhf.compilation import Ahead
 from jaxrlhf.config import Component, RewardSource
 from jaxrlhf.config.rewards import function_label
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError, RewardError, quoted
-from jaxrlhf.programs import Ahead
-from jaxrlhf.rewards import judges, template
-from jaxrlhf.rewards.answers import Answer, Request
-from jaxrlhf.rewards.endpoint import Endpoint
-from jaxrlhf.rewards.ensemble import combined
 from jaxrlhf.rewards.functions import RewardFunction
-from jaxrlhf.rewards.human import Human
-from jaxrlhf.rewards.judges import Judge
-from jaxrlhf.rewards.model import RewardModel, Turns
-from jaxrlhf.rewards.worker import Worker, json_line
+from jaxrlhf.rewards.sources import judges, template
+from jaxrlhf.rewards.sources.answers import Answer, Request
+from jaxrlhf.rewards.sources.endpoint import Endpoint
+from jaxrlhf.rewards.sources.ensemble import combined
+from jaxrlhf.rewards.sources.human import Human
+from jaxrlhf.rewards.sources.judges import Judge
+from jaxrlhf.rewards.sources.model import RewardModel, Turns
+from jaxrlhf.rewards.sources.worker import Worker, json_line
 from jaxrlhf.rollout.text import token_texts
 from jaxrlhf.types import Rollout
 
@@ -35,7 +35,7 @@ class Scored(NamedTuple):
     components: dict[str, np.ndarray]  # f32 [B] each, before weights; of one per token the sum over the response
     metrics: dict[str, float]  # rewards/NAME/mean, std, errors, length_correlation
     notes: tuple[str, ...]  # what went wrong and did not stop the run
-    silent: np.ndarray  # bool [B]   no part had an opinion: the score of 0 says nothing
+    unscored: np.ndarray  # bool [B]   no part had an opinion: the score of 0 says nothing
 
     @property
     def totals(self) -> np.ndarray:
@@ -205,7 +205,7 @@ class Scorer:
         components: dict[str, np.ndarray] = {}
         metrics: dict[str, float] = {}
         settled: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        notes, silent = [], np.ones(len(completions), bool)
+        notes, unscored = [], np.ones(len(completions), bool)
         for name, (component, judge) in self.parts.items():
             asked = request
             if component.per_token and not isinstance(judge, RewardModel):
@@ -238,7 +238,7 @@ class Scorer:
             metrics[f"rewards/{name}/length_correlation"] = correlation(whole, mask.sum(1))
         for label, (source, names) in self._sums.items():
             values = settled[names[0]][0]
-            silent &= np.any([settled[name][1] for name in names], axis=0)
+            unscored &= np.any([settled[name][1] for name in names], axis=0)
             if source.ensemble:
                 values = _together([settled[name] for name in names], source)
                 each = np.stack([components[name] for name in names])
@@ -252,7 +252,7 @@ class Scorer:
                 scores += np.float32(source.weight) * values
         for name, values in components.items():
             metrics |= {f"rewards/{name}/mean": float(np.mean(values)), f"rewards/{name}/std": float(np.std(values))}
-        return Scored(scores, token_scores, components, metrics, tuple(notes), silent)
+        return Scored(scores, token_scores, components, metrics, tuple(notes), unscored)
 
     def _reads_tokens(self, name: str) -> bool:
         return self._shared[name] and not self.parts[name][0].template

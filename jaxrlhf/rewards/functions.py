@@ -17,9 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
+from jaxrlhf.config.spelling import did_you_mean
 from jaxrlhf.errors import ConfigError, RewardError
-from jaxrlhf.rewards.answers import Answer, Request, check
-from jaxrlhf.spelling import did_you_mean
+from jaxrlhf.rewards.sources.answers import Answer, Request, check
 
 T = TypeVar("T")
 OURS = ("prompts", "completions", "tokens")

@@ -17,12 +17,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jaxrlhf import memory, programs, sharding
+from jaxrlhf import compilation, memory, sharding
 from jaxrlhf.config import Sampling
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rollout.decode import advance, draw, empty_slots, prefill, row_keys
-from jaxrlhf.rollout.queue import FREE, Part, Places, Queue
+from jaxrlhf.rollout.queue import FREE, Part, Queue, SlotTable
 from jaxrlhf.types import Params, Prompts, Rollout, Slots
 
 SHRINK = 4  # with the queue empty, the rest goes on in a quarter of the slots as soon as it fits there
@@ -108,23 +108,23 @@ def stream(
         sharding.check_rows(queue.slots, mesh, "rollout.slots")
         state = jax.device_put(state, _places(state, mesh))
     shrinks = mesh is None or mesh.size == 1
-    places = Places(queue.slots)
-    while queue.waiting or places.busy:
-        while queue.waiting and len(places.free) >= queue.wanted(places.busy):
-            part, rows = queue.take(len(places.free))
-            where = np.array([len(places.rows) if row == FREE else places.give(row) for row in rows.tolist()], np.int32)
+    table = SlotTable(queue.slots)
+    while queue.waiting or table.busy:
+        while queue.waiting and len(table.free) >= queue.wanted(table.busy):
+            part, rows = queue.take(len(table.free))
+            where = np.array([len(table.rows) if row == FREE else table.give(row) for row in rows.tolist()], np.int32)
             state = _admit(params, model, state, part, where, queue.limits[rows], key, sampling, stop_ids)
-        size = len(places.rows)
-        if not queue.waiting and size >= SHRINK and places.busy <= size // SHRINK and shrinks:
-            state = _keep(state, places.shrink(size // SHRINK))
-            size = len(places.rows)
+        size = len(table.rows)
+        if not queue.waiting and size >= SHRINK and table.busy <= size // SHRINK and shrinks:
+            state = _keep(state, table.shrink(size // SHRINK))
+            size = len(table.rows)
         if queue.waiting:
-            enough = len(places.free) + min(queue.wanted(places.busy), places.busy)
+            enough = len(table.free) + min(queue.wanted(table.busy), table.busy)
         else:
-            enough = size - size // SHRINK if places.busy > size // SHRINK and shrinks else size
+            enough = size - size // SHRINK if table.busy > size // SHRINK and shrinks else size
         steps = np.int32(every or sampling.response_length)
         state = _advance(params, model, state, steps, np.int32(enough), sampling, stop_ids)
-        yield from places.harvest(state)
+        yield from table.harvest(state)
 
 
 def prepare(
@@ -146,15 +146,17 @@ def prepare(
     columns = max(columns, *queue.widths)
     state = jax.eval_shape(lambda: empty_slots(model, queue.slots, columns, sampling, pad_id))
     if mesh is not None:
-        state = sharding.placed(state, _places(state, mesh))
+        state = sharding.with_shardings(state, _places(state, mesh))
     widths = set()
     while queue.waiting:
         part, rows = queue.take(queue.slots)
         if (width := part.tokens.shape[1]) not in widths:
             widths.add(width)
             places = np.zeros(len(rows), np.int32)
-            programs.outputs(_admit, params, model, state, part, places, queue.limits[rows], key, sampling, stop_ids)
-    programs.outputs(_advance, params, model, state, np.int32(0), np.int32(0), sampling, stop_ids)
+            compilation.compile_shapes(
+                _admit, params, model, state, part, places, queue.limits[rows], key, sampling, stop_ids
+            )
+    compilation.compile_shapes(_advance, params, model, state, np.int32(0), np.int32(0), sampling, stop_ids)
 
 
 def _places(slots: Slots, mesh: jax.sharding.Mesh) -> Any:
@@ -167,7 +169,7 @@ def check_slots(model: ModelConfig, slots: int, columns: int, mesh: jax.sharding
         raise ConfigError(f"rollout.slots is {slots}; at least one row must be answered at a time")
     itemsize = jnp.dtype(model.dtype).itemsize
     # a CPU's devices share its memory
-    shares = mesh.shape["data"] * mesh.shape["fsdp"] if mesh and jax.default_backend() != "cpu" else 1
+    shares = sharding.row_shards(mesh) if mesh and jax.default_backend() != "cpu" else 1
     each = 2 * model.num_layers * model.num_kv_heads * columns * model.head_dim * itemsize
     free = memory.free_on_device()
     if free is not None and slots * each > (free := free * shares):

@@ -69,7 +69,7 @@ class Queue:
         return part, rows.reshape(-1)
 
 
-class Places:
+class SlotTable:
     """Which row each slot holds, and how many of its tokens have been given out."""
 
     def __init__(self, slots: int) -> None:

@@ -25,7 +25,9 @@ def response_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode(ids, after=prompt) for ids, prompt in zip(response_ids(rollout), prompts, strict=True)]
 
 
-def read(rollout: Rollout, tokenizer: Tokenizer, stop_strings: Sequence[str]) -> tuple[Rollout, list[str]]:
+def decode_completions(
+    rollout: Rollout, tokenizer: Tokenizer, stop_strings: Sequence[str]
+) -> tuple[Rollout, list[str]]:
     """The rollout, and its responses as texts.
 
     With `stop_strings` the rollout comes back on the host, each response cut after the token that completes the first

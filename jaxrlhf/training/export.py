@@ -7,15 +7,16 @@ from typing import Any, Literal
 
 import jax
 
-from jaxrlhf import config, config_file, metrics, runs, sharding, weights
+from jaxrlhf import config, metrics, runs, sharding, weights
 from jaxrlhf.checkpoint import Checkpoints
-from jaxrlhf.config import ModelSource, PPOConfig
+from jaxrlhf.config import ModelSource, PPOConfig, file
 from jaxrlhf.data.tokenizer import Tokenizer, load_tokenizer
 from jaxrlhf.errors import ConfigError, DataError, StorageError
 from jaxrlhf.models import ModelConfig
-from jaxrlhf.rewards.model import RewardModel
-from jaxrlhf.training import loop, pretrained, setup
-from jaxrlhf.training.ppo_roles import critic_model, reference_dtype
+from jaxrlhf.rewards.sources.model import RewardModel
+from jaxrlhf.training import pretrained, session, setup
+from jaxrlhf.training.on_policy.policy import reference_dtype
+from jaxrlhf.training.ppo.roles import critic_model
 from jaxrlhf.types import Params
 
 Identity = dict[str, str]  # hashes of what checkpoints do not hold, by name
@@ -31,7 +32,7 @@ def export(run: Path, target: Path, role: Literal["policy", "critic"] = "policy"
     method, _ = runs.what_ran(run)
     if role == "critic" and method != "ppo":
         raise ConfigError(f"{run} is a run of jaxrlhf {method}: only ppo has a critic")
-    settings = config_file.read(method, run / "config.yaml", [("run_dir", str(run))], partial=True)
+    settings = file.read(method, run / "config.yaml", [("run_dir", str(run))], partial=True)
     settings = dataclasses.replace(settings, model=_found(settings.model, run))
     mesh = sharding.make_mesh(config.Mesh(fsdp=jax.device_count()))  # the run's may be another machine's
     step, trained, identity = _newest(run, settings, mesh)
@@ -40,12 +41,12 @@ def export(run: Path, target: Path, role: Literal["policy", "critic"] = "policy"
     if role == "critic":
         model, params, source = _critic(settings, tokenizer, mesh, trained, identity)
     elif method == "reward":
-        model, params = setup.model_of(source, tokenizer, settings.head, settings.lora), trained["reward"]
+        model, params = setup.model_config(source, tokenizer, settings.head, settings.lora), trained["reward"]
         if settings.frozen_trunk or settings.lora.enabled:
-            _, trunk = setup.split(_begun(settings, tokenizer, mesh, settings.head), frozen_trunk=True)
+            _, trunk = setup.split_trainable(_begun(settings, tokenizer, mesh, settings.head), frozen_trunk=True)
             params |= _unchanged(trunk, identity, "frozen parameters")
     else:
-        model, params = setup.model_of(source, tokenizer, "lm", settings.lora), trained["policy"]
+        model, params = setup.model_config(source, tokenizer, "lm", settings.lora), trained["policy"]
         if settings.lora.enabled:
             base = _begun(settings, tokenizer, mesh, "lm")
             params |= _unchanged(base, identity, "reference" if method in ("ppo", "grpo") else "frozen parameters")
@@ -87,7 +88,7 @@ def merge(folder: Path, target: Path) -> Path:
 def _newest(run: Path, settings: Any, mesh: jax.sharding.Mesh) -> tuple[int, dict[str, Params], Identity]:
     """(step, what trained by role, hashes of what did not) of the checkpoint to export."""
     checkpoints = Checkpoints(
-        run / "checkpoints", settings.checkpoint.keep, synchronous=True, best=loop.best_of(settings)
+        run / "checkpoints", settings.checkpoint.keep, synchronous=True, best=session.best_of(settings)
     )
     if not checkpoints.steps:
         raise StorageError(f"{run} has no checkpoint yet: nothing to export")
@@ -101,7 +102,7 @@ def _critic(
     settings: PPOConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, trained: dict[str, Params], identity: Identity
 ) -> tuple[ModelConfig, Params, ModelSource]:
     """(model, parameters, where its description comes from) of the critic of a PPO run."""
-    source, policy, judge = settings.model, setup.model_of(settings.model, tokenizer, "lm", settings.lora), None
+    source, policy, judge = settings.model, setup.model_config(settings.model, tokenizer, "lm", settings.lora), None
     trunk: Params = {}
     kept = settings.critic.trunk == "frozen" or settings.lora.enabled
     if settings.critic.init == "reward":
@@ -115,7 +116,7 @@ def _critic(
     elif kept:
         trunk = _begun(settings, tokenizer, mesh, "lm")
         if not settings.lora.enabled:
-            trunk = setup.copy(trunk, reference_dtype(settings.reference, policy), mesh)
+            trunk = setup.cast_copy(trunk, reference_dtype(settings.reference, policy), mesh)
         trunk = _unchanged(trunk, identity, "reference")
     if settings.critic.trunk == "shared":
         trunk |= trained["policy"]
@@ -125,10 +126,10 @@ def _critic(
 
 def _begun(settings: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, head: str) -> Params:
     """The parameters that a run began with; of a head that it made itself, others."""
-    key, storage = setup.keys(settings.seed)[0], setup.storage_of(settings)
+    key, storage = setup.keys(settings.seed)[0], setup.param_dtype(settings)
     source = dataclasses.replace(settings.model, merged_path="")  # the run has written it
     made = setup.load_model(source, tokenizer=tokenizer, mesh=mesh, key=key, head=head, storage=storage)
-    return setup.packed(made, settings.lora)
+    return setup.quantize(made, settings.lora)
 
 
 def _unchanged(params: Params, identity: Identity, what: str) -> Params:

@@ -113,7 +113,7 @@ def rounded(x: Array, seed: Array) -> Array:
     `seed`, uint32 [], and an element's place decide, on any mesh. The bits are hashed in place, because those of
     jax.random would lie in memory, as large as `x` in float32.
     """
-    noise = _mix(sharding.places(x.shape, _mix(seed))) >> 16
+    noise = _mix(sharding.element_indices(x.shape, _mix(seed))) >> 16
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise  # carries into what is kept as often as x is above it
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 

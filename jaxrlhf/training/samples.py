@@ -7,12 +7,12 @@ import jax
 import numpy as np
 
 from jaxrlhf import memory, sharding
+from jaxrlhf.compilation import Ahead
 from jaxrlhf.config import Sampling
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, SFTRow
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.models import ModelConfig
-from jaxrlhf.programs import Ahead
 from jaxrlhf.rollout.decode import generate
 from jaxrlhf.rollout.inference_copy import convert, inference_model
 from jaxrlhf.rollout.text import response_texts

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxrlhf import lora as adapters
 from jaxrlhf import runtime, sharding, weights
+from jaxrlhf.checkpoint.digest import digests, leaves_by_name
 from jaxrlhf.config import (
     DPOConfig,
     DType,
@@ -23,7 +24,6 @@ from jaxrlhf.config import (
     SFTConfig,
 )
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
-from jaxrlhf.digest import digests, leaves_by_name
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import Adapters, Bits, ModelConfig, cudnn_trouble, init
 from jaxrlhf.types import Params
@@ -37,7 +37,7 @@ def keys(seed: int) -> jax.Array:
     return jax.random.split(jax.random.key(seed), 4)
 
 
-def model_of(source: ModelSource, tokenizer: Tokenizer, head: str | None, lora: LoRA) -> ModelConfig:
+def model_config(source: ModelSource, tokenizer: Tokenizer, head: str | None, lora: LoRA) -> ModelConfig:
     """The model that `load_model` will return with its parameters, before any weights are read; its adapters are those
     that `lora` asks for. Raises ConfigError for matrices and layers that it does not have."""
     compute = runtime.resolve_dtype(source.compute_dtype, jax.default_backend())
@@ -51,7 +51,7 @@ def model_of(source: ModelSource, tokenizer: Tokenizer, head: str | None, lora: 
     if tokenizer.added and tokenizer.size > model.vocab_size:
         model = dataclasses.replace(model, vocab_size=tokenizer.size)
     added = tuple(range(tokenizer.size - tokenizer.added, tokenizer.size))
-    return attending(with_adapters(model, lora, added), source)
+    return with_attention(with_adapters(model, lora, added), source)
 
 
 def with_adapters(model: ModelConfig, lora: LoRA, added: tuple[int, ...] = ()) -> ModelConfig:
@@ -66,7 +66,7 @@ def with_adapters(model: ModelConfig, lora: LoRA, added: tuple[int, ...] = ()) -
     return dataclasses.replace(model, adapters=adapters)
 
 
-def attending(model: ModelConfig, source: ModelSource) -> ModelConfig:
+def with_attention(model: ModelConfig, source: ModelSource) -> ModelConfig:
     """The model with the attention that `source` asks for; ConfigError if that is cudnn and cannot be had."""
     kind = runtime.resolve_attention(source.attention, jax.default_backend(), model.dtype)
     if kind == "cudnn":
@@ -78,13 +78,13 @@ def attending(model: ModelConfig, source: ModelSource) -> ModelConfig:
     return dataclasses.replace(model, attention=kind)
 
 
-def shapes_of(model: ModelConfig, dtype: str, mesh: jax.sharding.Mesh, lora: LoRA) -> Params:
+def param_shapes(model: ModelConfig, dtype: str, mesh: jax.sharding.Mesh, lora: LoRA) -> Params:
     """Shapes, dtypes and places of a model's parameters stored in `dtype`, adapters included."""
     key = jax.random.key(0)
-    return outline(lambda: adapted(init(model, key, dtype=dtype), model, lora, key), mesh)
+    return abstract_call(lambda: add_adapters(init(model, key, dtype=dtype), model, lora, key), mesh)
 
 
-def outline(make: Callable[..., Any], mesh: jax.sharding.Mesh, *args: Any) -> Any:
+def abstract_call(make: Callable[..., Any], mesh: jax.sharding.Mesh, *args: Any) -> Any:
     """What `make` returns for `args`, arrays or their shapes, as shapes in their places. What it returns twice is one
     object, and what it was given and returns is the same one, as with arrays."""
     leaves, tree = jax.tree.flatten(args)
@@ -99,7 +99,7 @@ def outline(make: Callable[..., Any], mesh: jax.sharding.Mesh, *args: Any) -> An
         return made
 
     shapes = jax.eval_shape(traced, given)
-    found, structure = jax.tree.flatten(sharding.placed(shapes, sharding.shardings(shapes, mesh)))
+    found, structure = jax.tree.flatten(sharding.with_shardings(shapes, sharding.shardings(shapes, mesh)))
     return jax.tree.unflatten(structure, [known.setdefault(n, x) for n, x in zip(names, found, strict=True)])
 
 
@@ -140,7 +140,7 @@ def load_model(
     return params
 
 
-def storage_of(config: RunConfig) -> DType:
+def param_dtype(config: RunConfig) -> DType:
     """Storage of the parameters that a run loads. auto: float32 where they train, whatever the compute dtype; that of
     products where adapters train and they do not."""
     if config.model.param_dtype != "auto":
@@ -150,16 +150,16 @@ def storage_of(config: RunConfig) -> DType:
     return runtime.resolve_dtype(config.model.compute_dtype, jax.default_backend())
 
 
-def adapted(params: Params, model: ModelConfig, lora: LoRA, key: jax.Array) -> Params:
+def add_adapters(params: Params, model: ModelConfig, lora: LoRA, key: jax.Array) -> Params:
     """The parameters with new adapters beside them, if `lora` asks for any, and packed if it asks for that. Runs under
     eval_shape."""
     if not lora.enabled:
         return params
-    params = packed(params, lora)
+    params = quantize(params, lora)
     return {**params, **_adapters(params, model, lora, key)}
 
 
-def packed(params: Params, lora: LoRA) -> Params:
+def quantize(params: Params, lora: LoRA) -> Params:
     """The parameters as they lie under adapters: packed, if `lora` asks for that and they are not yet."""
     if lora.quantize == "none" or "codes" in params["layers"]["mlp"]["up"]:
         return params
@@ -176,7 +176,7 @@ def _adapters(base: Params, model: ModelConfig, lora: LoRA, key: jax.Array) -> P
     return adapters.init(model, base, peft.modules(model, lora.target_modules), key, magnitudes=lora.use_dora)
 
 
-def split(params: Params, frozen_trunk: bool) -> tuple[Params, Params]:
+def split_trainable(params: Params, frozen_trunk: bool) -> tuple[Params, Params]:
     """(what trains, what is frozen): everything and nothing, or adapters and scalar head, and the rest. Laid over each
     other they are the model."""
     if not frozen_trunk:
@@ -187,7 +187,7 @@ def split(params: Params, frozen_trunk: bool) -> tuple[Params, Params]:
     )
 
 
-def copy(params: Params, dtype: str, mesh: jax.sharding.Mesh) -> Params:
+def cast_copy(params: Params, dtype: str, mesh: jax.sharding.Mesh) -> Params:
     """A copy with kernels and embeddings in `dtype`; never an alias, since what trains is donated and its buffers go.
 
     Norms and biases keep their dtype: they enter the forward pass unrounded, so a copy for products in bfloat16 still
@@ -244,7 +244,7 @@ def describe(config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, report
     return "\n".join(
         (
             f"model {config.model.path}: {model.family}, {millions:.1f} M parameters, context {model.max_positions}, "
-            f"parameters {storage_of(config)}, products {model.dtype}, attention {model.attention}",
+            f"parameters {param_dtype(config)}, products {model.dtype}, attention {model.attention}",
             *([f"adapters of rank {config.lora.rank}{new} train, {below} does not"] * config.lora.enabled),
             f"devices: {grid} of {jax.device_count()} {device.platform} ({device.device_kind})",
             *tokenizer.notes,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxrlhf import sharding, weights
 from jaxrlhf.algorithms.sft import sft_loss
+from jaxrlhf.compilation import Ahead
 from jaxrlhf.config import SFTConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import Split, sft_rows
@@ -19,9 +20,9 @@ from jaxrlhf.data.loader import rows_at
 from jaxrlhf.data.packing import pack
 from jaxrlhf.logprobs import token_logprobs
 from jaxrlhf.models import ModelConfig, forward
-from jaxrlhf.programs import Ahead
 from jaxrlhf.rollout.sampling import check_sampling
-from jaxrlhf.training import loop, pretrained, setup
+from jaxrlhf.training import pretrained, setup
+from jaxrlhf.training import session as loop
 from jaxrlhf.training.optim import Optimizer, make_optimizer
 from jaxrlhf.training.samples import Samples
 from jaxrlhf.training.state import State
@@ -92,8 +93,8 @@ class SFTTrainer:
         self.data = sft_rows(config.data, self.tokenizer, config.completion_only)
         loop.check_metric(config, ("eval/loss", "eval/entropy"), bool(self.data.validation))
         init_key, self._key, _, lora_key = setup.keys(config.seed)
-        storage = setup.storage_of(config)
-        self.model = setup.model_of(config.model, self.tokenizer, "lm", config.lora)
+        storage = setup.param_dtype(config)
+        self.model = setup.model_config(config.model, self.tokenizer, "lm", config.lora)
         rows = (*self.data.train, *self.data.validation)
         setup.check_context([len(row.tokens) for row in rows], self.model, "the longest row", "data.max_length")
         check_sampling(config.sampling, self.model.vocab_size)
@@ -114,17 +115,17 @@ class SFTTrainer:
             "mesh": self.mesh,
         }
         self._programs, self._begun = Ahead(), ahead
-        params = setup.shapes_of(self.model, storage, self.mesh, config.lora)
+        params = setup.param_shapes(self.model, storage, self.mesh, config.lora)
         if ahead:
-            trained, frozen = setup.split(params, config.lora.enabled)
+            trained, frozen = setup.split_trainable(params, config.lora.enabled)
             state = State({"policy": trained}, {"policy": self._optimizer}, self.mesh).template
             self._compile(state, frozen, self._rows_of(0), self._rows.validation)
         if not abstract:
             params = setup.load_model(
                 config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=init_key, head="lm", storage=storage
             )
-            params = setup.adapted(params, self.model, config.lora, lora_key)
-        trained, self.frozen = setup.split(params, config.lora.enabled)
+            params = setup.add_adapters(params, self.model, config.lora, lora_key)
+        trained, self.frozen = setup.split_trainable(params, config.lora.enabled)
         self.state = State({"policy": trained}, {"policy": self._optimizer}, self.mesh)
         shown = (self.data.validation or self.data.train)[: config.logging.num_samples]
         self.samples = Samples(shown, self.model, self.tokenizer, config.sampling, self.mesh)

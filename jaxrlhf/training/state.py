@@ -48,7 +48,7 @@ class State:
         begun = jax.eval_shape(self._begin, params)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), more)
         begun = dataclasses.replace(begun, **shapes)
-        self.template: TrainState = sharding.placed(begun, sharding.shardings(begun, mesh))
+        self.template: TrainState = sharding.with_shardings(begun, sharding.shardings(begun, mesh))
         self._params: dict[str, Params] | None = params
         self._more: dict[str, Any] = more
         self._offload = offload

@@ -17,13 +17,13 @@ Metrics = dict[str, Array]
 Loss = Callable[[Any, Any], tuple[Array, Metrics]]
 
 
-def split_rows(batch: Any, parts: int) -> Any:
+def to_micro_batches(batch: Any, parts: int) -> Any:
     """[B, ...] -> [parts, B / parts, ...] for every leaf. Strided, so that each device keeps its rows in every part."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
-def join_rows(parts: Any) -> Any:
-    """The inverse of `split_rows`."""
+def from_micro_batches(parts: Any) -> Any:
+    """The inverse of `to_micro_batches`."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), parts)
 
 
@@ -51,7 +51,7 @@ def gradients(loss: Loss, params: Params, batch: Any, num_micro: int) -> tuple[P
         return jax.tree.map(jnp.add, grads, new), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, in_float32(params))
-    grads, stacked = jax.lax.scan(micro, zeros, split_rows(batch, num_micro))
+    grads, stacked = jax.lax.scan(micro, zeros, to_micro_batches(batch, num_micro))
     return grads, {k: v.max(0) if k.endswith("_max") else v.sum(0) for k, v in stacked.items()}
 
 

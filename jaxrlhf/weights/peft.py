@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.config.spelling import did_you_mean
 from jaxrlhf.errors import ConfigError, DataError
 from jaxrlhf.lora import Module, modules_of
 from jaxrlhf.models import Adapters, ModelConfig, init
-from jaxrlhf.spelling import did_you_mean
 from jaxrlhf.types import Params
 from jaxrlhf.weights import safetensors, trainable_tokens, writer
 from jaxrlhf.weights.fields import Fields

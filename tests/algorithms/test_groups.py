@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import recorded
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from support import recorded
 
 from jaxrlhf.algorithms import groups, ppo
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import recorded
+from support import recorded
 
 from jaxrlhf.algorithms import groups, grpo
 from jaxrlhf.algorithms.kl import k3, kl_loss

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.algorithms.kl import adapted, k1, k2, k3, kl_loss
+from jaxrlhf.algorithms.kl import adaptive_kl_coef, k1, k2, k3, kl_loss
 
 
 def categorical(shift, size=12):
@@ -112,12 +112,12 @@ def test_kl_loss_is_the_loop_over_tokens_and_adds_up_over_micro_batches(estimato
                                               (0.0, 1 - 0.2 * 64 / 10000), (np.nan, 1.0)])  # fmt: skip
 def test_the_adaptive_coefficient_is_that_of_the_paper(nats, factor):
     """target 6, horizon 10000, error cut to 0.2 either way (lm-human-preferences, AdaptiveKLController)."""
-    found = adapted(jnp.float32(0.15), jnp.float32(nats), 6.0, 10000.0, 64)
+    found = adaptive_kl_coef(jnp.float32(0.15), jnp.float32(nats), 6.0, 10000.0, 64)
     np.testing.assert_allclose(found, 0.15 * factor, rtol=1e-6)
 
 
 def test_without_a_target_the_coefficient_stays():
-    assert adapted(jnp.float32(0.15), jnp.float32(99), None, 10000.0, 64) == jnp.float32(0.15)
+    assert adaptive_kl_coef(jnp.float32(0.15), jnp.float32(99), None, 10000.0, 64) == jnp.float32(0.15)
 
 
 @pytest.mark.parametrize("far", [-12.0, -3.0, 3.0, 12.0])

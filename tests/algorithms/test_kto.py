@@ -42,7 +42,7 @@ def test_loss_and_gradient_are_those_of_the_equation(kl):
     slopes = [equation(policy + s, reference, good, kl) - equation(policy - s, reference, good, kl) for s in steps]
     np.testing.assert_allclose(gradient[REAL], np.array(slopes) / 2e-5, rtol=1e-4, atol=1e-7)
     assert not np.any(gradient[~REAL])
-    final, rewards = kto.additive_to_final(metrics), BETA * (policy - reference)
+    final, rewards = kto.finalize_metrics(metrics), BETA * (policy - reference)
     wanted = {
         "loss": loss,
         "rewards/chosen": rewards[good].mean(),
@@ -81,4 +81,4 @@ def test_finite_log_probs_give_finite_numbers():
     reference = np.array([0, -1e5, 0, -1e5, -3, 0, -2, -1], np.float32)
     for good, mask in ((GOOD, True), (GOOD | True, True), (GOOD & False, True), (GOOD, False)):
         (loss, metrics), gradient = run(policy, reference, good, np.full(8, mask), 8, 0.5)
-        assert all(np.isfinite(x).all() for x in (loss, gradient, *kto.additive_to_final(metrics).values()))
+        assert all(np.isfinite(x).all() for x in (loss, gradient, *kto.finalize_metrics(metrics).values()))

@@ -59,7 +59,7 @@ def test_policy_loss_is_the_loop_over_tokens(mask):
     np.testing.assert_allclose(metrics["policy/clipfrac_avg"], clipfrac, rtol=1e-6)
     d = np.float64(new - old)[mask]
     np.testing.assert_allclose(metrics["policy/approxkl_avg"], 0.5 * np.mean(d**2), rtol=1e-5)
-    final = ppo.additive_to_final(metrics)
+    final = ppo.finalize_metrics(metrics)
     np.testing.assert_allclose(final["val/ratio"], np.exp(d).mean(), rtol=1e-5)
     np.testing.assert_allclose(final["val/ratio_var"], np.exp(d).var(), rtol=1e-4)
 

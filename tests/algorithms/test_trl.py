@@ -1,4 +1,4 @@
-"""The equations on what TRL computed with them (tests/recorded.py), ragged batches included.
+"""The equations on what TRL computed with them (tests/support/recorded.py), ragged batches included.
 
 Where TRL is wrong, the test names the thread and asserts both numbers.
 """
@@ -8,8 +8,8 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import recorded
-from tiny import tiny
+from support import recorded
+from support.tiny import tiny
 
 from jaxrlhf.algorithms import masked, ppo
 from jaxrlhf.algorithms.advantages import gae, whiten
@@ -122,7 +122,7 @@ def losses(case, epoch, mask):
     count = where.sum()
     policy, about = ppo.policy_loss(new, old, advantages, where, count, clip(settings["cliprange"]))
     value, more = ppo.value_loss(values, old_values, returns, where, count, settings["cliprange_value"])
-    return policy, value, ppo.additive_to_final(about) | more
+    return policy, value, ppo.finalize_metrics(about) | more
 
 
 @pytest.mark.parametrize("name", WITH_EPOCHS)

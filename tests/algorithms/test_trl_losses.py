@@ -1,4 +1,4 @@
-"""The preference losses on what TRL computed with them (tests/recorded.py).
+"""The preference losses on what TRL computed with them (tests/support/recorded.py).
 
 Where TRL differs, the test asserts both numbers.
 """
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import recorded
+from support import recorded
 
 from jaxrlhf.algorithms import dpo, kto, reward
 from jaxrlhf.algorithms.reference_free import orpo_loss, simpo_loss
@@ -131,7 +131,7 @@ def test_kto(name):
 
     found = jax.value_and_grad(loss, has_aux=True)(POLICY)
     logged_beside = {"kl": kl if name == "kto" else 0.0}
-    agrees(name, found, lambda metrics: kto.additive_to_final(metrics) | logged_beside)
+    agrees(name, found, lambda metrics: kto.finalize_metrics(metrics) | logged_beside)
 
 
 @pytest.mark.parametrize(("name", "coefficient"), [("reward", 0.0), ("reward-centred", 0.1)])

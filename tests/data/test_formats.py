@@ -2,7 +2,7 @@ import pytest
 
 from jaxrlhf.config import Data
 from jaxrlhf.data.formats import DECIDING, Example, answer_column, normalise, recognise
-from jaxrlhf.data.sources import Place, Rows
+from jaxrlhf.data.sources import Rows, SourceLocation
 from jaxrlhf.errors import DataError
 
 
@@ -20,7 +20,7 @@ def system(text):
 
 def example(row, task, chat=False, **options):
     config = Data(path="x", **options)
-    rows = Rows("x.jsonl", [row], [Place("x.jsonl", 37, line=True)])
+    rows = Rows("x.jsonl", [row], [SourceLocation("x.jsonl", 37, line=True)])
     return normalise(rows, 0, recognise(rows.columns, task, config, "x.jsonl"), config, chat, lambda text: text)
 
 
@@ -178,7 +178,11 @@ def test_a_named_column_settles_an_ambiguity():
 
 def test_a_column_missing_in_one_row_is_named():
     config = Data(path="x")
-    rows = Rows("x", [{"prompt": "a", "completion": "b"}, {"prompt": "a"}], [Place("x", 1, True), Place("x", 2, True)])
+    rows = Rows(
+        "x",
+        [{"prompt": "a", "completion": "b"}, {"prompt": "a"}],
+        [SourceLocation("x", 1, True), SourceLocation("x", 2, True)],
+    )
     reading = recognise(rows.columns, "sft", config, "x")
     with pytest.raises(DataError, match="x:2: column 'completion' is missing"):
         normalise(rows, 1, reading, config, False, str)

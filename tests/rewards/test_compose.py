@@ -13,9 +13,9 @@ from jaxrlhf.data.tokenizer import load_tokenizer
 from jaxrlhf.errors import ConfigError, DataError, RewardError
 from jaxrlhf.logprobs import last_token_scores
 from jaxrlhf.models import forward
-from jaxrlhf.rewards import model as reward_model
 from jaxrlhf.rewards.compose import Scorer, correlation
-from jaxrlhf.rewards.model import RewardModel
+from jaxrlhf.rewards.sources import model as reward_model
+from jaxrlhf.rewards.sources.model import RewardModel
 
 FUNCTIONS = """
 import asyncio, ctypes, math, os, signal, sys, time
@@ -72,7 +72,7 @@ def test_the_sum_is_weighted_and_its_parts_are_not(reward_folder, policy_tokeniz
     assert scored.token_scores is None
     assert scored.totals is scored.scores
     alone = Scorer(RewardSource(), policy_tokenizer, lengths).score(talk.prompts, talk.completions, made, {})
-    assert not scored.silent.any() and alone.silent.tolist() == [False, False, True]
+    assert not scored.unscored.any() and alone.unscored.tolist() == [False, False, True]
 
 
 def test_any_number_of_components_add_up_to_a_number_worked_out_by_hand(score, functions):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from jaxrlhf.config import RewardSource
-from jaxrlhf.config_file import read
-from jaxrlhf.rewards.answers import Request
+from jaxrlhf.config.file import read
 from jaxrlhf.rewards.functions import load
+from jaxrlhf.rewards.sources.answers import Request
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.M | re.S)

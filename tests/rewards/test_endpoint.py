@@ -8,9 +8,9 @@ import time
 import pytest
 
 from jaxrlhf.errors import RewardError
-from jaxrlhf.rewards import endpoint
-from jaxrlhf.rewards.answers import Request
-from jaxrlhf.rewards.endpoint import Endpoint
+from jaxrlhf.rewards.sources import endpoint
+from jaxrlhf.rewards.sources.answers import Request
+from jaxrlhf.rewards.sources.endpoint import Endpoint
 
 ASKED = Request(["p", "q"], ["one", "two two"], {"answer": [1, 2]}, step=3)
 

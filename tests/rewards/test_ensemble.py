@@ -7,7 +7,7 @@ import pytest
 from jaxrlhf import weights
 from jaxrlhf.config import Component, RewardSource
 from jaxrlhf.rewards.compose import Scorer
-from jaxrlhf.rewards.ensemble import combined
+from jaxrlhf.rewards.sources.ensemble import combined
 
 SCORES = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
 

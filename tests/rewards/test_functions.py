@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxrlhf.errors import ConfigError, RewardError
-from jaxrlhf.rewards.answers import Request
 from jaxrlhf.rewards.functions import RewardFunction, load
+from jaxrlhf.rewards.sources.answers import Request
 
 PROMPTS, COMPLETIONS = ["p", "q", "r"], ["one", "two two", "three"]
 

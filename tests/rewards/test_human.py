@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from jaxrlhf.errors import ConfigError, RewardError
-from jaxrlhf.rewards.answers import Request
-from jaxrlhf.rewards.human import Human
+from jaxrlhf.rewards.sources.answers import Request
+from jaxrlhf.rewards.sources.human import Human
 
 ASKED = Request(["p", "p", "q", "p"], ["one", "two", "red \x1b[31m\x07", "one"], {})
 

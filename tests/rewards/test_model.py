@@ -13,8 +13,8 @@ from jaxrlhf.config import Mesh
 from jaxrlhf.data.batching import bucket
 from jaxrlhf.errors import DataError
 from jaxrlhf.models import forward
-from jaxrlhf.rewards import model
-from jaxrlhf.rewards.model import RewardModel
+from jaxrlhf.rewards.sources import model
+from jaxrlhf.rewards.sources.model import RewardModel
 
 
 @pytest.fixture(scope="module")

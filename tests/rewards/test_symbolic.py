@@ -5,9 +5,9 @@ import sys
 import pytest
 
 from jaxrlhf.errors import ConfigError, RewardError
-from jaxrlhf.rewards.answers import Request
 from jaxrlhf.rewards.functions import load
-from jaxrlhf.rewards.worker import Worker
+from jaxrlhf.rewards.sources.answers import Request
+from jaxrlhf.rewards.sources.worker import Worker
 
 SPEC = "jaxrlhf.rewards.symbolic:math_verify"
 

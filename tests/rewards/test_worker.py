@@ -11,8 +11,8 @@ import time
 import pytest
 
 from jaxrlhf.errors import ConfigError, RewardError
-from jaxrlhf.rewards.answers import Request
-from jaxrlhf.rewards.worker import Worker
+from jaxrlhf.rewards.sources.answers import Request
+from jaxrlhf.rewards.sources.worker import Worker
 
 LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="looks at processes in /proc")
 ASKED = Request(["p", "q"], ["one", "two two"], {"answer": [1, 2]}, step=3)

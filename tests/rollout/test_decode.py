@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from tiny import tiny
+from support.tiny import tiny
 
 from jaxrlhf import models
 from jaxrlhf.config import Sampling

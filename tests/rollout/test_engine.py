@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny
+from support.tiny import tiny
 
 from jaxrlhf import memory, models, sharding
 from jaxrlhf.config import Mesh, Sampling

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny
+from support.tiny import tiny
 
 from jaxrlhf import models
 from jaxrlhf.errors import ConfigError

@@ -8,7 +8,7 @@ import pytest
 
 import jaxrlhf
 from jaxrlhf import config, weights
-from jaxrlhf.training import loop
+from jaxrlhf.training import session
 
 WORDS = ("red", "green", "blue", "black", "white", "grey", "pink", "brown")
 
@@ -74,7 +74,7 @@ def on_disk(written):
 @pytest.fixture
 def stop_at_two(monkeypatch):
     """The first run of the test is asked to stop after its second step."""
-    asked, original = [], loop.Session.stop_if_asked
+    asked, original = [], session.Session.stop_if_asked
 
     def stop_once(self, step, state, *, saved=False):
         if step == 2 and not asked:
@@ -82,4 +82,4 @@ def stop_at_two(monkeypatch):
             self.run.stopping = True
         original(self, step, state, saved=saved)
 
-    monkeypatch.setattr(loop.Session, "stop_if_asked", stop_once)
+    monkeypatch.setattr(session.Session, "stop_if_asked", stop_once)

@@ -8,12 +8,12 @@ import time
 import jax
 import pytest
 
-from jaxrlhf import config, programs
+from jaxrlhf import compilation, config
 from jaxrlhf.errors import Preempted
 from jaxrlhf.rollout import engine
-from jaxrlhf.training.dpo import DPOTrainer
-from jaxrlhf.training.ppo import PPOTrainer
-from jaxrlhf.training.reward import RewardTrainer
+from jaxrlhf.training.dpo.trainer import DPOTrainer
+from jaxrlhf.training.ppo.trainer import PPOTrainer
+from jaxrlhf.training.reward.trainer import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -72,7 +72,7 @@ def make(supervised, ppo, one_length, tmp_path):
             }
         )
         if method == "ppo":
-            chosen = config.PPOConfig(**options, rollout=rollout or config.Engine())
+            chosen = config.PPOConfig(**options, rollout=rollout or config.Generation())
             return PPOTrainer(chosen, reward=reward, **keywords)
         options["train"] = config.Train(max_steps=6, batch_size=6, eval_batch_size=4, eval_every=2)
         cls, trainer = TRAINERS[method]
@@ -95,7 +95,7 @@ def test_supervised_programs_compile_once(method, make, stop_at_two):
 @pytest.mark.parametrize("method", list(SUPERVISED))
 def test_the_first_step_waits_for_what_is_being_compiled(method, make, monkeypatch):
     """Not even a late thread is overtaken: a step that came too early would compile the same program beside it."""
-    outputs, threads = programs.outputs, []
+    outputs, threads = compilation.compile_shapes, []
 
     def late(*args, **keywords):
         time.sleep(0.5)
@@ -105,7 +105,7 @@ def test_the_first_step_waits_for_what_is_being_compiled(method, make, monkeypat
         if event == COMPILED and about["fun_name"] in ("jit(update)", "jit(evaluate)"):
             threads.append(threading.current_thread().name)
 
-    monkeypatch.setattr(programs, "outputs", late)
+    monkeypatch.setattr(compilation, "outputs", late)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         make(method).train()
@@ -125,7 +125,7 @@ def test_the_first_step_waits_for_what_is_being_compiled(method, make, monkeypat
     ],
 )
 def test_ppo_programs_compile_once(slots, rollout, offload, ahead, make, stop_at_two):
-    chosen = config.Engine(slots=slots)
+    chosen = config.Generation(slots=slots)
     more = {"optim": config.Optim(offload=offload), "reference": config.Reference(offload=offload)}
     with compilations() as count:
         with pytest.raises(Preempted):
@@ -146,7 +146,7 @@ def test_the_engines_programs_are_compiled_ahead(make, monkeypatch):
         return made
 
     monkeypatch.setattr(engine, "answer", watched)
-    make("ppo", rollout=config.Engine(slots=3)).train()
+    make("ppo", rollout=config.Generation(slots=3)).train()
     assert needed == [0] * 4
 
 

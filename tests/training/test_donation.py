@@ -6,12 +6,15 @@ import itertools
 
 import jax
 import pytest
-from tiny import tiny
+from support.tiny import tiny
 
 from jaxrlhf import sharding
 from jaxrlhf.config import PPO, LoRA, Mesh, Optim, PPOConfig, RewardConfig
-from jaxrlhf.training import ppo_roles, ppo_update, reward, reward_loss, setup, sft
+from jaxrlhf.training import setup, sft
 from jaxrlhf.training.optim import make_optimizer
+from jaxrlhf.training.ppo import roles as ppo_roles
+from jaxrlhf.training.ppo import update as ppo_update
+from jaxrlhf.training.reward import loss, trainer
 from jaxrlhf.training.state import State
 from jaxrlhf.types import Batch, Responses, Rollout
 
@@ -30,22 +33,22 @@ def array(dtype, *shape):
 
 def supervised(method, model, lora, optimizer):
     """(program, state, other arguments, static ones) of a step on B rows."""
-    role, program = {"sft": ("policy", sft.update), "reward": ("reward", reward.update)}[method]
-    trained, frozen = setup.split(setup.shapes_of(model, "float32", MESH, lora), lora.enabled)
+    role, program = {"sft": ("policy", sft.update), "reward": ("reward", trainer.update)}[method]
+    trained, frozen = setup.split_trainable(setup.param_shapes(model, "float32", MESH, lora), lora.enabled)
     state = State({role: trained}, {role: optimizer}, MESH).template
     rows = Batch(array("int32", B, P + R), array("bool", B, P + R), array("bool", B, P + R))
     static = {"model": model, "optimizer": optimizer, "num_micro": 1, "mesh": MESH}
     if method == "sft":
         return program, state, (frozen, rows, KEY), static
     pairs = array("int32", B, 2, P + R), array("bool", B, 2, P + R), array("bool", B, 2), array("float32", B)
-    static |= {"objective": reward_loss.objective_of(RewardConfig())}
+    static |= {"objective": loss.objective_of(RewardConfig())}
     return program, state, (frozen, Responses(*pairs), KEY), static
 
 
 def ppo(model, lora, optimizer):
     config = PPOConfig(ppo=PPO(batch_size=B, num_mini_batches=2, num_ppo_epochs=2), lora=lora)
-    policy = setup.shapes_of(model, "float32", MESH, lora)
-    trained, base = setup.split(policy, lora.enabled)
+    policy = setup.param_shapes(model, "float32", MESH, lora)
+    trained, base = setup.split_trainable(policy, lora.enabled)
     value = ppo_roles.critic_model(config, model, None)
     critic, trunk = jax.eval_shape(
         lambda p: ppo_roles.make_critic(config, value, p, p, None, MESH, KEY), base or policy

@@ -6,17 +6,18 @@ import json
 import jax
 import numpy as np
 import pytest
-from runs import equal, records
+from support.runs import equal, records
 
 import jaxrlhf
 from jaxrlhf import config
-from jaxrlhf.data import mismatched
+from jaxrlhf.data import kto
 from jaxrlhf.data.datasets import SFTRow
 from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted
-from jaxrlhf.training import loop, reference
-from jaxrlhf.training.dpo import DPOTrainer
-from jaxrlhf.training.dpo_rows import read
-from jaxrlhf.training.dpo_update import beta_schedule, evaluated
+from jaxrlhf.training import session
+from jaxrlhf.training.dpo import reference
+from jaxrlhf.training.dpo.rows import read
+from jaxrlhf.training.dpo.trainer import DPOTrainer
+from jaxrlhf.training.dpo.update import beta_schedule, evaluated
 from jaxrlhf.training.export import export
 
 
@@ -158,12 +159,12 @@ def test_what_stands_beside_a_row_has_another_prompt():
         return SFTRow([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
 
     rows = [row([1, 5], [7]), row([1, 5], [8, 2]), row([1, 6, 6], [9, 9, 9]), row([1, 5], [3])]
-    made = mismatched.beside(rows, 5)
+    made = kto.beside(rows, 5)
     assert [pair.chosen for pair in made] == rows
     assert [pair.rejected.tokens for pair in made] == [[1, 5, 9, 9, 9], [1, 5, 9, 9, 9], [1, 6, 6, 3], [1, 5, 9, 9, 9]]
     assert [sum(pair.rejected.loss_mask) for pair in made] == [3, 3, 1, 3]
-    assert mismatched.beside(rows, 4)[0].rejected == SFTRow([1, 5, 9, 9], [False, False, True, True])
-    alike = mismatched.beside([rows[0], rows[1], rows[3]], 9)
+    assert kto.beside(rows, 4)[0].rejected == SFTRow([1, 5, 9, 9], [False, False, True, True])
+    alike = kto.beside([rows[0], rows[1], rows[3]], 9)
     assert [pair.rejected.tokens for pair in alike] == [[1, 5, 8, 2], [1, 5, 3], [1, 5, 7]]
 
 
@@ -190,7 +191,7 @@ def test_rows_that_have_nothing_to_learn_from_are_counted_and_named(supervised, 
 @pytest.mark.parametrize(("loss", "less"), [("orpo", {"loss", "nll_loss"}), ("kto", {"loss", "kl"})])
 def test_the_best_state_has_the_least_loss_and_the_greatest_margin(loss, less):
     def best(metric):
-        return loop.best_of(config.DPOConfig(dpo=config.DPO(loss=loss), train=config.Train(metric=metric)))
+        return session.best_of(config.DPOConfig(dpo=config.DPO(loss=loss), train=config.Train(metric=metric)))
 
     found = {key: best(f"eval/{key}") for key in evaluated(config.DPO(loss=loss))}
     assert {key for key, mode in found.items() if mode == "min"} == less

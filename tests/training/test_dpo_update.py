@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny
+from support.tiny import tiny
 
 from jaxrlhf import config, models, sharding
 from jaxrlhf.algorithms.dpo import LOSSES
@@ -16,7 +16,7 @@ from jaxrlhf.config.dpo import REFERENCE_FREE
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PairRow, Report, SFTRow, Split
 from jaxrlhf.data.packing import pack
-from jaxrlhf.training.dpo_update import Preferences, kto_objective, objective, score, update
+from jaxrlhf.training.dpo.update import Preferences, kto_objective, objective, score, update
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.state import State
 

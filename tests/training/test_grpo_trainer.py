@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import equal, length_reward, records
+from support.runs import equal, length_reward, records
 
 import jaxrlhf
-from jaxrlhf import commands_models, config, models, plan
+from jaxrlhf import config, models, plan
+from jaxrlhf.cli import models as commands_models
 from jaxrlhf.errors import ConfigError, Preempted
-from jaxrlhf.training import grpo_answers
 from jaxrlhf.training.export import export
-from jaxrlhf.training.grpo import GRPOTrainer
+from jaxrlhf.training.grpo import rollouts
+from jaxrlhf.training.grpo.trainer import GRPOTrainer
 
 
 @pytest.fixture
@@ -57,8 +58,8 @@ def test_a_stopped_run_with_refills_goes_on_bit_for_bit_and_is_exported(grpo, tm
 def test_a_refill_replaces_flat_groups_whole_and_leaves_the_others_where_they_are(grpo):
     trainer = GRPOTrainer(config.GRPOConfig(**grpo), reward=coarse)
     online = trainer.online
-    plain, filled = online.answer(online.rows(0), 0), grpo_answers.refilled(online, 0, lambda: None, 3)
-    before, after = (set(grpo_answers.flat_groups(answers, 2).tolist()) for answers in (plain, filled))
+    plain, filled = online.answer(online.rows(0), 0), rollouts.refilled(online, 0, lambda: None, 3)
+    before, after = (set(rollouts.flat_groups(answers, 2).tolist()) for answers in (plain, filled))
     assert before and after < before
     assert filled.metrics["groups/replaced"] == len(before) - len(after)
     masks = [np.asarray(answers.rollout.response_mask).sum(1) for answers in (plain, filled)]
@@ -78,11 +79,11 @@ def test_a_refill_replaces_flat_groups_whole_and_leaves_the_others_where_they_ar
     ]
     assert decoded == said, "text and tokens are of the same response"
     silent = np.isin(np.arange(8), [0, 1, 3])
-    some = plain._replace(scored=plain.scored._replace(silent=silent, scores=np.arange(8.0)))
-    assert grpo_answers.flat_groups(some, 2).tolist() == [0, 1], "of a group of two, one is nothing to compare"
-    apart, index = grpo_answers.set_apart(online, some), np.asarray(plain.rollout.index)
+    some = plain._replace(scored=plain.scored._replace(unscored=silent, scores=np.arange(8.0)))
+    assert rollouts.flat_groups(some, 2).tolist() == [0, 1], "of a group of two, one is nothing to compare"
+    apart, index = rollouts.set_apart(online, some), np.asarray(plain.rollout.index)
     assert apart.index.tolist() == [-1, -2, index[2], -4, *index[4:]]
-    assert grpo_answers.set_apart(online, plain) is plain.rollout
+    assert rollouts.set_apart(online, plain) is plain.rollout
 
 
 def test_the_baseline_of_remax_is_the_greedy_response(grpo):
@@ -91,7 +92,7 @@ def test_the_baseline_of_remax_is_the_greedy_response(grpo):
     scores = config.Scores(missing_eos_penalty=1.0)
     trainer = GRPOTrainer(config.GRPOConfig(**grpo | {"grpo": remax, "scores": scores}), reward=length_reward)
     online = trainer.online
-    answers = grpo_answers.with_greedy(online, online.rows(0), 0, lambda: None)
+    answers = rollouts.with_greedy(online, online.rows(0), 0, lambda: None)
     greedy, worth = answers.greedy
     length = greedy.response_mask.shape[1]
     hidden = models.forward(trainer.params, trainer.model, greedy.tokens, greedy.mask)[:, -length - 1 : -1]

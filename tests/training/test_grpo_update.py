@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ppo_case import B, R, case, close
+from support.ppo_case import B, R, case, close
 
 from jaxrlhf import sharding
 from jaxrlhf.config import GRPO, Mesh, Optim
 from jaxrlhf.config.grpo import RECIPES
-from jaxrlhf.training import grpo_update, setup
+from jaxrlhf.training import setup
+from jaxrlhf.training.grpo import update as grpo_update
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.state import State
 
@@ -38,7 +39,7 @@ def run(problem, grpo, scores=SCORES, *, rollout=None, key=KEY, mesh=None, rejec
     if mesh.size > 1:
         policy, reference = (jax.device_put(tree, sharding.shardings(tree, mesh)) for tree in (policy, reference))
         rollout, scores = sharding.put_rows((rollout, scores), mesh)
-    params = {"policy": setup.copy(policy, "float32", mesh)}
+    params = {"policy": setup.cast_copy(policy, "float32", mesh)}
     state = State(params, dict(OPTIMIZERS), mesh, grpo.kl_weight).value
     frozen = {"policy": {}} | ({"reference": reference} if grpo.has_reference else {})
     greedy = GREEDY if grpo.recipe.advantage == "greedy" else None

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import equal, length_reward, records
+from support.runs import equal, length_reward, records
 
 import jaxrlhf
 from jaxrlhf import config
 from jaxrlhf.errors import ConfigError, Preempted
-from jaxrlhf.rewards.model import RewardModel
+from jaxrlhf.rewards.sources.model import RewardModel
 from jaxrlhf.training.export import export, merge
-from jaxrlhf.training.ppo import PPOTrainer
-from jaxrlhf.training.reward import RewardTrainer
+from jaxrlhf.training.ppo.trainer import PPOTrainer
+from jaxrlhf.training.reward.trainer import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
 
 LORA = config.LoRA(enabled=True, rank=2, alpha=8.0)

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import length_reward
+from support.runs import length_reward
 
 from jaxrlhf import config, models, sharding
-from jaxrlhf.training.ppo import PPOTrainer
+from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.sft import SFTTrainer
 
 

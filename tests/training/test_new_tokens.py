@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import equal, length_reward, records
+from support.runs import equal, length_reward, records
 
 import jaxrlhf
 from jaxrlhf import config, models, weights
 from jaxrlhf.errors import Preempted
 from jaxrlhf.logprobs import token_logprobs
 from jaxrlhf.training.export import export
-from jaxrlhf.training.ppo import PPOTrainer
+from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.sft import SFTTrainer
 
 WORDS = ("red", "green", "blue", "white", "grey", "pink")

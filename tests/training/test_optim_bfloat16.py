@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
-from runs import records
+from support.runs import records
 
 from jaxrlhf import config, sharding
 from jaxrlhf.config import Mesh, Optim

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny
+from support.tiny import tiny
 
 from jaxrlhf import config, models
 from jaxrlhf.data import batching
@@ -14,8 +14,8 @@ from jaxrlhf.data.datasets import PairRow, Report, SFTRow, Split
 from jaxrlhf.data.packing import pack
 from jaxrlhf.logprobs import token_logprobs
 from jaxrlhf.training import sft
-from jaxrlhf.training.reward import RewardTrainer
-from jaxrlhf.training.reward_loss import objective_of, response_loss, response_scores
+from jaxrlhf.training.reward.loss import objective_of, response_loss, response_scores
+from jaxrlhf.training.reward.trainer import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
 
 MODELS = {

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ppo_case import MODEL, B, case
+from support.ppo_case import MODEL, B, case
 
 import jaxrlhf
 from jaxrlhf import config
 from jaxrlhf.config import Critic, Reference
-from jaxrlhf.training import ppo_update
-from jaxrlhf.training.ppo import PPOTrainer
-from jaxrlhf.training.ppo_roles import critic_model, make_critic
+from jaxrlhf.training.ppo import update as ppo_update
+from jaxrlhf.training.ppo.roles import critic_model, make_critic
+from jaxrlhf.training.ppo.trainer import PPOTrainer
 
 
 def test_every_epoch_and_every_update_has_an_order_of_its_own_over_the_whole_batch(monkeypatch):
@@ -60,7 +60,7 @@ def test_the_value_head_starts_at_zero(head):
     reference, mesh = problem.frozen["reference"], problem.roles.mesh
     model = critic_model(problem.config, MODEL, None)
     critic, _ = make_critic(problem.config, model, problem.policy, reference, None, mesh, jax.random.key(0))
-    assert not np.any(jaxrlhf.models.scores(critic, model, jnp.ones((2, 3, 16))))
+    assert not np.any(jaxrlhf.models.scalar_head(critic, model, jnp.ones((2, 3, 16))))
 
 
 def test_the_head_of_a_frozen_critic_trains_and_is_in_the_checkpoint():

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ppo_case import OPTIMIZERS, B, case, close
+from support.ppo_case import OPTIMIZERS, B, case, close
 
 from jaxrlhf.config import PPO, Critic, Optim, Reference
-from jaxrlhf.training.ppo_roles import whole_critic
+from jaxrlhf.training.ppo.roles import whole_critic
 
 ONE_STEP = {"num_ppo_epochs": 1, "num_mini_batches": 1}
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ppo_case import STOPS, B, R, V, case, close
+from support.ppo_case import STOPS, B, R, V, case, close
 
 ONE = {"num_mini_batches": 1, "num_ppo_epochs": 2}  # every row in every step, whatever the order
 PLAIN = case(**ONE)

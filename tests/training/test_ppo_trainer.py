@@ -8,16 +8,16 @@ import sys
 import jax
 import numpy as np
 import pytest
-from runs import equal, length_reward, records
+from support.runs import equal, length_reward, records
 
 import jaxrlhf
 from jaxrlhf import config, weights
 from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted, RewardError
-from jaxrlhf.rewards.model import RewardModel
-from jaxrlhf.training.alarms import Watch
+from jaxrlhf.rewards.sources.model import RewardModel
 from jaxrlhf.training.export import export
-from jaxrlhf.training.ppo import PPOTrainer
-from jaxrlhf.training.reward import RewardTrainer
+from jaxrlhf.training.on_policy.alarms import Watch
+from jaxrlhf.training.ppo.trainer import PPOTrainer
+from jaxrlhf.training.reward.trainer import RewardTrainer
 
 
 def held_out(ppo, **options):

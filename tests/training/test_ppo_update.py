@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ppo_case import MODEL, STOPS, B, R, V, case, close
+from support.ppo_case import MODEL, STOPS, B, R, V, case, close
 
 from jaxrlhf import sharding
 from jaxrlhf.config import PPO, Mesh
 from jaxrlhf.logprobs import response_states
 from jaxrlhf.models import lm_logits
-from jaxrlhf.training import ppo_update
+from jaxrlhf.training.ppo import update as ppo_update
 
 
 def test_rollouts_of_the_case_are_ragged():

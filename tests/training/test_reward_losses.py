@@ -6,19 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import records
-from tiny import tiny
+from support.runs import records
+from support.tiny import tiny
 
 from jaxrlhf import models, sharding, weights
 from jaxrlhf.config import Mesh, Optim, RewardConfig, Train
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PairRow, SFTRow
-from jaxrlhf.data.judged import RankedRow
+from jaxrlhf.data.labelled import RankedRow
 from jaxrlhf.errors import ConfigError, NumericsError
-from jaxrlhf.training import reward
 from jaxrlhf.training.optim import make_optimizer
-from jaxrlhf.training.reward import RewardTrainer
-from jaxrlhf.training.reward_loss import objective_of
+from jaxrlhf.training.reward import trainer as reward
+from jaxrlhf.training.reward.loss import objective_of
+from jaxrlhf.training.reward.trainer import RewardTrainer
 from jaxrlhf.training.state import State
 
 MODEL = tiny(head="linear", num_layers=1, sliding_layers=(False,))

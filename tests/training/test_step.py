@@ -45,7 +45,7 @@ def test_micro_batches_add_up_to_the_batch(problem, parts):
 
 def test_split_and_join_are_inverse():
     tree = {"a": jnp.arange(24).reshape(12, 2), "b": jnp.arange(12)}
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, step.join_rows(step.split_rows(tree, 4)), tree))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, step.from_micro_batches(step.to_micro_batches(tree, 4)), tree))
 
 
 def state_of(params, optimizer):

@@ -6,22 +6,22 @@ import json
 import jax
 import numpy as np
 import pytest
-from runs import equal, length_reward, records
+from support.runs import equal, length_reward, records
 
 import jaxrlhf
 from jaxrlhf import config, sharding
 from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted, RewardError, StorageError
 from jaxrlhf.training import setup
-from jaxrlhf.training.ppo import PPOTrainer
-from jaxrlhf.training.reward import RewardTrainer
-from jaxrlhf.training.sampler import occurrences
+from jaxrlhf.training.on_policy.sampler import occurrences
+from jaxrlhf.training.ppo.trainer import PPOTrainer
+from jaxrlhf.training.reward.trainer import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
 
 
 def test_slots_do_not_change_what_ppo_sees(ppo):
     """And a smaller copy of the policy changes what is sampled, but not the log-probs that training takes."""
     texts, logs = {}, {}
-    for rollout in (config.Engine(), config.Engine(slots=3), config.Engine(dtype="int8")):
+    for rollout in (config.Generation(), config.Generation(slots=3), config.Generation(dtype="int8")):
         trainer = PPOTrainer(config.PPOConfig(rollout=rollout, **ppo), reward=lambda prompts, completions: [0.0] * 8)
         step = trainer.ppo_step([row.text for row in trainer.data.train[:8]])
         texts[rollout], logs[rollout] = step["generated_texts"], step
@@ -146,10 +146,10 @@ def test_bfloat16_reference_and_moments(ppo, storage):
 def test_copy_keeps_what_is_not_a_product(ppo):
     params = {"norm": {"scale": jax.numpy.full(4, 1.001)}, "up": {"kernel": jax.numpy.full((4, 4), 1.001)}}
     mesh = sharding.make_mesh(config.Mesh())
-    copied = setup.copy(params, "bfloat16", mesh)
+    copied = setup.cast_copy(params, "bfloat16", mesh)
     equal(copied["norm"], params["norm"])
     assert copied["up"]["kernel"].dtype == "bfloat16"
-    same = setup.copy(params, "float32", mesh)
+    same = setup.cast_copy(params, "float32", mesh)
     assert same["norm"]["scale"].unsafe_buffer_pointer() != params["norm"]["scale"].unsafe_buffer_pointer()
 
 

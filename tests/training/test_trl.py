@@ -1,4 +1,4 @@
-"""A whole update against TRL's PPOTrainer (tests/recorded.py): the same models, tokens and settings, float32.
+"""A whole update against TRL's PPOTrainer (tests/support/recorded.py): the same models, tokens and settings, float32.
 
 Where TRL is right, everything agrees: what it annotates, what it logs, the gradients and the parameters afterwards.
 Where it is wrong, the test names the thread and asserts both numbers.
@@ -10,16 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import recorded
 from safetensors.numpy import load_file
+from support import recorded
 
 import jaxrlhf
 from jaxrlhf import sharding
 from jaxrlhf.algorithms.scores import no_stats, shaped
 from jaxrlhf.config import PPO, Mesh, Optim, Scores
 from jaxrlhf.logprobs import last_token_scores
-from jaxrlhf.training import ppo_roles, ppo_update
 from jaxrlhf.training.optim import make_optimizer
+from jaxrlhf.training.ppo import roles as ppo_roles
+from jaxrlhf.training.ppo import update as ppo_update
 from jaxrlhf.training.state import State
 from jaxrlhf.types import Rollout
 

@@ -1,0 +1,169 @@
+"""What a run measures and where it goes: one record per step -> metrics.jsonl, TensorBoard, W&B and the console."""
+
+import contextlib
+import importlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.config import Logging
+from jaxrlhf.errors import ConfigError, DataError, first_line, quoted
+from jaxrlhf.files import write_whole
+from jaxrlhf.metrics.console import Console
+from jaxrlhf.metrics.keys import METRICS, REWARDS
+
+
+class Logger:
+    """Writes the records of one run. Files are flushed line by line, so a killed run loses no finished step.
+
+    Args:
+        directory: the run directory.
+        config: what to show and where to send it.
+        method: the command that runs.
+        total_steps: steps of the whole run, for progress and time left.
+    """
+
+    def __init__(self, directory: Path, config: Logging, method: str, total_steps: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory, self._config = directory, config
+        self._purge: int | None = None
+        self._writer: Any = None
+        self._wandb = _wandb(config, directory) if config.wandb_project else None
+        self._console = None if config.quiet else Console(method, total_steps, config.log_every)
+        self._open()
+
+    def log(self, step: int, record: Mapping[str, Any]) -> None:
+        """Write the record of `step` (1, 2, ...): numbers by their key in METRICS."""
+        unknown = {key for key in record if not _is_metric(key)}
+        assert not unknown, f"not in METRICS: {sorted(unknown)}"
+        numbers = {key: _number(value) for key, value in record.items()}
+        self._metrics.write(_line({"step": step, **numbers}))
+        self._metrics.flush()
+        if self._config.tensorboard:
+            for key, value in numbers.items():
+                self._tensorboard().add_scalar(key, value, step)
+        if self._wandb:
+            self._wandb.log(numbers, step=step)
+        if self._console:
+            self._console.progress(step, numbers)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows ("prompt", "completion", and "score" or anything else that is JSON), and show the first few."""
+        self._samples.writelines(_line({"step": step, **row}) for row in rows)
+        self._samples.flush()
+        if self._console:
+            for row in rows[: self._config.num_samples]:
+                self._console.sample(step, row)
+
+    def note(self, text: str) -> None:
+        """Say something on the console, between the progress lines."""
+        if self._console:
+            self._console.note(text)
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """While the block runs, the console draws nothing."""
+        return self._console.paused() if self._console else contextlib.nullcontext()
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written after `step`, and lines that a kill cut short: what follows is written anew."""
+        self._metrics.close()
+        self._samples.close()
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _cut(self._directory / name, step)
+        self._purge = step + 1
+        self._open()
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._metrics.close()
+        self._samples.close()
+        if self._writer is not None:
+            self._writer.close()
+        if self._wandb:
+            self._wandb.finish()
+        if self._console:
+            self._console.close()
+
+    def _open(self) -> None:
+        # half of a surrogate pair, which UTF-8 refuses, becomes \udxxx: that is how JSON spells it
+        mode: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
+        self._metrics = open(self._directory / "metrics.jsonl", "a", **mode)  # noqa: SIM115
+        self._samples = open(self._directory / "samples.jsonl", "a", **mode)  # noqa: SIM115
+
+    def _tensorboard(self) -> Any:
+        if self._writer is None:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._directory / "tensorboard"), purge_step=self._purge, flush_secs=10)
+        return self._writer
+
+
+def read(path: Path | str) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, or the rows of a samples.jsonl. A line that is being written is left out.
+
+    "NaN", "Infinity" and "-Infinity" under the key of a metric become floats again. Raises DataError if the file is
+    missing or a line is not a record.
+    """
+    path, records = Path(path), []
+    if not path.is_file():
+        raise DataError(f"{path.parent} has no {path.name}: is it a run directory?")
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not JSON ({first_line(error)})") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{path}:{number}: expected an object, found {quoted(record, 40)}")
+        records.append({k: float(v) if isinstance(v, str) and _is_metric(k) else v for k, v in record.items()})
+    return records
+
+
+def _is_metric(key: str) -> bool:
+    return key in METRICS or key.startswith(REWARDS)
+
+
+def _number(value: Any) -> float | int:
+    """A Python number of a Python, numpy or jax scalar. Floats keep every bit (float32 as float64)."""
+    value = value.item() if hasattr(value, "item") else value
+    return value if isinstance(value, int) and not isinstance(value, bool) else float(value)
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(dict(record)), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for what is not finite: a string takes its place."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _cut(path: Path, step: int) -> None:
+    """Keep the whole lines of `path` up to `step`, in one atomic replacement; none where nothing has been done (0)."""
+    kept = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            if step and json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_whole(path, b"".join(kept))
+
+
+def _wandb(config: Logging, directory: Path) -> Any:
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise ConfigError(
+            f"logging.wandb_project is '{config.wandb_project}' but wandb is not installed; "
+            "pip install 'jaxrlhf[wandb]', or leave it empty"
+        ) from error
+    wandb.init(project=config.wandb_project, name=directory.name, dir=str(directory))
+    return wandb

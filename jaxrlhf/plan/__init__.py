@@ -1,0 +1,187 @@
+"""What a run will hold in memory and how long its steps take at the least, before anything of it runs: `jaxrlhf plan`.
+
+Its programs are compiled for arrays that do not exist, of the longest rows there are. XLA then says what each program
+needs besides its arguments; what else lies in memory while it runs is known from the shapes.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from jaxrlhf import compilation, sharding
+from jaxrlhf.compilation import Compiled
+from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.logprobs import logits_bytes
+from jaxrlhf.models import empty_cache
+from jaxrlhf.plan import costs
+from jaxrlhf.training.dpo.trainer import DPOTrainer
+from jaxrlhf.training.grpo.trainer import GRPOTrainer
+from jaxrlhf.training.ppo.trainer import PPOTrainer
+from jaxrlhf.training.reward.trainer import RewardTrainer
+from jaxrlhf.training.setup import RunConfig
+from jaxrlhf.training.sft import SFTTrainer
+from jaxrlhf.types import TrainState
+
+PARTS = (
+    "trained parameters",
+    "optimizer state",
+    "frozen models",
+    "kept rollouts",
+    "batch",
+    "decoding copy",
+    "keys and values",
+    "gradients",
+    "logits",
+    "activations, rest",
+)
+"""What lies in memory, in the order in which it is shown."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a step: bytes on one device by part, and the matrix products that it runs."""
+
+    name: str
+    bytes: dict[str, int]
+    products: list[costs.Product]
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs."""
+
+    about: str
+    phases: tuple[Phase, ...]
+    state: int  # bytes of a checkpoint, on one device
+    devices: int
+
+    @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+
+def plan(config: RunConfig) -> Plan:
+    """Compile the programs of a run without loading a model. Raises what its trainer would raise."""
+    with _compiled() as found:
+        match config:
+            case GRPOConfig():
+                trainer = GRPOTrainer(config, abstract=True)
+            case PPOConfig():
+                trainer = PPOTrainer(config, abstract=True)
+            case RewardConfig():
+                trainer = RewardTrainer(config, abstract=True)
+            case DPOConfig():
+                trainer = DPOTrainer(config, abstract=True)
+            case SFTConfig():
+                trainer = SFTTrainer(config, abstract=True)
+        trainer.compile_longest()
+    phases = _online(trainer, found) if isinstance(trainer, PPOTrainer | GRPOTrainer) else _supervised(trainer, found)
+    about = f"{trainer.config.model.path}, {trainer.total_steps} steps"
+    return Plan(about, tuple(phases), size(trainer.state.template), trainer.mesh.size)
+
+
+@contextlib.contextmanager
+def _compiled() -> Iterator[dict[str, list[Compiled]]]:
+    """What is compiled while the block runs, by the name of the function."""
+    found: dict[str, list[Compiled]] = {}
+    with compilation.watched(lambda one: found.setdefault(one.program.__name__.lstrip("_"), []).append(one)):
+        yield found
+
+
+def size(*trees: Any) -> int:
+    """Bytes on one device of shapes with their places; one that is there twice counts once."""
+    leaves = {id(leaf): leaf for tree in trees for leaf in jax.tree.leaves(tree)}
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves.values())
+
+
+def _beside(one: Compiled) -> int:
+    """What a program needs besides its arguments: scratch, and results that take no argument's place."""
+    stats = one.memory
+    return stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+
+
+def _standing(state: TrainState, *frozen: Any) -> dict[str, int]:
+    """What is in memory all the time."""
+    return {
+        "trained parameters": size(state.params),
+        "optimizer state": size(state.opt_state),
+        "frozen models": size(frozen, state.reference),
+        "kept rollouts": size(state.replay),
+    }
+
+
+def _gradients(state: TrainState) -> int:
+    return sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state.params))
+
+
+def _phase(
+    name: str, standing: dict[str, int], ran: list[Compiled], trips: float = 1, times: int = 1, **known: int
+) -> Phase:
+    """A phase of programs that run one after another, `times` over; `known` is what they are known to have of what they
+    need besides their arguments, underscores for spaces."""
+    named = {key.replace("_", " "): value for key, value in known.items()}
+    beside = max((_beside(one) for one in ran), default=0)
+    rest = {
+        "activations, rest": max(0, beside - sum(v for k, v in named.items() if k not in ("batch", "decoding copy")))
+    }
+    found = [p._replace(times=p.times * times) for one in ran for p in costs.products(one.jaxpr, trips)]
+    return Phase(name, {**standing, **named, **rest}, found)
+
+
+def _supervised(trainer: SFTTrainer | RewardTrainer | DPOTrainer, found: dict[str, list[Compiled]]) -> Iterator[Phase]:
+    state, train = trainer.state.template, trainer.config.train
+    standing, logits, samples = _standing(state, trainer.frozen), 0, []
+    if not isinstance(trainer, RewardTrainer):
+        shares = sharding.row_shards(trainer.mesh)
+        rows = (train.micro_batch_size or train.batch_size) // shares
+        logits = logits_bytes(trainer.model, rows * (trainer.width - 1))
+        copy, length = size(found["convert"][0].outputs), trainer.config.sampling.response_length
+        samples = [_phase("samples", standing, found["generate"], length, decoding_copy=copy)]
+    yield _phase("update", standing, found["update"], gradients=_gradients(state), logits=logits)
+    if scoring := found.get("evaluate") or found.get("score"):
+        yield _phase("evaluation", standing, scoring[-1:])
+    yield from samples
+
+
+def _online(trainer: PPOTrainer | GRPOTrainer, found: dict[str, list[Compiled]]) -> Iterator[Phase]:
+    config, state, sampler = trainer.config, trainer.state.template, trainer.sampler
+    settings, length = trainer.online.settings, config.sampling.response_length
+    batch = settings.batch_size
+    shares = sharding.row_shards(trainer.mesh)
+    judges = [judge.params for judge in trainer.scorer.models.values()]
+    annotating = learning = standing = _standing(state, trainer.frozen, judges)
+    apart = jax.default_backend() != "cpu"  # whether the host is another memory
+    if config.optim.offload and apart:  # on the device for the update alone
+        annotating = standing = {**standing, "optimizer state": 0}
+    if config.reference.offload and apart:  # on the device for annotation alone
+        others = size([part for role, part in trainer.frozen.items() if role != "reference"], judges)
+        standing, learning = ({**parts, "frozen models": others} for parts in (standing, learning))
+
+    yield _phase("copy for decoding", standing, found["convert"])
+    slots = min(sampler.slots or batch, batch)
+    cache = jax.eval_shape(lambda: empty_cache(sampler.inference, slots, sampler.columns + length))
+    known = {
+        "decoding_copy": size(found["convert"][0].outputs),
+        "keys_and_values": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // shares,
+    }
+    drawn = [one for name in ("generate", "admit", "advance") for one in found.get(name, ())]
+    phase = _phase("rollout", standing, drawn, length - 1, -(-batch // slots), **known)
+    if "advance" in found:  # the cache is an argument there, and not of what is needed besides
+        rest = {"activations, rest": max(_beside(one) for one in drawn)}
+        phase = replace(phase, bytes=phase.bytes | rest)
+    yield phase
+    learnt = size(found["annotate"][0].outputs[0])
+    if scoring := [one for name in ("last_token_scores", "token_scores") for one in found.get(name, ())]:
+        rows = min(judge.rows for judge in trainer.scorer.models.values())
+        yield _phase("reward model", standing, scoring, times=-(-batch // rows), batch=learnt)
+    yield _phase("annotation", annotating, found["annotate"], batch=learnt)
+    logits = logits_bytes(trainer.model, settings.micro_rows(batch) // shares * length)
+    yield _phase("update", learning, found["update"], batch=learnt, gradients=_gradients(state), logits=logits)

@@ -1,0 +1,3 @@
+from jaxrlhf.training.dpo.trainer import DPOTrainer
+
+__all__ = ["DPOTrainer"]

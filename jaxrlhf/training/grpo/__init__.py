@@ -1,0 +1,3 @@
+from jaxrlhf.training.grpo.trainer import GRPOTrainer
+
+__all__ = ["GRPOTrainer"]

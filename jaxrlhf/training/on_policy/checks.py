@@ -1,0 +1,63 @@
+"""What is refused of any on-policy run before it has cost anything: before weights are read, or a response is drawn."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+
+from jaxrlhf import sharding
+from jaxrlhf.config import GRPO, PPO, GRPOConfig, PPOConfig
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.rewards.sources.model import RewardModel
+from jaxrlhf.training import setup
+from jaxrlhf.training.on_policy.sampler import LOWER
+
+
+def check_run(method: str, config: PPOConfig | GRPOConfig, settings: PPO | GRPO, mesh: jax.sharding.Mesh) -> None:
+    """Raise ConfigError for what devices cannot do."""
+    for section in ("optim", "reference"):
+        if getattr(config, section).offload:
+            sharding.check_host_memory(mesh, f"{section}.offload")
+    size = settings.batch_size
+    sharding.check_rows(settings.micro_rows(size), mesh, f"{method}.micro_batch_size, or a mini-batch,")
+    sharding.check_rows(settings.annotation_rows(size), mesh, f"{method}.local_rollout_forward_batch_size")
+
+
+def check_readers(readers: Sequence[RewardModel], longest: int, response_length: int) -> None:
+    """ConfigError for a reward model whose context the longest prompt (0: not known) and its response exceed."""
+    for reader in readers if longest else []:
+        what = f"for the reward model {reader.path}, the longest prompt with its response"
+        setup.check_context([longest + response_length], reader.described, what, LOWER)
+
+
+def check_step(
+    method: str,
+    config: PPOConfig | GRPOConfig,
+    settings: PPO | GRPO,
+    mesh: jax.sharding.Mesh,
+    group: int,
+    prompts: Sequence[str],
+    step: int,
+    updates: int,
+) -> None:
+    """Raise ConfigError for prompts that cannot be update number `step` of so many, with `group` responses to each."""
+    if isinstance(prompts, str):
+        raise ConfigError(f"{method}_step got one text; it takes a list of prompts")
+    paired = isinstance(settings, GRPO) and settings.recipe.loss == "dpo"
+    multiple = settings.num_mini_batches * (settings.micro_batch_size or 1)
+    multiple //= math.gcd(multiple, 1 if paired else group)
+    if not prompts or len(prompts) % multiple:
+        raise ConfigError(f"{method}_step got {len(prompts)} prompts; it needs a positive multiple of {multiple}")
+    rows = len(prompts) * group
+    sharding.check_rows(settings.micro_rows(rows), mesh, f"{method}_step: rows of a forward pass")
+    learnt = settings.learnt(rows) if isinstance(settings, GRPO) else rows
+    if learnt % settings.annotation_rows(rows):
+        raise ConfigError(
+            f"{method}_step got {len(prompts)} prompts; {method}.local_rollout_forward_batch_size is "
+            f"{settings.local_rollout_forward_batch_size}, which does not divide them"
+        )
+    if step >= updates and config.optim.schedule != "constant":
+        raise ConfigError(
+            f"the learning rate schedule ended after {updates} updates ({method}.total_episodes / "
+            f"{method}.batch_size); raise {method}.total_episodes or set optim.schedule: constant"
+        )

@@ -1,0 +1,3 @@
+from jaxrlhf.training.ppo.trainer import PPOTrainer
+
+__all__ = ["PPOTrainer"]

@@ -1,0 +1,3 @@
+from jaxrlhf.training.reward.trainer import RewardTrainer
+
+__all__ = ["RewardTrainer"]

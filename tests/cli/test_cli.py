@@ -1,0 +1,398 @@
+"""The command line: what it imports, what it says, and which exit code it leaves."""
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxrlhf import errors, weights
+from jaxrlhf.cli import main, training
+from jaxrlhf.cli import models as commands_models
+from jaxrlhf.cli.training import COMMANDS, Command
+from jaxrlhf.config import PPOConfig, RewardSource, Sampling
+from jaxrlhf.config import file as config_file
+from jaxrlhf.config import text as config_text
+from jaxrlhf.evaluation import completions, summary
+
+GIVEN = ["--model.path", "m", "--data.path", "d"]
+HEAVY = ("jax", "flax", "transformers", "datasets", "numpy", "orbax", "torch", "matplotlib")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["ppo", "--help"], 0),
+        (["generate", "--help"], 0),
+        (["new", "ppo"], 0),
+        (["--version"], 0),
+        (["ppo", "ppo", "--optim.lr", "1"], 3),
+        (["sft", "no_such_file.yaml"], 3),
+        (["pp"], 2),
+        ([], 2),
+    ],
+)
+def test_help_and_config_errors_import_nothing_heavy(arguments, code):
+    program = (
+        "import sys; from jaxrlhf.cli import main; code = main(sys.argv[1:]); "
+        f"print('LOADED', [name for name in {HEAVY} if name in sys.modules]); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.endswith("LOADED []\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = [sys.executable, "-m", "jaxrlhf", "new", "ppo"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_train_help_shows_every_key(capsys):
+    assert main(["ppo", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for key, _ in config_file.keys(PPOConfig):
+        if "." in key:
+            assert f"--{key.replace('_', '-')} " in shown, key
+    assert "--fresh" in shown
+
+
+def fail_with(monkeypatch, error):
+    def run(options, overrides):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "demo", Command(run, "fails"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.ConfigError("why"), 3),
+        (errors.DataError("why"), 4),
+        (errors.RewardError("why"), 5),
+        (errors.NumericsError("why"), 6),
+        (errors.StorageError("why"), 7),
+        (errors.OutOfMemory("why"), 8),
+        (errors.Preempted("why"), 75),
+        (MemoryError("why"), 8),
+        (RuntimeError("RESOURCE_EXHAUSTED: why"), 8),
+        (OSError(errno.ENOSPC, "why", "file"), 7),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_every_kind_of_error_has_its_exit_code_and_one_message(monkeypatch, capsys, error, code):
+    fail_with(monkeypatch, error)
+    assert main(["demo"]) == code
+    said = capsys.readouterr().err
+    assert said.startswith("jaxrlhf: ")
+    assert "Traceback" not in said
+    assert ("micro_batch_size" in said) == (code == 8 and not isinstance(error, errors.OutOfMemory))
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "demo"], ["demo", "--debug"]])
+def test_debug_anywhere_shows_the_traceback(monkeypatch, capsys, arguments):
+    fail_with(monkeypatch, errors.DataError("why"))
+    assert main(arguments) == 4
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert said.endswith("jaxrlhf: error: why\n")
+
+
+def test_a_bug_is_not_dressed_up(monkeypatch):
+    fail_with(monkeypatch, ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError):
+        main(["demo"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generat"], "unknown command 'generat'; did you mean 'generate'?"),
+        (["generate", "m", "--promt", "x"], "unknown option '--promt'; did you mean '--prompt' or '--prompts'?"),
+        (["ppo", "c.yaml", "--frsh"], "unknown option '--frsh'; did you mean '--fresh'?"),
+        (["plot", "run", "--seed", "1"], "unknown option '--seed'"),
+        (["generate", "m"], "give --prompt TEXT, or --prompts FILE"),
+        (["generate", "m", "--prompt", "x", "--prompts", "f"], "give --prompt TEXT, or --prompts FILE"),
+        (["compare", "m", "--prompts", "f"], "required: B"),
+        (["new", "pp"], "invalid choice: 'pp'"),
+        (["sft"], "give a CONFIG.yaml"),
+        (["demo", "--seed", "-1"], "expected a whole number from 0 on, got '-1'"),
+        (["generate", "m", "--prompt", "x", "--n", "0"], "expected a whole number from 1 on, got '0'"),
+        (["generate", "m", "--prompt", "x", "--n", "-1"], "expected a whole number from 1 on, got '-1'"),
+        (["generate", "m", "--prompt", "x", "--max-new-tokens", "0"], "expected a whole number from 1 on, got '0'"),
+        (["evaluate", "m", "--prompts", "p", "--num-prompts", "0"], "expected a whole number from 1 on, got '0'"),
+        (
+            ["evaluate", "m", "--prompts", "p", "--num-completions", "1.5"],
+            "expected a whole number from 1 on, got '1.5'",
+        ),
+    ],
+)
+def test_misuse_is_exit_code_2_with_a_hint(capsys, arguments, message):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_override_without_a_value_is_refused(capsys):
+    assert main(["ppo", "ppo", "--optim.eps", "--fresh"]) == 3
+    assert "override --optim.eps has no value" in capsys.readouterr().err
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Stands in for the trainers and keeps what they were given."""
+    seen = []
+
+    class Trainer:
+        def __init__(self, config, *, fresh=False, ahead=False):
+            self.config, self.fresh, self.did = config, fresh, []
+            seen.append(self)
+
+        def train(self):
+            self.did.append("train")
+
+        def describe(self):
+            return "what would be done"
+
+    monkeypatch.setattr(training, "_trainer", lambda method: Trainer)
+    return seen
+
+
+def test_a_config_with_overrides_reaches_the_trainer(trained, tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("optim: {learning_rate: 1}\nmodel: {path: m}\ndata: {path: d}\n")
+    arguments = ["--optim.learning-rate=1e-4", str(path), "--seed", "3", "--fresh", "--data.template", "-{x}: y"]
+    assert main(["sft", *arguments]) == 0
+    (trainer,) = trained
+    assert (trainer.config.optim.learning_rate, trainer.config.seed, trainer.fresh) == (1e-4, 3, True)
+    assert trainer.config.data.template == "-{x}: y"
+    assert trainer.did == ["train"]
+
+
+def test_dry_run_prints_the_resolved_config_and_does_not_train(trained, tmp_path, capsys):
+    assert main(["sft", *GIVEN, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert trained[0].did == []
+    config, _, rest = printed.partition("\n\n")
+    (tmp_path / "again.yaml").write_text(config)
+    assert config_file.read("sft", tmp_path / "again.yaml") == trained[0].config
+    assert "what would be done" in rest
+
+
+@pytest.mark.parametrize("method", config_file.METHODS)
+def test_presets_are_found_by_name_and_valid(trained, method):
+    reward = ["--reward.function", "r.py:f"] if method in ("ppo", "grpo") else []
+    assert main([method, method, *GIVEN, *reward]) == 0
+    assert trained[0].config != config_file.METHODS[method](), "a preset says something"
+
+
+def test_a_preset_that_is_not_there(capsys):
+    assert main(["ppo", "rewrd"]) == 3
+    assert "did you mean 'reward'?" in capsys.readouterr().err
+
+
+def test_new_prints_a_config_that_reads_back(capsys, tmp_path):
+    assert main(["new", "reward"]) == 0
+    (tmp_path / "r.yaml").write_text(capsys.readouterr().out)
+    assert config_file.read("reward", tmp_path / "r.yaml", partial=True) == config_file.METHODS["reward"]()
+
+
+def test_plot_prints_the_two_paths(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert main(["plot", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "plot.png"), str(tmp_path / "metrics.csv")]
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run directory with a checkpoint and an export, that came to its end."""
+    run = tmp_path / "run"
+    (run / "checkpoints" / "20").mkdir(parents=True)
+    (run / "export").mkdir()
+    (run / "export" / "config.json").write_text("{}")
+    (run / "config.yaml").write_text("model: {path: m}\ndata: {path: d}\n")
+    (run / "run.json").write_text(json.dumps({"method": "sft", "starts": [{"outcome": "done"}]}))
+    return run
+
+
+@pytest.fixture
+def exported(monkeypatch) -> list[tuple]:
+    """What was asked of the export of a checkpoint."""
+    seen = []
+    monkeypatch.setattr("jaxrlhf.training.export.export", lambda *asked, merge_lora: seen.append(asked))
+    return seen
+
+
+def test_export_copies_what_a_finished_run_has_chosen(tmp_path, exported, run):
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"
+    assert not exported
+    assert main(["export", str(run), str(tmp_path / "out")]) == 7, "not over something"
+    assert main(["export", str(tmp_path), str(tmp_path / "out2")]) == 4, "not a run"
+
+
+@pytest.mark.parametrize("last", [{}, {"outcome": "preempted"}])
+@pytest.mark.parametrize("before", [True, False])
+def test_export_of_a_run_that_went_on_takes_its_checkpoint(tmp_path, exported, run, last, before):
+    (run / "run.json").write_text(json.dumps({"method": "sft", "starts": [{"outcome": "done"}, last]}))
+    if not before:
+        shutil.rmtree(run / "export")
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert exported == [(run, tmp_path / "out", "policy")]
+
+
+def test_export_without_a_checkpoint_takes_the_export_that_is_there(tmp_path, exported, run):
+    (run / "run.json").write_text(json.dumps({"method": "sft", "starts": [{}]}))
+    (run / "checkpoints" / "20").rmdir()
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"
+    assert not exported
+
+
+def test_export_of_the_critic_takes_the_checkpoint(tmp_path, exported, run):
+    assert main(["export", str(run), str(tmp_path / "out"), "--role", "critic"]) == 0
+    assert exported == [(run, tmp_path / "out", "critic")], "not the export of the policy that is there"
+
+
+def test_export_refuses_what_a_run_does_not_have(tmp_path, run, capsys):
+    assert main(["export", str(run), str(tmp_path / "out"), "--role", "critic"]) == 3
+    assert "only ppo has a critic" in capsys.readouterr().err
+    (run / "run.json").write_text(json.dumps({"method": "sft", "starts": [{}]}))
+    (run / "checkpoints" / "20").rename(run / "checkpoints" / "corrupt-20")
+    shutil.rmtree(run / "export")
+    assert main(["export", str(run), str(tmp_path / "out")]) == 7
+    assert "has no checkpoint yet" in capsys.readouterr().err
+
+
+def test_export_without_a_record_says_so(tmp_path, run, capsys):
+    (run / "run.json").write_text("{")
+    assert main(["export", str(run), str(tmp_path / "out")]) == 7
+    assert "run.json cannot be read" in capsys.readouterr().err
+
+
+ROWS = {
+    "sft": {"prompt": "ab", "completion": "cd"},
+    "reward": {"prompt": "ab", "chosen": "c", "rejected": "d"},
+    "ppo": {"prompt": "ab"},
+}
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_adapters_for_short_reach_the_real_trainer(method, tiny_model, tmp_path, capsys):
+    data, reward = tmp_path / "d.jsonl", tmp_path / "r.py"
+    data.write_text(f"{json.dumps(ROWS[method])}\n" * 4)
+    reward.write_text("def f(completions):\n    return [0.0] * len(completions)\n")
+    given = ["--model.path", str(tiny_model), "--model.init", "random", "--data.path", str(data)]
+    given += ["--run_dir", str(tmp_path / "run")]
+    given += ["--sampling.response_length", "8"] if method != "reward" else []
+    given += ["--reward.function", f"{reward}:f"] if method == "ppo" else []
+    assert main([method, *given, "--use-lora", "--lora.rank", "3", "--lora.quantize", "nf4", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "adapters of rank 3 train, the model under them, in nf4, does not" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_that_fits(tiny_model, tmp_path, capsys):
+    """What the file is for is said by its comment; its model has adapters because the command line says so."""
+    (tmp_path / "d.jsonl").write_text(f"{json.dumps(ROWS['reward'])}\n" * 4)
+    file = tmp_path / "my.yaml"
+    file.write_text(f"# jaxrlhf reward\nmodel: {{path: {tiny_model}}}\ndata: {{path: {tmp_path}/d.jsonl}}\n")
+    assert main(["plan", str(file), "--model.init", "random", "--use-lora"]) == 0
+    shown = capsys.readouterr().out
+    assert "frozen models" in shown and "it fits" in shown
+
+
+def test_adapters_of_a_finished_run_become_one_model(tmp_path, monkeypatch, run, exported):
+    """Of a run over a packed model they are merged by the run itself: its export does not say what they were over."""
+    merged = []
+    monkeypatch.setattr("jaxrlhf.training.export.merge", lambda *asked: merged.append(asked))
+    (run / "export" / "adapter_config.json").write_text("{}")
+    assert main(["export", str(run), str(tmp_path / "out"), "--merge-lora"]) == 0
+    assert (merged, exported) == ([(run / "export", tmp_path / "out")], [])
+    (run / "config.yaml").write_text("model: {path: m}\ndata: {path: d}\nlora: {enabled: true, quantize: nf4}\n")
+    assert main(["export", str(run), str(tmp_path / "out"), "--merge-lora"]) == 0
+    assert (len(merged), exported) == (1, [(run, tmp_path / "out", "policy")])
+    assert main(["export", str(run / "export"), str(tmp_path / "out"), "--merge-lora"]) == 0
+    assert merged[1:] == [(run / "export", tmp_path / "out")], "a folder of adapters alone"
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_model, tmp_path_factory) -> Path:
+    model, params = weights.load(tiny_model, init="random", key=jax.random.key(1))
+    return weights.export(tmp_path_factory.mktemp("models") / "m", model, params, source=tiny_model)
+
+
+def test_generate_prints_the_prompt_and_what_follows(model_folder, capsys):
+    arguments = ["generate", str(model_folder), "--prompt", "hello", "--max-new-tokens", "8", "--seed", "5"]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("hello")
+    assert len(first) <= len("hello") + 8 + 1
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == first
+    assert main([*arguments, "--n", "3"]) == 0
+    several = capsys.readouterr().out
+    assert several.startswith(f"--- 1 of 3 ---\n{first}")
+    assert len(set(several.split("---\n")[1:])) == 3
+
+
+def test_generate_from_nothing_starts_at_bos(model_folder, capsys):
+    assert main(["generate", str(model_folder), "--prompt", "", "--greedy", "--max-new-tokens", "5"]) == 0
+    assert len(capsys.readouterr().out) <= 6
+
+
+def test_generate_says_when_less_than_asked_for_will_fit(model_folder, capsys):
+    assert main(["generate", str(model_folder), "--prompt", "abc", "--max-new-tokens", "100000"]) == 0
+    said = capsys.readouterr().err
+    assert "note: 100000 tokens were asked for, but after a prompt of 3 the context of 64 has room for 61" in said
+
+
+def test_generate_refuses_a_prompt_longer_than_the_context(model_folder, capsys):
+    assert main(["generate", str(model_folder), "--prompt", "a" * 64]) == 4
+    assert "the prompt has 64 tokens and the model's context is 64" in capsys.readouterr().err
+
+
+def test_the_known_story(shared_data, capsys):
+    model = shared_data / "models" / "stories260K"
+    assert main(["generate", str(model), "--prompt", "", "--greedy", "--max-new-tokens", "40"]) == 0
+    assert capsys.readouterr().out.startswith("Once upon a time, there was a little girl named Lily.")
+
+
+def test_a_ppo_run_is_asked_as_it_was_trained(tmp_path):
+    sampling = Sampling(response_length=7, stop_strings=("\n", "Q: 'x'"), stop_token_ids=(3,), temperature=0.7)
+    reward = RewardSource(model="m", components=({"function": "r.py:f", "options": {"low": 3}},))  # type: ignore[arg-type]
+    settings = config_text.dump(PPOConfig(sampling=sampling, reward=reward))
+    (tmp_path / "config.yaml").write_text(f"# jaxrlhf ppo, every option resolved\n{settings}")
+    again = config_file.read("ppo", None, commands_models.as_trained(str(tmp_path), "sampling", "reward"), partial=True)
+    assert again.sampling == sampling and again.reward == reward
+    (tmp_path / "config.yaml").write_text("# jaxrlhf dpo, every option resolved\nsampling: {temperature: 0.7}\n")
+    again = config_file.read("ppo", None, commands_models.as_trained(str(tmp_path), "sampling", "reward"), partial=True)
+    assert again.sampling == Sampling(temperature=0.7) and not again.reward.parts(), "there is no reward in DPO's"
+    assert (
+        commands_models.as_trained(str(tmp_path), "reward")
+        == commands_models.as_trained("hf://org/name", "reward")
+        == []
+    )
+
+
+def test_two_models_are_asked_as_the_one_with_a_reward_was_trained(tmp_path, monkeypatch):
+    for method, line in (("sft", "sampling: {top_k: 5}"), ("grpo", "reward: {function: r.py:f}")):
+        (tmp_path / method).mkdir()
+        (tmp_path / method / "config.yaml").write_text(f"# jaxrlhf {method}, every option resolved\n{line}\n")
+    seen = []
+    monkeypatch.setattr(completions, "evaluate", lambda config, **asked: seen.append(config))
+    monkeypatch.setattr(summary, "comparison", lambda *results: "")
+    models = [str(tmp_path / method) for method in ("sft", "grpo")]
+    assert main(["compare", *models, "--prompts", "p.jsonl"]) == 0
+    assert main(["compare", models[0], "m", "--prompts", "p.jsonl", "--reward", "r.py:f"]) == 0
+    assert [(config.reward.function, config.sampling.top_k) for config in seen] == [("r.py:f", 0)] * 2 + [
+        ("r.py:f", 5)
+    ] * 2

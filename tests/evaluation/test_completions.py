@@ -1,0 +1,217 @@
+"""Evaluation: statistics against independent formulas, ranking, repeatability, and what is written."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrlhf import weights
+from jaxrlhf.cli import main
+from jaxrlhf.config import PPO, Data, Generation, ModelSource, PPOConfig, Sampling
+from jaxrlhf.errors import DataError
+from jaxrlhf.evaluation import completions as evaluate
+from jaxrlhf.evaluation import summary as evaluate_report
+from jaxrlhf.selection import select as selection
+from jaxrlhf.selection.rule import Rule
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_model, tmp_path_factory) -> Path:
+    model, params = weights.load(tiny_model, init="random", key=jax.random.key(1))
+    return weights.export(tmp_path_factory.mktemp("models") / "m", model, params, source=tiny_model)
+
+
+@pytest.fixture(scope="module")
+def prompts_file(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "p.jsonl"
+    file.write_text(
+        "".join(json.dumps({"prompt": f"question {'x' * i}", "worth": i, "right": f"so {i}"}) + "\n" for i in range(7))
+    )
+    return file
+
+
+@pytest.fixture(scope="module")
+def config(model_folder, prompts_file) -> PPOConfig:
+    return PPOConfig(
+        seed=3,
+        model=ModelSource(path=str(model_folder)),
+        data=Data(path=str(prompts_file)),
+        ppo=PPO(batch_size=5),
+        sampling=Sampling(response_length=6),
+    )
+
+
+def vowels(prompts, completions, worth):
+    return [w + sum(letter in "aeiou" for letter in text) for text, w in zip(completions, worth, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def result(config) -> dict:
+    return evaluate.evaluate(config, num_prompts=4, num_completions=3, function=vowels)
+
+
+def test_completions_are_scored_by_the_function_and_ranked(result):
+    assert len(result["prompts"]) == 4
+    assert len({p["index"] for p in result["prompts"]}) == 4
+    for prompt in result["prompts"]:
+        answers = prompt["completions"]
+        assert [a["rank"] for a in answers] == ["BEST", "MEDIUM", "WORST"]
+        scores = [a["score"] for a in answers]
+        assert scores == sorted(scores, reverse=True)
+        assert scores == vowels(None, [a["text"] for a in answers], [prompt["index"]] * 3)
+        assert prompt["prompt"] == f"question {'x' * prompt['index']}"
+        assert all(a["tokens"] <= 6 for a in answers)
+
+
+def test_the_function_sees_every_completion_once(config, result):
+    calls = []
+
+    def reward(prompts, completions, worth):
+        calls.append(list(zip(prompts, completions, strict=True)))
+        return vowels(prompts, completions, worth)
+
+    assert (
+        evaluate.evaluate(config, num_prompts=4, num_completions=3, function=reward)["statistics"]["completions"] == 12
+    )
+    assert [len(call) for call in calls] == [6, 6], "whole prompts, of five completions or more"
+    seen = sorted(pair for call in calls for pair in call)
+    assert seen == sorted((p["prompt"], a["text"]) for p in result["prompts"] for a in p["completions"])
+
+
+def test_statistics_are_those_of_the_scores(result):
+    stats = result["statistics"]
+    table = np.array([[a["score"] for a in p["completions"]] for p in result["prompts"]])
+    assert stats["completions"] == 12
+    assert stats["mean"] == pytest.approx(table.mean())
+    assert stats["standard_error"] == pytest.approx(table.mean(1).std(ddof=1) / 2)
+    assert stats["std"] == pytest.approx(table.std(ddof=1))
+    assert stats["best_of_n_mean"] == pytest.approx(table.max(1).mean())
+    assert stats["spread_within_prompt"] == pytest.approx(np.ptp(table, axis=1).mean())
+    assert stats["components"]["vowels"]["mean"] == pytest.approx(table.mean())
+    answers = [a for p in result["prompts"] for a in p["completions"]]
+    assert stats["finished"] == pytest.approx(np.mean([a["finished"] for a in answers]))
+
+
+def test_a_completion_depends_on_the_seed_and_not_on_the_batch(config, result):
+    for other in (
+        dataclasses.replace(config, ppo=PPO(batch_size=64)),
+        dataclasses.replace(config, rollout=Generation(slots=2)),
+    ):
+        again = evaluate.evaluate(other, num_prompts=4, num_completions=3, function=vowels)
+        assert again["prompts"] == result["prompts"]
+    other = dataclasses.replace(config, seed=4)
+    assert evaluate.evaluate(other, num_prompts=4, num_completions=3, function=vowels)["prompts"] != result["prompts"]
+
+
+def test_the_table_shows_every_completion_and_the_json_reads_back(result, tmp_path):
+    shown = evaluate_report.table(result)
+    assert shown.count("BEST") == shown.count("WORST") == 4
+    assert max(map(len, shown.splitlines())) <= 100
+    written = evaluate.write(result, tmp_path / "new" / "r.json")
+    assert json.loads(written.read_text()) == result
+    assert [p.name for p in written.parent.iterdir()] == ["r.json"]
+
+
+def test_choosing_is_seeded_and_never_repeats(result):
+    rows = [*range(50)]
+    first = evaluate.choose(rows, 20, 0)
+    assert first == evaluate.choose(rows, 20, 0) != evaluate.choose(rows, 20, 1)
+    assert len(set(first)) == 20
+    assert evaluate.choose(rows, 99, 0) == rows
+
+
+def test_no_room_for_a_prompt_is_refused(config):
+    greedy = dataclasses.replace(config, sampling=Sampling(response_length=64))
+    with pytest.raises(DataError, match="response_length is 64 and the model's context 64: no room"):
+        evaluate.evaluate(greedy, num_prompts=1, num_completions=1, function=vowels)
+
+
+def test_the_command_writes_json(model_folder, prompts_file, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def reward(completions):\n    return [len(c) for c in completions]\n")
+    output = tmp_path / "r.json"
+    arguments = [
+        "evaluate",
+        str(model_folder),
+        "--prompts",
+        str(prompts_file),
+        "--reward",
+        f"{tmp_path}/mine.py:reward",
+    ]
+    arguments += ["--num-prompts", "2", "--num-completions", "2", "--output", str(output)]
+    assert main([*arguments, "--sampling.response_length", "6"]) == 0
+    assert json.loads(output.read_text())["statistics"]["completions"] == 4
+    shown = capsys.readouterr().out
+    assert str(output) in shown
+    assert "reward " in shown
+    assert "_unanswered" not in shown, "nothing went unanswered"
+
+
+def test_references_alone_are_enough(model_folder, prompts_file, tmp_path, capsys):
+    asked = ["evaluate", str(model_folder), "--prompts", str(prompts_file), "--sampling.response_length", "6"]
+    assert main(asked) == 3
+    assert "nothing to measure completions by" in (said := capsys.readouterr().err)
+    assert "it has prompt, worth, right" in said
+    asked += ["--num-prompts", "2", "--num-completions", "2", "--output", f"{tmp_path}/r.json"]
+    assert main([*asked, "--references", "left"]) == 3
+    assert main([*asked, "--references", "right"]) == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["references_from"] == "right"
+    assert [prompt["reference"] for prompt in found["prompts"]] == [f"so {p['index']}" for p in found["prompts"]]
+    assert found["statistics"]["references"]["prompts"] == 2
+    assert "mean" not in found["statistics"]
+    shown = capsys.readouterr().out
+    assert "ROUGE-L" in shown and "REFERENCE" in shown
+    assert "score" not in shown
+
+
+def test_prompts_are_those_that_a_model_beside_can_read(config, model_folder, tmp_path):
+    small = shutil.copytree(model_folder, tmp_path / "small")
+    about = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(about | {"max_position_embeddings": 18}))  # prompts of 12 and no more
+    with pytest.warns(UserWarning, match="3 of 7 prompts are left out: the prompt is longer"):
+        result = evaluate.evaluate(config, num_prompts=9, num_completions=3, function=vowels, beside=[str(small)])
+    assert [prompt["index"] for prompt in result["prompts"]] == [0, 1, 2, 3]
+
+
+def test_the_comparison_of_two_models(result, tmp_path, monkeypatch, capsys):
+    """Both are asked the same, as the one that is a PPO run was trained."""
+    run = tmp_path / "run"
+    run.mkdir()
+    trained = {"sampling": {"response_length": 7}, "reward": {"function": "r.py:f"}}
+    (run / "config.yaml").write_text("# jaxrlhf ppo, every option resolved\n" + json.dumps(trained))
+    seen = []
+
+    def record(config, **asked):
+        seen.append((config, asked))
+        return result | {"model": config.model.path}
+
+    monkeypatch.setattr(evaluate, "evaluate", record)
+    asked = ["compare", "base", str(run), "--prompts", "p.jsonl", "--num-prompts", "9", "--references", "right"]
+    assert main([*asked, "--output", f"{tmp_path}/both.json"]) == 0
+    (first, of_first), (second, of_second) = seen
+    assert (first.model.path, second.model.path) == ("base", str(run))
+    assert dataclasses.replace(first, model=second.model) == second
+    assert first.sampling.response_length == 7 and first.reward.function == "r.py:f"
+    expected = {"num_prompts": 9, "num_completions": 4, "references": "right", "beside": ["base", str(run)]}
+    assert of_first == of_second == expected
+    shown = capsys.readouterr().out
+    assert "A: base, 4 prompts" in shown and "wins          A 0, B 0, ties 4" in shown
+    assert json.loads((tmp_path / "both.json").read_text())["comparison"]["ties"] == 4
+
+
+def test_a_selection_draws_what_an_evaluation_draws(config, result, tmp_path):
+    """Whatever part of the prompts they are, and however many rows are answered at a time."""
+    expected = {p["prompt"]: sorted((a["text"], a["score"]) for a in p["completions"]) for p in result["prompts"]}
+    few = dataclasses.replace(
+        config, rollout=Generation(slots=2), ppo=PPO(batch_size=1)
+    )  # two prompts before any is scored
+    summary = selection.select(few, tmp_path / "all.jsonl", Rule("all"), 3, function=vowels)
+    rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert len(rows) == summary.rows == 21
+    assert [row["worth"] for row in rows] == [i for i in range(7) for _ in range(3)], "in file order"
+    for prompt, answers in expected.items():
+        assert sorted((row["completion"], row["score"]) for row in rows if row["prompt"] == prompt) == answers

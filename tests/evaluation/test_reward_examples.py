@@ -1,0 +1,69 @@
+"""Verdicts of a reward model on examples, against scores of the rows alone."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrlhf import weights
+from jaxrlhf.cli import main
+from jaxrlhf.config import RewardConfig
+from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.evaluation.reward_examples import judge, table
+from jaxrlhf.rewards.sources.model import RewardModel
+
+PROMPTS = ["why? ", "what is it? ", "so? "]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory):
+    model, params = weights.load(tiny_model, init="random", key=jax.random.key(1), head="linear")
+    params["score"]["kernel"] = params["score"]["kernel"] * 30
+    return weights.export(tmp_path_factory.mktemp("reward") / "m", model, params, source=tiny_model)
+
+
+def scored(folder, texts) -> np.ndarray:
+    model = RewardModel(str(folder), dtype="float32", micro_batch_size=16)
+    tokenizer: Tokenizer = model.tokenizer
+    return model.score_ids([[*tokenizer.prompt_ids(text), tokenizer.eos_id] for text in texts])[0]
+
+
+def test_named_pairs_get_a_verdict_each_and_the_command_says_so(folder, tmp_path, capsys):
+    file, out = tmp_path / "e.json", tmp_path / "r.json"
+    rows = [{"name": f"case {i}", "prompt": p, "good": "a cat.", "bad": "no!"} for i, p in enumerate(PROMPTS)]
+    file.write_text(json.dumps(rows))
+    assert main(["evaluate", str(folder), "--examples", str(file), "--output", str(out)]) == 0
+    good, bad = (scored(folder, [p + word for p in PROMPTS]) for word in ("a cat.", "no!"))
+    result = json.loads(out.read_text())
+    assert [e["good"] for e in result["examples"]] == pytest.approx(good.tolist(), rel=1e-4)
+    assert [e["bad"] for e in result["examples"]] == pytest.approx(bad.tolist(), rel=1e-4)
+    assert [e["right"] for e in result["examples"]] == (good > bad).tolist()
+    shown, right = capsys.readouterr().out, int((good > bad).sum())
+    assert f"{right} of 3 right: {right / 3:.3f}" in shown and "case 2: so?" in shown
+    assert shown.count("right  good") == right and shown.count("WRONG  good") == 3 - right
+    assert result["evaluation"]["accuracy"] == pytest.approx(right / 3)
+    assert "accuracy of length alone (longer is better): 1.000" in shown
+
+
+def test_labelled_and_preferred_rows(folder, tmp_path):
+    file = tmp_path / "e.jsonl"
+
+    def result(rows):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return judge(RewardConfig(model={"path": str(folder)}, data={"path": str(file)}))
+
+    words = ["a cat.", "no!", "yes"]
+    single = result([{"prompt": p, "completion": w, "label": w != "no!"} for p, w in zip(PROMPTS, words, strict=True)])
+    scores = scored(folder, [p + w for p, w in zip(PROMPTS, words, strict=True)])
+    assert [e["score"] for e in single["examples"]] == pytest.approx(scores.tolist(), rel=1e-4)
+    assert [e["right"] for e in single["examples"]] == ((scores > 0) == [True, False, True]).tolist()
+    assert "line 1: why?" in table(single)
+    preferred = result([{"prompt": p, "chosen": "a cat.", "rejected": "no!"} for p in PROMPTS] + [
+        {"prompt": "a", "chosen": "b", "rejected": "b"}])  # fmt: skip
+    assert len(preferred["examples"]) == 3 and "dropped 1: chosen and rejected are the same" in table(preferred)
+
+
+def test_one_of_prompts_and_examples(folder, capsys):
+    assert main(["evaluate", str(folder)]) == 3
+    assert "--examples FILE for a reward model" in capsys.readouterr().err

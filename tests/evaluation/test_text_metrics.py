@@ -1,0 +1,103 @@
+"""Measures of texts, against numbers recorded from NLTK 3.10.4 and rouge-score 0.1.2, sacrebleu itself, and by hand."""
+
+import math
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.evaluation import text_metrics as metrics
+
+GUIDE = "It is a guide to action which ensures that the military always obeys the commands of the party"
+NEAR = "It is a guide to action that ensures that the military will forever heed Party commands"
+FAR = "It is the guiding principle which guarantees the military forces always being under the command of the Party"
+# text, reference, nltk's sentence_bleu of their words, rouge-score's rougeL (which reads the same words in these)
+RECORDED = [
+    (GUIDE, NEAR, 0.41180376356915777, 0.6470588235294118),
+    (GUIDE, FAR, 8.129855005981316e-155, 0.5555555555555556),
+    ("the cat is on the mat", "the cat sat on the mat", 7.262123179505913e-78, 0.8333333333333334),
+    ("There is a cat on the red mat today", "There is a cat on the mat", 0.6104735835807844, 0.8750000000000001),
+    ("a b c d", "a b c d", 1.0, 1.0),
+    ("a b c d e f", "a b c d", 0.5081327481546147, 0.8),
+    ("a b c d", "a b c d e f", 0.6065306597126334, 0.8),
+    ("a b c", "a b c", 1.2213386697554703e-77, 1.0),
+    ("a b c d a b c d a", "a b c d x a b c d", 0.5969491792019646, 0.8888888888888888),
+    ("the the the the the the the", "the cat is on the mat", 1.331960397810445e-231, 0.30769230769230765),
+]
+WORDS = st.lists(st.sampled_from("abcd"), max_size=12)
+TEXTS = [text for text, *_ in RECORDED]
+REFERENCES = [reference for _, reference, *_ in RECORDED]
+
+
+@pytest.mark.parametrize(("text", "reference", "bleu", "rouge"), RECORDED)
+def test_recorded_values(text, reference, bleu, rouge):
+    found = metrics.plain_bleu([text], [reference])
+    assert found == pytest.approx(bleu, rel=1e-12, abs=1e-70)
+    assert (found == 0) == (bleu < 1e-70)
+    assert metrics.rouge_l([text], [reference]) == pytest.approx(rouge, rel=1e-12)
+
+
+def test_by_hand():
+    # 4, 3, 2 and 1 of 5, 4, 3 and 2 n-grams match; one word fewer than the reference
+    expected = math.exp(1 - 6 / 5) * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4)
+    assert metrics.plain_bleu(["a b c d x"], ["a b c d e f"]) == pytest.approx(expected)
+    assert metrics.plain_bleu(["a b c d", ""], ["a b c d", "a"]) == 0.5
+    assert metrics.rouge_l(["A b"], ["a b"]) == 1
+    assert metrics.rouge_l(["A b"], ["a b"], case=True) == 0.5
+    assert metrics.rouge_l(["", "a"], ["", ""]) == 0
+    assert metrics.distinct(["a b a b", "a b"], 2) == pytest.approx(2 / 4)
+    assert metrics.distinct(["a b c"], 1) == 1
+    assert metrics.distinct(["", "a"], 2) == 0
+    assert metrics.repetition(["a b c a b c", "a b c d"]) == pytest.approx(1 / 8)
+    assert metrics.mean_length(["a b c", "", "d"]) == pytest.approx(4 / 3)
+    assert metrics.mean_length([]) == metrics.plain_bleu([], []) == metrics.repetition([]) == 0
+
+
+def common(a: list[str], b: list[str]) -> int:
+    """Length of the longest common subsequence, by the textbook's table."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        above, row = row, [0]
+        for j, y in enumerate(b):
+            row.append(above[j] + 1 if x == y else max(row[-1], above[j + 1]))
+    return row[-1]
+
+
+@given(WORDS, WORDS)
+def test_rouge_by_the_table(a, b):
+    longest, found = common(a, b), metrics.rouge_l([" ".join(a)], [" ".join(b)])
+    if longest:
+        precision, recall = longest / len(a), longest / len(b)
+        assert found == pytest.approx(2 * precision * recall / (precision + recall))
+    else:
+        assert found == 0
+
+
+def test_sacrebleu():
+    library = pytest.importorskip("sacrebleu")
+    assert metrics.corpus_bleu(TEXTS, REFERENCES) == pytest.approx(
+        library.BLEU().corpus_score(TEXTS, [REFERENCES]).score
+    )
+    one = library.BLEU(effective_order=True)
+    scores = [one.sentence_score(text, [reference]).score for text, reference in zip(TEXTS, REFERENCES, strict=True)]
+    assert metrics.sentence_bleu(TEXTS, REFERENCES) == pytest.approx(sum(scores) / len(scores))
+    assert metrics.corpus_bleu(TEXTS, REFERENCES) == pytest.approx(39.849615553691876)  # sacrebleu 2.6.0
+
+
+def test_plain_bleu_is_sacrebleus_without_smoothing():
+    library = pytest.importorskip("sacrebleu")
+    for text, reference in zip(TEXTS, REFERENCES, strict=True):
+        score = library.sentence_bleu(text, [reference], smooth_method="none", use_effective_order=False).score
+        assert 100 * metrics.plain_bleu([text], [reference]) == pytest.approx(score)
+
+
+def test_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    for measure in (metrics.corpus_bleu, metrics.sentence_bleu):
+        with pytest.raises(ConfigError, match=r'BLEU needs sacrebleu.*pip install "jaxrlhf\[eval\]"'):
+            measure(["a"], ["a"])
+    for measure in (metrics.plain_bleu, metrics.rouge_l):
+        with pytest.raises(ValueError, match="1 texts and 2 references"):
+            measure(["a"], ["a", "b"])

@@ -1,0 +1,129 @@
+"""`jaxrlhf plan`: what a run will hold, from shapes alone."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from support.runs import length_reward
+
+from jaxrlhf import cli, config, memory, plan
+from jaxrlhf.config import file as config_file
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.plan import costs, report
+from jaxrlhf.training.dpo.trainer import DPOTrainer
+from jaxrlhf.training.ppo.trainer import PPOTrainer
+from jaxrlhf.training.reward.trainer import RewardTrainer
+from jaxrlhf.training.sft import SFTTrainer
+
+
+def there(*trees) -> int:
+    """Bytes of arrays that exist, each counted once."""
+    arrays = {id(x): x for tree in trees for x in jax.tree.leaves(tree)}
+    return sum(shard.data.nbytes for x in arrays.values() for shard in x.addressable_shards[:1])
+
+
+@pytest.fixture
+def rewarded(ppo, tmp_path):
+    """A PPO run whose reward is a function that a config can name."""
+    (tmp_path / "reward.py").write_text("def reward(prompts, completions, **_):\n    return [1.0] * len(prompts)\n")
+    return ppo | {"reward": config.RewardSource(function=f"{tmp_path / 'reward.py'}:reward")}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mesh": config.Mesh(fsdp=2)},
+        {"lora": config.LoRA(enabled=True, rank=2, quantize="int8")},
+        {"critic": config.Critic(trunk="frozen"), "reference": config.Reference(sync_every=2)},
+    ],
+    ids=["two-devices", "adapters", "moving"],
+)
+def test_shapes_stand_for_what_a_run_of_ppo_really_holds(ppo, options):
+    trainers = [PPOTrainer(config.PPOConfig(**ppo | options), length_reward, abstract=a) for a in (True, False)]
+    outlined, real = trainers
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), outlined.state.template) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.sharding), real.state.value
+    )
+    assert plan.size(outlined.state.template) == there(real.state.value)
+    assert plan.size(outlined.frozen) == there(real.frozen), "what roles share counts once"
+
+
+def test_a_plan_compiles_what_the_run_then_calls(ppo, tmp_path):
+    prompts = [{"prompt": "ab"}, {"prompt": "abcdefgh"}, {"prompt": "abc"}] * 4
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    options = ppo | {"data": dataclasses.replace(ppo["data"], path=str(tmp_path / "prompts.json"))}
+    trainer = PPOTrainer(config.PPOConfig(**options), length_reward, abstract=True)
+    widest = trainer.sampler.columns + trainer.config.sampling.response_length
+    with plan._compiled() as found:
+        trainer.compile_longest()
+    assert {"convert", "generate", "annotate", "update"} <= found.keys()
+    assert found["generate"][0].outputs.tokens.shape == (trainer.config.ppo.batch_size, widest)
+
+
+def test_flops_are_those_of_the_shapes(supervised):
+    """Twice the weights for each token forward, twice that backward; attention and the rest are far smaller."""
+    options = supervised | {"model": dataclasses.replace(supervised["model"], remat="none")}
+    trainer = SFTTrainer(config.SFTConfig(**options), abstract=True)
+    with plan._compiled() as found:
+        trainer.compile_longest()
+    (update,) = found["update"]
+    flops = sum(p.flops * p.times for p in costs.products(update.jaxpr, 1))
+    model, rows, width = trainer.model, trainer.config.train.batch_size, trainer.width
+    kernels = sum(x.size for x in jax.tree.leaves(trainer.state.template.params) if x.ndim > 2)
+    attention = 2 * 2 * model.num_layers * rows * width**2 * model.num_heads * model.head_dim
+    # the head's logits are made again in the backward pass
+    head = 2 * rows * (width - 1) * model.vocab_size * model.hidden_size
+    assert flops == pytest.approx(3 * (2 * rows * width * kernels + attention) + 4 * head, rel=0.01)
+
+
+def test_a_plan_says_whether_it_fits_and_what_would_help(rewarded, capsys, monkeypatch):
+    told = config.PPOConfig(**rewarded)
+    assert report.examine(told, every_knob=False)
+    said = capsys.readouterr().out
+    assert "it fits" in said and "keys and values" in said and "gradients" in said and "GFLOP/s" in said
+    made = plan.plan(told)
+    monkeypatch.setattr(memory, "free_on_device", lambda: 0)
+    monkeypatch.setattr(report, "process_bytes", lambda: 0)
+    small = (
+        report.Knob({"ppo.micro_batch_size": 1}, "slower"),
+        report.Knob({"lora.enabled": True, "lora.rank": 1}, "other"),
+    )
+    monkeypatch.setattr(report, "knobs", lambda *_: [*small, report.Knob({"mesh.fsdp": 3}, "devices")])
+    assert not report.examine(told, every_knob=False)
+    said = capsys.readouterr().out
+    assert "does NOT fit" in said and "--ppo.micro_batch_size 1" in said and "not enough alone" in said
+    assert "--mesh.fsdp 3: cannot be had here" in said
+    assert plan.plan(config.replace(told, **small[1].keys)).peak.total < made.peak.total
+
+
+def test_every_knob_is_a_key_that_can_be_turned(rewarded, supervised):
+    for told in (config.PPOConfig(**rewarded), config.SFTConfig(**supervised), config.RewardConfig(**supervised)):
+        offered = report.knobs(told, 8)
+        assert len(offered) > 3
+        for knob in offered:
+            assert config.replace(told, **knob.keys) != told
+
+
+@pytest.mark.parametrize(
+    ("kind", "trainer"),
+    [(config.SFTConfig, SFTTrainer), (config.RewardConfig, RewardTrainer), (config.DPOConfig, DPOTrainer)],
+)
+def test_supervised_runs_have_plans(supervised, kind, trainer):
+    told = kind(**supervised | {"train": dataclasses.replace(supervised["train"], packing=True, batch_size=2)})
+    made, real = plan.plan(told), trainer(told)
+    assert made.state == there(real.state.value)
+    assert made.peak.total > made.state and made.peak.name == "update"
+
+
+def test_the_command_finds_out_what_a_file_is_for(rewarded, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("# jaxrlhf reward\nmodel:\n  path: m\n")
+    assert config_file.method_of(file) == "reward"
+    file.write_text("model:\n  path: m\nppo:\n  batch_size: 4\n")
+    assert config_file.method_of(file) == "ppo"
+    file.write_text("model:\n  path: m\n")
+    with pytest.raises(ConfigError, match=r"fit sft and reward and dpo and ppo and grpo; give --method"):
+        config_file.method_of(file)
+    assert cli.main(["plan", str(file)]) == ConfigError.exit_code
+    assert "--method" in capsys.readouterr().err

@@ -1,0 +1,121 @@
+"""Programs compiled ahead, and the lines that say how long a program took."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxrlhf import compilation
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    monkeypatch.setattr(compilation, "SLOW", 0.0)
+    return []
+
+
+def test_what_was_compiled_ahead_is_not_compiled_again(lines):
+    @jax.jit
+    def ahead(x):
+        return jnp.sin(x) @ x
+
+    waiting = compilation.Ahead()
+    x = jax.device_put(jnp.ones((16, 16)))
+    with compilation.announce(lines.append):
+        waiting.compile(ahead, jax.ShapeDtypeStruct((16, 16), "float32"))
+        waiting.wait(ahead)
+        assert len(lines) == 1
+        for _ in range(2):
+            ahead(x)
+        assert len(lines) == 1, lines
+        ahead(jax.device_put(jnp.ones((8, 8))))
+        assert sum("jit(ahead)" in line for line in lines) == 2, "another shape is another program"
+
+
+def test_a_program_can_take_what_another_returns(lines):
+    @jax.jit
+    def first(x):
+        return {"y": jnp.tanh(x)}
+
+    @jax.jit
+    def second(tree, x):
+        return tree["y"] @ x
+
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("rows",))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+    x = jax.device_put(jnp.ones((16, 16)), rows)
+    waiting = compilation.Ahead()
+    made = waiting.compile(first, x)
+    waiting.begin(lambda: compilation.compile_shapes(second, made.result(), x), second)
+    waiting.wait(first)
+    waiting.wait(second)
+    assert made.result()["y"].sharding.is_equivalent_to(rows, 2)
+    with compilation.announce(lines.append):
+        second(first(x), x)
+    assert lines == []
+
+
+def test_an_error_ahead_is_the_calls_own():
+    @jax.jit
+    def bad(x):
+        raise ValueError("no such thing")
+
+    waiting = compilation.Ahead()
+    waiting.compile(bad, jnp.ones(3))
+    waiting.wait(bad)
+    waiting.wait(bad)
+    with pytest.raises(ValueError, match="no such thing"):
+        bad(jnp.ones(3))
+
+
+def test_a_line_names_the_program_and_whether_it_was_cached(lines, monkeypatch, tmp_path):
+    def once():
+        jax.jit(lambda x: jnp.cos(x) * 3).lower(jax.ShapeDtypeStruct((32,), "float32")).compile()
+        jax.clear_caches()
+
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+    try:
+        with compilation.announce(lines.append):
+            once()
+            once()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.experimental.compilation_cache.compilation_cache.reset_cache()
+    assert len(lines) == 2
+    assert lines[0].startswith("compiled jit(<lambda>) in 0.") and lines[0].endswith(" s of tracing")
+    assert lines[1].startswith("loaded jit(<lambda>) from the cache in 0.")
+
+
+def test_the_inner_block_takes_over_and_outside_there_is_silence(lines):
+    inner = []
+    with compilation.announce(lines.append):
+        with compilation.announce(inner.append):
+            jax.jit(lambda x: x + 1)(1.0)
+        assert inner and not lines
+        jax.jit(lambda x: x + 2)(1.0)
+        assert lines
+    count = len(lines)
+    jax.jit(lambda x: x + 3)(1.0)
+    assert len(lines) == count
+
+
+def test_quick_programs_are_not_worth_a_line():
+    lines = []
+    with compilation.announce(lines.append):
+        jax.jit(lambda x: x + 4)(1.0)
+    assert lines == []
+
+
+def test_no_thread_is_started_before_it_is_needed():
+    import subprocess
+    import sys
+
+    code = "import threading; from jaxrlhf import programs; print(threading.active_count())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
+    assert threading.active_count() >= 1
