@@ -99,7 +99,7 @@ def _train(options: Options, overrides: Overrides) -> int | None:
 
     runs.check(config, options.verb, options.fresh)
     with compilations(sys.stdout, quiet=config.logging.quiet):
-        _trainer(options.verb)(config, fresh=options.fresh, ahead=True).train()
+        _trainer(options.verb)(config, fresh=options.fresh).train()
     return 0
 
 

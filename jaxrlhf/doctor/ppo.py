@@ -135,7 +135,7 @@ class Trial:
             sampling = dataclasses.replace(trainer.config.sampling, stop_token_ids=tuple(stops))
             engine = trainer.config.rollout
             sampler = Sampler(sampling, engine, trainer.model, self.tokenizer, trainer.mesh, 0, ROWS)
-            rollout = sampler.generate(trainer.params, self.rows, trainer.online.key(0, 0))[0]
+            rollout = sampler.generate(trainer.params, self.rows, trainer.run.key(0, 0))[0]
         wrong, lines = audit(jax.device_get(rollout), self.rows, stops, self.tokenizer)
         return not wrong, "\n".join([wrong or f"as the lengths say, in {ROWS} rows; one of them{note}", *lines])
 
@@ -194,15 +194,15 @@ class Trial:
         """An update from the policy and the critic as they were before any, in micro-batches of `micro` rows."""
         assert self.trainer is not None and self.rollout is not None
         trainer, rollout = self.trainer, _ragged(self.rollout, self.tokenizer.pad_id)
-        roles = trainer.roles
+        spec = trainer.spec
         start = self.start = self.start or jax.tree.map(np.array, trainer.state.value.params)
         fresh = jax.tree.map(lambda x: jnp.array(x, copy=True), start)
-        trainer.state = State(fresh, dict(roles.optimizers), roles.mesh, roles.ppo.kl_coef)
+        trainer.state = State(fresh, dict(spec.optimizers), spec.mesh, spec.ppo.kl_coef)
         state = trainer.state.value
-        roles = dataclasses.replace(roles, ppo=dataclasses.replace(roles.ppo, micro_batch_size=micro))
-        experience, before = annotate(state, trainer.frozen, rollout, jnp.linspace(-1, 1, ROWS), roles=roles)
+        spec = dataclasses.replace(spec, ppo=dataclasses.replace(spec.ppo, micro_batch_size=micro))
+        experience, before = annotate(state, trainer.frozen, rollout, jnp.linspace(-1, 1, ROWS), spec=spec)
         apart = jnp.max(jnp.abs(experience.old_logprobs - experience.ref_logprobs))
-        trainer.state.value, after = update(state, trainer.frozen, experience, jax.random.key(0), roles=roles)
+        trainer.state.value, after = update(state, trainer.frozen, experience, jax.random.key(0), spec=spec)
         self.measured.append({k: float(v) for k, v in (before | after | {"apart": apart}).items()})
         new = trainer.state.value.params
         self.changes.append(jax.tree.map(lambda x, old: np.asarray(x) - np.asarray(old), new, start))

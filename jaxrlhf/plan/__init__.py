@@ -1,10 +1,9 @@
-"""What a run will hold in memory and how long its steps take at the least, before anything of it runs: `jaxrlhf plan`.
+"""`jaxrlhf plan`: the memory of a run by phase and the matrix products of its steps, before it runs.
 
-Its programs are compiled for arrays that do not exist, of the longest rows there are. XLA then says what each program
-needs besides its arguments; what else lies in memory while it runs is known from the shapes.
+The programs are compiled for shapes, of the longest rows of the data. XLA reports the memory that each program needs
+besides its arguments; the memory of everything else follows from the shapes.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,12 +11,12 @@ from typing import Any
 
 import jax
 
-from jaxrlhf import compilation, sharding
+from jaxrlhf import sharding
 from jaxrlhf.compilation import Compiled
-from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.logprobs import logits_bytes
 from jaxrlhf.models import empty_cache
 from jaxrlhf.plan import costs
+from jaxrlhf.plan.programs import Programs, abstract_trainer, compile_longest
 from jaxrlhf.training.dpo.trainer import DPOTrainer
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
 from jaxrlhf.training.ppo.trainer import PPOTrainer
@@ -38,12 +37,12 @@ PARTS = (
     "logits",
     "activations, rest",
 )
-"""What lies in memory, in the order in which it is shown."""
+"""Kinds of memory, in the order in which they are printed."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a step: bytes on one device by part, and the matrix products that it runs."""
+    """A phase of a step: bytes on one device by kind, and its matrix products."""
 
     name: str
     bytes: dict[str, int]
@@ -56,11 +55,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs."""
+    """The memory and the work of a run."""
 
     about: str
     phases: tuple[Phase, ...]
-    state: int  # bytes of a checkpoint, on one device
+    state: int  # bytes of a checkpoint on one device
     devices: int
 
     @property
@@ -69,47 +68,31 @@ class Plan:
 
 
 def plan(config: RunConfig) -> Plan:
-    """Compile the programs of a run without loading a model. Raises what its trainer would raise."""
-    with _compiled() as found:
-        match config:
-            case GRPOConfig():
-                trainer = GRPOTrainer(config, abstract=True)
-            case PPOConfig():
-                trainer = PPOTrainer(config, abstract=True)
-            case RewardConfig():
-                trainer = RewardTrainer(config, abstract=True)
-            case DPOConfig():
-                trainer = DPOTrainer(config, abstract=True)
-            case SFTConfig():
-                trainer = SFTTrainer(config, abstract=True)
-        trainer.compile_longest()
-    phases = _online(trainer, found) if isinstance(trainer, PPOTrainer | GRPOTrainer) else _supervised(trainer, found)
+    """Compile the programs of a run without loading a model. Raises what its trainer raises."""
+    trainer = abstract_trainer(config)
+    programs = compile_longest(trainer)
+    if isinstance(trainer, PPOTrainer | GRPOTrainer):
+        phases = tuple(_on_policy_phases(trainer, programs))
+    else:
+        phases = tuple(_supervised_phases(trainer, programs))
     about = f"{trainer.config.model.path}, {trainer.total_steps} steps"
-    return Plan(about, tuple(phases), size(trainer.state.template), trainer.mesh.size)
-
-
-@contextlib.contextmanager
-def _compiled() -> Iterator[dict[str, list[Compiled]]]:
-    """What is compiled while the block runs, by the name of the function."""
-    found: dict[str, list[Compiled]] = {}
-    with compilation.watched(lambda one: found.setdefault(one.program.__name__.lstrip("_"), []).append(one)):
-        yield found
+    return Plan(about, phases, size(trainer.state.template), trainer.mesh.size)
 
 
 def size(*trees: Any) -> int:
-    """Bytes on one device of shapes with their places; one that is there twice counts once."""
+    """Bytes on one device of shapes with their shardings; an object that occurs twice counts once."""
     leaves = {id(leaf): leaf for tree in trees for leaf in jax.tree.leaves(tree)}
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves.values())
 
 
 def _beside(one: Compiled) -> int:
-    """What a program needs besides its arguments: scratch, and results that take no argument's place."""
+    """Bytes that a program needs besides its arguments: scratch, and results that alias no argument."""
     stats = one.memory
     return stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
 
 
 def _standing(state: TrainState, *frozen: Any) -> dict[str, int]:
-    """What is in memory all the time."""
+    """Memory that is in use all the time."""
     return {
         "trained parameters": size(state.params),
         "optimizer state": size(state.opt_state),
@@ -125,8 +108,8 @@ def _gradients(state: TrainState) -> int:
 def _phase(
     name: str, standing: dict[str, int], ran: list[Compiled], trips: float = 1, times: int = 1, **known: int
 ) -> Phase:
-    """A phase of programs that run one after another, `times` over; `known` is what they are known to have of what they
-    need besides their arguments, underscores for spaces."""
+    """A phase of programs that run one after another, `times` times. `known` names the known part of the memory they need
+    besides their arguments, with underscores for spaces."""
     named = {key.replace("_", " "): value for key, value in known.items()}
     beside = max((_beside(one) for one in ran), default=0)
     rest = {
@@ -136,7 +119,7 @@ def _phase(
     return Phase(name, {**standing, **named, **rest}, found)
 
 
-def _supervised(trainer: SFTTrainer | RewardTrainer | DPOTrainer, found: dict[str, list[Compiled]]) -> Iterator[Phase]:
+def _supervised_phases(trainer: SFTTrainer | RewardTrainer | DPOTrainer, found: Programs) -> Iterator[Phase]:
     state, train = trainer.state.template, trainer.config.train
     standing, logits, samples = _standing(state, trainer.frozen), 0, []
     if not isinstance(trainer, RewardTrainer):
@@ -151,14 +134,14 @@ def _supervised(trainer: SFTTrainer | RewardTrainer | DPOTrainer, found: dict[st
     yield from samples
 
 
-def _online(trainer: PPOTrainer | GRPOTrainer, found: dict[str, list[Compiled]]) -> Iterator[Phase]:
+def _on_policy_phases(trainer: PPOTrainer | GRPOTrainer, found: Programs) -> Iterator[Phase]:
     config, state, sampler = trainer.config, trainer.state.template, trainer.sampler
-    settings, length = trainer.online.settings, config.sampling.response_length
+    settings, length = trainer.run.settings, config.sampling.response_length
     batch = settings.batch_size
     shares = sharding.row_shards(trainer.mesh)
     judges = [judge.params for judge in trainer.scorer.models.values()]
     annotating = learning = standing = _standing(state, trainer.frozen, judges)
-    apart = jax.default_backend() != "cpu"  # whether the host is another memory
+    apart = jax.default_backend() != "cpu"  # whether the host has memory of its own
     if config.optim.offload and apart:  # on the device for the update alone
         annotating = standing = {**standing, "optimizer state": 0}
     if config.reference.offload and apart:  # on the device for annotation alone
@@ -167,7 +150,7 @@ def _online(trainer: PPOTrainer | GRPOTrainer, found: dict[str, list[Compiled]])
 
     yield _phase("copy for decoding", standing, found["convert"])
     slots = min(sampler.slots or batch, batch)
-    cache = jax.eval_shape(lambda: empty_cache(sampler.inference, slots, sampler.columns + length))
+    cache = jax.eval_shape(lambda: empty_cache(sampler.decoder, slots, sampler.columns + length))
     known = {
         "decoding_copy": size(found["convert"][0].outputs),
         "keys_and_values": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // shares,
@@ -179,8 +162,8 @@ def _online(trainer: PPOTrainer | GRPOTrainer, found: dict[str, list[Compiled]])
         phase = replace(phase, bytes=phase.bytes | rest)
     yield phase
     learnt = size(found["annotate"][0].outputs[0])
-    if scoring := [one for name in ("last_token_scores", "token_scores") for one in found.get(name, ())]:
-        rows = min(judge.rows for judge in trainer.scorer.models.values())
+    if scoring := [one for name in ("last_token_scores", "token_scores_jit") for one in found.get(name, ())]:
+        rows = min(judge.micro_batch_size for judge in trainer.scorer.models.values())
         yield _phase("reward model", standing, scoring, times=-(-batch // rows), batch=learnt)
     yield _phase("annotation", annotating, found["annotate"], batch=learnt)
     logits = logits_bytes(trainer.model, settings.micro_rows(batch) // shares * length)

@@ -1,4 +1,4 @@
-"""A model out of a checkpoint, without the data, the rewards and the optimizer of the run that wrote it."""
+"""Export of a run's model from its checkpoint, without loading the run's data, rewards and optimizer."""
 
 import dataclasses
 import warnings
@@ -9,54 +9,56 @@ import jax
 
 from jaxrlhf import config, metrics, runs, sharding, weights
 from jaxrlhf.checkpoint import Checkpoints
-from jaxrlhf.config import ModelSource, PPOConfig, file
+from jaxrlhf.config import ModelSource, PPOConfig
+from jaxrlhf.config import file as config_file
 from jaxrlhf.data.tokenizer import Tokenizer, load_tokenizer
 from jaxrlhf.errors import ConfigError, DataError, StorageError
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.sources.model import RewardModel
-from jaxrlhf.training import pretrained, session, setup
+from jaxrlhf.training import pretrained, setup
+from jaxrlhf.training.adapters import quantize, split_trainable
 from jaxrlhf.training.on_policy.policy import reference_dtype
-from jaxrlhf.training.ppo.roles import critic_model
+from jaxrlhf.training.ppo.critic import critic_model
+from jaxrlhf.training.session import best_of
 from jaxrlhf.types import Params
 
-Identity = dict[str, str]  # hashes of what checkpoints do not hold, by name
+Identity = dict[str, str]
+"""Hashes of what checkpoints do not contain, by name."""
 
 
 def export(run: Path, target: Path, role: Literal["policy", "critic"] = "policy", *, merge_lora: bool = False) -> Path:
-    """Write the model of the newest checkpoint of a run (the best, if that is kept, with a warning), or the critic of a
-    PPO run, to `target` in Hugging Face layout, with the run's tokenizer and a card.
+    """Write the model of a run's newest checkpoint (or its best, if that is kept, with a warning), or the critic of a
+    PPO run, to `target` in Hugging Face layout.
 
-    Raises ConfigError for the critic of a run that has none, StorageError where there is no checkpoint, or where a
-    frozen part of the model, which is not in checkpoints, is no longer what it was in the run.
+    Raises ConfigError for the critic of a run without one, StorageError if there is no checkpoint or if a frozen part
+    of the model, which checkpoints do not contain, has changed since the run.
     """
     method, _ = runs.what_ran(run)
     if role == "critic" and method != "ppo":
         raise ConfigError(f"{run} is a run of jaxrlhf {method}: only ppo has a critic")
-    settings = file.read(method, run / "config.yaml", [("run_dir", str(run))], partial=True)
-    settings = dataclasses.replace(settings, model=_found(settings.model, run))
+    settings = config_file.read(method, run / "config.yaml", [("run_dir", str(run))], partial=True)
+    settings = dataclasses.replace(settings, model=_locate(settings.model, run))
     mesh = sharding.make_mesh(config.Mesh(fsdp=jax.device_count()))  # the run's may be another machine's
-    step, trained, identity = _newest(run, settings, mesh)
+    step, trained, identity = _trained_params(run, settings, mesh)
     tokenizer = weights.open_tokenizer(settings.tokenizer, settings.model)
-    source = settings.model
+    source, head = settings.model, settings.head if method == "reward" else "lm"
     if role == "critic":
         model, params, source = _critic(settings, tokenizer, mesh, trained, identity)
-    elif method == "reward":
-        model, params = setup.model_config(source, tokenizer, settings.head, settings.lora), trained["reward"]
-        if settings.frozen_trunk or settings.lora.enabled:
-            _, trunk = setup.split_trainable(_begun(settings, tokenizer, mesh, settings.head), frozen_trunk=True)
-            params |= _unchanged(trunk, identity, "frozen parameters")
     else:
-        model, params = setup.model_config(source, tokenizer, "lm", settings.lora), trained["policy"]
-        if settings.lora.enabled:
-            base = _begun(settings, tokenizer, mesh, "lm")
-            params |= _unchanged(base, identity, "reference" if method in ("ppo", "grpo") else "frozen parameters")
+        model = setup.model_config(source, tokenizer, head, settings.lora)
+        params = trained["reward" if method == "reward" else "policy"]
+        if settings.lora.enabled or (method == "reward" and settings.frozen_trunk):
+            name = "reference" if method in ("ppo", "grpo") else "frozen parameters"
+            frozen = _initial_params(settings, tokenizer, mesh, head)
+            if method == "reward":
+                frozen = split_trainable(frozen, frozen_trunk=True)[1]
+            params |= _checked(frozen, identity, name)
     records = {record.pop("step"): record for record in metrics.read(run / "metrics.jsonl")}
-    settings = dataclasses.replace(settings, model=source)
     return pretrained.save(
         target,
         model,
         params,
-        settings,
+        dataclasses.replace(settings, model=source),
         tokenizer,
         method=method,
         step=step,
@@ -65,17 +67,9 @@ def export(run: Path, target: Path, role: Literal["policy", "critic"] = "policy"
     )
 
 
-def _found(source: ModelSource, run: Path) -> ModelSource:
-    """The model that the run began with, if need be from the folder in which the run was started."""
-    started = runs.started_in(run)
-    there = Path(started, source.path)
-    if Path(source.path).expanduser().exists() or not started or not there.exists():
-        return source
-    return dataclasses.replace(source, path=str(there))
-
-
 def merge(folder: Path, target: Path) -> Path:
-    """Write the model that a folder of adapters makes of the one they are for. DataError if it holds none."""
+    """Write the model that results from merging a folder of adapters into their base model. Raises DataError if the
+    folder has none."""
     base, adapters = weights.described_by(weights.resolve(folder))
     if adapters is None:
         raise DataError(f"{folder} holds a whole model, and no adapters to merge")
@@ -85,11 +79,18 @@ def merge(folder: Path, target: Path) -> Path:
     return weights.export(target, model, params, source=base, tokenizer=tokenizer, facts=facts)
 
 
-def _newest(run: Path, settings: Any, mesh: jax.sharding.Mesh) -> tuple[int, dict[str, Params], Identity]:
-    """(step, what trained by role, hashes of what did not) of the checkpoint to export."""
-    checkpoints = Checkpoints(
-        run / "checkpoints", settings.checkpoint.keep, synchronous=True, best=session.best_of(settings)
-    )
+def _locate(source: ModelSource, run: Path) -> ModelSource:
+    """The initial model of a run, looked up in the folder where the run was started if it is not found here."""
+    started = runs.started_in(run)
+    candidate = Path(started, source.path)
+    if Path(source.path).expanduser().exists() or not started or not candidate.exists():
+        return source
+    return dataclasses.replace(source, path=str(candidate))
+
+
+def _trained_params(run: Path, settings: Any, mesh: jax.sharding.Mesh) -> tuple[int, dict[str, Params], Identity]:
+    """(step, trained parameters by role, hashes of the frozen ones) of the checkpoint to export."""
+    checkpoints = Checkpoints(run / "checkpoints", settings.checkpoint.keep, synchronous=True, best=best_of(settings))
     if not checkpoints.steps:
         raise StorageError(f"{run} has no checkpoint yet: nothing to export")
     best, newest = checkpoints.best_step, checkpoints.steps[-1]
@@ -101,41 +102,44 @@ def _newest(run: Path, settings: Any, mesh: jax.sharding.Mesh) -> tuple[int, dic
 def _critic(
     settings: PPOConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, trained: dict[str, Params], identity: Identity
 ) -> tuple[ModelConfig, Params, ModelSource]:
-    """(model, parameters, where its description comes from) of the critic of a PPO run."""
-    source, policy, judge = settings.model, setup.model_config(settings.model, tokenizer, "lm", settings.lora), None
+    """(model, parameters, source of its config.json) of the critic of a PPO run."""
+    source, policy = settings.model, setup.model_config(settings.model, tokenizer, "lm", settings.lora)
+    reward_model: RewardModel | None = None
     trunk: Params = {}
-    kept = settings.critic.trunk == "frozen" or settings.lora.enabled
+    frozen_trunk = settings.critic.trunk == "frozen" or settings.lora.enabled
     if settings.critic.init == "reward":
         part = next(part for part in settings.reward.parts() if part.model)
         source = dataclasses.replace(source, path=part.model, revision=part.revision, merged_path="")
-        judge = RewardModel(part.model, revision=part.revision, dtype=part.dtype, micro_batch_size=1, mesh=mesh)
-        if kept:
+        reward_model = RewardModel(part.model, revision=part.revision, dtype=part.dtype, micro_batch_size=1, mesh=mesh)
+        if frozen_trunk:
             models = [member for each in settings.reward.parts() if each.model for member in each.members()]
-            alone = len(models) == 1  # else the hash is of all of them
-            trunk = _unchanged(judge.params, identity, "reward model") if alone else judge.params
-    elif kept:
-        trunk = _begun(settings, tokenizer, mesh, "lm")
+            trunk = reward_model.params
+            if len(models) == 1:  # the hash of several models is of all of them
+                trunk = _checked(trunk, identity, "reward model")
+    elif frozen_trunk:
+        trunk = _initial_params(settings, tokenizer, mesh, "lm")
         if not settings.lora.enabled:
             trunk = setup.cast_copy(trunk, reference_dtype(settings.reference, policy), mesh)
-        trunk = _unchanged(trunk, identity, "reference")
+        trunk = _checked(trunk, identity, "reference")
     if settings.critic.trunk == "shared":
         trunk |= trained["policy"]
-    model = critic_model(settings, policy, judge and judge.described)
+    model = critic_model(settings, policy, reward_model and reward_model.described)
     return model, {**{k: v for k, v in trunk.items() if k not in ("lm_head", "score")}, **trained["critic"]}, source
 
 
-def _begun(settings: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, head: str) -> Params:
-    """The parameters that a run began with; of a head that it made itself, others."""
-    key, storage = setup.keys(settings.seed)[0], setup.param_dtype(settings)
+def _initial_params(settings: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, head: str) -> Params:
+    """The initial parameters of a run; a randomly initialised head differs."""
+    key, dtype = setup.keys(settings.seed)[0], setup.param_dtype(settings)
     source = dataclasses.replace(settings.model, merged_path="")  # the run has written it
-    made = setup.load_model(source, tokenizer=tokenizer, mesh=mesh, key=key, head=head, storage=storage)
-    return setup.quantize(made, settings.lora)
+    params = setup.load_model(source, tokenizer=tokenizer, mesh=mesh, key=key, head=head, dtype=dtype)
+    return quantize(params, settings.lora)
 
 
-def _unchanged(params: Params, identity: Identity, what: str) -> Params:
-    if identity.get(what) != setup.params_fingerprint(params):
+def _checked(params: Params, identity: Identity, name: str) -> Params:
+    """The frozen parameters, if they are still those of the run."""
+    if identity.get(name) != setup.params_fingerprint(params):
         raise StorageError(
-            f"the {what} of this run were other parameters than its config leads to now: a model that it names has "
-            "changed since; put the old one back"
+            f"the {name} of this run were other parameters than its config leads to now: a model that it names has "
+            "changed since; restore the old one"
         )
     return params

@@ -1,4 +1,4 @@
-"""From an `Optim` section to an optax chain."""
+"""Optimizers: an optax chain from an `Optim` section."""
 
 import functools
 import zlib
@@ -15,11 +15,11 @@ from jaxrlhf import sharding
 from jaxrlhf.config import Optim
 from jaxrlhf.types import Params
 
-DECAYED = ("kernel", "embedding", "/a", "/b")  # matrices, those of adapters too
+DECAYED = ("kernel", "embedding", "/a", "/b")  # matrices, adapters included
 
 
 def schedule(config: Optim, learning_rate: float, total_steps: int) -> optax.Schedule:
-    """Learning rate by optimizer step: linear warm-up from 0, then constant, or down to the final share at the end."""
+    """Learning rate by optimizer step: linear warm-up from 0, then `schedule`, with a decay to `final_lr_fraction`."""
     final = learning_rate * config.final_lr_fraction
     steps = max(total_steps - config.warmup_steps, 1)
     after = {
@@ -36,18 +36,18 @@ def schedule(config: Optim, learning_rate: float, total_steps: int) -> optax.Sch
 
 @dataclass(frozen=True, eq=False)
 class Optimizer:
-    """A role's optimizer. Compared by identity, so that it can be a static argument of a jitted update."""
+    """A role's optimizer; compared by identity, so that it can be a static argument of jit."""
 
     chain: optax.GradientTransformationExtraArgs
-    max_grad_norm: float  # clipping is done in training/step.py, which reports the norm before and after
+    max_grad_norm: float  # applied by training/step.py, which reports the norm before and after
     rate: optax.Schedule
 
     def rate_of(self, opt_state: Any) -> Any:
-        """The learning rate that the next step applies. Steps that were skipped do not count."""
+        """The learning rate of the next step. Skipped steps do not count."""
         return self.rate(opt_state[-1].count)
 
 
-@functools.cache  # equal arguments give the same object, so that a second trainer finds the first one's programs
+@functools.cache  # equal arguments give the same object, so that a second trainer reuses compiled programs
 def make_optimizer(config: Optim, learning_rate: float, total_steps: int) -> Optimizer:
     """AdamW (https://arxiv.org/abs/1711.05101) on a schedule; decay touches matrices and embeddings only."""
     rate = schedule(config, learning_rate, total_steps)
@@ -60,14 +60,14 @@ def make_optimizer(config: Optim, learning_rate: float, total_steps: int) -> Opt
 
 
 def scale_by_adam(beta1: float, beta2: float, eps: float, dtype: str) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam` in the memory of one state, its moments in `dtype`. Its update takes `finite`; where false,
-    moments and count stay.
+    """`optax.scale_by_adam` with moments in `dtype`, updated in place. Its update takes `finite`; if that is False,
+    moments and count stay unchanged.
 
-    XLA would compute the update from the old moments while it writes the new ones, and so keep a second copy of them;
-    a barrier between the two makes it read what was written.
+    Without the barrier XLA would compute the update from the old moments while writing the new ones, and keep a second
+    copy of them.
 
-    In bfloat16 the first moment rounds to nearest, as optax's does. The second changes by 1 - beta2 of itself in a
-    step, which is less than half of bfloat16's last place: it would stand still, so it rounds stochastically.
+    In bfloat16 the first moment rounds to nearest, as in optax. The second changes by 1 - beta2 of itself per step,
+    less than half a unit in the last place of bfloat16, so that it would never change: it rounds stochastically.
     """
 
     def init(params: Any) -> optax.ScaleByAdamState:
@@ -90,7 +90,7 @@ def scale_by_adam(beta1: float, beta2: float, eps: float, dtype: str) -> optax.G
         def second(keys: Any, v: Array, g: Array) -> Array:
             new = moment(beta2, v, g * g)
             if dtype == "bfloat16":
-                new = rounded(
+                new = stochastic_round(
                     new, _mix(count.astype(jnp.uint32)) ^ np.uint32(zlib.crc32(sharding.path_of(keys).encode()))
                 )
             return jnp.where(finite, new, v)
@@ -106,20 +106,19 @@ def scale_by_adam(beta1: float, beta2: float, eps: float, dtype: str) -> optax.G
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def rounded(x: Array, seed: Array) -> Array:
-    """float32 `x` of any shape, not negative, in bfloat16: up or down, the nearer the likelier, so that the mean is `x`
-    (stochastic rounding, https://arxiv.org/abs/2010.06192).
+def stochastic_round(x: Array, seed: Array) -> Array:
+    """Non-negative float32 `x` rounded stochastically to bfloat16, with mean `x` (https://arxiv.org/abs/2010.06192).
 
-    `seed`, uint32 [], and an element's place decide, on any mesh. The bits are hashed in place, because those of
-    jax.random would lie in memory, as large as `x` in float32.
+    The bits are a hash of `seed`, uint32 [], and an element's index, the same on any mesh; random bits of jax.random
+    would take as much memory as `x` in float32.
     """
     noise = _mix(sharding.element_indices(x.shape, _mix(seed))) >> 16
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise  # carries into what is kept as often as x is above it
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise  # carries into the kept bits as often as x is above them
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def _mix(x: Array) -> Array:
-    """A hash of uint32 to uint32: MurmurHash3's finaliser (https://github.com/aappleby/smhasher)."""
+    """MurmurHash3's finaliser, uint32 to uint32 (https://github.com/aappleby/smhasher)."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

@@ -1,4 +1,4 @@
-"""A model of a run in Hugging Face layout: the folder that `save_pretrained` and `jaxrlhf export` write."""
+"""A model of a run in Hugging Face layout, as `save_pretrained` and `jaxrlhf export` write it."""
 
 import dataclasses
 from pathlib import Path
@@ -23,9 +23,11 @@ def save(
     results: dict[str, float],
     merge_lora: bool = False,
 ) -> Path:
-    """Write a model of a run in Hugging Face layout, with a card that says how it was made; of a run with adapters
-    those alone, in PEFT's layout, unless they are to be merged or would not be enough (see `_stands_on`). A classifier
-    has two labels, so that its score is the probability of the good one."""
+    """Write a model of a run in Hugging Face layout, with a model card.
+
+    Of a run with adapters only those are written, in PEFT's layout, unless they are to be merged or would not be enough
+    (see `_base_model`). A classifier gets two labels, so that its score is the probability of the good one.
+    """
     if isinstance(config, RewardConfig) and config.loss == "classification" and model.num_labels == 1:
         model, params = with_two_labels(model, params)
     card = {
@@ -38,16 +40,18 @@ def save(
     }
     source, _ = weights.described_by(weights.resolve(config.model.path, config.model.revision, weights=False))
     stops = () if isinstance(config, RewardConfig) else config.sampling.stop_token_ids
-    base = None if merge_lora else _stands_on(config, model)
+    base = None if merge_lora else _base_model(config, model)
     return weights.export(
         directory, model, params, source=source, tokenizer=tokenizer, stops=stops, facts=card, base=base
     )
 
 
-def _stands_on(config: RunConfig, model: ModelConfig) -> tuple[str, str | None] | None:
-    """The model, and its revision, that somebody lays the adapters of this run over. None where there is none to be
-    had: random weights, merged adapters that were not written anywhere, a table that grew for new tokens, a head that
-    PEFT does not know."""
+def _base_model(config: RunConfig, model: ModelConfig) -> tuple[str, str | None] | None:
+    """The path and revision of the model that the adapters of a run belong to.
+
+    None if there is no such model: random weights, merged adapters that were not written to a folder, an embedding that
+    grew for new tokens, a head that PEFT does not know.
+    """
     source = config.model
     folder = weights.resolve(source.path, source.revision, weights=False)
     merged = weights.described_by(folder)[1] is not None

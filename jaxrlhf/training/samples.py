@@ -1,4 +1,4 @@
-"""Completions that supervised training shows while it goes on."""
+"""Sample completions, drawn during supervised training."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from jaxrlhf import memory, sharding
-from jaxrlhf.compilation import Ahead
 from jaxrlhf.config import Sampling
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, SFTRow
@@ -21,7 +20,7 @@ from jaxrlhf.types import Params
 
 
 class Samples:
-    """Draws a completion for each of `rows`, with room for it in the context."""
+    """Completes the prompts of `rows` with the model in training."""
 
     def __init__(
         self,
@@ -31,31 +30,26 @@ class Samples:
         sampling: Sampling,
         mesh: jax.sharding.Mesh,
     ) -> None:
-        self._model, self._inference = model, inference_model(model, model.dtype)
-        self._tokenizer, begun = tokenizer, [_prompt(row, index) for index, row in enumerate(rows)]
-        length = batching.bucket(max(len(row.tokens) for row in begun), model.max_positions)
-        self._sampling = setup.fit_response(sampling, length, model)
-        self._prompts = sharding.put_whole(batching.prompts(begun, tokenizer.pad_id, length), mesh)
-        self._stops = tokenizer.stop_ids, tokenizer.pad_id
-
-    def compile(self, programs: Ahead, params: Params, key: jax.Array) -> None:
-        """Begin to compile what draws; `params` may be shapes."""
-        copied = programs.compile(convert, params, self._model, self._inference).result()
-        programs.compile(generate, copied, self._inference, self._prompts, key, self._sampling, *self._stops)
+        self.model, self.decoder, self.tokenizer = model, inference_model(model, model.dtype), tokenizer
+        prompts = [_prompt(row, index) for index, row in enumerate(rows)]
+        length = batching.bucket(max(len(row.tokens) for row in prompts), model.max_positions)
+        self.prompts = sharding.put_whole(batching.prompts(prompts, tokenizer.pad_id, length), mesh)
+        self.sampling = setup.fit_response(sampling, length, model)
 
     def draw(self, params: Params, key: jax.Array) -> list[dict[str, Any]]:
-        """Prompts and completions."""
-        copied = convert(params, self._model, self._inference)
-        rollout = generate(copied, self._inference, self._prompts, key, self._sampling, *self._stops)
-        texts = response_texts(rollout, self._tokenizer)
-        del copied  # all is drawn by now
+        """A record {"prompt", "completion"} for each row."""
+        decoder_params = convert(params, self.model, self.decoder)
+        stop_ids, pad_id = self.tokenizer.stop_ids, self.tokenizer.pad_id
+        rollout = generate(decoder_params, self.decoder, self.prompts, key, self.sampling, stop_ids, pad_id)
+        completions = response_texts(rollout, self.tokenizer)
+        del decoder_params  # before its memory is given back
         memory.give_back()
-        begun = zip(np.asarray(self._prompts.tokens), np.asarray(self._prompts.mask), strict=True)
-        asked = [self._tokenizer.decode(tokens[mask].tolist()) for tokens, mask in begun]
-        return [{"prompt": prompt, "completion": text} for prompt, text in zip(asked, texts, strict=True)]
+        rows = zip(np.asarray(self.prompts.tokens), np.asarray(self.prompts.mask), strict=True)
+        prompts = [self.tokenizer.decode(tokens[mask].tolist()) for tokens, mask in rows]
+        return [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, completions, strict=True)]
 
 
 def _prompt(row: SFTRow, index: int) -> PromptRow:
-    """What comes before the first token to learn; of a text that is learnt whole, its first 8 tokens."""
+    """The tokens before the first one under the loss mask; the first 8 of a text that is trained on whole."""
     start = int(np.argmax(row.loss_mask))
     return PromptRow(tokens=row.tokens[: start if start > 1 else 8], text="", columns={}, index=index)

@@ -1,32 +1,30 @@
-"""What all trainers share while they run: an open run directory, logging one step late, saving, stopping, the end."""
+"""A training run while it is open: its directory, log, checkpoints, evaluation schedule and requests to stop."""
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 
-from jaxrlhf import checkpoint, compilation, runs
+from jaxrlhf import checkpoint, compilation, metrics, runs
 from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.config.spelling import did_you_mean
-from jaxrlhf.errors import ConfigError, NumericsError, Preempted, StorageError
-from jaxrlhf.metrics import Logger, read
+from jaxrlhf.errors import ConfigError, NumericsError, Preempted, RewardError, StorageError
 from jaxrlhf.training.setup import RunConfig
 from jaxrlhf.training.state import State
-from jaxrlhf.types import TrainState
 
 Metrics = dict[str, Any]
 Best = Literal["min", "max"] | None
 LESS_IS_BETTER = ("eval/loss", "eval/nll_loss", "eval/entropy", "eval/ece", "eval/absolute_error", "eval/kl")
-MAX_SKIPPED = 5  # records in a row with a step skipped for non-finite numbers, before a run gives up
+MAX_SKIPPED = 5  # records in a row with a skipped update before the run fails
 
 
 class Session:
-    """An open run: its lock and directory, its log, its checkpoints, and the request to stop.
+    """An open run: its directory and log, and checkpoints of its `state`, which the trainer updates.
 
-    Metrics are fetched one step late, so that the device works on step n + 1 while step n is written. They are always
-    written before a checkpoint of their step, so a resumed run never misses a line.
+    Metrics are fetched from the device one step late, so that the device computes step n + 1 while step n is written.
+    They are always written before a checkpoint of their step, so a resumed run never misses a line.
     """
 
     def __init__(
@@ -38,140 +36,179 @@ class Session:
         state: State,
         identity: dict[str, str],
     ) -> None:
-        self.run, self.config, self.total_steps = run, config, total_steps
-        self.logger = Logger(run.directory, config.logging, method, total_steps)
-        self.identity, self.best = identity, best_of(config)
-        policy = config.checkpoint
-        short = policy.synchronous == "auto" and checkpoint.short_of_memory(state.template)
-        self.checkpoints = checkpoint.Checkpoints(
-            run.directory / "checkpoints", policy.keep, short or policy.synchronous == "always", self.best
-        )
+        self.directory, self.config, self.total_steps = run.directory, config, total_steps
+        self._state = state
+        self.logger = metrics.Logger(run.directory, config.logging, method, total_steps)
+        self.note = self.logger.note
+        self.best, self.metric = best_of(config), metric_of(config)
         self.watch: Callable[[Metrics], tuple[Metrics, list[str]]] | None = None
-        """What looks at each record before it is written: marks to add to it, and lines to say."""
+        """Alarms: called with each record before it is written; returns metrics to add and lines to print."""
+        self.run, self._identity = run, identity
+        policy = config.checkpoint
+        synchronous = policy.synchronous == "always"
+        synchronous |= policy.synchronous == "auto" and checkpoint.short_of_memory(state.template)
+        self._checkpoints = checkpoint.Checkpoints(run.directory / "checkpoints", policy.keep, synchronous, self.best)
         self._pending: tuple[int, Metrics] | None = None
-        self._skipped = 0.0
+        self._skipped = 0
 
-    def resume(self, state: State) -> int:
-        """Take up the newest whole checkpoint, if there is one, and cut the logs back to it. Returns its step, or 0."""
-        found = self.checkpoints.restore(state.template)
+    def resume(self) -> None:
+        """Restore the state from the newest valid checkpoint, if there is one, and cut the logs back to its step."""
+        restored = self._checkpoints.restore(self._state.template)
         step = 0
-        if found:
-            changed = [what for what, value in self.identity.items() if found[2].get(what, value) != value]
+        if restored:
+            step, value, identity = restored
+            changed = [name for name, digest in self._identity.items() if identity.get(name, digest) != digest]
             if changed:
                 raise StorageError(
-                    f"{self.run.directory} was started with other {' and '.join(changed)} than there is now, under the "
-                    "same config: the file, or the model it names, has changed since. Put the old one back, or start "
-                    "over with --fresh"
+                    f"{self.directory} was started with other {' and '.join(changed)} under the same config: the file, "
+                    "or the model it names, has changed since. Restore the old one, or start over with --fresh"
                 )
-            step, state.value, _ = found
-            self.logger.note(f"resuming at step {step} of {self.total_steps} (--fresh starts over)")
+            self._state.value = value
+            self.note(f"resuming at step {step} of {self.total_steps} (--fresh starts over)")
         for note in self.run.notes:
-            self.logger.note(note)
+            self.note(note)
         self.logger.rewind(step)
-        for record in reversed(
-            self.records()
-        ):  # of a run that was given up, the same command does not start a new count
+        for record in reversed(self.records()):  # repeating the command does not reset the count of a failing run
             if not record.get("skipped_updates"):
                 break
             self._skipped += 1
-        return step
+
+    def steps(self) -> range:
+        """The remaining steps, each by the number of steps done before it."""
+        return range(int(self._state.value.step), self.total_steps)
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether an action with a period of `every` steps (0: only at the end) is due after step number `step`."""
+        return step == self.total_steps or (every > 0 and step % every == 0)
 
     def records(self) -> list[Metrics]:
-        """What has been logged so far."""
-        return read(self.run.directory / "metrics.jsonl")
+        """The records logged so far."""
+        return metrics.read(self.directory / "metrics.jsonl")
 
-    def last(self) -> Metrics:
-        """The last record in the log: what a run that is already finished ended with; empty in a new run."""
-        records = self.records()
-        return {key: value for key, value in records[-1].items() if key != "step"} if records else {}
+    def record_of(self, step: int) -> Metrics:
+        """The logged record of `step`, without the step; empty if there is none."""
+        return next(({k: v for k, v in r.items() if k != "step"} for r in self.records() if r["step"] == step), {})
 
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Hand over a step's metrics (the device may still compute them) and write those of the step before."""
+    def log(self, step: int, record: Metrics) -> None:
+        """Queue the metrics of `step`, which the device may still be computing, and write those of the step before."""
         self.flush()
-        self._pending = (step, metrics)
+        self._pending = (step, record)
 
     def flush(self) -> None:
-        """Write what is waiting. Raises NumericsError after too many skipped updates in a row."""
+        """Write the queued metrics. Raises NumericsError after MAX_SKIPPED skipped updates in a row."""
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        (step, record), self._pending = self._pending, None
+        values = {k: float(v) for k, v in jax.device_get(record).items()}
         marks, lines = self.watch(values) if self.watch else ({}, [])
         self.logger.log(step, values | marks)
         for line in lines:
-            self.logger.note(f"step {step}: {line}")
-        skipped = values.get("skipped_updates", 0.0)
-        self._skipped = self._skipped + 1 if skipped else 0
+            self.note(f"step {step}: {line}")
+        self._skipped = self._skipped + 1 if values.get("skipped_updates") else 0
         if self._skipped >= MAX_SKIPPED:
             raise NumericsError(
-                f"non-finite losses or gradients in {MAX_SKIPPED} steps in a row (last: step {step}). Those were "
-                "left out, but whatever led there was learnt: look at the metrics before them, lower "
-                "optim.learning_rate or mend data and rewards, and start over with --fresh"
+                f"non-finite losses or gradients in {MAX_SKIPPED} steps in a row (last: step {step}). Those updates "
+                "were skipped, but earlier updates may already have damaged the model: look at the metrics before "
+                "them, lower optim.learning_rate or fix the data and rewards, and start over with --fresh"
             )
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written after `step`."""
-        every = self.config.checkpoint.save_every
-        return step == self.total_steps or (every > 0 and step % every == 0)
+    def log_samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
+        """Write and print sample completions of `step`, after its metrics."""
+        self.flush()
+        self.logger.samples(step, samples)
 
-    def save(self, step: int, state: TrainState, metric: float | None = None, *, block: bool = False) -> None:
-        """Commit `state` as the checkpoint of `step`. With `block`, and at the last step, a failure raises at once."""
+    def samples_due(self, step: int) -> bool:
+        """Whether samples follow step number `step`: after the first one and every `logging.sample_every` steps."""
+        every = self.config.logging.sample_every
+        return every > 0 and (step == 1 or step % every == 0)
+
+    def save_if_due(self, step: int, evaluation: Metrics) -> None:
+        """End step number `step`: write a checkpoint if one is due, and stop if the run was asked to.
+
+        With an `evaluation` of the state (else empty) it is also saved if the run keeps its best state. Raises
+        Preempted once the state is saved.
+        """
+        saved = self.due(step, self.config.checkpoint.save_every) or (bool(evaluation) and self.best is not None)
+        if saved:
+            self.save(step, float(evaluation[self.metric]) if self.metric in evaluation else None)
+        self.stop_if_asked(step, saved=saved)
+
+    def save(self, step: int, metric: float | None = None, *, block: bool = False) -> None:
+        """Commit the checkpoint of `step`. With `block`, and at the last step, a failure raises at once."""
         self.flush()
         block = block or step == self.total_steps
-        self.checkpoints.save(step, state, self.identity, metric=metric, block=block)
+        self._checkpoints.save(step, self._state.value, self._identity, metric=metric, block=block)
 
-    def take_best(self, state: State) -> bool:
-        """Put the best kept state in `state`, if one is kept, and say so; whether there was one."""
-        self.checkpoints.wait()
-        if self.checkpoints.best_step is None:
-            return False
-        step, state.value, _ = self.checkpoints.restore_step("best", state.template)
-        self.logger.note(f"kept the best state, of step {step}")
-        return True
-
-    def stop_if_asked(self, step: int, state: TrainState, *, saved: bool = False) -> None:
-        """Save and raise Preempted if a signal asked the run to stop. `state` is that of the boundary after `step`."""
+    def stop_if_asked(self, step: int, *, saved: bool = False) -> None:
+        """Save the state, which is that of `step`, and raise Preempted if a signal asked the run to stop."""
         if self.run.stopping:
             if not saved:
-                self.save(step, state, block=True)
-            raise Preempted(f"stopped after step {step} of {self.total_steps}; the same command goes on from there")
+                self.save(step, block=True)
+            raise Preempted(f"stopped after step {step} of {self.total_steps}; run the same command again to resume")
+
+    @contextlib.contextmanager
+    def save_on_reward_error(self, step: int, record: Metrics | None = None) -> Iterator[None]:
+        """Save the `step` updates done, and log the `record` of the last one, before a RewardError of the block ends
+        the run."""
+        try:
+            yield
+        except RewardError as error:
+            if not step:
+                raise RewardError(f"{error}\nNothing has been trained yet") from error
+            if record:
+                self.log(step, record)
+            self.save(step, block=True)
+            raise RewardError(
+                f"{error}\n{step} updates are saved. Fix the reward and run the same command again to resume."
+            ) from error
+
+    def finish(self) -> Metrics:
+        """Save the last state. Returns the last record of the log."""
+        self.flush()
+        step = int(self._state.value.step)
+        if not self.due(step, self.config.checkpoint.save_every):
+            self.save(step, block=True)
+        return self.record_of(step)
+
+    def restore_best(self) -> bool:
+        """Restore the best saved state. Returns False if the run keeps none."""
+        self._checkpoints.wait()
+        if self._checkpoints.best_step is None:
+            return False
+        step, self._state.value, _ = self._checkpoints.restore_step("best", self._state.template)
+        self.note(f"kept the best state, of step {step}")
+        return True
 
     def close(self) -> None:
         """Wait for pending saves and close the files."""
         try:
-            self.checkpoints.close()
+            self._checkpoints.close()
         finally:
             self.logger.close()
 
 
 @contextlib.contextmanager
-def session(
-    config: RunConfig,
-    method: str,
-    total_steps: int,
-    state: State,
-    identity: dict[str, str],
-    *,
-    fresh: bool,
+def open_session(
+    config: RunConfig, method: str, total_steps: int, state: State, identity: dict[str, str], *, fresh: bool
 ) -> Iterator[Session]:
-    """Open the run directory of `config` for `method`; when the block ends pending saves land and the lock goes.
+    """Open the run directory of `config` for `method`; at the end of the block pending saves finish and the lock goes.
 
-    `identity` names what a config does not pin down (the content of the data, frozen parameters) and a hash of each: a
-    run is not resumed with another.
+    `identity` maps the name of each thing that the config does not pin down (data, frozen parameters) to a hash of its
+    content: a run does not resume with another.
     """
     with runs.open_run(config, method, fresh) as run:
-        opened = Session(run, config, method, total_steps, state, identity)
+        session = Session(run, config, method, total_steps, state, identity)
         try:
-            with compilation.announce(opened.logger.note):
-                yield opened
-            opened.flush()
+            with compilation.announce(session.note):
+                yield session
+            session.flush()
         finally:
-            opened.close()
+            session.close()
 
 
 def best_of(config: RunConfig) -> Best:
-    """What makes a checkpoint of this run the best, which is then kept beside the newest: its metric is least or
-    greatest. None: none is best."""
+    """Whether the best checkpoint of the run, kept beside the newest, has the least or the greatest metric; None if the
+    run keeps no best one."""
     if isinstance(config, PPOConfig | GRPOConfig):
         return config.validation.mode if config.validation.keep_best else None
     if not config.train.keep_best:
@@ -181,20 +218,23 @@ def best_of(config: RunConfig) -> Best:
     return "min" if metric_of(config) in LESS_IS_BETTER else "max"
 
 
-def metric_of(config: SFTConfig | RewardConfig | DPOConfig) -> str:
-    """The key of the records of an evaluation that says which state is the best."""
+def metric_of(config: RunConfig) -> str:
+    """The evaluation metric that ranks checkpoints."""
     match config:
+        case PPOConfig() | GRPOConfig():
+            return config.validation.metric
         case DPOConfig():
-            usual = "eval/rewards/margins" if config.dpo.loss == "kto" else "eval/rewards/accuracies"
+            default = "eval/rewards/margins" if config.dpo.loss == "kto" else "eval/rewards/accuracies"
         case RewardConfig():
-            usual = "eval/loss" if config.loss == "regression" else "eval/accuracy"
+            default = "eval/loss" if config.loss == "regression" else "eval/accuracy"
         case SFTConfig():
-            usual = "eval/loss"
-    return config.train.metric or usual
+            default = "eval/loss"
+    return config.train.metric or default
 
 
 def check_metric(config: SFTConfig | RewardConfig | DPOConfig, known: Collection[str], held_out: bool) -> None:
-    """Refuse a `train.metric` that no evaluation gives; `known` are the keys of one, `held_out`: there will be any."""
+    """Raise ConfigError for a `train.metric` that evaluations do not give (`known`: those they do), or if nothing is
+    held out to evaluate."""
     metric = config.train.metric
     if metric and not held_out:
         raise ConfigError(
@@ -208,52 +248,7 @@ def check_metric(config: SFTConfig | RewardConfig | DPOConfig, known: Collection
         )
 
 
-def fit(
-    session: Session,
-    state: State,
-    *,
-    update: Callable[[int], Metrics],
-    evaluate: Callable[[], Metrics] | None,
-    eval_every: int,
-    samples: Callable[[], list[dict[str, Any]]] | None,
-) -> Metrics:
-    """Run what is left of supervised training (SFT, reward models, preferences); return the last step's metrics.
-
-    `update(step)` moves `state` on from step to step + 1. `evaluate` runs every `eval_every` steps and at the end, and
-    what it says of `metric_of` the run goes into a checkpoint made at that moment. `samples` runs every
-    `logging.sample_every` steps. If the session keeps the best state, `state` is that one in the end.
-    """
-    config = session.config
-    assert not isinstance(config, PPOConfig | GRPOConfig)
-    total, sample_every = session.total_steps, config.logging.sample_every
-    done = session.resume(state)
-    record = session.last()
-    for step in range(done + 1, total + 1):
-        record = update(step - 1)
-        results = evaluate() if evaluate and (step % eval_every == 0 or step == total) else {}
-        record |= results
-        session.log(step, record)
-        if samples and sample_every and (step % sample_every == 0 or step == 1):
-            session.flush()
-            session.logger.samples(step, samples())
-        saved = session.due(step) or (bool(results) and session.best is not None)
-        if saved:
-            worth = float(results[metric_of(config)]) if results and session.best else None
-            session.save(step, state.value, worth)
-        session.stop_if_asked(step, state.value, saved=saved)
-    session.flush()
-    if session.take_best(state):
-        record |= evaluate() if evaluate else {}
-    return record
-
-
 def num_steps(num_rows: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
-    """Optimizer steps for so many epochs over an endless stream of rows, the last one filled from the next epoch."""
+    """Optimizer steps for `epochs` passes over the rows, the last batch filled up from the next epoch."""
     steps = max(1, math.ceil(num_rows * epochs / batch_size))
     return min(steps, max_steps) if max_steps else steps
-
-
-def weighted_mean(records: list[tuple[float, Metrics]]) -> Metrics:
-    """Means over batches of different weight: [(count, {key: mean over count})] -> {key: mean over all}."""
-    total = sum(count for count, _ in records)
-    return {k: sum(count * float(m[k]) for count, m in records) / max(total, 1) for k in records[0][1]}

@@ -1,4 +1,4 @@
-"""The state that a run begins with, and where it is now."""
+"""The training state of a run, created on first use or restored from a checkpoint."""
 
 import dataclasses
 import functools
@@ -14,25 +14,26 @@ from jaxrlhf.types import Params, TrainState
 
 
 @functools.partial(jax.jit, static_argnames=("optimizers", "kl_coef", "mesh"), donate_argnames="params")
-def _begin(
+def _create(
     params: dict[str, Params],
     *,
     optimizers: tuple[tuple[str, Optimizer], ...],
     kl_coef: float,
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
-    """The state of step 0. One program makes it where it belongs; eager moments would all land on one device."""
+    """The state of step 0, created sharded by one program; moments created eagerly would all be on one device."""
     moments = {role: optimizer.chain.init(in_float32(params[role])) for role, optimizer in optimizers}
     state = TrainState(step=jnp.int32(0), params=params, opt_state=moments, kl_coef=jnp.float32(kl_coef))
     return sharding.constrain(state, mesh)
 
 
 class State:
-    """The state of a run, made from `params` on first use (which consumes them) unless a checkpoint takes their place.
+    """Holds the TrainState of a run in `value`: created from `params` on first use, which consumes them, unless a
+    checkpoint is assigned before.
 
-    `more` are further fields of the state, arrays in their places. `template` has its shapes, dtypes and shardings
-    without its memory; for it alone, `params` may be shapes too. With `offload` the moments of `value` lie in memory of
-    the host, and an update takes `ready`.
+    `more` are further fields of the state, placed on the mesh. `template` has the shapes, dtypes and shardings of the
+    state; `params` may be shapes if nothing else is used. With `offload` the moments of `value` are in host memory, and
+    an update takes `ready`.
     """
 
     def __init__(
@@ -44,11 +45,11 @@ class State:
         offload: bool = False,
         **more: Any,
     ) -> None:
-        self._begin = functools.partial(_begin, optimizers=tuple(optimizers.items()), kl_coef=kl_coef, mesh=mesh)
-        begun = jax.eval_shape(self._begin, params)
+        self._create = functools.partial(_create, optimizers=tuple(optimizers.items()), kl_coef=kl_coef, mesh=mesh)
+        created = jax.eval_shape(self._create, params)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), more)
-        begun = dataclasses.replace(begun, **shapes)
-        self.template: TrainState = sharding.with_shardings(begun, sharding.shardings(begun, mesh))
+        created = dataclasses.replace(created, **shapes)
+        self.template: TrainState = sharding.with_shardings(created, sharding.shardings(created, mesh))
         self._params: dict[str, Params] | None = params
         self._more: dict[str, Any] = more
         self._offload = offload
@@ -58,23 +59,23 @@ class State:
     def value(self) -> TrainState:
         if self._value is None:
             assert self._params is not None
-            self.value = dataclasses.replace(self._begin(self._params), **self._more)
+            self.value = dataclasses.replace(self._create(self._params), **self._more)
         assert self._value is not None
         return self._value
 
     @value.setter
     def value(self, state: TrainState) -> None:
-        self._value, self._params, self._more = None, None, {}  # the host does not hold the moments before and after
+        self._value, self._params, self._more = None, None, {}  # frees the old moments in host memory first
         if self._offload:
             state = dataclasses.replace(state, opt_state=sharding.to_host(state.opt_state))
         self._value = state
 
     @property
     def params(self) -> dict[str, Params]:
-        """The parameters as they are now; of a state that was not made yet those it will be made from."""
+        """The current parameters; before `value` is created, those it will be created from."""
         return self.value.params if self._params is None else self._params
 
     @property
     def ready(self) -> TrainState:
-        """`value` with its moments on the device, for an update, whose result is the next `value`."""
+        """`value` with its moments on the device, as the argument of an update."""
         return dataclasses.replace(self.value, opt_state=sharding.to_device(self.value.opt_state))

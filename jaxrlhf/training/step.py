@@ -1,4 +1,4 @@
-"""The two halves of an optimizer step: gradients summed over micro-batches, and an update that a NaN cannot enter."""
+"""The two halves of an optimizer step: gradients summed over micro-batches, and an update that skips NaNs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Loss = Callable[[Any, Any], tuple[Array, Metrics]]
 
 
 def to_micro_batches(batch: Any, parts: int) -> Any:
-    """[B, ...] -> [parts, B / parts, ...] for every leaf. Strided, so that each device keeps its rows in every part."""
+    """[B, ...] -> [parts, B / parts, ...] for every leaf, strided so that each device keeps its rows."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
@@ -28,15 +28,15 @@ def from_micro_batches(parts: Any) -> Any:
 
 
 def in_float32(tree: Params) -> Params:
-    """The tree in float32: gradients are added up, and moments kept, in float32, however parameters are stored."""
+    """The tree in float32, the dtype of summed gradients and moments whatever that of the parameters."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def gradients(loss: Loss, params: Params, batch: Any, num_micro: int) -> tuple[Params, Metrics]:
-    """Gradients and metrics of `loss(params, batch)` over `num_micro` slices of the batch.
+    """Gradients and metrics of `loss(params, batch)` over `num_micro` micro-batches.
 
-    `loss` is a sum over rows divided by a count of the WHOLE batch, so slices add up to the undivided result. Metrics
-    whose key ends in `_max` are combined by maximum, all others by addition.
+    `loss` is a sum over rows divided by a count of the WHOLE batch, so micro-batches add up to the undivided result.
+    Metrics whose key ends in `_max` are combined by maximum, all others by addition.
     """
 
     def grad(rows: Any) -> tuple[Params, Metrics]:
@@ -56,8 +56,8 @@ def gradients(loss: Loss, params: Params, batch: Any, num_micro: int) -> tuple[P
 
 
 def dropout_keys(model: ModelConfig, key: Array, step: Array, *, rows: int) -> Array | None:
-    """A key for each row of a batch of `rows`, if anything in the model drops: it must not depend on how rows are cut
-    into micro-batches. `key` is the run's."""
+    """A dropout key for each row of a batch of `rows`, whatever the micro-batches; None for a model without dropout.
+    `key` is the run's."""
     if model.head != "mlp" and not (model.adapters and model.adapters.dropout):
         return None
     return jax.random.split(jax.random.fold_in(key, step), rows)
@@ -70,11 +70,11 @@ def apply(
     optimizers: tuple[tuple[str, Optimizer], ...],
     accept: dict[str, Array] | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step for every role, or none: a non-finite loss or gradient leaves the state as it was, to the bit.
+    """One optimizer step for every role; a non-finite loss or gradient leaves the state bit-identical.
 
-    So does a role that `accept` says false of, on its own. Each role's gradient is scaled down to its optimizer's
-    `max_grad_norm` when its global norm is larger. Returns the new state (its `step` untouched) and per role that norm
-    before and after and the learning rate applied, plus `skipped_updates` (0 or 1).
+    A role for which `accept` is False is left unchanged on its own. Each gradient is clipped to its optimizer's
+    `max_grad_norm` by global norm. Returns the new state (`step` unchanged) and, per role, the norm before and after
+    clipping and the learning rate, plus `skipped_updates` (0 or 1).
     """
     norms = {role: optax.tree.norm(grads[role]) for role in grads}
     finite = jnp.isfinite(loss) & jnp.all(jnp.stack([jnp.isfinite(n) for n in norms.values()]))
@@ -84,13 +84,15 @@ def apply(
         clipped = jax.tree.map(lambda g, scale=scale: g * scale, grads[role])
         before: Any = state.opt_state[role]
         after: Any
-        go = finite if accept is None else finite & accept[role]
-        updates, after = optimizer.chain.update(clipped, before, state.params[role], finite=go)
+        accepted = finite if accept is None else finite & accept[role]
+        updates, after = optimizer.chain.update(clipped, before, state.params[role], finite=accepted)
         stepped = optax.apply_updates(state.params[role], updates)
         params[role], counts = jax.tree.map(
-            lambda new, old, go=go: jnp.where(go, new, old), (stepped, after[1:]), (state.params[role], before[1:])
+            lambda new, old, accepted=accepted: jnp.where(accepted, new, old),
+            (stepped, after[1:]),
+            (state.params[role], before[1:]),
         )
-        opt_state[role] = (after[0], *counts)  # Adam has kept its moments itself, in place
+        opt_state[role] = (after[0], *counts)  # scale_by_adam has handled its moments itself, in place
         metrics |= {
             f"{role}/grad_norm": norms[role],
             f"{role}/grad_norm_clipped": norms[role] * scale,
@@ -100,5 +102,5 @@ def apply(
 
 
 def one_role(metrics: Metrics) -> Metrics:
-    """Metrics of `apply` where only one role trains, without the role in the key: grad_norm, grad_norm_clipped."""
+    """Metrics of `apply` for a single role, with keys without the role: grad_norm, grad_norm_clipped."""
     return {key.rpartition("/")[2]: value for key, value in metrics.items()}

@@ -140,7 +140,7 @@ def test_a_fixed_key_and_one_that_is_not_ours_are_found(trial):
 def test_other_temperatures_and_a_loss_that_depends_on_the_micro_batch_are_found(trial, monkeypatch):
     """All at once, since each costs a compilation: the sampler at another temperature, the reference at a third,
     old log-probs that are off by a little, and a mean over each micro-batch in place of the global one."""
-    trial.trainer.roles = dataclasses.replace(trial.trainer.roles, temperature=0.9)
+    trial.trainer.spec = dataclasses.replace(trial.trainer.spec, temperature=0.9)
     trial.measured, trial.changes = trial.measured[:1], trial.changes[:1]
     score, finish, loss = update.sequence_logprobs, update.complete, update.policy_loss
     monkeypatch.setattr(update, "sequence_logprobs", lambda *a, **k: score(*a[:3], 1.0, **k))

@@ -14,8 +14,8 @@ from jaxrlhf.rollout.decode import generate
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.training import setup
 from jaxrlhf.training.optim import make_optimizer
+from jaxrlhf.training.ppo import critic as ppo_critic
 from jaxrlhf.training.ppo import replay as ppo_replay
-from jaxrlhf.training.ppo import roles as ppo_roles
 from jaxrlhf.training.ppo import update as ppo_update
 from jaxrlhf.training.state import State
 from jaxrlhf.types import Prompts
@@ -41,7 +41,7 @@ class Case:
     """One PPO problem: roles, frozen parameters, a way to make its state, a rollout and scores."""
 
     config: PPOConfig
-    roles: ppo_roles.Roles
+    spec: ppo_update.PPOSpec
     frozen: dict
     policy: dict
     rollout: object
@@ -49,23 +49,23 @@ class Case:
     token_scores: jax.Array | None = None
 
     def state(self):
-        params = {"policy": setup.cast_copy(self.policy, "float32", self.roles.mesh), "critic": self.critic()}
+        params = {"policy": setup.cast_copy(self.policy, "float32", self.spec.mesh), "critic": self.critic()}
         more = {}
-        if self.roles.sync_every:
-            more["reference"] = setup.cast_copy(self.frozen["reference"], "float32", self.roles.mesh)
-        if self.roles.ppo.replay:
-            empty = ppo_replay.empty_replay(self.config, self.roles, (P, R))
-            more["replay"] = sharding.put_whole(jax.tree.map(lambda x: np.array(x), empty), self.roles.mesh)
-        return State(params, dict(self.roles.optimizers), self.roles.mesh, self.roles.ppo.kl_coef, **more).value
+        if self.spec.sync_every:
+            more["reference"] = setup.cast_copy(self.frozen["reference"], "float32", self.spec.mesh)
+        if self.spec.ppo.replay:
+            empty = ppo_replay.empty_replay(self.config, self.spec, (P, R))
+            more["replay"] = sharding.put_whole(jax.tree.map(lambda x: np.array(x), empty), self.spec.mesh)
+        return State(params, dict(self.spec.optimizers), self.spec.mesh, self.spec.ppo.kl_coef, **more).value
 
     def critic(self):
-        critic, self.frozen["critic"] = ppo_roles.make_critic(
+        critic, self.frozen["critic"] = ppo_critic.init_critic(
             self.config,
-            ppo_roles.critic_model(self.config, self.roles.policy, None),
+            ppo_critic.critic_model(self.config, self.spec.policy, None),
             self.policy,
             self.frozen["reference"],
             None,
-            self.roles.mesh,
+            self.spec.mesh,
             jax.random.key(0),
         )
         critic["score"] = {"kernel": 0.3 * jax.random.normal(jax.random.key(5), (16, 1))}
@@ -75,9 +75,9 @@ class Case:
         state = state or self.state()
         scores = self.scores if scores is None else scores
         experience, before = ppo_update.annotate(
-            state, self.frozen, self.rollout, scores, self.token_scores, roles=self.roles
+            state, self.frozen, self.rollout, scores, self.token_scores, spec=self.spec
         )
-        state, after = ppo_update.update(state, self.frozen, experience, jax.random.key(3), roles=self.roles)
+        state, after = ppo_update.update(state, self.frozen, experience, jax.random.key(3), spec=self.spec)
         return state, experience, before | after
 
 
@@ -102,13 +102,13 @@ def case(
     reference = jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, init(model, jax.random.key(0)))
     other = init(model, jax.random.key(1))
     policy = jax.tree.map(lambda a, b: a + drift * b, reference, other)
-    roles = ppo_roles.Roles(
+    roles = ppo_update.PPOSpec(
         policy=model,
         critic=dataclasses.replace(model, head="linear"),
         optimizers=optimizers,
         ppo=ppo,
         temperature=0.7,
-        trunk=ppo_roles.trunk_kind(config),
+        trunk=ppo_critic.trunk_of(config),
         mesh=sharding.make_mesh(mesh or Mesh()),
         warmup_updates=config.critic.warmup_updates,
         sync_every=config.reference.sync_every,

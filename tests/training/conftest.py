@@ -76,10 +76,10 @@ def stop_at_two(monkeypatch):
     """The first run of the test is asked to stop after its second step."""
     asked, original = [], session.Session.stop_if_asked
 
-    def stop_once(self, step, state, *, saved=False):
+    def stop_once(self, step, *, saved=False):
         if step == 2 and not asked:
             asked.append(step)
             self.run.stopping = True
-        original(self, step, state, saved=saved)
+        original(self, step, saved=saved)
 
     monkeypatch.setattr(session.Session, "stop_if_asked", stop_once)

@@ -86,9 +86,9 @@ def test_supervised_programs_compile_once(method, make, stop_at_two):
     """Begun before the weights are read; begun by `train`: the test below."""
     with compilations() as count:
         with pytest.raises(Preempted):
-            make(method, ahead=True).train()
+            make(method).train()
         assert count["update"] == 1 and count["evaluate"] == 1, count
-        make(method, ahead=True).train()  # resumes in the same process, and evaluates twice more
+        make(method).train()  # resumes in the same process, and evaluates twice more
     assert count["update"] == 1 and count["evaluate"] == 1, count
 
 

@@ -12,7 +12,7 @@ from jaxrlhf import sharding
 from jaxrlhf.config import PPO, LoRA, Mesh, Optim, PPOConfig, RewardConfig
 from jaxrlhf.training import setup, sft
 from jaxrlhf.training.optim import make_optimizer
-from jaxrlhf.training.ppo import roles as ppo_roles
+from jaxrlhf.training.ppo import critic as ppo_critic
 from jaxrlhf.training.ppo import update as ppo_update
 from jaxrlhf.training.reward import loss, trainer
 from jaxrlhf.training.state import State
@@ -49,12 +49,12 @@ def ppo(model, lora, optimizer):
     config = PPOConfig(ppo=PPO(batch_size=B, num_mini_batches=2, num_ppo_epochs=2), lora=lora)
     policy = setup.param_shapes(model, "float32", MESH, lora)
     trained, base = setup.split_trainable(policy, lora.enabled)
-    value = ppo_roles.critic_model(config, model, None)
+    value = ppo_critic.critic_model(config, model, None)
     critic, trunk = jax.eval_shape(
-        lambda p: ppo_roles.make_critic(config, value, p, p, None, MESH, KEY), base or policy
+        lambda p: ppo_critic.init_critic(config, value, p, p, None, MESH, KEY), base or policy
     )
     optimizers = {"policy": optimizer, "critic": optimizer}
-    roles = ppo_roles.Roles(
+    roles = ppo_update.PPOSpec(
         policy=model,
         critic=value,
         optimizers=tuple(optimizers.items()),
@@ -70,9 +70,7 @@ def ppo(model, lora, optimizer):
         array("int32", B, P + R), array("bool", B, P + R), array("bool", B, R), token, array("bool", B), row, row
     )
     scores = array("float32", B)
-    experience, _ = jax.eval_shape(
-        lambda *args: ppo_update.annotate(*args, roles=roles), state, frozen, rollout, scores
-    )
+    experience, _ = jax.eval_shape(lambda *args: ppo_update.annotate(*args, spec=roles), state, frozen, rollout, scores)
     return ppo_update.update, state, (frozen, experience, KEY), {"roles": roles}
 
 

@@ -57,7 +57,7 @@ def test_a_stopped_run_with_refills_goes_on_bit_for_bit_and_is_exported(grpo, tm
 
 def test_a_refill_replaces_flat_groups_whole_and_leaves_the_others_where_they_are(grpo):
     trainer = GRPOTrainer(config.GRPOConfig(**grpo), reward=coarse)
-    online = trainer.online
+    online = trainer.run
     plain, filled = online.answer(online.rows(0), 0), rollouts.refilled(online, 0, lambda: None, 3)
     before, after = (set(rollouts.flat_groups(answers, 2).tolist()) for answers in (plain, filled))
     assert before and after < before
@@ -91,7 +91,7 @@ def test_the_baseline_of_remax_is_the_greedy_response(grpo):
     remax = config.GRPO(method="remax", batch_size=8, num_generations=2)
     scores = config.Scores(missing_eos_penalty=1.0)
     trainer = GRPOTrainer(config.GRPOConfig(**grpo | {"grpo": remax, "scores": scores}), reward=length_reward)
-    online = trainer.online
+    online = trainer.run
     answers = rollouts.with_greedy(online, online.rows(0), 0, lambda: None)
     greedy, worth = answers.greedy
     length = greedy.response_mask.shape[1]
@@ -126,7 +126,7 @@ def test_online_dpo_pushes_a_text_away_with_one_response_to_a_prompt(grpo):
     optim = config.Optim(learning_rate=1e-2, schedule="constant")
     options = grpo | {"grpo": method, "sampling": sampling, "optim": optim, "data": config.Data()}
     trainer = GRPOTrainer(config.GRPOConfig(**options), reward=length_reward)
-    assert len(trainer.roles.rejected) == 7
+    assert len(trainer.spec.rejected) == 7
     first, second = (trainer.grpo_step(["say red ", "say blue ", "go ", "stop "]) for _ in range(2))
     assert first["groups/tied"] == 0 and abs(first["rewards/margins"]) < 1e-5
     assert second["rewards/rejected"] < 0 < second["rewards/margins"]

@@ -32,8 +32,8 @@ def problem():
 
 def run(problem, grpo, scores=SCORES, *, rollout=None, key=KEY, mesh=None, rejected=()):
     """(the policy after the update, what was compared, metrics)."""
-    mesh = mesh or problem.roles.mesh
-    roles = grpo_update.Roles(problem.roles.policy, OPTIMIZERS, grpo, R, 0.7, mesh, 0, 1.0, rejected)
+    mesh = mesh or problem.spec.mesh
+    roles = grpo_update.Roles(problem.spec.policy, OPTIMIZERS, grpo, R, 0.7, mesh, 0, 1.0, rejected)
     policy, reference = problem.policy, problem.frozen["reference"]
     rollout = rollout or problem.rollout
     if mesh.size > 1:
@@ -43,8 +43,8 @@ def run(problem, grpo, scores=SCORES, *, rollout=None, key=KEY, mesh=None, rejec
     state = State(params, dict(OPTIMIZERS), mesh, grpo.kl_weight).value
     frozen = {"policy": {}} | ({"reference": reference} if grpo.has_reference else {})
     greedy = GREEDY if grpo.recipe.advantage == "greedy" else None
-    compared, before = grpo_update.annotate(state, frozen, rollout, scores, greedy, roles=roles)
-    state, after = grpo_update.update(state, {"policy": {}}, compared, key, roles=roles)
+    compared, before = grpo_update.annotate(state, frozen, rollout, scores, greedy, spec=roles)
+    state, after = grpo_update.update(state, {"policy": {}}, compared, key, spec=roles)
     return state.params["policy"], compared, before | after
 
 

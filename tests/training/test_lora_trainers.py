@@ -161,7 +161,7 @@ def test_ppo_over_a_packed_model(ppo, on_disk, tmp_path):
     """With DoRA, whose magnitudes are those of the packed model."""
     options = ppo | on_disk | {"lora": config.replace(LORA, quantize="nf4", use_dora=True)}
     options |= {"critic": config.Critic(trunk="own")}
-    trainer = PPOTrainer(config.PPOConfig(run_dir=str(tmp_path / "run"), **options), reward=length_reward, ahead=True)
+    trainer = PPOTrainer(config.PPOConfig(run_dir=str(tmp_path / "run"), **options), reward=length_reward)
     codes = trainer.frozen["policy"]["layers"]["mlp"]["up"]["codes"]
     assert codes.dtype == jnp.uint8
     assert (

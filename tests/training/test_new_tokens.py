@@ -86,7 +86,7 @@ def test_sft_learns_the_new_tokens(supervised, chat, tmp_path, request):
 @pytest.mark.parametrize("chat", ["it has spare rows and an untied head"], indirect=True)
 def test_ppo_trains_them_in_policy_and_critic_and_the_reference_has_the_old(ppo, chat, tmp_path):
     options = ppo | chat[0] | {"critic": config.Critic(trunk="own"), "run_dir": str(tmp_path / "run")}
-    trainer = PPOTrainer(config.PPOConfig(**options), reward=length_reward, ahead=True)
+    trainer = PPOTrainer(config.PPOConfig(**options), reward=length_reward)
     start = jax.device_get(trainer.state.value.params)
     assert "lora" not in trainer.frozen["reference"] and start["critic"]["lora"]["rows"].keys() == {"embedding"}
     trainer.train()

@@ -1,4 +1,4 @@
-"""Adam's moments in bfloat16: rounded without a bias, the same on any mesh, and as good as those in float32."""
+"""Adam's moments in bfloat16: stochastic_round without a bias, the same on any mesh, and as good as those in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from support.runs import records
 from jaxrlhf import config, sharding
 from jaxrlhf.config import Mesh, Optim
 from jaxrlhf.training import step
-from jaxrlhf.training.optim import make_optimizer, rounded, scale_by_adam
+from jaxrlhf.training.optim import make_optimizer, scale_by_adam, stochastic_round
 from jaxrlhf.training.sft import SFTTrainer
 from jaxrlhf.types import TrainState
 
@@ -21,7 +21,7 @@ def test_rounding_goes_to_a_neighbour_and_has_no_bias():
     values = np.geomspace(1e-30, 1e30, 36).astype(np.float32)
     low, high = (((values.view(np.uint32) >> 16) + up << 16).view(np.float32).astype(np.float64) for up in (0, 1))
     x = jnp.broadcast_to(values[:, None], (len(values), places))
-    drawn = jax.vmap(lambda seed: rounded(x, seed))(jnp.arange(seeds, dtype=jnp.uint32))
+    drawn = jax.vmap(lambda seed: stochastic_round(x, seed))(jnp.arange(seeds, dtype=jnp.uint32))
     up = (np.asarray(drawn, np.float64) - low[:, None]) / (high - low)[:, None]  # [seeds, values, places]
     assert np.all((up == 0) | (up == 1))
     chance = (values - low) / (high - low)
@@ -29,7 +29,7 @@ def test_rounding_goes_to_a_neighbour_and_has_no_bias():
     for mean, draws in ((up.mean((0, 2)), places * seeds), (up.mean(0).T, seeds), (up.mean(2), places)):
         assert np.max(np.abs(mean - chance) / spread) * np.sqrt(draws) < 6
     exact = jnp.tile(jnp.array([0.0, 1.0, 384.0]), 99)
-    np.testing.assert_array_equal(rounded(exact, jnp.uint32(3)), exact)
+    np.testing.assert_array_equal(stochastic_round(exact, jnp.uint32(3)), exact)
 
 
 def test_the_second_moment_follows_its_average_where_rounding_to_nearest_would_stop():
@@ -58,10 +58,10 @@ def test_the_first_moment_is_that_of_optax_to_the_bit(key):
 
 def test_rounding_is_the_same_on_any_mesh(key):
     x, mesh = jax.random.uniform(key, (8, 12, 6)), sharding.make_mesh(Mesh(fsdp=4, tensor=2))
-    alone = rounded(x, jnp.uint32(7))
+    alone = stochastic_round(x, jnp.uint32(7))
     split = jax.device_put(x, jax.NamedSharding(mesh, P("tensor", "fsdp")))
-    np.testing.assert_array_equal(jax.jit(rounded)(split, jnp.uint32(7)), alone)
-    assert np.any(rounded(x, jnp.uint32(8)) != alone)
+    np.testing.assert_array_equal(jax.jit(stochastic_round)(split, jnp.uint32(7)), alone)
+    assert np.any(stochastic_round(x, jnp.uint32(8)) != alone)
 
 
 def test_least_squares_end_where_float32_ends(key):

@@ -10,7 +10,7 @@ import jaxrlhf
 from jaxrlhf import config
 from jaxrlhf.config import Critic, Reference
 from jaxrlhf.training.ppo import update as ppo_update
-from jaxrlhf.training.ppo.roles import critic_model, make_critic
+from jaxrlhf.training.ppo.critic import critic_model, init_critic
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 
 
@@ -25,7 +25,7 @@ def test_every_epoch_and_every_update_has_an_order_of_its_own_over_the_whole_bat
     monkeypatch.setattr(ppo_update, "gradients", spy)
     problem = case(num_ppo_epochs=3, kl_coef=0.061)  # a coefficient of its own: a program of its own
     for key in (3, 4):
-        ppo_update.update(problem.state(), problem.frozen, experience, jax.random.key(key), roles=problem.roles)
+        ppo_update.update(problem.state(), problem.frozen, experience, jax.random.key(key), spec=problem.spec)
     jax.effects_barrier()
     assert [len(rows) for rows in seen] == [B // 2] * 12
     epochs = [tuple(np.concatenate(seen[i : i + 2]).tolist()) for i in range(0, 12, 2)]
@@ -57,9 +57,9 @@ def test_a_value_model_can_be_made_of_a_policy_with_tied_embeddings():
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_the_value_head_starts_at_zero(head):
     problem = case(critic=Critic(head=head))
-    reference, mesh = problem.frozen["reference"], problem.roles.mesh
+    reference, mesh = problem.frozen["reference"], problem.spec.mesh
     model = critic_model(problem.config, MODEL, None)
-    critic, _ = make_critic(problem.config, model, problem.policy, reference, None, mesh, jax.random.key(0))
+    critic, _ = init_critic(problem.config, model, problem.policy, reference, None, mesh, jax.random.key(0))
     assert not np.any(jaxrlhf.models.scalar_head(critic, model, jnp.ones((2, 3, 16))))
 
 
@@ -96,6 +96,6 @@ def test_the_reference_is_the_policy_without_a_value_head_and_the_value_model_is
 def test_validation_answers_greedily_too_whatever_the_key(ppo):
     options = ppo | {"data": config.replace(ppo["data"], validation_fraction=0.25)}
     trainer = PPOTrainer(config.PPOConfig(**options), reward=zero)
-    validator, made = trainer.online.validator, trainer.sampler.copy(trainer.params)
+    validator, made = trainer.run.validator, trainer.sampler.copy(trainer.params)
     one, other = (validator._answer(*made, jax.random.key(seed), greedy=True)[1] for seed in (0, 1))
     assert one == other and len(one) == len(validator.rows)

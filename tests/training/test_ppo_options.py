@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxrlhf.training.ppo.roles import whole_critic
 from support.ppo_case import OPTIMIZERS, B, case, close
 
 from jaxrlhf.config import PPO, Critic, Optim, Reference
-from jaxrlhf.training.ppo.roles import whole_critic
 
 ONE_STEP = {"num_ppo_epochs": 1, "num_mini_batches": 1}
 
@@ -99,14 +99,14 @@ def test_a_shared_trunk_learns_from_both_losses_and_the_head_from_its_own():
     after, _, metrics = problem.run(state)
     assert not same(after.params["critic"], before["critic"])
     # no advantage to learn from, only values: the trunk moves with the value loss alone
-    values_only = dataclasses.replace(problem.roles.ppo, whiten_advantages=False, lam=1.0)
-    problem.roles = dataclasses.replace(problem.roles, ppo=values_only)
+    values_only = dataclasses.replace(problem.spec.ppo, whiten_advantages=False, lam=1.0)
+    problem.spec = dataclasses.replace(problem.spec, ppo=values_only)
     flat, *_ = problem.run(scores=jnp.zeros(B))
     moved = jax.tree.map(
         lambda a, b: float(np.abs(a - b).max()), flat.params["policy"]["layers"], before["policy"]["layers"]
     )
     assert max(jax.tree.leaves(moved)) > 1e-4
-    critic = whole_critic(after.params, problem.frozen, problem.roles)
+    critic = whole_critic(after.params, problem.frozen, problem.spec)
     assert critic["layers"] is after.params["policy"]["layers"] and critic["score"] is after.params["critic"]["score"]
 
 
@@ -151,7 +151,7 @@ def test_a_moving_reference_is_not_the_frozen_critics_trunk():
     state = problem.state()
     trunk = host(problem.frozen["critic"])
     problem.run(state)
-    assert problem.roles.trunk == "frozen" and same(problem.frozen["critic"], trunk)
+    assert problem.spec.trunk == "frozen" and same(problem.frozen["critic"], trunk)
 
 
 def test_a_sampler_in_fewer_bits_is_weighed_by_what_it_is_off():

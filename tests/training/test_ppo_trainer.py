@@ -216,7 +216,7 @@ def test_the_learning_rate_falls_to_its_end_at_the_last_step(ppo, tmp_path, repl
     options |= {"optim": config.Optim(learning_rate=1e-3, schedule="linear")}
     trainer = PPOTrainer(config.PPOConfig(run_dir=str(tmp_path / "run"), **options), reward=length_reward)
     trainer.train()
-    for role, optimizer in trainer.roles.optimizers:
+    for role, optimizer in trainer.spec.optimizers:
         assert optimizer.rate_of(trainer.state.value.opt_state[role]) == pytest.approx(0, abs=1e-9), role
         assert optimizer.rate(trainer.state.value.opt_state[role][-1].count - 1) > 0
 

@@ -217,7 +217,7 @@ def test_each_program_compiles_once():
 def test_update_on_eight_devices_equals_one(shape):
     alone, _, expected = case(micro_batch_size=None, num_mini_batches=1).run()
     problem = case(mesh=shape, num_mini_batches=1)
-    mesh = problem.roles.mesh
+    mesh = problem.spec.mesh
     problem.policy, problem.frozen = (
         jax.device_put(tree, sharding.shardings(tree, mesh)) for tree in (problem.policy, problem.frozen)
     )
@@ -234,5 +234,5 @@ def test_no_transfer_happens_inside_annotation_and_update():
     problem = case()
     state, key = problem.state(), jax.random.key(3)
     with jax.transfer_guard("disallow"):
-        experience, _ = ppo_update.annotate(state, problem.frozen, problem.rollout, problem.scores, roles=problem.roles)
-        ppo_update.update(state, problem.frozen, experience, key, roles=problem.roles)
+        experience, _ = ppo_update.annotate(state, problem.frozen, problem.rollout, problem.scores, spec=problem.spec)
+        ppo_update.update(state, problem.frozen, experience, key, spec=problem.spec)

@@ -333,7 +333,7 @@ def test_a_run_with_components_of_every_trade(ppo, supervised, tmp_path):
         {"model": str(tmp_path / "rm"), "weight": -0.3, "per_token": True, "name": "steps"},
     ]
     settings = config.PPOConfig(run_dir=str(tmp_path / "run"), reward={"components": parts}, **ppo)  # type: ignore[arg-type]
-    PPOTrainer(settings, ahead=True).train()
+    PPOTrainer(settings).train()
     lines = records(tmp_path / "run")
     assert len(lines) == 4
     weights = {"picky": 2.0, "letters": 0.5, "matches": 3.0, "judge": 0.1, "steps": -0.3}
@@ -365,7 +365,7 @@ def test_what_cannot_be_scored_is_refused_before_training(ppo, tmp_path):
     ]:
         settings = config.PPOConfig(run_dir=str(tmp_path / "run"), reward={"components": [part]}, **ppo)  # type: ignore[arg-type]
         for refused in (
-            lambda c: PPOTrainer(c, ahead=True),
+            lambda c: PPOTrainer(c),
             lambda c: PPOTrainer(c).train(),
             lambda c: PPOTrainer(c).describe(),
         ):

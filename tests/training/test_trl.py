@@ -19,7 +19,6 @@ from jaxrlhf.algorithms.scores import no_stats, shaped
 from jaxrlhf.config import PPO, Mesh, Optim, Scores
 from jaxrlhf.logprobs import last_token_scores
 from jaxrlhf.training.optim import make_optimizer
-from jaxrlhf.training.ppo import roles as ppo_roles
 from jaxrlhf.training.ppo import update as ppo_update
 from jaxrlhf.training.state import State
 from jaxrlhf.types import Rollout
@@ -79,7 +78,7 @@ def run(case, folder=None, **changes):
     policy, params = model("llama")
     critic, critic_params = model("llama-score")
     mesh = sharding.make_mesh(Mesh())
-    roles = ppo_roles.Roles(
+    roles = ppo_update.PPOSpec(
         policy=policy,
         critic=critic,
         optimizers=(("policy", optimizer), ("critic", optimizer)),
@@ -96,8 +95,8 @@ def run(case, folder=None, **changes):
     scores, _ = shaped(
         jnp.asarray(case["raw_scores"]), rollout.response_mask, rollout.finished, no_stats(), config=shape, longest=99
     )
-    experience, before = ppo_update.annotate(state, frozen, rollout, scores, roles=roles)
-    state, after = ppo_update.update(state, frozen, experience, jax.random.key(0), roles=roles)
+    experience, before = ppo_update.annotate(state, frozen, rollout, scores, spec=roles)
+    state, after = ppo_update.update(state, frozen, experience, jax.random.key(0), spec=roles)
     added = {}
     for role, config in (("policy", policy), ("critic", critic)) if folder else ():
         difference = jax.tree.map(jnp.subtract, state.params[role], begin[role])

@@ -1,4 +1,4 @@
-"""The jitted programs of preference training: log-probs of responses, the loss made of them, and an optimizer step."""
+"""Programs of preference training: response log-probs, the loss over them, and an optimizer step."""
 
 import dataclasses
 import functools
@@ -31,9 +31,10 @@ from jaxrlhf.types import Batch, PackedPairs, Pairs, Params, TrainState
 
 
 class Preferences(NamedTuple):
-    """What a step learns from.
+    """A training batch.
 
-    kto has no pairs. There, `chosen` is a row, and `rejected` its prompt with an answer to another one, for the KL.
+    kto has no pairs: `chosen` is the labelled response, and `rejected` its prompt with a response to another prompt,
+    for the KL estimate.
     """
 
     pairs: Pairs | PackedPairs
@@ -42,15 +43,15 @@ class Preferences(NamedTuple):
 
 
 class PairLogprobs(NamedTuple):
-    """Of the responses of pairs, chosen and rejected on the last axis."""
+    """Log-probs of pairs of responses, chosen and rejected on the last axis."""
 
     logprobs: Array  # f32 [B, 2], of packed pairs [B, M, 2]   log p, summed over the tokens
-    tokens: Array  # int32, the same shape   how many tokens were summed
-    valid: Array  # bool [B], of packed pairs [B, M]   there is such a pair
+    tokens: Array  # int32, the same shape   number of tokens summed
+    valid: Array  # bool [B], of packed pairs [B, M]   pairs that exist
 
 
 def beta_schedule(settings: DPO, total_steps: int) -> optax.Schedule:
-    """beta by optimizer step: constant, or on a line or half a cosine to `beta_final` at the last step."""
+    """beta by optimizer step: constant, or linear or cosine decay to `beta_final` at the last step."""
     steps = max(total_steps - 1, 1)
     if settings.beta_final is None:
         return optax.constant_schedule(settings.beta)
@@ -60,7 +61,7 @@ def beta_schedule(settings: DPO, total_steps: int) -> optax.Schedule:
 
 
 def _token_logprobs(params: Params, batch: Batch, model: ModelConfig, keys: Array | None) -> Array:
-    """log p [B, T - 1] of the tokens from the second on, 0 where they are no part of a response."""
+    """log p [B, T - 1] of the tokens from the second on, 0 outside the loss mask."""
     hidden = forward(params, model, batch.tokens, batch.mask, batch.positions, batch.segments, keys)
     logprobs, _ = token_logprobs(params, model, hidden[:, :-1], batch.tokens[:, 1:], 1.0)
     return masked.keep(logprobs, batch.loss_mask[:, 1:])
@@ -94,19 +95,19 @@ def _logprobs(params: Params, batch: Batch, model: ModelConfig, keys: Array | No
 
 @functools.partial(jax.jit, static_argnames="model")
 def score(params: Params, pairs: Pairs | PackedPairs, *, model: ModelConfig) -> PairLogprobs:
-    """`pair_logprobs` without dropout: those of the reference, and of held-out pairs."""
+    """`pair_logprobs` without dropout, for the reference and for held-out pairs."""
     return pair_logprobs(params, pairs, model, None)
 
 
 def objective(
-    found: PairLogprobs, reference: Array, count: Scalar, chosen_tokens: Scalar, beta: Scalar, settings: DPO
+    scored: PairLogprobs, reference: Array, count: Scalar, chosen_tokens: Scalar, beta: Scalar, settings: DPO
 ) -> tuple[Array, Metrics]:
-    """The loss of `settings` over pairs, with its SFT term, and its metrics. `count` and `chosen_tokens` are the pairs
-    of the whole optimizer batch and the tokens of their chosen responses."""
-    whole, known, tokens = (x.reshape(-1, 2) for x in (found.logprobs, reference, found.tokens))
+    """Loss over pairs with its SFT term, and metrics. `count` is the number of pairs in the whole optimizer batch and
+    `chosen_tokens` that of the tokens in their chosen responses."""
+    whole, known, tokens = (x.reshape(-1, 2) for x in (scored.logprobs, reference, scored.tokens))
     pairs = Logprobs(whole[:, 0], whole[:, 1], known[:, 0], known[:, 1], tokens[:, 0], tokens[:, 1])
     sides = pairs.chosen, pairs.rejected, pairs.chosen_tokens, pairs.rejected_tokens
-    mask, smoothing = found.valid.reshape(-1), settings.label_smoothing
+    mask, smoothing = scored.valid.reshape(-1), settings.label_smoothing
     if settings.loss == "simpo":
         value, metrics = simpo_loss(*sides, mask, count, beta, settings.simpo_gamma, smoothing)
     elif settings.loss == "orpo":
@@ -127,7 +128,7 @@ def objective(
 def kto_objective(
     logprobs: Array, reference: Array, desirable: Array, kl: Scalar, count: Scalar, beta: Scalar, settings: DPO
 ) -> tuple[Array, Metrics]:
-    """The loss of rows with a label: log p [B] under policy and reference, and the label; `kl` is the baseline."""
+    """KTO loss of labelled responses from log p [B] under policy and reference; `kl` is the baseline."""
     weights = settings.desirable_weight, settings.undesirable_weight
     every = jnp.ones(desirable.shape, bool)
     return kto.kto_loss(logprobs, reference, desirable, every, count, kl, beta, *weights)
@@ -135,26 +136,26 @@ def kto_objective(
 
 @functools.partial(jax.jit, static_argnames=("settings", "total_steps"))
 def evaluate(
-    found: PairLogprobs, reference: Array, desirable: Array, step: Array, *, settings: DPO, total_steps: int
+    scored: PairLogprobs, reference: Array, desirable: Array, step: Array, *, settings: DPO, total_steps: int
 ) -> Metrics:
-    """Loss and metrics of held-out rows after `step` steps, with the last one's beta. They are of all rows at once:
+    """Loss and metrics of held-out rows after `step` steps, with the beta of the last one. All rows are taken at once:
     some losses rank them, and the KL of kto is a mean."""
-    count, beta = jnp.sum(found.valid), _beta(jnp.maximum(step - 1, 0), settings, total_steps)
+    count, beta = jnp.sum(scored.valid), _beta(jnp.maximum(step - 1, 0), settings, total_steps)
     if settings.loss == "kto":
-        kl = kto.kl_baseline(found.logprobs[:, 1], reference[:, 1], found.valid)
-        logprobs = found.logprobs[:, 0], reference[:, 0]
+        kl = kto.kl_baseline(scored.logprobs[:, 1], reference[:, 1], scored.valid)
+        logprobs = scored.logprobs[:, 0], reference[:, 0]
         metrics = kto_objective(*logprobs, desirable, kl, count, beta, settings)[1]
         return kto.finalize_metrics(metrics) | {"kl": kl}
-    chosen_tokens = jnp.sum(jnp.where(found.valid, found.tokens[..., 0], 0))
-    return objective(found, reference, count, chosen_tokens, beta, settings)[1]
+    chosen_tokens = jnp.sum(jnp.where(scored.valid, scored.tokens[..., 0], 0))
+    return objective(scored, reference, count, chosen_tokens, beta, settings)[1]
 
 
-def evaluated(settings: DPO) -> list[str]:
-    """The keys of `evaluate`."""
+def evaluation_keys(settings: DPO) -> list[str]:
+    """The metric keys of `evaluate`."""
     row = jax.ShapeDtypeStruct((1, 2), jnp.float32)
-    found = PairLogprobs(row, jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.bool_))  # type: ignore[arg-type]
+    scored = PairLogprobs(row, jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.bool_))  # type: ignore[arg-type]
     one = functools.partial(evaluate, settings=settings, total_steps=1)
-    return list(jax.eval_shape(one, found, row, found.valid, jax.ShapeDtypeStruct((), jnp.int32)))
+    return list(jax.eval_shape(one, scored, row, scored.valid, jax.ShapeDtypeStruct((), jnp.int32)))
 
 
 @functools.partial(
@@ -175,27 +176,27 @@ def update(
     num_micro: int,
     mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step on `batch`, in `num_micro` slices. `frozen` is what lies under adapters, else nothing; `key`
-    is the run's, into which each step folds its number."""
+    """One optimizer step on `batch`, in `num_micro` micro-batches. `frozen` is the base model under adapters, else
+    empty; `key` is the run's, folded with the step for dropout."""
     valid, labelled = batch.pairs.valid, settings.loss == "kto"
     count, (chosen_tokens, rejected_tokens) = jnp.sum(valid), _tokens(batch.pairs)
     keys, beta = dropout_keys(model, key, state.step, rows=valid.shape[0]), _beta(state.step, settings, total_steps)
     kl = jnp.float32(0)
     if labelled:
         policy, others = {**frozen, **state.params["policy"]}, to_micro_batches(batch.pairs.rejected, num_micro)
-        found = jax.lax.map(lambda part: _logprobs(policy, part, model, None), others)
-        kl = kto.kl_baseline(from_micro_batches(found), batch.reference[:, 1], valid)
+        scored = jax.lax.map(lambda part: _logprobs(policy, part, model, None), others)
+        kl = kto.kl_baseline(from_micro_batches(scored), batch.reference[:, 1], valid)
 
-    def share(params: Params, rows: tuple[Preferences, Array | None]) -> tuple[Array, Metrics]:
+    def micro_loss(params: Params, rows: tuple[Preferences, Array | None]) -> tuple[Array, Metrics]:
         part, policy = rows[0], {**frozen, **params}
         if settings.loss == "kto":
             assert isinstance(part.pairs, Pairs)
             logprobs = _logprobs(policy, part.pairs.chosen, model, rows[1])
             return kto_objective(logprobs, part.reference[:, 0], part.desirable, kl, count, beta, settings)
-        found = pair_logprobs(policy, part.pairs, model, rows[1])
-        return objective(found, part.reference, count, chosen_tokens, beta, settings)
+        scored = pair_logprobs(policy, part.pairs, model, rows[1])
+        return objective(scored, part.reference, count, chosen_tokens, beta, settings)
 
-    grads, metrics = gradients(share, state.params["policy"], (batch, keys), num_micro)
+    grads, metrics = gradients(micro_loss, state.params["policy"], (batch, keys), num_micro)
     metrics: Metrics = kto.finalize_metrics(metrics) | {"kl": kl} if labelled else metrics
     state, norms = apply(state, {"policy": grads}, metrics["loss"], (("policy", optimizer),))
     state = dataclasses.replace(state, step=state.step + 1)
@@ -208,7 +209,7 @@ def _beta(step: Array, settings: DPO, total_steps: int) -> Array:
 
 
 def _tokens(pairs: Pairs | PackedPairs) -> tuple[Array, Array]:
-    """How many tokens the chosen and the rejected responses have."""
+    """Number of tokens in the chosen and in the rejected responses."""
     if isinstance(pairs, Pairs):
         return jnp.sum(pairs.chosen.loss_mask), jnp.sum(pairs.rejected.loss_mask)
     assert pairs.texts.segments is not None

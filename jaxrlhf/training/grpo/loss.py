@@ -1,4 +1,4 @@
-"""Which loss a group-relative method has: algorithms' functions, called as its recipe says."""
+"""The losses of group-relative methods, chosen by `grpo.recipe` from `algorithms/`."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -21,7 +21,7 @@ def surrogate(
     kl_coef: Array,
     grpo: GRPO,
 ) -> tuple[Array, Metrics]:
-    """The policy loss, and the KL where it is in the loss: a token weighs the same in both. All [B, R]."""
+    """The policy loss, plus the KL if it is in the loss, with the same token weights. All arrays are [B, R]."""
     mask, recipe = part.rollout.response_mask, grpo.recipe
     clip = Clip(*grpo.clip, dual=None, log_ratio=grpo.log_ratio_clamp)
     ratio = logprobs, old_logprobs, part.advantages, mask, count, clip, weights
@@ -35,17 +35,17 @@ def surrogate(
         case "reinforce":
             loss, metrics = reinforce_loss(logprobs, part.advantages, mask, count, weights)
         case "dpo":
-            raise AssertionError("pairs have a loss of their own")
+            raise AssertionError("pairs use `preference`")
     if grpo.has_reference and recipe.kl_in == "loss":
         assert part.ref_logprobs is not None and grpo.kl_estimator != "k1"
         estimator = grpo.kl_estimator or "k3"
-        kl, about = kl_loss(logprobs, old_logprobs, part.ref_logprobs, mask, count, estimator, weights)
-        loss, metrics = loss + kl_coef * kl, metrics | about
+        kl, kl_metrics = kl_loss(logprobs, old_logprobs, part.ref_logprobs, mask, count, estimator, weights)
+        loss, metrics = loss + kl_coef * kl, metrics | kl_metrics
     return loss, metrics
 
 
 def preference(logprobs: Array, part: GroupExperience, count: Array, grpo: GRPO) -> tuple[Array, Metrics]:
-    """DPO's loss on `count` pairs; `logprobs` f32 [2n, R] are of chosen and rejected in turn. Ties are left out."""
+    """DPO loss on `count` pairs; `logprobs` f32 [2n, R] alternate chosen and rejected. Ties are left out."""
     mask = part.rollout.response_mask
     assert part.ref_logprobs is not None
     sums, reference = (jnp.sum(x.reshape(mask.shape), axis=2) for x in (logprobs, part.ref_logprobs))

@@ -1,8 +1,7 @@
-"""The rollouts of a group-relative update: refills in place of flat groups, responses without a score, and the greedy
-responses of ReMax."""
+"""Rollouts of group-relative updates: zero-variance groups replaced, unscored responses, ReMax's greedy responses."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,111 +10,113 @@ import numpy as np
 from jaxrlhf import sharding
 from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.rewards.compose import Scored
-from jaxrlhf.training.on_policy.run import Answers, Online
-from jaxrlhf.training.ppo.replay import widened
-from jaxrlhf.types import Rollout
+from jaxrlhf.training.on_policy.policy import pad_rollout
+from jaxrlhf.training.on_policy.run import OnPolicyRun, ScoredRollout
+from jaxrlhf.training.session import Session
+from jaxrlhf.types import Params, Rollout
 
-OTHER = 2**32  # above every seed: the order of the prompts that refills draw
-FIRST_REFILL = 2  # `use` of `Online.key`
-GREEDY = 1  # no random number is drawn with it
+REFILL_SEED = 2**32  # added to the run's seed: above every seed, so the prompts of refills have an order of their own
+FIRST_REFILL = 2  # `use` of `OnPolicyRun.key`
+GREEDY = 1  # greedy decoding draws no random number with it
 
 
-def refilled(online: Online, step: int, stop: Callable[[], None], refills: int) -> Answers:
-    """The answers of update number `step`; groups whose scores are all equal give way to those of other prompts that
-    are not, of up to `refills` further rollouts.
+def rollout_with_refills(
+    run: OnPolicyRun, policy: Params, rows: Sequence[PromptRow], step: int, session: Session | None, refills: int
+) -> ScoredRollout:
+    """Scored responses to `rows`, where zero-variance groups are replaced by other groups from up to `refills` further
+    rollouts (dynamic sampling, https://arxiv.org/abs/2503.14476).
 
-    Those prompts come in an order of their own, so each prompt still comes once per epoch. What the rewards log is of
-    the first rollout: the others are a selection.
+    Prompts of refills come in an order of their own, so each prompt of the run still comes once per epoch. Metrics of
+    the reward are those of the first rollout: the others are a selection.
     """
-    made = online.answer(online.rows(step), step, stop)
+    batch = run.generate_and_score(policy, rows, step, session)
     replaced = rollouts = 0
     for number in range(refills):
-        wanted = flat_groups(made, online.group)
+        wanted = zero_variance_groups(batch, run.group)
         if not len(wanted):
             break
-        rows = online.drawn(step * refills + number, online.config.seed + OTHER)
-        more = online.answer(rows, step, stop, use=FIRST_REFILL + number)
-        found = np.setdiff1d(np.arange(len(rows) // online.group), flat_groups(more, online.group))[: len(wanted)]
-        made = _replaced(online, made, wanted[: len(found)], more, found)
-        replaced, rollouts = replaced + len(found), rollouts + 1
-    if refills:
-        made = made._replace(metrics=made.metrics | {"groups/refills": rollouts, "groups/replaced": replaced})
-    return made
+        more_rows = run.prompts(step * refills + number, run.config.seed + REFILL_SEED)
+        more = run.generate_and_score(policy, more_rows, step, session, use=FIRST_REFILL + number)
+        groups = np.arange(len(more_rows) // run.group)
+        usable = np.setdiff1d(groups, zero_variance_groups(more, run.group))[: len(wanted)]
+        batch = _replace_groups(run, batch, wanted[: len(usable)], more, usable)
+        replaced, rollouts = replaced + len(usable), rollouts + 1
+    return batch._replace(metrics=batch.metrics | {"groups/refills": rollouts, "groups/replaced": replaced})
 
 
-def flat_groups(answers: Answers, group: int) -> np.ndarray:
-    """The numbers of the groups, `group` rows each, whose scores are all equal, before `scores` shapes them. Responses
-    that nobody had an opinion on are left out."""
-    scores, unscored = (x.reshape(-1, group) for x in (answers.scored.totals, answers.scored.unscored))
-    most, least = np.where(unscored, -np.inf, scores).max(axis=1), np.where(unscored, np.inf, scores).min(axis=1)
-    return np.flatnonzero(most <= least)
+def zero_variance_groups(batch: ScoredRollout, group: int) -> np.ndarray:
+    """Indices of the groups, of `group` rows each, whose raw scores are all equal. Unscored responses do not count."""
+    scores, unscored = (x.reshape(-1, group) for x in (batch.scored.totals, batch.scored.unscored))
+    highest, lowest = np.where(unscored, -np.inf, scores).max(axis=1), np.where(unscored, np.inf, scores).min(axis=1)
+    return np.flatnonzero(highest <= lowest)
 
 
-def set_apart(online: Online, answers: Answers) -> Rollout:
-    """The rollout, with responses that nobody had an opinion on as groups of their own, named below 0: what is not
-    known is no baseline for the others, and is not learnt from."""
-    rollout, unscored = answers.rollout, answers.scored.unscored
+def isolate_unscored(batch: ScoredRollout, mesh: jax.sharding.Mesh) -> Rollout:
+    """The rollout with each unscored response in a group of its own with a negative index, so that it is neither
+    trained on nor a baseline for others."""
+    rollout, unscored = batch.rollout, batch.scored.unscored
     if not unscored.any():
         return rollout
     index = np.where(unscored, -1 - np.arange(len(unscored)), jax.device_get(rollout.index)).astype(np.int32)
-    return dataclasses.replace(rollout, index=sharding.put_rows(index, online.mesh))
+    return dataclasses.replace(rollout, index=sharding.put_rows(index, mesh))
 
 
-def with_greedy(online: Online, rows: Sequence[PromptRow], step: int, stop: Callable[[], None]) -> Answers:
-    """The answers to `rows` as prompts of update number `step`, and the greedy one to each prompt, made once."""
-    answers = online.answer(rows, step, stop)
-    prompts = rows[:: online.group]
-    shares = sharding.row_shards(online.mesh)
-    asked = [*prompts, *[prompts[-1]] * (-len(prompts) % shares)]  # so many that devices split them evenly
-    made = online.answer(asked, step, stop, use=GREEDY, greedy=True)
-    of_row = np.repeat(np.arange(len(prompts)), online.group)
-    rollout = jax.tree.map(lambda x: x[of_row], jax.device_get(made.rollout))
-    worth = made.scored.totals[of_row]
-    timings = {key: value for key, value in made.metrics.items() if key.endswith("_seconds")}
-    return answers._replace(
-        greedy=(sharding.put_rows(rollout, online.mesh), worth),
-        metrics={key: value + timings.get(key, 0.0) for key, value in answers.metrics.items()}
-        | {"objective/greedy_scores": float(np.mean(worth))},
-        scored=answers.scored._replace(notes=(*answers.scored.notes, *made.scored.notes)),
+def rollout_with_greedy(
+    run: OnPolicyRun, policy: Params, rows: Sequence[PromptRow], step: int, session: Session | None
+) -> ScoredRollout:
+    """Scored responses to `rows`, and the scored greedy response to each prompt, generated once per prompt (ReMax)."""
+    batch = run.generate_and_score(policy, rows, step, session)
+    prompts = rows[:: run.group]
+    padding = -len(prompts) % sharding.row_shards(run.mesh)  # so many that devices split them evenly
+    padded = [*prompts, *[prompts[-1]] * padding]
+    greedy = run.generate_and_score(policy, padded, step, session, use=GREEDY, greedy=True)
+    of_row = np.repeat(np.arange(len(prompts)), run.group)
+    rollout = jax.tree.map(lambda x: x[of_row], jax.device_get(greedy.rollout))
+    scores = greedy.scored.totals[of_row]
+    return batch._replace(
+        greedy=(sharding.put_rows(rollout, run.mesh), scores),
+        metrics=_add_timings(batch, greedy) | {"objective/greedy_scores": float(np.mean(scores))},
     )
 
 
-def _replaced(online: Online, answers: Answers, old: np.ndarray, more: Answers, new: np.ndarray) -> Answers:
-    """`answers` with groups `new` of `more` in the place of groups `old`."""
-    group, count = online.group, len(answers.rows)
-    source = np.arange(count)
+def _add_timings(batch: ScoredRollout, more: ScoredRollout) -> dict[str, Any]:
+    """The metrics of `batch` with the seconds of `more` added."""
+    seconds = {key: value for key, value in more.metrics.items() if key.endswith("_seconds")}
+    return {key: value + seconds.get(key, 0.0) for key, value in batch.metrics.items()}
+
+
+def _replace_groups(
+    run: OnPolicyRun, batch: ScoredRollout, old: np.ndarray, more: ScoredRollout, new: np.ndarray
+) -> ScoredRollout:
+    """`batch` with its groups `old` replaced by the groups `new` of `more`."""
+    group, count = run.group, len(batch.rows)
+    source = np.arange(count)  # of each row, in the concatenation of both
     for to, start in zip(old, new, strict=True):
         source[to * group : (to + 1) * group] = count + start * group + np.arange(group)
-    rooms = _room(answers.rollout), _room(more.rollout)
-    width = max(rooms[0][0], rooms[1][0]), max(rooms[0][1], rooms[1][1])
-    parts = [jax.device_get(widened(a.rollout, None, width, online.tokenizer.pad_id, online.mesh)[0])
-             for a in (answers, more)]  # fmt: skip
-    rollout = jax.tree.map(lambda a, b: np.concatenate([a, b])[source], *parts)
+    widths = [
+        (part.rollout.tokens.shape[1] - part.rollout.response_mask.shape[1], part.rollout.response_mask.shape[1])
+        for part in (batch, more)
+    ]
+    width = max(p for p, _ in widths), max(r for _, r in widths)
+    pad_id, mesh = run.tokenizer.pad_id, run.mesh
+    rollouts = [jax.device_get(pad_rollout(part.rollout, None, width, pad_id, mesh)[0]) for part in (batch, more)]
 
-    def both(first: Any, second: Any) -> np.ndarray:
+    def merge(first: Any, second: Any) -> np.ndarray:
         return np.concatenate([first, second])[source]
 
-    scored, other = answers.scored, more.scored
-    everything = [*answers.rows, *more.rows]
-    said = [*answers.texts, *more.texts]
-    return Answers(
-        rows=[everything[i] for i in source],
-        texts=[said[i] for i in source],
-        rollout=sharding.put_rows(rollout, online.mesh),
+    rows, completions = [*batch.rows, *more.rows], [*batch.completions, *more.completions]
+    scored, other = batch.scored, more.scored
+    return ScoredRollout(
+        rows=[rows[i] for i in source],
+        completions=[completions[i] for i in source],
+        rollout=sharding.put_rows(jax.tree.map(merge, *rollouts), mesh),
         scored=Scored(
-            both(scored.totals, other.totals),
-            None,
-            {name: both(values, other.components[name]) for name, values in scored.components.items()},
-            scored.metrics,
-            (*scored.notes, *other.notes),
-            both(scored.unscored, other.unscored),
+            scores=merge(scored.totals, other.totals),
+            token_scores=None,
+            components={name: merge(values, other.components[name]) for name, values in scored.components.items()},
+            metrics=scored.metrics,
+            notes=(*scored.notes, *other.notes),
+            unscored=merge(scored.unscored, other.unscored),
         ),
-        metrics=answers.metrics
-        | {key: value + answers.metrics[key] for key, value in more.metrics.items() if key.endswith("_seconds")},
+        metrics=_add_timings(batch, more),
     )
-
-
-def _room(rollout: Rollout) -> tuple[int, int]:
-    """(P, R)."""
-    length = rollout.response_mask.shape[1]
-    return rollout.tokens.shape[1] - length, length

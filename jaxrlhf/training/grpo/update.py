@@ -1,4 +1,4 @@
-"""The device programs of a group-relative update: `annotate` compares a scored rollout, `update` learns from it."""
+"""The jitted programs of a group-relative update: `annotate` computes advantages, `update` trains on them."""
 
 import dataclasses
 import functools
@@ -30,8 +30,8 @@ from jaxrlhf.types import GroupExperience, Params, Rollout, TrainState
 
 
 @dataclass(frozen=True)
-class Roles:
-    """Everything about an update that is static."""
+class GRPOSpec:
+    """Static arguments of `annotate` and `update`."""
 
     policy: ModelConfig
     optimizers: tuple[tuple[str, Optimizer], ...]
@@ -39,22 +39,22 @@ class Roles:
     response_length: int
     temperature: float
     mesh: jax.sharding.Mesh
-    sync_every: int  # updates between moves of the reference; 0: it stays
+    sync_every: int  # updates between moves of the reference; 0: it is fixed
     sync_alpha: float
     rejected: tuple[int, ...] = ()  # the tokens of grpo.rejected_text
 
     @property
     def annotates_policy(self) -> bool:
-        """Whether the policy's log-probs are needed before the update: it has several steps, or they are in rewards.
+        """Whether the policy's log-probs are needed before the update: for several steps, or for a KL in the reward.
 
-        Else pi_old is stop_gradient(pi), whatever the micro-batches: advantages come from scores alone.
+        Otherwise pi_old = stop_gradient(pi), whatever the micro-batches: advantages depend on scores alone.
         """
         grpo, recipe = self.grpo, self.grpo.recipe
         steps = grpo.num_iterations * grpo.num_mini_batches
         return recipe.loss != "dpo" and (steps > 1 or (grpo.has_reference and recipe.kl_in == "reward"))
 
 
-@functools.partial(jax.jit, static_argnames="roles")
+@functools.partial(jax.jit, static_argnames="spec")
 def annotate(
     state: TrainState,
     frozen: dict[str, Params],
@@ -62,35 +62,35 @@ def annotate(
     scores: Array,
     greedy_scores: Array | None = None,
     *,
-    roles: Roles,
+    spec: GRPOSpec,
 ) -> tuple[GroupExperience, Metrics]:
-    """Compare a rollout's responses, and score its tokens by policy and reference where an update needs that.
+    """Add group advantages, and log-probs of policy and reference where the update needs them, to a scored rollout.
 
-    `scores` f32 [B] are shaped already, and so are `greedy_scores` f32 [B], those of the greedy response to each row's
-    prompt (remax). Forwards run in slices of `annotation_rows`.
+    `scores` f32 [B] are final, and so are `greedy_scores` f32 [B], those of the greedy response to each row's prompt
+    (ReMax). Forward passes run over `annotation_rows` at a time.
     """
-    grpo = roles.grpo
+    grpo = spec.grpo
     metrics = response_metrics(scores, rollout.response_mask, rollout.finished)
     metrics["objective/kl_coef"] = state.kl_coef
-    if grpo.recipe.needs_group and not roles.rejected:
+    if grpo.recipe.needs_group and not spec.rejected:
         metrics |= groups.group_metrics(scores, rollout.index)
     valid = None
     if grpo.recipe.advantage == "pairs":
-        rollout, valid = pairs(rollout, scores, grpo.num_generations, roles.rejected)
+        rollout, valid = pairs(rollout, scores, grpo.num_generations, spec.rejected)
         metrics["groups/tied"] = jnp.sum(valid[:, 0] == 0)
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rollout) if valid is not None else rollout
     count = rows.tokens.shape[0]
-    scored = {"policy": policy_params(state.params, frozen)} if roles.annotates_policy else {}
+    scored = {"policy": policy_params(state.params, frozen)} if spec.annotates_policy else {}
     if grpo.has_reference:
         scored["reference"] = reference_params(state, frozen)
 
     def logprobs(part: Rollout) -> dict[str, tuple[Array, Array]]:
-        return {role: _logprobs(params, part, roles) for role, params in scored.items()}
+        return {role: _logprobs(params, part, spec) for role, params in scored.items()}
 
     parts = count // grpo.annotation_rows(len(scores))
-    made = from_micro_batches(jax.lax.map(logprobs, to_micro_batches(rows, parts))) if scored else {}
-    old, entropy = made.get("policy", (None, None))
-    ref, _ = made.get("reference", (None, None))
+    found = from_micro_batches(jax.lax.map(logprobs, to_micro_batches(rows, parts))) if scored else {}
+    old, entropy = found.get("policy", (None, None))
+    ref, _ = found.get("reference", (None, None))
     if valid is not None:
         assert ref is not None
         return GroupExperience(rollout, valid, None, ref.reshape(-1, 2, ref.shape[-1])), metrics
@@ -98,11 +98,11 @@ def annotate(
         assert entropy is not None
         total = jnp.maximum(jnp.sum(rollout.response_mask), 1)
         metrics |= policy_metrics(rollout, old, entropy, ref, total, count, grpo)
-    advantages = compared(scores, rollout, greedy_scores, old, ref, state.kl_coef, grpo)
+    advantages = group_advantages(scores, rollout, greedy_scores, old, ref, state.kl_coef, grpo)
     return GroupExperience(rollout, advantages, old, ref), metrics
 
 
-def compared(
+def group_advantages(
     scores: Array,
     rollout: Rollout,
     greedy_scores: Array | None,
@@ -111,8 +111,8 @@ def compared(
     kl_coef: Array,
     grpo: GRPO,
 ) -> Array:
-    """The advantages f32 [B, R] of a whole rollout: 0 outside the response mask, and in responses without a score,
-    whose `index` is below 0."""
+    """Advantages f32 [B, R] of a whole rollout by `grpo.method`: 0 outside the response mask and in unscored responses,
+    whose `index` is negative."""
     mask, group = rollout.response_mask, rollout.index
     if grpo.recipe.kl_in == "reward" and grpo.has_reference:
         assert logprobs is not None and ref_logprobs is not None
@@ -120,50 +120,51 @@ def compared(
         logprobs = ref_logprobs = jnp.zeros(mask.shape, jnp.float32)
     match grpo.recipe.advantage:
         case "scaled" | "centred":
-            made = groups.grpo(scores, group, scale=grpo.recipe.advantage == "scaled")
+            advantages = groups.grpo(scores, group, scale=grpo.recipe.advantage == "scaled")
         case "leave_one_out":
             kl = jnp.sum(masked.keep(k1(logprobs, ref_logprobs), mask), axis=1)
-            made = groups.rloo(scores - kl_coef * kl, group)
+            advantages = groups.rloo(scores - kl_coef * kl, group)
         case "gpg":
-            made = groups.gpg(scores, group)
+            advantages = groups.gpg(scores, group)
         case "greedy":
             assert greedy_scores is not None
-            made = groups.remax(scores, greedy_scores)
+            advantages = groups.remax(scores, greedy_scores)
         case "whitened_tokens":
             rewards = token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
-            made = groups.reinforce_pp(rewards, mask, grpo.gamma)
+            advantages = groups.reinforce_pp(rewards, mask, grpo.gamma)
         case "whitened_group":
-            made = groups.reinforce_pp_baseline(scores, group, mask)
+            advantages = groups.reinforce_pp_baseline(scores, group, mask)
         case "pairs":
             raise AssertionError("pairs have no advantages")
-    made = made if made.ndim == 2 else jnp.broadcast_to(made[:, None], mask.shape)
-    return masked.keep(made, mask & (group >= 0)[:, None])
+    if advantages.ndim == 1:
+        advantages = jnp.broadcast_to(advantages[:, None], mask.shape)
+    return masked.keep(advantages, mask & (group >= 0)[:, None])
 
 
 def pairs(rollout: Rollout, scores: Array, group: int, rejected: tuple[int, ...]) -> tuple[Rollout, Array]:
-    """(the best and the worst of every `group` rows, leading axes [n, 2]; f32 [n, 2], 0 where there is no pair).
+    """The best and the worst of every `group` rows, with leading axes [n, 2], and whether they are a pair, f32 [n, 2].
 
-    With `rejected`, tokens for which there is room, those take the place of the worst response. There is no pair where
-    all score alike, or where the best response is `rejected` itself. Responses without a score are in none.
+    The tokens `rejected`, if any, replace the worst response. There is no pair if all scores are equal, or if the best
+    response is `rejected` itself. Unscored responses are in no pair.
     """
     scores, unscored = scores.reshape(-1, group), rollout.index.reshape(-1, group) < 0
     high, low = jnp.where(unscored, -jnp.inf, scores), jnp.where(unscored, jnp.inf, scores)
     ends = jnp.stack([jnp.argmax(high, axis=1), jnp.argmin(low, axis=1)], axis=1)
     rows = ends + group * jnp.arange(len(scores))[:, None]
-    made = jax.tree.map(lambda x: x[rows], rollout)
+    pair = jax.tree.map(lambda x: x[rows], rollout)
     if rejected:
-        made = _rejecting(made, rejected)
-        mask = made.response_mask
-        said = jnp.where(mask, made.tokens[..., -mask.shape[-1] :], -1)
-        valid = jnp.any(said[:, 0] != said[:, 1], axis=1)
-    else:  # a score that is no number makes the loss none either
+        pair = _with_rejected(pair, rejected)
+        mask = pair.response_mask
+        tokens = jnp.where(mask, pair.tokens[..., -mask.shape[-1] :], -1)
+        valid = jnp.any(tokens[:, 0] != tokens[:, 1], axis=1)
+    else:  # a NaN score makes the loss NaN too
         valid = jnp.max(high, axis=1) != jnp.min(low, axis=1)
     valid &= jnp.any(~unscored, axis=1)
-    return made, jnp.broadcast_to(valid[:, None], rows.shape).astype(jnp.float32)
+    return pair, jnp.broadcast_to(valid[:, None], rows.shape).astype(jnp.float32)
 
 
-def _rejecting(pair: Rollout, rejected: tuple[int, ...]) -> Rollout:
-    """`pair` [n, 2] with `rejected` as the second response."""
+def _with_rejected(pair: Rollout, rejected: tuple[int, ...]) -> Rollout:
+    """`pair` [n, 2] with the tokens `rejected` as the second response."""
     room = pair.response_mask.shape[-1]
     real = jnp.arange(room) < len(rejected)
     tokens = jnp.zeros(room, pair.tokens.dtype).at[: len(rejected)].set(jnp.asarray(rejected))
@@ -180,7 +181,7 @@ def _rejecting(pair: Rollout, rejected: tuple[int, ...]) -> Rollout:
 def policy_metrics(
     rollout: Rollout, logprobs: Array, entropy: Array, ref_logprobs: Array | None, count: Array, rows: int, grpo: GRPO
 ) -> Metrics:
-    """What pi_old says of a rollout of `count` tokens in `rows` responses: of slices of it they add up."""
+    """Metrics of pi_old on `count` tokens of `rows` responses: those of micro-batches add up."""
     mask, gap = rollout.response_mask, sampler_gap(rollout, logprobs)
     metrics = {
         "objective/entropy": masked.total(entropy, mask) / rows,
@@ -189,7 +190,7 @@ def policy_metrics(
         "val/sampler_logprob_gap_max": jnp.max(jnp.abs(gap)),
     }
     if grpo.sampler_correction != "none":
-        metrics["val/sampler_corrected"] = jnp.sum(corrected(rollout, logprobs, grpo)[1]) / count
+        metrics["val/sampler_corrected"] = jnp.sum(sampler_correction(rollout, logprobs, grpo)[1]) / count
     if ref_logprobs is not None:
         metrics |= {
             "objective/kl": masked.total(k1(logprobs, ref_logprobs), mask) / rows,
@@ -199,9 +200,9 @@ def policy_metrics(
     return metrics
 
 
-def corrected(rollout: Rollout, logprobs: Array, grpo: GRPO) -> tuple[Array, Array]:
-    """What tokens weigh for a sampler that is not pi_old, and which were cut; in gspo by the mean over the response, as
-    its ratio is."""
+def sampler_correction(rollout: Rollout, logprobs: Array, grpo: GRPO) -> tuple[Array, Array]:
+    """Token weights for a sampler that differs from pi_old, and which were cut; gspo uses the mean over the response,
+    as in its ratio."""
     mask, gap = rollout.response_mask, sampler_gap(rollout, logprobs)
     assert grpo.sampler_correction != "none"
     if grpo.recipe.loss == "gspo" and grpo.sampler_correction == "truncate":
@@ -210,48 +211,48 @@ def corrected(rollout: Rollout, logprobs: Array, grpo: GRPO) -> tuple[Array, Arr
     return sampler_weights(gap, mask, grpo.sampler_correction, grpo.sampler_cap)
 
 
-@functools.partial(jax.jit, static_argnames="roles", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
 def update(
-    state: TrainState, frozen: dict[str, Params], compared: GroupExperience, key: Array, *, roles: Roles
+    state: TrainState, frozen: dict[str, Params], experience: GroupExperience, key: Array, *, spec: GRPOSpec
 ) -> tuple[TrainState, Metrics]:
-    """`num_iterations` passes over the rollout, each over `num_mini_batches` freshly shuffled mini-batches of rows, or
-    of pairs."""
-    grpo, items = roles.grpo, compared.advantages.shape[0]
+    """Train on the experience for `num_iterations` passes, each over `num_mini_batches` freshly shuffled mini-batches
+    of rows, or of pairs."""
+    grpo, items = spec.grpo, experience.advantages.shape[0]
     paired = grpo.recipe.loss == "dpo"
     each = items // grpo.num_mini_batches
     num_micro = each * (2 if paired else 1) // (grpo.micro_batch_size or each * (2 if paired else 1))
     number, kl_coef = state.step, state.kl_coef
 
     def mini_batch(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
-        chosen = jax.tree.map(lambda x: x[rows], compared)
+        chosen = jax.tree.map(lambda x: x[rows], experience)
         tokens = jnp.maximum(jnp.sum(chosen.rollout.response_mask), 1)
         count = jnp.maximum(jnp.sum(chosen.advantages[:, 0]), 1) if paired else tokens
         grads, metrics = gradients(lambda p, part: loss(p, part, count, tokens), state.params, chosen, num_micro)
-        state, norms = apply(state, grads, metrics.pop("loss"), roles.optimizers)
+        state, norms = apply(state, grads, metrics.pop("loss"), spec.optimizers)
         metrics = metrics if "val/ratio_spread" not in metrics else finalize_metrics(metrics)
-        return sharding.constrain(state, roles.mesh), metrics | norms
+        return sharding.constrain(state, spec.mesh), metrics | norms
 
     def loss(params: dict[str, Params], part: GroupExperience, count: Array, tokens: Array) -> tuple[Array, Metrics]:
         policy = policy_params(params, frozen)
         if paired:
             rollout, ref = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (part.rollout, part.ref_logprobs))
-            logprobs, entropy = _logprobs(policy, rollout, roles)
+            logprobs, entropy = _logprobs(policy, rollout, spec)
             value, metrics = preference(logprobs, part, count, grpo)
             return value, metrics | policy_metrics(rollout, logprobs, entropy, ref, tokens, 2 * each, grpo)
         mask = part.rollout.response_mask
-        logprobs, entropy = _logprobs(policy, part.rollout, roles)
-        about, old = {}, part.old_logprobs
+        logprobs, entropy = _logprobs(policy, part.rollout, spec)
+        old_metrics, old = {}, part.old_logprobs
         if old is None:
             old = jax.lax.stop_gradient(logprobs)
-            about = policy_metrics(part.rollout, old, entropy, part.ref_logprobs, count, each, grpo)
-        normalise, longest = grpo.recipe.normalise, roles.response_length
+            old_metrics = policy_metrics(part.rollout, old, entropy, part.ref_logprobs, count, each, grpo)
+        normalise, longest = grpo.recipe.normalise, spec.response_length
         if normalise == "sum":
             normalise, longest = "constant", 1
         weights = token_weights(mask, count, each, normalise, longest)
         if grpo.sampler_correction != "none":
-            weights *= corrected(part.rollout, old, grpo)[0]
+            weights *= sampler_correction(part.rollout, old, grpo)[0]
         value, metrics = surrogate(logprobs, old, part, count, weights, kl_coef, grpo)
-        return value, metrics | about | {
+        return value, metrics | old_metrics | {
             "policy/entropy_avg": masked.total(entropy, mask) / count,
             "val/log_ratio_max": jnp.max(jnp.abs(logprobs - old)),
         }
@@ -259,7 +260,7 @@ def update(
     keys = jax.random.split(key, grpo.num_iterations)
     orders = jax.vmap(lambda k: jax.random.permutation(k, items))(keys).reshape(-1, each)
     state, stacked = jax.lax.scan(mini_batch, state, orders)
-    of_old = "objective/", "val/sampler"  # the first step's: there pi is pi_old
+    of_old = "objective/", "val/sampler"  # those of the first step, where pi is pi_old
     metrics = {k: v[0] if k.startswith(of_old) else jnp.mean(v, axis=0) for k, v in stacked.items()}
     metrics["policy/steps"] = jnp.float32(len(orders))
     metrics["skipped_updates"] = jnp.sum(stacked["skipped_updates"])
@@ -267,11 +268,11 @@ def update(
         metrics["val/first_log_ratio_max"] = stacked["val/log_ratio_max"][0]
         metrics["val/log_ratio_max"] = jnp.max(stacked["val/log_ratio_max"])
     state = dataclasses.replace(
-        state, step=number + 1, reference=sync_reference(state, number, roles.sync_every, roles.sync_alpha)
+        state, step=number + 1, reference=sync_reference(state, number, spec.sync_every, spec.sync_alpha)
     )
-    return sharding.constrain(state, roles.mesh), metrics
+    return sharding.constrain(state, spec.mesh), metrics
 
 
-def _logprobs(params: Params, rollout: Rollout, roles: Roles) -> tuple[Array, Array]:
+def _logprobs(params: Params, rollout: Rollout, spec: GRPOSpec) -> tuple[Array, Array]:
     """(log-probs, entropy) of every response token, f32 [B, R]."""
-    return sequence_logprobs(params, roles.policy, rollout, roles.temperature)
+    return sequence_logprobs(params, spec.policy, rollout, spec.temperature)

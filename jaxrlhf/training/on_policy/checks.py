@@ -1,4 +1,4 @@
-"""What is refused of any on-policy run before it has cost anything: before weights are read, or a response is drawn."""
+"""Errors of on-policy runs that are raised before weights are read or a response is generated."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from jaxrlhf.training.on_policy.sampler import LOWER
 
 
 def check_run(method: str, config: PPOConfig | GRPOConfig, settings: PPO | GRPO, mesh: jax.sharding.Mesh) -> None:
-    """Raise ConfigError for what devices cannot do."""
+    """Raise ConfigError for options that the devices do not support."""
     for section in ("optim", "reference"):
         if getattr(config, section).offload:
             sharding.check_host_memory(mesh, f"{section}.offload")
@@ -23,11 +23,11 @@ def check_run(method: str, config: PPOConfig | GRPOConfig, settings: PPO | GRPO,
     sharding.check_rows(settings.annotation_rows(size), mesh, f"{method}.local_rollout_forward_batch_size")
 
 
-def check_readers(readers: Sequence[RewardModel], longest: int, response_length: int) -> None:
-    """ConfigError for a reward model whose context the longest prompt (0: not known) and its response exceed."""
-    for reader in readers if longest else []:
-        what = f"for the reward model {reader.path}, the longest prompt with its response"
-        setup.check_context([longest + response_length], reader.described, what, LOWER)
+def check_models_context(models: Sequence[RewardModel], longest: int, response_length: int) -> None:
+    """Raise ConfigError for a reward model whose context the longest prompt (0: unknown) and its response exceed."""
+    for model in models if longest else []:
+        what = f"for the reward model {model.path}, the longest prompt with its response"
+        setup.check_context([longest + response_length], model.described, what, LOWER)
 
 
 def check_step(
@@ -40,7 +40,7 @@ def check_step(
     step: int,
     updates: int,
 ) -> None:
-    """Raise ConfigError for prompts that cannot be update number `step` of so many, with `group` responses to each."""
+    """Raise ConfigError for prompts that update number `step` cannot take, with `group` responses to each."""
     if isinstance(prompts, str):
         raise ConfigError(f"{method}_step got one text; it takes a list of prompts")
     paired = isinstance(settings, GRPO) and settings.recipe.loss == "dpo"
@@ -50,8 +50,8 @@ def check_step(
         raise ConfigError(f"{method}_step got {len(prompts)} prompts; it needs a positive multiple of {multiple}")
     rows = len(prompts) * group
     sharding.check_rows(settings.micro_rows(rows), mesh, f"{method}_step: rows of a forward pass")
-    learnt = settings.learnt(rows) if isinstance(settings, GRPO) else rows
-    if learnt % settings.annotation_rows(rows):
+    trained = settings.learnt(rows) if isinstance(settings, GRPO) else rows
+    if trained % settings.annotation_rows(rows):
         raise ConfigError(
             f"{method}_step got {len(prompts)} prompts; {method}.local_rollout_forward_batch_size is "
             f"{settings.local_rollout_forward_batch_size}, which does not divide them"

@@ -1,11 +1,14 @@
-"""The policy and its reference in on-policy training: parameters, log-probs, reference updates, sampler correction."""
+"""Policy and reference of on-policy training: parameters, log-probs, reference updates, sampler correction, padding."""
 
-from typing import Literal
+import dataclasses
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from jaxrlhf import sharding
 from jaxrlhf.algorithms import masked
 from jaxrlhf.config import Reference
 from jaxrlhf.logprobs import response_states, token_logprobs
@@ -87,3 +90,30 @@ def sampler_weights(
         cut = jnp.broadcast_to(jnp.abs(jnp.sum(gap, axis=1, keepdims=True)) > jnp.log(cap), mask.shape)
         weights = jnp.where(cut, 0.0, 1.0)
     return masked.keep(weights, mask), cut & mask
+
+
+def without_moments(state: TrainState) -> TrainState:
+    """The state as annotation reads it, wherever the optimizer's moments are."""
+    return dataclasses.replace(state, opt_state={})
+
+
+def pad_rollout(
+    rollout: Rollout, token_scores: np.ndarray | None, width: tuple[int, int], pad_id: int, mesh: jax.sharding.Mesh
+) -> tuple[Rollout, np.ndarray | None]:
+    """The rollout, and the scores of its tokens [B, R], padded to `width` (P, R)."""
+    (prompt, response), rollout = width, jax.device_get(rollout)
+    left = prompt - (rollout.tokens.shape[1] - rollout.response_mask.shape[1])
+    right = response - rollout.response_mask.shape[1]
+
+    def pad(x: Any, before: int = 0, value: int = 0) -> Any:
+        return np.pad(x, [(0, 0), (before, right), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
+
+    padded = dataclasses.replace(
+        rollout,
+        tokens=pad(rollout.tokens, left, pad_id),
+        mask=pad(rollout.mask, left),
+        response_mask=pad(rollout.response_mask),
+        logprobs=pad(rollout.logprobs),
+        support=None if rollout.support is None else pad(rollout.support),
+    )
+    return sharding.put_rows(padded, mesh), None if token_scores is None else pad(token_scores)

@@ -1,54 +1,59 @@
-"""What every on-policy run has, whatever learns in it: prompts, a sampler, rewards, held-out prompts."""
+"""The parts of an on-policy run that PPO and GRPO share: prompts, sampler, reward, held-out prompts."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import sharding, weights
-from jaxrlhf.config import GRPO, PPO, GRPOConfig, LoRA, PPOConfig
-from jaxrlhf.data import batching
-from jaxrlhf.data.datasets import PromptRow, columns, prompt_rows
+from jaxrlhf.algorithms.scores import ScoreStats, shaped
+from jaxrlhf.config import GRPO, PPO, GRPOConfig, PPOConfig
+from jaxrlhf.data.datasets import PromptRow, columns, prompt_rows, prompts_from_texts
 from jaxrlhf.data.loader import rows_at
 from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.rewards.compose import Scored, Scorer
 from jaxrlhf.rewards.sources.model import RewardModel
 from jaxrlhf.training import setup
 from jaxrlhf.training.on_policy import checks
-from jaxrlhf.training.on_policy.learner import Learner
+from jaxrlhf.training.on_policy.alarms import Watch
 from jaxrlhf.training.on_policy.sampler import Sampler
 from jaxrlhf.training.on_policy.validation import Validator
-from jaxrlhf.training.session import Metrics
+from jaxrlhf.training.session import Metrics, Session, open_session
+from jaxrlhf.training.state import State
 from jaxrlhf.types import Params, Rollout
 
 CALIBRATION = 2**31 - 1  # folded into the run's key in place of an update's number
 
 
-class Answers(NamedTuple):
-    """A rollout and what it is worth."""
+class ScoredRollout(NamedTuple):
+    """A rollout with its completions and scores."""
 
-    rows: Sequence[PromptRow]  # a row per response
-    texts: list[str]
+    rows: Sequence[PromptRow]  # one for each response
+    completions: list[str]
     rollout: Rollout
     scored: Scored
-    metrics: Metrics  # of how it came about
-    greedy: tuple[Rollout, np.ndarray] | None = None  # the greedy response to each row's prompt, its score f32 [B]
+    metrics: Metrics  # timings
+    greedy: tuple[Rollout, np.ndarray] | None = None  # ReMax: greedy response to each prompt, score f32 [B]
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Records for the samples log."""
+        rows = zip(self.rows, self.completions, self.scored.totals, strict=True)
+        return [{"prompt": row.text, "completion": text, "score": float(score)} for row, text, score in rows]
 
 
-class Online:
-    """A run of `method`, whose section of `config` is `settings`, with `group` responses to a prompt, but for what
-    learns: a trainer makes that of what `load` returns, and hands it to `take`.
+class OnPolicyRun:
+    """Prompts, sampler, reward and validation of a run of `method`, whose section of `config` is `settings`, with
+    `group` responses to each prompt. It holds no trained state.
 
-    Raises ConfigError for what the config, the data and descriptions of the models contradict, before weights are read.
+    Raises ConfigError for contradictions of the config, the data and the model descriptions, before weights are read.
     """
-
-    learner: Learner
 
     def __init__(
         self,
@@ -61,141 +66,210 @@ class Online:
         fresh: bool,
     ) -> None:
         self.method, self.config, self.settings = method, config, settings
-        self.group, self.fresh = group, fresh
+        self.group, self._fresh = group, fresh
         if config.sampling.greedy:
-            raise ConfigError(f"sampling.greedy is true: {method} learns from samples; leave it false")
+            raise ConfigError(f"sampling.greedy is true, but {method} needs random samples; leave it false")
         self.mesh = sharding.make_mesh(config.mesh)
-        init_key, self.run_key, *role_keys = setup.keys(config.seed)
-        self._init_key, self.role_keys = init_key, (role_keys[0], role_keys[1])
+        self._init_key, self.run_key, *role_keys = setup.keys(config.seed)
+        self.role_keys = role_keys[0], role_keys[1]
+        """Keys for the critic and for adapters."""
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = prompt_rows(config.data, self.tokenizer) if config.data.path else None
         self.model = setup.model_config(config.model, self.tokenizer, "lm", config.lora)
-        prompts = [len(row.tokens) for row in [*self.data.train, *self.data.validation]] if self.data else []
-        longest, size = max(prompts, default=0), settings.batch_size
+        prompts = [*self.data.train, *self.data.validation] if self.data else []
+        self.longest = max((len(row.tokens) for row in prompts), default=0)
+        """Tokens of the longest known prompt."""
         self.sampler = Sampler(
-            config.sampling, config.rollout, self.model, self.tokenizer, self.mesh, longest, size, group
+            config.sampling,
+            config.rollout,
+            self.model,
+            self.tokenizer,
+            self.mesh,
+            self.longest,
+            settings.batch_size,
+            group,
         )
         self.scorer = Scorer(config.reward, self.tokenizer, reward, mesh=self.mesh, directory=Path(config.run_dir))
-        self.total_steps = self._updates()
-        self.longest = longest  # of the prompts that are known of, in tokens
+        self.total_steps = self._total_steps()
         checks.check_run(method, config, settings, self.mesh)
-        held_out, rows = self.data.validation if self.data else [], settings.annotation_rows(size)
-        self.validator = Validator(config, held_out, rows, self.sampler, self.scorer) if held_out else None
-        self.results: dict[str, float] = {}  # the record of what is exported
-        self._compiling: Future[Rollout] | None = None
+        self.validator = Validator(
+            config,
+            self.data.validation if self.data else [],
+            settings.annotation_rows(settings.batch_size),
+            self.sampler,
+            self.scorer,
+            self.run_key,
+        )
+        self.results: dict[str, float] = {}
+        """The record of the exported state, for the model card."""
 
-    def load(self, *, ahead: bool, abstract: bool, own: RewardModel | None = None) -> Params:
-        """The policy's parameters, or their shapes; loads the reward models too, with adapters over the policy's own
-        arrays where both are of one model, but for `own`.
+    def load(self, critic_source: RewardModel | None = None) -> Params:
+        """Load the policy and the reward models; returns the policy's parameters.
 
-        With `ahead`, the rollout is compiled meanwhile.
+        A reward model that is adapters over the same base model shares its arrays, but for `critic_source`, whose
+        adapters a critic trains.
         """
-        config, storage = self.config, setup.param_dtype(self.config)
-        if ahead:
-            self.check_reward()
-            self._compiling = self._compile_rollout(self.rows(0)) if self.data else None
-        if abstract:
-            policy = setup.param_shapes(self.model, storage, self.mesh, LoRA())
-        else:
-            policy = setup.load_model(
-                config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=self._init_key, head="lm", storage=storage
-            )
+        config = self.config
+        policy = setup.load_model(
+            config.model,
+            tokenizer=self.tokenizer,
+            mesh=self.mesh,
+            key=self._init_key,
+            head="lm",
+            dtype=setup.param_dtype(config),
+        )
         folder, merged = weights.described_by(weights.resolve(config.model.path, config.model.revision, weights=False))
-        for judge in self.scorer.models.values() if config.lora.enabled and not merged else ():
-            if judge is not own:
-                judge.share(folder, policy)
-        self.scorer.load(abstract=abstract)
+        if config.lora.enabled and not merged:
+            for model in self.scorer.models.values():
+                if model is not critic_source:
+                    model.share(folder, policy)
+        self.scorer.load()
         return policy
 
-    def take(self, learner: Learner, *, abstract: bool) -> None:
-        """Let `learner` be what learns; what `load` began to compile goes on with its programs."""
-        self.learner = learner
-        if not abstract:
-            self.sampler.check_memory()
-        if self._compiling:
-            self._compile(self._compiling)
-
     def describe(self) -> str:
-        """What a run works with, and the first prompt as the model sees it."""
+        """Model, data and length of a run, and the first prompt as the model sees it."""
         self.check_reward()
-        report = self.data.report if self.data else f"no data set: prompts come with {self.method}_step"
-        about = setup.describe(self.config, self.model, self.tokenizer, report, self.mesh)
-        first = ["first prompt:", self.data.train[0].text] if self.data else []
         updates = f"{self.total_steps} updates of {self.settings.batch_size} completions"
-        return "\n".join([about, updates, *self.questions(), *first])
+        first = ["first prompt:", self.data.train[0].text] if self.data else []
+        return "\n".join([self._about(), updates, *self.human_workload(), *first])
 
-    def answer(
+    @contextlib.contextmanager
+    def session(self, state: State, reference_hash: str) -> Iterator[Session]:
+        """Open the run directory, restore `state` from the newest checkpoint, and watch for alarms."""
+        if not self.data:
+            raise ConfigError(
+                f"data.path is empty: give a file of prompts, or call {self.method}_step with prompts of your own"
+            )
+        self.check_reward()
+        self.sampler.check_memory()
+        identity = self._identity(reference_hash)
+        with open_session(self.config, self.method, self.total_steps, state, identity, fresh=self._fresh) as session:
+            for line in (self._about(), *self.human_workload()):
+                session.note(line)
+            self.scorer.pause(session.logger.paused)
+            session.resume()
+            session.watch = Watch(
+                self.config.alarms, self.settings.batch_size, session.records(), kl_option=self._kl_option()
+            )
+            yield session
+
+    def key(self, step: int, use: int) -> jax.Array:
+        """The random key of update number `step` for a use: 0 the rollout, 1 the update, from 2 on further rollouts."""
+        return jax.random.fold_in(jax.random.fold_in(self.run_key, step), use)
+
+    def prompts(self, step: int, seed: int | None = None) -> list[PromptRow]:
+        """The prompts of update number `step`, each repeated `group` times, in the order that `seed` (default: the
+        run's) gives."""
+        assert self.data
+        rows, config = self.data.train, self.config
+        number = self.settings.batch_size // self.group
+        order = rows_at(step, number, len(rows), config.seed if seed is None else seed, config.data.shuffle)
+        return repeat_rows([rows[i] for i in order], self.group)
+
+    def prompts_of(self, texts: Sequence[str], columns: dict[str, Sequence[Any]], step: int) -> list[PromptRow]:
+        """Prompts given in Python as those of update number `step`, each repeated `group` times; `columns` go to the
+        reward, one value per prompt. Raises ConfigError if an update cannot take so many."""
+        checks.check_step(self.method, self.config, self.settings, self.mesh, self.group, texts, step, self.total_steps)
+        return repeat_rows(prompts_from_texts(texts, columns, self.config.data, self.tokenizer), self.group)
+
+    def generate_and_score(
         self,
+        policy: Params,
         rows: Sequence[PromptRow],
         step: int,
-        stop: Callable[[], None] = lambda: None,
+        session: Session | None = None,
         *,
         use: int = 0,
         greedy: bool = False,
-    ) -> Answers:
-        """Responses of the policy as it is now to a prompt per row, scored; `stop` is called wherever a run may end.
-        `use` picks the random keys, as in `key`."""
+    ) -> ScoredRollout:
+        """A scored response to each prompt; `use` picks the random key, as in `key`. Inside a `session`, the run
+        stops after either phase if it was asked to."""
+        jax.block_until_ready(policy)  # the update before is not part of the rollout's time
         started = time.monotonic()
-        rollout, texts = self.sampler.generate(self.learner.policy, rows, self.key(step, use), greedy=greedy)
-        stop()
+        rollout, completions = self.sampler.generate(policy, rows, self.key(step, use), greedy=greedy)
+        if session:
+            session.stop_if_asked(step)
         generated = time.monotonic()
-        scored = self._score(rows, texts, rollout, step + 1)
-        stop()
+        scored = self.score(rows, completions, rollout, step + 1)
+        for note in scored.notes:
+            session.note(note) if session else warnings.warn(note, stacklevel=4)
+        if session:
+            session.stop_if_asked(step)
         seconds, tokens = generated - started, int(np.sum(jax.device_get(rollout.response_mask)))
         metrics = {
             "perf/rollout_seconds": seconds,
             "perf/reward_seconds": time.monotonic() - generated,
             "perf/response_tokens_per_second": tokens / seconds,
         }
-        return Answers(rows, texts, rollout, scored, metrics)
+        return ScoredRollout(rows, completions, rollout, scored, metrics)
 
-    def key(self, step: int, use: int) -> jax.Array:
-        """The random key of a use (0: the rollout, 1: the update's order, from 2 on: further rollouts) in update number
-        `step`."""
-        return jax.random.fold_in(jax.random.fold_in(self.run_key, step), use)
+    def score(
+        self, rows: Sequence[PromptRow], completions: list[str], rollout: Rollout, step: int | None = None
+    ) -> Scored:
+        """Scores of the completions; `step` (from 1) is passed to the reward."""
+        messages = [row.messages for row in rows]
+        return self.scorer.score([row.text for row in rows], completions, rollout, columns(rows), step, messages)
 
-    def rows(self, step: int) -> list[PromptRow]:
-        """The prompts of update number `step`, each `group` times."""
-        return self.drawn(step, self.config.seed)
+    def shape_scores(
+        self, rollout: Rollout, scores: np.ndarray, stats: ScoreStats, *, count: bool = True
+    ) -> tuple[jax.Array, ScoreStats]:
+        """Raw scores f32 [B] after `config.scores` (normalisation, scale, clip, penalties), on the mesh, and the
+        statistics, to which they are added if they `count`."""
+        config, mesh = self.config, self.mesh
+        section = config.scores
+        if not count and section.normalise == "running":
+            section = dataclasses.replace(section, normalise="reference")  # the same formula, with fixed statistics
+        raw = sharding.put_rows(np.asarray(scores, np.float32), mesh)
+        final, stats = shaped(
+            raw,
+            rollout.response_mask,
+            rollout.finished,
+            stats,
+            config=section,
+            longest=config.sampling.response_length,
+        )
+        return sharding.put_rows(np.asarray(final), mesh), sharding.put_whole(jax.device_get(stats), mesh)
 
-    def drawn(self, number: int, seed: int) -> list[PromptRow]:
-        """Batch `number` of the prompts in the order that `seed` gives, each `group` times."""
-        assert self.data
-        rows, prompts = self.data.train, self.settings.batch_size // self.group
-        order = rows_at(number, prompts, len(rows), seed, self.config.data.shuffle)
-        return repeated([rows[i] for i in order], self.group)
+    def progress(self, batch: ScoredRollout, step: int) -> Metrics:
+        """Timings and progress of update number `step`, for its record."""
+        return batch.metrics | {
+            "episode": (step + 1) * self.settings.batch_size,
+            "tokens/identical": 1 - len(set(batch.completions)) / len(batch.completions),
+        }
 
-    def compile(self) -> None:
-        """Begin to compile the programs of an update, unless `load` has begun."""
-        if not self._compiling:
-            self._compiling = self._compile_rollout(self.rows(0))
-            self._compile(self._compiling)
+    def log_samples(self, session: Session, step: int, batch: ScoredRollout) -> None:
+        """Log sample completions of update number `step` (from 1): of the first, of every `logging.sample_every`-th
+        after it, and of the last."""
+        config = self.config.logging
+        if config.sample_every and ((step - 1) % config.sample_every == 0 or step == self.total_steps):
+            session.log_samples(step, batch.samples()[: config.num_samples])
 
-    def compile_longest(self) -> None:
-        """Compile every program of an update whose prompts are the longest there are, of which parameters may be
-        shapes. ConfigError without prompts."""
-        if not self.data:
-            raise ConfigError(
-                "data.path is empty: how long prompts are decides what an update needs; give a file of them"
-            )
-        rollout = self._compile_rollout(batching.longest(self.data.train, self.settings.batch_size))
-        self.scorer.compile(self.sampler.programs, self.sampler.columns + self.config.sampling.response_length)
-        self._compile(rollout)
-        self.sampler.programs.finish()
+    def record_of(self, session: Session, step: int) -> Metrics:
+        """The record of `step`; of step 0 the validation of the initial policy."""
+        return session.record_of(step) if step else self.validator.before
 
-    def calibrate(self) -> None:
-        """With `scores.normalise: reference`, the scores' mean and deviation under the policy of step 0, once."""
-        state, config = self.learner.state.value, self.config
-        if config.scores.normalise != "reference" or float(state.score_stats.seen) > 0:
+    def step_result(self, batch: ScoredRollout, metrics: Metrics) -> dict[str, Any]:
+        """The result of `ppo_step` and `grpo_step`: completions, scores and metrics as Python numbers."""
+        numbers = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        return {
+            "generated_texts": batch.completions,
+            "rewards": [float(score) for score in batch.scored.totals],
+            "policy_loss": numbers["loss/policy_avg"],
+            **numbers,
+        }
+
+    def calibrate_scores(self, state: State, policy: Params) -> None:
+        """With `scores.normalise: reference`, measure mean and deviation of the scores of the initial policy, once."""
+        config, stats, size = self.config, state.value.score_stats, self.settings.batch_size
+        if config.scores.normalise != "reference" or float(stats.seen) > 0:
             return
         if not self.data:
             raise ConfigError("scores.normalise is 'reference', which answers prompts of data.path, and that is empty")
-        stats = state.score_stats
-        for part in range(-(-config.scores.reference_samples // self.settings.batch_size)):
-            batch = self.rows(part)
-            rollout, texts = self.sampler.generate(self.learner.policy, batch, self.key(CALIBRATION - part, 0))
-            scored = self._score(batch, texts, rollout)
-            if scored.notes:  # scores that are not there would count as 0
+        for batch in range(-(-config.scores.reference_samples // size)):
+            rows = self.prompts(batch)
+            rollout, completions = self.sampler.generate(policy, rows, self.key(CALIBRATION - batch, 0))
+            scored = self.score(rows, completions, rollout)
+            if scored.notes:  # missing scores would count as 0
                 raise RewardError(
                     f"scores.normalise is 'reference', and its samples were not all scored: {scored.notes[0]}"
                 )
@@ -206,16 +280,49 @@ class Online:
                 f"{float(stats.mean):g}: there is no deviation to divide by; use 'running', or 'none'"
             )
         placed = sharding.put_whole(jax.device_get(stats), self.mesh)
-        self.learner.state.value = dataclasses.replace(state, score_stats=placed)
+        state.value = dataclasses.replace(state.value, score_stats=placed)
 
     def check_reward(self) -> None:
-        """Ask the reward about the data's columns."""
+        """Refuse data that the reward cannot score (see `Scorer.check`)."""
         if self.data:
             rows = self.data.train
             self.scorer.check([row.text for row in rows], columns(rows), [row.messages for row in rows])
 
-    def _updates(self) -> int:
-        """How many updates the run has."""
+    def human_workload(self) -> list[str]:
+        """A line on how many completions a person will be asked to score; none if nobody is asked."""
+        config, size = self.config, self.settings.batch_size
+        if not self.scorer.asks_a_person:
+            return []
+        parts = [f"{size} in each of {self.total_steps} updates"]
+        if self.validator.rows:
+            steps = range(1, self.total_steps + 1)
+            validations = 1 + sum(self.validator.due(step, self.total_steps) for step in steps)
+            parts.append(f"{2 * len(self.validator.rows)} in each of {validations} validations")
+        if config.scores.normalise == "reference":
+            parts.append(f"{-(-config.scores.reference_samples // size) * size} before training, for scores.normalise")
+        return [f"a person is asked about completions: {', '.join(parts)}; about the same one only once"]
+
+    def _about(self) -> str:
+        report = self.data.report if self.data else f"no data set: prompts come with {self.method}_step"
+        return setup.describe(self.config, self.model, self.tokenizer, report, self.mesh)
+
+    def _kl_option(self) -> str:
+        """The option that keeps the policy near its reference."""
+        paired = isinstance(self.settings, GRPO) and self.settings.recipe.loss == "dpo"
+        return "grpo.beta" if paired else f"{self.method}.kl_coef"
+
+    def _identity(self, reference_hash: str) -> dict[str, str]:
+        """Hashes of what the config does not pin down."""
+        assert self.data
+        models = [model.params for model in self.scorer.models.values()]
+        return {
+            "prompts": setup.fingerprint(self.data.train),
+            "held-out prompts": setup.fingerprint(self.validator.rows),
+            "reference": reference_hash,
+            "reward model": setup.params_fingerprint(models[0] if len(models) == 1 else models or {}),
+        }
+
+    def _total_steps(self) -> int:
         settings = self.settings
         if settings.num_train_epochs is None:
             return -(-settings.total_episodes // settings.batch_size)
@@ -225,43 +332,7 @@ class Online:
             )
         return max(1, -(-round(settings.num_train_epochs * len(self.data.train) * self.group) // settings.batch_size))
 
-    def questions(self) -> list[str]:
-        """What a person is in for, if one is asked."""
-        config, size, validations = self.config, self.settings.batch_size, 0
-        if not self.scorer.asks_a_person:
-            return []
-        asked = [f"{size} in each of {self.total_steps} updates"]
-        if self.validator:
-            validations = 1 + sum(self.validator.due(step, self.total_steps) for step in range(1, self.total_steps + 1))
-            asked.append(f"{2 * len(self.validator.rows)} in each of {validations} validations")
-        if config.scores.normalise == "reference":
-            asked.append(f"{-(-config.scores.reference_samples // size) * size} before training, for scores.normalise")
-        return [f"a person is asked about completions: {', '.join(asked)}; about the same one only once"]
 
-    def identities(self) -> dict[str, str]:
-        """What a config does not pin down, and a hash of it."""
-        assert self.data
-        judges = [judge.params for judge in self.scorer.models.values()]
-        return {
-            "prompts": setup.fingerprint(self.data.train),
-            "held-out prompts": setup.fingerprint(self.validator.rows if self.validator else ()),
-            "reference": self.learner.identity,
-            "reward model": setup.params_fingerprint(judges[0] if len(judges) == 1 else judges or {}),
-        }
-
-    def _score(self, rows: Sequence[PromptRow], texts: list[str], rollout: Rollout, step: int | None = None) -> Scored:
-        asked = [row.text for row in rows], texts, rollout, columns(rows)
-        return self.scorer.score(*asked, step, [row.messages for row in rows])
-
-    def _compile(self, rollout: Future[Rollout]) -> None:
-        self.learner.compile(rollout, self.run_key, per_token=self.scorer.per_token)
-
-    def _compile_rollout(self, rows: Sequence[PromptRow]) -> Future[Rollout]:
-        """Begin to compile the rollout of `rows`. Returns the shapes of the rollout to come."""
-        policy = setup.param_shapes(self.model, setup.param_dtype(self.config), self.mesh, self.config.lora)
-        return self.sampler.compile(policy, rows, self.run_key)
-
-
-def repeated(rows: Sequence[PromptRow], times: int) -> list[PromptRow]:
-    """Each row so many times, side by side."""
+def repeat_rows(rows: Sequence[PromptRow], times: int) -> list[PromptRow]:
+    """Each row `times` times, side by side."""
     return [row for row in rows for _ in range(times)]

@@ -1,6 +1,6 @@
-"""Held-out prompts in an on-policy run: what the policy answers, what that is worth, and whether it still gets better.
+"""Validation of on-policy training on held-out prompts.
 
-The random keys are the same at every validation, so what changes is the policy.
+Every validation uses the same random keys, so that only the policy changes between them.
 """
 
 import dataclasses
@@ -27,7 +27,6 @@ from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout import engine
 from jaxrlhf.rollout.text import decode_completions
-from jaxrlhf.training.on_policy.learner import Learner
 from jaxrlhf.training.on_policy.policy import sequence_logprobs
 from jaxrlhf.training.on_policy.sampler import Sampler
 from jaxrlhf.training.session import Metrics, Session
@@ -35,168 +34,185 @@ from jaxrlhf.training.step import from_micro_batches, to_micro_batches
 from jaxrlhf.types import Params, Rollout
 
 VALIDATION = 2**30  # folded into the run's key in place of an update's number
-BASELINE = "validation.json"  # what the policy of step 0 scored
+BASELINE = "validation.json"  # scores of the initial policy
 
 
 class Validator:
-    """The held-out prompts of a run, scored `at_once` rows at a time. Raises ConfigError for a metric that no record
-    has."""
+    """Completes and scores the first `validation.max_prompts` of the held-out prompts, `micro_rows` rows in a forward
+    pass; does nothing if there are none. Raises ConfigError for a `validation.metric` that is not recorded."""
 
     def __init__(
-        self, config: PPOConfig | GRPOConfig, rows: Sequence[PromptRow], at_once: int, sampler: Sampler, scorer: Scorer
+        self,
+        config: PPOConfig | GRPOConfig,
+        rows: Sequence[PromptRow],
+        micro_rows: int,
+        sampler: Sampler,
+        scorer: Scorer,
+        key: Array,
     ) -> None:
-        self.config, self.sampler, self.scorer, self._at_once = config, sampler, scorer, at_once
-        self.rows = rows[: config.validation.max_prompts]
-        metric = config.validation.metric
-        known = [*METRICS, *scorer.metrics()]
+        self.config, self._settings = config, config.validation
+        self.rows = rows[: self._settings.max_prompts]
+        self._sampler, self._scorer, self._micro_rows = sampler, scorer, micro_rows
+        self._key = jax.random.fold_in(key, VALIDATION)
+        self._second: Scorer | None = None
+        self._baseline: dict[str, Any] = {}
+        self._history: list[float] = []  # the metric at each validation
+        if not rows:
+            return
+        metric, known = self._settings.metric, [*METRICS, *scorer.metrics()]
         if metric not in known:
             raise ConfigError(f"validation.metric: no record has '{metric}'{did_you_mean(metric, known)}")
-        if metric.startswith("eval/heldout") and not config.validation.reward_model:
+        if metric.startswith("eval/heldout") and not self._settings.reward_model:
             raise ConfigError(f"validation.metric is '{metric}' but validation.reward_model is empty")
-        self.second: Scorer | None = None
-        if config.validation.reward_model:
-            source = RewardSource(model=config.validation.reward_model)
-            self.second = Scorer(source, sampler.tokenizer, mesh=sampler.mesh)
-        self._baseline: dict[str, Any] = {}
-        self._seen: list[float] = []  # the metric at each validation
+        if self._settings.reward_model:
+            source = RewardSource(model=self._settings.reward_model)
+            self._second = Scorer(source, sampler.tokenizer, mesh=sampler.mesh)
 
     def due(self, step: int, total: int) -> bool:
         """Whether a validation follows update number `step` (from 1)."""
-        every = self.config.validation.eval_steps
-        return step == total or (every > 0 and step % every == 0)
+        every = self._settings.eval_steps
+        return bool(self.rows) and (step == total or (every > 0 and step % every == 0))
 
-    def begin(self, session: Session, learner: Learner, key: Array) -> None:
-        """Measure the policy of step 0, which may turn out to be the best; or read what was measured then."""
-        file, metric = session.run.directory / BASELINE, self.config.validation.metric
-        if int(learner.state.value.step) == 0:
-            metrics, scores = self._measure(session, 0, learner, key)
+    def start(self, session: Session, step: int, policy: Params, reference: Params | None) -> None:
+        """Measure the initial policy, which may turn out to be the best, or read its measurements when resuming at
+        `step`."""
+        if not self.rows:
+            return
+        file, metric = session.directory / BASELINE, self._settings.metric
+        if step == 0:
+            metrics, scores = self._measure(session, 0, policy, reference)
             self._baseline = {"scores": scores, "metrics": metrics}
             write_whole(file, json.dumps(self._baseline) + "\n")
             if session.best and metric in metrics:
-                session.save(0, learner.state.value, metrics[metric])
+                session.save(0, metrics[metric])
             kl = f", KL {metrics['eval/kl']:.3g}" if "eval/kl" in metrics else ""
             score = f"score {metrics['eval/scores']:.4g}"
-            session.logger.note(f"before training: {len(self.rows)} held-out prompts, {score}{kl}")
+            session.note(f"before training: {len(self.rows)} held-out prompts, {score}{kl}")
         elif file.is_file():
             self._baseline = json.loads(file.read_text(encoding="utf-8"))
         else:
-            session.logger.note(f"{file} is gone: no win rate against step 0")
+            session.note(f"{file} is missing: no win rate against the initial policy")
         records = [self.before, *(record for record in session.records() if "eval/scores" in record)]
-        self._seen = [record[metric] for record in records if metric in record]
+        self._history = [record[metric] for record in records if metric in record]
 
     @property
     def before(self) -> dict[str, float]:
-        """What was measured at step 0; empty where that is not known."""
+        """Metrics of the initial policy; empty if they are not known."""
         return self._baseline.get("metrics", {})
 
-    def run(self, session: Session, step: int, learner: Learner, key: Array) -> dict[str, float]:
-        """Answer the held-out prompts, log samples, and return the record of this validation."""
-        metrics, scores = self._measure(session, step, learner, key)
+    def run(
+        self, session: Session, step: int, record: Metrics, policy: Params, reference: Params | None
+    ) -> dict[str, Any]:
+        """Validate the policy after update number `step`, whose metrics are `record`, and log samples.
+
+        Returns `record` with the metrics of the validation: any of them may be `validation.metric`. If the reward
+        fails, the update is logged and saved first.
+        """
+        with session.save_on_reward_error(step, record):
+            metrics, scores = self._measure(session, step, policy, reference)
         if self._baseline:
-            before = np.asarray(self._baseline["scores"])
-            wins = (np.asarray(scores) > before) + 0.5 * (np.asarray(scores) == before)
-            metrics["eval/win_rate"] = float(np.mean(wins))
+            before, after = np.asarray(self._baseline["scores"]), np.asarray(scores)
+            metrics["eval/win_rate"] = float(np.mean((after > before) + 0.5 * (after == before)))
             metrics["eval/gain"] = metrics["eval/scores"] - self.before["eval/scores"]
-            if self.second and "eval/heldout_scores" in self.before:
+            if self._second and "eval/heldout_scores" in self.before:
                 metrics["eval/heldout_gain"] = metrics["eval/heldout_scores"] - self.before["eval/heldout_scores"]
-        return metrics
+        evaluation, metric = record | metrics, self._settings.metric
+        if metric in evaluation:
+            self._history.append(float(evaluation[metric]))
+        else:
+            session.note(f"validation.metric is '{metric}', which this run does not record: no state is the best")
+        return evaluation
 
-    def worth(self, session: Session, metrics: Metrics) -> float | None:
-        """What the state of this validation is worth; None, and a word about it, where nothing says so."""
-        metric = self.config.validation.metric
-        if metric in metrics:
-            self._seen.append(float(metrics[metric]))
-            return self._seen[-1]
-        session.logger.note(
-            f"validation.metric is '{metric}', which the records of this run do not have: nothing is best"
-        )
-        return None
-
-    def patience_is_over(self, session: Session) -> bool:
-        """Whether the last `patience` validations were no better than one before them."""
-        patience, metric, seen = self.config.validation.patience, self.config.validation.metric, self._seen
+    def should_stop_early(self, session: Session) -> bool:
+        """Whether the last `validation.patience` validations did not improve on an earlier one."""
+        patience, metric, history = self._settings.patience, self._settings.metric, self._history
         if not patience:
             return False
-        sign = 1 if self.config.validation.mode == "max" else -1
-        best = max(range(len(seen)), key=lambda i: sign * seen[i], default=0)
-        if len(seen) - 1 - best < patience:
+        sign = 1 if self._settings.mode == "max" else -1
+        best = max(range(len(history)), key=lambda i: sign * history[i], default=0)
+        since = len(history) - 1 - best
+        if since < patience:
             return False
-        session.logger.note(
-            f"stopping: {metric} has not improved on {seen[best]:.4g} in {len(seen) - 1 - best} validations "
+        session.note(
+            f"stopping: {metric} has not improved on {history[best]:.4g} in {since} validations "
             f"(validation.patience is {patience})"
         )
         return True
 
     def _measure(
-        self, session: Session, step: int, learner: Learner, key: Array
+        self, session: Session, step: int, policy: Params, reference: Params | None
     ) -> tuple[dict[str, float], list[float]]:
-        """(the record, the score of each sampled answer)."""
-        rows, texts, n = self.rows, [row.text for row in self.rows], len(self.rows)
-        made = self.sampler.copy(learner.policy)
-        sampled, said = self._answer(*made, key, greedy=False)
-        best, best_said = self._answer(*made, key, greedy=True)
-        del made
-        scores = self._score(session, self.scorer, texts, said, sampled)
-        greedy = self._score(session, self.scorer, texts, best_said, best)
-        lengths = np.asarray(sampled.response_mask)[:n].sum(axis=1)
+        """Metrics, and the score of each sampled completion."""
+        count = len(self.rows)
+        decoder_params = self._sampler.inference_copy(policy)
+        sampled, completions = self._generate(decoder_params, greedy=False)
+        greedy, greedy_completions = self._generate(decoder_params, greedy=True)
+        del decoder_params
+        scores = self._score(session, self._scorer, completions, sampled)
+        greedy_scores = self._score(session, self._scorer, greedy_completions, greedy)
+        lengths = np.asarray(sampled.response_mask)[:count].sum(axis=1)
         metrics = {
             "eval/scores": float(np.mean(scores)),
-            "eval/scores_greedy": float(np.mean(greedy)),
+            "eval/scores_greedy": float(np.mean(greedy_scores)),
             "eval/mean_length": float(np.mean(lengths)),
-            "eval/finished": float(np.mean(np.asarray(sampled.finished)[:n])),
+            "eval/finished": float(np.mean(np.asarray(sampled.finished)[:count])),
         }
-        if learner.reference is not None:
-            metrics["eval/kl"] = float(np.mean(np.asarray(self._kl(learner.policy, learner.reference, sampled))[:n]))
-        if self.second:
-            metrics["eval/heldout_scores"] = float(np.mean(self._score(session, self.second, texts, said, sampled)))
-        shown = zip(rows, said, best_said, scores, strict=True)
-        session.logger.samples(
-            step,
-            [
-                {"prompt": row.text, "completion": text, "greedy": plain, "score": float(score), "held_out": True}
-                for row, text, plain, score in list(shown)[: self.config.logging.num_samples]
-            ],
-        )
+        if reference is not None:
+            metrics["eval/kl"] = float(np.mean(np.asarray(self._kl(policy, reference, sampled))[:count]))
+        if self._second:
+            metrics["eval/heldout_scores"] = float(np.mean(self._score(session, self._second, completions, sampled)))
+        samples = [
+            {"prompt": row.text, "completion": text, "greedy": other, "score": float(score), "held_out": True}
+            for row, text, other, score in zip(self.rows, completions, greedy_completions, scores, strict=True)
+        ]
+        session.logger.samples(step, samples[: self.config.logging.num_samples])
         return metrics, [float(score) for score in scores]
 
-    def _answer(self, model: ModelConfig, copy: Params, key: Array, *, greedy: bool) -> tuple[Rollout, list[str]]:
-        """The whole of the held-out prompts, filled up with the last one to whole forward passes, on the host."""
-        rows = [*self.rows, *[self.rows[-1]] * (-len(self.rows) % self._at_once)]
-        sampling = dataclasses.replace(self.config.sampling, greedy=greedy)
-        tokenizer = self.sampler.tokenizer
-        made = engine.answer(
-            copy, model, self.sampler.prompts(rows), jax.random.fold_in(key, VALIDATION), sampling,
-            tokenizer.stop_ids, tokenizer.pad_id,
-            slots=min(len(rows), self.sampler.slots or self.sampler.batch),
-            columns=self.sampler.columns, mesh=self.sampler.mesh,
-        )  # fmt: skip
-        made, texts = decode_completions(made, tokenizer, sampling.stop_strings)
-        return made, texts[: len(self.rows)]
+    def _generate(self, decoder_params: Params, *, greedy: bool) -> tuple[Rollout, list[str]]:
+        """Responses to all held-out prompts as host arrays, filled up with the last prompt to whole forward passes, and
+        the completions."""
+        rows = [*self.rows, *[self.rows[-1]] * (-len(self.rows) % self._micro_rows)]
+        sampler, sampling = self._sampler, dataclasses.replace(self.config.sampling, greedy=greedy)
+        rollout = engine.answer(
+            decoder_params,
+            sampler.decoder,
+            sampler.prompts(rows),
+            self._key,
+            sampling,
+            sampler.tokenizer.stop_ids,
+            sampler.tokenizer.pad_id,
+            slots=min(len(rows), sampler.slots or sampler.batch),
+            columns=sampler.columns,
+            mesh=sampler.mesh,
+        )
+        rollout, completions = decode_completions(rollout, sampler.tokenizer, sampling.stop_strings)
+        return rollout, completions[: len(self.rows)]
 
-    def _score(
-        self, session: Session, scorer: Scorer, prompts: list[str], texts: list[str], rollout: Rollout
-    ) -> np.ndarray:
-        real = jax.tree.map(lambda x: x[: len(self.rows)], rollout)
-        scored = scorer.score(prompts, texts, real, columns(self.rows), messages=[row.messages for row in self.rows])
+    def _score(self, session: Session, scorer: Scorer, completions: list[str], rollout: Rollout) -> np.ndarray:
+        rollout = jax.tree.map(lambda x: x[: len(self.rows)], rollout)
+        prompts, messages = [row.text for row in self.rows], [row.messages for row in self.rows]
+        scored = scorer.score(prompts, completions, rollout, columns(self.rows), messages=messages)
         for note in scored.notes:
-            session.logger.note(f"validation: {note}")
+            session.note(f"validation: {note}")
         return scored.totals
 
     def _kl(self, policy: Params, reference: Params, rollout: Rollout) -> Array:
-        placed = sharding.put_rows(rollout, self.sampler.mesh)
-        parts = rollout.tokens.shape[0] // self._at_once
+        placed = sharding.put_rows(rollout, self._sampler.mesh)
+        parts = rollout.tokens.shape[0] // self._micro_rows
         temperature = self.config.sampling.temperature
-        return sequence_kl(policy, reference, placed, model=self.sampler.model, temperature=temperature, parts=parts)
+        return sequence_kl(policy, reference, placed, model=self._sampler.model, temperature=temperature, parts=parts)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "temperature", "parts"))
 def sequence_kl(
     policy: Params, reference: Params, rollout: Rollout, *, model: ModelConfig, temperature: float, parts: int
 ) -> Array:
-    """k1 of each response, f32 [B], in nats, by forward passes over `parts` slices."""
+    """The k1 estimate of KL(policy, reference) of each response, f32 [B], in nats, over `parts` micro-batches."""
 
-    def rows(part: Rollout) -> Array:
-        both = [sequence_logprobs(params, model, part, temperature)[0] for params in (policy, reference)]
-        return jnp.sum(masked.keep(k1(*both), part.response_mask), axis=1)
+    def kl(part: Rollout) -> Array:
+        logprobs, ref_logprobs = (
+            sequence_logprobs(params, model, part, temperature)[0] for params in (policy, reference)
+        )
+        return jnp.sum(masked.keep(k1(logprobs, ref_logprobs), part.response_mask), axis=1)
 
-    return from_micro_batches(jax.lax.map(rows, to_micro_batches(rollout, parts)))
+    return from_micro_batches(jax.lax.map(kl, to_micro_batches(rollout, parts)))

@@ -1,62 +1,91 @@
-"""Rollouts kept to be learnt from again: all of one width, so that one program takes them."""
+"""Experience replay: the last rollouts, kept at one width so that one program trains on all of them."""
 
 import dataclasses
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import Array
 
-from jaxrlhf import sharding
 from jaxrlhf.config import PPOConfig
-from jaxrlhf.training.ppo.roles import Roles
-from jaxrlhf.types import Experience, Rollout
+from jaxrlhf.training.ppo.update import PPOSpec, update
+from jaxrlhf.training.step import Metrics
+from jaxrlhf.types import Experience, Params, Rollout, TrainState
 
 
-def empty_replay(config: PPOConfig, roles: Roles, room: tuple[int, int]) -> Experience:
-    """Experiences [n, B, ...] of zeros: what a checkpoint and the first updates find."""
-    prompt, response = room
-    rows, n = config.ppo.batch_size, config.ppo.replay
-    token = jnp.zeros((n, rows, response), jnp.float32)
-    row = jnp.zeros((n, rows), jnp.float32)
-    bits = (n, rows, response, -(-roles.policy.vocab_size // 8))
-    whole = (n, rows, prompt + response)
+def empty_replay(config: PPOConfig, spec: PPOSpec, width: tuple[int, int]) -> Experience:
+    """A replay buffer of zeros [n, B, ...] for rollouts of `width` (P, R)."""
+    prompt, response = width
+    n, rows = config.ppo.replay, config.ppo.batch_size
+
+    def zeros(*shape: int, dtype: str = "float32") -> Array:
+        return jnp.zeros((n, rows, *shape), dtype)
+
+    token, row = zeros(response), zeros()
     rollout = Rollout(
-        tokens=jnp.zeros(whole, jnp.int32),
-        mask=jnp.zeros(whole, bool),
-        response_mask=jnp.zeros(token.shape, bool),
+        tokens=zeros(prompt + response, dtype="int32"),
+        mask=zeros(prompt + response, dtype="bool"),
+        response_mask=zeros(response, dtype="bool"),
         logprobs=token,
-        finished=jnp.zeros(row.shape, bool),
-        index=jnp.zeros(row.shape, jnp.int32),
-        sample=jnp.zeros(row.shape, jnp.int32),
-        support=jnp.zeros(bits, jnp.uint8) if config.sampling.renormalise_logprobs else None,
+        finished=zeros(dtype="bool"),
+        index=zeros(dtype="int32"),
+        sample=zeros(dtype="int32"),
+        support=zeros(response, -(-spec.policy.vocab_size // 8), dtype="uint8")
+        if config.sampling.renormalise_logprobs
+        else None,
     )
-    features = jnp.zeros((n, rows, response + 1, roles.critic.hidden_size), jnp.float32)
     return Experience(
-        rollout, row, token, token, token, token, token, token, row,
-        features=features if roles.trunk in ("reference", "frozen") else None,
+        rollout=rollout,
+        scores=row,
+        old_logprobs=token,
+        ref_logprobs=token,
+        values=token,
+        rewards=token,
+        advantages=token,
+        returns=token,
+        bootstrap=row,
+        features=zeros(response + 1, spec.critic.hidden_size) if spec.trunk in ("reference", "frozen") else None,
         weights=token if config.ppo.sampler_correction != "none" else None,
-    )  # fmt: skip
-
-
-def widened(
-    rollout: Rollout, token_scores: np.ndarray | None, room: tuple[int, int], pad_id: int, mesh: jax.sharding.Mesh
-) -> tuple[Rollout, np.ndarray | None]:
-    """The rollout with P prompt columns and R response columns, room for all; and the scores of its tokens."""
-    (prompt, response), rollout = room, jax.device_get(rollout)
-    left = prompt - (rollout.tokens.shape[1] - rollout.response_mask.shape[1])
-    right = response - rollout.response_mask.shape[1]
-
-    def grown(x: Any, before: int, value: int) -> Any:
-        return np.pad(x, [(0, 0), (before, right), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
-
-    made = dataclasses.replace(
-        rollout,
-        tokens=grown(rollout.tokens, left, pad_id),
-        mask=grown(rollout.mask, left, 0),
-        response_mask=grown(rollout.response_mask, 0, 0),
-        logprobs=grown(rollout.logprobs, 0, 0),
-        support=None if rollout.support is None else grown(rollout.support, 0, 0),
     )
-    scores = None if token_scores is None else grown(token_scores, 0, 0)
-    return sharding.put_rows(made, mesh), scores
+
+
+def update_with_replay(
+    state: TrainState, frozen: dict[str, Params], experience: Experience, key: Array, *, spec: PPOSpec
+) -> tuple[TrainState, Metrics]:
+    """`update` on the experience, then on each kept one; the experience replaces the oldest kept one.
+
+    Metrics are means over all optimizer steps, but for the steps and skipped updates, which are sums.
+    """
+    number = int(state.step)
+    kept = min(number, spec.ppo.replay)
+    key, *replay_keys = jax.random.split(key, 1 + kept)
+    state, metrics = update(state, frozen, experience, key, spec=spec)
+    records = [metrics]
+    for i, replay_key in enumerate(replay_keys):
+        old = jax.tree.map(lambda x, i=i: x[i], state.replay)
+        state, metrics = update(state, frozen, old, replay_key, spec=spec, replayed=True)
+        records.append(metrics)
+    replay = _push(state.replay, experience, number % spec.ppo.replay)
+    return dataclasses.replace(state, replay=replay), _merge(records)
+
+
+@functools.partial(jax.jit, donate_argnames="replay")
+def _push(replay: Experience, experience: Experience, place: Array) -> Experience:
+    return jax.tree.map(lambda kept, new: kept.at[place].set(new), replay, experience)
+
+
+@jax.jit
+def _merge(records: list[Metrics]) -> Metrics:
+    steps = jnp.stack([record["policy/steps"] for record in records])
+    metrics = {}
+    for key in records[0]:
+        values = jnp.stack([record[key] for record in records])
+        if key == "val/first_log_ratio_max":
+            metrics[key] = values[0]
+        elif key.endswith("_max"):
+            metrics[key] = jnp.max(values)
+        elif key in ("policy/steps", "skipped_updates"):
+            metrics[key] = jnp.sum(values)
+        else:
+            metrics[key] = jnp.sum(jnp.where(steps > 0, values * steps, 0)) / jnp.sum(steps)
+    return metrics

@@ -1,7 +1,9 @@
-"""The device programs of a PPO update: `annotate` turns a scored rollout into experience, `update` learns from it."""
+"""The jitted programs of a PPO update: `annotate` turns a scored rollout into experience, `update` trains on it."""
 
 import dataclasses
 import functools
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +16,77 @@ from jaxrlhf.algorithms.kl import adaptive_kl_coef, k1, kl_loss
 from jaxrlhf.algorithms.ppo import Clip, finalize_metrics, policy_loss, rollout_metrics, token_rewards, value_loss
 from jaxrlhf.config import PPO
 from jaxrlhf.logprobs import response_states
+from jaxrlhf.models import ModelConfig, scalar_head
 from jaxrlhf.training.on_policy.policy import (
+    policy_params,
     reference_params,
     sampler_gap,
     sampler_weights,
     sequence_logprobs,
     sync_reference,
 )
-from jaxrlhf.training.ppo.roles import Measured, Roles, measure
+from jaxrlhf.training.optim import Optimizer
+from jaxrlhf.training.ppo.critic import Trunk
 from jaxrlhf.training.step import Metrics, apply, from_micro_batches, gradients, to_micro_batches
 from jaxrlhf.types import Experience, Params, Rollout, TrainState
 
-QUANTILES = (0.01, 0.5, 0.99)  # of pi_old / pi_sampler
+QUANTILES = (0.01, 0.5, 0.99)  # of the ratio pi_old / pi_sampler
 
 
-@functools.partial(jax.jit, static_argnames="roles")
+@dataclass(frozen=True)
+class PPOSpec:
+    """Static arguments of `annotate` and `update`."""
+
+    policy: ModelConfig
+    critic: ModelConfig
+    optimizers: tuple[tuple[str, Optimizer], ...]
+    ppo: PPO
+    temperature: float
+    trunk: Trunk
+    mesh: jax.sharding.Mesh
+    warmup_updates: int = 0  # updates that train the critic alone
+    sync_every: int = 0  # updates between moves of the reference; 0: it is fixed
+    sync_alpha: float = 1.0
+
+    def one_step(self, batch: int) -> bool:
+        """Whether the update is a single forward pass and optimizer step, where pi_old = stop_gradient(pi).
+
+        Annotation then runs neither policy nor critic. An optimizer step in several micro-batches does not count:
+        whitening needs every row's advantage before the first row's loss, so annotation runs, and its old_logprobs
+        equal those of the update to rounding (1e-5), not by definition.
+        """
+        return self.ppo.num_ppo_epochs == 1 and self.ppo.micro_rows(batch) == batch and not self.ppo.replay
+
+
+class Predictions(NamedTuple):
+    """Outputs of policy and critic for a rollout; 0 outside the response mask."""
+
+    logprobs: Array  # f32 [B, R]
+    entropy: Array  # f32 [B, R]
+    values: Array  # f32 [B, R]   before each response token
+    last_values: Array  # f32 [B]   after the last column
+
+
+def predict(
+    params: dict[str, Params], frozen: dict[str, Params], rollout: Rollout, features: Array | None, spec: PPOSpec
+) -> Predictions:
+    """One forward pass of policy and critic each; of the critic only its head if `features`, the states of a frozen
+    trunk [B, R + 1, D], are given or it shares the policy's trunk."""
+    policy = policy_params(params, frozen)
+    hidden = response_states(policy, spec.policy, rollout)
+    entropy_gradient = spec.ppo.entropy_coef > 0
+    logprobs, entropy = sequence_logprobs(
+        policy, spec.policy, rollout, spec.temperature, hidden=hidden, entropy_gradient=entropy_gradient
+    )
+    if spec.trunk == "shared":
+        features = hidden
+    elif features is None:
+        features = response_states({**frozen["critic"], **params["critic"]}, spec.critic, rollout)
+    values = scalar_head(params["critic"], spec.critic, features)
+    return Predictions(logprobs, entropy, masked.keep(values[:, :-1], rollout.response_mask), values[:, -1])
+
+
+@functools.partial(jax.jit, static_argnames="spec")
 def annotate(
     state: TrainState,
     frozen: dict[str, Params],
@@ -36,43 +94,53 @@ def annotate(
     scores: Array,
     token_scores: Array | None = None,
     *,
-    roles: Roles,
+    spec: PPOSpec,
 ) -> tuple[Experience, Metrics]:
-    """Score a rollout's tokens by policy, reference and critic, and work out rewards, advantages and returns.
+    """Add log-probs, values, rewards, advantages and returns to a scored rollout.
 
-    `scores` f32 [B] are those of sequences, shaped already; `token_scores` f32 [B, R] those of a process reward.
-    Forwards run in slices of `roles.annotation_rows`, so memory is bounded by those. When the update will be one step,
-    policy and critic are not run here: `update` completes the experience from its own forward. A frozen critic trunk
-    runs here and nowhere else, and not at all where it is the reference's.
+    `scores` f32 [B] are the final scores of sequences, `token_scores` f32 [B, R] those of a per-token reward. Forward
+    passes run over `annotation_rows` at a time, which bounds memory. If the update is one step (`PPOSpec.one_step`),
+    policy and critic are not run here: `update` fills the experience from its own forward pass. A frozen critic trunk
+    runs only here, and not at all if it is the reference's.
     """
     batch, reference = scores.shape[0], reference_params(state, frozen)
 
-    def rows(part: Rollout) -> tuple[Array, Array | None, Measured | None]:
-        hidden = response_states(reference, roles.policy, part)
-        ref_logprobs, _ = sequence_logprobs(reference, roles.policy, part, roles.temperature, hidden=hidden)
+    def forward(part: Rollout) -> tuple[Array, Array | None, Predictions | None]:
+        hidden = response_states(reference, spec.policy, part)
+        ref_logprobs, _ = sequence_logprobs(reference, spec.policy, part, spec.temperature, hidden=hidden)
         features = None
-        if roles.trunk in ("reference", "frozen"):
-            features = hidden if roles.trunk == "reference" else response_states(frozen["critic"], roles.critic, part)
-        if roles.one_step(batch):
+        if spec.trunk in ("reference", "frozen"):
+            features = hidden if spec.trunk == "reference" else response_states(frozen["critic"], spec.critic, part)
+        if spec.one_step(batch):
             return ref_logprobs, features, None
-        return ref_logprobs, features, measure(state.params, frozen, part, features, roles)
+        return ref_logprobs, features, predict(state.params, frozen, part, features, spec)
 
-    parts = jax.lax.map(rows, to_micro_batches(rollout, batch // roles.ppo.annotation_rows(batch)))
-    ref_logprobs, features, measured = from_micro_batches(parts)
+    parts = jax.lax.map(forward, to_micro_batches(rollout, batch // spec.ppo.annotation_rows(batch)))
+    ref_logprobs, features, predictions = from_micro_batches(parts)
     blank = jnp.zeros_like(ref_logprobs)
-    experience, metrics = (
-        Experience(rollout, scores, blank, ref_logprobs, blank, blank, blank, blank, jnp.zeros_like(scores)),
-        {},
+    experience = Experience(
+        rollout=rollout,
+        scores=scores,
+        old_logprobs=blank,
+        ref_logprobs=ref_logprobs,
+        values=blank,
+        rewards=blank,
+        advantages=blank,
+        returns=blank,
+        bootstrap=jnp.zeros_like(scores),
+        token_scores=token_scores,
+        features=features,
     )
-    experience = dataclasses.replace(experience, features=features, token_scores=token_scores)
-    if measured is not None:
-        experience, metrics = complete(experience, measured, state.kl_coef, roles.ppo)
-    return experience, metrics
+    if predictions is None:
+        return experience, {}
+    return fill_experience(experience, predictions, state.kl_coef, spec.ppo)
 
 
-def complete(experience: Experience, measured: Measured, kl_coef: Array, ppo: PPO) -> tuple[Experience, Metrics]:
-    """Rewards, advantages and returns of a whole batch, and what it was worth. No gradient flows through."""
-    logprobs, entropy, values, tail = jax.lax.stop_gradient(measured)
+def fill_experience(
+    experience: Experience, predictions: Predictions, kl_coef: Array, ppo: PPO
+) -> tuple[Experience, Metrics]:
+    """Rewards, advantages and returns of a whole batch, and its metrics. No gradient flows through."""
+    logprobs, entropy, values, last_values = jax.lax.stop_gradient(predictions)
     rollout, scores, ref_logprobs = experience.rollout, experience.scores, experience.ref_logprobs
     mask, finished = rollout.response_mask, rollout.finished
     count = jnp.maximum(jnp.sum(mask), 1)
@@ -83,16 +151,16 @@ def complete(experience: Experience, measured: Measured, kl_coef: Array, ppo: PP
     def variance(x: Array) -> Array:
         return mean(jnp.square(x - mean(x)))
 
-    in_reward = kl_coef if ppo.kl_in == "reward" else 0.0
-    rewards = token_rewards(scores, logprobs, ref_logprobs, mask, in_reward, experience.token_scores)
+    kl_in_reward = kl_coef if ppo.kl_in == "reward" else 0.0
+    rewards = token_rewards(scores, logprobs, ref_logprobs, mask, kl_in_reward, experience.token_scores)
     if ppo.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
-    bootstrap = jnp.where(finished, 0.0, tail) if ppo.bootstrap_truncated else jnp.zeros_like(tail)
+    bootstrap = jnp.where(finished, 0.0, last_values) if ppo.bootstrap_truncated else jnp.zeros_like(last_values)
     advantages, returns = gae(rewards, values, mask, bootstrap, ppo.gamma, ppo.lam)
     if ppo.value_target == "reward_to_go":
         returns = reward_to_go(rewards, mask, bootstrap, ppo.gamma)
-    weights, about_sampler = corrected(rollout, logprobs, ppo)
-    done = dataclasses.replace(
+    weights, sampler_metrics = _sampler_correction(rollout, logprobs, ppo)
+    filled = dataclasses.replace(
         experience,
         old_logprobs=logprobs,
         values=values,
@@ -100,14 +168,13 @@ def complete(experience: Experience, measured: Measured, kl_coef: Array, ppo: PP
         advantages=whiten(advantages, mask, shift_mean=True) if ppo.whiten_advantages else advantages,
         returns=returns,
         bootstrap=bootstrap,
-        token_scores=None,  # they are in the rewards
+        token_scores=None,  # part of the rewards now
         weights=weights,
     )
-    worth = scores
     if experience.token_scores is not None:
-        worth = scores + jnp.sum(masked.keep(experience.token_scores, mask), axis=1)
-    metrics = rollout_metrics(worth, logprobs, ref_logprobs, mask, finished, kl_coef, ppo.kl_in)
-    return done, metrics | about_sampler | {
+        scores = scores + jnp.sum(masked.keep(experience.token_scores, mask), axis=1)
+    metrics = rollout_metrics(scores, logprobs, ref_logprobs, mask, finished, kl_coef, ppo.kl_in)
+    return filled, metrics | sampler_metrics | {
         "objective/entropy": jnp.mean(jnp.sum(entropy, axis=1)),
         "objective/entropy_per_token": mean(entropy),
         "objective/kl_coef": kl_coef,
@@ -120,15 +187,15 @@ def complete(experience: Experience, measured: Measured, kl_coef: Array, ppo: PP
     }
 
 
-def corrected(rollout: Rollout, logprobs: Array, ppo: PPO) -> tuple[Array | None, Metrics]:
-    """How tokens weigh in the policy loss (f32 [B, R], None: alike), and how far the sampler is from pi_old."""
+def _sampler_correction(rollout: Rollout, logprobs: Array, ppo: PPO) -> tuple[Array | None, Metrics]:
+    """Token weights in the policy loss, f32 [B, R] (None: all 1), and the distance of the sampler from pi_old."""
     mask, gap = rollout.response_mask, sampler_gap(rollout, logprobs)
-    low, middle, high = masked.quantiles(jnp.exp(gap), mask, QUANTILES)
+    low, median, high = masked.quantiles(jnp.exp(gap), mask, QUANTILES)
     metrics = {
         "val/sampler_logprob_gap": jnp.sum(jnp.abs(gap)) / jnp.maximum(jnp.sum(mask), 1),
         "val/sampler_logprob_gap_max": jnp.max(jnp.abs(gap)),
         "val/sampler_ratio_q01": low,
-        "val/sampler_ratio_q50": middle,
+        "val/sampler_ratio_q50": median,
         "val/sampler_ratio_q99": high,
     }
     if ppo.sampler_correction == "none":
@@ -137,91 +204,84 @@ def corrected(rollout: Rollout, logprobs: Array, ppo: PPO) -> tuple[Array | None
     return weights, metrics | {"val/sampler_corrected": jnp.sum(cut) / jnp.maximum(jnp.sum(mask), 1)}
 
 
-@functools.partial(jax.jit, static_argnames="roles", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("spec", "replayed"), donate_argnames="state")
 def update(
-    state: TrainState, frozen: dict[str, Params], experience: Experience, key: Array, *, roles: Roles
+    state: TrainState,
+    frozen: dict[str, Params],
+    experience: Experience,
+    key: Array,
+    *,
+    spec: PPOSpec,
+    replayed: bool = False,
 ) -> tuple[TrainState, Metrics]:
-    """`num_ppo_epochs` passes over the experience, each over `num_mini_batches` freshly shuffled mini-batches.
+    """Train on the experience for `num_ppo_epochs`, each over `num_mini_batches` freshly shuffled mini-batches.
 
-    With `replay`, each pass goes on over the experiences kept before. `target_kl` ends all of it early.
+    A mini-batch whose policy is further than `target_kl` from pi_old is skipped, and so are those after it. A
+    `replayed` experience, of an earlier update, is trained on after the new one: it changes parameters and optimizer
+    state only, and its mini-batches are skipped one by one.
     """
-    ppo, batch = roles.ppo, experience.scores.shape[0]
+    ppo, batch = spec.ppo, experience.scores.shape[0]
     rows_each = batch // ppo.num_mini_batches
     num_micro = rows_each // ppo.micro_rows(batch)
-    pool = jax.tree.map(lambda x: x[None], experience)
-    if state.replay is not None:
-        pool = jax.tree.map(lambda new, old: jnp.concatenate([new, old]), pool, state.replay)
-    warm = state.step < roles.warmup_updates
-    number, kl_coef = state.step, state.kl_coef
-
-    def mini_batch(state: TrainState, source: Array, rows: Array) -> tuple[TrainState, Array, Metrics]:
-        """One optimizer step on rows of experience `source`; whether they were too far from pi_old to learn from."""
-        chosen = jax.tree.map(lambda x: x[source, rows], pool)
-        count = jnp.maximum(jnp.sum(chosen.rollout.response_mask), 1)
-        grads, metrics = gradients(lambda p, part: loss(p, part, count), state.params, chosen, num_micro)
-        far = metrics["policy/kl_avg"] > ppo.target_kl if ppo.target_kl else jnp.array(False)
-        accept = {"policy": ~far & ~warm, "critic": ~far}
-        state, norms = apply(state, grads, metrics.pop("loss"), roles.optimizers, accept)
-        return sharding.constrain(state, roles.mesh), far, finalize_metrics(metrics) | norms
+    number, kl_coef = state.step - int(replayed), state.kl_coef
+    warmup = number < spec.warmup_updates
 
     def loss(params: dict[str, Params], part: Experience, count: Array) -> tuple[Array, Metrics]:
-        mask, extra = part.rollout.response_mask, {}
-        now = measure(params, frozen, part.rollout, part.features, roles)
-        if roles.one_step(batch):
-            part, extra = complete(part, now, kl_coef, ppo)
+        mask, metrics = part.rollout.response_mask, {}
+        new = predict(params, frozen, part.rollout, part.features, spec)
+        if spec.one_step(batch):
+            part, metrics = fill_experience(part, new, kl_coef, ppo)
         clip = Clip(ppo.cliprange, ppo.cliprange_high or ppo.cliprange, ppo.dual_clip, ppo.log_ratio_clamp)
-        policy, about_policy = policy_loss(
-            now.logprobs, part.old_logprobs, part.advantages, mask, count, clip, part.weights
+        policy, policy_metrics = policy_loss(
+            new.logprobs, part.old_logprobs, part.advantages, mask, count, clip, part.weights
         )
-        value, about_value = value_loss(now.values, part.values, part.returns, mask, count, ppo.cliprange_value)
-        entropy = masked.total(now.entropy, mask) / count
+        value, value_metrics = value_loss(new.values, part.values, part.returns, mask, count, ppo.cliprange_value)
+        entropy = masked.total(new.entropy, mask) / count
         total = policy + ppo.vf_coef * value
         if ppo.entropy_coef:
             total -= ppo.entropy_coef * entropy
         if ppo.kl_in == "loss":
             assert ppo.kl_estimator != "k1"
-            kl, about_kl = kl_loss(now.logprobs, part.old_logprobs, part.ref_logprobs, mask, count, ppo.kl_estimator)
-            total, extra = total + kl_coef * kl, extra | about_kl
+            kl, kl_metrics = kl_loss(new.logprobs, part.old_logprobs, part.ref_logprobs, mask, count, ppo.kl_estimator)
+            total, metrics = total + kl_coef * kl, metrics | kl_metrics
         return total, {
-            **about_policy,
-            **about_value,
-            **extra,
+            **policy_metrics,
+            **value_metrics,
+            **metrics,
             "policy/entropy_avg": entropy,
-            "val/log_ratio_max": jnp.max(jnp.abs(now.logprobs - part.old_logprobs)),
+            "val/log_ratio_max": jnp.max(jnp.abs(new.logprobs - part.old_logprobs)),
         }
 
-    def step(carry: tuple[TrainState, Array], item: tuple[Array, Array]) -> tuple[tuple[TrainState, Array], Metrics]:
-        (state, ended), (source, rows) = carry, item
-        if not (ppo.target_kl or ppo.replay):
-            state, _, metrics = mini_batch(state, source, rows)
+    def mini_batch(state: TrainState, rows: Array) -> tuple[TrainState, Array, Metrics]:
+        """One optimizer step, and whether it was skipped for `target_kl`."""
+        chosen = jax.tree.map(lambda x: x[rows], experience)
+        count = jnp.maximum(jnp.sum(chosen.rollout.response_mask), 1)
+        grads, metrics = gradients(lambda p, part: loss(p, part, count), state.params, chosen, num_micro)
+        far = metrics["policy/kl_avg"] > ppo.target_kl if ppo.target_kl else jnp.array(False)
+        accept = {"policy": ~far & ~warmup, "critic": ~far}
+        state, norms = apply(state, grads, metrics.pop("loss"), spec.optimizers, accept)
+        return sharding.constrain(state, spec.mesh), far, finalize_metrics(metrics) | norms
+
+    def step(carry: tuple[TrainState, Array], rows: Array) -> tuple[tuple[TrainState, Array], Metrics]:
+        state, ended = carry
+        if not ppo.target_kl:
+            state, _, metrics = mini_batch(state, rows)
             return (state, ended), metrics | {"policy/steps": jnp.float32(1)}
-        kept = (source == 0) | (source <= jnp.minimum(number, ppo.replay))
-        blank = jax.eval_shape(mini_batch, state, source, rows)[2]
-        state, far, metrics = jax.lax.cond(
-            kept & ~ended,
-            lambda: mini_batch(state, source, rows),
-            lambda: (state, ended, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank)),
-        )
-        return (state, ended | (far & (source == 0))), metrics | {"policy/steps": (kept & ~ended).astype(jnp.float32)}
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(mini_batch, state, rows)[2])
+        state, far, metrics = jax.lax.cond(~ended, lambda: mini_batch(state, rows), lambda: (state, ended, zeros))
+        return (state, ended | (far & (not replayed))), metrics | {"policy/steps": (~ended).astype(jnp.float32)}
 
-    def orders(key: Array) -> tuple[Array, Array]:
-        """(which experience, which of its rows) of every mini-batch of a pass."""
-        keys = jax.random.split(key, 1 + ppo.replay) if ppo.replay else key[None]
-        rows = jax.vmap(lambda k: jax.random.permutation(k, batch).reshape(ppo.num_mini_batches, rows_each))(keys)
-        sources = jnp.repeat(jnp.arange(1 + ppo.replay), ppo.num_mini_batches)
-        return sources, rows.reshape(-1, rows_each)
-
-    def epoch(carry: tuple[TrainState, Array], key: Array) -> tuple[tuple[TrainState, Array], Metrics]:
-        return jax.lax.scan(step, carry, orders(key))
-
-    start = state, jnp.array(False)
-    (state, _), stacked = jax.lax.scan(epoch, start, jax.random.split(key, ppo.num_ppo_epochs))
+    keys = jax.random.split(key, ppo.num_ppo_epochs)
+    orders = jax.vmap(lambda k: jax.random.permutation(k, batch))(keys).reshape(-1, rows_each)
+    (state, _), stacked = jax.lax.scan(step, (state, jnp.array(False)), orders)
     ran = stacked.pop("policy/steps")
     metrics = {k: jnp.sum(jnp.where(ran > 0, v, 0)) / jnp.sum(ran) for k, v in stacked.items()}
     metrics["policy/steps"] = jnp.sum(ran)
-    metrics["val/first_log_ratio_max"] = stacked["val/log_ratio_max"][0, 0]
+    metrics["val/first_log_ratio_max"] = stacked["val/log_ratio_max"][0]
     metrics["val/log_ratio_max"] = jnp.max(stacked["val/log_ratio_max"])
     metrics["skipped_updates"] = jnp.sum(stacked["skipped_updates"])
+    if replayed:
+        return sharding.constrain(state, spec.mesh), metrics
     kl = metrics.get("objective/kl")
     if kl is None:
         mask = experience.rollout.response_mask
@@ -230,15 +290,6 @@ def update(
         state,
         step=number + 1,
         kl_coef=adaptive_kl_coef(kl_coef, kl, ppo.kl_target, ppo.kl_horizon, batch),
-        reference=sync_reference(state, number, roles.sync_every, roles.sync_alpha),
-        replay=remembered(state.replay, experience, number),
+        reference=sync_reference(state, number, spec.sync_every, spec.sync_alpha),
     )
-    return sharding.constrain(state, roles.mesh), metrics
-
-
-def remembered(replay: Experience | None, experience: Experience, number: Array) -> Experience | None:
-    """The kept experiences [n, B, ...] with the newest in the place of the oldest."""
-    if replay is None:
-        return None
-    size = replay.scores.shape[0]
-    return jax.tree.map(lambda kept, new: kept.at[number % size].set(new), replay, experience)
+    return sharding.constrain(state, spec.mesh), metrics

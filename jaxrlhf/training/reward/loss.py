@@ -1,4 +1,4 @@
-"""What a reward model learns by: the scores of a batch, and the loss that suits what was said of its responses."""
+"""Scores of a batch of responses, and the loss of a reward model on them."""
 
 import math
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from jaxrlhf.types import PackedPairs, Params, Responses
 
 
 class Objective(NamedTuple):
-    """The loss and its numbers, as in `RewardConfig`."""
+    """The loss and its coefficients, as in `RewardConfig`."""
 
     loss: str
     label_smoothing: float
@@ -32,13 +32,10 @@ def objective_of(config: RewardConfig) -> Objective:
 def response_scores(
     params: Params, batch: Responses | PackedPairs, model: ModelConfig, keys: Array | None
 ) -> Float[Array, "... G"]:
-    """Scores, or log-odds of two labels, [B, G] by one forward over B * G texts; of packed pairs [B, M, 2], by one over
-    B rows.
-
-    `keys` [B] are for dropout, in training; each text has a key of its own.
-    """
+    """Scores, or log-odds of a two-label model: [B, G] by one forward over B * G texts, or [B, M, 2] of packed pairs by
+    one over B rows. `keys` [B] are for dropout in training; each text gets a key of its own."""
     shape = batch.real.shape
-    head_keys = None if keys is None else _spread(keys, math.prod(shape[1:]))
+    head_keys = None if keys is None else _text_keys(keys, math.prod(shape[1:]))
     if isinstance(batch, PackedPairs):
         texts = batch.texts
         hidden = forward(params, model, texts.tokens, texts.mask, texts.positions, texts.segments, keys)
@@ -52,29 +49,29 @@ def response_scores(
     return jax.vmap(lambda row, key: log_odds(params, model, row, key))(hidden, head_keys).reshape(shape)
 
 
-def _spread(keys: Array, number: int) -> Array:
+def _text_keys(keys: Array, number: int) -> Array:
     """[B] -> [B * number]."""
     each = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(number)))(keys)
     return each.reshape(-1)
 
 
 def response_loss(
-    found: Float[Array, "*rows G"],
+    scores: Float[Array, "*rows G"],
     real: Bool[Array, "*rows G"],
     target: Float[Array, "*rows"],
     count: Scalar,
     objective: Objective,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The loss of `objective` over scores, and its metrics, of which `loss` is one: a sum over rows divided by `count`,
-    the number of rows in the whole batch."""
+    """The loss of `objective` and its metrics, `loss` among them: a sum over rows divided by `count`, the number of
+    rows in the whole batch."""
     if objective.loss == "ranking":
-        return reward.ranking_loss(found, real, count)
-    first, mask = found[..., 0], real[..., 0]
+        return reward.ranking_loss(scores, real, count)
+    first, mask = scores[..., 0], real[..., 0]
     if objective.loss == "classification":
         return reward.classification_loss(first, target > 0, mask, count)
     if objective.loss == "regression":
         return reward.regression_loss(first, target, mask, count)
-    second = found[..., 1]
+    second = scores[..., 1]
     if objective.loss == "ties":
         loss, metrics = reward.ties_loss(first, second, target > 0, mask, count, objective.nu)
     else:

@@ -1,0 +1,163 @@
+"""The programs of a run, compiled for the longest rows of its data without loading a model."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf import sharding, weights
+from jaxrlhf.compilation import Compiled, compile_shapes
+from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.data import batching
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.rewards.sources.model import sequence_scores_jit, token_scores_jit
+from jaxrlhf.rollout import engine
+from jaxrlhf.rollout.decode import generate
+from jaxrlhf.rollout.inference_copy import convert
+from jaxrlhf.training import sft
+from jaxrlhf.training.dpo import update as dpo_update
+from jaxrlhf.training.dpo.trainer import DPOTrainer
+from jaxrlhf.training.grpo import update as grpo_update
+from jaxrlhf.training.grpo.trainer import GRPOTrainer
+from jaxrlhf.training.on_policy.policy import without_moments
+from jaxrlhf.training.ppo import update as ppo_update
+from jaxrlhf.training.ppo.trainer import PPOTrainer
+from jaxrlhf.training.reward import trainer as reward
+from jaxrlhf.training.reward.trainer import RewardTrainer
+from jaxrlhf.training.samples import Samples
+from jaxrlhf.training.setup import RunConfig
+from jaxrlhf.training.sft import SFTTrainer
+from jaxrlhf.types import Params, Rollout
+
+Trainer = SFTTrainer | RewardTrainer | DPOTrainer | PPOTrainer | GRPOTrainer
+Programs = dict[str, list[Compiled]]
+"""Compiled programs by the name of the function."""
+KEY = jax.random.key(0)
+
+
+def abstract_trainer(config: RunConfig, reward: Callable[..., Any] | None = None) -> Trainer:
+    """The trainer of a run with shapes in place of parameters. Raises what the trainer raises."""
+    with weights.abstract_weights():
+        match config:
+            case GRPOConfig():
+                return GRPOTrainer(config, reward)
+            case PPOConfig():
+                return PPOTrainer(config, reward)
+            case RewardConfig():
+                return RewardTrainer(config)
+            case DPOConfig():
+                return DPOTrainer(config)
+            case SFTConfig():
+                return SFTTrainer(config)
+
+
+def compile_longest(trainer: Trainer) -> Programs:
+    """Compile every program of the run for the longest rows of its data. The trainer's parameters may be shapes.
+
+    Raises ConfigError for an on-policy run without prompts.
+    """
+    programs: Programs = {}
+
+    def compile_program(program: Any, *args: Any, **kwargs: Any) -> Any:
+        """Add a program; returns the shapes of its results."""
+        compiled = compile_shapes(program, *args, **kwargs)
+        programs.setdefault(compiled.name, []).append(compiled)
+        return compiled.outputs
+
+    match trainer:
+        case PPOTrainer() | GRPOTrainer():
+            _compile_on_policy(trainer, compile_program)
+        case DPOTrainer():
+            _compile_dpo(trainer, compile_program)
+        case SFTTrainer() | RewardTrainer():
+            _compile_supervised(trainer, compile_program)
+    return programs
+
+
+def _compile_supervised(trainer: SFTTrainer | RewardTrainer, compile_program: Callable[..., Any]) -> None:
+    module, role = (sft, "policy") if isinstance(trainer, SFTTrainer) else (reward, "reward")
+    state, train = trainer.state.template, trainer.config.train
+    batch = trainer.collate(batching.longest(trainer.rows.train, train.batch_size))
+    compile_program(module.update, state, trainer.frozen, batch, trainer.key, **trainer.static)
+    params = {**trainer.frozen, **state.params[role]}
+    held_out = batching.longest(trainer.rows.validation, train.eval_batch_size)
+    for batch in trainer.eval_batches(held_out):
+        compile_program(module.evaluate, params, batch, model=trainer.model)
+    if isinstance(trainer, SFTTrainer):
+        _compile_samples(trainer.samples, params, trainer.key, compile_program)
+
+
+def _compile_dpo(trainer: DPOTrainer, compile_program: Callable[..., Any]) -> None:
+    state, train, rows = trainer.state.template, trainer.config.train, trainer.rows
+    batch = rows.longest(rows.train, train.batch_size)
+    compile_program(dpo_update.update, state, trainer.frozen, batch, trainer.key, **trainer.static)
+    policy = {**trainer.frozen, **state.params["policy"]}
+    scored = [] if trainer.reference_known else [(trainer.frozen or policy, rows.train)]
+    for params, part in [*scored, (policy, rows.held_out)]:
+        if part.rows:
+            pairs = rows.longest(part, train.eval_batch_size).pairs
+            compile_program(dpo_update.score, params, pairs, model=trainer.model)
+    _compile_samples(trainer.samples, policy, trainer.key, compile_program)
+
+
+def _compile_samples(samples: Samples, params: Params, key: jax.Array, compile_program: Callable[..., Any]) -> None:
+    decoder_params = compile_program(convert, params, samples.model, samples.decoder)
+    stop_ids, pad_id = samples.tokenizer.stop_ids, samples.tokenizer.pad_id
+    compile_program(generate, decoder_params, samples.decoder, samples.prompts, key, samples.sampling, stop_ids, pad_id)
+
+
+def _compile_on_policy(trainer: PPOTrainer | GRPOTrainer, compile_program: Callable[..., Any]) -> None:
+    if not trainer.data:
+        raise ConfigError("data.path is empty: how long prompts are decides what an update needs; give a file of them")
+    config, size = trainer.config, trainer.run.settings.batch_size
+    state, frozen = trainer.state.template, trainer.frozen
+    rows = batching.longest(trainer.data.train, size)
+    policy = {**frozen["policy"], **state.params["policy"]}
+    rollout = _compile_rollout(trainer, policy, rows, compile_program)
+    columns = trainer.sampler.columns + config.sampling.response_length
+    for component in trainer.scorer.components.values():
+        model = trainer.scorer.models.get(component.name)
+        if model is not None:
+            program = token_scores_jit if component.per_token else sequence_scores_jit
+            compile_program(program, model.params, model.model, *model.padded_rows(columns))
+    scores = sharding.put_rows(np.zeros(size, np.float32), trainer.mesh)
+    if isinstance(trainer, PPOTrainer):
+        if state.replay is not None:  # kept rollouts have their full width
+            one = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), state.replay.rollout))
+            rollout = jax.tree.map(lambda x: sharding.rows_shape(x, trainer.mesh), one)
+        token_scores = None
+        if trainer.scorer.per_token:
+            shape = size, config.sampling.response_length
+            token_scores = sharding.put_rows(np.zeros(shape, np.float32), trainer.mesh)
+        args = without_moments(state), frozen, rollout, scores, token_scores
+        experience, _ = compile_program(ppo_update.annotate, *args, spec=trainer.spec)
+        used = {role: frozen[role] for role in ("policy", "critic")}
+        compile_program(ppo_update.update, state, used, experience, KEY, spec=trainer.spec)
+    else:
+        greedy = scores if config.grpo.recipe.advantage == "greedy" else None
+        args = without_moments(state), frozen, rollout, scores, greedy
+        experience, _ = compile_program(grpo_update.annotate, *args, spec=trainer.spec)
+        used = {"policy": frozen["policy"]}
+        compile_program(grpo_update.update, state, used, experience, KEY, spec=trainer.spec)
+
+
+def _compile_rollout(
+    trainer: PPOTrainer | GRPOTrainer, policy: Params, rows: Sequence[Any], compile_program: Callable[..., Any]
+) -> Rollout:
+    """Compile the rollout of `rows`; returns its shapes."""
+    sampler = trainer.sampler
+    group = sampler.shared(len(rows))
+    prompts = sampler.prompts(rows, group)
+    decoder_params = compile_program(convert, policy, sampler.model, sampler.decoder)
+    rest = KEY, sampler.sampling, sampler.tokenizer.stop_ids, sampler.tokenizer.pad_id
+    if not 0 < sampler.slots < len(rows):
+        return compile_program(generate, decoder_params, sampler.decoder, prompts, *rest, group=group)
+    layout = {"slots": sampler.slots, "group": group, "columns": sampler.columns, "mesh": sampler.mesh}
+    for program, args in engine.slot_programs(decoder_params, sampler.decoder, prompts, *rest, **layout):
+        compile_program(program, *args)
+    shapes = jax.eval_shape(
+        lambda params: generate(params, sampler.decoder, prompts, *rest, group=group), decoder_params
+    )
+    return jax.tree.map(lambda x: sharding.rows_shape(x, sampler.mesh), shapes)

@@ -1,0 +1,60 @@
+"""LoRA adapters of a run: added to a model, their base model quantized, trainable and frozen parameters split."""
+
+import dataclasses
+import functools
+
+import jax
+
+from jaxrlhf import lora as lora_params
+from jaxrlhf.config import LoRA
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.models import Adapters, Bits, ModelConfig
+from jaxrlhf.types import Params
+from jaxrlhf.weights import peft
+
+
+def with_adapters(model: ModelConfig, lora: LoRA, added: tuple[int, ...] = ()) -> ModelConfig:
+    """The model with the adapters that `lora` configures, and trainable rows for the `added` token ids. Raises
+    ConfigError for matrices and layers that the model does not have."""
+    if not lora.enabled:
+        return model
+    peft.modules(model, lora.target_modules)
+    if lora.layers and lora.layers[1] > model.num_layers:
+        raise ConfigError(f"lora.layers is {list(lora.layers)}, and the model has {model.num_layers} layers")
+    adapters = Adapters(lora.rank, lora.alpha, lora.use_rslora, lora.dropout, lora.layers, added)
+    return dataclasses.replace(model, adapters=adapters)
+
+
+def add_adapters(params: Params, model: ModelConfig, lora: LoRA, key: jax.Array) -> Params:
+    """The parameters with new adapters, over a quantized base model if `lora.quantize` is set; unchanged without
+    adapters."""
+    if not lora.enabled:
+        return params
+    base = quantize(params, lora)
+    return {**base, **_init_adapters(base, model, lora, key)}
+
+
+def quantize(params: Params, lora: LoRA) -> Params:
+    """The base model as `lora.quantize` stores it; unchanged if it is quantized already."""
+    if lora.quantize == "none" or "codes" in params["layers"]["mlp"]["up"]:
+        return params
+    return _quantize(params, lora.quantize, lora.double_quant)
+
+
+def split_trainable(params: Params, frozen_trunk: bool) -> tuple[Params, Params]:
+    """(trainable, frozen) parameters; laid over each other they are the model. With `frozen_trunk` only adapters and
+    the scalar head train, else everything does."""
+    if not frozen_trunk:
+        return params, {}
+    trainable = {k: v for k, v in params.items() if k in ("lora", "score")}
+    return trainable, {k: v for k, v in params.items() if k not in trainable}
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "double"))
+def _quantize(params: Params, bits: Bits, double: bool) -> Params:
+    return lora_params.pack(params, bits, double)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "lora"))
+def _init_adapters(base: Params, model: ModelConfig, lora: LoRA, key: jax.Array) -> Params:
+    return lora_params.init(model, base, peft.modules(model, lora.target_modules), key, magnitudes=lora.use_dora)
