@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +28,21 @@ GENERATION_CONFIG = "generation_config.json"
 Remat = Literal["none", "full", "dots"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 _HUB_SCHEME = "hf://"
+_abstract = ContextVar("abstract_weights", default=False)
+
+
+@contextmanager
+def abstract_weights() -> Iterator[None]:
+    """While the block runs, `load` reads no weights and returns `(model, shapes)`.
+
+    `shapes` are `jax.ShapeDtypeStruct`s with the shapes, dtypes and, if a mesh is given, shardings of the arrays that
+    `load` would return. `dtype="auto"` reads the headers of the weight files, which hold the stored dtypes.
+    """
+    token = _abstract.set(True)
+    try:
+        yield
+    finally:
+        _abstract.reset(token)
 
 
 def resolve(path: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -208,12 +225,22 @@ def load(
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"dtype must be 'auto', 'float32' or 'bfloat16', got {dtype!r}")
-    folder = resolve(path, revision, weights=init == "pretrained")
+    abstract_only = _abstract.get()
+    needs_weights = init == "pretrained" and (dtype == "auto" or not abstract_only)
+    folder = resolve(path, revision, weights=needs_weights)
     model, fresh = _describe(folder, head, compute_dtype, remat)
-    folder, beside = described_by(folder, weights=init == "pretrained")
+    folder, beside = described_by(folder, weights=needs_weights)
     if beside:
         if init == "random":
             raise ConfigError(f"{beside}: adapters belong to the weights of {folder}; random ones cannot be had")
+        if abstract_only:
+            key = jax.random.key(0) if peft.labels(beside) else key
+            _, shapes = load(folder, dtype=dtype, head=model.head, key=key, mesh=mesh)
+            if peft.labels(beside):  # the score head of the adapters is float32 whatever `dtype` is
+                kernel = shapes["score"]["kernel"]
+                shape = (model.hidden_size, model.num_labels)
+                shapes["score"] = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=kernel.sharding)}
+            return model, shapes
         found, added = peft.read(beside, model)
         key = jax.random.key(0) if "score" in added else key  # the head of the base gives way to theirs
         with jax.default_device(None if mesh is None else _one_device(mesh)):  # to the same bits on any mesh
@@ -229,6 +256,11 @@ def load(
     draw = partial(models.init, model, dtype="float32" if dtype == "auto" else dtype)
     abstract = jax.eval_shape(draw, jax.random.key(0))
     placed = None if mesh is None else sharding.shardings(abstract, mesh)
+    if abstract_only:
+        if needs_weights:
+            found = mapping.match(model, abstract, safetensors.scan_folder(folder), without=made, where=str(folder))
+            abstract = mapping.with_stored_dtypes(model, abstract, found, without=made)
+        return model, abstract if placed is None else sharding.with_shardings(abstract, placed)
     if init == "random":
         return model, jax.jit(draw, out_shardings=placed)(key)
     entries = safetensors.scan_folder(folder)

@@ -128,6 +128,20 @@ def fill(
     return params
 
 
+def with_stored_dtypes(model: ModelConfig, abstract: Params, entries: dict[str, Entry], *, without: str) -> Params:
+    """The shapes of `abstract` in the dtypes that `fill` gives for "auto"; leaves under `without` are unchanged."""
+    stored: dict[tuple[str, ...], set[np.dtype]] = defaultdict(set)
+    for tensor in tensors(model):
+        if tensor.path[0] != without:
+            stored[tensor.path].add(entries[tensor.name].dtype)
+
+    def with_dtype(keys: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        dtypes = stored.get(tuple(key.key for key in keys))
+        return jax.ShapeDtypeStruct(leaf.shape, _dtype(dtypes)) if dtypes else leaf
+
+    return jax.tree_util.tree_map_with_path(with_dtype, abstract)
+
+
 def _dtype(stored: set[np.dtype]) -> np.dtype:
     only = next(iter(stored)) if len(stored) == 1 else np.dtype(np.float32)
     return only if only == jnp.bfloat16 else np.dtype(np.float32)
