@@ -76,7 +76,7 @@ def _found(source: ModelSource, run: Path) -> ModelSource:
 
 def merge(folder: Path, target: Path) -> Path:
     """Write the model that a folder of adapters makes of the one they are for. DataError if it holds none."""
-    base, adapters = weights.described_by(weights.resolve(folder))
+    base, adapters = weights.base_and_adapters(weights.resolve(folder))
     if adapters is None:
         raise DataError(f"{folder} holds a whole model, and no adapters to merge")
     model, params = weights.load(folder)

@@ -133,7 +133,7 @@ def load_model(
         model, params = weights.resize_embeddings(model, params, tokenizer.size)
         params = jax.device_put(params, sharding.shardings(params, mesh))
     check_vocab(tokenizer, model.vocab_size)
-    whole, adapters_folder = weights.described_by(weights.resolve(source.path, source.revision, weights=False))
+    whole, adapters_folder = weights.base_and_adapters(weights.resolve(source.path, source.revision, weights=False))
     if source.merged_path and adapters_folder:
         facts = {"method": "merge", "base_model": str(whole), "adapters": str(adapters_folder)}
         weights.export(source.merged_path, model, params, source=whole, tokenizer=tokenizer, facts=facts)

@@ -452,14 +452,14 @@ print(peak() - before, sum(x.nbytes for x in leaves), params["embed"]["embedding
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_memory_while_loading_half_a_billion_parameters(tmp_path):
     """Peak host memory stays under the size of the parameters, the largest tensor and 300 MB (here: of jax and XLA)."""
-    from jaxrlhf.weights import families, mapping, writer
+    from jaxrlhf.weights import families, mapping, names, writer
 
     (tmp_path / "config.json").write_text(json.dumps(QWEN))
     model = families.parse(QWEN, "")
     abstract = jax.eval_shape(lambda k: models.init(model, k), jax.random.key(0))
     block = np.random.default_rng(0).standard_normal(1 << 20).astype(jnp.bfloat16)
     sources = []
-    for tensor in families.tensors(model):
+    for tensor in names.tensors(model):
         shape = mapping.shape_of(tensor, mapping.leaf_at(abstract, tensor.path))
         sources.append(writer.Source(tensor.name, block.dtype, shape, lambda shape=shape: np.resize(block, shape)))
     try:

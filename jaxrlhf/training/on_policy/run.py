@@ -100,7 +100,9 @@ class Online:
             policy = setup.load_model(
                 config.model, tokenizer=self.tokenizer, mesh=self.mesh, key=self._init_key, head="lm", storage=storage
             )
-        folder, merged = weights.described_by(weights.resolve(config.model.path, config.model.revision, weights=False))
+        folder, merged = weights.base_and_adapters(
+            weights.resolve(config.model.path, config.model.revision, weights=False)
+        )
         for judge in self.scorer.models.values() if config.lora.enabled and not merged else ():
             if judge is not own:
                 judge.share(folder, policy)
