@@ -77,7 +77,9 @@ def examine_model(config: PPOConfig) -> bool:
     """Load the model in float32, print what it is, and run checks that need nothing but itself, then those of PPO with
     what else `config` says; whether all passed."""
     path, revision = config.model.path, config.model.revision
-    whole, _ = weights.described_by(weights.resolve(path, revision), weights=True)  # of adapters, what they are for
+    whole, _ = weights.base_and_adapters(
+        weights.resolve(path, revision), weights=True
+    )  # of adapters, what they are for
     model, params = weights.load(path, revision=revision, dtype="float32", compute_dtype="float32")
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"model {path}: {model.family}, {size:,} parameters, head {model.head}, context {model.max_positions}")

@@ -128,7 +128,7 @@ def _settings(config: PPOConfig, rows: Sequence[PromptRow], count: int) -> dict[
 
 def _content(path: str, revision: str | None) -> str:
     """A hash of a model's description and weights, adapters and what they are for."""
-    found = weights.described_by(weights.resolve(path, revision), weights=True)
+    found = weights.base_and_adapters(weights.resolve(path, revision), weights=True)
     files = [file for folder in found if folder for file in sorted(folder.iterdir())]
     total = hashlib.sha256()
     for file in files:

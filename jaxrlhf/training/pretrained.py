@@ -38,7 +38,7 @@ def save(
         "config": dataclasses.asdict(config),
         "metrics": {k: v for k, v in results.items() if not k.startswith("perf/")},
     }
-    source, _ = weights.described_by(weights.resolve(config.model.path, config.model.revision, weights=False))
+    source, _ = weights.base_and_adapters(weights.resolve(config.model.path, config.model.revision, weights=False))
     stops = () if isinstance(config, RewardConfig) else config.sampling.stop_token_ids
     base = None if merge_lora else _base_model(config, model)
     return weights.export(
@@ -54,7 +54,7 @@ def _base_model(config: RunConfig, model: ModelConfig) -> tuple[str, str | None]
     """
     source = config.model
     folder = weights.resolve(source.path, source.revision, weights=False)
-    merged = weights.described_by(folder)[1] is not None
+    merged = weights.base_and_adapters(folder)[1] is not None
     rows = weights.load_config(source.path, revision=source.revision).vocab_size
     if source.init == "random" or model.vocab_size > rows or model.head == "mlp" or (merged and not source.merged_path):
         return None

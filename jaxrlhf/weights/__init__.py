@@ -1,11 +1,12 @@
-"""Models in and out of Hugging Face layout: config.json, safetensors, the hub, model cards."""
+"""Models in Hugging Face layout: reading, writing, the hub, tokenizers and model cards."""
 
 from jaxrlhf.weights.export import export
-from jaxrlhf.weights.hub import described_by, load, load_config, resize_embeddings, resolve, tokenizer_folder
-from jaxrlhf.weights.tokenizer import open_tokenizer
+from jaxrlhf.weights.hub import base_and_adapters, resolve, tokenizer_folder
+from jaxrlhf.weights.loading import abstract_weights, load, load_config, open_tokenizer, resize_embeddings
 
 __all__ = [
-    "described_by",
+    "abstract_weights",
+    "base_and_adapters",
     "export",
     "load",
     "load_config",

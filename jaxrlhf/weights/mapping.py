@@ -1,7 +1,7 @@
-"""Between the tensors of a model folder and the parameter tree, one tensor at a time.
+"""Conversion between the tensors of a model folder and the parameter tree, one tensor at a time.
 
-The family table says which tensor is which (part of a) leaf. A leaf is filled on its device: the host holds one tensor
-at a time, transposition and conversion run where the parameters live, and each device gets its own share only.
+A leaf is filled on its device: the host holds one tensor at a time, transposition and dtype conversion run on the
+device, and each device receives only its own shard.
 """
 
 import re
@@ -20,12 +20,12 @@ from jaxrlhf.errors import DataError
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.types import Params
 from jaxrlhf.weights import safetensors, writer
+from jaxrlhf.weights.families import tensor_names
 from jaxrlhf.weights.names import Tensor, tensors
 from jaxrlhf.weights.safetensors import Entry
 
-# Constants that older versions of transformers stored beside the weights: causal masks and rotary frequencies.
+# Constants that older versions of transformers stored with the weights: causal masks and rotary frequencies
 _BUFFER = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
-_PREFIXES = ("model.", "transformer.")  # absent where a bare decoder was saved, as in the original GPT-2 files
 LM_HEAD = "lm_head.weight"
 
 
@@ -36,160 +36,175 @@ def leaf_at(tree: Params, path: tuple[str, ...]) -> Any:
     return tree
 
 
+def set_leaf(tree: Params, path: tuple[str, ...], value: Any) -> None:
+    """Put `value` into a nested dict at `path`."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
 def shape_of(tensor: Tensor, leaf: Any) -> tuple[int, ...]:
-    """The shape that the file must hold for `tensor`, from the shape of its leaf."""
+    """The stored shape of `tensor`, from the shape of its leaf."""
     shape = list(leaf.shape[1:] if tensor.layer is not None else leaf.shape)
     shape[-1] *= tensor.part[1]
     return tuple(reversed(shape)) if tensor.transpose else tuple(shape)
 
 
 def match(
-    model: ModelConfig, abstract: Params, entries: dict[str, Entry], *, without: str, where: str
+    model: ModelConfig, shapes: Params, entries: dict[str, Entry], *, new_head: bool, where: str
 ) -> dict[str, Entry]:
-    """{name in the family table: its entry}, for every tensor that `model` needs; leaves under `without` are left out.
+    """{name in the family table: its entry} for every tensor that `model` needs, but for a new score head.
 
-    Stored constants are passed over, and so are an output head that the model does not have (a language model that
-    becomes a reward model) and one that repeats the embedding it is tied to. Raises DataError that lists everything
-    else that is missing, unexpected or of another shape.
+    Ignores stored constants, the output head of a language model that becomes a reward model, and an output head equal
+    to the embedding it is tied to. Raises DataError listing all tensors that are missing, unexpected or of another
+    shape or kind.
     """
-    wanted = {t.name: shape_of(t, leaf_at(abstract, t.path)) for t in tensors(model) if t.path[0] != without}
-    found: dict[str, Entry] = {}
+    expected = {
+        tensor.name: shape_of(tensor, leaf_at(shapes, tensor.path))
+        for tensor in tensors(model)
+        if not (new_head and tensor.path[0] == "score")
+    }
+    prefixes = ("", tensor_names(model).decoder)  # a bare decoder, as in the original GPT-2 files, has no prefix
+    matched: dict[str, Entry] = {}
     unexpected = []
     for name, entry in entries.items():
-        full = next((p + name for p in ("", *_PREFIXES) if p + name in wanted), None)
-        if full is not None and full not in found:
-            found[full] = entry
-        elif not _BUFFER.search(name) and not (name == LM_HEAD and without == "score"):
+        full_name = next((prefix + name for prefix in prefixes if prefix + name in expected), None)
+        if full_name is not None and full_name not in matched:
+            matched[full_name] = entry
+        elif not _BUFFER.search(name) and not (name == LM_HEAD and new_head):
             unexpected.append(name)
     if LM_HEAD in unexpected and model.head == "lm" and model.tie_embeddings:
         embedding = next(t.name for t in tensors(model) if t.path == ("embed", "embedding"))
-        if embedding in found and not safetensors.same(entries[LM_HEAD], found[embedding]):
+        if embedding in matched and not safetensors.same(entries[LM_HEAD], matched[embedding]):
             raise DataError(
                 f"{where}: config.json ties the output head to the embedding (tie_word_embeddings), but there is a "
-                f"{LM_HEAD} that differs from {found[embedding].name}; if that head is meant, make it false"
+                f"{LM_HEAD} that differs from {matched[embedding].name}; if that head is meant, make it false"
             )
         unexpected.remove(LM_HEAD)
-    lines = [f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in found]
-    lines += [f"unexpected: {_printable(name)} {list(entries[name].shape)}" for name in unexpected]
-    lines += [
-        f"wrong shape: {name} is {list(found[name].shape)}, config.json makes it {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and found[name].shape != shape
-    ]
-    lines += [
-        f"wrong dtype: {name} holds {e.dtype}, not floating-point numbers; quantised models are not supported"
-        for name, e in found.items()
-        if not jnp.issubdtype(e.dtype, jnp.floating)
-    ]
-    if lines:
-        raise DataError(f"{where}: the weights do not fit config.json ({model.family}):\n  " + "\n  ".join(lines))
-    return found
-
-
-def _printable(name: str) -> str:
-    return name if name.isprintable() else ascii(name)
+    problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in matched]
+    for name in unexpected:
+        problems.append(f"unexpected: {name if name.isprintable() else ascii(name)} {list(entries[name].shape)}")
+    for name, entry in matched.items():
+        if entry.shape != expected[name]:
+            problems.append(f"wrong shape: {name} is {list(entry.shape)}, config.json makes it {list(expected[name])}")
+        if not jnp.issubdtype(entry.dtype, jnp.floating):
+            problems.append(
+                f"wrong dtype: {name} holds {entry.dtype}, not floating-point numbers; quantised models are not "
+                "supported"
+            )
+    if problems:
+        raise DataError(f"{where}: the weights do not fit config.json ({model.family}):\n  " + "\n  ".join(problems))
+    return matched
 
 
 def fill(
-    model: ModelConfig,
-    abstract: Params,
-    entries: dict[str, Entry],
-    *,
-    without: str,
-    dtype: str,
-    shardings: Params | None,
+    model: ModelConfig, shapes: Params, entries: dict[str, Entry], *, dtype: str, shardings: Params | None
 ) -> Params:
-    """The parameters, read from `entries` (of `match`); leaves under `without` are left out.
+    """The parameters whose tensors are in `entries` (returned by `match`).
 
-    `dtype` "auto" keeps what is stored, but float16 and float64 become float32, as do leaves of several dtypes.
+    `dtype` "auto" keeps the stored dtype, but float16, float64 and leaves of mixed dtypes become float32.
     """
-    parts: dict[tuple[str, ...], list[Tensor]] = defaultdict(list)
-    for tensor in tensors(model):
-        if tensor.path[0] != without:
-            parts[tensor.path].append(tensor)
+    by_leaf = _by_leaf(model, entries)
     params: Params = {}
-    memory = safetensors.allocate(0)  # used again: jax lets go of what it borrows some time later
-    # Largest tensor first: while it is in memory twice, the rest is not there yet.
-    for path in sorted(parts, key=lambda p: -max(entries[t.name].nbytes for t in parts[p])):
-        leaf, sharding = leaf_at(abstract, path), None if shardings is None else leaf_at(shardings, path)
-        stored = {entries[t.name].dtype for t in parts[path]}
-        kind = _dtype(stored) if dtype == "auto" else np.dtype(dtype)
-        filled = None if parts[path][0].layer is None else jnp.zeros(leaf.shape, kind, device=sharding)
-        for tensor in parts[path]:
+    buffer = safetensors.allocate(0)  # reused, because jax frees borrowed host memory late
+    # Largest tensor first: while it is in memory twice, the others are not loaded yet
+    for path in sorted(by_leaf, key=lambda path: -max(entries[t.name].nbytes for t in by_leaf[path])):
+        leaf_tensors, shape = by_leaf[path], leaf_at(shapes, path).shape
+        leaf_sharding = None if shardings is None else leaf_at(shardings, path)
+        leaf_dtype = _stored_dtype(leaf_tensors, entries) if dtype == "auto" else np.dtype(dtype)
+        leaf = None if leaf_tensors[0].layer is None else jnp.zeros(shape, leaf_dtype, device=leaf_sharding)
+        for tensor in leaf_tensors:
             entry = entries[tensor.name]
-            if not entry.nbytes <= memory.nbytes <= 2 * entry.nbytes:
-                memory = safetensors.allocate(entry.nbytes)
-            filled = _take(filled, tensor, safetensors.read(entry, memory), kind, sharding)
-            filled.block_until_ready()  # then nothing needs `memory` any more
-        here = params
-        for key in path[:-1]:
-            here = here.setdefault(key, {})
-        here[path[-1]] = filled
+            if not entry.nbytes <= buffer.nbytes <= 2 * entry.nbytes:
+                buffer = safetensors.allocate(entry.nbytes)
+            leaf = _insert(leaf, tensor, safetensors.read(entry, buffer), leaf_dtype, leaf_sharding)
+            leaf.block_until_ready()  # `buffer` is overwritten next
+        set_leaf(params, path, leaf)
     return params
 
 
-def _dtype(stored: set[np.dtype]) -> np.dtype:
-    only = next(iter(stored)) if len(stored) == 1 else np.dtype(np.float32)
-    return only if only == jnp.bfloat16 else np.dtype(np.float32)
+def with_stored_dtypes(model: ModelConfig, shapes: Params, entries: dict[str, Entry]) -> Params:
+    """`shapes` with the dtypes that `fill` gives for "auto"; leaves without entries are unchanged."""
+    by_leaf = _by_leaf(model, entries)
+
+    def with_dtype(keys: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        leaf_tensors = by_leaf.get(tuple(key.key for key in keys))
+        return jax.ShapeDtypeStruct(leaf.shape, _stored_dtype(leaf_tensors, entries)) if leaf_tensors else leaf
+
+    return jax.tree_util.tree_map_with_path(with_dtype, shapes)
 
 
-def _take(
+def _by_leaf(model: ModelConfig, entries: dict[str, Entry]) -> dict[tuple[str, ...], list[Tensor]]:
+    by_leaf: dict[tuple[str, ...], list[Tensor]] = defaultdict(list)
+    for tensor in tensors(model):
+        if tensor.name in entries:
+            by_leaf[tensor.path].append(tensor)
+    return by_leaf
+
+
+def _stored_dtype(leaf_tensors: list[Tensor], entries: dict[str, Entry]) -> np.dtype:
+    all_bfloat16 = {entries[tensor.name].dtype for tensor in leaf_tensors} == {np.dtype(jnp.bfloat16)}
+    return np.dtype(jnp.bfloat16 if all_bfloat16 else np.float32)
+
+
+def _insert(
     leaf: Array | None, tensor: Tensor, array: np.ndarray, dtype: np.dtype, sharding: NamedSharding | None
 ) -> Array:
-    """The leaf with one more tensor in it."""
+    """Write a tensor into its layer of `leaf`, or return it as a new leaf if it has no layer."""
     index, count = tensor.part
     if count > 1:
         array = np.split(array, count, axis=0 if tensor.transpose else -1)[index]
-    if array.dtype == np.float64:  # which jax does not take as it is
+    if array.dtype == np.float64:  # jax does not accept it
         array = array.astype(np.float32)
-    piece = _put(array, tensor, sharding)
+    piece = _to_device(array, tensor, sharding)
     if leaf is None:
-        return _whole(piece, dtype, tensor.transpose, sharding)
+        return _new_leaf(piece, dtype, tensor.transpose, sharding)
     assert tensor.layer is not None
-    return _into_layer(leaf, piece, tensor.layer, tensor.transpose, sharding)
+    return _insert_layer(leaf, piece, tensor.layer, tensor.transpose, sharding)
 
 
-def _put(array: np.ndarray, tensor: Tensor, leaf: NamedSharding | None) -> Array:
-    """Host memory to the device, or to every device its share: the tensor is split as the leaf will be."""
-    if leaf is None:
+def _to_device(array: np.ndarray, tensor: Tensor, leaf_sharding: NamedSharding | None) -> Array:
+    """Copy a tensor to its device, or its shards to theirs, split like the leaf."""
+    if leaf_sharding is None:
         return jax.device_put(array)
     stacked = int(tensor.layer is not None)
-    spec = (*leaf.spec, *(None,) * (array.ndim + stacked - len(leaf.spec)))[stacked:]
-    sharding = NamedSharding(leaf.mesh, P(*(reversed(spec) if tensor.transpose else spec)))
+    axes = (*leaf_sharding.spec, *(None,) * (array.ndim + stacked - len(leaf_sharding.spec)))[stacked:]
+    sharding = NamedSharding(leaf_sharding.mesh, P(*(reversed(axes) if tensor.transpose else axes)))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 @partial(jax.jit, static_argnames=("dtype", "transpose", "sharding"))
-def _whole(piece: Array, dtype: np.dtype, transpose: bool, sharding: NamedSharding | None) -> Array:
-    # A copy even where nothing changes: memory that jax does not own could not be donated to an update
+def _new_leaf(piece: Array, dtype: np.dtype, transpose: bool, sharding: NamedSharding | None) -> Array:
+    # Always copy: memory that jax does not own could not be donated to an update
     leaf = jnp.copy((piece.T if transpose else piece).astype(dtype))
     return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames=("transpose", "sharding"))
-def _into_layer(leaf: Array, piece: Array, layer: int, transpose: bool, sharding: NamedSharding | None) -> Array:
+def _insert_layer(leaf: Array, piece: Array, layer: int, transpose: bool, sharding: NamedSharding | None) -> Array:
     piece = (piece.T if transpose else piece).astype(leaf.dtype)
     leaf = jax.lax.dynamic_update_index_in_dim(leaf, piece, layer, 0)
     return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
 
 
 def sources(model: ModelConfig, params: Params, dtype: str | None) -> list[writer.Source]:
-    """What to write for `params`: every tensor of the family table, read from the device when its turn comes."""
-    parts: dict[str, list[Tensor]] = defaultdict(list)
+    """All tensors of a model, to be written in `dtype`; each is copied from the device when it is written."""
+    by_name: dict[str, list[Tensor]] = defaultdict(list)
     for tensor in tensors(model):
-        parts[tensor.name].append(tensor)
-    found = []
-    for name, tensors_ in parts.items():
-        leaf = leaf_at(params, tensors_[0].path)
-        kind = np.dtype(dtype or leaf.dtype)
-        found.append(writer.Source(name, kind, shape_of(tensors_[0], leaf), partial(_tensor, params, tensors_, kind)))
-    return found
+        by_name[tensor.name].append(tensor)
+    result = []
+    for name, parts in by_name.items():
+        leaf = leaf_at(params, parts[0].path)
+        stored_dtype = np.dtype(dtype or leaf.dtype)
+        read = partial(_to_host, params, parts, stored_dtype)
+        result.append(writer.Source(name, stored_dtype, shape_of(parts[0], leaf), read))
+    return result
 
 
-def _tensor(params: Params, parts: list[Tensor], dtype: np.dtype) -> np.ndarray:
+def _to_host(params: Params, parts: list[Tensor], dtype: np.dtype) -> np.ndarray:
     arrays = []
     for tensor in sorted(parts, key=lambda t: t.part):
         leaf = leaf_at(params, tensor.path)
         arrays.append(np.asarray(leaf if tensor.layer is None else leaf[tensor.layer]).astype(dtype, copy=False))
-    whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
-    return whole.T if parts[0].transpose else whole
+    joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+    return joined.T if parts[0].transpose else joined

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from jaxrlhf import models
 from jaxrlhf.models import ModelConfig
-from jaxrlhf.weights import families
+from jaxrlhf.weights import families, names
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "models"
 CASES = sorted(folder.name for folder in FOLDER.iterdir())
@@ -57,7 +57,7 @@ def params_from(model: ModelConfig, named: Mapping[str, np.ndarray]) -> dict[str
     abstract = jax.eval_shape(lambda key: models.init(model, key), jax.random.key(0))
     found: dict[tuple[str, ...], dict[int | None, np.ndarray]] = {}
     used = set()
-    for tensor in families.tensors(model):
+    for tensor in names.tensors(model):
         array = np.asarray(named[tensor.name])
         used.add(tensor.name)
         array = array.T if tensor.transpose else array
@@ -78,7 +78,7 @@ def params_from(model: ModelConfig, named: Mapping[str, np.ndarray]) -> dict[str
 def named_from(model: ModelConfig, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The other way: what each tensor of the folder holds."""
     parts: dict[str, dict[int, np.ndarray]] = {}
-    for tensor in families.tensors(model):
+    for tensor in names.tensors(model):
         leaf: Any = tree
         for key in tensor.path:
             leaf = leaf[key]

@@ -8,7 +8,7 @@ import pytest
 from jaxrlhf import models
 from jaxrlhf.errors import DataError
 from jaxrlhf.models import ModelConfig, Rope
-from jaxrlhf.weights import families
+from jaxrlhf.weights import families, names
 
 FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "models"
 
@@ -278,7 +278,7 @@ def test_every_leaf_has_its_tensors(case):
     config = mlp if case == "mlp" else json.loads((FIXTURES / case / "config.json").read_text())
     model = families.parse(config, "config.json")
     shapes, covered = leaves(model), {}
-    for tensor in families.tensors(model):
+    for tensor in names.tensors(model):
         assert tensor.path in shapes
         covered.setdefault(tensor.path, []).append(tensor.layer)
         assert tensor.transpose <= (len(shapes[tensor.path]) - (tensor.layer is not None) == 2)
@@ -286,6 +286,6 @@ def test_every_leaf_has_its_tensors(case):
     for path, found in covered.items():
         assert found == (list(range(model.num_layers)) if path[0] == "layers" else [None])
     by_name = {}
-    for tensor in families.tensors(model):
+    for tensor in names.tensors(model):
         by_name.setdefault(tensor.name, []).append(tensor.part)
     assert all(parts == [(i, len(parts)) for i in range(len(parts))] for parts in by_name.values())

@@ -14,9 +14,10 @@ import pytest
 import safetensors.numpy
 from huggingface_hub import errors
 
-from jaxrlhf import models, sharding, weights
+from jaxrlhf import lora, models, sharding, weights
 from jaxrlhf.config import Mesh
 from jaxrlhf.errors import ConfigError, DataError
+from jaxrlhf.weights import peft
 
 FOLDERS = Path(__file__).resolve().parents[1] / "fixtures" / "models"
 
@@ -338,6 +339,59 @@ def test_config_json_with_a_key_twice_is_refused(tmp_path):
         weights.load(folder)
 
 
+# ---------------------------------------------------------------- shapes without the weights
+
+
+def adapter_folder(folder: Path, base: Path, head: str) -> Path:
+    """Fresh adapters for the model in `base`, with a score head if `head` is linear."""
+    model, params = weights.load(base, head=head, key=jax.random.key(0))
+    model = dataclasses.replace(model, adapters=models.Adapters(rank=2, alpha=4.0))
+    modules = peft.modules(model, ["all-linear"])
+    adapters = lora.init(model, params, modules, jax.random.key(1), magnitudes=False)
+    folder.mkdir()
+    peft.write(folder, model, {**params, **adapters}, str(base))
+    return folder
+
+
+def assert_abstract_load_matches(path: Path, **options) -> None:
+    model, params = weights.load(path, **options)
+    with weights.abstract_weights():
+        abstract_model, shapes = weights.load(path, **options)
+    assert abstract_model == model
+    assert jax.tree.structure(shapes) == jax.tree.structure(params)
+    for leaf, shape in zip(jax.tree.leaves(params), jax.tree.leaves(shapes), strict=True):
+        assert isinstance(shape, jax.ShapeDtypeStruct)
+        assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
+        if "mesh" in options:
+            assert shape.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+        else:
+            assert shape.sharding is None
+
+
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 2, "tensor": 4}])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "llama + linear", "qwen2-score", "llama adapters", "llama scorer"])
+def test_abstract_weights_have_the_shapes_dtypes_and_shardings_of_a_load(name, dtype, mesh, tmp_path):
+    options: dict = {"dtype": dtype} | ({} if mesh is None else {"mesh": sharding.make_mesh(Mesh(**mesh))})
+    path = FOLDERS / name
+    if name == "llama + linear":
+        path, options = FOLDERS / "llama", options | {"head": "linear", "key": jax.random.key(0)}
+    elif name.startswith("llama "):
+        head = "lm" if name == "llama adapters" else "linear"
+        path = adapter_folder(tmp_path / "adapters", FOLDERS / "llama", head)
+    assert_abstract_load_matches(path, **options)
+
+
+def test_abstract_weights_of_a_known_dtype_need_config_json_alone(tmp_path):
+    (tmp_path / "config.json").write_bytes((FOLDERS / "llama" / "config.json").read_bytes())
+    assert_abstract_load_matches(tmp_path, init="random", key=jax.random.key(0), dtype="bfloat16")
+    with weights.abstract_weights():
+        _, shapes = weights.load(tmp_path, dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("bfloat16")}
+    with pytest.raises(DataError, match=r"model\.safetensors"):
+        weights.load(tmp_path, dtype="bfloat16")  # reads weights again after the block
+
+
 # ---------------------------------------------------------------- more tokens
 
 
@@ -398,14 +452,14 @@ print(peak() - before, sum(x.nbytes for x in leaves), params["embed"]["embedding
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_memory_while_loading_half_a_billion_parameters(tmp_path):
     """Peak host memory stays under the size of the parameters, the largest tensor and 300 MB (here: of jax and XLA)."""
-    from jaxrlhf.weights import families, mapping, writer
+    from jaxrlhf.weights import families, mapping, names, writer
 
     (tmp_path / "config.json").write_text(json.dumps(QWEN))
     model = families.parse(QWEN, "")
     abstract = jax.eval_shape(lambda k: models.init(model, k), jax.random.key(0))
     block = np.random.default_rng(0).standard_normal(1 << 20).astype(jnp.bfloat16)
     sources = []
-    for tensor in families.tensors(model):
+    for tensor in names.tensors(model):
         shape = mapping.shape_of(tensor, mapping.leaf_at(abstract, tensor.path))
         sources.append(writer.Source(tensor.name, block.dtype, shape, lambda shape=shape: np.resize(block, shape)))
     try:

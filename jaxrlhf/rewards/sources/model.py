@@ -78,7 +78,7 @@ class RewardModel:
     def share(self, folder: Path, base: Params) -> None:
         """Lay this model over `base`, the frozen parameters of the model in `folder`, if it is adapters for that model
         in the same precision: then nothing is in memory twice."""
-        whole, adapters = weights.described_by(weights.resolve(self.path, self.revision, weights=False))
+        whole, adapters = weights.base_and_adapters(weights.resolve(self.path, self.revision, weights=False))
         table = base["embed"]["embedding"]
         if (
             adapters

@@ -1,0 +1,114 @@
+"""Model families: conversion between config.json and `ModelConfig`.
+
+Keys of transformers 4 (`torch_dtype`, `rope_theta`, `rope_scaling`) and 5 (`dtype`, `rope_parameters`) are read. A key
+that would change the output and is not implemented is refused; keys without effect on the forward pass (dropout rates,
+special tokens, ...) are ignored. To add a family, write a module with a FAMILIES table and add it to FAMILIES here.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from jaxrlhf.errors import DataError
+from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.weights.families import gpt2, llama
+from jaxrlhf.weights.families.base import Family, TensorNames
+from jaxrlhf.weights.fields import Fields
+
+__all__ = ["FAMILIES", "parse", "render", "tensor_names"]
+
+FAMILIES = gpt2.FAMILIES | llama.FAMILIES
+
+
+def tensor_names(model: ModelConfig) -> TensorNames:
+    """The tensor names of the family of `model`."""
+    return FAMILIES[model.family].tensors
+
+
+def parse(config: dict, where: str) -> ModelConfig:
+    """The model that a config.json describes; dtype, remat and attention keep their defaults.
+
+    `where` names the file in messages. Raises DataError for an unknown `model_type`, a missing or malformed value, or
+    an option that is not implemented.
+    """
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise DataError(f"{where}: model_type {name!r} is not supported; supported are {', '.join(FAMILIES)}")
+    fields, family = Fields(config, where), FAMILIES[name]
+    fields.refuse_if_set("quantization_config", "use a copy of the model that is not quantised")
+    fields.refuse_if_set("is_encoder_decoder", "only decoders are supported")
+    fields.refuse_if_set("pruned_heads", "only whole layers are supported")
+    if any(key.startswith("AutoModel") for key in fields.mapping("auto_map")):
+        raise DataError(f"{where}: auto_map asks for custom modelling code, which is never run")
+    try:
+        return ModelConfig(
+            family=name,
+            vocab_size=fields.integer("vocab_size"),
+            tie_embeddings=fields.boolean("tie_word_embeddings", family.tied_by_default),
+            **_parse_head(fields, family),
+            **family.parse(fields),
+        )
+    except DataError:
+        raise
+    except ValueError as error:  # raised by ModelConfig for inconsistent values
+        raise DataError(f"{where}: {error}") from error
+
+
+def _parse_head(fields: Fields, family: Family) -> dict[str, Any]:
+    architectures = fields.strings("architectures")
+    if set(architectures) <= {family.language_model, f"{family.architecture}Model"}:
+        return {}
+    if architectures != [family.classifier]:
+        fields.refuse("architectures", f"[{family.language_model}] or [{family.classifier}]")
+    # transformers' default is two labels, and it writes neither id2label nor num_labels for the default
+    labels = len(fields.mapping("id2label")) or fields.integer("num_labels", 2)
+    if labels > 2:
+        raise DataError(
+            f"{fields.where}: the classifier has {labels} labels; a reward model has one (the output is the score) or "
+            "two (the score is the probability of label 1)"
+        )
+    if labels == 2:
+        fields.choice("problem_type", ("single_label_classification",))
+    return {"head": fields.choice("score_head", ("linear", "mlp"), "linear"), "num_labels": labels}
+
+
+def render(model: ModelConfig, original: dict, stored_dtype: str | None = None) -> dict:
+    """The config.json of `model`: `original` with only the differing keys rewritten; `{}` writes a new one.
+
+    `stored_dtype` is the dtype of the stored tensors ("float32", "bfloat16"); None keeps the original's value.
+    Raises DataError if a config.json of the family cannot describe the model.
+    """
+    config = rendered = _render_all(model)
+    if original:
+        before = _render_all(parse(original, "the original config.json"))
+        changed = {key: value for key, value in rendered.items() if key not in before or before[key] != value}
+        dropped = before.keys() - rendered.keys()
+        if changed.keys() & {"rope_theta", "rope_scaling"}:
+            changed |= {key: rendered[key] for key in ("rope_theta", "rope_scaling")}
+            dropped |= {"rope_parameters", "original_max_position_embeddings"}
+        if "id2label" in changed:
+            dropped |= {"num_labels", "problem_type"}
+        config = {key: value for key, value in original.items() if key not in dropped} | changed
+    if stored_dtype is not None:
+        config["dtype" if "dtype" in config else "torch_dtype"] = stored_dtype
+    not_in_file = {name: getattr(model, name) for name in ("dtype", "remat", "attention", "adapters")}
+    if replace(parse(config, "the config.json to write"), **not_in_file) != model:
+        raise DataError(f"a config.json of model_type {model.family} cannot describe this model: {model}")
+    return config
+
+
+def _render_all(model: ModelConfig) -> dict[str, Any]:
+    """A new config.json, with the keys of transformers 4, which every version reads."""
+    family = FAMILIES[model.family]
+    config: dict[str, Any] = {
+        "model_type": model.family,
+        "architectures": [family.language_model if model.head == "lm" else family.classifier],
+        "vocab_size": model.vocab_size,
+        "tie_word_embeddings": model.tie_embeddings,
+        **family.render(model),
+    }
+    if model.head != "lm":
+        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.num_labels)}
+        config["label2id"] = {f"LABEL_{i}": i for i in range(model.num_labels)}
+    if model.head == "mlp":
+        config["score_head"] = "mlp"
+    return config

@@ -1,0 +1,71 @@
+"""File names, tensor names and adapter_config.json of PEFT's layout."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from jaxrlhf.config.spelling import did_you_mean
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.lora import Module
+from jaxrlhf.models import ModelConfig, init
+from jaxrlhf.weights import safetensors
+from jaxrlhf.weights.fields import Fields
+from jaxrlhf.weights.mapping import leaf_at
+from jaxrlhf.weights.names import projections
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+ALL = "all-linear"
+PREFIX = "base_model.model."
+SCORES = (f"{PREFIX}score.weight", f"{PREFIX}score.modules_to_save.weight")
+
+
+def modules(model: ModelConfig, targets: Sequence[str]) -> list[Module]:
+    """The matrices of a layer that `targets` name, as in PEFT ("q_proj", "self_attn.q_proj"), or `all-linear`.
+
+    Raises ConfigError listing the known names if a target matches no matrix.
+    """
+    matrices = projections(model)
+    known = list(dict.fromkeys(name.rpartition(".")[2] for name in matrices))
+    result: dict[Module, None] = {}
+    for target in targets:
+        matches = [paths for name, paths in matrices.items() if target == ALL or f".{name}".endswith(f".{target}")]
+        if not matches:
+            raise ConfigError(
+                f"lora.target_modules: a {model.family} has no '{target}'{did_you_mean(target, known)}; it has "
+                f"{', '.join(known)}, or {ALL} for all of them"
+            )
+        result |= dict.fromkeys(path for paths in matches for path in paths)
+    return list(result)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds adapters and not a whole model."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """(path or hub id, revision) of the base model. Raises DataError if adapter_config.json does not name it."""
+    fields = read_fields(folder)
+    base, revision = (fields.values.get(key) for key in ("base_model_name_or_path", "revision"))
+    if not isinstance(base, str) or not base:
+        fields.refuse("base_model_name_or_path", "the base model of these adapters; write its path there")
+    return base, revision if isinstance(revision, str) and revision else None
+
+
+def num_labels(folder: Path) -> int:
+    """Number of outputs of the score head stored with the adapters; 0 if there is none."""
+    entries = safetensors.scan(folder / WEIGHTS)
+    return next((entry.shape[0] for name, entry in entries.items() if name in SCORES), 0)
+
+
+def read_fields(folder: Path) -> Fields:
+    return Fields(safetensors.read_json(folder / CONFIG), str(folder / CONFIG))
+
+
+def widths(model: ModelConfig, paths: Sequence[Module]) -> tuple[int, list[int]]:
+    """(inputs, outputs of each) of the matrices at `paths`, which share their inputs."""
+    layers = jax.eval_shape(lambda: init(model, jax.random.key(0)))["layers"]
+    shapes = [leaf_at(layers, path)["kernel"].shape for path in paths]
+    return shapes[0][1], [shape[2] for shape in shapes]

@@ -1,0 +1,95 @@
+"""Writing of adapters in PEFT's layout."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxrlhf.lora import Module, modules_of
+from jaxrlhf.models import ModelConfig
+from jaxrlhf.types import Params
+from jaxrlhf.weights import writer
+from jaxrlhf.weights.families import tensor_names
+from jaxrlhf.weights.mapping import leaf_at
+from jaxrlhf.weights.names import layer_prefix, projections
+from jaxrlhf.weights.peft import token_rows
+from jaxrlhf.weights.peft.layout import CONFIG, PREFIX, WEIGHTS, widths
+
+
+def write(folder: Path, model: ModelConfig, params: Params, base: str, revision: str | None = None) -> None:
+    """Write the adapters in `params` for the model `base`, with token rows and a linear score head if there are any.
+
+    `base` must have rows for the tokens. Where the folder joins several matrices in one tensor (GPT-2's c_attn), their
+    A are concatenated and their B placed on the block diagonal: the same product, at the sum of their ranks.
+    """
+    adapters, names = model.adapters, tensor_names(model)
+    assert adapters is not None
+    tree = params["lora"]["layers"]
+    trained = set(modules_of(tree))
+    matrices = {module: paths for module, paths in projections(model).items() if trained.intersection(paths)}
+    first, last = adapters.layers or (0, model.num_layers)
+    ranks: dict[str, int] = {}
+    tensors: dict[str, np.ndarray] = {}
+    for module, paths in matrices.items():
+        joined = _join({path: leaf_at(tree, path) for path in paths if path in trained}, paths, model)
+        rank = joined["lora_A.weight"].shape[1]
+        if rank != adapters.rank:
+            ranks[module] = rank
+        for layer in range(first, last):
+            prefix = f"{layer_prefix(model, layer)}{module}"
+            tensors |= {f"{prefix}.{part}": array[layer - first] for part, array in joined.items()}
+    if model.head == "linear":
+        tensors["score.weight"] = np.asarray(params["score"]["kernel"], np.float32).T
+    row_arrays, token_ids = token_rows.to_tensors(model, params["lora"].get("rows", {}))
+    tensors |= row_arrays
+    writer.write_file(folder / WEIGHTS, [_source(PREFIX + name, array) for name, array in tensors.items()])
+    divisors = {
+        module: adapters.alpha / dataclasses.replace(adapters, rank=rank).scale for module, rank in ranks.items()
+    }
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if model.head == "lm" else "SEQ_CLS",
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "r": adapters.rank,
+        "lora_alpha": adapters.alpha,
+        "lora_dropout": adapters.dropout,
+        "use_rslora": adapters.rank_stabilised,
+        "use_dora": any("magnitude" in leaf_at(tree, path) for path in trained),
+        "target_modules": list(matrices),
+        "layers_to_transform": None if adapters.layers is None else list(range(first, last)),
+        "layers_pattern": None if adapters.layers is None else names.layer.partition(".")[0],
+        "rank_pattern": ranks,
+        "alpha_pattern": {module: adapters.scale * divisor for module, divisor in divisors.items()},
+        "fan_in_fan_out": not names.transposed,
+        "bias": "none",
+        token_rows.KEY: token_ids,
+        "modules_to_save": None if model.head == "lm" else ["score"],
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _join(adapters: dict[Module, Params], paths: Sequence[Module], model: ModelConfig) -> dict[str, np.ndarray]:
+    """{name in PEFT's layout: array over layers} of the tensor that joins the matrices at `paths`."""
+    arrays = {path: {k: np.asarray(v, np.float32) for k, v in leaf.items()} for path, leaf in adapters.items()}
+    a = np.concatenate([parts["a"] for parts in arrays.values()], axis=-1)
+    outputs = widths(model, paths)[1]
+    b, row = np.zeros((len(a), a.shape[-1], sum(outputs)), np.float32), 0
+    for path, end, width in zip(paths, np.cumsum(outputs), outputs, strict=True):
+        if path in arrays:
+            rank = arrays[path]["b"].shape[1]
+            b[:, row : row + rank, end - width : end] = arrays[path]["b"]
+            row += rank
+    joined = {"lora_A.weight": a.swapaxes(1, 2), "lora_B.weight": b.swapaxes(1, 2)}
+    magnitudes = [parts["magnitude"] for parts in arrays.values() if "magnitude" in parts]
+    if magnitudes:
+        joined["lora_magnitude_vector"] = np.concatenate(magnitudes, axis=-1)
+    return joined
+
+
+def _source(name: str, array: np.ndarray) -> writer.Source:
+    return writer.Source(name, np.dtype(np.float32), array.shape, lambda: np.ascontiguousarray(array))
