@@ -122,25 +122,38 @@ def put_whole(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-    """The arrays in memory of the host, split as they were; what was on the devices is deleted."""
-    moved = _moved(tree, HOST)
+    """Move arrays to host memory, with the same sharding. Arrays that were on the devices are deleted.
+
+    ShapeDtypeStructs (with shardings) become ShapeDtypeStructs in host memory.
+    """
+    moved = _with_memory_kind(tree, HOST)
     for old, new in zip(jax.tree.leaves(tree), jax.tree.leaves(moved), strict=True):
-        if new is not old:
+        if new is not old and isinstance(old, Array):
             old.delete()
     return moved
 
 
 def to_device(tree: Any) -> Any:
-    """The arrays in memory of the devices, split as they were; those that are there already are not copied."""
-    return _moved(tree, _device_kind())
+    """Copy arrays to device memory, with the same sharding. Arrays that are there already are returned as they are.
+
+    ShapeDtypeStructs (with shardings) become ShapeDtypeStructs in device memory.
+    """
+    return _with_memory_kind(tree, jax.local_devices()[0].default_memory().kind)
 
 
-def on_device(tree: Any) -> Any:
-    """Shapes, dtypes and places of what `to_device` would give."""
-    kind = _device_kind()
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(kind)), tree
-    )
+def _with_memory_kind(tree: Any, kind: str) -> Any:
+    def move(x: Any) -> Any:
+        if x.sharding.memory_kind == kind:
+            return x
+        target = x.sharding.with_memory_kind(kind)
+        return jax.device_put(x, target) if isinstance(x, Array) else with_shardings(x, target)
+
+    return jax.tree.map(move, tree)
+
+
+def abstract(tree: Any) -> Any:
+    """ShapeDtypeStructs with the shapes, dtypes and shardings of the arrays of `tree`."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def check_host_memory(mesh: jax.sharding.Mesh, what: str) -> None:
@@ -153,17 +166,6 @@ def check_host_memory(mesh: jax.sharding.Mesh, what: str) -> None:
             f"only {', '.join(kinds)}: there is nowhere to keep it. Leave it false; docs/memory.md has what else "
             "saves memory"
         )
-
-
-def _moved(tree: Any, kind: str) -> Any:
-    def move(x: Array) -> Array:
-        return x if x.sharding.memory_kind == kind else jax.device_put(x, x.sharding.with_memory_kind(kind))
-
-    return jax.tree.map(move, tree)
-
-
-def _device_kind() -> str:
-    return jax.local_devices()[0].default_memory().kind
 
 
 def row_shards(mesh: jax.sharding.Mesh) -> int:

@@ -129,7 +129,7 @@ class Learner:
         state, roles, ahead = self.state.template, self.roles, self.sampler.programs
         scores = sharding.put_rows(np.zeros(self.config.grpo.batch_size, np.float32), self.mesh)
         baseline = scores if self.config.grpo.recipe.advantage == "greedy" else None
-        frozen = {role: sharding.on_device(part) for role, part in self.frozen.items()}
+        frozen = {role: sharding.to_device(sharding.abstract(part)) for role, part in self.frozen.items()}
         annotated = without_moments(state), frozen
         made = ahead.begin(
             lambda: compilation.compile_shapes(annotate, *annotated, rollout.result(), scores, baseline, roles=roles),

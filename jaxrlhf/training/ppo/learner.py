@@ -170,7 +170,10 @@ class Learner:
         scores = sharding.put_rows(np.zeros(size, np.float32), self.mesh)
         more = sharding.put_rows(np.zeros((size, length), np.float32), self.mesh) if per_token else None
         state, roles, ahead = self.state.template, self.roles, self.sampler.programs
-        annotated = without_moments(state), {**self.frozen, "reference": sharding.on_device(self.frozen["reference"])}
+        annotated = (
+            without_moments(state),
+            {**self.frozen, "reference": sharding.to_device(sharding.abstract(self.frozen["reference"]))},
+        )
 
         def learnt() -> Rollout:
             """What is kept for replay is as wide as it may be."""
