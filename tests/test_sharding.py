@@ -37,7 +37,7 @@ def test_axis_that_does_not_divide_is_left_whole():
     assert sharding.spec("layers/mlp/down/kernel", (2, 63, 32), mesh(data=4, tensor=2)) == P()
 
 
-def test_moments_lie_where_their_parameters_do():
+def test_moments_are_sharded_like_their_parameters():
     import optax
 
     params = {"layers": {"mlp": {"up": {"kernel": jnp.zeros((2, 8, 16))}}}, "norm": {"scale": jnp.zeros(8)}}
