@@ -24,8 +24,8 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))
 HOST = "pinned_host"  # memory kind for offloading: host memory that devices can access
 
-# First match wins; a leading None is the stacked layer axis. The arrays of a packed kernel (models/packed.py) are sharded
-# like the kernel.
+# First match wins; a leading None is the stacked layer axis. A packed kernel (models/packed.py) is sharded like the
+# kernel itself.
 RULES: tuple[tuple[str, P], ...] = (
     (r"(^|/)embed/embedding$", P("tensor", "fsdp")),
     (r"(^|/)positions/embedding$", P(None, "fsdp")),
@@ -62,8 +62,8 @@ def make_mesh(shape: config.Mesh) -> jax.sharding.Mesh:
 def spec(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
     """PartitionSpec of one array. A dimension that the size of its mesh axis does not divide is replicated.
 
-    Axes of size 1 and trailing Nones are left out, as in XLA's own output shardings: the shardings of an update's output
-    and input must compare equal, or every function that takes the state compiles twice.
+    Axes of size 1 and trailing Nones are left out, as in XLA's own output shardings: the shardings of an update's
+    output and input must compare equal, or every function that takes the state compiles twice.
     """
     rule = next(spec for pattern, spec in RULES if re.search(pattern, path))
     if len(rule) > len(shape):
