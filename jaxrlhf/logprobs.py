@@ -1,8 +1,8 @@
-"""Log-probabilities and scores of given tokens. The one function for the old, the new and the reference policy.
+"""Log-probabilities, entropies and scalar-head scores of given tokens, for the old, the new and the reference policy.
 
-At V = 150 000, logits of a whole batch dwarf everything else. They are made for a piece of the vocabulary at a time, in
-the forward pass (with a running softmax) and again in the backward pass, which so writes each row of the head's
-gradient once. Nothing of shape [B, R, V] ever exists.
+With a vocabulary of 150,000 the logits of a whole batch would be by far the largest array. They are computed for one
+chunk of the vocabulary at a time: in the forward pass (with a running softmax) and again in the backward pass, where
+each row of the head's gradient is written once. No array of shape [B, R, V] ever exists.
 """
 
 import math
@@ -23,8 +23,8 @@ from jaxrlhf.models.attention import MASKED
 from jaxrlhf.models.product import product
 from jaxrlhf.types import Params, Rollout
 
-LEAST_PIECE = 1024  # tokens of a piece, however many positions there are: narrower products are slow
-SHARES = 8  # a piece takes as much from each eighth of the vocabulary: from every device of a mesh that shards it
+MIN_CHUNK = 1024  # tokens in a chunk at least: narrower products are slow
+SHARES = 8  # a chunk has columns of each eighth of the vocabulary, so that every device of a sharded one takes part
 
 
 def token_logprobs(
@@ -38,42 +38,41 @@ def token_logprobs(
 ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
     """log softmax(logits / temperature)[target], and the entropy of that distribution, in nats.
 
-    `hidden[:, t]` is what predicts `targets[:, t]`. The softmax is over the whole vocabulary, whatever sampling
-    filtered, or over the tokens in `support`, bits as in `Rollout.support`; where that is empty (padding) results are
-    finite and mean nothing. Products follow the model's rule (`product`), as the sampler's logits do; sums and
-    softmax are float32. Gradients go to `params` (where rows of tokens train beside adapters, to those in place of the
-    table's) and `hidden` through the log-probabilities, and through the entropy
-    only with `entropy_gradient`: else it is a measurement, behind a stop_gradient, and costs the backward pass nothing.
+    `hidden[:, t]` predicts `targets[:, t]`. The softmax is over the whole vocabulary, or over the tokens in `support`
+    (bits as in `Rollout.support`); where the support is empty (padding) results are finite but meaningless. Logits use
+    the model's `product`, as in sampling; sums and softmax are float32. Gradients flow to `params` (for tokens trained
+    beside adapters, to their own rows) and `hidden` through the log-probabilities, and through the entropy only with
+    `entropy_gradient`: otherwise the entropy is a metric without a gradient, and adds nothing to the backward pass.
     """
     weight, rows = lm_weight(params, model)
     layout = "tvd" if model.tie_embeddings else "dtv"
     tokens = model.adapters.tokens if model.adapters and rows is not None else ()
-    pieces = _pieces(layout, model.vocab_size, targets.size, model.dtype, entropy_gradient, tokens)
-    return _token_logprobs(pieces, weight, rows, hidden, targets, support, jnp.asarray(temperature, jnp.float32))
+    chunks = _chunks(layout, model.vocab_size, targets.size, model.dtype, entropy_gradient, tokens)
+    return _token_logprobs(chunks, weight, rows, hidden, targets, support, jnp.asarray(temperature, jnp.float32))
 
 
 def logits_bytes(model: ModelConfig, positions: int) -> int:
-    """Bytes of the logits that `token_logprobs` holds at once for so many positions."""
-    pieces = _pieces("tvd", model.vocab_size, positions, model.dtype, False, ())
-    return 4 * positions * pieces.shares * pieces.width
+    """Peak size in bytes of the logits that `token_logprobs` holds for this number of positions."""
+    chunks = _chunks("tvd", model.vocab_size, positions, model.dtype, False, ())
+    return 4 * positions * chunks.shares * chunks.width
 
 
 @dataclass(frozen=True)
-class _Pieces:
-    """The vocabulary as `shares` of `size` tokens. Piece i has those from `start(i)` on, `width` of each share.
+class _Chunks:
+    """Division of the vocabulary, as `shares` of `size` tokens, into chunks of `width` columns of each share.
 
-    The last piece begins early enough to be as wide as the others, and all begin at a whole byte of the support's
-    bits; so neighbours overlap, and a token counts in the first piece that has it.
+    Chunk i begins at column `start(i)`. All chunks are equally wide and begin at a whole byte of the support's bits, so
+    neighbours may overlap: a token belongs to the first chunk that contains it.
     """
 
-    layout: str  # of the weight, with the vocabulary's axis in two: "tvd" or "dtv"
+    layout: str  # axes of the weight, the vocabulary split into shares: "tvd" or "dtv"
     shares: int
     size: int
     step: int
     width: int
     dtype: str
     entropy_gradient: bool
-    own: tuple[int, ...]  # tokens with rows of their own, in place of those of the weight
+    row_tokens: tuple[int, ...]  # tokens with trained rows of their own, which replace those of the weight
 
     @property
     def count(self) -> int:
@@ -81,73 +80,74 @@ class _Pieces:
 
     @property
     def axis(self) -> int:
-        """The axis of the weight along which pieces are cut."""
+        """Axis of the split weight along which chunks are sliced."""
         return self.layout.index("v")
 
-    def start(self, piece: Array) -> Array:
-        return jnp.minimum(piece * self.step, self.size - self.width)
+    def start(self, chunk: Array) -> Array:
+        return jnp.minimum(chunk * self.step, self.size - self.width)
 
     def split(self, weight: Array) -> Array:
         """[V, D] -> [t, v, D], or [D, V] -> [D, t, v]."""
-        at = self.axis - 1
-        return weight.reshape(*weight.shape[:at], self.shares, self.size, *weight.shape[at + 1 :])
+        axis = self.axis - 1
+        return weight.reshape(*weight.shape[:axis], self.shares, self.size, *weight.shape[axis + 1 :])
 
-    def cut(self, split: Array, piece: Array) -> Array:
-        return lax.dynamic_slice_in_dim(split, self.start(piece), self.width, self.axis)
+    def slice(self, split: Array, chunk: Array) -> Array:
+        return lax.dynamic_slice_in_dim(split, self.start(chunk), self.width, self.axis)
 
-    def weight(self, split: Array, rows: Array | None, piece: Array) -> Array:
-        """The piece of the weight, with the rows of tokens that have their own."""
-        cut = self.cut(split, piece)
+    def weight(self, split: Array, rows: Array | None, chunk: Array) -> Array:
+        """Slice of the weight, with the trained rows of tokens in place of its own."""
+        weight = self.slice(split, chunk)
         if rows is None:
-            return cut
-        at = (slice(None),) * (self.axis - 1) + self.places(piece)
-        return cut.astype(self.dtype).at[at].set(rows.astype(self.dtype), mode="drop")
+            return weight
+        index = (slice(None),) * (self.axis - 1) + self.row_indices(chunk)
+        return weight.astype(self.dtype).at[index].set(rows.astype(self.dtype), mode="drop")
 
-    def places(self, piece: Array) -> tuple[Array, Array]:
-        """Where tokens with rows of their own are in the piece: (share, column) [n]; the column after the last, if they
-        are not in it."""
-        ids = jnp.array(self.own)
-        column = ids % self.size - self.start(piece)
+    def row_indices(self, chunk: Array) -> tuple[Array, Array]:
+        """(share, column) [n] of `row_tokens` in the chunk; a column of `width`, out of bounds, for tokens outside."""
+        ids = jnp.array(self.row_tokens)
+        column = ids % self.size - self.start(chunk)
         return ids // self.size, jnp.where((column >= 0) & (column < self.width), column, self.width)
 
-    def tokens(self, piece: Array) -> tuple[Array, Array]:
-        """(ids [t, w] of the piece's tokens, whether no earlier piece had them [w])."""
-        column = self.start(piece) + jnp.arange(self.width)
-        seen = jnp.where(piece > 0, (piece - 1) * self.step + self.width, 0)
+    def tokens(self, chunk: Array) -> tuple[Array, Array]:
+        """(token ids [t, w] of the chunk, True [w] for columns that no earlier chunk contains)."""
+        column = self.start(chunk) + jnp.arange(self.width)
+        seen = jnp.where(chunk > 0, (chunk - 1) * self.step + self.width, 0)
         return self.size * jnp.arange(self.shares)[:, None] + column, column >= seen
 
-    def logits(self, cut: Array, hidden: Array, support: Array | None, temperature: ArrayLike, piece: Array) -> Array:
-        """[B, R, t, w]. MASKED where an earlier piece has the token or the support has not.
+    def logits(
+        self, weight: Array, hidden: Array, support: Array | None, temperature: ArrayLike, chunk: Array
+    ) -> Array:
+        """[B, R, t, w]; MASKED for tokens of an earlier chunk or outside the support.
 
-        MASKED is finite: padding, whose support is empty, must stay so (its cotangent is 0, and 0 * nan is nan).
+        MASKED is finite so that padding, whose support is empty, stays finite (its cotangent is 0, and 0 * nan is nan).
         """
-        inside = self.tokens(piece)[1]
+        inside = self.tokens(chunk)[1]
         if support is not None:
             share = support.reshape(*support.shape[:2], self.shares, -1)
-            bits = lax.dynamic_slice_in_dim(share, self.start(piece) // 8, math.ceil(self.width / 8), axis=3)
+            bits = lax.dynamic_slice_in_dim(share, self.start(chunk) // 8, math.ceil(self.width / 8), axis=3)
             inside &= jnp.unpackbits(bits, axis=-1, count=self.width).astype(bool)
-        return jnp.where(inside, self.product(f"brd,{self.layout}->brtv", hidden, cut) / temperature, MASKED)
+        return jnp.where(inside, self.product(f"brd,{self.layout}->brtv", hidden, weight) / temperature, MASKED)
 
     def product(self, subscripts: str, a: Array, b: Array) -> Array:
         return product(subscripts, a, b, self.dtype)
 
 
-def _pieces(
-    layout: str, vocabulary: int, positions: int, dtype: str, entropy_gradient: bool, own: tuple[int, ...]
-) -> _Pieces:
+def _chunks(
+    layout: str, vocabulary: int, positions: int, dtype: str, entropy_gradient: bool, row_tokens: tuple[int, ...]
+) -> _Chunks:
     shares = SHARES if vocabulary % (8 * SHARES) == 0 else 1
     size = vocabulary // shares
-    wanted = max(8, runtime.logits_alive(jax.default_backend()) // positions // shares, LEAST_PIECE // shares)
+    target = max(8, runtime.logits_alive(jax.default_backend()) // positions // shares, MIN_CHUNK // shares)
     step = width = size
-    if wanted < size:
-        step = 8 * math.ceil(size / math.ceil(size / wanted) / 8)
+    if target < size:
+        step = 8 * math.ceil(size / math.ceil(size / target) / 8)
         width = step + size % 8
-    return _Pieces(layout, shares, size, step, width, dtype, entropy_gradient, own)
+    return _Chunks(layout, shares, size, step, width, dtype, entropy_gradient, row_tokens)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_logprobs(
-    pieces: _Pieces,
+    chunks: _Chunks,
     weight: Array,
     rows: Array | None,
     hidden: Array,
@@ -155,17 +155,17 @@ def _token_logprobs(
     support: Array | None,
     temperature: Array,
 ) -> tuple[Array, Array]:
-    return _forward(pieces, weight, rows, hidden, targets, support, temperature)[0]
+    return _forward(chunks, weight, rows, hidden, targets, support, temperature)[0]
 
 
-def _forward(pieces, weight, rows, hidden, targets, support, temperature):
-    split, hidden = pieces.split(weight), hidden.astype(pieces.dtype)
+def _forward(chunks, weight, rows, hidden, targets, support, temperature):
+    split, hidden = chunks.split(weight), hidden.astype(chunks.dtype)
 
-    def add(sums, piece):
-        """`sums` are relative to the largest logit so far: of exp(x), and of x exp(x)."""
+    def add(sums, chunk):
+        """Running sums relative to the largest logit so far: mass of exp(x), moment of x exp(x)."""
         largest, mass, moment, target = sums
-        logits = pieces.logits(pieces.weight(split, rows, piece), hidden, support, temperature, piece)
-        ids, _ = pieces.tokens(piece)
+        logits = chunks.logits(chunks.weight(split, rows, chunk), hidden, support, temperature, chunk)
+        ids, _ = chunks.tokens(chunk)
         largest, before = jnp.maximum(largest, jnp.max(logits, axis=(2, 3))), largest
         fall = before - largest
         moment = jnp.exp(fall) * (moment + fall * mass)
@@ -177,57 +177,58 @@ def _forward(pieces, weight, rows, hidden, targets, support, temperature):
         chosen = (targets[..., None, None] == ids) & (logits > MASKED)
         return (largest, mass, moment, target + jnp.sum(jnp.where(chosen, logits, 0), axis=(2, 3))), None
 
-    nothing = jnp.zeros(targets.shape, jnp.float32)
-    sums, _ = lax.scan(add, (nothing + MASKED, nothing, nothing, nothing), jnp.arange(pieces.count))
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    sums, _ = lax.scan(add, (zeros + MASKED, zeros, zeros, zeros), jnp.arange(chunks.count))
     largest, mass, moment, target = sums
     total = largest + jnp.log(mass)
     entropy = jnp.log(mass) - moment / mass
-    # who does not look at the entropy needs it too: without it the compiler makes another program, which rounds
-    # differently, and a policy must score as its copy does to the bit
+    # The log-probs depend on the entropy so that it is always computed: XLA compiles a program without it to other
+    # rounding, and a policy and its copy must agree to the bit.
     logprobs = jnp.where(jnp.isnan(entropy), jnp.nan, target - total)
     return (logprobs, entropy), (weight, rows, hidden, targets, support, temperature, total, entropy)
 
 
-def _backward(pieces, kept, cotangents):
-    weight, rows, hidden, targets, support, temperature, total, entropy = kept
-    split = pieces.split(weight)
+def _backward(chunks, residuals, cotangents):
+    weight, rows, hidden, targets, support, temperature, total, entropy = residuals
+    split = chunks.split(weight)
     scale, entropy_scale = ((cotangent / temperature)[..., None, None] for cotangent in cotangents)
 
-    def add(grads, piece):
-        grad_split, grad_hidden, grad_own = grads
-        cut = pieces.weight(split, rows, piece)
-        logits = pieces.logits(cut, hidden, support, temperature, piece)
+    def add(grads, chunk):
+        grad_split, grad_hidden, grad_rows = grads
+        weight_chunk = chunks.weight(split, rows, chunk)
+        logits = chunks.logits(weight_chunk, hidden, support, temperature, chunk)
         logprobs = logits - total[..., None, None]
-        probabilities = jnp.exp(logprobs)  # 0 for what an earlier piece had
-        ids, new = pieces.tokens(piece)
+        probabilities = jnp.exp(logprobs)  # 0 for tokens of an earlier chunk
+        ids, new = chunks.tokens(chunk)
         chosen = (targets[..., None, None] == ids) & new
         grad_logits = (chosen - probabilities) * scale
-        if pieces.entropy_gradient:  # of -sum p log p by a logit: -p (log p + entropy)
+        if chunks.entropy_gradient:  # derivative of -sum p log p by a logit: -p (log p + entropy)
             grad_logits -= probabilities * (logprobs + entropy[..., None, None]) * entropy_scale
-        grad_logits = grad_logits.astype(pieces.dtype)
-        grad_hidden += pieces.product(f"brtv,{pieces.layout}->brd", grad_logits, cut)
+        grad_logits = grad_logits.astype(chunks.dtype)
+        grad_hidden += chunks.product(f"brtv,{chunks.layout}->brd", grad_logits, weight_chunk)
         if rows is not None:
-            own = (slice(None), slice(None), *pieces.places(piece))
-            grad_own += grad_logits.at[own].get(mode="fill", fill_value=0)
-            grad_logits = grad_logits.at[own].set(0, mode="drop")
-        grad_cut = pieces.cut(grad_split, piece) + pieces.product(f"brtv,brd->{pieces.layout}", grad_logits, hidden)
-        grad_split = lax.dynamic_update_slice_in_dim(grad_split, grad_cut, pieces.start(piece), pieces.axis)
-        return (grad_split, grad_hidden, grad_own), None
+            index = (slice(None), slice(None), *chunks.row_indices(chunk))
+            grad_rows += grad_logits.at[index].get(mode="fill", fill_value=0)
+            grad_logits = grad_logits.at[index].set(0, mode="drop")
+        grad_chunk = chunks.slice(grad_split, chunk) + chunks.product(f"brtv,brd->{chunks.layout}", grad_logits, hidden)
+        grad_split = lax.dynamic_update_slice_in_dim(grad_split, grad_chunk, chunks.start(chunk), chunks.axis)
+        return (grad_split, grad_hidden, grad_rows), None
 
-    shapes = split.shape, hidden.shape, (*targets.shape, len(pieces.own))
+    shapes = split.shape, hidden.shape, (*targets.shape, len(chunks.row_tokens))
     zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
-    (grad_split, grad_hidden, grad_own), _ = lax.scan(add, zeros, jnp.arange(pieces.count))
-    grad_rows = None
-    if rows is not None:
-        grad_rows = pieces.product(f"brv,brd->{pieces.layout.replace('t', '')}", grad_own, hidden).astype(rows.dtype)
-    return grad_split.reshape(weight.shape).astype(weight.dtype), grad_rows, grad_hidden, None, None, None
+    (grad_split, grad_hidden, grad_rows), _ = lax.scan(add, zeros, jnp.arange(chunks.count))
+    grad_weight = grad_split.reshape(weight.shape).astype(weight.dtype)
+    if rows is None:
+        return grad_weight, None, grad_hidden, None, None, None
+    subscripts = f"brv,brd->{chunks.layout.replace('t', '')}"
+    return grad_weight, chunks.product(subscripts, grad_rows, hidden).astype(rows.dtype), grad_hidden, None, None, None
 
 
 _token_logprobs.defvjp(_forward, _backward)
 
 
 def response_states(params: Params, model: ModelConfig, rollout: Rollout) -> Float[Array, "B _ D"]:
-    """The hidden states [B, R + 1, D] before each response token, which predict it, and after the last column."""
+    """Hidden states [B, R + 1, D] that predict each response token, and the one after the last column."""
     return forward(params, model, rollout.tokens, rollout.mask)[:, -rollout.response_mask.shape[1] - 1 :]
 
 
@@ -238,8 +239,7 @@ def last_hidden(
     mask: Bool[Array, "B T"],
     keys: Key[Array, " B"] | None = None,
 ) -> Float[Array, "B D"]:
-    """The hidden state of each sequence's last real token, wherever the padding is; of column 0 if there is none.
-    `keys` are for dropout."""
+    """Hidden state of each sequence's last real token (column 0 if there is none). `keys` are for dropout."""
     column = jnp.argmax(masked.last(mask), axis=1)
     return jnp.take_along_axis(forward(params, model, tokens, mask, keys=keys), column[:, None, None], axis=1)[:, 0]
 
@@ -247,8 +247,8 @@ def last_hidden(
 def last_token_scores(
     params: Params, model: ModelConfig, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, " B"]:
-    """The scalar head's score of each sequence, read at its last real token, without dropout.
+    """Scalar-head score of each sequence at its last real token, without dropout.
 
-    A row without a real token gets some finite score that means nothing.
+    Finite but meaningless for a row without real tokens.
     """
     return scalar_head(params, model, last_hidden(params, model, tokens, mask))

@@ -1,12 +1,12 @@
-"""The vocabulary: what the parts of jaxrlhf hand to each other.
+"""The vocabulary: the data types that the parts of jaxrlhf pass to each other.
 
-Axis letters, used in every shape comment, jaxtyping annotation and einsum string (lower case there):
+Axis letters of shape comments, jaxtyping annotations and (in lower case) einsum strings:
 
     B sequences   P prompt   R response   T = P + R   D hidden   N query heads   K kv heads   H head dim
     F mlp         V vocab    L layers     S cache slots   G group      M pairs of a packed row
 
-Every class is a frozen dataclass and a pytree of arrays. Shapes are trailing comments and not annotations that run:
-jax builds these classes with tracers, shape structs and sharding objects in place of arrays.
+Every class is a frozen dataclass and a pytree of arrays. Shapes are comments, not checked annotations: jax builds these
+classes with tracers, ShapeDtypeStructs and shardings in place of arrays.
 """
 
 from dataclasses import dataclass
@@ -23,38 +23,38 @@ Params = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """Sequences to learn from or to score, right-padded. A packed row has several, none of which sees another."""
+    """Sequences to train on or to score, right-padded. Those of a packed row do not see each other."""
 
     tokens: Array  # int32 [B, T]
     mask: Array  # bool [B, T]   real tokens
-    loss_mask: Array  # bool [B, T]   tokens to predict; never true where mask is false, nor for a first token
-    segments: Array | None = None  # int32 [B, T]   of packed rows: which sequence a token belongs to
-    positions: Array | None = None  # int32 [B, T]   of packed rows: from 0 in each sequence
+    loss_mask: Array  # bool [B, T]   tokens in the loss; false for padding and for the first token of a sequence
+    segments: Array | None = None  # int32 [B, T]   of packed rows: the sequence of each token
+    positions: Array | None = None  # int32 [B, T]   of packed rows: count from 0 in each sequence
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Pairs:
-    """A preference batch; one forward runs over the 2B rows."""
+    """A batch of preference pairs. One forward pass runs over the 2B rows."""
 
     chosen: Batch  # [B, T]
     rejected: Batch  # [B, T]
 
     @property
     def valid(self) -> Array:
-        """bool [B]: every row is a pair."""
+        """bool [B]: all true."""
         return jnp.ones(self.chosen.tokens.shape[0], bool)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PackedPairs:
-    """A preference batch with up to M pairs in a row."""
+    """A batch of preference pairs, with up to M pairs in a packed row."""
 
-    texts: Batch  # [B, T]   packed: 2M sequences and fewer
+    texts: Batch  # [B, T]   packed: at most 2M sequences a row
     chosen: Array  # int32 [B, M]   column of the last token
     rejected: Array  # int32 [B, M]
-    valid: Array  # bool [B, M]   there is such a pair
+    valid: Array  # bool [B, M]   real pairs
 
     @property
     def real(self) -> Array:
@@ -63,22 +63,22 @@ class PackedPairs:
 
     @property
     def target(self) -> Array:
-        """f32 [B, M]: nothing is said of a packed pair beside which text is better."""
+        """f32 [B, M]: 0, as packed pairs have neither margins nor ties."""
         return jnp.zeros(self.valid.shape, jnp.float32)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Responses:
-    """What a reward model learns from: right-padded responses to a prompt, best first, and what is said of them.
+    """Training data of a reward model: right-padded responses to each prompt, best first, and their target.
 
-    Two of a pair, up to G of a ranking, one that has a label or a score.
+    G is 2 for pairs, the longest ranking for rankings, and 1 for labels and scores.
     """
 
     tokens: Array  # int32 [B, G, T]
-    mask: Array  # bool [B, G, T]   real tokens; where there is no response, the first alone
-    real: Array  # bool [B, G]   there is such a response
-    target: Array  # f32 [B]   margin of a pair, or 1 for a tie; 1 for a good response; its score; of a ranking 0
+    mask: Array  # bool [B, G, T]   real tokens; only the first token of a missing response
+    real: Array  # bool [B, G]   responses that are not missing
+    target: Array  # f32 [B]   pair: margin, or 1 for a tie; label: 1 if good; score: the score; ranking: 0
 
 
 @jax.tree_util.register_dataclass
@@ -88,34 +88,34 @@ class Prompts:
 
     tokens: Array  # int32 [B, P]
     mask: Array  # bool [B, P]
-    index: Array  # int32 [B]   row number in the data set: for RNG and logs, whatever the batch
-    sample: Array  # int32 [B]   which of a prompt's completions this is
+    index: Array  # int32 [B]   row number in the data set, for random keys and logs
+    sample: Array  # int32 [B]   number of the response among those to the same prompt
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens seen so far, per layer; what each slot holds is said once for all layers."""
+    """Keys and values per layer, and the position and validity of each slot, shared by all layers."""
 
-    k: tuple[Array, ...]  # per layer [B, K, S, H]: twice as fast to read on a CPU as [B, S, K, H]
+    k: tuple[Array, ...]  # per layer [B, K, S, H], twice as fast to read on a CPU as [B, S, K, H]
     v: tuple[Array, ...]  # per layer [B, K, S, H]
     positions: Array  # int32 [B, S]
-    valid: Array  # bool [B, S]   a real token was written here
+    valid: Array  # bool [B, S]   slots that hold a real token
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slots:
-    """B rows in the middle of being answered.
+    """B slots of the generation engine, each with a response in progress.
 
-    They share a clock: at each tick all rows write their keys and values to one column of the cache, which therefore is
-    updated in place; the columns after the prompt's are a ring. Which of its own tokens that is, a row's count says.
+    All rows share a clock: at each tick they write their keys and values to the same cache column, so that the cache is
+    updated in place. The columns after the prompt's are a ring buffer. `count` is a row's own token number.
     """
 
     clock: Array  # int32 []
-    count: Array  # int32 [B]   tokens drawn
-    limit: Array  # int32 [B]   most tokens of the response, at most R
-    ended: Array  # bool [B]   drew a stop token
+    count: Array  # int32 [B]   tokens sampled
+    limit: Array  # int32 [B]   maximum response length, at most R
+    ended: Array  # bool [B]   sampled a stop token
     prompt_length: Array  # int32 [B]
     keys: Array  # key [B]
     tokens: Array  # int32 [B, R]
@@ -125,66 +125,68 @@ class Slots:
 
     @property
     def busy(self) -> Array:
-        """bool [B]: rows that go on."""
+        """bool [B]: rows that are not done."""
         return ~self.ended & (self.count < self.limit)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rollout:
-    """Prompts and what the policy answered: tokens[:, :P] is the prompt, tokens[:, P:] the response."""
+    """Prompts and sampled responses: tokens[:, :P] is the prompt, tokens[:, P:] the response."""
 
     tokens: Array  # int32 [B, T]
-    mask: Array  # bool [B, T]   real tokens; a stop token counts, what follows it does not
+    mask: Array  # bool [B, T]   real tokens, the stop token included
     response_mask: Array  # bool [B, R]
     logprobs: Array  # f32 [B, R]   as sampled, 0 outside response_mask
-    finished: Array  # bool [B]   ended with a stop token or string, not by running out of room
+    finished: Array  # bool [B]   ended with a stop token or string; false: truncated
     index: Array  # int32 [B]
     sample: Array  # int32 [B]
-    support: Array | None = None  # uint8 [B, R, ceil(V / 8)]   with sampling.renormalise_logprobs, tokens that could
-    # be drawn as bits (jnp.packbits along V), no bit set outside response_mask; None: the whole vocabulary
+    support: Array | None = None  # uint8 [B, R, ceil(V / 8)]   with sampling.renormalise_logprobs: tokens that could be
+    # sampled, as bits (jnp.packbits along V), all 0 outside response_mask; None: the whole vocabulary
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Experience:
-    """A rollout with everything an update needs. All [B, R] arrays are 0 outside the response mask."""
+    """A rollout with everything a PPO update needs. All [B, R] arrays are 0 outside the response mask."""
 
     rollout: Rollout
     scores: Array  # f32 [B]
     old_logprobs: Array  # f32 [B, R]
     ref_logprobs: Array  # f32 [B, R]
-    values: Array  # f32 [B, R]   before the token of that column was chosen
+    values: Array  # f32 [B, R]   of the state before the token
     rewards: Array  # f32 [B, R]
     advantages: Array  # f32 [B, R]
     returns: Array  # f32 [B, R]
-    bootstrap: Array  # f32 [B]   value after the last token of a truncated response, 0 where the end is terminal
-    token_scores: Array | None = None  # f32 [B, R]   rewards of single tokens beside the scores, if there are any
-    features: Array | None = None  # f32 [B, R + 1, D]   what a frozen critic trunk says, before and after each token
-    weights: Array | None = None  # f32 [B, R]   of tokens in the policy loss, for a sampler that is not pi_old
+    bootstrap: Array  # f32 [B]   value after the last token of a truncated response; 0 if finished
+    token_scores: Array | None = None  # f32 [B, R]   scores of single tokens, in addition to `scores`
+    features: Array | None = None  # f32 [B, R + 1, D]   hidden states of a frozen critic trunk
+    weights: Array | None = None  # f32 [B, R]   token weights that correct for a sampler that is not pi_old
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GroupExperience:
-    """A rollout whose responses have been compared within groups, with what an update needs. For online DPO the leading
-    axes of all are [n, 2]: chosen and rejected of n pairs. 0 outside the response mask."""
+    """A rollout with advantages from groups and everything a GRPO update needs. 0 outside the response mask.
+
+    For online DPO the leading axes of all arrays are [n, 2]: the chosen and the rejected response of n pairs.
+    """
 
     rollout: Rollout
-    advantages: Array  # f32 [B, R]; of pairs [n, 2], 1 where the two differ in score, 0 for a tie
-    old_logprobs: Array | None  # f32 [B, R]   None: those of the update's one step
-    ref_logprobs: Array | None  # f32 [B, R]   None: there is no reference
+    advantages: Array  # f32 [B, R]   of pairs f32 [n, 2]: 1 if the two scores differ, 0 for a tie
+    old_logprobs: Array | None  # f32 [B, R]   None: the policy's own, for a single optimizer step
+    ref_logprobs: Array | None  # f32 [B, R]   None: no reference
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """What an update changes, and so what a checkpoint holds. What does not train is `frozen` and travels beside it."""
+    """Everything an update changes and a checkpoint stores. Frozen parameters are passed separately."""
 
-    step: Array  # int32 []   optimizer steps (SFT, reward) or updates (PPO) done
-    params: dict[str, Params]  # by role: "policy", "critic", "reward"; only what trains
+    step: Array  # int32 []   number of steps done: optimizer steps (supervised) or updates (PPO, GRPO)
+    params: dict[str, Params]  # by role ("policy", "critic", "reward"): trainable parameters only
     opt_state: dict[str, Any]  # by role
     kl_coef: Array  # f32 []
-    score_stats: Any = None  # PPO: algorithms.scores.ScoreStats
-    reference: Params | None = None  # PPO: the reference, where it moves
-    replay: Experience | None = None  # PPO: the last n experiences [n, B, ...]; update number u is in place u % n
+    score_stats: Any = None  # PPO, GRPO: algorithms.scores.ScoreStats
+    reference: Params | None = None  # parameters of a reference that moves
+    replay: Experience | None = None  # PPO: the last n experiences [n, B, ...]; that of update u is at u % n

@@ -39,7 +39,7 @@ def materialised(params, model, hidden, targets, temperature, inside=None):
 def cut_at(monkeypatch, tokens):
     """Pieces of about so many tokens, for the 21 positions of a case."""
     monkeypatch.setattr(runtime, "logits_alive", lambda backend: 21 * tokens)
-    monkeypatch.setattr(logprobs, "LEAST_PIECE", 1)
+    monkeypatch.setattr(logprobs, "MIN_CHUNK", 1)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def cut_at(monkeypatch, tokens):
 @pytest.mark.parametrize(("tied", "temperature"), [(True, 1.0), (False, 0.6)])
 def test_values_and_gradients_are_those_of_log_softmax(monkeypatch, vocabulary, tokens, pieces, tied, temperature):
     cut_at(monkeypatch, tokens)
-    assert logprobs._pieces("tvd", vocabulary, 21, "float32", False, ()).count == pieces
+    assert logprobs._chunks("tvd", vocabulary, 21, "float32", False, ()).count == pieces
     model = dataclasses.replace(TINY, tie_embeddings=tied, vocab_size=vocabulary)
     params, hidden, targets = case(model)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=targets.shape).astype(np.float32))
@@ -188,7 +188,7 @@ def test_logits_of_the_whole_batch_never_exist(tied, on_support):
         return largest_array(jax.make_jaxpr(grad)(params, hidden, targets, *support).jaxpr)
 
     assert gradient(token_logprobs, support) <= max(
-        4 * rows * columns * logprobs.LEAST_PIECE, support.size if support else 0
+        4 * rows * columns * logprobs.MIN_CHUNK, support.size if support else 0
     )
     assert gradient(materialised) >= 4 * rows * columns * size  # what the count would show
 
@@ -319,7 +319,7 @@ def test_scores_are_read_at_the_last_real_token(head, labels):
     params = models.init(model, jax.random.key(1))
     rng = np.random.default_rng(4)
     rows = [rng.integers(0, 29, n) for n in (1, 7, 4)]
-    everywhere = jax.jit(lambda x, m: models.scores(params, model, models.forward(params, model, x, m)))
+    everywhere = jax.jit(lambda x, m: models.scalar_head(params, model, models.forward(params, model, x, m)))
     expected = np.asarray(everywhere(*padded(rows, "right", 7)))[[0, 1, 2], [0, 6, 3]]
     assert np.std(expected) > 1e-3
     run = jax.jit(lambda x, m: last_token_scores(params, model, x, m))
@@ -337,7 +337,7 @@ def test_a_row_without_tokens_has_a_finite_score():
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_vocabulary_that_is_spread_over_devices_is_never_gathered(monkeypatch, tied):
     monkeypatch.setattr(runtime, "logits_alive", lambda backend: 24 * 64)
-    monkeypatch.setattr(logprobs, "LEAST_PIECE", 64)
+    monkeypatch.setattr(logprobs, "MIN_CHUNK", 64)
     mesh = sharding.make_mesh(Mesh(data=2, tensor=4))
     model = dataclasses.replace(TINY, vocab_size=512, tie_embeddings=tied)
     params, hidden, targets = case(model, rows=4, columns=6)

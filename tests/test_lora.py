@@ -14,7 +14,7 @@ import jaxrlhf
 from jaxrlhf import lora
 from jaxrlhf.errors import DataError
 from jaxrlhf.models import Adapters, empty_cache, forward, forward_cached, init, lm_logits
-from jaxrlhf.models.layers import dropped
+from jaxrlhf.models.layers import dropout
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.weights import peft
 
@@ -140,7 +140,7 @@ def test_dropout_depends_on_the_row_and_on_nothing_beside_it():
 
 def test_dropout_keeps_the_mean_and_differs_from_place_to_place():
     x, keys = jnp.ones((2, 100, 100)), jax.random.split(jax.random.key(0), 2)
-    here, there = dropped(x, keys, 0.25, "q"), dropped(x, keys, 0.25, "k")
+    here, there = dropout(x, keys, 0.25, "q"), dropout(x, keys, 0.25, "k")
     assert abs(float(jnp.mean(here)) - 1) < 0.02 and set(np.unique(here)) == {0, np.float32(1 / 0.75)}
     assert np.mean(np.asarray(here[0]) == np.asarray(here[1])) < 0.7 > np.mean(np.asarray(here) == np.asarray(there))
 
@@ -164,7 +164,7 @@ def test_a_merged_bfloat16_model_is_rounded_once():
 def test_a_packed_base_is_the_model_that_is_left_of_it(family, bits, double, magnitudes):
     model, base, added = adapted(family, magnitudes=magnitudes)
     packed = lora.pack(base, bits, double)
-    left = lora.unpacked(packed)
+    left = lora.unpack(packed)
     assert jax.tree.structure(left) == jax.tree.structure(base)
     np.testing.assert_allclose(hidden(packed, model), hidden(left, model), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -36,7 +37,7 @@ def test_axis_that_does_not_divide_is_left_whole():
     assert sharding.spec("layers/mlp/down/kernel", (2, 63, 32), mesh(data=4, tensor=2)) == P()
 
 
-def test_moments_lie_where_their_parameters_do():
+def test_moments_are_sharded_like_their_parameters():
     import optax
 
     params = {"layers": {"mlp": {"up": {"kernel": jnp.zeros((2, 8, 16))}}}, "norm": {"scale": jnp.zeros(8)}}
@@ -49,3 +50,21 @@ def test_moments_lie_where_their_parameters_do():
 def test_rows_that_do_not_divide_are_refused():
     with pytest.raises(ConfigError, match=r"train.batch_size \(6\) must be a multiple"):
         sharding.check_rows(6, mesh(data=2, fsdp=2), "train.batch_size")
+
+
+def test_arrays_and_their_shapes_move_to_the_host_and_back():
+    params = {"kernel": jnp.arange(16.0).reshape(4, 4), "bias": jnp.ones(4)}
+    params = sharding.put_rows(params, mesh(data=2))
+    expected = jax.device_get(params)
+    shapes = sharding.abstract(params)
+
+    offloaded = sharding.to_host(params)
+    assert all(x.is_deleted() for x in jax.tree.leaves(params))
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(offloaded)} == {sharding.HOST}
+    assert sharding.to_host(shapes) == sharding.abstract(offloaded)
+    assert sharding.to_host(offloaded)["kernel"] is offloaded["kernel"]
+
+    restored = sharding.to_device(offloaded)
+    assert sharding.to_device(sharding.to_host(shapes)) == sharding.abstract(restored) == shapes
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), expected)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(offloaded))

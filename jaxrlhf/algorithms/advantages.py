@@ -1,5 +1,6 @@
-"""Advantages from rewards and values."""
+"""Advantages from token rewards and values."""
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -7,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.masked import Scalar
 
-VARIANCE_FLOOR = 1e-8  # added to the variance, as TRL does
+VARIANCE_FLOOR = 1e-8  # added to the variance, as in TRL
 
 
 def gae(
@@ -18,14 +19,17 @@ def gae(
     gamma: Scalar,
     lam: Scalar,
 ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
-    """Generalised advantage estimation and the returns to regress values on (https://arxiv.org/abs/1506.02438, eq. 16).
+    """Generalised advantage estimation: advantages and returns (https://arxiv.org/abs/1506.02438, eq. 16).
 
         A_t = delta_t + gamma lam A_t+,   delta_t = r_t + gamma V_t+ - V_t,   return_t = A_t + V_t
 
-    t+ is the next *real* token: masked columns (padding, and holes such as tool output) are stepped over, and their
-    rewards and values are never read. After the last real token A is 0 and V is `bootstrap`: 0 where the episode ends
-    there, the value of what follows where a response was only cut short. Both results are 0 outside the mask.
+    t+ is the next *real* token: masked columns (padding, and gaps such as tool output) are skipped, and their rewards
+    and values are never read. After the last real token A is 0 and V is `bootstrap`: 0 for a finished response, the
+    value of the next state for a truncated one. Both results are 0 outside the mask.
     """
+    chex.assert_rank(rewards, 2)
+    chex.assert_equal_shape([rewards, values, mask])
+    chex.assert_shape(bootstrap, rewards.shape[:1])
 
     def step(carry, column):
         advantage_next, value_next = carry
@@ -43,20 +47,20 @@ def gae(
 def reward_to_go(
     rewards: Float[Array, "B R"], mask: Bool[Array, "B R"], bootstrap: Float[Array, " B"], gamma: Scalar
 ) -> Float[Array, "B R"]:
-    """sum_k gamma^k r_t+k over the real tokens from t on, then gamma^n `bootstrap`: what came, whatever values said.
+    """Discounted sum of rewards: sum_k gamma^k r_t+k over the n real tokens from t on, plus gamma^n `bootstrap`.
 
-    It is `gae` with lam = 1 and values of 0.
+    The same as `gae` with lam = 1 and values of 0.
     """
     return gae(rewards, jnp.zeros_like(rewards), mask, bootstrap, gamma, 1.0)[0]
 
 
 def whiten(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], shift_mean: bool) -> Float[Array, "*shape"]:
-    """`x` over its standard deviation under the mask, 0 elsewhere; with `shift_mean` the mean becomes 0, else it stays.
+    """Scale `x` to a standard deviation of 1 under the mask; 0 elsewhere. The mean becomes 0 only with `shift_mean`.
 
-    To be called on the whole batch, never on a micro-batch or one device's share. The variance is the unbiased one
-    (divided by n - 1) plus 1e-8, TRL's choice, so that runs compare; at a thousand tokens n would differ by 0.05 %.
-    One real token has no variance to speak of: it is treated as 0.
+    Call it on the whole batch, not on a micro-batch or one device's shard. As in TRL, the variance is the unbiased one
+    (divided by n - 1) plus 1e-8. The variance of a single real token is taken as 0.
     """
+    chex.assert_equal_shape([x, mask])
     n = jnp.sum(mask)
     mean = masked.total(x, mask) / jnp.maximum(n, 1)
     centred = masked.keep(x - mean, mask)

@@ -1,47 +1,48 @@
-"""Direct preference optimisation (https://arxiv.org/abs/2305.18290) and the losses that came after it.
+"""Direct preference optimisation (https://arxiv.org/abs/2305.18290) and its variants.
 
 All of them compare how far the policy has moved from the reference on the chosen and on the rejected response. `LOSSES`
-says, for each name, what of a pair is compared (`ratios`, `per_token`, `ranked_ratios`, `ranked_margins`) and what the
-comparison costs. In the equations c and r are the scores of the chosen and the rejected response, log(pi / ref) under
-reverse KL, and s is the sigmoid. CPO (https://arxiv.org/abs/2401.08417) is `sigmoid` with a reference of 0 and the
-`sft_term`; further losses without a reference are in reference_free.py, unpaired responses in kto.py.
+maps each name to the scores that are compared (`ratios`, `per_token`, `ranked_ratios`, `ranked_margins`) and the loss
+of a pair given its scores. In the equations c and r are the scores of the chosen and the rejected response, log(pi /
+ref) under reverse KL, and s is the sigmoid. CPO (https://arxiv.org/abs/2401.08417) is `sigmoid` with a reference of 0
+and the `sft_term`; losses without a reference are in reference_free.py, unpaired responses in kto.py.
 """
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrlhf.algorithms import masked
-from jaxrlhf.algorithms.masked import Scalar
-from jaxrlhf.algorithms.reward import Metrics, smoothed
+from jaxrlhf.algorithms.masked import Metrics, Scalar
+from jaxrlhf.algorithms.reward import smoothed
 
 
 class Logprobs(NamedTuple):
-    """log p(response | prompt) of B pairs, summed over the tokens of a response, under the policy and the reference."""
+    """log p(response | prompt) of B pairs under policy and reference, summed over the tokens of the response."""
 
     chosen: Float[Array, " B"]
     rejected: Float[Array, " B"]
     ref_chosen: Float[Array, " B"]
     ref_rejected: Float[Array, " B"]
-    chosen_tokens: Int[Array, " B"]  # how many tokens were summed
+    chosen_tokens: Int[Array, " B"]  # number of tokens of the response
     rejected_tokens: Int[Array, " B"]
 
 
 class Coefs(NamedTuple):
-    """What may change during a run. Losses use what their equation names."""
+    """Coefficients that may change during a run. A loss uses those in its equation."""
 
     beta: Scalar  # above 0
-    label_smoothing: Scalar  # the probability that a pair is the wrong way round, at least 0 and below 0.5
+    label_smoothing: Scalar  # probability that a pair is mislabelled; at least 0, below 0.5
     discopop_tau: Scalar  # above 0 and below 1
 
 
 class Divergence(NamedTuple):
-    """From the reference. Its names are TRL's; `alpha`, for alpha_divergence alone, is the paper's: TRL's is 1 - alpha.
+    """f-divergence from the reference. Names are TRL's.
 
-    0 is the reverse and 1 the forward KL.
+    `alpha`, for alpha_divergence only, is that of the paper (TRL's is 1 - alpha): 0 is reverse, 1 forward KL.
     """
 
     name: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
@@ -52,14 +53,14 @@ Scores = tuple[Float[Array, " B"], Float[Array, " B"]]
 
 
 def divergence_scores(log_ratio: Float[Array, "*shape"], divergence: Divergence) -> Float[Array, "*shape"]:
-    """f'(u), u = pi / ref, to which the reward is proportional (https://arxiv.org/abs/2309.16240, its table of
-    divergences).
+    """Implicit rewards f'(u), u = pi / ref, up to a factor (https://arxiv.org/abs/2309.16240, table of divergences).
 
         reverse KL log u,    forward KL 1 - 1 / u,    Jensen-Shannon log(2u / (1 + u)),    alpha (1 - u^-alpha) / alpha
 
-    Constants are such that the reference itself scores 0. What the paper leaves unbounded is bounded: below
-    u^alpha = exp(-40) a score stays where it is, without a gradient, so that its square is still a float32.
+    Constants are chosen so that the reference itself scores 0. Scores are bounded where u^alpha < exp(-40), without a
+    gradient there, so that their squares do not overflow in float32.
     """
+    chex.assert_type(log_ratio, float)
     if divergence.name == "js_divergence":
         return jnp.log(2.0) + jax.nn.log_sigmoid(log_ratio)
     alpha = {"reverse_kl": 0.0, "forward_kl": 1.0}.get(divergence.name, divergence.alpha)
@@ -70,7 +71,8 @@ def divergence_scores(log_ratio: Float[Array, "*shape"], divergence: Divergence)
 
 def ratios(logprobs: Logprobs, mask: Bool[Array, " B"], divergence: Divergence) -> Scores:
     """Scores of whole responses."""
-    del mask
+    chex.assert_rank(mask, 1)
+    chex.assert_equal_shape([*logprobs, mask])
     return (
         divergence_scores(logprobs.chosen - logprobs.ref_chosen, divergence),
         divergence_scores(logprobs.rejected - logprobs.ref_rejected, divergence),
@@ -84,27 +86,31 @@ def per_token(logprobs: Logprobs, mask: Bool[Array, " B"], divergence: Divergenc
 
 
 def ranked(x: Float[Array, " B"], mask: Bool[Array, " B"]) -> Float[Array, " B"]:
-    """The k-th smallest of the real entries of `x` at the k-th true place of the mask."""
+    """The real entries of `x` in ascending order, at the true places of the mask; 0 elsewhere."""
+    chex.assert_rank(x, 1)
+    chex.assert_equal_shape([x, mask])
     return masked.keep(jnp.sort(jnp.where(mask, x, jnp.inf))[jnp.cumsum(mask) - 1], mask)
 
 
 def ranked_ratios(logprobs: Logprobs, mask: Bool[Array, " B"], divergence: Divergence) -> Scores:
-    """The k-th smallest score of a chosen beside the k-th smallest of a rejected response: these need be no pairs.
+    """Sorted scores of the chosen and of the rejected responses (unpaired AOT, https://arxiv.org/abs/2406.05882).
 
-    From https://arxiv.org/abs/2406.05882 (unpaired). As in `ranked_margins`, the ranks are of the whole batch.
+    The k-th smallest of both are compared, so the responses need not be pairs. As in `ranked_margins`, ranks are taken
+    over the whole batch.
     """
     chosen, rejected = ratios(logprobs, mask, divergence)
     return ranked(chosen, mask), ranked(rejected, mask)
 
 
 def ranked_margins(logprobs: Logprobs, mask: Bool[Array, " B"], divergence: Divergence) -> Scores:
-    """The k-th smallest log(pi(chosen) / pi(rejected)) beside the k-th smallest of the reference.
+    """Sorted log(pi(chosen) / pi(rejected)) of the policy and of the reference (paired AOT).
 
-    From https://arxiv.org/abs/2406.05882 (paired): the margins of the policy dominate those of the reference as a
-    distribution. The ranks are of the WHOLE optimizer batch. Losses of micro-batches still add up, but to another loss,
-    with the ranks of each: do not split the batch. Of the divergences only reverse KL is meaningful here.
+    Source: https://arxiv.org/abs/2406.05882. The loss makes the margins of the policy stochastically dominate those of
+    the reference. Ranks are taken over the WHOLE optimizer batch: do not split it. The losses of micro-batches would
+    add up to another loss. Meaningful for reverse KL only.
     """
     del divergence
+    chex.assert_equal_shape([*logprobs, mask])
     policy = ranked(logprobs.chosen - logprobs.rejected, mask)
     return policy, ranked(logprobs.ref_chosen - logprobs.ref_rejected, mask)
 
@@ -114,33 +120,38 @@ def sigmoid(chosen: Float[Array, " B"], rejected: Float[Array, " B"], coefs: Coe
 
     https://arxiv.org/abs/2305.18290, eq. 7; with e, "conservative DPO" (E. Mitchell, https://ericmitchell.ai/cdpo.pdf).
     """
+    chex.assert_equal_shape([chosen, rejected])
     return smoothed(coefs.beta * (chosen - rejected), coefs.label_smoothing)
 
 
 def robust(chosen: Float[Array, " B"], rejected: Float[Array, " B"], coefs: Coefs) -> Float[Array, " B"]:
     """(-(1 - e) log s(beta (c - r)) + e log s(-beta (c - r))) / (1 - 2e) (https://arxiv.org/abs/2403.00409).
 
-    Its expectation over labels that are wrong with probability e is the loss of the right ones; it may be negative.
+    Its expectation over labels that are wrong with probability e is the loss of the true labels. May be negative.
     """
+    chex.assert_equal_shape([chosen, rejected])
     margin, e = coefs.beta * (chosen - rejected), coefs.label_smoothing
     return (-(1 - e) * jax.nn.log_sigmoid(margin) + e * jax.nn.log_sigmoid(-margin)) / (1 - 2 * e)
 
 
 def hinge(chosen: Float[Array, " B"], rejected: Float[Array, " B"], coefs: Coefs) -> Float[Array, " B"]:
-    """max(0, 1 - beta (c - r)) (https://arxiv.org/abs/2309.06657, the hinge of SLiC on ratios)."""
+    """max(0, 1 - beta (c - r)) (https://arxiv.org/abs/2309.06657: the hinge loss of SLiC on ratios)."""
+    chex.assert_equal_shape([chosen, rejected])
     return jax.nn.relu(1 - coefs.beta * (chosen - rejected))
 
 
 def ipo(chosen: Float[Array, " B"], rejected: Float[Array, " B"], coefs: Coefs) -> Float[Array, " B"]:
     """(c - r - 1 / (2 beta))^2 (https://arxiv.org/abs/2310.12036, eq. 17, whose tau is beta)."""
+    chex.assert_equal_shape([chosen, rejected])
     return jnp.square(chosen - rejected - 0.5 / coefs.beta)
 
 
 def exo(chosen: Float[Array, " B"], rejected: Float[Array, " B"], coefs: Coefs) -> Float[Array, " B"]:
     """KL(q || p), q = (s(beta (c - r)), s(-beta (c - r))), p = (1 - e, e) (https://arxiv.org/abs/2402.00856, eq. 16).
 
-    e is the label smoothing, which must be above 0: of p = (1, 0) the KL is infinite.
+    e is the label smoothing and must be above 0: the KL to p = (1, 0) is infinite.
     """
+    chex.assert_equal_shape([chosen, rejected])
     margin, e = coefs.beta * (chosen - rejected), coefs.label_smoothing
     right = jax.nn.sigmoid(margin) * (jax.nn.log_sigmoid(margin) - jnp.log1p(-e))
     return right + jax.nn.sigmoid(-margin) * (jax.nn.log_sigmoid(-margin) - jnp.log(e))
@@ -148,6 +159,7 @@ def exo(chosen: Float[Array, " B"], rejected: Float[Array, " B"], coefs: Coefs) 
 
 def nca(chosen: Float[Array, " B"], rejected: Float[Array, " B"], coefs: Coefs) -> Float[Array, " B"]:
     """-log s(beta c) - log s(-beta c) / 2 - log s(-beta r) / 2 (https://arxiv.org/abs/2402.05369)."""
+    chex.assert_equal_shape([chosen, rejected])
     chosen, rejected = coefs.beta * chosen, coefs.beta * rejected
     against = jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected)
     return -jax.nn.log_sigmoid(chosen) - 0.5 * against
@@ -158,30 +170,34 @@ def sppo(chosen: Float[Array, " B"], rejected: Float[Array, " B"], coefs: Coefs)
 
     The hard form: the chosen response wins with probability 1.
     """
+    chex.assert_equal_shape([chosen, rejected])
     return jnp.square(chosen - 0.5 / coefs.beta) + jnp.square(rejected + 0.5 / coefs.beta)
 
 
 def apo_zero(chosen: Float[Array, " B"], rejected: Float[Array, " B"], coefs: Coefs) -> Float[Array, " B"]:
     """1 - s(beta c) + s(beta r) (https://arxiv.org/abs/2408.06266, eq. 7).
 
-    For chosen responses that are better than the model's: raises the chosen and lowers the rejected response.
+    For chosen responses better than the model's: raises the chosen and lowers the rejected response.
     """
+    chex.assert_equal_shape([chosen, rejected])
     return jax.nn.sigmoid(-coefs.beta * chosen) + jax.nn.sigmoid(coefs.beta * rejected)
 
 
 def apo_down(chosen: Float[Array, " B"], rejected: Float[Array, " B"], coefs: Coefs) -> Float[Array, " B"]:
     """s(beta c) + 1 - s(beta (c - r)) (https://arxiv.org/abs/2408.06266, eq. 8).
 
-    For chosen responses that are worse than the model's: lowers both, the rejected response more.
+    For chosen responses worse than the model's: lowers both, the rejected response more.
     """
+    chex.assert_equal_shape([chosen, rejected])
     return jax.nn.sigmoid(coefs.beta * chosen) + jax.nn.sigmoid(-coefs.beta * (chosen - rejected))
 
 
 def discopop(chosen: Float[Array, " B"], rejected: Float[Array, " B"], coefs: Coefs) -> Float[Array, " B"]:
     """-(1 - w) log s(m) + w exp(-m), m = beta (c - r), w = s(m / tau) (https://arxiv.org/abs/2406.08414, eq. 5).
 
-    Written so that exp(-m) does not overflow where w is 0.
+    w exp(-m) is computed as one exponential, so that exp(-m) does not overflow where w is 0.
     """
+    chex.assert_equal_shape([chosen, rejected])
     margin = coefs.beta * (chosen - rejected)
     scaled = margin / coefs.discopop_tau
     exponential = jnp.exp(jax.nn.log_sigmoid(scaled) - margin)
@@ -189,10 +205,10 @@ def discopop(chosen: Float[Array, " B"], rejected: Float[Array, " B"], coefs: Co
 
 
 class Loss(NamedTuple):
-    """What is compared, and what a comparison costs."""
+    """A preference loss: the scores of both responses, and the loss of a pair given its scores."""
 
     scores: Callable[[Logprobs, Bool[Array, " B"], Divergence], Scores]
-    cost: Callable[[Float[Array, " B"], Float[Array, " B"], Coefs], Float[Array, " B"]]
+    pair_loss: Callable[[Float[Array, " B"], Float[Array, " B"], Coefs], Float[Array, " B"]]
 
 
 LOSSES = {
@@ -210,27 +226,30 @@ LOSSES = {
     "apo_down": Loss(ratios, apo_down),
     "discopop": Loss(ratios, discopop),
 }
-"""By TRL's names. `ipo` is per token, as its authors had it, though eq. 17 is written for whole responses."""
+"""Losses by TRL's names. `ipo` is per token, as in its authors' code, though eq. 17 is for whole responses."""
 
 
 def preference_loss(
     logprobs: Logprobs, mask: Bool[Array, " B"], count: Scalar, loss: Loss, divergence: Divergence, coefs: Coefs
 ) -> tuple[Float[Array, ""], Metrics]:
-    """1 / count  sum of the costs of the pairs, and the metrics of `pair_metrics`, with rewards beta log(pi / ref).
+    """1 / count  sum of the losses of the pairs, and `pair_metrics` with rewards beta log(pi / ref).
 
-    `mask` says which rows are pairs, and `count` is the number of pairs of the whole optimizer batch. Loss and gradient
-    are finite for finite log-probs and coefficients in their ranges: where the two responses are the same (or empty),
-    the margin is 0.
+    `mask` marks the rows that are pairs, and `count` is the number of pairs of the whole optimizer batch. Loss and
+    gradient are finite for finite log-probs and coefficients in their ranges.
     """
+    chex.assert_rank(mask, 1)
+    chex.assert_equal_shape([*logprobs, mask])
     kept = Logprobs(*(jnp.where(mask, values, 0) for values in logprobs))
     chosen, rejected = loss.scores(kept, mask, divergence)
-    value = masked.total(loss.cost(chosen, rejected, coefs), mask) / count
+    value = masked.total(loss.pair_loss(chosen, rejected, coefs), mask) / count
     rewards = coefs.beta * (kept.chosen - kept.ref_chosen), coefs.beta * (kept.rejected - kept.ref_rejected)
     return value, {"loss": value} | pair_metrics(rewards, (kept.chosen, kept.rejected), mask, count)
 
 
 def pair_metrics(rewards: Scores, logprobs: Scores, mask: Bool[Array, " B"], count: Scalar) -> Metrics:
-    """Means over the pairs of (chosen, rejected) rewards and log-probs; a tie is not accurate. They add up."""
+    """Means over the pairs of (chosen, rejected) rewards and log-probs. A tie counts as a wrong prediction."""
+    chex.assert_rank(mask, 1)
+    chex.assert_equal_shape([*rewards, *logprobs, mask])
     rewards = masked.keep(rewards[0], mask), masked.keep(rewards[1], mask)
     return {
         "rewards/chosen": jnp.sum(rewards[0]) / count,
@@ -243,8 +262,10 @@ def pair_metrics(rewards: Scores, logprobs: Scores, mask: Bool[Array, " B"], cou
 
 
 def sft_term(chosen: Float[Array, " B"], mask: Bool[Array, " B"], tokens: Scalar) -> Float[Array, ""]:
-    """-1 / tokens  sum log pi(chosen), to be multiplied and added, as in CPO and ORPO.
+    """Cross-entropy of the chosen responses, -1 / tokens  sum log pi(chosen), in nats per token.
 
-    `tokens` is the number of tokens in the chosen responses of the whole optimizer batch: nats per token.
+    To be multiplied by a coefficient and added to the loss, as in CPO and ORPO. `tokens` is the number of tokens in the
+    chosen responses of the whole optimizer batch.
     """
+    chex.assert_rank(chosen, 1)
     return -masked.total(chosen, mask) / tokens

@@ -1,33 +1,32 @@
-"""Advantages without a value model: a response is compared with the others of its group, those to the same prompt.
+"""Advantages without a value model: each response is compared with the other responses to its prompt, its group.
 
-A group is named by an integer per row, as `Rollout.index` does, rather than by its place among `samples` consecutive
-rows. Thus groups may differ in size (dynamic sampling, the end of a data set), rows may come in any order and lie on
-any device, and a prompt that is twice in a batch is one larger group. Every function is for the whole batch, never for
-a micro-batch or one device's share.
+A group is identified by an integer per row, as in `Rollout.index`, not by position. So groups may differ in size
+(dynamic sampling, the end of a data set), rows may come in any order and on any device, and a prompt that occurs twice
+in a batch is one larger group. Every function takes the whole batch, not a micro-batch or one device's shard.
 
-Scores enter by their differences to those of the group, so a group without variance has advantages of exactly 0. That
-is also what a group of one gets: it has nothing to be compared with. `flat` tells both, `group_metrics` counts them.
-Advantages [B] are those of every token of their response.
+Advantages are computed from differences of scores within the group, so they are exactly 0 in a group whose scores are
+all equal, and in a group of one. `zero_variance` marks both, `group_metrics` counts them. Advantages [B] apply to every
+token of the response.
 """
 
+import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrlhf.algorithms.advantages import reward_to_go, whiten
-from jaxrlhf.algorithms.masked import Scalar
+from jaxrlhf.algorithms.masked import Metrics, Scalar
 
-DEVIATION_FLOOR = 1e-4  # added to the deviation of a group's scores, as TRL does
+DEVIATION_FLOOR = 1e-4  # added to the standard deviation of a group's scores, as in TRL
 
 
 def grpo(scores: Float[Array, " B"], group: Int[Array, " B"], scale: bool) -> Float[Array, " B"]:
-    """(score - mean) / (deviation + 1e-4), both of the group (https://arxiv.org/abs/2402.03300, 4.1.2).
+    """GRPO: (score - mean) / (std + 1e-4) within the group (https://arxiv.org/abs/2402.03300, 4.1.2).
 
-    Without `scale`, score - mean: Dr. GRPO, by which easy and hard prompts do not weigh more than others
-    (https://arxiv.org/abs/2503.20783, 3). The variance is the unbiased one (divided by n - 1), and 1e-4 is in no
-    paper: both are TRL's choice, so that runs compare.
+    Without `scale`, score - mean: Dr. GRPO, which does not give easy and hard prompts a higher weight
+    (https://arxiv.org/abs/2503.20783, 3). The unbiased variance (divided by n - 1) and the 1e-4 are TRL's choices.
     """
-    ahead, size = _ahead(scores, group)
-    centred = ahead / size
+    differences, size = _differences(scores, group)
+    centred = differences / size
     if not scale:
         return centred
     squares = jnp.sum(jnp.where(_same(group), jnp.square(centred), 0.0), axis=1)
@@ -35,30 +34,33 @@ def grpo(scores: Float[Array, " B"], group: Int[Array, " B"], scale: bool) -> Fl
 
 
 def rloo(scores: Float[Array, " B"], group: Int[Array, " B"]) -> Float[Array, " B"]:
-    """score - mean of the others of the group: REINFORCE leave-one-out (https://arxiv.org/abs/2402.14740)."""
-    ahead, size = _ahead(scores, group)
-    return ahead / jnp.maximum(size - 1, 1)
+    """REINFORCE leave-one-out: score - mean of the others of the group (https://arxiv.org/abs/2402.14740)."""
+    differences, size = _differences(scores, group)
+    return differences / jnp.maximum(size - 1, 1)
 
 
 def gpg(scores: Float[Array, " B"], group: Int[Array, " B"]) -> Float[Array, " B"]:
-    """alpha (score - mean of the group), alpha = B / (B - rows of flat groups) (https://arxiv.org/abs/2504.02546).
+    """GPG: alpha (score - mean of the group), with F_norm = 1 (https://arxiv.org/abs/2504.02546).
 
-    alpha makes up for rows without a gradient in a loss that is divided by all of them. F_norm of the paper is 1.
+    alpha = B / (B - rows in zero-variance groups) compensates for rows without a gradient in a mean over all rows.
     """
-    ahead, size = _ahead(scores, group)
-    return ahead / size * (len(scores) / jnp.maximum(jnp.sum(~flat(scores, group)), 1))
+    differences, size = _differences(scores, group)
+    return differences / size * (len(scores) / jnp.maximum(jnp.sum(~zero_variance(scores, group)), 1))
 
 
 def remax(scores: Float[Array, " B"], greedy_scores: Float[Array, " B"]) -> Float[Array, " B"]:
-    """score - score of the greedy response to the same prompt (https://arxiv.org/abs/2310.10505, algorithm 1)."""
+    """ReMax: score - score of the greedy response to the same prompt (https://arxiv.org/abs/2310.10505, alg. 1)."""
+    chex.assert_rank(scores, 1)
+    chex.assert_equal_shape([scores, greedy_scores])
     return scores - greedy_scores
 
 
 def reinforce_pp(rewards: Float[Array, "B R"], mask: Bool[Array, "B R"], gamma: Scalar) -> Float[Array, "B R"]:
-    """REINFORCE++: rewards to come, whitened over all tokens of the batch (https://arxiv.org/abs/2501.03262).
+    """REINFORCE++: rewards to go, whitened over all tokens of the batch (https://arxiv.org/abs/2501.03262).
 
-    `rewards` are those of `ppo.token_rewards`: score - kl_coef (the KL from here on), for gamma = 1.
+    `rewards` are those of `ppo.token_rewards`: for gamma = 1 the reward to go is score - kl_coef (KL from t on).
     """
+    chex.assert_rank(rewards, 2)
     return whiten(reward_to_go(rewards, mask, jnp.zeros_like(rewards[:, 0]), gamma), mask, shift_mean=True)
 
 
@@ -67,31 +69,35 @@ def reinforce_pp_baseline(
 ) -> Float[Array, "B R"]:
     """REINFORCE++ with baseline: score - mean of the group, whitened over all tokens (its KL is in the loss).
 
-    Source: https://arxiv.org/abs/2501.03262. Flat groups stay near 0, but not at it: the mean over tokens, which is
-    taken away, weighs responses by their length.
+    Source: https://arxiv.org/abs/2501.03262. Zero-variance groups end up near 0 rather than at 0: whitening subtracts
+    the mean over tokens, which weights responses by their length.
     """
+    chex.assert_rank(mask, 2)
+    chex.assert_shape(scores, mask.shape[:1])
     return whiten(jnp.broadcast_to(grpo(scores, group, scale=False)[:, None], mask.shape), mask, shift_mean=True)
 
 
-def flat(scores: Float[Array, " B"], group: Int[Array, " B"]) -> Bool[Array, " B"]:
-    """True where all scores of the row's group are equal, and thus for a group of one.
+def zero_variance(scores: Float[Array, " B"], group: Int[Array, " B"]) -> Bool[Array, " B"]:
+    """True if all scores of the row's group are equal, so also for a group of one. False for a nan score.
 
-    It is what dynamic sampling replaces (https://arxiv.org/abs/2503.14476, 3.2). False where a score is not a number.
+    These are the groups that dynamic sampling replaces (https://arxiv.org/abs/2503.14476, 3.2).
     """
+    chex.assert_rank(scores, 1)
+    chex.assert_equal_shape([scores, group])
     return ~jnp.any(_same(group) & (scores[:, None] != scores), axis=1)
 
 
-def group_metrics(scores: Float[Array, " B"], group: Int[Array, " B"]) -> dict[str, Float[Array, ""]]:
-    """How many groups there are, how many of them are flat, and how many of those are of one response."""
-    same = _same(group)
+def group_metrics(scores: Float[Array, " B"], group: Int[Array, " B"]) -> Metrics:
+    """Number of groups, of those whose scores are all equal, and of those with one response."""
+    equal_scores, same = zero_variance(scores, group), _same(group)
     first = jnp.argmax(same, axis=1) == jnp.arange(len(group))
 
-    def number(of: Bool[Array, " B"]) -> Float[Array, ""]:
-        return jnp.sum(first & of).astype(jnp.float32)
+    def number(rows: Bool[Array, " B"]) -> Float[Array, ""]:
+        return jnp.sum(first & rows).astype(jnp.float32)
 
     return {
         "groups/count": number(first),
-        "groups/flat": number(flat(scores, group)),
+        "groups/flat": number(equal_scores),
         "groups/single": number(jnp.sum(same, axis=1) == 1),
     }
 
@@ -100,7 +106,9 @@ def _same(group: Int[Array, " B"]) -> Bool[Array, "B B"]:
     return group[:, None] == group
 
 
-def _ahead(scores: Float[Array, " B"], group: Int[Array, " B"]) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
-    """(sum over the group of score - the other's score, size of the group): nothing cancels where all are equal."""
+def _differences(scores: Float[Array, " B"], group: Int[Array, " B"]) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
+    """(sum over the group of score - the other's score, size of the group): exactly 0 if all scores are equal."""
+    chex.assert_rank(scores, 1)
+    chex.assert_equal_shape([scores, group])
     same = _same(group)
     return jnp.sum(jnp.where(same, scores[:, None] - scores, 0.0), axis=1), jnp.sum(same, axis=1)

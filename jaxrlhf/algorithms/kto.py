@@ -1,21 +1,24 @@
-"""Kahneman-Tversky optimisation (https://arxiv.org/abs/2402.01306): responses that are good or bad, without pairs."""
+"""Kahneman-Tversky optimisation (https://arxiv.org/abs/2402.01306): unpaired responses labelled good or bad."""
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxrlhf.algorithms import masked
-from jaxrlhf.algorithms.masked import Scalar
-from jaxrlhf.algorithms.reward import Metrics
+from jaxrlhf.algorithms.masked import Metrics, Scalar
 
 
 def kl_baseline(
     logprobs: Float[Array, " B"], ref_logprobs: Float[Array, " B"], mask: Bool[Array, " B"]
 ) -> Float[Array, ""]:
-    """The paper's z0 = max(0, mean log(pi / ref)), over responses to other prompts than their own. Without a gradient.
+    """The paper's z0 = max(0, mean log(pi / ref)) over mismatched prompts and responses. Without a gradient.
 
-    Of the WHOLE optimizer batch: that of a micro-batch is another, noisier number. 0 where the mask is empty.
+    Call it on the WHOLE optimizer batch: the estimate of a micro-batch is another, noisier number. 0 if the mask is
+    empty.
     """
+    chex.assert_rank(logprobs, 1)
+    chex.assert_equal_shape([logprobs, ref_logprobs, mask])
     mean = masked.total(logprobs - ref_logprobs, mask) / jnp.maximum(jnp.sum(mask), 1)
     return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
 
@@ -31,16 +34,18 @@ def kto_loss(
     desirable_weight: Scalar,
     undesirable_weight: Scalar,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The loss of the paper, whose value function is v = weight sigmoid(+-beta (log(pi / ref) - kl)).
+    """KTO loss, with the value function v = weight sigmoid(+-beta (log(pi / ref) - kl)).
 
         loss = 1 / count  sum weight (1 - sigmoid(beta (log(pi / ref) - kl)))    if desirable
                           sum weight (1 - sigmoid(beta (kl - log(pi / ref))))    if not
 
-    `logprobs` are sums over the tokens of a response, `mask` says which rows are responses, and `count` is their number
-    in the whole optimizer batch. `kl` is the `kl_baseline`; with 0, and weights of 1, this is the unpaired form of
-    APO-zero (https://arxiv.org/abs/2408.06266). Finite for finite log-probs, also where all responses are of one kind.
-    Metrics add up over micro-batches like the loss; `finalize_metrics` turns their sum into what is logged.
+    `logprobs` are sums over the tokens of a response, `mask` marks the rows that are responses, and `count` is their
+    number in the whole optimizer batch. `kl` is the `kl_baseline`; with 0, and weights of 1, this is the unpaired form
+    of APO-zero (https://arxiv.org/abs/2408.06266). Finite for finite log-probs, also if all responses have one label.
+    Metrics add up over micro-batches like the loss; pass their sum to `finalize_metrics`.
     """
+    chex.assert_rank(logprobs, 1)
+    chex.assert_equal_shape([logprobs, ref_logprobs, desirable, mask])
     logprobs, ref_logprobs = masked.keep(logprobs, mask), masked.keep(ref_logprobs, mask)
     log_ratio = logprobs - ref_logprobs
     sign = jnp.where(desirable, 1.0, -1.0)
@@ -55,10 +60,11 @@ def kto_loss(
 
 
 def finalize_metrics(metrics: Metrics) -> Metrics:
-    """The sum of the micro-batches' metrics -> what is logged: means over the responses of a kind, and their margin.
+    """Turn the sum of the micro-batches' metrics into means over the responses of each label, and their margin.
 
-    A kind that the batch lacks has means of 0; look at its share.
+    The means of a label without responses are 0; its share is 0 too.
     """
+    chex.assert_rank(list(metrics.values()), 0)
     metrics = dict(metrics)
     for kind in ("chosen", "rejected"):
         share = metrics[f"share/{kind}"]

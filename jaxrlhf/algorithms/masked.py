@@ -1,17 +1,22 @@
-"""Sums and what is made of them, under a mask.
+"""Masked sums and statistics.
 
-Masks choose the inputs (0 * nan is nan), so what they hide never reaches a sum or a gradient.
+The mask selects the inputs of a sum (`jnp.where`), not its terms: 0 * nan is nan, so a product with the mask would let
+what is masked reach the sum and the gradient.
 """
 
+import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 Scalar = Float[Array, ""] | Int[Array, ""] | float | int
-"""What changes during a run may be traced: counts, coefficients, clip ranges."""
+"""A number that may change during a run and so may be traced: a count, a coefficient, a clip range."""
+
+Metrics = dict[str, Float[Array, ""]]
 
 
 def keep(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`x` where the mask is true, an exact 0 (and no gradient) elsewhere, whatever `x` holds there."""
+    """`x` where the mask is true; elsewhere exactly 0, without a gradient, even if `x` is not finite there."""
+    chex.assert_equal_shape([x, mask])
     return jnp.where(mask, x, 0.0)
 
 
@@ -21,19 +26,25 @@ def total(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array
 
 
 def last(mask: Bool[Array, "B R"]) -> Bool[Array, "B R"]:
-    """True at the last true column of each row and nowhere else; a row without one stays false."""
+    """True only at the last true column of each row; all false for a row without one."""
+    chex.assert_rank(mask, 2)
     columns = jnp.arange(mask.shape[1])
     return mask & (columns == jnp.max(jnp.where(mask, columns, -1), axis=1, keepdims=True))
 
 
-def quantiles(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], which: tuple[float, ...]) -> Float[Array, " _"]:
-    """Quantiles of `x` over the mask, one for each share in `which`; 0 where nothing is in the mask."""
-    found = jnp.nanquantile(jnp.where(mask, x, jnp.nan), jnp.array(which))
-    return jnp.where(jnp.any(mask), found, 0.0)
+def quantiles(
+    x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], probabilities: tuple[float, ...]
+) -> Float[Array, " _"]:
+    """Quantiles of `x` over the mask, one for each of `probabilities`; 0 if the mask is empty."""
+    chex.assert_equal_shape([x, mask])
+    values = jnp.nanquantile(jnp.where(mask, x, jnp.nan), jnp.array(probabilities))
+    return jnp.where(jnp.any(mask), values, 0.0)
 
 
 def correlation(x: Float[Array, " B"], y: Float[Array, " B"]) -> Float[Array, ""]:
-    """Pearson's, over the rows; 0 where one of the two does not vary."""
+    """Pearson correlation over the rows; 0 if `x` or `y` is constant."""
+    chex.assert_rank(x, 1)
+    chex.assert_equal_shape([x, y])
     x, y = x - jnp.mean(x), y - jnp.mean(y)
     spread = jnp.sqrt(jnp.sum(x * x) * jnp.sum(y * y))
     return jnp.where(spread > 0, jnp.sum(x * y) / jnp.where(spread > 0, spread, 1.0), 0.0)

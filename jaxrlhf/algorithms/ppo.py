@@ -1,20 +1,19 @@
 """Proximal policy optimisation (https://arxiv.org/abs/1707.06347) on token-level rewards.
 
-The whole recipe, with the choices that matter, is that of https://arxiv.org/abs/1909.08593 and "The N implementation
-details of RLHF with PPO" (Huang et al., 2023).
+The recipe and its implementation details follow https://arxiv.org/abs/1909.08593 and "The N implementation details of
+RLHF with PPO" (Huang et al., 2023).
 """
 
 from typing import Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.kl import k1, k3
-from jaxrlhf.algorithms.masked import Scalar
-
-Metrics = dict[str, Float[Array, ""]]
+from jaxrlhf.algorithms.masked import Metrics, Scalar
 
 
 def token_rewards(
@@ -27,23 +26,23 @@ def token_rewards(
 ) -> Float[Array, "B R"]:
     """r_t = -kl_coef (log pi_old - log ref)_t + [t is the last real token] score (https://arxiv.org/abs/1909.08593, 2).
 
-    `token_scores` (of a process reward) are added where they stand. 0 outside the mask. A row without a real token gets
-    no score: there is nothing to reward. `kl_coef` is 0 where the KL is in the loss (`kl.kl_loss`).
+    `token_scores` (of a process reward) are added to their own tokens. 0 outside the mask; the score of a row without
+    real tokens is dropped. `kl_coef` is 0 if the KL is in the loss (`kl.kl_loss`).
     """
+    chex.assert_shape(scores, mask.shape[:1])
+    chex.assert_equal_shape([old_logprobs, ref_logprobs, mask])
     penalty = kl_coef * k1(masked.keep(old_logprobs, mask), masked.keep(ref_logprobs, mask))
     rewards = jnp.where(masked.last(mask), scores[:, None], 0.0) - penalty
     return rewards if token_scores is None else rewards + masked.keep(token_scores, mask)
 
 
 class Clip(NamedTuple):
-    """How far the ratio pi / pi_old counts."""
+    """Limits on the ratio rho = pi / pi_old. `dual` is the dual clip of https://arxiv.org/abs/1912.09729, eq. 5."""
 
-    low: float  # a gain from falling ends at 1 - low
-    high: float  # a gain from rising ends at 1 + high
-    dual: (
-        float | None
-    )  # the cost of rising, at a negative advantage, ends here (https://arxiv.org/abs/1912.09729, eq. 5)
-    log_ratio: float  # |log ratio| is cut here
+    low: float  # rho is clipped at 1 - low
+    high: float  # rho is clipped at 1 + high
+    dual: float | None  # rho is clipped here if the advantage is negative; above 1
+    log_ratio: float  # |log rho| is clipped here, for numerical safety
 
 
 def policy_loss(
@@ -55,14 +54,16 @@ def policy_loss(
     clip: Clip,
     weights: Float[Array, "B R"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The clipped surrogate (https://arxiv.org/abs/1707.06347, eq. 7), to minimise.
+    """Clipped surrogate loss (https://arxiv.org/abs/1707.06347, eq. 7, negated).
 
         loss = 1 / count  sum_t w_t max(-A_t rho_t, -A_t clip(rho_t, 1 - low, 1 + high)),   rho = pi / pi_old
 
-    With a dual clip, min(that, -A_t dual) where A_t < 0. `weights` correct for a sampler that is not pi_old; none: 1.
+    With a dual clip, min(that, -A_t dual) where A_t < 0. `weights` correct for a sampler that is not pi_old (None: 1).
     `count` is the number of real tokens of the whole optimizer batch. Metrics add up over micro-batches like the loss;
-    `finalize_metrics` turns their sum into what is logged.
+    pass their sum to `finalize_metrics`.
     """
+    chex.assert_rank(logprobs, 2)
+    chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
     log_ratio = masked.keep(logprobs, mask) - masked.keep(old_logprobs, mask)
     advantages = masked.keep(advantages, mask)
     upper, lower = 1 + clip.high, 1 - clip.low
@@ -70,7 +71,7 @@ def policy_loss(
     below = (advantages < 0) & (log_ratio < jnp.log(lower))
     far = (advantages < 0) & (log_ratio > jnp.log(jnp.float32(clip.dual or jnp.inf)))
     clipped = above | below
-    # A clipped token enters exp() as 0: its gradient is 0 and must stay so where the ratio overflows (0 * inf is nan).
+    # exp() gets 0 for a clipped token: its gradient is 0 and must stay 0 where the ratio overflows (0 * inf is nan).
     limited = jnp.clip(jnp.where(clipped | far, 0.0, log_ratio), -clip.log_ratio, clip.log_ratio)
     bound = jnp.where(above, upper, jnp.where(below, lower, clip.dual or 1.0))
     surrogate = advantages * jnp.where(clipped | far, bound, jnp.exp(limited))
@@ -85,7 +86,9 @@ def policy_loss(
 
 
 def ratio_metrics(log_ratio: Float[Array, "B R"], mask: Bool[Array, "B R"], count: Scalar, clip: Clip) -> Metrics:
-    """How far pi has moved from pi_old, without a gradient; `log_ratio` is 0 outside the mask."""
+    """Distance of pi from pi_old, without a gradient. `log_ratio` is 0 outside the mask."""
+    chex.assert_rank(log_ratio, 2)
+    chex.assert_equal_shape([log_ratio, mask])
     log_ratio = jax.lax.stop_gradient(jnp.clip(log_ratio, -clip.log_ratio, clip.log_ratio))
     return {
         "policy/approxkl_avg": 0.5 * jnp.sum(jnp.square(log_ratio)) / count,
@@ -103,27 +106,31 @@ def value_loss(
     count: Scalar,
     cliprange_value: Scalar | None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Squared error of the values, pessimistic about moves beyond the clip range (OpenAI baselines' ppo2, and since).
+    """Squared error of the values, clipped around the old values (as in OpenAI baselines' ppo2).
 
         loss = 1 / (2 count)  sum_t max((V_t - R_t)^2, (clip(V_t, V_old_t - c, V_old_t + c) - R_t)^2)
 
-    Without a clip range, the first of the two.
+    Without a clip range, only the first of the two.
     """
+    chex.assert_rank(values, 2)
+    chex.assert_equal_shape([values, old_values, returns, mask])
     values, old_values, returns = (masked.keep(x, mask) for x in (values, old_values, returns))
     if cliprange_value is None:
         loss = 0.5 * jnp.sum(jnp.square(values - returns)) / count
         return loss, {"loss/value_avg": loss, "val/clipfrac_avg": jnp.zeros_like(loss)}
-    near = old_values + jnp.clip(values - old_values, -cliprange_value, cliprange_value)
-    free_error, near_error = jnp.square(values - returns), jnp.square(near - returns)
-    loss = 0.5 * jnp.sum(jnp.maximum(free_error, near_error)) / count
-    return loss, {"loss/value_avg": loss, "val/clipfrac_avg": jnp.sum(near_error > free_error) / count}
+    clipped = old_values + jnp.clip(values - old_values, -cliprange_value, cliprange_value)
+    error, clipped_error = jnp.square(values - returns), jnp.square(clipped - returns)
+    loss = 0.5 * jnp.sum(jnp.maximum(error, clipped_error)) / count
+    return loss, {"loss/value_avg": loss, "val/clipfrac_avg": jnp.sum(clipped_error > error) / count}
 
 
 def finalize_metrics(metrics: Metrics) -> Metrics:
-    """The sum of the micro-batches' metrics -> what is logged: val/ratio_var in place of val/ratio_spread.
+    """Replace val/ratio_spread by val/ratio_var in the sum of the micro-batches' metrics.
 
-    E[(rho - 1)^2] is what adds up; Var[rho] = E[(rho - 1)^2] - (E[rho] - 1)^2, without the cancellation of E[rho^2].
+    E[(rho - 1)^2] adds up over micro-batches, and Var[rho] = E[(rho - 1)^2] - (E[rho] - 1)^2 does not suffer from the
+    cancellation of E[rho^2] - E[rho]^2.
     """
+    chex.assert_rank(list(metrics.values()), 0)
     metrics = dict(metrics)
     variance = metrics.pop("val/ratio_spread") - jnp.square(metrics["val/ratio"] - 1)
     return metrics | {"val/ratio_var": jnp.maximum(variance, 0.0)}
@@ -138,11 +145,12 @@ def rollout_metrics(
     kl_coef: Scalar,
     kl_in: Literal["reward", "loss"],
 ) -> Metrics:
-    """`response_metrics`, and the KL: means over sequences of sums over real tokens of k1, in nats per response.
+    """`response_metrics`, and the KL to the reference in nats per response (mean of the sum over real tokens).
 
-    rlhf_reward is the objective, score - kl_coef KL, wherever the KL enters; non_score_reward is what of the KL is in
-    the rewards, so nothing where it is in the loss.
+    rlhf_reward is the objective score - kl_coef KL, wherever the KL enters; non_score_reward is the part of the rewards
+    that is KL penalty: 0 if the KL is in the loss.
     """
+    chex.assert_equal_shape([old_logprobs, ref_logprobs, mask])
     kept = masked.keep(old_logprobs, mask), masked.keep(ref_logprobs, mask)
     kl = jnp.mean(jnp.sum(k1(*kept), axis=1))
     return response_metrics(scores, mask, finished) | {
@@ -154,7 +162,9 @@ def rollout_metrics(
 
 
 def response_metrics(scores: Float[Array, " B"], mask: Bool[Array, "B R"], finished: Bool[Array, " B"]) -> Metrics:
-    """What is known of responses and their scores without any model."""
+    """Statistics of the scores and lengths of the responses."""
+    chex.assert_rank(mask, 2)
+    chex.assert_shape([scores, finished], mask.shape[:1])
     lengths = jnp.sum(mask, axis=1).astype(jnp.float32)
     return {
         "objective/scores": jnp.mean(scores),

@@ -1,13 +1,18 @@
-"""Preference losses on the average log-prob of a response's tokens, which need no reference: SimPO and ORPO."""
+"""Preference losses on the average log-prob per token, without a reference: SimPO and ORPO.
 
+Arguments of both: `chosen` and `rejected` are log-probs summed over the tokens of a response, `mask` marks the rows
+that are pairs, and `count` is the number of pairs of the whole optimizer batch. The average of an empty response is 0.
+"""
+
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.dpo import pair_metrics
-from jaxrlhf.algorithms.masked import Scalar
-from jaxrlhf.algorithms.reward import Metrics, smoothed
+from jaxrlhf.algorithms.masked import Metrics, Scalar
+from jaxrlhf.algorithms.reward import smoothed
 
 
 def simpo_loss(
@@ -21,11 +26,10 @@ def simpo_loss(
     gamma: Scalar,
     label_smoothing: Scalar,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """-1 / count  sum log sigmoid(beta (c - r) - gamma) (https://arxiv.org/abs/2405.14734, eq. 6).
+    """SimPO: -1 / count  sum log sigmoid(beta (c - r) - gamma) (https://arxiv.org/abs/2405.14734, eq. 6).
 
-    c and r are log-probs per token of the chosen and the rejected response; an empty response has 0. `chosen` and
-    `rejected` are sums over tokens, `mask` says which rows are pairs, and `count` is the number of pairs of the whole
-    optimizer batch. TRL's `simpo_gamma` is this gamma, too. Rewards are beta c and beta r.
+    c and r are the average log-probs of the chosen and the rejected response. `gamma` is TRL's `simpo_gamma`. Rewards
+    are beta c and beta r.
     """
     averages = _averages(chosen, chosen_tokens, mask), _averages(rejected, rejected_tokens, mask)
     margin = beta * (averages[0] - averages[1]) - gamma
@@ -43,11 +47,11 @@ def orpo_loss(
     count: Scalar,
     beta: Scalar,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """-beta / count  sum log sigmoid(log odds(p_c) - log odds(p_r)) (https://arxiv.org/abs/2403.07691, eq. 7).
+    """ORPO's odds-ratio term: -beta / count  sum log sigmoid(log odds(p_c) - log odds(p_r)).
 
-    odds(p) = p / (1 - p), log p being the log-prob per token; beta is the paper's lambda. The rest of its loss (eq. 6)
-    is `dpo.sft_term`. Arguments as for `simpo_loss`. A response whose tokens are certain, or that is empty, has
-    infinite odds: here log p ends at -1e-6, above which there is no gradient. Rewards are beta log p.
+    Source: https://arxiv.org/abs/2403.07691, eq. 7, whose lambda is `beta`; the other term of its loss (eq. 6) is
+    `dpo.sft_term`. odds(p) = p / (1 - p), log p the average log-prob. The odds of a response with probability 1 (or
+    without tokens) are infinite: log p is limited to -1e-6, without a gradient above. Rewards are beta log p.
     """
     averages = _averages(chosen, chosen_tokens, mask), _averages(rejected, rejected_tokens, mask)
     log_odds = _log_odds(averages[0]) - _log_odds(averages[1])
@@ -62,6 +66,8 @@ def orpo_loss(
 
 
 def _averages(logprobs: Float[Array, " B"], tokens: Int[Array, " B"], mask: Bool[Array, " B"]) -> Float[Array, " B"]:
+    chex.assert_rank(logprobs, 1)
+    chex.assert_equal_shape([logprobs, tokens, mask])
     return masked.keep(logprobs, mask) / jnp.maximum(jnp.where(mask, tokens, 0), 1)
 
 

@@ -1,8 +1,9 @@
-"""What becomes of a sequence's score before it is a reward. `ScoreStats` is all that has a memory."""
+"""Shaping of sequence scores before they become rewards: normalisation, scale, clipping and length penalties."""
 
 import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -12,48 +13,52 @@ from jaxrlhf.config import Scores
 
 
 class ScoreStats(NamedTuple):
-    """Scores seen so far, as their number, mean and sum of squared deviations (Welford): nothing cancels."""
+    """Running statistics of the scores (Welford): number, mean, and sum of squared deviations from the mean."""
 
     seen: Float[Array, ""]
     mean: Float[Array, ""]
     squares: Float[Array, ""]
 
     def add(self, scores: Float[Array, " B"]) -> "ScoreStats":
-        """With the scores of one more batch (Chan, Golub and LeVeque 1983, eq. 2.1) that are finite."""
-        good = jnp.isfinite(scores)
-        n = jnp.sum(good).astype(jnp.float32)
-        mean = jnp.sum(jnp.where(good, scores, 0.0)) / jnp.maximum(n, 1)
-        squares = jnp.sum(jnp.square(jnp.where(good, scores - mean, 0.0)))
+        """Add the finite scores of a batch (Chan, Golub and LeVeque 1983, eq. 2.1)."""
+        chex.assert_rank(scores, 1)
+        finite = jnp.isfinite(scores)
+        n = jnp.sum(finite).astype(jnp.float32)
+        mean = jnp.sum(jnp.where(finite, scores, 0.0)) / jnp.maximum(n, 1)
+        squares = jnp.sum(jnp.square(jnp.where(finite, scores - mean, 0.0)))
         total = jnp.maximum(self.seen + n, 1)
-        apart = mean - self.mean
+        shift = mean - self.mean
         return ScoreStats(
             self.seen + n,
-            self.mean + apart * n / total,
-            self.squares + squares + jnp.square(apart) * self.seen * n / total,
+            self.mean + shift * n / total,
+            self.squares + squares + jnp.square(shift) * self.seen * n / total,
         )
 
     def normalise(self, scores: Float[Array, " B"]) -> Float[Array, " B"]:
-        """(score - mean) / deviation."""
+        """(score - mean) / standard deviation."""
+        chex.assert_rank(scores, 1)
         variance = self.squares / jnp.maximum(self.seen - 1, 1)
         return (scores - self.mean) / jnp.sqrt(variance + VARIANCE_FLOOR)
 
 
 def no_stats() -> ScoreStats:
-    """Nothing seen yet."""
+    """Statistics of no scores."""
     return ScoreStats(*(jnp.zeros((), jnp.float32) for _ in ScoreStats._fields))
 
 
-def overlong(lengths: Float[Array, " B"], longest: int, buffer: int, penalty: float) -> Float[Array, " B"]:
-    """What a response costs for coming near its limit, <= 0 (https://arxiv.org/abs/2503.14476, eq. 13), in tokens.
+def overlong_penalty(lengths: Float[Array, " B"], longest: int, buffer: int, penalty: float) -> Float[Array, " B"]:
+    """Soft penalty (<= 0) on responses close to the length limit (https://arxiv.org/abs/2503.14476, eq. 13).
 
-    0 up to `longest` - `buffer`, then falling to -`penalty` at `longest`.
+    0 up to `longest` - `buffer` tokens, then linear down to -`penalty` at `longest`.
     """
+    chex.assert_rank(lengths, 1)
     over = (lengths - (longest - buffer)) / jnp.maximum(buffer, 1)
     return -penalty * jnp.clip(over, 0.0, 1.0) if buffer else jnp.zeros_like(lengths)
 
 
-def unfinished(finished: Bool[Array, " B"], penalty: float) -> Float[Array, " B"]:
-    """What a response costs that ran out of room, <= 0."""
+def missing_eos_penalty(finished: Bool[Array, " B"], penalty: float) -> Float[Array, " B"]:
+    """-`penalty` for responses that were truncated, 0 for finished ones."""
+    chex.assert_rank(finished, 1)
     return jnp.where(finished, 0.0, -penalty)
 
 
@@ -67,7 +72,9 @@ def shaped(
     config: Scores,
     longest: int,
 ) -> tuple[Float[Array, " B"], ScoreStats]:
-    """The scores as `config` shapes them, and the statistics with them in. `longest` is the response's limit."""
+    """Shape the scores as `config` says; returns them and the updated statistics. `longest` is the response limit."""
+    chex.assert_rank(mask, 2)
+    chex.assert_shape([scores, finished], mask.shape[:1])
     if config.normalise == "running":
         stats = stats.add(scores)
     if config.normalise != "none":
@@ -76,5 +83,5 @@ def shaped(
     if config.clip is not None:
         scores = jnp.clip(scores, -config.clip, config.clip)
     lengths = jnp.sum(mask, axis=1).astype(jnp.float32)
-    scores += overlong(lengths, longest, config.overlong_buffer, config.overlong_penalty)
-    return scores + unfinished(finished, config.missing_eos_penalty), stats
+    scores += overlong_penalty(lengths, longest, config.overlong_buffer, config.overlong_penalty)
+    return scores + missing_eos_penalty(finished, config.missing_eos_penalty), stats

@@ -1,24 +1,23 @@
-"""The parts of a decoder layer, and the one definition of the layer itself.
+"""The decoder layer (`Block`) and its modules.
 
 Operands of every matrix product are in `model.dtype` and accumulate in float32; the residual stream, norms, rotary
 angles and the attention softmax are float32.
 """
 
-import math
 import zlib
 from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Int8, Key, Shaped
 
 from jaxrlhf.models.attention import attend, cudnn_attend, fits_cudnn
-from jaxrlhf.models.config import ModelConfig, Rope
+from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.packed import packed_product, unpack
 from jaxrlhf.models.product import product
+from jaxrlhf.models.rope import Rotation, rotate
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -31,108 +30,40 @@ NORMAL = nn.initializers.normal(0.02)
 
 
 def along_last(vector: Float[Array, "D"], like: Shaped[Array, "*lead D"]) -> Float[Array, "*ones D"]:
-    """A vector with axes of size 1 put before it, to combine with the last axis of `like`."""
+    """Add leading axes of size 1 to a vector, to broadcast along the last axis of `like`."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
-
-
-def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
-    """Angle per position of each of the head_dim / 2 planes (float32 [H/2]), and the factor on cos and sin.
-
-    Su et al. 2021, eq. 15, theta^(-2i/H), stretched: `linear` divides all by `factor` (Chen et al. 2023); `llama3`
-    leaves wavelengths below original/high_freq_factor, divides those above original/low_freq_factor, and blends in
-    between; `yarn` blends by the number of turns over the original length and scales attention (Peng et al. 2023,
-    eq. 17-23, where the temperature appears as a factor on q and k).
-    """
-    frequencies = rope.theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    scale = 1.0
-    if rope.kind == "linear":
-        frequencies = frequencies / rope.factor
-    elif rope.kind == "llama3":
-        turns = rope.original_max_positions * frequencies / (2 * math.pi)
-        keep = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
-        frequencies = frequencies * (keep + (1 - keep) / rope.factor)
-    elif rope.kind == "yarn":
-        keep = _yarn_keep(rope, head_dim)
-        frequencies = frequencies * (keep + (1 - keep) / rope.factor)
-        scale = _yarn_attention_factor(rope)
-    return frequencies.astype(np.float32), scale
-
-
-def _yarn_keep(rope: Rope, head_dim: int) -> np.ndarray:
-    """How much of each frequency YaRN keeps: 1 for planes that turn often, 0 for those that turn less than once."""
-
-    def plane(turns: float) -> float:
-        return head_dim * math.log(rope.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
-
-    low, high = plane(rope.beta_fast), plane(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    if low == high:
-        high += 0.001
-    return 1 - np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
-
-
-def _yarn_attention_factor(rope: Rope) -> float:
-    def temperature(mscale: float) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
-
-    if rope.attention_factor is not None:
-        return rope.attention_factor
-    if rope.mscale and rope.mscale_all_dim:
-        return temperature(rope.mscale) / temperature(rope.mscale_all_dim)
-    return temperature(1.0)
-
-
-Rotation = tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]
-
-
-def rotation(model: ModelConfig, positions: Int[Array, "B T"]) -> Rotation | None:
-    """Cosine and sine of every rotary angle, the same for all layers; None for a model without rotary embeddings."""
-    if model.rope is None:
-        return None
-    frequencies, scale = rope_frequencies(model.rope, model.head_dim)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
-
-
-def rotate(x: Float[Array, "B T heads H"], by: Rotation | None) -> Float[Array, "B T heads H"]:
-    """Turns plane i, made of components i and i + H/2, by its angle."""
-    if by is None:
-        return x
-    cos, sin = by
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def int8_product(
     x: Float[Array, "*lead I"], kernel: Int8[Array, "O I"], scale: Float[Array, " O"]
 ) -> Float[Array, "*lead O"]:
-    """x W, with W's columns as rows of int8 and a scale for each, and each x rounded to 8 bits by its largest entry.
+    """x W in int8: `kernel` has W's columns as rows, with a scale each; each x is quantised by its absolute maximum.
 
-    Both operands are whole numbers of 8 bits, since converting the weights at every use would cost more than they save.
-    Not differentiable.
+    Both operands are int8, because converting the weights at every use would cost more than it saves. Not
+    differentiable.
     """
     step = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-30) / 127
     rounded = jnp.round(x / step).astype(jnp.int8)
-    whole = jax.lax.dot_general(rounded, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-    return whole.astype(jnp.float32) * step * along_last(scale, whole)
+    y = jax.lax.dot_general(rounded, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    return y.astype(jnp.float32) * step * along_last(scale, y)
 
 
-def dropped(x: Float[Array, "B T I"], keys: Key[Array, " B"], rate: float, site: str) -> Float[Array, "B T I"]:
-    """Inverted dropout with a key for each row, so that what a row loses does not depend on the rows beside it.
-    `site` tells the places of a layer apart."""
-    here = zlib.crc32(site.encode())
-    kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, here), 1 - rate, x.shape[1:]))(keys)
+def dropout(x: Float[Array, "B T I"], keys: Key[Array, " B"], rate: float, site: str) -> Float[Array, "B T I"]:
+    """Inverted dropout with a key per row, so that the mask of a row does not depend on the other rows.
+
+    `site` names the module within the layer: each has its own mask.
+    """
+    site_hash = zlib.crc32(site.encode())
+    kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site_hash), 1 - rate, x.shape[1:]))(keys)
     return jnp.where(kept, x / (1 - rate), 0)
 
 
 class Dense(nn.Module):
-    """x W (+ b), with W [in, out]; with int8 kernels see `int8_product`, with those of a packed model packed.py.
+    """x W (+ b), with W [in, out]; int8 kernels use `int8_product`, packed kernels packed.py.
 
-    With variables of its own in the collection "lora": x W + scale x A B, of which A sees x with dropout if there are
-    `keys`; with a magnitude m, every output of that times m / |W + scale A B| (DoRA, https://arxiv.org/abs/2402.09353,
-    eq. 5, the norm a constant to the gradient as in section 4.3).
+    With variables in the collection "lora": x W + scale x A B, where the x of A has dropout if `keys` are given; with a
+    magnitude m, each output is multiplied by m / |W + scale A B| (DoRA, https://arxiv.org/abs/2402.09353, eq. 5, no
+    gradient through the norm as in section 4.3).
     """
 
     features: int
@@ -163,24 +94,24 @@ class Dense(nn.Module):
         adapters = self.model.adapters
         assert adapters is not None
         if keys is not None and adapters.dropout:
-            x = dropped(x, keys, adapters.dropout, "/".join(self.path))
+            x = dropout(x, keys, adapters.dropout, "/".join(self.path))
         low = product("btr,ro->bto", product("bti,ir->btr", x, a, self.model.dtype), b, self.model.dtype)
         y = y + adapters.scale * low
         if self.has_variable("lora", "magnitude"):
-            y = y * along_last(gain(kernel(), a, b, self.get_variable("lora", "magnitude"), adapters.scale), y)
+            y = y * along_last(dora_gain(kernel(), a, b, self.get_variable("lora", "magnitude"), adapters.scale), y)
         return y
 
 
-def gain(
+def dora_gain(
     kernel: Float[Array, "I O"],
     a: Float[Array, "I R"],
     b: Float[Array, "R O"],
     magnitude: Float[Array, " O"],
     scale: float,
 ) -> Float[Array, " O"]:
-    """m / |W + scale A B| for each output; 1 where m is 0, which is how a layer without a magnitude says so.
+    """m / |W + scale A B| of each output; 1 where m is 0, the value in layers without a magnitude.
 
-    |w + scale A b|^2 = |w|^2 + 2 scale (A' w) b + scale^2 b' (A' A) b: nothing of W's size is made for it.
+    |w + scale A b|^2 = |w|^2 + 2 scale (A' w) b + scale^2 b' (A' A) b, which needs no second array of W's size.
     """
     kernel, a, b = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (kernel, a, b))
     cross = jnp.einsum("ir,io->ro", a, kernel)
@@ -206,7 +137,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention. With a cache, new keys and values go to slots `slot` .. `slot` + T - 1 of it."""
+    """Causal self-attention. With a cache, new keys and values are written to slots `slot` .. `slot` + T - 1."""
 
     model: ModelConfig
 
@@ -221,19 +152,19 @@ class Attention(nn.Module):
         if m.qk_norm:
             q, k = Norm("rmsnorm", m.norm_eps, name="q_norm")(q), Norm("rmsnorm", m.norm_eps, name="k_norm")(k)
         q, k = rotate(q, rotation) * scale, rotate(k, rotation)
-        # rounded here, so that training sees the very keys and values that a cache would hold
+        # rounded here, so that training uses exactly the keys and values that a cache would hold
         k, v = (heads.astype(m.dtype).swapaxes(1, 2) for heads in (k, v))
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), slot, axis=2)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), slot, axis=2)
             cache = k, v
-        read = cudnn_attend if m.attention == "cudnn" and cache is None and fits_cudnn(q) else attend
-        y = read(q, k, v, mask, m.dtype).reshape(*x.shape[:2], -1)
+        attention = cudnn_attend if m.attention == "cudnn" and cache is None and fits_cudnn(q) else attend
+        y = attention(q, k, v, mask, m.dtype).reshape(*x.shape[:2], -1)
         return Dense(x.shape[-1], m.attention_out_bias, m, name="o")(y, keys), cache
 
 
 class Mlp(nn.Module):
-    """Gated (Shazeer 2020) or plain feed-forward part."""
+    """Gated (Shazeer 2020) or plain feed-forward network."""
 
     model: ModelConfig
 
@@ -242,9 +173,10 @@ class Mlp(nn.Module):
         m = self.model
         activation = ACTIVATIONS[m.activation]
         up = Dense(m.mlp_size, m.mlp_bias, m, name="up")(x, keys)
-        inner = (
-            activation(Dense(m.mlp_size, m.mlp_bias, m, name="gate")(x, keys)) * up if m.gated_mlp else activation(up)
-        )
+        if m.gated_mlp:
+            inner = activation(Dense(m.mlp_size, m.mlp_bias, m, name="gate")(x, keys)) * up
+        else:
+            inner = activation(up)
         return Dense(x.shape[-1], m.mlp_bias, m, name="down")(inner, keys)
 
 
@@ -252,7 +184,7 @@ Cached = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None
 
 
 class Block(nn.Module):
-    """One pre-norm decoder layer, for training, scoring and decoding alike."""
+    """Pre-norm decoder layer, for training, scoring and decoding."""
 
     model: ModelConfig
 
@@ -267,8 +199,7 @@ class Block(nn.Module):
         slot: Int[Array, ""] | int = 0,
         keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cached]:
-        """Hidden states [B, T, D] and the cache with the new keys and values in it (None without a cache). `keys` are
-        for the dropout of adapters."""
+        """Hidden states [B, T, D] and the updated cache (None without a cache). `keys` are for adapter dropout."""
         norm = partial(Norm, self.model.norm, self.model.norm_eps)
         y, cache = Attention(self.model, name="attention")(
             norm(name="attention_norm")(x), rotation, mask, scale, cache, slot, keys

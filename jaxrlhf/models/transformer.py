@@ -1,9 +1,9 @@
-"""The decoder: parameters, the whole-sequence pass, and the pass with a key-value cache.
+"""The decoder: initialisation, the forward pass over whole sequences, and the forward pass with a key-value cache.
 
 Parameters are a plain nested dict. The leaves of all layers are stacked on their first axis, so that the whole-sequence
-pass is a scan: one layer is traced and compiled, and rematerialisation saves memory. Decoding has no use for either
-and unrolls the layers over `unstack`ed parameters, so that no weight is sliced out of a stack at every token.
-Both run `layers.Block`.
+pass is a scan: one layer is traced and compiled, and rematerialisation saves memory. Decoding needs neither and unrolls
+the layers over `unstack`ed parameters, so that no weight is sliced out of a stack at every token. Both run
+`layers.Block`.
 """
 
 from functools import partial
@@ -17,13 +17,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.heads import init_head
-from jaxrlhf.models.layers import Block, Norm, rotation
+from jaxrlhf.models.layers import Block, Norm
+from jaxrlhf.models.rope import rotation
 from jaxrlhf.types import KVCache, Params
 
 
-@partial(jax.jit, static_argnames=("model", "dtype"))  # traced once for a model, however often its shapes are asked for
+@partial(jax.jit, static_argnames=("model", "dtype"))  # repeated eval_shape calls trace only once
 def init(model: ModelConfig, key: Array, dtype: DTypeLike = "float32") -> Params:
-    """Fresh parameters, all of `dtype`: kernels and embeddings N(0, 0.02^2), norms 1, biases 0; heads see `init_head`.
+    """Fresh parameters of `dtype`: kernels and embeddings N(0, 0.02^2), norms 1, biases 0; heads by `init_head`.
 
     Runs under `jit` (with `out_shardings`) and `eval_shape`.
     """
@@ -55,45 +56,44 @@ def forward(
     segments: Int[Array, "B T"] | None = None,
     keys: Key[Array, " B"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Hidden states after the final norm, float32, at every position; what stands at padding is finite and meaningless.
+    """Hidden states after the final norm, float32, at every position; finite but meaningless at padding.
 
-    `mask` marks real tokens, wherever the padding is. `positions` count the real tokens unless given; with `segments`
-    (packed sequences) a token attends only to its own segment, and positions must be given. With `keys`, one a row,
-    adapters drop what `model.adapters` says.
+    `mask` marks real tokens; the padding may be anywhere. `positions` default to the number of real tokens before. With
+    `segments` (packed sequences) a token attends only to its own segment, and positions must be given. `keys`, one per
+    row, turn on the dropout of `model.adapters`.
     """
     if positions is None:
-        assert segments is None, "packed sequences need positions of their own"
+        assert segments is None, "packed sequences need `positions`"
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
     full, windowed = _may_attend(model, positions, positions, mask, segments)
     turn = rotation(model, positions)
 
     def layer(x, inputs):
         weights, adapters, number, scale, sliding = inputs
-        here = None if keys is None else jax.vmap(partial(jax.random.fold_in, data=number))(keys)
+        layer_keys = None if keys is None else jax.vmap(partial(jax.random.fold_in, data=number))(keys)
         variables = {"params": weights, "lora": adapters}
         may_attend = jnp.where(sliding, windowed, full)
-        return Block(model).apply(variables, x, turn, may_attend, scale, keys=here)[0], None
+        return Block(model).apply(variables, x, turn, may_attend, scale, keys=layer_keys)[0], None
 
-    inputs = (
-        params["layers"], _every_layer(params, model), jnp.arange(model.num_layers),
-        jnp.array(_attention_scales(model), jnp.float32), jnp.array(model.sliding_layers),
-    )  # fmt: skip
+    scales = jnp.array(_attention_scales(model), jnp.float32)
+    adapters = _adapters_of_all_layers(params, model)
+    inputs = params["layers"], adapters, jnp.arange(model.num_layers), scales, jnp.array(model.sliding_layers)
     x, _ = jax.lax.scan(_rematerialised(layer, model), _embed(params, model, tokens, positions), inputs)
     return _apply(Norm(model.norm, model.norm_eps), params["norm"], x)
 
 
-def _every_layer(params: Params, model: ModelConfig) -> Params:
-    """The adapters of all layers, stacked: zeros, which change nothing, for layers that have none."""
+def _adapters_of_all_layers(params: Params, model: ModelConfig) -> Params:
+    """Stacked adapters, padded with zeros (which have no effect) for layers without adapters."""
     adapters = params.get("lora", {}).get("layers", {})
     first, last = (model.adapters and model.adapters.layers) or (0, model.num_layers)
-    room = first, model.num_layers - last
-    return (
-        adapters if room == (0, 0) else jax.tree.map(lambda x: jnp.pad(x, [room, *[(0, 0)] * (x.ndim - 1)]), adapters)
-    )
+    padding = first, model.num_layers - last
+    if padding == (0, 0):
+        return adapters
+    return jax.tree.map(lambda x: jnp.pad(x, [padding, *[(0, 0)] * (x.ndim - 1)]), adapters)
 
 
 def empty_cache(model: ModelConfig, batch: int, slots: int) -> KVCache:
-    """A cache with nothing in it, for keys and values in `model.dtype`."""
+    """Empty cache, with keys and values in `model.dtype`."""
     shape = (batch, model.num_kv_heads, slots, model.head_dim)
     layers = range(model.num_layers)
     return KVCache(
@@ -105,7 +105,7 @@ def empty_cache(model: ModelConfig, batch: int, slots: int) -> KVCache:
 
 
 def unstack(params: Params, model: ModelConfig) -> Params:
-    """The same parameters with "layers" a tuple of one tree per layer. Inside jit, and outside the decode loop."""
+    """Parameters with "layers" a tuple of one tree per layer. Call it inside jit but outside the decode loop."""
 
     def layer(index: int) -> Params:
         return jax.tree.map(lambda leaf: leaf[index], params["layers"])
@@ -122,10 +122,9 @@ def forward_cached(
     cache: KVCache,
     slot: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "B T D"], KVCache]:
-    """`forward` for T more tokens, which take slots `slot` .. `slot` + T - 1 and see every valid slot before them.
+    """`forward` for T more tokens, written to slots `slot` .. `slot` + T - 1, which attend to every earlier valid slot.
 
-    Adapters must have been merged. The caller sees to it that `slot` + T does not exceed the cache: past its end the
-    write would move back.
+    Adapters must be merged. `slot` + T must not exceed the cache, which is not checked: the write would be moved back.
     """
     assert "lora" not in unstacked
     write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
@@ -149,15 +148,15 @@ def _apply(module: nn.Module, weights: Params, *args: Any) -> Any:
 
 
 def _embed(params: Params, model: ModelConfig, tokens: Array, positions: Array) -> Array:
-    # Rounded like the operands of products, so that a copy stored in `model.dtype` computes exactly the same.
+    # Rounded like the operands of products, so that a copy stored in `model.dtype` gives exactly the same result.
     table, rows = params["embed"]["embedding"], params.get("lora", {}).get("rows", {}).get("embedding")
     x = table[tokens].astype(model.dtype).astype(jnp.float32)
     if rows is not None:
         assert model.adapters is not None
         count = len(model.adapters.tokens)
         row = jnp.full(len(table), count).at[jnp.array(model.adapters.tokens)].set(jnp.arange(count))[tokens]
-        own = rows.at[row].get(mode="fill", fill_value=0).astype(model.dtype).astype(jnp.float32)
-        x = jnp.where((row < count)[..., None], own, x)
+        trained = rows.at[row].get(mode="fill", fill_value=0).astype(model.dtype).astype(jnp.float32)
+        x = jnp.where((row < count)[..., None], trained, x)
     if model.kernels == "int8":
         x = x * params["embed"]["scale"][tokens][..., None]
     if model.rope is None:
@@ -166,7 +165,7 @@ def _embed(params: Params, model: ModelConfig, tokens: Array, positions: Array) 
 
 
 def _attention_scales(model: ModelConfig) -> list[float]:
-    """The factor on q k of every layer."""
+    """Factor on q k of every layer."""
     scale = model.head_dim**-0.5 if model.attention_scale is None else model.attention_scale
     return [scale / (i + 1) if model.attention_scale_by_layer else scale for i in range(model.num_layers)]
 
@@ -174,7 +173,7 @@ def _attention_scales(model: ModelConfig) -> list[float]:
 def _may_attend(
     model: ModelConfig, queries: Array, keys: Array, valid: Array, segments: Array | None
 ) -> tuple[Array, Array]:
-    """Which keys [B, S] each query [B, T] sees, both given by position: in a full layer and in a sliding one."""
+    """Attention masks [B, T, S] of full and of sliding-window layers; `queries` and `keys` are positions."""
     distance = queries[:, :, None] - keys[:, None, :]
     full = (distance >= 0) & valid[:, None, :]
     if segments is not None:
@@ -187,4 +186,4 @@ def _rematerialised(layer, model: ModelConfig):
         return layer
     # "dots" keeps the results of matrix products with weights and recomputes the rest, attention included
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if model.remat == "dots" else None
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)  # inside a scan nothing can be merged
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)  # common subexpressions are not merged inside a scan

@@ -35,7 +35,7 @@ METHODS = {
     "grpo": (functools.partial(groups.grpo, scale=True), by_hand(standardised)),
     "dr_grpo": (functools.partial(groups.grpo, scale=False), by_hand(lambda x: x - x.mean())),
     "rloo": (groups.rloo, by_hand(leave_one_out)),
-    "gpg": (groups.gpg, 12 / 7 * by_hand(lambda x: x - x.mean())),  # 5 of 12 rows lie in flat groups
+    "gpg": (groups.gpg, 12 / 7 * by_hand(lambda x: x - x.mean())),  # 5 of 12 rows are in zero-variance groups
 }
 methods = pytest.mark.parametrize("name", METHODS)
 
@@ -54,7 +54,7 @@ def test_a_group_without_variance_has_advantages_of_exactly_nothing(name):
     advantages, _ = METHODS[name]
     found = np.asarray(advantages(jnp.asarray(SCORES), jnp.asarray(GROUP)))
     np.testing.assert_array_equal(found == 0, np.isin(GROUP, [9, 50_000]))
-    np.testing.assert_array_equal(groups.flat(jnp.asarray(SCORES), jnp.asarray(GROUP)), found == 0)
+    np.testing.assert_array_equal(groups.zero_variance(jnp.asarray(SCORES), jnp.asarray(GROUP)), found == 0)
     alone = advantages(jnp.array([0.3, 0.7]), jnp.array([0, 1]))
     np.testing.assert_array_equal(alone, np.zeros(2))
 
@@ -82,7 +82,7 @@ def test_what_is_not_a_number_stays_in_its_group():
     scores = jnp.asarray(np.where(GROUP == 2, np.nan, SCORES))
     found = np.isnan(groups.rloo(scores, jnp.asarray(GROUP)))
     np.testing.assert_array_equal(found, GROUP == 2)
-    assert not np.asarray(groups.flat(scores, jnp.asarray(GROUP)))[GROUP == 2].any()
+    assert not np.asarray(groups.zero_variance(scores, jnp.asarray(GROUP)))[GROUP == 2].any()
 
 
 def test_groups_are_counted():

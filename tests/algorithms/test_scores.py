@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrlhf.algorithms.scores import ScoreStats, no_stats, overlong, shaped
+from jaxrlhf.algorithms.scores import ScoreStats, no_stats, overlong_penalty, shaped
 from jaxrlhf.config import Scores
 
 BATCHES = st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=9), min_size=1, max_size=6)
@@ -73,6 +73,6 @@ def test_penalties_come_after_the_clip_so_that_they_always_count():
 @pytest.mark.parametrize(("length", "cost"), [(0, 0), (60, 0), (80, 0), (85, -0.5), (90, -1), (100, -2)])
 def test_overlong_penalty_counts_tokens_and_grows_linearly(length, cost):
     """DAPO's eq. 13, with L_max 100, a cache of 20 and a penalty of 2. Tunix counts characters here."""
-    np.testing.assert_allclose(overlong(jnp.array([float(length)]), 100, 20, 2.0), [cost])
+    np.testing.assert_allclose(overlong_penalty(jnp.array([float(length)]), 100, 20, 2.0), [cost])
     made, _ = run([1.0] * 4, Scores(overlong_buffer=20, overlong_penalty=2.0), lengths=[length] * 4, longest=100)
     np.testing.assert_allclose(made, 1 + cost)

@@ -75,7 +75,7 @@ def test_classifier_is_transformers(classifier, padded):
     expected = golden["scores"]
     np.testing.assert_allclose(models.label_logits(params, model, last), expected, atol=1e-4, rtol=0)
     score = expected[:, 0] if model.num_labels == 1 else 1 / (1 + np.exp(expected[:, 0] - expected[:, 1]))
-    np.testing.assert_allclose(models.scores(params, model, last), score, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(models.scalar_head(params, model, last), score, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["gpt2-dora-rslora", "llama-lora"])

@@ -7,6 +7,7 @@ import pytest
 
 from jaxrlhf.models import Rope, layers
 from jaxrlhf.models.product import product
+from jaxrlhf.models.rope import rope_frequencies, rotate, rotation
 
 
 def normal(*shape, seed=0):
@@ -38,7 +39,7 @@ def test_rotation_keeps_lengths_and_sees_distances_only(make):
     q, k = normal(1, 1, 1, 6), normal(1, 1, 1, 6, seed=1)
 
     def product(at_q, at_k):
-        turned = [layers.rotate(x, layers.rotation(model, jnp.full((1, 1), p))) for x, p in ((q, at_q), (k, at_k))]
+        turned = [rotate(x, rotation(model, jnp.full((1, 1), p))) for x, p in ((q, at_q), (k, at_k))]
         np.testing.assert_allclose(jnp.linalg.norm(turned[0]), jnp.linalg.norm(q), rtol=1e-5)
         return float(jnp.sum(turned[0] * turned[1]))
 
@@ -48,17 +49,17 @@ def test_rotation_keeps_lengths_and_sees_distances_only(make):
 
 
 def test_frequencies_by_the_formula():
-    plain, scale = layers.rope_frequencies(Rope(theta=1e4), 8)
+    plain, scale = rope_frequencies(Rope(theta=1e4), 8)
     np.testing.assert_allclose(plain, [1e4 ** (-2 * i / 8) for i in range(4)], rtol=1e-6)
     assert scale == 1
-    linear, _ = layers.rope_frequencies(Rope(theta=1e4, kind="linear", factor=4.0), 8)
+    linear, _ = rope_frequencies(Rope(theta=1e4, kind="linear", factor=4.0), 8)
     np.testing.assert_allclose(linear, plain / 4, rtol=1e-6)
 
 
 def test_llama3_stretches_long_waves_only():
     rope = Rope(theta=5e5, kind="llama3", factor=8.0, original_max_positions=8192, high_freq_factor=4.0)
-    stretched, _ = layers.rope_frequencies(rope, 128)
-    plain, _ = layers.rope_frequencies(Rope(theta=5e5), 128)
+    stretched, _ = rope_frequencies(rope, 128)
+    plain, _ = rope_frequencies(Rope(theta=5e5), 128)
     lengths = 2 * math.pi / plain
     np.testing.assert_allclose(stretched[lengths < 8192 / 4], plain[lengths < 8192 / 4], rtol=1e-6)
     np.testing.assert_allclose(stretched[lengths > 8192], plain[lengths > 8192] / 8, rtol=1e-6)
@@ -68,8 +69,8 @@ def test_llama3_stretches_long_waves_only():
 
 def test_yarn_turns_fast_planes_as_before_and_slow_ones_less():
     rope = Rope(theta=1e4, kind="yarn", factor=4.0, original_max_positions=2048)
-    stretched, scale = layers.rope_frequencies(rope, 128)
-    plain, _ = layers.rope_frequencies(Rope(theta=1e4), 128)
+    stretched, scale = rope_frequencies(rope, 128)
+    plain, _ = rope_frequencies(Rope(theta=1e4), 128)
     turns = 2048 * plain / (2 * math.pi)
     np.testing.assert_allclose(stretched[turns > 40], plain[turns > 40], rtol=1e-6)
     np.testing.assert_allclose(stretched[turns < 0.8], plain[turns < 0.8] / 4, rtol=1e-6)

@@ -121,7 +121,7 @@ def test_scores(classifier, rows, padded, side):
         expected = theirs(**as_torch(tokens, mask)).logits
     hidden = models.forward(classifier.params, model, tokens, mask)
     last = np.asarray(mask).shape[1] - 1 - np.asarray(mask)[:, ::-1].argmax(1)
-    ours = models.scores(classifier.params, model, hidden[np.arange(len(rows)), last])
+    ours = models.scalar_head(classifier.params, model, hidden[np.arange(len(rows)), last])
     wanted = expected[:, 0] if model.num_labels == 1 else torch.softmax(expected, -1)[:, 1]
     np.testing.assert_allclose(ours, wanted.numpy(), atol=1e-4, rtol=0)
 
