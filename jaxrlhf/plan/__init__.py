@@ -180,7 +180,7 @@ def _online(trainer: PPOTrainer | GRPOTrainer, found: dict[str, list[Compiled]])
     yield phase
     learnt = size(found["annotate"][0].outputs[0])
     if scoring := [one for name in ("last_token_scores", "token_scores") for one in found.get(name, ())]:
-        rows = min(judge.rows for judge in trainer.scorer.models.values())
+        rows = min(judge.micro_batch_size for judge in trainer.scorer.models.values())
         yield _phase("reward model", standing, scoring, times=-(-batch // rows), batch=learnt)
     yield _phase("annotation", annotating, found["annotate"], batch=learnt)
     logits = logits_bytes(trainer.model, settings.micro_rows(batch) // shares * length)

@@ -120,7 +120,7 @@ def _critic(
         trunk = _unchanged(trunk, identity, "reference")
     if settings.critic.trunk == "shared":
         trunk |= trained["policy"]
-    model = critic_model(settings, policy, judge and judge.described)
+    model = critic_model(settings, policy, judge and judge.model_config)
     return model, {**{k: v for k, v in trunk.items() if k not in ("lm_head", "score")}, **trained["critic"]}, source
 
 

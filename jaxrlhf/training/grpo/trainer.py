@@ -40,7 +40,7 @@ class GRPOTrainer:
         self.online = online = Online("grpo", config, config.grpo, reward, group=group, fresh=fresh)
         self.mesh, self.tokenizer, self.data, self.model = online.mesh, online.tokenizer, online.data, online.model
         self.sampler, self.scorer, self.total_steps = online.sampler, online.scorer, online.total_steps
-        readers = self.scorer.readers(critic=False)
+        readers = self.scorer.models_reading_rollouts(critic=False)
         checks.check_readers(readers, online.longest, config.sampling.response_length)
         policy = online.load(ahead=ahead, abstract=abstract)
         _, lora_key = online.role_keys

@@ -27,7 +27,7 @@ def check_readers(readers: Sequence[RewardModel], longest: int, response_length:
     """ConfigError for a reward model whose context the longest prompt (0: not known) and its response exceed."""
     for reader in readers if longest else []:
         what = f"for the reward model {reader.path}, the longest prompt with its response"
-        setup.check_context([longest + response_length], reader.described, what, LOWER)
+        setup.check_context([longest + response_length], reader.model_config, what, LOWER)
 
 
 def check_step(

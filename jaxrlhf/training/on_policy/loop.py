@@ -45,7 +45,7 @@ def train(
         for line in online.questions():
             session.logger.note(line)
         online.compile()
-        online.scorer.pause(session.logger.paused)
+        online.scorer.pause_while_asking(session.logger.paused)
         done = session.resume(state)
         session.watch = Watch(config.alarms, size, session.records(), brake=_brake(online))
         online.calibrate()

@@ -103,7 +103,7 @@ class Online:
         folder, merged = weights.described_by(weights.resolve(config.model.path, config.model.revision, weights=False))
         for judge in self.scorer.models.values() if config.lora.enabled and not merged else ():
             if judge is not own:
-                judge.share(folder, policy)
+                judge.share_base_params(folder, policy)
         self.scorer.load(abstract=abstract)
         return policy
 
@@ -228,7 +228,7 @@ class Online:
     def questions(self) -> list[str]:
         """What a person is in for, if one is asked."""
         config, size, validations = self.config, self.settings.batch_size, 0
-        if not self.scorer.asks_a_person:
+        if not self.scorer.has_human:
             return []
         asked = [f"{size} in each of {self.total_steps} updates"]
         if self.validator:

@@ -48,7 +48,7 @@ class Validator:
         self.config, self.sampler, self.scorer, self._at_once = config, sampler, scorer, at_once
         self.rows = rows[: config.validation.max_prompts]
         metric = config.validation.metric
-        known = [*METRICS, *scorer.metrics()]
+        known = [*METRICS, *scorer.metric_keys()]
         if metric not in known:
             raise ConfigError(f"validation.metric: no record has '{metric}'{did_you_mean(metric, known)}")
         if metric.startswith("eval/heldout") and not config.validation.reward_model:

@@ -45,7 +45,7 @@ class PPOTrainer:
         self.sampler, self.scorer, self.total_steps = online.sampler, online.scorer, online.total_steps
         from_reward = config.critic.init == "reward"
         checks.check_run(config, self.model, self.scorer, self.total_steps)
-        readers = self.scorer.readers(from_reward)
+        readers = self.scorer.models_reading_rollouts(from_reward)
         online_checks.check_readers(readers, online.longest, config.sampling.response_length)
         # of the reward model that the critic starts from, adapters of its own come over the arrays
         policy = online.load(ahead=ahead, abstract=abstract, own=self.scorer.model if from_reward else None)
