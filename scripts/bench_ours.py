@@ -61,10 +61,8 @@ from jaxrlhf.rollout.engine import answer  # noqa: E402
 from jaxrlhf.rollout.inference_copy import inference_copy  # noqa: E402
 from jaxrlhf.training import sft  # noqa: E402
 from jaxrlhf.training.dpo import update as dpo_update  # noqa: E402
-from jaxrlhf.training.grpo import learner as grpo_learner  # noqa: E402
 from jaxrlhf.training.grpo import trainer as grpo  # noqa: E402
 from jaxrlhf.training.optim import make_optimizer  # noqa: E402
-from jaxrlhf.training.ppo import learner as ppo_learner  # noqa: E402
 from jaxrlhf.training.ppo import trainer as ppo  # noqa: E402
 from jaxrlhf.training.reward import trainer as reward  # noqa: E402
 from jaxrlhf.training.reward.loss import objective_of  # noqa: E402
@@ -311,7 +309,7 @@ def ppo_config(job: Job, as_a_run: bool = False) -> tuple[PPOConfig, list[str]]:
 def make_ppo(job: Job, as_a_run: bool = False) -> tuple[ppo.PPOTrainer, list[str]]:
     """A trainer and prompts; `as_a_run`, its programs are compiled while models load, as in `jaxrlhf ppo`."""
     config, texts = ppo_config(job, as_a_run)
-    return ppo.PPOTrainer(config, ahead=as_a_run), texts
+    return ppo.PPOTrainer(config), texts
 
 
 def planned(job: Job, name: str) -> Repeat:
@@ -336,10 +334,10 @@ def iteration(job: Job, name: str) -> Repeat:
     if job.case == "grpo":
         sizes = {"batch_size": job.batch, "num_generations": job.samples, "micro_batch_size": job.micro_batch}
         trainer = grpo.GRPOTrainer(GRPOConfig(grpo=GRPO(num_iterations=job.epochs, **sizes), **judged(job)))
-        learner, step = grpo_learner, functools.partial(trainer.grpo_step, random_texts(job)[:: job.samples])
+        module, step = grpo, functools.partial(trainer.grpo_step, random_texts(job)[:: job.samples])
     else:
         trainer, prompts = make_ppo(job)
-        learner, step = ppo_learner, functools.partial(trainer.ppo_step, prompts)
+        module, step = ppo, functools.partial(trainer.ppo_step, prompts)
     spent: dict[str, float] = {}
 
     def clocked(owner: Any, name: str) -> None:
@@ -353,7 +351,7 @@ def iteration(job: Job, name: str) -> Repeat:
 
     step()  # compiles, and must meet the jitted functions themselves
     clocked(trainer.sampler, "generate")
-    clocked(learner, "update")
+    clocked(module, "update")
 
     def repeat() -> dict[str, Any]:
         seconds, _ = timed(step)

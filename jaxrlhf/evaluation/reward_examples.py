@@ -42,7 +42,7 @@ def judge(config: RewardConfig) -> dict[str, Any]:
     if {"good", "bad"} <= columns:
         data = dataclasses.replace(data, columns={"chosen": "good", "rejected": "bad", **data.columns})
     single = "label" in columns and not columns & {"good", "chosen", "accepted"}
-    data = dataclasses.replace(data, max_length=min(data.max_length, model.limit))
+    data = dataclasses.replace(data, max_length=min(data.max_length, model.max_length))
 
     def row(tokens: Tokens, example: Example, rows: Rows, i: int) -> _Case:
         given = rows.rows[i]
@@ -58,7 +58,7 @@ def judge(config: RewardConfig) -> dict[str, Any]:
     split = train_validation_split(data, model.tokenizer, "labels" if single else "pairs", row)
     cases = split.train
     scores = model.score_ids([text for case in cases for text in case.texts])[0].astype(np.float64)
-    if model.described.num_labels == 2:
+    if model.model_config.num_labels == 2:
         likely = np.clip(scores, 1e-7, 1 - 1e-7)
         scores = np.log(likely) - np.log1p(-likely)
     scores = scores.reshape(len(cases), -1)

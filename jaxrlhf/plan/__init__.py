@@ -108,8 +108,8 @@ def _gradients(state: TrainState) -> int:
 def _phase(
     name: str, standing: dict[str, int], ran: list[Compiled], trips: float = 1, times: int = 1, **known: int
 ) -> Phase:
-    """A phase of programs that run one after another, `times` times. `known` names the known part of the memory they need
-    besides their arguments, with underscores for spaces."""
+    """A phase of programs that run one after another, `times` times. `known` names the known part of the memory they
+    need besides their arguments, with underscores for spaces."""
     named = {key.replace("_", " "): value for key, value in known.items()}
     beside = max((_beside(one) for one in ran), default=0)
     rest = {

@@ -79,7 +79,7 @@ def _complete(
     console = None if config.logging.quiet else Console("generate", len(rows), every=config.logging.log_every)
     scores = [score for group in log.read() for score in scores_of(group)]
     if console:
-        scorer.pause(console.paused)
+        scorer.pause_while_asking(console.paused)
     try:
         if console and log.count:
             console.note(f"{log.count} of {len(rows)} prompts are scored in {log.path}; going on there")
@@ -99,7 +99,7 @@ def _complete(
 
 def _answer(answer: Answer, scorer: Scorer) -> Answer:
     """What is kept of a completion; its score is None where no part of the reward had an opinion."""
-    silent = all(answer["components"].get(f"{name}_unanswered") for name in scorer.parts)
+    silent = all(answer["components"].get(f"{name}_unanswered") for name in scorer.components)
     score = None if silent else float(str(np.float32(answer["score"])))  # 0.9 reaches a threshold of 0.9
     return {"text": answer["text"], "score": score, "finished": answer["finished"]}
 

@@ -70,7 +70,7 @@ def export(run: Path, target: Path, role: Literal["policy", "critic"] = "policy"
 def merge(folder: Path, target: Path) -> Path:
     """Write the model that results from merging a folder of adapters into their base model. Raises DataError if the
     folder has none."""
-    base, adapters = weights.described_by(weights.resolve(folder))
+    base, adapters = weights.base_and_adapters(weights.resolve(folder))
     if adapters is None:
         raise DataError(f"{folder} holds a whole model, and no adapters to merge")
     model, params = weights.load(folder)
@@ -123,7 +123,7 @@ def _critic(
         trunk = _checked(trunk, identity, "reference")
     if settings.critic.trunk == "shared":
         trunk |= trained["policy"]
-    model = critic_model(settings, policy, reward_model and reward_model.described)
+    model = critic_model(settings, policy, reward_model and reward_model.model_config)
     return model, {**{k: v for k, v in trunk.items() if k not in ("lm_head", "score")}, **trained["critic"]}, source
 
 

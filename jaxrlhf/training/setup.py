@@ -100,7 +100,7 @@ def load_model(
         if not is_abstract(params):
             params = jax.device_put(params, sharding.shardings(params, mesh))
     check_vocab(tokenizer, model.vocab_size)
-    base, adapters_folder = weights.described_by(weights.resolve(source.path, source.revision, weights=False))
+    base, adapters_folder = weights.base_and_adapters(weights.resolve(source.path, source.revision, weights=False))
     if source.merged_path and adapters_folder and not is_abstract(params):
         facts = {"method": "merge", "base_model": str(base), "adapters": str(adapters_folder)}
         weights.export(source.merged_path, model, params, source=base, tokenizer=tokenizer, facts=facts)

@@ -229,7 +229,7 @@ def test_templates_are_checked_before_anything_is_loaded(reward_folder, policy_t
         "{prompt:>10}": "a field is a plain name",
         "{} {response}": "a field is a plain name",
         "prompt": "has no field",
-        "{prompt": "a brace that is meant as such is written twice",
+        "{prompt": "write a literal brace twice",
     }.items():
         with pytest.raises(ConfigError, match=reason):
             scorer(bad)
@@ -280,7 +280,9 @@ def test_a_model_scores_every_token(reward_folder, policy_tokenizer, other_token
 
 
 def test_non_finite_scores_of_a_model(reward_folder, policy_tokenizer, make_rollout, talk, monkeypatch):
-    monkeypatch.setattr(reward_model, "_scores", lambda params, model, tokens, mask: np.array([1, np.nan, 2]))
+    monkeypatch.setattr(
+        reward_model, "sequence_scores_jit", lambda params, model, tokens, mask: np.array([1, np.nan, 2])
+    )
     asked = talk.prompts, talk.completions, make_rollout(policy_tokenizer), {}
     spec = {"model": str(reward_folder), "micro_batch_size": 3}
     with pytest.raises(RewardError, match="gave nan for completion"):

@@ -8,7 +8,7 @@ import pytest
 from jaxrlhf.config import RewardSource
 from jaxrlhf.config.file import read
 from jaxrlhf.rewards.functions import load
-from jaxrlhf.rewards.sources.answers import Request
+from jaxrlhf.rewards.sources.protocol import ScoreRequest
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.M | re.S)
@@ -34,7 +34,7 @@ def test_every_function_takes_its_options_and_answers(spec, options):
     if "symbolic" in spec:
         pytest.importorskip("math_verify")
     load(spec, options=dict.fromkeys(names))
-    answer = load(spec, options=NEEDED.get(spec.partition(":")[2]))(Request(["why?"] * 2, ["2", ""], COLUMNS))
+    answer = load(spec, options=NEEDED.get(spec.partition(":")[2]))(ScoreRequest(["why?"] * 2, ["2", ""], COLUMNS))
     assert len(answer.values) == 2
     assert not answer.problem
 

@@ -9,10 +9,10 @@ import pytest
 
 from jaxrlhf.errors import RewardError
 from jaxrlhf.rewards.sources import endpoint
-from jaxrlhf.rewards.sources.answers import Request
 from jaxrlhf.rewards.sources.endpoint import Endpoint
+from jaxrlhf.rewards.sources.protocol import ScoreRequest
 
-ASKED = Request(["p", "q"], ["one", "two two"], {"answer": [1, 2]}, step=3)
+ASKED = ScoreRequest(["p", "q"], ["one", "two two"], {"answer": [1, 2]}, step=3)
 
 
 @pytest.fixture

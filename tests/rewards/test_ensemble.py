@@ -7,7 +7,7 @@ import pytest
 from jaxrlhf import weights
 from jaxrlhf.config import Component, RewardSource
 from jaxrlhf.rewards.compose import Scorer
-from jaxrlhf.rewards.sources.ensemble import combined
+from jaxrlhf.rewards.sources.ensemble import combine_scores
 
 SCORES = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
 
@@ -23,11 +23,11 @@ SCORES = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
     ],
 )  # fmt: skip
 def test_what_models_say_together(combine, wanted):
-    found = combined(SCORES, combine, 0.7)
+    found = combine_scores(SCORES, combine, 0.7)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
-    assert (combined(SCORES, "min", 1.0) <= combined(SCORES, "mean", 1.0)).all()
-    np.testing.assert_array_equal(combined(SCORES[:1], combine, 0.7), SCORES[0])
+    assert (combine_scores(SCORES, "min", 1.0) <= combine_scores(SCORES, "mean", 1.0)).all()
+    np.testing.assert_array_equal(combine_scores(SCORES[:1], combine, 0.7), SCORES[0])
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_an_ensemble_is_one_part_of_the_reward(folders, policy_tokenizer, make_r
     np.testing.assert_allclose(scored.components["judges"], together, rtol=1e-5)
     np.testing.assert_allclose(scored.components["judges_spread"], np.std(alone, axis=0), rtol=1e-5)
     np.testing.assert_allclose(scored.totals, alone[0] + 2 * together, rtol=1e-5)
-    assert scored.metrics.keys() == {*scorer.metrics()}
+    assert scored.metrics.keys() == {*scorer.metric_keys()}
 
 
 def test_who_has_no_opinion_has_none_in_an_ensemble(folders, policy_tokenizer, make_rollout, talk, monkeypatch):

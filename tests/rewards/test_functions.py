@@ -7,13 +7,13 @@ import pytest
 
 from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.rewards.functions import RewardFunction, load
-from jaxrlhf.rewards.sources.answers import Request
+from jaxrlhf.rewards.sources.protocol import ScoreRequest
 
 PROMPTS, COMPLETIONS = ["p", "q", "r"], ["one", "two two", "three"]
 
 
 def request(columns=None, step=None):
-    return Request(PROMPTS, COMPLETIONS, columns or {}, step=step)
+    return ScoreRequest(PROMPTS, COMPLETIONS, columns or {}, step=step)
 
 
 def call(function, columns=None, step=None, **how):
@@ -236,7 +236,7 @@ def test_tokens_reach_a_function_that_judges_them():
     assert answer.values == [[1, 1], None, None]
     assert answer.failed == [2]
     assert answer.problem == "reward f returned 'x' (str), not a number, for completion 2: 'three'"
-    with pytest.raises(RewardError, match=r"needs 'tokens', .*; for those of the response set per_token: true"):
+    with pytest.raises(RewardError, match=r"needs 'tokens', .*; for the tokens of the response set per_token: true"):
         call(lambda tokens: [])
 
 

@@ -10,10 +10,10 @@ import sys
 import pytest
 
 from jaxrlhf.errors import ConfigError, RewardError
-from jaxrlhf.rewards.sources.answers import Request
 from jaxrlhf.rewards.sources.human import Human
+from jaxrlhf.rewards.sources.protocol import ScoreRequest
 
-ASKED = Request(["p", "p", "q", "p"], ["one", "two", "red \x1b[31m\x07", "one"], {})
+ASKED = ScoreRequest(["p", "p", "q", "p"], ["one", "two", "red \x1b[31m\x07", "one"], {})
 
 
 class Person:
@@ -53,7 +53,7 @@ def test_the_best_of_a_prompts_completions_is_picked(tmp_path):
     assert [q.partition("\n  p")[0] for q in person.asked][1].startswith("'3' is not one of 1 to 2")
     assert "1: one" in person.asked[0] and "2: two" in person.asked[0] and "3:" not in person.asked[0]
     assert Human("pick", file, Person())(ASKED).values == [0, 1, 1, 0]
-    other = Request(["p", "p"], ["two", "three"], {})  # another choice
+    other = ScoreRequest(["p", "p"], ["two", "three"], {})  # another choice
     assert Human("pick", file, Person(""))(other).values == [None, None]
     with pytest.raises(RewardError, match="the person left"):
         Human("score", file, Person())(ASKED)
@@ -69,7 +69,7 @@ def test_what_a_model_wrote_cannot_touch_the_terminal(tmp_path):
 
 def test_answers_survive_leaving_and_a_line_cut_short(tmp_path):
     file = tmp_path / "human.jsonl"
-    with pytest.raises(RewardError, match=r"human \(step 2\): the person left. What was answered is kept"):
+    with pytest.raises(RewardError, match=r"human \(step 2\): the person left \(Ctrl-D\). Answers are kept"):
         Human("score", file, Person("4"))(ASKED._replace(step=2))
     with open(file, "a") as out:
         out.write('{"key": "abc", "ans')  # the machine went down
@@ -95,7 +95,7 @@ def test_others_leave_the_terminal_alone_meanwhile():
         events.append("go on")
 
     human = Human("score", None, lambda question: events.append("asked") or "1")
-    human.pausing = pausing
+    human.pause_while_asking = pausing
     human(ASKED)
     assert events == ["quiet", "asked", "asked", "asked", "go on"]
 
@@ -110,9 +110,9 @@ def test_at_a_real_terminal(tmp_path):
     file = tmp_path / "human.jsonl"
     code = f"""
 from pathlib import Path
-from jaxrlhf.rewards.answers import Request
-from jaxrlhf.rewards.human import Human
-print("values", Human("pick", Path({str(file)!r}))(Request(["p", "p"], ["one", "two"], {{}})).values)
+from jaxrlhf.rewards.sources.protocol import ScoreRequest
+from jaxrlhf.rewards.sources.human import Human
+print("values", Human("pick", Path({str(file)!r}))(ScoreRequest(["p", "p"], ["one", "two"], {{}})).values)
 """
     ours, theirs = pty.openpty()
     process = subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=subprocess.PIPE, text=True)

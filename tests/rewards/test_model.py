@@ -45,8 +45,8 @@ def test_rows_of_like_length_are_read_together(judge, policy_tokenizer, make_rol
     """In slices of two rows, each as wide as its longer row needs; scores stay with their rows."""
     prompts, completions = ["a" * n for n in (30, 1, 40, 2, 20)], ["x"] * 5
     made = make_rollout(policy_tokenizer, prompts, completions, [False] * 5)
-    widths, scores = [], model._scores
-    monkeypatch.setattr(model, "_scores", lambda *args: widths.append(args[2].shape) or scores(*args))
+    widths, scores = [], model.sequence_scores_jit
+    monkeypatch.setattr(model, "sequence_scores_jit", lambda *args: widths.append(args[2].shape) or scores(*args))
     rows = [t[m].tolist() for t, m in zip(made.tokens, made.mask, strict=True)]
     np.testing.assert_allclose(judge.score_rollout(made)[0], expected(judge, rows), rtol=1e-4, atol=1e-5)
     sizes = sorted(map(len, rows))
@@ -64,7 +64,7 @@ def test_text_in_its_own_tokens_scores_the_same(judge, policy_tokenizer, make_ro
 def test_a_mesh_and_its_rows_do_not_matter(reward_folder, judge, policy_tokenizer, make_rollout):
     mesh = sharding.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
     spread = RewardModel(str(reward_folder), dtype="float32", micro_batch_size=1, mesh=mesh)
-    assert spread.rows == 4
+    assert spread.micro_batch_size == 4
     made = make_rollout(policy_tokenizer)
     np.testing.assert_allclose(spread.score_rollout(made)[0], judge.score_rollout(made)[0], rtol=1e-4, atol=1e-5)
 
@@ -106,7 +106,7 @@ def test_a_model_reads_no_more_than_max_length(judge, reward_folder, policy_toke
     scores, truncated = short.score_texts(["hello "], ["world"], [False])
     assert truncated.tolist() == [True]
     assert scores[0] == pytest.approx(expected(judge, [policy_tokenizer.encode("world")])[0], rel=1e-4)
-    assert RewardModel(str(reward_folder), micro_batch_size=2, max_length=10**6).limit == judge.model.max_positions
+    assert RewardModel(str(reward_folder), micro_batch_size=2, max_length=10**6).max_length == judge.model.max_positions
 
 
 TURNS = [

@@ -11,11 +11,11 @@ import time
 import pytest
 
 from jaxrlhf.errors import ConfigError, RewardError
-from jaxrlhf.rewards.sources.answers import Request
+from jaxrlhf.rewards.sources.protocol import ScoreRequest
 from jaxrlhf.rewards.sources.worker import Worker
 
 LINUX = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="looks at processes in /proc")
-ASKED = Request(["p", "q"], ["one", "two two"], {"answer": [1, 2]}, step=3)
+ASKED = ScoreRequest(["p", "q"], ["one", "two two"], {"answer": [1, 2]}, step=3)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_arguments_and_values_arrive_as_they_are(write):
     )
     worker = Worker(f"{path}:f", options={"low": 3}, timeout=20)
     columns = {"extra": [{"a": [1, None, 2.5]}, "x"], "answer": [range(2), range(2, 4)], "other": [object(), object()]}
-    answer = worker(Request(["p", "\ud800 \n\u2028"], ["a", "b"], columns))
+    answer = worker(ScoreRequest(["p", "\ud800 \n\u2028"], ["a", "b"], columns))
     assert answer.values == [pytest.approx(3.1, rel=1e-7), None], (
         "float32, and a column nobody asked for did not matter"
     )
@@ -117,12 +117,12 @@ def test_it_does_not_outlive_its_parent(write, busy):
         """
     )
     code = f"""
-from jaxrlhf.rewards.worker import Worker
-from jaxrlhf.rewards.answers import Request
+from jaxrlhf.rewards.sources.worker import Worker
+from jaxrlhf.rewards.sources.protocol import ScoreRequest
 worker = Worker({path + ":f"!r}, timeout=60)
 print(worker.pid, flush=True)
 if {busy}:
-    worker(Request(["p"], ["c"], {{}}))
+    worker(ScoreRequest(["p"], ["c"], {{}}))
 input()
 """
     parent = subprocess.Popen(
@@ -193,7 +193,7 @@ def test_more_than_a_pipe_holds_goes_both_ways(write):
     worker = Worker(f"{path}:f", timeout=20)
     count = 20_000
     texts = ["x" * (i % 50) for i in range(count)]
-    answer = worker(Request(["p"] * count, texts, {}, tokens=[["t"]] * count))
+    answer = worker(ScoreRequest(["p"] * count, texts, {}, tokens=[["t"]] * count))
     assert answer.values == [[float(len(text))] for text in texts]
 
 

@@ -1,4 +1,4 @@
-"""Adam's moments in bfloat16: stochastic_round without a bias, the same on any mesh, and as good as those in float32."""
+"""Adam's moments in bfloat16: rounded without a bias, the same on any mesh, and as good as those in float32."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Rewards from a server: prompts and completions go there as JSON, scores come back."""
+"""Rewards from an HTTP endpoint: prompts and completions are sent as JSON, scores come back."""
 
 import http.client
 import json
@@ -9,89 +9,88 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxrlhf.errors import RewardError, first_line, quoted
-from jaxrlhf.rewards.functions import Late, within
-from jaxrlhf.rewards.sources.answers import Answer, Request, check
-from jaxrlhf.rewards.sources.worker import json_line
+from jaxrlhf.rewards.functions import CallTimeout, call_with_timeout
+from jaxrlhf.rewards.sources.protocol import ScoreRequest, SourceScores, parse_scores
+from jaxrlhf.rewards.sources.worker import to_json_line
 
 ATTEMPTS = 4
-FIRST_PAUSE = 0.25  # seconds before the second attempt; then twice as long each time
-LARGEST = 64 << 20  # bytes of an answer
+FIRST_PAUSE = 0.25  # seconds before the second attempt; doubled each time
+LARGEST = 64 << 20  # bytes of a reply
 
 
 class Endpoint:
-    """POSTs `{"prompts": [...], "completions": [...], "columns": {...}}` to `url`; reads `{"scores": [...]}`.
+    """POSTs `{"prompts": [...], "completions": [...], "columns": {...}}` to `url`; expects `{"scores": [...]}`.
 
-    Where nobody answers, or the server has a problem of its own (5xx, 429), it is asked again, `ATTEMPTS` times and for
-    `timeout` seconds at most. Redirections are not followed. What comes back is checked like a function's answer.
+    Connection errors and status 5xx and 429 are retried, up to `ATTEMPTS` attempts within `timeout` seconds. Redirects
+    are not followed. Scores are validated like those of a function.
     """
 
     def __init__(self, url: str, *, timeout: float, sleep: Callable[[float], None] = time.sleep) -> None:
         self.name, self._timeout, self._sleep = url, timeout, sleep
 
-    def __call__(self, request: Request) -> Answer:
-        """Raises RewardError if no usable answer comes in time."""
-        where = request.about(self.name)
-        body = json_line(request, where)
+    def __call__(self, request: ScoreRequest) -> SourceScores:
+        """Raises RewardError if no usable reply arrives in time."""
+        prefix = request.error_prefix(self.name)
+        body = to_json_line(request, prefix)
         deadline = time.monotonic() + self._timeout
         try:
-            text = within(self._timeout, lambda: self._ask(body, deadline))
-        except Late:
+            reply = call_with_timeout(self._timeout, lambda: self._post_with_retries(body, deadline))
+        except CallTimeout:
             raise RewardError(
-                f"{where} did not answer {len(request.completions)} completions within {self._timeout:g} s; raise its "
-                f"timeout, or look at the server{request.first}"
+                f"{prefix} did not answer {len(request.completions)} completions within {self._timeout:g} s; raise its "
+                f"timeout, or check the server{request.error_suffix}"
             ) from None
-        except _Refused as error:
-            raise RewardError(f"{where} {error}{request.first}") from error
+        except _EndpointError as error:
+            raise RewardError(f"{prefix} {error}{request.error_suffix}") from error
         try:
-            answer = json.loads(text)
+            parsed = json.loads(reply)
         except (ValueError, RecursionError) as error:
-            raise RewardError(f"{where} answered with something other than JSON: {quoted(text)}") from error
-        if not isinstance(answer, dict) or "scores" not in answer:
-            raise RewardError(f'{where} answered without "scores": {quoted(answer)}; expected {{"scores": [...]}}')
-        return check(answer["scores"], request, self.name)
+            raise RewardError(f"{prefix} answered with something other than JSON: {quoted(reply)}") from error
+        if not isinstance(parsed, dict) or "scores" not in parsed:
+            raise RewardError(f'{prefix} answered without "scores": {quoted(parsed)}; expected {{"scores": [...]}}')
+        return parse_scores(parsed["scores"], request, self.name)
 
-    def _ask(self, body: bytes, deadline: float) -> bytes:
+    def _post_with_retries(self, body: bytes, deadline: float) -> bytes:
         for attempt in range(ATTEMPTS):
-            left = deadline - time.monotonic()
             pause = FIRST_PAUSE * 2**attempt
             try:
-                return _post(self.name, body, left)
+                return _post(self.name, body, deadline - time.monotonic())
             except urllib.error.HTTPError as error:
-                reason = f"answered {error.code} {error.reason}: {quoted(_beginning(error))}"
-                lasting = error.code < 500 and error.code != 429
+                reason = f"answered {error.code} {error.reason}: {quoted(_error_text(error))}"
+                permanent = error.code < 500 and error.code != 429
             except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
                 reason = f"cannot be reached: {first_line(getattr(error, 'reason', None) or error)}"  # type: ignore[arg-type]
-                lasting = False
-            if lasting or attempt + 1 == ATTEMPTS or time.monotonic() + pause >= deadline:
-                raise _Refused(f"{reason} ({attempt + 1} attempts)" if attempt else reason)
+                permanent = False
+            if permanent or attempt + 1 == ATTEMPTS or time.monotonic() + pause >= deadline:
+                raise _EndpointError(f"{reason} ({attempt + 1} attempts)" if attempt else reason)
             self._sleep(pause)
         raise AssertionError
 
 
-class _Refused(Exception):
-    """Why there is no answer."""
+class _EndpointError(Exception):
+    """The endpoint gave no usable reply; the message says why."""
 
 
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """Prompts go to the address that was given, and to no other."""
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Send prompts to the configured address only."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
         return None
 
 
-_opener = urllib.request.build_opener(_Stay)
+_opener = urllib.request.build_opener(_NoRedirect)
 
 
 def _post(url: str, body: bytes, seconds: float) -> bytes:
-    call = urllib.request.Request(url, body, {"Content-Type": "application/json", "Accept": "application/json"})
-    with _opener.open(call, timeout=max(seconds, 0.01)) as response:
-        text = response.read(LARGEST + 1)
-    if len(text) > LARGEST:
-        raise _Refused(f"answered with more than {LARGEST >> 20} MiB")
-    return text
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json", "Accept": "application/json"})
+    with _opener.open(request, timeout=max(seconds, 0.01)) as response:
+        reply = response.read(LARGEST + 1)
+    if len(reply) > LARGEST:
+        raise _EndpointError(f"answered with more than {LARGEST >> 20} MiB")
+    return reply
 
 
-def _beginning(error: urllib.error.HTTPError) -> str:
+def _error_text(error: urllib.error.HTTPError) -> str:
     try:
         return error.read(400).decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):

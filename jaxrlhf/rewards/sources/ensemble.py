@@ -1,15 +1,16 @@
-"""What several reward models say together: a policy that pleases one by its mistakes seldom pleases all."""
+"""Combine the scores of an ensemble of reward models into one conservative score."""
 
 import numpy as np
 from jaxtyping import Float
 
 
-def combined(scores: Float[np.ndarray, "K *shape"], combine: str, spread_coef: float) -> Float[np.ndarray, "*shape"]:
-    """One score of those of K models: their mean, the least, or the mean less `spread_coef` times the standard
-    deviation between the models.
+def combine_scores(
+    scores: Float[np.ndarray, "K *shape"], combine: str, spread_coef: float
+) -> Float[np.ndarray, "*shape"]:
+    """Mean, minimum, or mean minus `spread_coef` standard deviations over the K models.
 
     The latter two are the worst-case and the uncertainty-weighted objective of https://arxiv.org/abs/2310.02743, which
-    has the variance in place of the deviation; that is in the unit of the scores.
+    uses the variance; the standard deviation has the unit of the scores.
     """
     if combine == "min":
         return scores.min(axis=0)

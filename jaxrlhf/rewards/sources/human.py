@@ -1,136 +1,138 @@
-"""Rewards from a person at the terminal. Every answer is written down at once, so that no question comes twice."""
+"""Rewards from a person at the terminal. Answers are written to disk at once, so that no question is asked twice."""
 
 import contextlib
-import functools
 import hashlib
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxrlhf.errors import ConfigError, RewardError, StorageError
 from jaxrlhf.metrics.console import visible
-from jaxrlhf.rewards.sources.answers import Answer, Request
+from jaxrlhf.rewards.sources.protocol import ScoreRequest, SourceScores
 
-Ask = Callable[[str], str]
-_END = "Enter alone: no opinion; Ctrl-D: stop here"
+_KEYS = "Enter: leave it unscored; Ctrl-D: stop"
 
 
 class Human:
-    """Asks for a number for each completion (`score`), or which completion of a prompt is the best (`pick`: 1 for it, 0
-    for the others; a prompt with one completion: good or bad, 1 or 0).
+    """Ask a person for a number per completion (`score`), or for the best completion of a prompt (`pick`).
 
-    Answers are kept in `file`, by a hash of what was shown, and taken from there in later runs; without a file each
-    is asked again. `ask` shows a text and returns a line, like `input`, which it is unless given; then standard input
-    must be a terminal, or ConfigError is raised. `pausing` is entered while questions are asked, for whatever else
-    writes to the terminal.
+    `pick` scores 1 for the best and 0 for the others, or good (1) or bad (0) for a prompt with a single completion.
+    Answers are stored in `file` under a hash of the texts shown, and reused in later runs; without a file everything is
+    asked again. `ask` shows a text and returns a line; the default, `input`, needs a terminal as standard input, or
+    ConfigError is raised. The context manager `pause_while_asking` is entered while questions are asked, to stop other
+    output to the terminal.
     """
 
-    def __init__(self, kind: Literal["score", "pick"], file: Path | None, ask: Ask | None = None) -> None:
+    def __init__(
+        self, kind: Literal["score", "pick"], file: Path | None, ask: Callable[[str], str] | None = None
+    ) -> None:
         if ask is None and not sys.stdin.isatty():
             raise ConfigError(
                 f"reward human: {kind} asks a person, and standard input is no terminal. Run the command in one (tmux "
                 "or screen for a long run), without redirecting its input; or set enabled: false for this component"
             )
         self.kind, self.file, self._ask = kind, file, ask or input
-        self.pausing: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
-        self._known: dict[str, Any] | None = None
+        self.pause_while_asking: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+        self._answers: dict[str, Any] | None = None
 
-    def __call__(self, request: Request) -> Answer:
-        """Raises RewardError if the person leaves (Ctrl-D); what was answered before is kept."""
-        if self._known is None:
-            self._known = _read(self.file) if self.file else {}
+    def __call__(self, request: ScoreRequest) -> SourceScores:
+        """Raises RewardError if the person stops (Ctrl-D); earlier answers are kept."""
+        if self._answers is None:
+            self._answers = _read_answers(self.file) if self.file else {}
         try:
-            with self.pausing():
-                if self.kind == "score":
-                    return Answer([self._score(p, c) for p, c in _pairs(request)])
-                return Answer(self._pick(request))
+            with self.pause_while_asking():
+                return SourceScores(self._score(request) if self.kind == "score" else self._pick(request))
         except EOFError:
             raise RewardError(
-                f"{request.about('human')}: the person left. What was answered is kept and not asked for again"
+                f"{request.error_prefix('human')}: the person left (Ctrl-D). Answers are kept and not asked for again"
             ) from None
 
-    def _score(self, prompt: str, completion: str) -> float | None:
-        shown = f"\n{_shown('prompt', prompt)}\n{_shown('completion', completion)}\n"
-        return self._answer([prompt, completion], shown, f"score (a number; {_END}): ", _number)
+    def _score(self, request: ScoreRequest) -> list[float | None]:
+        return [
+            self._answer(
+                [prompt, completion],
+                f"\n{_labelled('prompt', prompt)}\n{_labelled('completion', completion)}\n",
+                f"score (a number; {_KEYS}): ",
+                _parse_number,
+            )
+            for prompt, completion in zip(request.prompts, request.completions, strict=True)
+        ]
 
-    def _pick(self, request: Request) -> list[float | None]:
-        groups: dict[str, list[int]] = {}
+    def _pick(self, request: ScoreRequest) -> list[float | None]:
+        rows_of_prompt: dict[str, list[int]] = {}
         for i, prompt in enumerate(request.prompts):
-            groups.setdefault(prompt, []).append(i)
+            rows_of_prompt.setdefault(prompt, []).append(i)
         values: list[float | None] = [None] * len(request.prompts)
-        for prompt, rows in groups.items():
-            texts = list(dict.fromkeys(request.completions[i] for i in rows))  # what reads the same is one choice
-            shown = f"\n{_shown('prompt', prompt)}\n"
-            if len(texts) == 1:
-                shown += f"{_shown('completion', texts[0])}\n"
-                best = self._answer([prompt, *texts], shown, f"good? (y/n; {_END}): ", _yes_or_no)
-                chosen = {texts[0]: best}
-            else:
-                shown += "".join(f"{_shown(str(n), text)}\n" for n, text in enumerate(texts, 1))
-                question = f"best (1 to {len(texts)}; {_END}): "
-                best = self._answer([prompt, *texts], shown, question, functools.partial(_choice, len(texts)))
-                chosen = {text: None if best is None else float(n == best) for n, text in enumerate(texts, 1)}
+        for prompt, rows in rows_of_prompt.items():
+            scores = self._pick_best(prompt, list(dict.fromkeys(request.completions[i] for i in rows)))
             for i in rows:
-                values[i] = chosen[request.completions[i]]
+                values[i] = scores[request.completions[i]]
         return values
 
-    def _answer(self, texts: list[str], shown: str, question: str, read: Callable[[str], float]) -> float | None:
-        """The answer to a question, from the file or from the person, who is asked until it makes sense."""
-        assert self._known is not None
+    def _pick_best(self, prompt: str, completions: list[str]) -> dict[str, float | None]:
+        """Score of each of the distinct completions of a prompt."""
+        texts, shown = [prompt, *completions], f"\n{_labelled('prompt', prompt)}\n"
+        if len(completions) == 1:
+            shown += f"{_labelled('completion', completions[0])}\n"
+            return {completions[0]: self._answer(texts, shown, f"good? (y/n; {_KEYS}): ", _parse_yes_or_no)}
+        shown += "".join(f"{_labelled(str(n), text)}\n" for n, text in enumerate(completions, 1))
+        question, count = f"best (1 to {len(completions)}; {_KEYS}): ", len(completions)
+        best = self._answer(texts, shown, question, lambda line: _parse_choice(line, count))
+        return {text: None if best is None else float(n == best) for n, text in enumerate(completions, 1)}
+
+    def _answer(self, texts: list[str], shown: str, question: str, parse: Callable[[str], float]) -> float | None:
+        """The stored answer to a question, or a new one; asks again until the line can be parsed or is empty."""
+        assert self._answers is not None
         key = hashlib.sha256(json.dumps([self.kind, *texts]).encode()).hexdigest()
-        if key not in self._known:
+        if key not in self._answers:
             line = self._ask(shown + question).strip()
             while line:
                 try:
-                    self._known[key] = read(line)
+                    self._answers[key] = parse(line)
                     break
                 except ValueError as error:
                     line = self._ask(f"{error}. {question}").strip()
             else:
-                self._known[key] = None
+                self._answers[key] = None
             if self.file:
-                _append(self.file, {"key": key, "kind": self.kind, "answer": self._known[key], "texts": texts})
-        return self._known[key]
+                _append(self.file, {"key": key, "kind": self.kind, "answer": self._answers[key], "texts": texts})
+        return self._answers[key]
 
 
-def _pairs(request: Request) -> Iterable[tuple[str, str]]:
-    return zip(request.prompts, request.completions, strict=True)
-
-
-def _shown(label: str, text: str) -> str:
-    """Text that a model wrote cannot move the cursor or change colours."""
+def _labelled(label: str, text: str) -> str:
+    """A text to show; control characters are escaped, so that it cannot move the cursor or change colours."""
     return f"  {label}: " + visible(text).replace("\n", "\n    ")
 
 
-def _number(line: str) -> float:
+def _parse_number(line: str) -> float:
     try:
         number = float(line)
     except ValueError:
         raise ValueError(f"'{visible(line)}' is not a number") from None
     if not math.isfinite(number) or abs(number) > 1e30:
-        raise ValueError(f"{line} is not a number to learn from")
+        raise ValueError(f"{line} is not a finite number of at most 1e30")
     return number
 
 
-def _yes_or_no(line: str) -> float:
+def _parse_yes_or_no(line: str) -> float:
     if line.lower() in ("y", "yes", "n", "no"):
         return float(line.lower()[0] == "y")
     raise ValueError(f"'{visible(line)}' is neither y nor n")
 
 
-def _choice(count: int, line: str) -> float:
+def _parse_choice(line: str, count: int) -> float:
     if line.isascii() and line.isdecimal() and 1 <= int(line) <= count:
         return float(line)
     raise ValueError(f"'{visible(line)}' is not one of 1 to {count}")
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """The answers in a file, by key. A line that a crash cut short is asked again."""
+def _read_answers(file: Path) -> dict[str, Any]:
+    """The answers in a file, by key; lines cut short by a crash are skipped."""
     answers = {}
     try:
         lines = file.read_bytes().splitlines() if file.exists() else []
@@ -144,7 +146,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _append(file: Path, row: dict[str, Any]) -> None:
-    """Add a line, whole or not at all, and have it on disk before going on."""
+    """Append a line and fsync. If the last line was cut short by a crash, start a new one."""
     line = json.dumps(row).encode() + b"\n"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The other end of a worker: the process in which a reward function runs. Lines of JSON come in, lines of JSON go out.
+"""Main loop of a worker process: reads requests as JSON lines, calls the reward function, writes scores as JSON lines.
 
-Imports neither jax nor numpy. Standard input and output become /dev/null and standard error for the function, so
-whatever it reads or prints, the lines stay whole.
+Imports neither jax nor numpy. For the function, standard input is /dev/null and standard output is standard error, so
+that nothing it reads or prints corrupts the protocol.
 """
 
 import ctypes
@@ -16,23 +16,23 @@ from typing import Any
 
 from jaxrlhf.errors import ConfigError, JaxrlhfError, RewardError
 from jaxrlhf.rewards.functions import load
-from jaxrlhf.rewards.sources.answers import Request
+from jaxrlhf.rewards.sources.protocol import ScoreRequest
 
 
 def main(spec: str, options: dict[str, Any], parent: int) -> None:
-    """Serve the function that `spec` names to the process `parent`, for as long as that lives.
+    """Serve the function that `spec` names to the process `parent` until that process ends.
 
-    The first line that goes out is the function's signature; then comes an answer to every request, or an error.
+    The first line written is the function's signature; then come scores or an error for each request.
     """
     incoming, outgoing = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    faulthandler.enable(all_threads=False)  # a segfault then says where it was
+    faulthandler.enable(all_threads=False)  # a segfault prints a traceback
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(incoming, requests), daemon=True).start()
-    _end_with(parent)
+    threading.Thread(target=_receive, args=(incoming, requests), daemon=True).start()
+    _die_with(parent)
 
-    def say(message: dict[str, Any]) -> None:
+    def send(message: dict[str, Any]) -> None:
         line = json.dumps(message).encode() + b"\n"
         while line:
             line = line[os.write(outgoing, line) :]
@@ -40,29 +40,29 @@ def main(spec: str, options: dict[str, Any], parent: int) -> None:
     try:
         function = load(spec, options=options)
     except JaxrlhfError as error:
-        say({"error": str(error), "in_config": isinstance(error, ConfigError)})
+        send({"error": str(error), "in_config": isinstance(error, ConfigError)})
         os._exit(1)
-    accepts, needs, everything = function.signature
-    say({"accepts": sorted(accepts), "needs": sorted(needs), "everything": everything})
+    accepts, required, accepts_any = function.signature
+    send({"accepts": sorted(accepts), "required": sorted(required), "accepts_any": accepts_any})
     while True:
-        request = Request(**json.loads(requests.get()))
+        request = ScoreRequest(**json.loads(requests.get()))
         try:
-            say(function(request)._asdict())
+            send(function(request)._asdict())
         except RewardError as error:
-            say({"error": str(error)})
+            send({"error": str(error)})
 
 
-def _listen(incoming: int, requests: "queue.SimpleQueue[bytes]") -> None:
-    """Pass lines on until there can be no more: the parent has closed its end, or is gone."""
+def _receive(incoming: int, requests: "queue.SimpleQueue[bytes]") -> None:
+    """Queue incoming lines; kill the process group when the parent closes the pipe or ends."""
     with os.fdopen(incoming, "rb") as lines:
         for line in lines:
             requests.put(line)
-    os.killpg(0, signal.SIGKILL)  # and whatever the function has started
+    os.killpg(0, signal.SIGKILL)  # includes every process that the function has started
 
 
-def _end_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies: `_listen` cannot while C code keeps Python locked."""
+def _die_with(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent dies: `_receive` cannot while C code holds the GIL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # too late
+    if os.getppid() != parent:  # the parent has died already
         os._exit(1)

@@ -1,5 +1,7 @@
-"""Reward functions in a process of their own, which can be killed: one that hangs or crashes does not take the run with
-it. The two sides speak JSON lines over pipes, never pickle."""
+"""Reward functions in a worker process, so that one that hangs or crashes does not take the run with it.
+
+The two processes exchange JSON lines over pipes, never pickles.
+"""
 
 import collections
 import contextlib
@@ -18,11 +20,11 @@ from typing import IO, Any
 from jaxrlhf.errors import ConfigError, RewardError, first_line
 from jaxrlhf.metrics.console import visible
 from jaxrlhf.rewards.functions import Signature
-from jaxrlhf.rewards.sources.answers import Answer, Request
+from jaxrlhf.rewards.sources.protocol import ScoreRequest, SourceScores
 
-LOADING = 300.0  # seconds a function's file may take to import what it needs
-LAST_LINES = 8  # of what a crashed function printed, for the message
-_START = (
+LOAD_TIMEOUT = 300.0  # seconds in which a function's module must be imported
+LAST_LINES = 8  # lines of a crashed function's output that the error message shows
+_PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from jaxrlhf.rewards.sources.serve import main; "
     "main(sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4]))"
 )
@@ -31,8 +33,8 @@ _START = (
 class Worker:
     """The function that `spec` names, in its own process. Raises RewardError or ConfigError if it cannot be loaded.
 
-    The process sees no accelerator, and ends with this one, however that ends. After a call that took longer than
-    `timeout` seconds it is killed, with everything it has started; the next call starts another.
+    The process sees no accelerator, and ends when this one ends, however that happens. A call that takes longer than
+    `timeout` seconds kills it with all its children; the next call starts a new process.
     """
 
     def __init__(self, spec: str, *, options: Mapping[str, Any] | None = None, timeout: float) -> None:
@@ -40,7 +42,7 @@ class Worker:
         try:
             self._options = json.dumps(dict(options or {}))
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"reward {spec}: its options are not plain values: {error}") from error
+            raise ConfigError(f"reward {spec}: its options cannot be written as JSON: {error}") from error
         self._process = self._start()
 
     @property
@@ -48,104 +50,102 @@ class Worker:
         return self._process.pid
 
     def close(self) -> None:
-        """End the process."""
         _kill(self._process)
 
-    def __call__(self, request: Request) -> Answer:
-        """Raises RewardError if there is no answer, with what happened instead."""
-        where = request.about(self.name)
+    def __call__(self, request: ScoreRequest) -> SourceScores:
+        """Raises RewardError if the function raises, times out or crashes."""
+        prefix = request.error_prefix(self.name)
         if self._process.poll() is not None:
             self._process = self._start()
-        self.signature.check(request.columns, where, per_token=request.tokens is not None)
-        wanted = {name: values for name, values in request.columns.items() if self.signature.wants(name)}
-        line = json_line(request._replace(columns=wanted), where)
+        self.signature.check(request.columns, prefix, per_token=request.tokens is not None)
+        columns = {name: values for name, values in request.columns.items() if self.signature.wants(name)}
+        line = to_json_line(request._replace(columns=columns), prefix)
         try:
             reply = self._exchange(line, self._timeout)
         except TimeoutError:
             raise RewardError(
-                f"{where} did not answer {len(request.completions)} completions within {self._timeout:g} s and was "
-                f"killed; raise timeout of its component in reward.components, or make it faster{request.first}"
+                f"{prefix} did not answer {len(request.completions)} completions within {self._timeout:g} s and was "
+                f"killed; raise timeout of its component in reward.components, or make it faster{request.error_suffix}"
             ) from None
         except EOFError:
-            raise RewardError(f"{where} {self._death()}{request.first}") from None
+            raise RewardError(f"{prefix} {self._exit_reason()}{request.error_suffix}") from None
         if "error" in reply:
             raise RewardError(reply["error"])
-        return Answer(**reply)
+        return SourceScores(**reply)
 
     def _start(self) -> subprocess.Popen[bytes]:
         arguments = [json.dumps(sys.path), self.name, self._options, str(os.getpid())]
-        hidden = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-u", "-c", _START, *arguments],
+            [sys.executable, "-P", "-u", "-c", _PROGRAM, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
-            env=os.environ | hidden,
-            start_new_session=True,  # a group of its own, to be killed as one, and out of reach of Ctrl-C
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"},
+            start_new_session=True,  # a process group that can be killed as one and does not get Ctrl-C
         )
         weakref.finalize(self, _kill, self._process)
-        self._said: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
+        self._last_output: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
         assert self._process.stdin and self._process.stderr
         os.set_blocking(self._process.stdin.fileno(), False)
-        self._listener = threading.Thread(target=_repeat, args=(self._process.stderr, self._said), daemon=True)
+        self._listener = threading.Thread(
+            target=_forward_output, args=(self._process.stderr, self._last_output), daemon=True
+        )
         self._listener.start()
         try:
-            hello = self._exchange(b"", LOADING)
+            reply = self._exchange(b"", LOAD_TIMEOUT)
         except TimeoutError:
             raise RewardError(
-                f"reward function '{self.name}': loading it took longer than {LOADING:g} s; look at what its file "
-                "does when it is imported"
+                f"reward function '{self.name}': loading it took longer than {LOAD_TIMEOUT:g} s; check what its file "
+                "does on import"
             ) from None
         except EOFError:
-            raise RewardError(f"reward function '{self.name}': loading it {self._death()}") from None
-        if "error" in hello:
+            raise RewardError(f"reward function '{self.name}': loading it {self._exit_reason()}") from None
+        if "error" in reply:
             _kill(self._process)
-            raise (ConfigError if hello["in_config"] else RewardError)(hello["error"])
-        self.signature = Signature(**hello)
+            raise (ConfigError if reply["in_config"] else RewardError)(reply["error"])
+        self.signature = Signature(**reply)
         return self._process
 
     def _exchange(self, line: bytes, seconds: float) -> dict[str, Any]:
-        """Send a line and read one. Raises TimeoutError, and EOFError where the process ended; it is gone after both,
-        and after anything else that interrupts the talk."""
+        """Send a line and read one. Raises TimeoutError, or EOFError if the process has ended; any error kills it."""
         try:
-            return json.loads(_talk(self._process, line, time.monotonic() + seconds))
+            return json.loads(_send_and_receive(self._process, line, time.monotonic() + seconds))
         except BaseException as error:
             _kill(self._process)
             if isinstance(error, ValueError):  # something else wrote to the pipe
                 raise EOFError from error
             raise
 
-    def _death(self) -> str:
-        """How the process ended, and what it said last."""
+    def _exit_reason(self) -> str:
         code = self._process.wait()
         self._listener.join(1)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended its process with exit code {code}"
-        said = " | ".join(visible(line) for line in self._said if line.strip())
-        return f"{how}{'. It said last: ' + said if said else ''}"
+        output = " | ".join(visible(line) for line in self._last_output if line.strip())
+        return f"{how}{'. Its last output: ' + output if output else ''}"
 
 
-def json_line(request: Request, where: str) -> bytes:
-    """A request as a line of JSON. Raises RewardError for a column that JSON cannot carry."""
+def to_json_line(request: ScoreRequest, prefix: str) -> bytes:
+    """Encode a request. Raises RewardError for a column that cannot be written as JSON."""
     try:
-        return json.dumps(request._asdict(), default=_plain).encode() + b"\n"
+        return json.dumps(request._asdict(), default=_to_json).encode() + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
-        found = error
+        cause = error
     for name, values in request.columns.items():
         for i, value in enumerate(values):
             try:
-                json.dumps(value, default=_plain)
+                json.dumps(value, default=_to_json)
             except (TypeError, ValueError, RecursionError) as error:
                 raise RewardError(
-                    f"{where} is to get column '{name}', whose value {i} cannot be written as JSON "
+                    f"{prefix} is to get column '{name}', whose value {i} cannot be written as JSON "
                     f"({first_line(error)}); let the function name the columns that it needs instead of taking all, "
                     "or drop the column from the data"
                 ) from error
-    raise found
+    raise cause
 
 
-def _plain(value: Any) -> Any:
-    """Arrays and their scalars as plain values, other sequences as lists."""
+def _to_json(value: Any) -> Any:
+    """Convert arrays, scalars of arrays and other sequences for json.dumps."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
@@ -153,8 +153,8 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__}")
 
 
-def _talk(process: "subprocess.Popen[bytes]", unsent: bytes, deadline: float) -> bytes:
-    """Neither side waits for the other to read: sending and receiving go on together until a line has come."""
+def _send_and_receive(process: "subprocess.Popen[bytes]", unsent: bytes, deadline: float) -> bytes:
+    """Send while receiving, so that neither side blocks on a full pipe, until a whole line has arrived."""
     assert process.stdin and process.stdout
     received = bytearray()
     with selectors.DefaultSelector() as selector:
@@ -162,24 +162,24 @@ def _talk(process: "subprocess.Popen[bytes]", unsent: bytes, deadline: float) ->
         if unsent:
             selector.register(process.stdin, selectors.EVENT_WRITE)
         while not received.endswith(b"\n"):
-            left = deadline - time.monotonic()
-            if left <= 0:
+            seconds_left = deadline - time.monotonic()
+            if seconds_left <= 0:
                 raise TimeoutError
-            ready = selector.select(min(left, 0.2))
-            if not ready and process.poll() is not None:  # a child of its own may still hold the pipe
+            ready = selector.select(min(seconds_left, 0.2))
+            if not ready and process.poll() is not None:  # one of its children may still hold the pipe
                 raise EOFError
             for key, _ in ready:
                 if key.fileobj is process.stdout:
-                    part = os.read(process.stdout.fileno(), 1 << 16)
-                    if not part:
+                    chunk = os.read(process.stdout.fileno(), 1 << 16)
+                    if not chunk:
                         raise EOFError
-                    received += part
+                    received += chunk
                     continue
                 try:
                     unsent = unsent[os.write(process.stdin.fileno(), unsent[: 1 << 16]) :]
                 except BlockingIOError:
                     continue
-                except BrokenPipeError:  # it has gone; reading will say so
+                except BrokenPipeError:  # the process has ended; the read will raise EOFError
                     unsent = b""
                 if not unsent:
                     selector.unregister(process.stdin)
@@ -187,7 +187,7 @@ def _talk(process: "subprocess.Popen[bytes]", unsent: bytes, deadline: float) ->
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """End a process with its group, at once."""
+    """Kill a process and its group."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -197,12 +197,12 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
             pipe.close()
 
 
-def _repeat(stream: IO[bytes], said: "collections.deque[str]") -> None:
-    """What the function prints goes to our standard error, and the last lines of it are kept."""
+def _forward_output(stream: IO[bytes], last_lines: "collections.deque[str]") -> None:
+    """Copy what the function prints to standard error, and keep the last lines."""
     with stream:
         for line in stream:
             text = line.decode("utf-8", "backslashreplace")
-            said.append(text.rstrip("\n"))
+            last_lines.append(text.rstrip("\n"))
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write(text)
                 sys.stderr.flush()

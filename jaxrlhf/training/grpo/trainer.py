@@ -45,7 +45,9 @@ class GRPOTrainer:
         )
         self.mesh, self.tokenizer, self.data, self.model = run.mesh, run.tokenizer, run.data, run.model
         self.sampler, self.scorer, self.total_steps = run.sampler, run.scorer, run.total_steps
-        check_models_context(self.scorer.readers(critic=False), run.longest, config.sampling.response_length)
+        check_models_context(
+            self.scorer.models_reading_rollouts(critic=False), run.longest, config.sampling.response_length
+        )
         policy = run.load()
         self.state, self.frozen, self.spec, self._reference_hash = initial_state(
             config, self.sampler, policy, self.total_steps, run.role_keys[1]

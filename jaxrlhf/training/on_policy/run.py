@@ -118,11 +118,13 @@ class OnPolicyRun:
             head="lm",
             dtype=setup.param_dtype(config),
         )
-        folder, merged = weights.described_by(weights.resolve(config.model.path, config.model.revision, weights=False))
+        folder, merged = weights.base_and_adapters(
+            weights.resolve(config.model.path, config.model.revision, weights=False)
+        )
         if config.lora.enabled and not merged:
             for model in self.scorer.models.values():
                 if model is not critic_source:
-                    model.share(folder, policy)
+                    model.share_base_params(base, policy)
         self.scorer.load()
         return policy
 
@@ -146,7 +148,7 @@ class OnPolicyRun:
         with open_session(self.config, self.method, self.total_steps, state, identity, fresh=self._fresh) as session:
             for line in (self._about(), *self.human_workload()):
                 session.note(line)
-            self.scorer.pause(session.logger.paused)
+            self.scorer.pause_while_asking(session.logger.paused)
             session.resume()
             session.watch = Watch(
                 self.config.alarms, self.settings.batch_size, session.records(), kl_option=self._kl_option()
@@ -291,7 +293,7 @@ class OnPolicyRun:
     def human_workload(self) -> list[str]:
         """A line on how many completions a person will be asked to score; none if nobody is asked."""
         config, size = self.config, self.settings.batch_size
-        if not self.scorer.asks_a_person:
+        if not self.scorer.has_human:
             return []
         parts = [f"{size} in each of {self.total_steps} updates"]
         if self.validator.rows:

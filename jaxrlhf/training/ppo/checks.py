@@ -20,7 +20,7 @@ def check_run(config: PPOConfig, model: ModelConfig, scorer: Scorer, updates: in
         raise ConfigError(
             "critic.init is 'reward' but the reward model reads other tokens than the policy; use 'policy'"
         )
-    critic_model(config, model, scorer.model and scorer.model.described)
+    critic_model(config, model, scorer.model and scorer.model.model_config)
 
 
 def check_step(config: PPOConfig, prompts: Sequence[str]) -> None:

@@ -47,7 +47,9 @@ class PPOTrainer:
         self.sampler, self.scorer, self.total_steps = run.sampler, run.scorer, run.total_steps
         checks.check_run(config, self.model, self.scorer, self.total_steps)
         from_reward = config.critic.init == "reward"
-        check_models_context(self.scorer.readers(from_reward), run.longest, config.sampling.response_length)
+        check_models_context(
+            self.scorer.models_reading_rollouts(from_reward), run.longest, config.sampling.response_length
+        )
         policy = run.load(critic_source=self.scorer.model if from_reward else None)
         reward_model = self.scorer.model and (self.scorer.model.model, self.scorer.model.params)
         self.state, self.frozen, self.spec, self._reference_hash = initial_state(

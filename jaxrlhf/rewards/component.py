@@ -1,0 +1,200 @@
+"""A component of the reward: opens its source, checks it against the data, and turns its scores into arrays."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxrlhf.config import Component
+from jaxrlhf.config.rewards import function_label
+from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.errors import ConfigError, RewardError, quoted
+from jaxrlhf.rewards.functions import RewardFunction
+from jaxrlhf.rewards.sources import template
+from jaxrlhf.rewards.sources.endpoint import Endpoint
+from jaxrlhf.rewards.sources.human import Human
+from jaxrlhf.rewards.sources.model import Messages, RewardModel
+from jaxrlhf.rewards.sources.protocol import ScoreRequest, SourceScores
+from jaxrlhf.rewards.sources.worker import Worker, to_json_line
+from jaxrlhf.types import Rollout
+
+PROBED = 32  # prompts on which `check` tries a source
+
+Source = RewardModel | RewardFunction | Worker | Endpoint | Human
+
+
+def open_source(
+    config: Component,
+    function: Callable[..., Any] | None,
+    mesh: jax.sharding.Mesh | None,
+    directory: Path | None,
+    *,
+    function_timeout: bool,
+) -> Source:
+    """Open the source of a component. `function` is the Python function given to the trainer, which the component's
+    timeout applies to if `function_timeout`.
+
+    Raises ConfigError, DataError or RewardError if the source cannot be opened.
+    """
+    if config.template:
+        template.fields(config.template)
+    if config.model:
+        return RewardModel(
+            config.model,
+            revision=config.revision,
+            dtype=config.dtype,
+            micro_batch_size=config.micro_batch_size,
+            max_length=config.max_length,
+            mesh=mesh,
+        )
+    if config.function == "passed":
+        if function is None:
+            raise ConfigError(
+                "reward.components has function: passed, and no Python function was given; give one to the trainer "
+                "(PPOTrainer(config, reward=...)), or name it as path.py:name"
+            )
+        return RewardFunction(function, options=config.options, timeout=config.timeout if function_timeout else None)
+    if config.function:
+        return Worker(config.function, options=config.options, timeout=config.timeout)
+    if config.url:
+        return Endpoint(config.url, timeout=config.timeout)
+    assert config.human
+    return Human(config.human, directory / "human.jsonl" if directory else None)
+
+
+class ComponentScores(NamedTuple):
+    """Scores of a batch from one component, before its weight."""
+
+    values: np.ndarray  # f32 [B], or [B, R] per token; 0 where unscored
+    unscored: np.ndarray  # bool [B]
+    truncated: np.ndarray | None  # bool [B]   of a reward model: the text lost its beginning to fit the context
+    errors: int  # completions without a usable score
+    note: str  # the first error and how it was handled; empty without errors
+
+    @property
+    def totals(self) -> np.ndarray:
+        """f32 [B]: the scores, those per token summed over the response."""
+        return self.values if self.values.ndim == 1 else self.values.sum(1)
+
+
+class RewardComponent:
+    """One component with its opened source. Raises ConfigError for a per-token model with another tokenizer."""
+
+    def __init__(self, config: Component, source: Source, tokenizer: Tokenizer) -> None:
+        self.config, self.source, self.per_token = config, source, config.per_token
+        passed = isinstance(source, RewardFunction) and not config.name
+        self.name = function_label(source.name) if passed else config.label
+        self.shares_tokenizer = isinstance(source, RewardModel) and source.shares_tokenizer(tokenizer)
+        if self.per_token and isinstance(source, RewardModel) and not self.shares_tokenizer:
+            raise ConfigError(
+                f"reward '{self.name}' is per_token, but {config.model} reads other tokens than the policy, so its "
+                "scores belong to no token of a response; set per_token: false, or use a model with the policy's "
+                "tokenizer"
+            )
+
+    @property
+    def reads_rollout(self) -> bool:
+        """True for a reward model that reads the token ids of the rollout."""
+        return self.shares_tokenizer and not self.config.template
+
+    def check(
+        self, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]], messages: Sequence[Messages | None] | None
+    ) -> None:
+        """See `Scorer.check`."""
+        source, first_prompts = self.source, list(prompts[:PROBED])
+        if self.config.template:
+            template.check(self.config.template, columns)
+        if isinstance(source, RewardFunction | Worker):
+            source.signature.check(columns, f"reward {source.name}", per_token=self.per_token)
+        if isinstance(source, Worker | Endpoint):
+            sent = [name for name in columns if isinstance(source, Endpoint) or source.signature.wants(name)]
+            first_values = {name: columns[name][:PROBED] for name in sent}
+            to_json_line(ScoreRequest(first_prompts, [], first_values), f"reward {source.name}")
+        if isinstance(source, RewardModel) and not self.reads_rollout:
+            source.check_readable(first_prompts)
+            if source.tokenizer.has_chat and not self.config.template:  # its chat format must accept the conversations
+                conversations = messages[:PROBED] if messages else [None] * len(first_prompts)
+                for prompt, turns in zip(first_prompts, conversations, strict=True):
+                    turns = turns or [{"role": "user", "content": prompt}]
+                    source.tokenizer.render([*turns, {"role": "assistant", "content": "Yes."}])
+
+    def score(
+        self, request: ScoreRequest, rollout: Rollout, messages: Sequence[Messages | None] | None
+    ) -> ComponentScores:
+        """Score a batch. Raises RewardError for an error if `on_error` is fail."""
+        request = request if self.per_token else request._replace(tokens=None)
+        truncated = None
+        try:
+            if isinstance(self.source, RewardModel):
+                scores, truncated = self._model_scores(self.source, request, rollout, messages)
+            else:
+                if self.config.template:
+                    request = request._replace(completions=template.fill(self.config.template, request))
+                scores = self.source(request)
+            if scores.problem and self.config.on_error == "fail":
+                raise RewardError(scores.problem)
+        except RewardError as error:
+            if self.config.on_error == "fail":
+                raise
+            count = len(request.completions)
+            scores = SourceScores([None] * count, range(count), str(error))
+        note, errors = "", len(scores.failed)
+        if scores.problem and self.config.on_error == "value":
+            note = f"{scores.problem}; {errors} completions get {self.config.error_value:g} (on_error: value)"
+        elif scores.problem:
+            note = f"{scores.problem}; {errors} completions go without this reward (on_error: skip)"
+        values, unscored = self._to_arrays(scores, np.asarray(rollout.response_mask))
+        return ComponentScores(values, unscored, truncated, errors, note)
+
+    def _model_scores(
+        self,
+        model: RewardModel,
+        request: ScoreRequest,
+        rollout: Rollout,
+        messages: Sequence[Messages | None] | None,
+    ) -> tuple[SourceScores, np.ndarray]:
+        """(scores, non-finite ones marked as failed; truncated bool [B])."""
+        if self.config.template:
+            scores, truncated = model.score_formatted(
+                template.fill(self.config.template, request, model.tokenizer.guard)
+            )
+        elif not self.shares_tokenizer:
+            finished = np.asarray(rollout.finished).tolist()
+            scores, truncated = model.score_texts(request.prompts, request.completions, finished, messages)
+        elif self.per_token:
+            scores, truncated = model.score_tokens(rollout)
+        else:
+            scores, truncated = model.score_rollout(rollout)
+        finite: np.ndarray = np.isfinite(scores).reshape(len(scores), -1).min(axis=1)
+        failed = np.flatnonzero(~finite).tolist()
+        problem = ""
+        if failed:
+            first = failed[0]
+            score = "a non-finite number" if self.per_token else scores[first]
+            problem = (
+                f"{request.error_prefix(model.path)} gave {score} for completion {first}: "
+                f"{quoted(request.completions[first])}"
+            )
+        mask = np.asarray(rollout.response_mask)
+        rows: list[Any] = [row[real] for row, real in zip(scores, mask, strict=True)] if self.per_token else [*scores]
+        return SourceScores(
+            [row if ok else None for row, ok in zip(rows, finite, strict=True)], failed, problem
+        ), truncated
+
+    def _to_arrays(self, scores: SourceScores, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(values f32 [B], or [B, R] per token, failed ones by `on_error`; unscored bool [B])."""
+        failed = set(scores.failed)
+        values = np.zeros(mask.shape if self.per_token else len(mask), np.float32)
+        unscored = np.zeros(len(mask), bool)
+        for i, value in enumerate(scores.values):
+            if i in failed and self.config.on_error == "value":
+                value = self.config.error_value
+            if value is None:
+                unscored[i] = True
+            elif self.per_token:
+                values[i, mask[i]] = value
+            else:
+                values[i] = value
+        return values, unscored
