@@ -49,7 +49,7 @@ class Samples:
         rollout = generate(copied, self._inference, self._prompts, key, self._sampling, *self._stops)
         texts = response_texts(rollout, self._tokenizer)
         del copied  # all is drawn by now
-        memory.give_back()
+        memory.release_free_memory()
         begun = zip(np.asarray(self._prompts.tokens), np.asarray(self._prompts.mask), strict=True)
         asked = [self._tokenizer.decode(tokens[mask].tolist()) for tokens, mask in begun]
         return [{"prompt": prompt, "completion": text} for prompt, text in zip(asked, texts, strict=True)]

@@ -85,15 +85,17 @@ class Sampler:
         sampling = dataclasses.replace(self.sampling, greedy=greedy)
         rest = key, sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
         if slots < len(rows):
-            self.programs.wait(engine.answer)
+            self.programs.wait(engine.generate_in_slots)
             where = {"slots": slots, "columns": self.columns, "mesh": self.mesh}
-            made = sharding.put_rows(engine.answer(copy, model, prompts, *rest, group=group, **where), self.mesh)
+            made = sharding.put_rows(
+                engine.generate_in_slots(copy, model, prompts, *rest, group=group, **where), self.mesh
+            )
         else:
             self.programs.wait(generate)
             made = generate(copy, model, prompts, *rest, group=group)
         made, texts = decode_completions(made, self.tokenizer, self.sampling.stop_strings)
         del copy  # all is drawn by now
-        memory.give_back()
+        memory.release_free_memory()
         if self.sampling.stop_strings:
             made = sharding.put_rows(made, self.mesh)
         return trim(made), texts
@@ -126,13 +128,18 @@ class Sampler:
                 generate,
             )
         where = {"slots": self.slots, "group": group, "columns": self.columns, "mesh": self.mesh}
-        self.programs.begin(lambda: engine.prepare(copy.result(), model, prompts, *rest, **where), engine.answer)
+
+        def prepare() -> None:
+            for program, arguments in engine.slot_programs(copy.result(), model, prompts, *rest, **where):
+                compilation.compile_shapes(program, *arguments)
+
+        self.programs.begin(prepare, engine.generate_in_slots)
 
         def shapes() -> Rollout:
             made = jax.eval_shape(functools.partial(generate, group=group), copy.result(), model, prompts, *rest)
             return jax.tree.map(lambda x: sharding.rows_shape(x, self.mesh), made)
 
-        return self.programs.begin(shapes, engine.answer)
+        return self.programs.begin(shapes, engine.generate_in_slots)
 
 
 def occurrences(rows: Sequence[PromptRow]) -> list[int]:

@@ -164,7 +164,7 @@ class Validator:
         rows = [*self.rows, *[self.rows[-1]] * (-len(self.rows) % self._at_once)]
         sampling = dataclasses.replace(self.config.sampling, greedy=greedy)
         tokenizer = self.sampler.tokenizer
-        made = engine.answer(
+        made = engine.generate_in_slots(
             copy, model, self.sampler.prompts(rows), jax.random.fold_in(key, VALIDATION), sampling,
             tokenizer.stop_ids, tokenizer.pad_id,
             slots=min(len(rows), self.sampler.slots or self.sampler.batch),
