@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes."""
 
 import contextlib
 import os
@@ -10,31 +10,31 @@ from jaxrlhf.errors import StorageError
 
 
 def write_whole(path: Path, content: str | bytes) -> Path:
-    """Put `content` (text as UTF-8) into `path` in one step and return it; its folder is made if need be.
+    """Write `content` (text as UTF-8) to `path` atomically, creating its folder if needed, and return `path`.
 
-    Half of a surrogate pair, which UTF-8 refuses, becomes \\udxxx: that is how JSON spells it. Raises StorageError.
+    An unpaired surrogate, which UTF-8 cannot encode, is written as \\udxxx, its spelling in JSON. Raises StorageError.
     """
-    with whole(path) as file:
+    with atomic_open(path) as file:
         file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
     return path
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that becomes `path` when the block ends, and nothing if it is left by an exception.
+def atomic_open(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that replaces `path` when the block ends, and is removed if the block raises.
 
-    Whoever reads `path`, also after a crash, finds the old content or the new, never a part. Raises StorageError.
+    A reader of `path` finds the old or the new content, never part of it, even after a crash. Raises StorageError.
     """
-    part = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(temporary, path)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)

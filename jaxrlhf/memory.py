@@ -1,4 +1,4 @@
-"""How much memory is free, on the host and on the device."""
+"""Free memory of the host and the device, in bytes."""
 
 import contextlib
 import ctypes
@@ -8,27 +8,31 @@ import jax
 
 
 def free_on_host(group: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that a process in the container `group` could still take; None where that is not known (not Linux)."""
+    """Host memory still available to a process in the cgroup `group`; None where unknown (not Linux)."""
     free = []
     with contextlib.suppress(OSError, IndexError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    with contextlib.suppress(OSError, KeyError, ValueError):  # a container's limit, or "max"
-        pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        held = int((group / "memory.current").read_text()) - int(pages["inactive_file"])  # files read are given back
-        free += [int((group / "memory.max").read_text()) - held]
+    with contextlib.suppress(OSError, KeyError, ValueError):  # ValueError: no limit ("max")
+        stats = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # the page cache of files can be reclaimed
+        used = int((group / "memory.current").read_text()) - int(stats["inactive_file"])
+        free += [int((group / "memory.max").read_text()) - used]
     return min(free, default=None)
 
 
-def give_back() -> None:
-    """Hand what this process has freed back to the system. glibc keeps what lay in pieces of less than 32 MB, as the
-    layers of a copy for decoding do: without this, an update has them beside it although nobody can reach them."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
+def release_free_memory() -> None:
+    """Return memory that this process has freed to the system.
+
+    glibc keeps freed blocks below 32 MB, such as the layers of an inference copy, which would add to the memory of the
+    following update. Does nothing on other C libraries.
+    """
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_on_device() -> int | None:
-    """Bytes free on the first device: the host's on a CPU; None where the device does not say."""
+    """Free memory of the first device (on a CPU, of the host); None where the device does not report it."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return free_on_host()

@@ -114,7 +114,6 @@ class Slots:
 
     clock: Array  # int32 []
     count: Array  # int32 [B]   tokens sampled
-    limit: Array  # int32 [B]   maximum response length, at most R
     ended: Array  # bool [B]   sampled a stop token
     prompt_length: Array  # int32 [B]
     keys: Array  # key [B]
@@ -126,7 +125,7 @@ class Slots:
     @property
     def busy(self) -> Array:
         """bool [B]: rows that are not done."""
-        return ~self.ended & (self.count < self.limit)
+        return ~self.ended & (self.count < self.tokens.shape[1])
 
 
 @jax.tree_util.register_dataclass

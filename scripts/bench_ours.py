@@ -57,7 +57,7 @@ from jaxrlhf.logprobs import token_logprobs  # noqa: E402
 from jaxrlhf.models import forward  # noqa: E402
 from jaxrlhf.plan import report  # noqa: E402
 from jaxrlhf.rollout.decode import generate  # noqa: E402
-from jaxrlhf.rollout.engine import answer  # noqa: E402
+from jaxrlhf.rollout.engine import generate_in_slots  # noqa: E402
 from jaxrlhf.rollout.inference_copy import inference_copy  # noqa: E402
 from jaxrlhf.training import sft  # noqa: E402
 from jaxrlhf.training.dpo import update as dpo_update  # noqa: E402
@@ -173,7 +173,7 @@ def ragged(job: Job, name: str) -> Repeat:
 
     def engine(seed: int) -> int:
         prompts, key = random_prompts(job, job.batch), jax.random.key(seed)
-        rollout = answer(copied, small, prompts, key, sampling, stop_ids, PAD, slots=job.slots)
+        rollout = generate_in_slots(copied, small, prompts, key, sampling, stop_ids, PAD, slots=job.slots)
         return int(rollout.response_mask.sum())
 
     run = engine if name == "ours" else static

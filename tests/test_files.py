@@ -30,7 +30,7 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
 
 def test_a_block_that_is_left_by_an_exception_leaves_the_old_file_alone(tmp_path):
     path = files.write_whole(tmp_path / "file.txt", "old")
-    with pytest.raises(KeyboardInterrupt), files.whole(path) as file:
+    with pytest.raises(KeyboardInterrupt), files.atomic_open(path) as file:
         file.write(b"new")
         raise KeyboardInterrupt
     assert path.read_text() == "old"

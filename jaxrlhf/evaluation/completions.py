@@ -160,7 +160,7 @@ def respond(
     prompts = batching.prompts(rows, tokenizer.pad_id, length)
     slots = config.rollout.slots or config.ppo.batch_size
     rest = jax.random.key(config.seed), config.sampling, tokenizer.stop_ids, tokenizer.pad_id
-    return engine.answer(params, model, prompts, *rest, slots=slots, group=count, columns=columns)
+    return engine.generate_in_slots(params, model, prompts, *rest, slots=slots, group=count, columns=columns)
 
 
 def prompt_columns(config: PPOConfig, model: ModelConfig, rows: Sequence[PromptRow]) -> int:

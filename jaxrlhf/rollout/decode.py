@@ -1,7 +1,7 @@
-"""Prompts in, responses out: a prefill, and a loop that draws a token for every row until enough rows have ended.
+"""Autoregressive generation: one prefill, then a loop that draws one token per row and step.
 
-`generate` answers a batch in one program. `engine.py` runs the same parts as programs of their own, and gives the place
-of a row that has ended to the next prompt.
+`generate` runs a whole batch as one program. engine.py calls the same parts as separate programs and refills the slots
+of finished rows with waiting prompts.
 """
 
 import dataclasses
@@ -30,40 +30,42 @@ def generate(
     pad_id: int,
     group: int = 1,
 ) -> Rollout:
-    """Continue every prompt by at most `sampling.response_length` tokens (R). `params` are those of `inference_copy`.
+    """Generate up to `sampling.response_length` (R) tokens for every prompt.
 
-    A row ends with the first token out of `stop_ids` (or `sampling.stop_token_ids`). That token is part of the
-    response; what follows is `pad_id` under a false mask. Masks come from this alone: a `pad_id` that was sampled is a
-    token like any other, and it may be a stop token. Prompts are left-padded and have at least one token.
+    Args:
+        params: parameters and `model` as `inference_copy` returns them.
+        prompts: left-padded, at least one token each.
+        stop_ids: tokens that end a response, in addition to `sampling.stop_token_ids`. The stop token is part of the
+            response; `pad_id` follows it, with a false mask. Masks depend on stop tokens only: `pad_id` may be sampled
+            like any other token, and it may be a stop token.
+        group: responses per prompt (n). Each prompt is prefilled once; rows n*i .. n*i + n - 1 are samples
+            `prompts.sample` .. `prompts.sample` + n - 1 of prompt i.
 
-    With `group` n, each prompt is read once and answered n times: rows n*i .. n*i + n - 1 are samples `prompts.sample`
-    .. `prompts.sample` + n - 1 of prompt i. With `sampling.renormalise_logprobs` the rollout says which tokens could be
-    drawn, in `support`.
-
-    Token t of a row is drawn with fold_in(fold_in(fold_in(key, index), sample), t): in float32, up to a rounding error
-    that falls on the edge between two tokens, a response depends neither on the rest of the batch nor on its order.
+    Token t of a row is drawn with fold_in(fold_in(fold_in(key, index), sample), t). In float32 a response therefore
+    depends neither on the rest of the batch nor on its order, unless a rounding error falls on the boundary between two
+    tokens. With `sampling.renormalise_logprobs`, `support` of the rollout marks the tokens that could be drawn.
     """
     length = sampling.response_length
     hidden, cache = prefill(params, model, prompts)
-    room = ((0, 0), (0, 0), (0, length), (0, 0))
+    padding = ((0, 0), (0, 0), (0, length), (0, 0))
     cache = KVCache(
-        k=tuple(jnp.pad(k, room) for k in cache.k),
-        v=tuple(jnp.pad(v, room) for v in cache.v),
+        k=tuple(jnp.pad(k, padding) for k in cache.k),
+        v=tuple(jnp.pad(v, padding) for v in cache.v),
         positions=jnp.pad(cache.positions, ((0, 0), (0, length))),
         valid=jnp.pad(cache.valid, ((0, 0), (0, length))),
     )
     prompts, hidden, cache = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), (prompts, hidden, cache))
     batch = prompts.index.shape[0]
+    samples = prompts.sample + jnp.arange(batch) % group
     slots = dataclasses.replace(
         empty_slots(model, batch, 0, sampling, pad_id),
-        limit=jnp.full(batch, length),
         ended=jnp.zeros(batch, bool),
         prompt_length=jnp.sum(prompts.mask, axis=1, dtype=jnp.int32),
-        keys=row_keys(key, prompts.index, prompts.sample + jnp.arange(batch) % group),
+        keys=row_keys(key, prompts.index, samples),
         cache=cache,
     )
-    slots = draw(params, model, slots, hidden, sampling, stop_ids)
-    slots = advance(params, model, slots, length, batch, sampling, stop_ids)
+    slots = draw_tokens(params, model, slots, hidden, sampling, stop_ids)
+    slots = advance(params, model, slots, batch, sampling, stop_ids)
     mask = jnp.arange(length) < slots.count[:, None]
     return Rollout(
         tokens=jnp.concatenate([prompts.tokens, slots.tokens], axis=1),
@@ -72,36 +74,35 @@ def generate(
         logprobs=slots.logprobs,
         finished=slots.ended,
         index=prompts.index,
-        sample=prompts.sample + jnp.arange(batch) % group,
+        sample=samples,
         support=slots.support,
     )
 
 
-def row_keys(key: Array, index: Int[Array, " B"], which: Int[Array, " B"]) -> Array:
-    """The random key of each row [B], a function of its prompt and its sample number alone."""
-    return jax.vmap(lambda i, s: jax.random.fold_in(jax.random.fold_in(key, i), s))(index, which)
+def row_keys(key: Array, index: Int[Array, " B"], samples: Int[Array, " B"]) -> Array:
+    """Random key of each row [B], determined by `key`, its prompt index and its sample number."""
+    return jax.vmap(lambda i, s: jax.random.fold_in(jax.random.fold_in(key, i), s))(index, samples)
 
 
 def empty_slots(model: ModelConfig, batch: int, prompt_columns: int, sampling: Sampling, pad_id: int) -> Slots:
-    """`batch` slots that nobody occupies, with room for prompts of `prompt_columns` tokens."""
+    """`batch` free slots, with cache space for prompts of `prompt_columns` tokens."""
     length = sampling.response_length
-    bits = batch, length, math.ceil(model.vocab_size / 8)
+    support_shape = batch, length, math.ceil(model.vocab_size / 8)
     return Slots(
         clock=jnp.int32(0),
         count=jnp.zeros(batch, jnp.int32),
-        limit=jnp.zeros(batch, jnp.int32),
         ended=jnp.ones(batch, bool),
         prompt_length=jnp.zeros(batch, jnp.int32),
         keys=jax.random.split(jax.random.key(0), batch),
         tokens=jnp.full((batch, length), pad_id, jnp.int32),
         logprobs=jnp.zeros((batch, length), jnp.float32),
-        support=jnp.zeros(bits, jnp.uint8) if sampling.renormalise_logprobs else None,
+        support=jnp.zeros(support_shape, jnp.uint8) if sampling.renormalise_logprobs else None,
         cache=empty_cache(model, batch, prompt_columns + length),
     )
 
 
 def prefill(params: Params, model: ModelConfig, prompts: Prompts) -> tuple[Float[Array, "B D"], KVCache]:
-    """The hidden state that predicts each prompt's first response token, and a cache of the prompts' P columns."""
+    """Last hidden state of each prompt and a cache of its P columns."""
     batch, width = prompts.tokens.shape
     positions = jnp.maximum(jnp.cumsum(prompts.mask, axis=1, dtype=jnp.int32) - 1, 0)
     cache = empty_cache(model, batch, width)
@@ -109,7 +110,7 @@ def prefill(params: Params, model: ModelConfig, prompts: Prompts) -> tuple[Float
     return hidden[:, -1], cache
 
 
-def draw(
+def draw_tokens(
     params: Params,
     model: ModelConfig,
     slots: Slots,
@@ -117,30 +118,30 @@ def draw(
     sampling: Sampling,
     stop_ids: tuple[int, ...],
 ) -> Slots:
-    """The next token of every busy row, from the hidden state before it."""
+    """Draw the next token of every busy row from its last hidden state."""
     stops = jnp.array(sorted({*stop_ids, *sampling.stop_token_ids}), jnp.int32)
     allowed = None
     if len(stops) and sampling.min_length:
-        early = (slots.count < sampling.min_length)[:, None]
-        allowed = ~(early & jnp.isin(jnp.arange(model.vocab_size), stops))
+        too_short = (slots.count < sampling.min_length)[:, None]
+        allowed = ~(too_short & jnp.isin(jnp.arange(model.vocab_size), stops))
     keys = jax.vmap(jax.random.fold_in)(slots.keys, slots.count)
     tokens, logprobs, support = sample(lm_logits(params, model, hidden), keys, sampling, allowed)
     busy, rows = slots.busy, jnp.arange(len(tokens))
-    column = jnp.where(busy, slots.count, sampling.response_length)  # a column that is not there: nothing is written
+    column = jnp.where(busy, slots.count, sampling.response_length)  # out of bounds for idle rows: nothing is written
 
-    def put(x: Array, values: Array) -> Array:
-        return x.at[rows, column].set(values, mode="drop")
+    def write(array: Array, values: Array) -> Array:
+        return array.at[rows, column].set(values, mode="drop")
 
-    kept = slots.support
-    if kept is not None and support is not None:
-        kept = put(kept, jnp.packbits(support, axis=1))
+    packed = slots.support
+    if packed is not None and support is not None:
+        packed = write(packed, jnp.packbits(support, axis=1))
     return dataclasses.replace(
         slots,
         count=slots.count + busy,
         ended=slots.ended | (busy & jnp.isin(tokens, stops)),
-        tokens=put(slots.tokens, tokens),
-        logprobs=put(slots.logprobs, logprobs),
-        support=kept,
+        tokens=write(slots.tokens, tokens),
+        logprobs=write(slots.logprobs, logprobs),
+        support=packed,
     )
 
 
@@ -148,44 +149,31 @@ def advance(
     params: Params,
     model: ModelConfig,
     slots: Slots,
-    steps: Int[Array, ""] | int,
     enough: Int[Array, ""] | int,
     sampling: Sampling,
     stop_ids: tuple[int, ...],
 ) -> Slots:
-    """Draw tokens until `enough` rows are not busy, and for at most `steps` ticks."""
+    """Draw tokens until at least `enough` rows are idle."""
     length = sampling.response_length
     prompt_columns = slots.cache.valid.shape[1] - length
 
-    def tick(state: tuple[Array, Slots]) -> tuple[Array, Slots]:
-        """Read each row's last token into the cache, draw the next. Rows that have ended change nothing."""
-        done, slots = state
+    def step(slots: Slots) -> Slots:
+        """Feed each row's last token and draw its next one. Idle rows do not change."""
         token = jnp.take_along_axis(slots.tokens, jnp.maximum(slots.count - 1, 0)[:, None], axis=1)
         positions = (slots.prompt_length + slots.count - 1)[:, None]
-        hidden, cache = forward_cached(
-            params,
-            model,
-            token,
-            slots.busy[:, None],
-            positions,
-            slots.cache,
-            prompt_columns + slots.clock % length,
-        )
+        column = prompt_columns + slots.clock % length
+        hidden, cache = forward_cached(params, model, token, slots.busy[:, None], positions, slots.cache, column)
         slots = dataclasses.replace(slots, cache=cache, clock=slots.clock + 1)
-        return done + 1, draw(params, model, slots, hidden[:, 0], sampling, stop_ids)
+        return draw_tokens(params, model, slots, hidden[:, 0], sampling, stop_ids)
 
-    def going(state: tuple[Array, Slots]) -> Array:
-        done, slots = state
-        idle = jnp.sum(~slots.busy)
-        return (done < steps) & (idle < enough)
-
-    return lax.while_loop(going, tick, (jnp.int32(0), slots))[1]
+    return lax.while_loop(lambda slots: jnp.sum(~slots.busy) < enough, step, slots)
 
 
 def trim(rollout: Rollout) -> Rollout:
-    """The rollout without the response columns that no row has reached, R halved as often as that allows.
+    """Drop trailing response columns that no row uses, halving R as often as possible.
 
-    Halved and not cut to the longest, so that few shapes occur: whatever takes a rollout is compiled for each.
+    R is halved rather than cut to the longest response to bound the number of shapes: every program that takes a
+    rollout is compiled once per shape.
     """
     columns = rollout.response_mask.shape[1]
     size, longest = columns, int(jnp.max(jnp.sum(rollout.response_mask, axis=1)))

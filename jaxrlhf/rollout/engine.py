@@ -1,12 +1,12 @@
-"""More prompts than fit at once: slots that are given to the next prompt when their row has ended.
+"""Generation for more prompts than fit at once: a finished row gives its slot to the next prompt.
 
-Three programs do the work: `_admit` reads a few prompts and puts them into free slots, `_advance` draws tokens until
-enough rows have ended, `_keep` leaves empty slots behind when nothing waits any more. The host only decides which row
-goes where; what a row says depends on its prompt and its key.
+Three programs: `_admit` prefills a few prompts into free slots, `_advance` draws tokens until enough rows have ended,
+and `_select` shrinks the slots once no prompt is waiting. The host only assigns rows to slots; a response depends on
+its prompt and its key alone.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,18 +17,19 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jaxrlhf import compilation, memory, sharding
+from jaxrlhf import memory, sharding
 from jaxrlhf.config import Sampling
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import ModelConfig
-from jaxrlhf.rollout.decode import advance, draw, empty_slots, prefill, row_keys
-from jaxrlhf.rollout.queue import FREE, Part, Queue, SlotTable
+from jaxrlhf.rollout.decode import advance, draw_tokens, empty_slots, prefill, row_keys
+from jaxrlhf.rollout.queue import PromptQueue, SlotTable
 from jaxrlhf.types import Params, Prompts, Rollout, Slots
 
-SHRINK = 4  # with the queue empty, the rest goes on in a quarter of the slots as soon as it fits there
+SHRINK = 4
+"""With no prompt waiting, generation continues in a quarter of the slots once the busy rows fit there."""
 
 
-def answer(
+def generate_in_slots(
     params: Params,
     model: ModelConfig,
     prompts: Prompts,
@@ -39,95 +40,57 @@ def answer(
     *,
     slots: int,
     group: int = 1,
-    limits: Sequence[int] | None = None,
     columns: int = 0,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Rollout:
-    """What `generate` returns for the same arguments, as host arrays, made `slots` rows at a time; see `stream`."""
-    rows, length = prompts.tokens.shape[0] * group, sampling.response_length
-    tokens = np.full((rows, length), pad_id, np.int32)
-    logprobs = np.zeros((rows, length), np.float32)
-    count, finished = np.zeros(rows, np.int32), np.zeros(rows, bool)
-    support = np.zeros((rows, length, -(-model.vocab_size // 8)), np.uint8) if sampling.renormalise_logprobs else None
-    for part in stream(
-        params, model, prompts, key, sampling, stop_ids, pad_id,
-        slots=slots, group=group, limits=limits, columns=columns, mesh=mesh,
-    ):  # fmt: skip
-        span = slice(count[part.row], count[part.row] + len(part.tokens))
-        tokens[part.row, span], logprobs[part.row, span] = part.tokens, part.logprobs
-        if support is not None and part.support is not None:
-            support[part.row, span] = part.support
-        count[part.row] += len(part.tokens)
-        finished[part.row] = part.finished
-    prompts = jax.tree.map(lambda x: np.repeat(np.asarray(x), group, axis=0), prompts)
-    mask = np.arange(length) < count[:, None]
-    made: dict[str, Any] = {  # arrays of numpy, where a program's rollout has jax's
-        "tokens": np.concatenate([prompts.tokens, tokens], axis=1),
-        "mask": np.concatenate([prompts.mask, mask], axis=1),
-        "response_mask": mask,
-        "logprobs": logprobs,
-        "finished": finished,
-        "index": prompts.index,
-        "sample": prompts.sample + np.arange(rows, dtype=np.int32) % group,
-        "support": support,
-    }
-    return Rollout(**made)
+    """Generate what `decode.generate` would, at most `slots` rows at a time.
 
+    Args:
+        prompts: arrays on the host, left-padded.
+        group: responses per prompt. A prompt is prefilled once for those of its rows that start together.
+        columns: least number of prompt columns in the cache. Calls with equal `columns` share their programs, whatever
+            their longest prompt.
+        mesh: devices to spread the slots over.
 
-def stream(
-    params: Params,
-    model: ModelConfig,
-    prompts: Prompts,
-    key: Array,
-    sampling: Sampling,
-    stop_ids: tuple[int, ...],
-    pad_id: int,
-    *,
-    slots: int,
-    group: int = 1,
-    limits: Sequence[int] | None = None,
-    columns: int = 0,
-    every: int | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> Iterator[Part]:
-    """Answer all prompts (arrays on the host, left-padded), giving out each row's tokens as they come.
+    Returns:
+        A rollout of numpy arrays.
 
-    Rows are numbered as in `generate`: n*i .. n*i + n - 1 answer prompt i, which is read once for those of its rows
-    that begin together. `limits` is the most tokens of each row (None: `sampling.response_length`); `columns` is the
-    least room for a prompt: calls with the same share their programs, whatever their longest prompt. With `every`,
-    parts come at least every so many tokens; without, whenever the host has something to do. `mesh` spreads the slots.
-
-    Raises ConfigError for a slot count below 1, for one that the mesh cannot split evenly, or when the device has no
-    room for the cache.
+    Raises:
+        ConfigError: `slots` is below 1 or cannot be split evenly over the mesh, or the cache does not fit in memory.
     """
-    queue = Queue(prompts, sampling, group, min(slots, len(prompts.index) * group), limits)
-    columns = max(columns, *queue.widths)
-    check_slots(model, queue.slots, columns + sampling.response_length, mesh)
-    state = empty_slots(model, queue.slots, columns, sampling, pad_id)
+    queue = PromptQueue(prompts, group, slots, columns)
+    check_slots(model, queue.slots, queue.columns + sampling.response_length, mesh)
+    state = empty_slots(model, queue.slots, queue.columns, sampling, pad_id)
     if mesh is not None:
         sharding.check_rows(queue.slots, mesh, "rollout.slots")
-        state = jax.device_put(state, _places(state, mesh))
-    shrinks = mesh is None or mesh.size == 1
+        state = jax.device_put(state, _shardings(state, mesh))
+    may_shrink = mesh is None or mesh.size == 1
     table = SlotTable(queue.slots)
-    while queue.waiting or table.busy:
-        while queue.waiting and len(table.free) >= queue.wanted(table.busy):
-            part, rows = queue.take(len(table.free))
-            where = np.array([len(table.rows) if row == FREE else table.give(row) for row in rows.tolist()], np.int32)
-            state = _admit(params, model, state, part, where, queue.limits[rows], key, sampling, stop_ids)
-        size = len(table.rows)
-        if not queue.waiting and size >= SHRINK and table.busy <= size // SHRINK and shrinks:
-            state = _keep(state, table.shrink(size // SHRINK))
-            size = len(table.rows)
-        if queue.waiting:
-            enough = len(table.free) + min(queue.wanted(table.busy), table.busy)
+    names = ("tokens", "logprobs", "count", "ended", *(("support",) if sampling.renormalise_logprobs else ()))
+    rows = len(prompts.index) * group
+    results = {name: np.zeros((rows, *getattr(state, name).shape[1:]), getattr(state, name).dtype) for name in names}
+    while queue or table.busy:
+        while queue and table.free >= queue.slots_needed(table.busy):
+            admitted, starting = queue.take(table.free)
+            state = _admit(params, model, state, admitted, table.assign(starting), key, sampling, stop_ids)
+        smaller = table.size // SHRINK
+        if not queue and 0 < table.busy <= smaller and may_shrink:
+            state = _select(state, table.shrink(smaller))
+            smaller = table.size // SHRINK
+        # idle slots at which to stop: for the next prefill, for fewer slots, or all
+        if queue:
+            enough = table.free + min(queue.slots_needed(table.busy), table.busy)
         else:
-            enough = size - size // SHRINK if table.busy > size // SHRINK and shrinks else size
-        steps = np.int32(every or sampling.response_length)
-        state = _advance(params, model, state, steps, np.int32(enough), sampling, stop_ids)
-        yield from table.harvest(state)
+            enough = table.size - (smaller if table.busy > smaller and may_shrink else 0)
+        state = _advance(params, model, state, np.int32(enough), sampling, stop_ids)
+        on_host = jax.device_get({name: getattr(state, name) for name in ("busy", *names)})
+        ended, ended_rows = table.release(on_host["busy"])
+        for name in names:
+            results[name][ended_rows] = on_host[name][ended]
+    return _rollout(prompts, group, results, pad_id)
 
 
-def prepare(
+def slot_programs(
     params: Params,
     model: ModelConfig,
     prompts: Prompts,
@@ -140,44 +103,61 @@ def prepare(
     group: int = 1,
     columns: int = 0,
     mesh: jax.sharding.Mesh | None = None,
-) -> None:
-    """Compile what `answer` calls for these arguments, `params` being arrays or their shapes."""
-    queue = Queue(prompts, sampling, group, min(slots, len(prompts.index) * group), None)
-    columns = max(columns, *queue.widths)
-    state = jax.eval_shape(lambda: empty_slots(model, queue.slots, columns, sampling, pad_id))
+) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """Yield (jitted function, arguments) of the programs `generate_in_slots` runs: `_admit` once per prompt width, and
+    `_advance`.
+
+    `params` may be arrays or ShapeDtypeStructs; the slots are ShapeDtypeStructs. Programs for fewer slots are left out.
+    """
+    queue = PromptQueue(prompts, group, slots, columns)
+    state = jax.eval_shape(lambda: empty_slots(model, queue.slots, queue.columns, sampling, pad_id))
     if mesh is not None:
-        state = sharding.with_shardings(state, _places(state, mesh))
+        state = sharding.with_shardings(state, _shardings(state, mesh))
     widths = set()
-    while queue.waiting:
-        part, rows = queue.take(queue.slots)
-        if (width := part.tokens.shape[1]) not in widths:
-            widths.add(width)
-            places = np.zeros(len(rows), np.int32)
-            compilation.compile_shapes(
-                _admit, params, model, state, part, places, queue.limits[rows], key, sampling, stop_ids
-            )
-    compilation.compile_shapes(_advance, params, model, state, np.int32(0), np.int32(0), sampling, stop_ids)
-
-
-def _places(slots: Slots, mesh: jax.sharding.Mesh) -> Any:
-    return jax.tree.map(lambda x: NamedSharding(mesh, sharding.ROWS if x.ndim else P()), slots)
+    while queue:
+        admitted, rows = queue.take(queue.slots)
+        if admitted.tokens.shape[1] not in widths:
+            widths.add(admitted.tokens.shape[1])
+            yield _admit, (params, model, state, admitted, np.zeros(len(rows), np.int32), key, sampling, stop_ids)
+    yield _advance, (params, model, state, np.int32(0), sampling, stop_ids)
 
 
 def check_slots(model: ModelConfig, slots: int, columns: int, mesh: jax.sharding.Mesh | None = None) -> None:
-    """Refuse fewer than one slot, and a cache [slots, columns] that the devices of `mesh` have no room for."""
+    """Raise ConfigError for less than one slot, or if a cache [slots, columns] does not fit in device memory."""
     if slots < 1:
-        raise ConfigError(f"rollout.slots is {slots}; at least one row must be answered at a time")
+        raise ConfigError(f"rollout.slots is {slots}; it must be at least 1")
+    shards = sharding.row_shards(mesh) if mesh and jax.default_backend() != "cpu" else 1  # CPU devices share memory
     itemsize = jnp.dtype(model.dtype).itemsize
-    # a CPU's devices share its memory
-    shares = sharding.row_shards(mesh) if mesh and jax.default_backend() != "cpu" else 1
-    each = 2 * model.num_layers * model.num_kv_heads * columns * model.head_dim * itemsize
+    slot_bytes = 2 * model.num_layers * model.num_kv_heads * columns * model.head_dim * itemsize
     free = memory.free_on_device()
-    if free is not None and slots * each > (free := free * shares):
+    if free is not None and slots * slot_bytes > (free := free * shards):
         raise ConfigError(
-            f"{slots} slots of {columns} tokens need {slots * each / 2**30:.1f} GiB for keys and values, but "
-            f"{free / 2**30:.1f} GiB are free; set rollout.slots to {max(1, int(0.8 * free / each))} or less, or lower "
-            "sampling.response_length"
+            f"{slots} slots of {columns} tokens need {slots * slot_bytes / 2**30:.1f} GiB for keys and values, but "
+            f"{free / 2**30:.1f} GiB are free; set rollout.slots to {max(1, int(0.8 * free / slot_bytes))} or less, or "
+            "lower sampling.response_length"
         )
+
+
+def _rollout(prompts: Prompts, group: int, results: dict[str, np.ndarray], pad_id: int) -> Rollout:
+    """Rollout of numpy arrays from the fields of `Slots` for all rows."""
+    prompts = jax.tree.map(lambda x: np.repeat(np.asarray(x), group, axis=0), prompts)
+    rows, length = results["tokens"].shape
+    mask = np.arange(length) < results["count"][:, None]
+    fields: dict[str, Any] = {  # typed Any: Rollout declares jax arrays
+        "tokens": np.concatenate([prompts.tokens, np.where(mask, results["tokens"], np.int32(pad_id))], axis=1),
+        "mask": np.concatenate([prompts.mask, mask], axis=1),
+        "response_mask": mask,
+        "logprobs": results["logprobs"],
+        "finished": results["ended"],
+        "index": prompts.index,
+        "sample": prompts.sample + np.arange(rows, dtype=np.int32) % group,
+        "support": results.get("support"),
+    }
+    return Rollout(**fields)
+
+
+def _shardings(slots: Slots, mesh: jax.sharding.Mesh) -> Any:
+    return jax.tree.map(lambda x: NamedSharding(mesh, sharding.ROWS if x.ndim else P()), slots)
 
 
 @partial(jax.jit, static_argnames=("model", "sampling", "stop_ids"), donate_argnames="slots")
@@ -186,51 +166,49 @@ def _admit(
     model: ModelConfig,
     slots: Slots,
     prompts: Prompts,
-    places: Array,
-    limits: Array,
+    targets: Array,
     key: Array,
     sampling: Sampling,
     stop_ids: tuple[int, ...],
 ) -> Slots:
-    """Read prompts [m] and begin m * n rows, n of each prompt, in `places` [m * n]; one past the end is nowhere."""
+    """Prefill prompts [m] and start n rows of each in slots `targets` [m * n]; out-of-bounds targets are dropped."""
     hidden, cache = prefill(params, model, prompts)
-    each = places.shape[0] // hidden.shape[0]
-    prompts, hidden, cache = jax.tree.map(lambda x: jnp.repeat(x, each, axis=0), (prompts, hidden, cache))
-    count, length = places.shape[0], slots.tokens.shape[1]
+    count, length = targets.shape[0], slots.tokens.shape[1]
+    group = count // hidden.shape[0]
+    prompts, hidden, cache = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), (prompts, hidden, cache))
     columns = slots.cache.valid.shape[1] - length
     first = columns - prompts.tokens.shape[1]
-    fresh = dataclasses.replace(
+    started = dataclasses.replace(
         empty_slots(model, count, -length, sampling, 0),
-        limit=limits,
         ended=jnp.zeros(count, bool),
         prompt_length=jnp.sum(prompts.mask, axis=1, dtype=jnp.int32),
-        keys=row_keys(key, prompts.index, prompts.sample + jnp.arange(count) % each),
+        keys=row_keys(key, prompts.index, prompts.sample + jnp.arange(count) % group),
     )
-    fresh = draw(params, model, fresh, hidden, sampling, stop_ids)
+    started = draw_tokens(params, model, started, hidden, sampling, stop_ids)
 
-    def put(old: Array, new: Array) -> Array:
-        return old.at[places].set(new, mode="drop")
+    def write(old: Array, new: Array) -> Array:
+        return old.at[targets].set(new, mode="drop")
 
-    def put_columns(old: Array, new: Array) -> Array:
-        return old.at[places, :, first:columns].set(new, mode="drop")
+    def write_columns(old: Array, new: Array) -> Array:
+        return old.at[targets, :, first:columns].set(new, mode="drop")
 
-    room = ((0, 0), (first, length))
+    padding = ((0, 0), (first, length))
     cache = dataclasses.replace(
         slots.cache,
-        k=jax.tree.map(put_columns, slots.cache.k, cache.k),
-        v=jax.tree.map(put_columns, slots.cache.v, cache.v),
-        positions=put(slots.cache.positions, jnp.pad(cache.positions, room)),
-        valid=put(slots.cache.valid, jnp.pad(cache.valid, room)),
+        k=jax.tree.map(write_columns, slots.cache.k, cache.k),
+        v=jax.tree.map(write_columns, slots.cache.v, cache.v),
+        positions=write(slots.cache.positions, jnp.pad(cache.positions, padding)),
+        valid=write(slots.cache.valid, jnp.pad(cache.valid, padding)),
     )
-    names = ("count", "limit", "ended", "prompt_length", "keys", "tokens", "logprobs", "support")
-    begun = {name: jax.tree.map(put, getattr(slots, name), getattr(fresh, name)) for name in names}
-    return dataclasses.replace(slots, cache=cache, **begun)
+    names = ("count", "ended", "prompt_length", "keys", "tokens", "logprobs", "support")
+    updated = {name: jax.tree.map(write, getattr(slots, name), getattr(started, name)) for name in names}
+    return dataclasses.replace(slots, cache=cache, **updated)
 
 
 _advance = partial(jax.jit, static_argnames=("model", "sampling", "stop_ids"), donate_argnames="slots")(advance)
 
 
 @jax.jit
-def _keep(slots: Slots, kept: Array) -> Slots:
-    """The slots `kept` alone."""
+def _select(slots: Slots, kept: Array) -> Slots:
+    """Keep the slots with the numbers `kept`."""
     return jax.tree.map(lambda x: x[kept] if x.ndim else x, slots)

@@ -1,7 +1,7 @@
-"""The copy of a model that decodes: made once per rollout phase, thrown away after it.
+"""Copy of a model for decoding, created for each rollout phase and dropped after it.
 
-Training wants layers stacked and parameters in float32. Decoding reads every weight once per token, so it wants each
-layer's weights in one piece, in the precision of the product, and in the order in which the device multiplies fastest.
+Training uses stacked layers and float32 parameters. Decoding reads every weight once per token and is faster with
+separate layers, weights in the precision of the products, and the memory layout the device multiplies fastest.
 """
 
 import dataclasses
@@ -21,28 +21,30 @@ RolloutDType = Literal["float32", "bfloat16", "int8"]
 
 
 def inference_copy(model: ModelConfig, params: Params, dtype: RolloutDType) -> tuple[ModelConfig, Params]:
-    """`model` and its stacked `params` as `forward_cached` and `generate` take them; norms and biases stay as they are.
+    """Convert `model` and its stacked `params` for `forward_cached` and `generate`.
 
-    float32 and bfloat16 are the operands of products and what the weights are kept in. int8 keeps kernels and
-    embeddings in 8 bits with a scale for each output (for each token in an embedding); products then round activations
-    to 8 bits per position too, while attention is bfloat16, or float32 if `model` computes in float32. Raises
-    ConfigError for another dtype.
+    `dtype` is the dtype of weights and product operands; norms and biases are not converted. int8 stores kernels and
+    embeddings in 8 bits with one scale per output (per token in an embedding) and rounds activations to 8 bits per
+    position; attention is in bfloat16, or in float32 if `model` computes in float32.
+
+    Raises:
+        ConfigError: another dtype.
     """
-    known = get_args(RolloutDType)
-    if dtype not in known:
-        raise ConfigError(f"an inference copy in {dtype!r} was asked for; it can be {', '.join(known)}")
+    if dtype not in get_args(RolloutDType):
+        raise ConfigError(
+            f"the dtype of an inference copy cannot be {dtype!r}; choose one of {', '.join(get_args(RolloutDType))}"
+        )
     inference = inference_model(model, dtype)
     return inference, convert(params, model, inference)
 
 
 def inference_model(model: ModelConfig, dtype: RolloutDType) -> ModelConfig:
-    """The model that `inference_copy` returns."""
-    operands = model.dtype if dtype == "int8" else dtype
-    # XLA's float32 products on a CPU read W[in, out] a fifth faster than W[out, in], which is what an embedding is
+    """Model config that `inference_copy` returns."""
+    # on CPUs, XLA's float32 products read W[in, out] 20 % faster than W[out, in], the layout of an embedding
     untie = model.tie_embeddings and dtype == "float32" and jax.default_backend() == "cpu"
     return dataclasses.replace(
         model,
-        dtype=operands,
+        dtype=model.dtype if dtype == "int8" else dtype,
         kernels="int8" if dtype == "int8" else "float",
         tie_embeddings=model.tie_embeddings and not untie,
         remat="none",
@@ -53,14 +55,11 @@ def inference_model(model: ModelConfig, dtype: RolloutDType) -> ModelConfig:
 
 @partial(jax.jit, static_argnames=("model", "inference"))
 def convert(params: Params, model: ModelConfig, inference: ModelConfig) -> Params:
-    """Parameters of `model` as those of `inference`, one of its `inference_model`s; adapters are merged."""
-    if inference.kernels == "int8":  # all layers at once: they are small when they are rounded
+    """Convert parameters of `model` to those of `inference` (see `inference_model`), with adapters merged."""
+    if inference.kernels == "int8":  # merged all layers at once, as the int8 result is small
         return unstack(_int8(lora.merge(params, model)), model)
-    params = (
-        _merged(params, model)
-        if "lora" in params or "codes" in params["layers"]["mlp"]["up"]
-        else unstack(params, model)
-    )
+    quantised = "codes" in params["layers"]["mlp"]["up"]
+    params = _merge_by_layer(params, model) if "lora" in params or quantised else unstack(params, model)
     if model.tie_embeddings and not inference.tie_embeddings:
         params = {**params, "lm_head": {"kernel": params["embed"]["embedding"].T}}
 
@@ -70,27 +69,29 @@ def convert(params: Params, model: ModelConfig, inference: ModelConfig) -> Param
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def _merged(params: Params, model: ModelConfig) -> Params:
-    """`lora.merge` and `unstack`, a layer at a time: a stack of merged kernels would be as large as what comes out."""
+def _merge_by_layer(params: Params, model: ModelConfig) -> Params:
+    """`lora.merge` and `unstack` one layer at a time: a stack of all merged kernels would double the memory."""
     adapters = params.get("lora", {})
     first, last = (model.adapters and model.adapters.layers) or (0, model.num_layers)
-    one = model.adapters and dataclasses.replace(model.adapters, layers=None, tokens=())
-    alone = dataclasses.replace(model, num_layers=1, sliding_layers=model.sliding_layers[:1], adapters=one)
+    layer_adapters = model.adapters and dataclasses.replace(model.adapters, layers=None, tokens=())
+    layer_model = dataclasses.replace(
+        model, num_layers=1, sliding_layers=model.sliding_layers[:1], adapters=layer_adapters
+    )
 
     def layer(index: int) -> Params:
-        part = {"layers": jax.tree.map(lambda x: x[index][None], params["layers"])}
+        stack = {"layers": jax.tree.map(lambda x: x[index][None], params["layers"])}
         if adapters and first <= index < last:
-            part["lora"] = {"layers": jax.tree.map(lambda x: x[index - first][None], adapters["layers"])}
-        return jax.tree.map(lambda x: x[0], lora.merge(part, alone)["layers"])
+            stack["lora"] = {"layers": jax.tree.map(lambda x: x[index - first][None], adapters["layers"])}
+        return jax.tree.map(lambda x: x[0], lora.merge(stack, layer_model)["layers"])
 
     outside = {**params, "layers": {}} | ({"lora": {**adapters, "layers": {}}} if adapters else {})
     return {**lora.merge(outside, model), "layers": tuple(layer(i) for i in range(model.num_layers))}
 
 
 def _int8(params: Params) -> Params:
-    """Kernels [..., in, out] as int8 [..., out, in] with "scale" f32 [..., out]; the embedding as int8, one per row.
+    """Quantise kernels [..., in, out] to int8 [..., out, in] with "scale" f32 [..., out], and the embedding by row.
 
-    Quantised before they are transposed: a quarter of the bytes.
+    Kernels are quantised before they are transposed, which moves a quarter of the bytes.
     """
     quantised: Params = {}
     for name, value in params.items():
@@ -99,12 +100,12 @@ def _int8(params: Params) -> Params:
         elif isinstance(value, dict):
             quantised[name] = _int8(value)
         elif name in ("kernel", "embedding"):
-            along = -1 if name == "embedding" else -2
+            axis = -1 if name == "embedding" else -2
             value = value.astype(jnp.float32)
-            # max and min are vectorised on CPUs; the maximum of abs is not, and three times slower
-            largest = jnp.maximum(jnp.max(value, axis=along), -jnp.min(value, axis=along))
+            # on CPUs max and min are vectorised; max(abs) is not, and takes three times as long
+            largest = jnp.maximum(jnp.max(value, axis=axis), -jnp.min(value, axis=axis))
             scale = jnp.maximum(largest, 1e-30) / 127
-            rounded = jnp.round(value / jnp.expand_dims(scale, along)).astype(jnp.int8)
+            rounded = jnp.round(value / jnp.expand_dims(scale, axis)).astype(jnp.int8)
             quantised[name] = rounded if name == "embedding" else jnp.swapaxes(rounded, -1, -2)
             quantised["scale"] = scale
         else:

@@ -1,115 +1,109 @@
-"""The host's side of the engine: which rows wait, and which row each slot holds."""
+"""Host-side bookkeeping of the slot engine: the queue of waiting rows, and the row that each slot holds."""
 
 import collections
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import jax
 import numpy as np
 
-from jaxrlhf.config import Sampling
 from jaxrlhf.data.batching import bucket
-from jaxrlhf.types import Prompts, Slots
+from jaxrlhf.types import Prompts
 
 FREE = -1
-REFILL = 8  # one prefill reads prompts for an eighth of the slots, and waits until so many are free
+"""Row number of an empty slot."""
+REFILL_FRACTION = 8
+"""One prefill reads prompts for an eighth of the slots, and waits until that many are free."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """What a row has said since its last part."""
+class PromptQueue:
+    """Rows waiting for a slot: `group` responses to each prompt, up to `slots` of them together.
 
-    row: int
-    tokens: np.ndarray  # int32 [n]
-    logprobs: np.ndarray  # f32 [n]
-    support: np.ndarray | None  # uint8 [n, ceil(V / 8)]
-    done: bool  # the row's last part
-    finished: bool  # done with a stop token, not by running out of room
+    Prompts are sorted by padded width, so that the prompts of one prefill have the same width.
 
+    Attributes:
+        slots: number of slots, a multiple of `rows_per_prompt`.
+        rows_per_prompt: rows that start together and share the prefill of their prompt.
+        columns: cache columns that every prompt fits in.
+    """
 
-class Queue:
-    """The rows that wait, `unit` of a prompt together. Prompts of one width stand side by side, to be read together."""
-
-    def __init__(
-        self, prompts: Prompts, sampling: Sampling, group: int, slots: int, limits: Sequence[int] | None
-    ) -> None:
+    def __init__(self, prompts: Prompts, group: int, slots: int, columns: int) -> None:
         self.prompts = jax.tree.map(np.asarray, prompts)
-        most = self.prompts.tokens.shape[1]
-        self.widths = [bucket(int(n), most) for n in self.prompts.mask.sum(axis=1)]
+        count, longest = self.prompts.tokens.shape
+        slots = min(slots, count * group)
         self.group = group
-        self.unit = max(1, min(group, slots))
-        self.slots = slots - slots % self.unit
-        self.reads = max(1, self.slots // (REFILL * self.unit))
-        starts = [(i, first) for i in range(len(self.widths)) for first in range(0, group, self.unit)]
-        self.waiting = collections.deque(sorted(starts, key=lambda start: self.widths[start[0]]))
-        caps = np.full(len(self.widths) * group, sampling.response_length, np.int32)
-        self.limits = caps if limits is None else np.minimum(caps, np.asarray(limits, np.int32))
+        self.rows_per_prompt = max(1, min(group, slots))
+        self.slots = slots - slots % self.rows_per_prompt
+        self.prefill_size = max(1, self.slots // (REFILL_FRACTION * self.rows_per_prompt))
+        self._widths = [bucket(int(length), longest) for length in self.prompts.mask.sum(axis=1)]
+        self.columns = max(columns, *self._widths)
+        starts = [(i, sample) for i in range(count) for sample in range(0, group, self.rows_per_prompt)]
+        self._waiting = collections.deque(sorted(starts, key=lambda start: self._widths[start[0]]))
 
-    def wanted(self, busy: int) -> int:
-        """Free slots to wait for before the next prefill."""
-        return self.unit * min(self.reads, len(self.waiting)) if busy else self.unit
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def slots_needed(self, busy: int) -> int:
+        """Number of free slots to wait for before the next prefill."""
+        return self.rows_per_prompt * (min(self.prefill_size, len(self._waiting)) if busy else 1)
 
     def take(self, free: int) -> tuple[Prompts, np.ndarray]:
-        """(prompts to read [reads, width], the rows to begin [reads * unit], FREE where there is none)."""
-        width, taken = self.widths[self.waiting[0][0]], []
-        most = min(self.reads, free // self.unit)
-        while self.waiting and len(taken) < most and self.widths[self.waiting[0][0]] == width:
-            taken.append(self.waiting.popleft())
-        rows = np.full((self.reads, self.unit), FREE)
-        for i, (prompt, first) in enumerate(taken):
-            count = min(self.unit, self.group - first)
-            rows[i, :count] = prompt * self.group + first + np.arange(count)
-        chosen, first = np.array(taken + taken[:1] * (self.reads - len(taken)), np.int32).T
-        part = Prompts(
+        """Remove the next prompts, as many as `free` slots can take.
+
+        Returns:
+            Prompts [prefill_size, width], filled up by repeating the first, and the row numbers to start
+            [prefill_size * rows_per_prompt], FREE where there is no row.
+        """
+        width, taken = self._widths[self._waiting[0][0]], []
+        most = min(self.prefill_size, free // self.rows_per_prompt)
+        while self._waiting and len(taken) < most and self._widths[self._waiting[0][0]] == width:
+            taken.append(self._waiting.popleft())
+        rows = np.full((self.prefill_size, self.rows_per_prompt), FREE)
+        for i, (prompt, sample) in enumerate(taken):
+            count = min(self.rows_per_prompt, self.group - sample)
+            rows[i, :count] = prompt * self.group + sample + np.arange(count)
+        chosen, samples = np.array(taken + taken[:1] * (self.prefill_size - len(taken)), np.int32).T
+        prompts = Prompts(
             tokens=self.prompts.tokens[chosen, -width:],
             mask=self.prompts.mask[chosen, -width:],
             index=self.prompts.index[chosen],
-            sample=self.prompts.sample[chosen] + first,
+            sample=self.prompts.sample[chosen] + samples,
         )
-        return part, rows.reshape(-1)
+        return prompts, rows.reshape(-1)
 
 
 class SlotTable:
-    """Which row each slot holds, and how many of its tokens have been given out."""
+    """The row number that each slot holds."""
 
     def __init__(self, slots: int) -> None:
-        self.rows, self.given = [FREE] * slots, [0] * slots
+        self.rows = np.full(slots, FREE)
 
     @property
-    def free(self) -> list[int]:
-        return [slot for slot, row in enumerate(self.rows) if row == FREE]
+    def size(self) -> int:
+        return len(self.rows)
+
+    @property
+    def free(self) -> int:
+        return int(np.sum(self.rows == FREE))
 
     @property
     def busy(self) -> int:
-        return len(self.rows) - len(self.free)
+        return self.size - self.free
 
-    def give(self, row: int) -> int:
-        slot = self.free[0]
-        self.rows[slot], self.given[slot] = row, 0
-        return slot
+    def assign(self, rows: np.ndarray) -> np.ndarray:
+        """Give each row a free slot; int32 slot numbers, out of bounds where the row is FREE."""
+        slots, started = np.full(len(rows), self.size, np.int32), rows != FREE
+        slots[started] = np.flatnonzero(self.rows == FREE)[: np.sum(started)]
+        self.rows[slots[started]] = rows[started]
+        return slots
 
     def shrink(self, size: int) -> np.ndarray:
-        """The `size` slots to keep, busy ones first."""
-        kept = sorted(range(len(self.rows)), key=lambda slot: (self.rows[slot] == FREE, slot))[:size]
-        self.rows, self.given = [self.rows[slot] for slot in kept], [self.given[slot] for slot in kept]
-        return np.array(kept, np.int32)
+        """Keep `size` slots, busy ones first, and return their numbers (int32)."""
+        kept = np.argsort(self.rows == FREE, kind="stable")[:size]
+        self.rows = self.rows[kept]
+        return kept.astype(np.int32)
 
-    def harvest(self, state: Slots) -> Iterator[Part]:
-        """What every row has said since the last time; rows that are done leave their slot."""
-        tokens, logprobs, support, count, ended, busy = jax.device_get(
-            (state.tokens, state.logprobs, state.support, state.count, state.ended, state.busy)
-        )
-        for slot, row in enumerate(self.rows):
-            new = slice(self.given[slot], int(count[slot]))
-            if row == FREE or (busy[slot] and new.start == new.stop):
-                continue
-            self.given[slot] = new.stop
-            self.rows[slot] = row if busy[slot] else FREE
-            yield Part(
-                row=row,
-                tokens=np.array(tokens[slot, new]),
-                logprobs=np.array(logprobs[slot, new]),
-                support=None if support is None else np.array(support[slot, new]),
-                done=not busy[slot],
-                finished=bool(ended[slot]),
-            )
+    def release(self, busy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Free the slots whose row has ended (`busy` is bool [S]); (slot numbers, row numbers)."""
+        slots = np.flatnonzero(~busy & (self.rows != FREE))
+        rows = self.rows[slots]
+        self.rows[slots] = FREE
+        return slots, rows

@@ -16,7 +16,7 @@ from jaxrlhf.data.formats import DECIDING
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError, DataError, StorageError, first_line
 from jaxrlhf.evaluation import completions
-from jaxrlhf.files import whole
+from jaxrlhf.files import atomic_open
 from jaxrlhf.metrics.console import Console
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.selection.log import Log
@@ -60,7 +60,7 @@ def select(
         summary = Summary(config.model.path, rule, count)
         if rule.keep != "prompts":
             summary.left_out = sorted({name for row in rows for name in row.columns if name in DECIDING} - {"prompt"})
-        with whole(out) as file:
+        with atomic_open(out) as file:
             for row, answers in zip(rows, log.read(), strict=True):
                 kept, why = rule.apply(row, answers)
                 summary.add(answers, kept, why)

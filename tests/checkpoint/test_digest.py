@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.checkpoint.digest import check_fit, digests, leaves_by_name, sealed
+from jaxrlhf.checkpoint.digest import check_leaves, digests, leaves_by_name, with_seal
 from jaxrlhf.errors import StorageError
 
 
@@ -47,18 +47,18 @@ def test_names_are_paths_and_empty_leaves_are_left_out():
 
 
 def test_seal_covers_keys_and_values():
-    record = sealed({"a": 1, "b": {"c": [0.1, 2]}})
-    assert sealed(record) == record
+    record = with_seal({"a": 1, "b": {"c": [0.1, 2]}})
+    assert with_seal(record) == record
     for change in ({"a": 2}, {"b": {"c": [0.1, 3]}}, {"b": {"d": [0.1, 2]}}, {"extra": None}):
-        assert sealed({**record, **change})["seal"] != record["seal"]
+        assert with_seal({**record, **change})["seal"] != record["seal"]
     with pytest.raises(TypeError):
-        sealed({"a": object()})
+        with_seal({"a": object()})
 
 
 def test_difference_is_told_by_name():
     stored = digests({"w": jnp.ones((2, 3)), "mu.w": jnp.ones((2, 3)), "b": jnp.ones(4)})
     template = {"w": jnp.ones((2, 5)), "trace.w": jnp.ones((2, 3)), "b": jnp.ones(4, jnp.bfloat16)}
     with pytest.raises(StorageError, match="another model or optimizer") as caught:
-        check_fit("checkpoint 7", stored, template)
+        check_leaves("checkpoint 7", stored, template)
     for part in ("lacks trace.w", "in addition mu.w", "w (float32:2x3, now float32:2x5)", "float32:4, now bfloat16:4"):
         assert part in str(caught.value)

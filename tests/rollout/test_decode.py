@@ -307,7 +307,7 @@ def test_a_tick_of_the_engine_copies_no_cache(key):
     model, params = inference_copy(model, models.init(model, key), "float32")
     sampling = Sampling(response_length=512)
     slots = decode.empty_slots(model, 16, 512, sampling, PAD)
-    compiled = engine._advance.lower(params, model, slots, np.int32(9), np.int32(9), sampling, STOPS).compile()
+    compiled = engine._advance.lower(params, model, slots, np.int32(9), sampling, STOPS).compile()
     one = slots.cache.k[0].nbytes
     assert compiled.memory_analysis().temp_size_in_bytes < one / 2, "of four arrays as large as this one"
 

@@ -51,21 +51,21 @@ def test_slots_change_nothing(decoder, key, slots):
     expected = generate(params, model, PROMPTS, key, SAMPLING, STOPS, PAD)
     lengths = np.asarray(expected.response_mask).sum(1)
     assert len(set(lengths)) > 3, "rows end at different times, so that slots are given on"
-    same(engine.answer(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=slots), expected)
+    same(engine.generate_in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=slots), expected)
 
 
 @pytest.mark.parametrize("slots", [2, 3, 7, 33])
 def test_groups_share_a_prefill_and_change_nothing(decoder, key, slots):
     model, params = decoder
     expected = generate(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, 3)
-    same(engine.answer(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=slots, group=3), expected)
+    same(engine.generate_in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=slots, group=3), expected)
 
 
 def test_a_group_reads_its_prompt_once(decoder, key, monkeypatch):
     model, params = decoder
     read, admit = [], engine._admit
     monkeypatch.setattr(engine, "_admit", lambda *a: read.append(a[3].tokens.shape) or admit(*a))
-    engine.answer(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4, group=4)
+    engine.generate_in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4, group=4)
     assert sum(shape[0] for shape in read) == len(PROMPTS.index)
 
 
@@ -73,47 +73,21 @@ def test_the_support_comes_along(decoder, key):
     model, params = decoder
     sampling = dataclasses.replace(SAMPLING, top_k=4, min_length=3, renormalise_logprobs=True)
     expected = generate(params, model, PROMPTS, key, sampling, STOPS, PAD)
-    answered = engine.answer(params, model, PROMPTS, key, sampling, STOPS, PAD, slots=3)
+    answered = engine.generate_in_slots(params, model, PROMPTS, key, sampling, STOPS, PAD, slots=3)
     kept = np.asarray(expected.response_mask)
     np.testing.assert_array_equal(answered.support[kept], np.asarray(expected.support)[kept])
     same(dataclasses.replace(answered, support=None), dataclasses.replace(expected, support=None))
 
 
-def test_limits_end_rows_early(decoder, key):
-    model, params = decoder
-    limits = [1, 2, 3, 20, 5, 99, 7, 8, 9, 10, 11]
-    free = engine.answer(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4)
-    cut = engine.answer(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4, limits=limits)
-    lengths = free.response_mask.sum(1)
-    np.testing.assert_array_equal(cut.response_mask.sum(1), np.minimum(lengths, limits))
-    np.testing.assert_array_equal(cut.finished, free.finished & (lengths <= limits))
-    kept = cut.response_mask
-    np.testing.assert_array_equal(cut.tokens[:, 40:][kept], free.tokens[:, 40:][kept])
-
-
-def test_the_stream_gives_every_token_once_and_soon(decoder, key):
-    model, params = decoder
-    expected = generate(params, model, PROMPTS, key, SAMPLING, STOPS, PAD)
-    said, parts = {row: [] for row in range(11)}, []
-    for part in engine.stream(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4, every=2):
-        assert len(part.tokens) <= 3, "two ticks, and the first token with the prefill"
-        said[part.row] += part.tokens.tolist()
-        parts.append(part)
-    assert sorted(part.row for part in parts if part.done) == list(range(11))
-    for row, tokens in said.items():
-        assert tokens == expected.tokens[row, 40:][expected.response_mask[row]].tolist()
-    assert len(parts) > 22
-
-
 def test_programs_are_compiled_once_for_all_refills(decoder, key):
     model, params = decoder
-    engine.answer(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4)
-    before = engine._admit._cache_size(), engine._advance._cache_size(), engine._keep._cache_size()
-    engine.answer(params, model, PROMPTS, jax.random.key(9), SAMPLING, STOPS, PAD, slots=4)
+    engine.generate_in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4)
+    before = engine._admit._cache_size(), engine._advance._cache_size(), engine._select._cache_size()
+    engine.generate_in_slots(params, model, PROMPTS, jax.random.key(9), SAMPLING, STOPS, PAD, slots=4)
     shorter = jax.tree.map(lambda x: x[[0, 2, 3, 4, 5]], PROMPTS)
     shorter = dataclasses.replace(shorter, tokens=shorter.tokens[:, 8:], mask=shorter.mask[:, 8:])
-    engine.answer(params, model, shorter, jax.random.key(9), SAMPLING, STOPS, PAD, slots=4, columns=40)
-    assert (engine._admit._cache_size(), engine._advance._cache_size(), engine._keep._cache_size()) == before
+    engine.generate_in_slots(params, model, shorter, jax.random.key(9), SAMPLING, STOPS, PAD, slots=4, columns=40)
+    assert (engine._admit._cache_size(), engine._advance._cache_size(), engine._select._cache_size()) == before
 
 
 def test_a_mesh_spreads_the_slots(decoder, key):
@@ -121,17 +95,17 @@ def test_a_mesh_spreads_the_slots(decoder, key):
     mesh = sharding.make_mesh(Mesh(data=4))
     expected = generate(params, model, PROMPTS, key, SAMPLING, STOPS, PAD)
     placed = sharding.put_whole(params, mesh)
-    same(engine.answer(placed, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4, mesh=mesh), expected)
+    same(engine.generate_in_slots(placed, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4, mesh=mesh), expected)
     with pytest.raises(ConfigError, match=r"rollout.slots \(3\) must be a multiple"):
-        engine.answer(placed, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=3, mesh=mesh)
+        engine.generate_in_slots(placed, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=3, mesh=mesh)
 
 
 def test_a_cache_beyond_memory_is_refused_with_the_number_that_fits(decoder, key, monkeypatch):
     model, params = decoder
     each = 2 * 2 * 2 * 4 * 60 * 4  # bytes: keys and values, 2 layers, 2 heads of 4, 60 columns, float32
     monkeypatch.setattr(memory, "free_on_device", lambda: 4 * each)
-    engine.answer(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=3)
+    engine.generate_in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=3)
     with pytest.raises(ConfigError, match=r"8 slots of 60 tokens need .* set rollout.slots to 3 or less"):
-        engine.answer(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=8)
+        engine.generate_in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=8)
     with pytest.raises(ConfigError, match="rollout.slots is 0"):
-        engine.answer(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=0)
+        engine.generate_in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=0)

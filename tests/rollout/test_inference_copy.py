@@ -97,5 +97,5 @@ def test_the_copy_is_not_the_model(key):
 
 
 def test_another_dtype_is_refused():
-    with pytest.raises(ConfigError, match="'float16' was asked for; it can be float32, bfloat16, int8"):
+    with pytest.raises(ConfigError, match="cannot be 'float16'; choose one of float32, bfloat16, int8"):
         inspect.unwrap(inference_copy)(QWEN, {}, "float16")  # without the tests' own type checks

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from jaxrlhf.config import Sampling
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.rollout.sampling import BLOCK, check_sampling, draw, filtered, sample
+from jaxrlhf.rollout.sampling import BLOCK, apply_filters, check_sampling, inverse_cdf, sample
 
 ALMOST_ONE = 1 - 2.0**-23  # the largest uniform that jax.random draws
-draw = jax.jit(draw)
-filtered = jax.jit(filtered, static_argnames="sampling")
+inverse_cdf = jax.jit(inverse_cdf)
+apply_filters = jax.jit(apply_filters, static_argnames="sampling")
 sample = jax.jit(sample, static_argnames="sampling")
 FILTERS = [(1, 1.0, 0.0), (5, 1.0, 0.0), (39, 1.0, 0.0), (0, 2**-10, 0.0), (0, 0.5, 0.0), (0, 1.0, 2**-11)]
 FILTERS += [(0, 1.0, 0.5), (3, 0.75, 0.0), (5, 0.25, 0.125), (1000, 0.75, 2**-6)]
@@ -31,7 +31,7 @@ def drawn(odds, u, v):
     """Tokens of one distribution at every pair of uniforms."""
     uniforms = np.stack(np.broadcast_arrays(u, v), axis=1).astype(np.float32)
     rows = jnp.broadcast_to(jnp.asarray(odds), (len(uniforms), len(odds)))
-    return np.asarray(draw(rows, jnp.asarray(uniforms))[0])
+    return np.asarray(inverse_cdf(rows, jnp.asarray(uniforms))[0])
 
 
 @settings(max_examples=25, deadline=None)
@@ -122,14 +122,14 @@ def test_filters_keep_what_the_definition_keeps(top_k, top_p, min_p, exponents):
     """Odds are powers of two and full of ties, and their sums exact, so that not even the edges may differ."""
     odds = np.zeros(40, np.float32)
     odds[: len(exponents)] = 2.0 ** -(np.array(exponents) - min(exponents))
-    got = filtered(jnp.asarray(odds[None]), sampling=Sampling(top_k=top_k, top_p=top_p, min_p=min_p))[0]
+    got = apply_filters(jnp.asarray(odds[None]), sampling=Sampling(top_k=top_k, top_p=top_p, min_p=min_p))[0]
     np.testing.assert_array_equal(got, np.where(kept_by_definition(odds, top_k, top_p, min_p), odds, 0))
 
 
 def test_filters_that_are_off_change_nothing():
     odds = jnp.asarray(np.stack([odds_of(s, 300, 40) for s in range(4)]))
     for sampling in (Sampling(), Sampling(top_k=300), Sampling(top_k=10**6), Sampling(top_p=1.0)):
-        np.testing.assert_array_equal(filtered(odds, sampling), odds)
+        np.testing.assert_array_equal(apply_filters(odds, sampling), odds)
 
 
 def test_top_k_one_is_greedy_and_tiny_top_p_too():
@@ -242,13 +242,13 @@ def test_filters_agree_with_transformers():
             warped = TopPLogitsWarper(top_p)(None, warped)
         if min_p:
             warped = MinPLogitsWarper(min_p)(None, warped)
-        ours = filtered(odds, Sampling(top_k=top_k, top_p=top_p, min_p=min_p))
+        ours = apply_filters(odds, Sampling(top_k=top_k, top_p=top_p, min_p=min_p))
         np.testing.assert_array_equal(np.asarray(ours) > 0, np.isfinite(warped.numpy()))
 
 
 def test_filters_and_stops_beyond_the_vocabulary_are_refused():
     check_sampling(Sampling(top_k=19, stop_token_ids=(18,)), 19)
-    with pytest.raises(ConfigError, match="top_k is 20, the model has 19 tokens"):
+    with pytest.raises(ConfigError, match="top_k is 20, but the model has 19 tokens"):
         check_sampling(Sampling(top_k=20), 19)
-    with pytest.raises(ConfigError, match="stop_token_ids: 19 is not a token; the model's are 0 to 18"):
+    with pytest.raises(ConfigError, match="stop_token_ids: 19 is not a token; token ids are 0 to 18"):
         check_sampling(Sampling(stop_token_ids=(1, 19)), 19)

@@ -6,7 +6,7 @@ import pytest
 
 from jaxrlhf.config import TokenizerSource
 from jaxrlhf.data.tokenizer import load_tokenizer
-from jaxrlhf.rollout.text import read
+from jaxrlhf.rollout.text import decode_completions
 from jaxrlhf.types import Rollout
 
 
@@ -35,10 +35,10 @@ def rollout_of(tokenizer, prompt, responses, width):
 def test_a_reward_sees_the_response_as_it_was_cut_and_training_learns_no_more(tokenizer):
     """The text ends before the stop string, what is learnt with the token that completes it; padding follows."""
     rollout = rollout_of(tokenizer, "ask: ", ["one\n\ntwo", "three</s>", "four"], 8)
-    cut, texts = read(rollout, tokenizer, ("\n\n",))
+    cut, texts = decode_completions(rollout, tokenizer, ("\n\n",))
     assert texts == ["one", "three", "four"]
     assert cut.response_mask.sum(1).tolist() == [5, 6, 4] and cut.finished.tolist() == [True, True, False]
     assert cut.mask.sum(1).tolist() == [10, 11, 9]
     assert (cut.tokens[0, 10:] == tokenizer.pad_id).all() and not cut.logprobs[0, 5:].any()
-    whole, texts = read(rollout, tokenizer, ())
+    whole, texts = decode_completions(rollout, tokenizer, ())
     assert whole is rollout and texts[0] == "one\n\ntwo"

@@ -137,7 +137,7 @@ def test_ppo_programs_compile_once(slots, rollout, offload, ahead, make, stop_at
 
 def test_the_engines_programs_are_compiled_ahead(make, monkeypatch):
     """By the time it is asked it only has to run, and so has the update."""
-    answer, needed = engine.answer, []
+    answer, needed = engine.generate_in_slots, []
 
     def watched(*args, **keywords):
         with compilations() as count:
@@ -145,7 +145,7 @@ def test_the_engines_programs_are_compiled_ahead(make, monkeypatch):
         needed.append(count["_admit"] + count["advance"])
         return made
 
-    monkeypatch.setattr(engine, "answer", watched)
+    monkeypatch.setattr(engine, "generate_in_slots", watched)
     make("ppo", rollout=config.Generation(slots=3)).train()
     assert needed == [0] * 4
 

@@ -85,7 +85,9 @@ class RewardModel:
 
         Does nothing unless this reward model is adapters for that model in the same dtype.
         """
-        base_folder, adapter_folder = weights.base_and_adapters(weights.resolve(self.path, self.revision, weights=False))
+        base_folder, adapter_folder = weights.base_and_adapters(
+            weights.resolve(self.path, self.revision, weights=False)
+        )
         table = base["embed"]["embedding"]
         if (
             adapter_folder

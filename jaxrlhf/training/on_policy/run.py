@@ -118,9 +118,8 @@ class OnPolicyRun:
             head="lm",
             dtype=setup.param_dtype(config),
         )
-        folder, merged = weights.base_and_adapters(
-            weights.resolve(config.model.path, config.model.revision, weights=False)
-        )
+        folder = weights.resolve(config.model.path, config.model.revision, weights=False)
+        base, merged = weights.base_and_adapters(folder)
         if config.lora.enabled and not merged:
             for model in self.scorer.models.values():
                 if model is not critic_source:
