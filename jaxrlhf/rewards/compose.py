@@ -12,6 +12,7 @@ from jaxrlhf.config import Component, RewardSource
 from jaxrlhf.config.rewards import function_label
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError, RewardError, quoted
+from jaxrlhf.metrics.statistics import correlation
 from jaxrlhf.rewards.functions import RewardFunction
 from jaxrlhf.rewards.sources import judges, template
 from jaxrlhf.rewards.sources.answers import Answer, Request
@@ -317,10 +318,3 @@ def _consequence(component: Component, count: int) -> str:
     if component.on_error == "value":
         return f"{count} completions count as {component.error_value:g} (on_error: value)"
     return f"{count} completions go without this reward (on_error: skip)"
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's; 0 where one of the two does not vary."""
-    x, y = a.astype(np.float64) - a.mean(dtype=np.float64), b.astype(np.float64) - b.mean()
-    spread = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / spread) if np.ptp(a) > 0 and np.ptp(b) > 0 and spread > 0 else 0.0

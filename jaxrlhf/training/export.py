@@ -50,7 +50,7 @@ def export(run: Path, target: Path, role: Literal["policy", "critic"] = "policy"
         if settings.lora.enabled:
             base = _begun(settings, tokenizer, mesh, "lm")
             params |= _unchanged(base, identity, "reference" if method in ("ppo", "grpo") else "frozen parameters")
-    records = {record.pop("step"): record for record in metrics.read(run / "metrics.jsonl")}
+    records = {record.pop("step"): record for record in metrics.read_records(run / "metrics.jsonl")}
     settings = dataclasses.replace(settings, model=source)
     return pretrained.save(
         target,

@@ -11,7 +11,7 @@ from jaxrlhf import checkpoint, compilation, runs
 from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.config.spelling import did_you_mean
 from jaxrlhf.errors import ConfigError, NumericsError, Preempted, StorageError
-from jaxrlhf.metrics import Logger, read
+from jaxrlhf.metrics import Logger, read_records
 from jaxrlhf.training.setup import RunConfig
 from jaxrlhf.training.state import State
 from jaxrlhf.types import TrainState
@@ -78,7 +78,7 @@ class Session:
 
     def records(self) -> list[Metrics]:
         """What has been logged so far."""
-        return read(self.run.directory / "metrics.jsonl")
+        return read_records(self.run.directory / "metrics.jsonl")
 
     def last(self) -> Metrics:
         """The last record in the log: what a run that is already finished ended with; empty in a new run."""
