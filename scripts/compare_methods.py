@@ -95,7 +95,7 @@ def judged(folder: Path, path: Path, ppo: c.PPOConfig, best_of: int = 1) -> dict
         **{
             "model.path": str(path),
             "data.path": str(folder / "data" / "held_out.jsonl"),
-            "sampling.temperature": pipeline.ANSWERING,
+            "sampling.temperature": pipeline.EVAL_TEMPERATURE,
             "critic.init": "policy",
         },
     )

@@ -105,7 +105,7 @@ def learn(name: str, settings: Settings, run: Path, seed: int, method: str = "pp
     if name == "compare":
         trainer.save_pretrained(run / "initial")
     trainer.train()
-    scores = [record["objective/scores"] for record in metrics.read(run / "run" / "metrics.jsonl")]
+    scores = [record["objective/scores"] for record in metrics.read_records(run / "run" / "metrics.jsonl")]
     curve = [sum(part) / len(part) for i in range(0, len(scores), 10) if (part := scores[i : i + 10])]
     return {
         "task": name,

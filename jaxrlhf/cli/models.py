@@ -59,10 +59,10 @@ def generate(options: Options, overrides: Overrides) -> int | None:
             raise ConfigError(f"generate: --{name.replace('_', '-')} is for --prompts FILE, and there is one --prompt")
     config = config_file.read("ppo", None, [*as_trained(options.model, "sampling"), *given, *overrides], partial=True)
     runtime.configure()
-    from jaxrlhf.evaluation import completions
+    from jaxrlhf.evaluation import generation
 
     with compilations(sys.stderr, quiet=config.logging.quiet), notes():
-        texts = completions.complete(config, options.prompt, options.n)
+        texts = generation.complete(config, options.prompt, options.n)
     for i, text in enumerate(texts):
         if options.n > 1:
             print(f"--- {i + 1} of {options.n} ---")
@@ -88,10 +88,10 @@ def _select(options: Options, given: Overrides) -> None:
         )
     rule = Rule(options.keep or "best", options.threshold, options.min_pass_rate, options.max_pass_rate)
     runtime.configure()
-    from jaxrlhf.selection import select as selection
+    from jaxrlhf.selection.select import select
 
     with compilations(sys.stderr, quiet=config.logging.quiet), notes():
-        summary = selection.select(config, Path(options.out), rule, options.n, fresh=options.fresh)
+        summary = select(config, Path(options.out), rule, options.n, fresh=options.fresh)
     print(f"{summary}\nwrote {options.out}")
 
 
@@ -122,7 +122,7 @@ def compare(options: Options, overrides: Overrides) -> None:
 
     with compilations(sys.stderr, quiet=config.logging.quiet), notes():
         results = [
-            completions.evaluate(replace(config, **{"model.path": path}), **_asked(options), beside=models)
+            completions.evaluate(replace(config, **{"model.path": path}), **_asked(options), other_models=models)
             for path in models
         ]
     print(summary.comparison(*results))

@@ -1,1 +1,1 @@
-"""The whole pipeline in miniature, on a task whose truth is known."""
+"""The RLHF pipeline in miniature, on a synthetic task with a known ground truth, and generators of arithmetic tasks."""

@@ -1,6 +1,6 @@
-"""Problems with verifiable answers, as rows of a data file: countdown and modular arithmetic.
+"""Generators of problems with verifiable answers, as rows of a data file: countdown and modular arithmetic.
 
-For `jaxrlhf.rewards.countdown:countdown` and `jaxrlhf.rewards.match:numeric_match`.
+The rewards are `jaxrlhf.rewards.countdown:countdown` and `jaxrlhf.rewards.match:numeric_match`.
 """
 
 import operator
@@ -9,11 +9,11 @@ from typing import Any
 
 
 def countdown_problems(count: int, *, seed: int, numbers: int = 4, largest: int = 20) -> list[dict[str, Any]]:
-    """Rows with `prompt`, `nums`, `target` and `solution`, an expression of `nums` that comes to `target`.
+    """Generate rows with `prompt`, `nums`, `target` and `solution`, an expression of `nums` that equals `target`.
 
-    `numbers` numbers from 1 to `largest` are drawn and joined two at a time, by + - * or /, until one is left, with
-    nothing below zero and no remainders on the way: so there is a solution, which uses all of them. A seed's problems
-    do not depend on how many are asked for.
+    `numbers` numbers from 1 to `largest` are drawn and combined two at a time by + - * or / until one is left, with no
+    negative result and no remainder, so a solution that uses all of them exists. With the same seed, the first rows do
+    not depend on `count`. Raises ValueError.
     """
     if numbers < 2 or largest < 1:
         raise ValueError(f"numbers is {numbers} and largest {largest}; at least 2 and 1 are needed")
@@ -21,15 +21,15 @@ def countdown_problems(count: int, *, seed: int, numbers: int = 4, largest: int 
     rows = []
     for _ in range(count):
         nums = [draw.randint(1, largest) for _ in range(numbers)]
-        parts = [(n, str(n)) for n in nums]
-        while len(parts) > 1:
-            (a, left), (b, right) = sorted((parts.pop(draw.randrange(len(parts))) for _ in range(2)), reverse=True)
+        terms = [(n, str(n)) for n in nums]  # value, expression
+        while len(terms) > 1:
+            (a, left), (b, right) = sorted((terms.pop(draw.randrange(len(terms))) for _ in range(2)), reverse=True)
             signs = {"+": operator.add, "-": operator.sub, "*": operator.mul}
             if b and a % b == 0:
                 signs["/"] = operator.floordiv
             sign = draw.choice([*signs])
-            parts.append((signs[sign](a, b), f"({left} {sign} {right})"))
-        (target, solution), *_ = parts
+            terms.append((signs[sign](a, b), f"({left} {sign} {right})"))
+        [(target, solution)] = terms
         shown = ", ".join(map(str, nums))
         prompt = f"Make {target} from the numbers {shown} with + - * / and brackets, each used at most once.\nAnswer: "
         rows.append({"prompt": prompt, "nums": nums, "target": target, "solution": solution[1:-1]})
@@ -37,9 +37,9 @@ def countdown_problems(count: int, *, seed: int, numbers: int = 4, largest: int 
 
 
 def modular_problems(count: int, *, seed: int, modulus: int = 97) -> list[dict[str, str]]:
-    """Rows with `prompt`, "(12 * 90) mod 97 = ", and `answer`; the operation is +, - or *, its numbers below `modulus`.
+    """Generate rows with `prompt`, "(12 * 90) mod 97 = ", and `answer`, for + - and * of numbers below `modulus`.
 
-    A seed's problems do not depend on how many are asked for.
+    With the same seed, the first rows do not depend on `count`. Raises ValueError.
     """
     if modulus < 2:
         raise ValueError(f"modulus is {modulus}; at least 2 is needed")

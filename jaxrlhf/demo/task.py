@@ -1,9 +1,9 @@
-"""StrictBot in miniature: a task whose truth is known, so that learning can be proved and not only claimed.
+"""Synthetic task of the demo, StrictBot in miniature. Its ground truth is known, so that learning can be verified.
 
-People ask short questions of four categories; each category has one strictness level that suits it (`RIGHT_LEVEL`).
-An answer is three sentences: an opening and a closing in the tone of one level, and between them a statement from a
-closed table of facts. `judge` reads an answer by that table. No model is involved, and the reward model of the demo
-never sees the judge: it learns from pairs.
+Prompts are short questions of four categories; each category has one right level of strictness (`RIGHT_LEVEL`). An
+answer has three sentences: an opening and a closing in the tone of one level, and between them a statement from a
+closed table of facts. `judge` checks an answer against that table. The reward model of the demo is trained on pairs and
+never sees the judge.
 """
 
 import itertools
@@ -13,14 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-FACTUAL_ERROR, MISCONCEPTION, POOR_LOGIC, GOOD_QUESTION = (
-    "factual error",
-    "misconception",
-    "poor logic",
-    "good question",
-)
-RIGHT_LEVEL = {FACTUAL_ERROR: 3, MISCONCEPTION: 1, POOR_LOGIC: 2, GOOD_QUESTION: 1}
-"""The hidden rule: strict with careless slips, firm with bad arguments, gentle with honest mistakes and curiosity."""
+from jaxrlhf.rewards import strict
+from jaxrlhf.rewards.strict import FACTUAL_ERROR, GOOD_QUESTION, MISCONCEPTION, POOR_LOGIC
+
+RIGHT_LEVEL = strict.LEVELS
+"""Hidden rule, category -> level: 3 for factual errors, 2 for poor logic, 1 for misconceptions and good questions."""
 CATEGORIES = tuple(RIGHT_LEVEL)
 LEVELS = {1: "gentle", 2: "firm", 3: "strict"}
 
@@ -40,28 +37,28 @@ def _frames(leads: Sequence[str], tails: Sequence[str]) -> list[str]:
     return [f"{lead} {{}}{tail}" for lead in leads for tail in tails]
 
 
-_SAID = (".", ", right?", ". Is that so?", ". Do you agree?")
-_ASKED = ("?", "? I am curious.", "? I am not sure.", "? Please help me.")
-_TOLD = (".", ". I am curious.", ". Can you help?", ". Do you know?")
+_CLAIM_TAILS = (".", ", right?", ". Is that so?", ". Do you agree?")
+_QUESTION_TAILS = ("?", "? I am curious.", "? I am not sure.", "? Please help me.")
+_REQUEST_TAILS = (".", ". I am curious.", ". Can you help?", ". Do you know?")
 _CLAIM_FRAMES = [
-    *_frames(("I read that", "I am sure that", "My friend says that", "I think that"), _SAID),
-    *_frames(("They say that", "We learned that", "Someone told me that", "I know that"), _SAID),
-    *_frames(("Is it true that", "Am I right that", "Can it be that", "Do you agree that"), _ASKED),
+    *_frames(("I read that", "I am sure that", "My friend says that", "I think that"), _CLAIM_TAILS),
+    *_frames(("They say that", "We learned that", "Someone told me that", "I know that"), _CLAIM_TAILS),
+    *_frames(("Is it true that", "Am I right that", "Can it be that", "Do you agree that"), _QUESTION_TAILS),
 ]
 _QUESTION_FRAMES = [
-    *_frames(("Can you tell me", "Do you know", "Could you explain", "Can you explain"), _ASKED),
-    *_frames(("Can you show me", "Do you understand"), _ASKED),
-    *_frames(("I wonder", "I want to know", "We want to learn"), _TOLD),
-    *_frames(("My friend asks", "Please tell me", "I ask myself"), _TOLD),
+    *_frames(("Can you tell me", "Do you know", "Could you explain", "Can you explain"), _QUESTION_TAILS),
+    *_frames(("Can you show me", "Do you understand"), _QUESTION_TAILS),
+    *_frames(("I wonder", "I want to know", "We want to learn"), _REQUEST_TAILS),
+    *_frames(("My friend asks", "Please tell me", "I ask myself"), _REQUEST_TAILS),
 ]
-_HELD_OUT_SHARE = 4  # one phrasing of so many is kept from training
+_HELD_OUT_EVERY = 4  # every fourth phrasing is held out from training
 
 
 @dataclass(frozen=True)
 class Fact:
-    """What people say about it (`claim`, or what they ask), and the true statement: `subject` and `predicate`.
+    """A true statement, `subject` `predicate`, and the `claim` (or question) about it that prompts contain.
 
-    Facts of one `group` can exchange predicates and still read as English; that is how a wrong statement is made.
+    Facts of one `group` can exchange predicates and stay grammatical; wrong statements are made this way.
     """
 
     category: str
@@ -79,55 +76,34 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _capital(country: str, wrong: str, right: str) -> Fact:
-    subject = f"the capital of {country} is"
-    return Fact(FACTUAL_ERROR, "capital", f"{subject} {wrong}", _sentence(subject), right)
-
-
-def _number(thing: str, unit: str, wrong: str, right: str) -> Fact:
-    subject = f"{thing} has"
-    return Fact(FACTUAL_ERROR, unit, f"{subject} {wrong} {unit}", _sentence(subject), f"{right} {unit}")
-
-
-def _belief(thing: str, wrong: str, right: str) -> Fact:
-    return Fact(MISCONCEPTION, "belief", f"{thing} {wrong}", _sentence(thing), right)
-
-
-def _argument(things: str, trait: str, others: str) -> Fact:
-    claim = f"{things} {trait}, so all that {trait} are {things}"
-    return Fact(POOR_LOGIC, "argument", claim, _sentence(others), f"{trait} too")
-
-
-def _reason(question: str, subject: str, predicate: str) -> Fact:
-    return Fact(GOOD_QUESTION, "reason", question, subject, predicate)
-
-
 FACTS = (
-    _capital("Australia", "Sydney", "Canberra"),
-    _capital("Turkey", "Istanbul", "Ankara"),
-    _number("a spider", "legs", "six", "eight"),
-    _number("an ant", "legs", "eight", "six"),
-    _belief("bats", "are blind", "can see well"),
-    _belief("goldfish", "forget everything", "remember for months"),
-    _belief("glass", "flows slowly", "stays solid"),
-    _belief("ostriches", "bury their heads", "run from danger"),
-    _argument("birds", "lay eggs", "turtles"),
-    _argument("cows", "eat grass", "horses"),
-    _argument("trains", "run on rails", "trams"),
-    _argument("doctors", "wear white", "cooks"),
-    _reason("why the sky is blue", "Air", "scatters blue light"),
-    _reason("why the sea is salty", "Rivers", "carry salt to it"),
-    _reason("why iron rusts", "Iron", "reacts with oxygen"),
-    _reason("why ice floats", "Ice", "is lighter than water"),
+    Fact(FACTUAL_ERROR, "capital", "the capital of Australia is Sydney", "The capital of Australia is", "Canberra"),
+    Fact(FACTUAL_ERROR, "capital", "the capital of Turkey is Istanbul", "The capital of Turkey is", "Ankara"),
+    Fact(FACTUAL_ERROR, "legs", "a spider has six legs", "A spider has", "eight legs"),
+    Fact(FACTUAL_ERROR, "legs", "an ant has eight legs", "An ant has", "six legs"),
+    Fact(MISCONCEPTION, "belief", "bats are blind", "Bats", "can see well"),
+    Fact(MISCONCEPTION, "belief", "goldfish forget everything", "Goldfish", "remember for months"),
+    Fact(MISCONCEPTION, "belief", "glass flows slowly", "Glass", "stays solid"),
+    Fact(MISCONCEPTION, "belief", "ostriches bury their heads", "Ostriches", "run from danger"),
+    Fact(POOR_LOGIC, "argument", "birds lay eggs, so all that lay eggs are birds", "Turtles", "lay eggs too"),
+    Fact(POOR_LOGIC, "argument", "cows eat grass, so all that eat grass are cows", "Horses", "eat grass too"),
+    Fact(
+        POOR_LOGIC, "argument", "trains run on rails, so all that run on rails are trains", "Trams", "run on rails too"
+    ),
+    Fact(POOR_LOGIC, "argument", "doctors wear white, so all that wear white are doctors", "Cooks", "wear white too"),
+    Fact(GOOD_QUESTION, "reason", "why the sky is blue", "Air", "scatters blue light"),
+    Fact(GOOD_QUESTION, "reason", "why the sea is salty", "Rivers", "carry salt to it"),
+    Fact(GOOD_QUESTION, "reason", "why iron rusts", "Iron", "reacts with oxygen"),
+    Fact(GOOD_QUESTION, "reason", "why ice floats", "Ice", "is lighter than water"),
 )
 
 REJECTED = {"tone": 0.2, "fact": 0.4, "form": 0.4}
-"""What is wrong with the rejected answers of the preference pairs, and how often."""
+"""Probability of each fault of a rejected answer in the preference pairs."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an answer is. `level` is None where the tone is missing or mixed; `well_formed`: tone, statement, tone."""
+    """Verdict on an answer. `level` is None if the tone is missing or mixed; `well_formed`: tone, statement, tone."""
 
     level: int | None
     right_level: bool
@@ -136,10 +112,10 @@ class Verdict:
 
 
 def make_sft_rows(n: int, seed: int) -> list[dict[str, str]]:
-    """`n` rows {"prompt", "completion"}: facts always right, the tone right half of the time."""
+    """Generate `n` rows {"prompt", "completion"}: facts are always right, the tone is right half of the time."""
     rng = random.Random(f"sft {seed}")
     rows = []
-    for prompt, fact in _draw(n, rng, held_out=False):
+    for prompt, fact in _draw_questions(n, rng, held_out=False):
         right = RIGHT_LEVEL[fact.category]
         level = right if rng.random() < 0.5 else rng.choice(_wrong_levels(right))
         rows.append({"prompt": prompt, "completion": answer(level, fact.truth, rng)})
@@ -147,14 +123,14 @@ def make_sft_rows(n: int, seed: int) -> list[dict[str, str]]:
 
 
 def make_preferences(n: int, seed: int) -> list[dict[str, str]]:
-    """`n` rows {"prompt", "chosen", "rejected"}. Chosen answers are right in tone, fact and form.
+    """Generate `n` rows {"prompt", "chosen", "rejected"}. Chosen answers are right in tone, fact and form.
 
-    A rejected answer is wrong in one of these (`REJECTED`): without wrong facts and broken sentences among them, a
-    policy that follows the reward could forget its facts and its grammar at no cost.
+    A rejected answer is wrong in one of the three (`REJECTED`). Without wrong facts and broken sentences among them,
+    the reward would not penalise a policy that forgets facts and grammar.
     """
     rng = random.Random(f"preferences {seed}")
     rows = []
-    for prompt, fact in _draw(n, rng, held_out=False):
+    for prompt, fact in _draw_questions(n, rng, held_out=False):
         right = RIGHT_LEVEL[fact.category]
         wrong = rng.choices(list(REJECTED), list(REJECTED.values()))[0]
         level = rng.choice(_wrong_levels(right)) if wrong == "tone" else right
@@ -166,21 +142,24 @@ def make_preferences(n: int, seed: int) -> list[dict[str, str]]:
 
 
 def make_prompts(n: int, seed: int, held_out: bool = False) -> list[dict[str, str]]:
-    """`n` rows {"prompt", "category"}, repeating when questions run out. `held_out` ones occur in no other rows."""
+    """Generate `n` rows {"prompt", "category"}; questions repeat if `n` is larger than their number.
+
+    `held_out` questions occur in no other rows.
+    """
     rng = random.Random(f"prompts {seed} {held_out}")
-    return [{"prompt": prompt, "category": fact.category} for prompt, fact in _draw(n, rng, held_out)]
+    return [{"prompt": prompt, "category": fact.category} for prompt, fact in _draw_questions(n, rng, held_out)]
 
 
 def category(prompt: str) -> str:
-    """The category of one of the task's questions; ValueError for any other text."""
+    """Return the category of one of the task's questions. Raises ValueError for any other text."""
     return _fact(prompt).category
 
 
 def judge(prompt: str, completion: str) -> Verdict:
-    """Reads an answer to one of the task's questions by the tables above; ValueError if the question is not one.
+    """Judge an answer to one of the task's questions. Raises ValueError if `prompt` is not one.
 
-    Tone and fact are judged apart. The tone counts if the first sentence opens and the last closes at the same level;
-    the fact is right if the true statement is there and nothing else but tone.
+    Tone and fact are judged independently. The answer has a level if its first sentence is an opening and its last a
+    closing of that level; the fact is right if the true statement is the only sentence apart from the tone.
     """
     fact = _fact(prompt)
     parts = _sentences(completion)
@@ -196,50 +175,50 @@ def judge(prompt: str, completion: str) -> Verdict:
 
 
 def truth(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
-    """The judge as a reward function: 1 for an answer right in tone, fact and form, else 0. Not used in training."""
+    """Reward function for evaluation: 1 for an answer right in tone, fact and form, else 0."""
     verdicts = [judge(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
     return [float(v.right_level and v.fact_right and v.well_formed) for v in verdicts]
 
 
 def answer(level: int, statement: str, rng: random.Random) -> str:
-    """An answer at `level` around `statement`."""
+    """Compose an answer at `level` around `statement`."""
     return f"{rng.choice(OPENINGS[level])} {statement} {rng.choice(CLOSINGS[level])}"
 
 
 def garble(text: str, rng: random.Random) -> str:
-    """An answer with a word or a sentence left out, said twice, or exchanged for one from elsewhere."""
+    """Delete, repeat or replace one word or one sentence of an answer."""
     if rng.random() < 0.5:
-        parts, elsewhere = text.split(" "), rng.choice(sentences()).split(" ")
+        parts, others = text.split(" "), rng.choice(sentences()).split(" ")
     else:
-        parts, elsewhere = _sentences(text), sentences()
+        parts, others = _sentences(text), sentences()
     i = rng.randrange(len(parts))
-    change = rng.choice([[], [parts[i]] * 2, [rng.choice(elsewhere)]])
+    change = rng.choice([[], [parts[i]] * 2, [rng.choice(others)]])
     return " ".join([*parts[:i], *change, *parts[i + 1 :]])
 
 
 def wrong_statements(fact: Fact) -> list[list[str]]:
-    """Statements to be wrong with, by kind: the claim itself, another fact's predicate, a true one beside the point."""
-    agreeing = [] if fact.category == GOOD_QUESTION else [f"{_sentence(fact.claim)}."]
+    """Wrong statements about a fact, by kind: the claim itself, another predicate, true statements of other facts."""
+    claim = [] if fact.category == GOOD_QUESTION else [f"{_sentence(fact.claim)}."]
     swapped = [f"{fact.subject} {other.predicate}." for other in FACTS if other.group == fact.group and other != fact]
-    close = [other.truth for other in FACTS if other.category == fact.category and other != fact]
-    far = [other.truth for other in FACTS if other.category != fact.category]
-    return [kind for kind in (agreeing, swapped, close, far) if kind]
+    same_category = [other.truth for other in FACTS if other.category == fact.category and other != fact]
+    other_category = [other.truth for other in FACTS if other.category != fact.category]
+    return [kind for kind in (claim, swapped, same_category, other_category) if kind]
 
 
 @cache
 def questions() -> dict[str, tuple[Fact, bool]]:
-    """Every question of the task -> (its fact, whether the question is held out). All facts occur on both sides."""
+    """Every question of the task -> (its fact, held out or not). All facts occur in both parts."""
     table = {}
     for i, fact in enumerate(FACTS):
         frames = _QUESTION_FRAMES if fact.category == GOOD_QUESTION else _CLAIM_FRAMES
-        for j, frame in enumerate(frames):  # four tails to a lead: the held-out tail moves on with fact and lead
-            table[frame.format(fact.claim)] = (fact, (i + j + j // 4) % _HELD_OUT_SHARE == 0)
+        for j, frame in enumerate(frames):  # each lead has four tails; the held-out one varies with fact and lead
+            table[frame.format(fact.claim)] = (fact, (i + j + j // 4) % _HELD_OUT_EVERY == 0)
     return table
 
 
 @cache
 def sentences() -> list[str]:
-    """Every sentence an answer can be made of, with right facts and wrong ones."""
+    """All sentences of answers: tones, true and wrong statements."""
     return sorted(_tones() | _statements())
 
 
@@ -254,8 +233,8 @@ def _fact(prompt: str) -> Fact:
         raise ValueError(f"not a question of the demo's task: {prompt!r}") from None
 
 
-def _draw(n: int, rng: random.Random, held_out: bool) -> list[tuple[str, Fact]]:
-    """`n` questions of one side: all of them in random order, then all again in another."""
+def _draw_questions(n: int, rng: random.Random, held_out: bool) -> list[tuple[str, Fact]]:
+    """Draw `n` questions, held out or not: all in random order, then all again in another order."""
     pool = [(prompt, fact) for prompt, (fact, held) in questions().items() if held == held_out]
     drawn: list[tuple[str, Fact]] = []
     while len(drawn) < n:

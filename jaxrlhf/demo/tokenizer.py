@@ -1,4 +1,4 @@
-"""The folder that the demo's SFT starts from: a tokenizer and a config.json in Hugging Face layout, no weights."""
+"""Model folder from which the demo's SFT starts: tokenizer and config.json in Hugging Face layout, no weights."""
 
 import json
 from pathlib import Path
@@ -8,28 +8,35 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from jaxrlhf.demo import task
 
 PAD, BOS, EOS, UNKNOWN = SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
-"""Their ids are 0, 1, 2, 3."""
+"""Special tokens with ids 0, 1, 2, 3."""
 _PIECE = r" ?[A-Za-z]+|[^A-Za-z]"  # a word with the space before it, or one other character
 
 
 def write_base(directory: str | Path) -> Path:
-    """Writes tokenizer.json, tokenizer_config.json and config.json of a tiny Llama into `directory`, and returns it."""
+    """Write tokenizer.json, tokenizer_config.json and config.json of a tiny Llama into `directory` and return it."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = build()
     tokenizer.save(str(directory / "tokenizer.json"))
     names = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN}
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
-    _write(directory / "tokenizer_config.json", {**about, "model_max_length": _MODEL["max_position_embeddings"]})
+    _write(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **names,
+            "model_max_length": _MODEL["max_position_embeddings"],
+        },
+    )
     ids = {name.replace("token", "token_id"): SPECIAL.index(token) for name, token in names.items() if token != UNKNOWN}
     _write(directory / "config.json", {**_MODEL, **ids, "vocab_size": tokenizer.get_vocab_size()})
     return directory
 
 
 def build() -> Tokenizer:
-    """A tokenizer of whole words over the task's closed vocabulary; decoding gives the text back exactly.
+    """Build a word-level tokenizer over the task's closed vocabulary; decoding restores the text exactly.
 
-    A word carries the space before it, so the first word of a question has a token of its own.
+    A token includes the space before its word, so a word at the start of a question has a different token.
     """
     splitter = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
     lines = [*task.questions(), *(f" {sentence}" for sentence in task.sentences())]

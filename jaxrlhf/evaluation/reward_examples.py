@@ -1,4 +1,4 @@
-"""A reward model on examples of which the better response is known: a verdict for each, and how it does on all."""
+"""Evaluation of a reward model on examples with known preferences or labels: a verdict for each, and their metrics."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -16,88 +16,93 @@ from jaxrlhf.errors import DataError
 from jaxrlhf.evaluation.reward_metrics import HeldOut, evaluation, summary
 from jaxrlhf.rewards.sources.model import RewardModel
 
-SHOWN = 50  # examples with a line of their own
+SHOWN = 50  # examples printed
 
 
 @dataclass(frozen=True)
 class _Case:
     name: str
     prompt: str
-    texts: list[list[int]]  # good and bad, or the one that has a label
+    sequences: list[list[int]]  # prompt + response: good and bad, or the labelled one
     lengths: list[int]  # response tokens
     label: bool
 
 
 def judge(config: RewardConfig) -> dict[str, Any]:
-    """Score the rows of `config.data` with the reward model `config.model`, each written as in training.
+    """Score the rows of `config.data` with the reward model `config.model`, tokenised as in training.
 
-    Rows are {prompt, good, bad} or any preference format, or {prompt, completion, label}; a column `name` names one.
-    Of a model with two labels the scores are log-odds. Returns the `examples` with their scores and whether they came
-    out right, and the `evaluation` of all (`reward_metrics`). Raises DataError, also for a score that is not finite.
+    Rows are {prompt, good, bad}, any preference format, or {prompt, completion, label}; a column `name` names a row.
+    Scores of a model with two labels are log-odds. Returns a JSON object with the `examples`, their scores and whether
+    these are right, and the `evaluation` of all of them (`reward_metrics`). Raises DataError, also for a score that is
+    not finite.
     """
     source, data = config.model, config.data
-    model = RewardModel(source.path, revision=source.revision, dtype=source.compute_dtype,
-                        micro_batch_size=config.train.eval_batch_size)  # fmt: skip
+    model = RewardModel(
+        source.path,
+        revision=source.revision,
+        dtype=source.compute_dtype,
+        micro_batch_size=config.train.eval_batch_size,
+    )
     columns = {*sources.read(data).columns}
     if {"good", "bad"} <= columns:
         data = dataclasses.replace(data, columns={"chosen": "good", "rejected": "bad", **data.columns})
-    single = "label" in columns and not columns & {"good", "chosen", "accepted"}
-    data = dataclasses.replace(data, max_length=min(data.max_length, model.max_length))
+    labelled = "label" in columns and not columns & {"good", "chosen", "accepted"}
+    data = dataclasses.replace(data, max_length=min(data.max_length, model.limit))
 
-    def row(tokens: Tokens, example: Example, rows: Rows, i: int) -> _Case:
-        given = rows.rows[i]
-        made = [tokens.sequence(k) for k in range(len(tokens.answers))]
+    def to_case(tokens: Tokens, example: Example, rows: Rows, i: int) -> _Case:
+        row, place = rows.rows[i], rows.places[i]
+        sequences = [tokens.sequence(k) for k in range(len(tokens.answers))]
         return _Case(
-            name=str(given.get("name") or rows.places[i].short),
+            name=str(row.get("name") or place.short),
             prompt="" if example.prompt is None else as_written(example.prompt),
-            texts=[ids for ids, _ in made],
-            lengths=[sum(mask) for _, mask in made],
-            label=labels.label(given, f"data {rows.places[i]}") if single else True,
+            sequences=[ids for ids, _ in sequences],
+            lengths=[sum(mask) for _, mask in sequences],
+            label=labels.label(row, f"data {place}") if labelled else True,
         )
 
-    split = train_validation_split(data, model.tokenizer, "labels" if single else "pairs", row)
+    split = train_validation_split(data, model.tokenizer, "labels" if labelled else "pairs", to_case)
     cases = split.train
-    scores = model.score_ids([text for case in cases for text in case.texts])[0].astype(np.float64)
-    if model.model_config.num_labels == 2:
-        likely = np.clip(scores, 1e-7, 1 - 1e-7)
-        scores = np.log(likely) - np.log1p(-likely)
+    scores = model.score_ids([ids for case in cases for ids in case.sequences])[0].astype(np.float64)
+    if model.described.num_labels == 2:
+        probability = np.clip(scores, 1e-7, 1 - 1e-7)
+        scores = np.log(probability) - np.log1p(-probability)
     scores = scores.reshape(len(cases), -1)
-    for case, found in zip(cases, scores, strict=True):
-        if not np.isfinite(found).all():
-            raise DataError(f"{source.path} gives {found.tolist()} for example {case.name}: no finite score")
-    target = np.array([case.label for case in cases] if single else [0.0] * len(cases), np.float32)
+    for case, row in zip(cases, scores, strict=True):
+        if not np.isfinite(row).all():
+            raise DataError(f"{source.path} gives {row.tolist()} for example {case.name}: not a finite score")
+    target = np.array([case.label for case in cases] if labelled else [0.0] * len(cases), np.float32)
     lengths = np.array([case.lengths for case in cases])
-    found = HeldOut(scores, np.ones(scores.shape, bool), target, lengths)
+    held_out = HeldOut(scores, np.ones(scores.shape, bool), target, lengths)
     return {
         "model": source.path,
         "examples_from": data.path,
         "data": str(split.report).splitlines(),
-        "evaluation": evaluation(found, "classification" if single else "pairwise"),
-        "examples": [_verdict(case, row.tolist(), single) for case, row in zip(cases, scores, strict=True)],
+        "evaluation": evaluation(held_out, "classification" if labelled else "pairwise"),
+        "examples": [_verdict(case, row.tolist(), labelled) for case, row in zip(cases, scores, strict=True)],
     }
 
 
 def table(result: dict[str, Any], width: int = 100) -> str:
-    """A line for each of the first examples and its verdict, the share that is right, and the evaluation."""
-    lines = []
-    for example in result["examples"][:SHOWN]:
+    """Format the first examples with their verdicts, the share that is right, and the evaluation for the console."""
+    examples, lines = result["examples"], []
+    for example in examples[:SHOWN]:
         if "label" in example:
-            said = f"{'good' if example['label'] else 'bad':<4} {example['score']:>9.3f}"
+            scores = f"{'good' if example['label'] else 'bad':<4} {example['score']:>9.3f}"
         else:
-            said = f"good {example['good']:>9.3f}  bad {example['bad']:>9.3f}"
-        about = " ".join(f"{example['name']}: {example['prompt']}".split())
-        line = f"{'right' if example['right'] else 'WRONG'}  {said}  {about}"
+            scores = f"good {example['good']:>9.3f}  bad {example['bad']:>9.3f}"
+        title = " ".join(f"{example['name']}: {example['prompt']}".split())
+        line = f"{'right' if example['right'] else 'WRONG'}  {scores}  {title}"
         lines.append(line if len(line) <= width else line[: width - 3] + "...")
-    rest = len(result["examples"]) - SHOWN
-    right = sum(example["right"] for example in result["examples"])
-    lines += [f"and {rest} more"] * (rest > 0)
-    lines += ["", f"{right} of {len(result['examples'])} right: {right / len(result['examples']):.3f}"]
+    if len(examples) > SHOWN:
+        lines.append(f"and {len(examples) - SHOWN} more")
+    right = sum(example["right"] for example in examples)
+    lines += ["", f"{right} of {len(examples)} right: {right / len(examples):.3f}"]
     dropped = [line for line in result["data"] if line.startswith(("dropped", "cut"))]
     return "\n".join([*lines, *summary(result["evaluation"]), *dropped])
 
 
-def _verdict(case: _Case, scores: list[float], single: bool) -> dict[str, Any]:
-    about: dict[str, Any] = {"name": case.name, "prompt": case.prompt}
-    if single:
-        return about | {"label": case.label, "score": scores[0], "right": (scores[0] > 0) == case.label}
-    return about | {"good": scores[0], "bad": scores[1], "right": scores[0] > scores[1]}
+def _verdict(case: _Case, scores: list[float], labelled: bool) -> dict[str, Any]:
+    verdict: dict[str, Any] = {"name": case.name, "prompt": case.prompt}
+    if labelled:
+        return verdict | {"label": case.label, "score": scores[0], "right": (scores[0] > 0) == case.label}
+    return verdict | {"good": scores[0], "bad": scores[1], "right": scores[0] > scores[1]}

@@ -1,4 +1,7 @@
-"""What a run measures and where it goes: one record per step -> metrics.jsonl, TensorBoard, W&B and the console."""
+"""Metrics of a run: one record per step, written to metrics.jsonl, TensorBoard, W&B and the console.
+
+`keys` defines every metric, `console` prints, `plots` draws.
+"""
 
 import contextlib
 import importlib
@@ -16,21 +19,21 @@ from jaxrlhf.metrics.keys import METRICS, REWARDS
 
 
 class Logger:
-    """Writes the records of one run. Files are flushed line by line, so a killed run loses no finished step.
+    """Write the records of one run. Files are flushed after every line, so a killed run loses no finished step.
 
     Args:
         directory: the run directory.
         config: what to show and where to send it.
-        method: the command that runs.
-        total_steps: steps of the whole run, for progress and time left.
+        method: the command of the run (sft, ppo, ...).
+        total_steps: steps of the whole run, for progress and remaining time.
     """
 
     def __init__(self, directory: Path, config: Logging, method: str, total_steps: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory, self._config = directory, config
-        self._purge: int | None = None
+        self._purge_step: int | None = None
         self._writer: Any = None
-        self._wandb = _wandb(config, directory) if config.wandb_project else None
+        self._wandb = _open_wandb(config, directory) if config.wandb_project else None
         self._console = None if config.quiet else Console(method, total_steps, config.log_every)
         self._open()
 
@@ -50,7 +53,7 @@ class Logger:
             self._console.progress(step, numbers)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write rows ("prompt", "completion", and "score" or anything else that is JSON), and show the first few."""
+        """Write rows ("prompt", "completion", and "score" or any other JSON value) and show the first few."""
         self._samples.writelines(_line({"step": step, **row}) for row in rows)
         self._samples.flush()
         if self._console:
@@ -58,21 +61,21 @@ class Logger:
                 self._console.sample(step, row)
 
     def note(self, text: str) -> None:
-        """Say something on the console, between the progress lines."""
+        """Print a message between the progress lines."""
         if self._console:
             self._console.note(text)
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
-        """While the block runs, the console draws nothing."""
+        """Context in which the console draws nothing."""
         return self._console.paused() if self._console else contextlib.nullcontext()
 
     def rewind(self, step: int) -> None:
-        """Forget what was written after `step`, and lines that a kill cut short: what follows is written anew."""
+        """Remove records after `step` and incomplete lines before the run resumes from `step`."""
         self._metrics.close()
         self._samples.close()
         for name in ("metrics.jsonl", "samples.jsonl"):
-            _cut(self._directory / name, step)
-        self._purge = step + 1
+            _truncate(self._directory / name, step)
+        self._purge_step = step + 1
         self._open()
 
     def close(self) -> None:
@@ -87,7 +90,7 @@ class Logger:
             self._console.close()
 
     def _open(self) -> None:
-        # half of a surrogate pair, which UTF-8 refuses, becomes \udxxx: that is how JSON spells it
+        # A lone surrogate, which UTF-8 cannot encode, is written as its JSON escape \udxxx.
         mode: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
         self._metrics = open(self._directory / "metrics.jsonl", "a", **mode)  # noqa: SIM115
         self._samples = open(self._directory / "samples.jsonl", "a", **mode)  # noqa: SIM115
@@ -96,15 +99,17 @@ class Logger:
         if self._writer is None:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._directory / "tensorboard"), purge_step=self._purge, flush_secs=10)
+            self._writer = SummaryWriter(
+                str(self._directory / "tensorboard"), purge_step=self._purge_step, flush_secs=10
+            )
         return self._writer
 
 
-def read(path: Path | str) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, or the rows of a samples.jsonl. A line that is being written is left out.
+def read_records(path: Path | str) -> list[dict[str, Any]]:
+    """Read the records of a metrics.jsonl or the rows of a samples.jsonl, except an incomplete last line.
 
-    "NaN", "Infinity" and "-Infinity" under the key of a metric become floats again. Raises DataError if the file is
-    missing or a line is not a record.
+    "NaN", "Infinity" and "-Infinity" under a metric's key become floats. Raises DataError if the file is missing or a
+    line is not a JSON object.
     """
     path, records = Path(path), []
     if not path.is_file():
@@ -125,7 +130,7 @@ def _is_metric(key: str) -> bool:
 
 
 def _number(value: Any) -> float | int:
-    """A Python number of a Python, numpy or jax scalar. Floats keep every bit (float32 as float64)."""
+    """Convert a Python, NumPy or JAX scalar to a Python number, exactly (float32 as float64)."""
     value = value.item() if hasattr(value, "item") else value
     return value if isinstance(value, int) and not isinstance(value, bool) else float(value)
 
@@ -135,7 +140,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no word for what is not finite: a string takes its place."""
+    """Replace non-finite floats, which JSON does not have, by strings."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -145,8 +150,8 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _cut(path: Path, step: int) -> None:
-    """Keep the whole lines of `path` up to `step`, in one atomic replacement; none where nothing has been done (0)."""
+def _truncate(path: Path, step: int) -> None:
+    """Keep the complete lines of `path` up to `step` (0: none), in one atomic replacement."""
     kept = []
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
@@ -157,7 +162,7 @@ def _cut(path: Path, step: int) -> None:
     write_whole(path, b"".join(kept))
 
 
-def _wandb(config: Logging, directory: Path) -> Any:
+def _open_wandb(config: Logging, directory: Path) -> Any:
     try:
         wandb = importlib.import_module("wandb")
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: on a terminal a status line and panels, in a log file plain lines."""
+"""Console output of a run: a status line and panels on a terminal, plain lines in a log file."""
 
 import contextlib
 import datetime
@@ -27,36 +27,36 @@ SUMMARY: dict[str, dict[str, str]] = {
         "learning_rate": "lr",
     },
 }
-"""What the console shows of a record, by method: key -> label."""
+"""Metrics on the progress line, by method: key -> label."""
 
 SHOWN = 600
-"""Characters of a prompt or completion on the console; samples.jsonl has all of them."""
+"""Maximum characters of a prompt or completion on the console; samples.jsonl has the full text."""
 
 
 class Console:
-    """The console of one run of `method` with `total` steps; without a terminal a line every `every` steps."""
+    """Console of one run of `method` with `total` steps; without a terminal it prints a line every `every` steps."""
 
     def __init__(self, method: str, total: int, every: int) -> None:
         self._method, self._total, self._every = method, total, every
-        self._start: tuple[int, float] | None = None  # step and time of the first record: what is slow at first is over
-        self._bar = _bar(method, total) if sys.stdout.isatty() else None
+        self._first: tuple[int, float] | None = None  # step and time of the first record, which included compilation
+        self._bar = _progress_bar(method, total) if sys.stdout.isatty() else None
 
     def progress(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """Show the record of `step`, where its turn has come."""
-        first, began = self._start = self._start or (step, time.monotonic())
+        """Show the record of `step` if it is due: every `every` steps, the first, the last, and validations."""
+        first, started = self._first = self._first or (step, time.monotonic())
         labels = SUMMARY[self._method].items()
-        parts = [f"{label}={_short(numbers[key])}" for key, label in labels if key in numbers]
+        facts = [f"{label}={_short(numbers[key])}" for key, label in labels if key in numbers]
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, facts=" ".join(parts))
+            self._bar.update(self._bar.task_ids[0], completed=step, facts=" ".join(facts))
         elif step in (first, self._total) or step % self._every == 0 or any(key.startswith("eval/") for key in numbers):
             if step > first:
-                left = (time.monotonic() - began) / (step - first) * (self._total - step)
-                parts.append(f"eta={_duration(left)}")
+                remaining = (time.monotonic() - started) / (step - first) * (self._total - step)
+                facts.append(f"eta={_duration(remaining)}")
             now = datetime.datetime.now().isoformat(timespec="seconds")
-            self._print(f"{now} {self._method} step {step}/{self._total} {' '.join(parts)}")
+            self._print(f"{now} {self._method} step {step}/{self._total} {' '.join(facts)}")
 
     def sample(self, step: int, row: Mapping[str, Any]) -> None:
-        """Show what a model answered: "prompt" and "completion" of `row`, and its numbers."""
+        """Show "prompt" and "completion" of `row`, and its numbers."""
         title = f"sample at step {step}" + "".join(
             f"  {key}={_short(value)}" for key, value in row.items() if isinstance(value, float | int)
         )
@@ -72,12 +72,12 @@ class Console:
             self._bar.console.print(Panel(text, title=Text(title), title_align="left"))
 
     def note(self, text: str) -> None:
-        """Say something between the progress lines."""
+        """Print a message between the progress lines."""
         self._print(visible(text))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """While the block runs, nothing is drawn: somebody else has the terminal."""
+        """Context in which nothing is drawn, so that other code can use the terminal."""
         if self._bar is not None:
             self._bar.stop()
         try:
@@ -87,7 +87,7 @@ class Console:
                 self._bar.start()
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -97,6 +97,11 @@ class Console:
             return
         encoding = sys.stdout.encoding or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def visible(text: str) -> str:
+    """Escape control characters, so that text cannot move the cursor or change colours."""
+    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _short(value: Any) -> str:
@@ -111,17 +116,11 @@ def _duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
-def visible(text: str) -> str:
-    """Text that cannot move the cursor or change colours: every control character in its escaped spelling."""
-    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def _clip(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text) - SHOWN} more characters)"
 
 
-def _bar(method: str, total: int) -> Any:
-    """The status line of a terminal."""
+def _progress_bar(method: str, total: int) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     bar = Progress(

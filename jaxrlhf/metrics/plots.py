@@ -1,4 +1,4 @@
-"""Four panels of a run and all its metrics as CSV. Only this module imports matplotlib, and late."""
+"""Plots of a run in four panels, and its metrics as CSV. matplotlib is imported only when a plot is drawn."""
 
 import csv
 import io
@@ -9,24 +9,22 @@ from typing import Any
 
 from jaxrlhf.errors import DataError, JaxrlhfError
 from jaxrlhf.files import write_whole
-from jaxrlhf.metrics import read
+from jaxrlhf.metrics import read_records
 
-PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("loss", ("loss", "eval/loss", "loss/policy_avg", "loss/value_avg")),
-    ("learning rate", ("learning_rate",)),
-    (
-        "mean reward",
-        (
-            "objective/scores",
-            "objective/rlhf_reward",
-            "mean_reward",
-            "eval/mean_reward",
-            "rewards/chosen",
-            "rewards/rejected",
-        ),
+PANELS: dict[str, tuple[str, ...]] = {
+    "loss": ("loss", "eval/loss", "loss/policy_avg", "loss/value_avg"),
+    "learning rate": ("learning_rate",),
+    "mean reward": (
+        "objective/scores",
+        "objective/rlhf_reward",
+        "mean_reward",
+        "eval/mean_reward",
+        "rewards/chosen",
+        "rewards/rejected",
     ),
-    ("KL to the reference (nats per response)", ("objective/kl", "kl")),
-)
+    "KL to the reference (nats per response)": ("objective/kl", "kl"),
+}
+"""Panel title -> metrics drawn in it."""
 
 
 def plot(run: Path) -> tuple[Path, Path]:
@@ -34,7 +32,7 @@ def plot(run: Path) -> tuple[Path, Path]:
 
     Raises DataError if the directory has no readable metrics. If matplotlib is missing the CSV is written first.
     """
-    records = read(run / "metrics.jsonl")
+    records = read_records(run / "metrics.jsonl")
     if not records:
         raise DataError(f"{run / 'metrics.jsonl'} holds no metrics yet")
     table = write_whole(run / "metrics.csv", _csv(records))
@@ -45,20 +43,19 @@ def plot(run: Path) -> tuple[Path, Path]:
             f'wrote {table}, but the plot needs matplotlib: pip install "jaxrlhf[plots]" and run this again'
         ) from error
     matplotlib.use("Agg")
-    evaluation = run / "evaluation.json"  # of a reward model
-    scores = json.loads(evaluation.read_text(encoding="utf-8"))["histogram"] if evaluation.is_file() else {}
-    return write_whole(run / "plot.png", _draw(records, run.resolve().name, scores)), table
+    evaluation = run / "evaluation.json"  # written by reward model training
+    histogram = json.loads(evaluation.read_text(encoding="utf-8"))["histogram"] if evaluation.is_file() else {}
+    return write_whole(run / "plot.png", _draw(records, run.resolve().name, histogram)), table
 
 
 def series(records: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """(steps, values) of one metric where it was logged."""
+    """(steps, values) of one metric, from the records that have it."""
     pairs = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float) and "step" in r]
     return [float(step) for step, _ in pairs], [float(value) for _, value in pairs]
 
 
 def _csv(records: Sequence[dict[str, Any]]) -> str:
-    columns = dict.fromkeys(key for record in records for key in record)
-    columns = ["step", *sorted(columns.keys() - {"step"})] if "step" in columns else sorted(columns)
+    columns = sorted({key for record in records for key in record}, key=lambda name: (name != "step", name))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="")
     writer.writeheader()
@@ -66,28 +63,27 @@ def _csv(records: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _draw(records: Sequence[dict[str, Any]], title: str, scores: dict[str, list[float]]) -> bytes:
-    """A PNG. Of a reward model, whose runs have no KL, a histogram of its held-out `scores` takes that panel."""
+def _draw(records: Sequence[dict[str, Any]], title: str, histogram: dict[str, list[float]]) -> bytes:
+    """Draw a PNG. For a reward model, whose runs have no KL, the `histogram` of held-out scores takes that panel."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     figure.suptitle(title)
-    for axes, (name, keys) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-        if scores and "objective/kl" in keys:
-            for kind in (name for name in scores if name != "edges"):
-                axes.stairs(scores[kind], scores["edges"], fill=True, alpha=0.5, label=kind)
+    for axes, (panel, keys) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
+        curves = {key: series(records, key) for key in keys}
+        curves = {key: curve for key, curve in curves.items() if curve[0]}
+        axes.set_title(panel)
+        if histogram and "objective/kl" in keys:
+            for label in (name for name in histogram if name != "edges"):
+                axes.stairs(histogram[label], histogram["edges"], fill=True, alpha=0.5, label=label)
             axes.set_title("scores of held-out responses")
             axes.legend(fontsize="small")
-            continue
-        drawn = [(key, *series(records, key)) for key in keys]
-        drawn = [(key, steps, values) for key, steps, values in drawn if steps]
-        for key, steps, values in drawn:
-            axes.plot(steps, values, label=key, linewidth=1.2, marker="." if len(steps) < 50 else "")
-        axes.set_title(name)
-        if drawn:
+        elif curves:
+            for key, (steps, values) in curves.items():
+                axes.plot(steps, values, label=key, linewidth=1.2, marker="." if len(steps) < 50 else "")
             axes.set_xlabel("step")
             axes.grid(alpha=0.3)
-            if len(drawn) > 1:
+            if len(curves) > 1:
                 axes.legend(fontsize="small")
         else:
             axes.text(0.5, 0.5, "not logged in this run", ha="center", va="center", transform=axes.transAxes)

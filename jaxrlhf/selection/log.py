@@ -1,4 +1,4 @@
-"""What a selection has scored so far, on disk: an interrupted one goes on behind the last prompt that is there."""
+"""Log of scored completions on disk, from which an interrupted selection resumes."""
 
 import fcntl
 import json
@@ -15,12 +15,13 @@ CODE = "reward's code"
 
 
 class Log:
-    """JSON lines: first `settings` and `code` (a hash by file), all that decides what completions and scores are, then
-    a list for each prompt in order. A context manager; `count` prompts are there.
+    """JSON lines: first `settings` and `code`, then the completions of each prompt in order. A context manager.
 
-    A last line that was not written to its end is dropped, and with `fresh` everything. Raises StorageError where
-    another process writes to `path`, or where it was begun with other settings. Other code is only said: a function
-    that failed has to be mended.
+    `settings` is everything that determines completions and scores, `code` the hash of each file of the reward's code,
+    `count` the number of prompts in the log. An incomplete last line is dropped; `fresh` drops everything.
+
+    Raises StorageError if another process writes to `path`, or if the log was started with other settings. Other code
+    is only a warning, because a reward function that failed has to be fixed.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], code: dict[str, str], *, fresh: bool) -> None:
@@ -32,7 +33,7 @@ class Log:
             raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
         try:
             self._lock()
-            self._go_on(settings | {CODE: code}, fresh)
+            self._resume(settings | {CODE: code}, fresh)
         except BaseException:
             self._file.close()
             raise
@@ -43,29 +44,31 @@ class Log:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._file.close()
         if kind is not None and self.count:
-            print(f"{self.count} prompts are scored in {self.path}; the same command goes on there", file=sys.stderr)
+            print(
+                f"{self.count} prompts are scored in {self.path}; run the same command again to resume", file=sys.stderr
+            )
         elif kind is not None:
             self.remove()
 
     def append(self, groups: Sequence[Sequence[dict[str, Any]]]) -> None:
-        """Keep the completions of the next prompts; they are on disk when this returns."""
+        """Append the completions of the next prompts; they are on disk when this returns."""
         self._file.writelines(_line(group) for group in groups)
         self._file.flush()
         os.fsync(self._file.fileno())
         self.count += len(groups)
 
     def read(self) -> Iterator[list[dict[str, Any]]]:
-        """The completions of each prompt, one prompt at a time."""
+        """Yield the completions of each prompt."""
         self._file.seek(0)
         next(self._file)
         for number, line in enumerate(self._file, 2):
             try:
                 yield json.loads(line)
             except ValueError as error:
-                raise StorageError(f"{self.path}:{number} cannot be read ({error}); --fresh begins anew") from error
+                raise StorageError(f"{self.path}:{number} cannot be read ({error}); --fresh starts over") from error
 
     def remove(self) -> None:
-        """Delete the file: what it was for is done."""
+        """Delete the file."""
         self.path.unlink(missing_ok=True)
 
     def _lock(self) -> None:
@@ -74,34 +77,35 @@ class Log:
         except BlockingIOError:
             raise StorageError(f"another process writes to {self.path}; wait for it, or give another --out") from None
 
-    def _go_on(self, settings: dict[str, Any], fresh: bool) -> None:
+    def _resume(self, settings: dict[str, Any], fresh: bool) -> None:
+        """Check the header, count the complete lines and cut off the rest; start a new log if there is no header."""
         self._file.seek(0)
-        head = b"" if fresh else self._file.readline()
-        whole = len(head) if head.endswith(b"\n") else 0
-        if whole:
-            self._compare(head, settings)
+        header = b"" if fresh else self._file.readline()
+        size = len(header) if header.endswith(b"\n") else 0
+        if size:
+            self._check_settings(header, settings)
             for line in self._file:
                 if line.endswith(b"\n"):
-                    whole, self.count = whole + len(line), self.count + 1
-        self._file.truncate(whole)
-        if not whole:
+                    size, self.count = size + len(line), self.count + 1
+        self._file.truncate(size)
+        if not size:
             self._file.write(_line(settings))
 
-    def _compare(self, head: bytes, settings: dict[str, Any]) -> None:
+    def _check_settings(self, header: bytes, settings: dict[str, Any]) -> None:
         try:
-            before, now = dict(json.loads(head)), json.loads(_line(settings))
+            logged, current = dict(json.loads(header)), json.loads(_line(settings))
         except (ValueError, TypeError):
-            raise StorageError(f"{self.path} is no list of scored completions; move it away") from None
-        code, was = now.pop(CODE), before.pop(CODE, {})
-        differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        if differing:
+            raise StorageError(f"{self.path} is not a log of scored completions; move it away") from None
+        code, logged_code = current.pop(CODE), logged.pop(CODE, {})
+        changed = [name for name in {**logged, **current} if logged.get(name) != current.get(name)]
+        if changed:
             raise StorageError(
-                f"{self.path} holds completions made with another {', '.join(differing)}; go back to that, give "
-                "another --out, or --fresh to begin anew"
+                f"{self.path} holds completions made with another {', '.join(changed)}; restore the old value, give "
+                "another --out, or --fresh to start over"
             )
-        for file in (file for file, content in code.items() if was.get(file) != content):
+        for file in (file for file, content in code.items() if logged_code.get(file) != content):
             warnings.warn(
-                f"{file} has changed since {self.path} was begun: scores that are there stay; --fresh begins anew",
+                f"{file} has changed since {self.path} was started: its scores are kept; --fresh starts over",
                 stacklevel=2,
             )
 

@@ -1,4 +1,4 @@
-"""Completions to data: several of each prompt, scored, and kept by their score (selection_rule.py)."""
+"""Generation of training data: sample several completions per prompt, score them and keep some by their score."""
 
 import dataclasses
 import hashlib
@@ -15,15 +15,15 @@ from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.data.formats import DECIDING
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError, DataError, StorageError, first_line
-from jaxrlhf.evaluation import completions
-from jaxrlhf.files import atomic_open
+from jaxrlhf.evaluation import generation
+from jaxrlhf.files import whole
 from jaxrlhf.metrics.console import Console
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.selection.log import Log
-from jaxrlhf.selection.rule import Answer, Rule, Summary, mean, scores_of
+from jaxrlhf.selection.rule import Completion, Rule, Summary, mean, scores_of
 
-BATCHES = 8  # of ppo.batch_size completions that are drawn before they are scored: ended rows make room for others
-MENDING = ("timeout", "on_error", "error_value", "micro_batch_size")  # of a reward: may change when a job goes on
+BATCHES = 8  # batches of ppo.batch_size completions generated before scoring: freed decoding slots take further prompts
+CHANGEABLE = ("timeout", "on_error", "error_value", "micro_batch_size")  # reward options that may change on resuming
 
 
 def select(
@@ -35,35 +35,41 @@ def select(
     fresh: bool = False,
     function: Callable[..., Any] | None = None,
 ) -> Summary:
-    """Complete every prompt of `config.data` `count` times, score the completions, and write what `rule` keeps to `out`
-    as JSON lines in the order of the prompts.
+    """Sample `count` completions of every prompt of `config.data`, score them, and write the rows that `rule` keeps.
 
-    Uses model, tokenizer, data, reward, sampling and rollout of `config`; rollout.slots completions are made at a time
-    (0: ppo.batch_size) and about ppo.batch_size scored. What they are depends on the seed alone. What has been scored
-    is at once in `out`.scored, from where an interrupted call goes on. `fresh` begins anew, whatever is there.
-    `function` stands in for `reward.function`. Raises StorageError where `out` exists, unless `fresh`.
+    `rollout.slots` completions are generated at a time (0: `ppo.batch_size`) and about `ppo.batch_size` scored; the
+    result depends on the seed and on neither of these. Scored completions are stored in `out`.scored at once, and an
+    interrupted call resumes from there. Raises StorageError if `out` exists, unless `fresh`.
+
+    Args:
+        config: model, tokenizer, data, reward, sampling, rollout and seed.
+        out: JSON lines file to write, in the order of the prompts.
+        fresh: start over, whatever exists.
+        function: reward function to use in place of `reward.function`.
     """
     if out.suffix != ".jsonl" or out.resolve() == Path(config.data.path).resolve():
         raise ConfigError(f"--out is {out}: give a file of its own whose name ends in .jsonl")
     if out.exists() and not fresh:
-        raise StorageError(f"{out} exists; give another --out, or --fresh to write it anew")
+        raise StorageError(f"{out} exists; give another --out, or --fresh to overwrite it")
     if rule.keep == "pairs" and count < 2:
-        raise ConfigError("--keep pairs needs two completions of each prompt or more; give --n 8, say")
+        raise ConfigError("--keep pairs needs two or more completions per prompt, for example --n 8")
     if config.sampling.greedy and count > 1:
-        raise ConfigError(f"sampling.greedy with {count} completions of a prompt: all would be the same; leave it out")
-    tokenizer, rows = completions.read_prompts(config)
+        raise ConfigError(f"sampling.greedy with {count} completions per prompt: all would be the same; remove it")
+    tokenizer, rows = generation.read_prompts(config)
     _check_columns(rows)
-    scorer = completions.open_scorer(config, tokenizer, rows, function, directory=out.parent)
-    with Log(out.with_name(f"{out.name}.scored"), _settings(config, rows, count), _code(config), fresh=fresh) as log:
+    scorer = generation.open_scorer(config, tokenizer, rows, function, directory=out.parent)
+    with Log(
+        out.with_name(f"{out.name}.scored"), _settings(config, rows, count), code_hashes(config), fresh=fresh
+    ) as log:
         if log.count < len(rows):
             _complete(config, tokenizer, rows, count, scorer, log)
         summary = Summary(config.model.path, rule, count)
         if rule.keep != "prompts":
             summary.left_out = sorted({name for row in rows for name in row.columns if name in DECIDING} - {"prompt"})
-        with atomic_open(out) as file:
-            for row, answers in zip(rows, log.read(), strict=True):
-                kept, why = rule.apply(row, answers)
-                summary.add(answers, kept, why)
+        with whole(out) as file:
+            for row, completions in zip(rows, log.read(), strict=True):
+                kept, reason = rule.apply(row, completions)
+                summary.add(completions, kept, reason)
                 file.writelines(json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in kept)
         log.remove()
     return summary
@@ -72,24 +78,24 @@ def select(
 def _complete(
     config: PPOConfig, tokenizer: Tokenizer, rows: Sequence[PromptRow], count: int, scorer: Scorer, log: Log
 ) -> None:
-    """Complete and score the rows that the log does not have."""
-    model, params = completions.open_model(config, tokenizer)
-    columns = completions.prompt_columns(config, model, rows)
+    """Generate and score completions of the rows that are not in the log yet."""
+    model, params = generation.open_model(config, tokenizer)
+    columns = generation.prompt_columns(config, model, rows)
     size = -(-BATCHES * config.ppo.batch_size // count)
     console = None if config.logging.quiet else Console("generate", len(rows), every=config.logging.log_every)
     scores = [score for group in log.read() for score in scores_of(group)]
     if console:
-        scorer.pause_while_asking(console.paused)
+        scorer.pause(console.paused)
     try:
         if console and log.count:
-            console.note(f"{log.count} of {len(rows)} prompts are scored in {log.path}; going on there")
+            console.note(f"resuming: {log.count} of {len(rows)} prompts are scored in {log.path}")
         while log.count < len(rows):
-            part = rows[log.count : log.count + size]
-            rollout = completions.respond(config, model, params, tokenizer, part, count, columns)
-            for groups in completions.judge(config, scorer, tokenizer, part, rollout):
-                found = [[_answer(answer, scorer) for answer in group] for group in groups]
-                log.append(found)
-                scores += [score for group in found for score in scores_of(group)]
+            batch = rows[log.count : log.count + size]
+            rollout = generation.generate(config, model, params, tokenizer, batch, count, columns)
+            for groups in generation.score_completions(config, scorer, tokenizer, batch, rollout):
+                stored = [[_stored(completion, scorer) for completion in group] for group in groups]
+                log.append(stored)
+                scores += [score for group in stored for score in scores_of(group)]
             if console:
                 console.progress(log.count, {"objective/scores": mean(scores)} if scores else {})
     finally:
@@ -97,20 +103,20 @@ def _complete(
             console.close()
 
 
-def _answer(answer: Answer, scorer: Scorer) -> Answer:
-    """What is kept of a completion; its score is None where no part of the reward had an opinion."""
-    silent = all(answer["components"].get(f"{name}_unanswered") for name in scorer.components)
-    score = None if silent else float(str(np.float32(answer["score"])))  # 0.9 reaches a threshold of 0.9
-    return {"text": answer["text"], "score": score, "finished": answer["finished"]}
+def _stored(completion: Completion, scorer: Scorer) -> Completion:
+    """The part of a completion that is stored; its score is None if no component of the reward scored it."""
+    unscored = all(completion["components"].get(f"{name}_unanswered") for name in scorer.parts)
+    score = None if unscored else float(str(np.float32(completion["score"])))  # float32 0.9 passes a threshold of 0.9
+    return {"text": completion["text"], "score": score, "finished": completion["finished"]}
 
 
 def _settings(config: PPOConfig, rows: Sequence[PromptRow], count: int) -> dict[str, Any]:
-    """All that decides what is drawn and how it is scored, but for the code of functions."""
+    """Everything that determines completions and scores, except the code of reward functions."""
     reward = dataclasses.asdict(config.reward)
-    for part in [reward, *reward["components"]]:
-        for name in MENDING:
-            part.pop(name, None)
-    judges = [member for part in config.reward.parts() for member in part.members()]
+    for component in [reward, *reward["components"]]:
+        for name in CHANGEABLE:
+            component.pop(name, None)
+    members = [member for component in config.reward.parts() for member in component.members()]
     prompts = hashlib.sha256()
     for row in rows:
         prompts.update(repr((row.index, row.tokens, row.columns)).encode("utf-8", "backslashreplace"))
@@ -119,7 +125,7 @@ def _settings(config: PPOConfig, rows: Sequence[PromptRow], count: int) -> dict[
         "tokenizer": dataclasses.asdict(config.tokenizer),
         "prompts": prompts.hexdigest(),
         "n": count,
-        "reward": reward | {"content": [_content(part.model, part.revision) for part in judges if part.model]},
+        "reward": reward | {"content": [_content(member.model, member.revision) for member in members if member.model]},
         "sampling": dataclasses.asdict(config.sampling),
         "rollout.dtype": config.rollout.dtype,
         "seed": config.seed,
@@ -127,25 +133,24 @@ def _settings(config: PPOConfig, rows: Sequence[PromptRow], count: int) -> dict[
 
 
 def _content(path: str, revision: str | None) -> str:
-    """A hash of a model's description and weights, adapters and what they are for."""
-    found = weights.base_and_adapters(weights.resolve(path, revision), weights=True)
-    files = [file for folder in found if folder for file in sorted(folder.iterdir())]
-    total = hashlib.sha256()
-    for file in files:
+    """Hash of the config and weights of a model, including adapters and their base model."""
+    folders = weights.described_by(weights.resolve(path, revision), weights=True)
+    digest = hashlib.sha256()
+    for file in (file for folder in folders if folder for file in sorted(folder.iterdir())):
         if file.suffix in (".json", ".safetensors"):
             with file.open("rb") as opened:
-                total.update(hashlib.file_digest(opened, "sha256").digest())
-    return total.hexdigest()
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
 
 
-def _code(config: PPOConfig) -> dict[str, str]:
-    """A hash of each file that a function of the reward is in."""
-    files = [Path(part.function.rpartition(":")[0]) for part in config.reward.parts()]
+def code_hashes(config: PPOConfig) -> dict[str, str]:
+    """SHA-256 of each file that contains a reward function."""
+    files = [Path(component.function.rpartition(":")[0]) for component in config.reward.parts()]
     return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.suffix == ".py"}
 
 
 def _check_columns(rows: Sequence[PromptRow]) -> None:
-    """Refuse columns that cannot be written, before hours have gone into what stands beside them."""
+    """Raise DataError for columns that cannot be written as JSON, before any completion is generated."""
     for row in rows:
         for name, value in row.columns.items():
             try:
@@ -153,5 +158,5 @@ def _check_columns(rows: Sequence[PromptRow]) -> None:
             except (TypeError, ValueError) as error:
                 raise DataError(
                     f"row {row.index + 1} of the prompts: column {name!r} cannot be written as JSON "
-                    f"({first_line(error)}); drop it from the data, or turn it into text"
+                    f"({first_line(error)}); remove it from the data, or convert it to text"
                 ) from error

@@ -13,10 +13,9 @@ from jaxrlhf import weights
 from jaxrlhf.cli import main
 from jaxrlhf.config import PPO, Data, Generation, ModelSource, PPOConfig, Sampling
 from jaxrlhf.errors import DataError
-from jaxrlhf.evaluation import completions as evaluate
-from jaxrlhf.evaluation import summary as evaluate_report
-from jaxrlhf.selection import select as selection
+from jaxrlhf.evaluation import completions, summary
 from jaxrlhf.selection.rule import Rule
+from jaxrlhf.selection.select import select
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def vowels(prompts, completions, worth):
 
 @pytest.fixture(scope="module")
 def result(config) -> dict:
-    return evaluate.evaluate(config, num_prompts=4, num_completions=3, function=vowels)
+    return completions.evaluate(config, num_prompts=4, num_completions=3, function=vowels)
 
 
 def test_completions_are_scored_by_the_function_and_ranked(result):
@@ -75,7 +74,8 @@ def test_the_function_sees_every_completion_once(config, result):
         return vowels(prompts, completions, worth)
 
     assert (
-        evaluate.evaluate(config, num_prompts=4, num_completions=3, function=reward)["statistics"]["completions"] == 12
+        completions.evaluate(config, num_prompts=4, num_completions=3, function=reward)["statistics"]["completions"]
+        == 12
     )
     assert [len(call) for call in calls] == [6, 6], "whole prompts, of five completions or more"
     seen = sorted(pair for call in calls for pair in call)
@@ -101,33 +101,35 @@ def test_a_completion_depends_on_the_seed_and_not_on_the_batch(config, result):
         dataclasses.replace(config, ppo=PPO(batch_size=64)),
         dataclasses.replace(config, rollout=Generation(slots=2)),
     ):
-        again = evaluate.evaluate(other, num_prompts=4, num_completions=3, function=vowels)
+        again = completions.evaluate(other, num_prompts=4, num_completions=3, function=vowels)
         assert again["prompts"] == result["prompts"]
     other = dataclasses.replace(config, seed=4)
-    assert evaluate.evaluate(other, num_prompts=4, num_completions=3, function=vowels)["prompts"] != result["prompts"]
+    assert (
+        completions.evaluate(other, num_prompts=4, num_completions=3, function=vowels)["prompts"] != result["prompts"]
+    )
 
 
 def test_the_table_shows_every_completion_and_the_json_reads_back(result, tmp_path):
-    shown = evaluate_report.table(result)
+    shown = summary.table(result)
     assert shown.count("BEST") == shown.count("WORST") == 4
     assert max(map(len, shown.splitlines())) <= 100
-    written = evaluate.write(result, tmp_path / "new" / "r.json")
+    written = completions.write(result, tmp_path / "new" / "r.json")
     assert json.loads(written.read_text()) == result
     assert [p.name for p in written.parent.iterdir()] == ["r.json"]
 
 
 def test_choosing_is_seeded_and_never_repeats(result):
     rows = [*range(50)]
-    first = evaluate.choose(rows, 20, 0)
-    assert first == evaluate.choose(rows, 20, 0) != evaluate.choose(rows, 20, 1)
+    first = completions.sample_rows(rows, 20, 0)
+    assert first == completions.sample_rows(rows, 20, 0) != completions.sample_rows(rows, 20, 1)
     assert len(set(first)) == 20
-    assert evaluate.choose(rows, 99, 0) == rows
+    assert completions.sample_rows(rows, 99, 0) == rows
 
 
 def test_no_room_for_a_prompt_is_refused(config):
     greedy = dataclasses.replace(config, sampling=Sampling(response_length=64))
     with pytest.raises(DataError, match="response_length is 64 and the model's context 64: no room"):
-        evaluate.evaluate(greedy, num_prompts=1, num_completions=1, function=vowels)
+        completions.evaluate(greedy, num_prompts=1, num_completions=1, function=vowels)
 
 
 def test_the_command_writes_json(model_folder, prompts_file, tmp_path, capsys):
@@ -173,7 +175,9 @@ def test_prompts_are_those_that_a_model_beside_can_read(config, model_folder, tm
     about = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps(about | {"max_position_embeddings": 18}))  # prompts of 12 and no more
     with pytest.warns(UserWarning, match="3 of 7 prompts are left out: the prompt is longer"):
-        result = evaluate.evaluate(config, num_prompts=9, num_completions=3, function=vowels, beside=[str(small)])
+        result = completions.evaluate(
+            config, num_prompts=9, num_completions=3, function=vowels, other_models=[str(small)]
+        )
     assert [prompt["index"] for prompt in result["prompts"]] == [0, 1, 2, 3]
 
 
@@ -189,14 +193,14 @@ def test_the_comparison_of_two_models(result, tmp_path, monkeypatch, capsys):
         seen.append((config, asked))
         return result | {"model": config.model.path}
 
-    monkeypatch.setattr(evaluate, "evaluate", record)
+    monkeypatch.setattr(completions, "evaluate", record)
     asked = ["compare", "base", str(run), "--prompts", "p.jsonl", "--num-prompts", "9", "--references", "right"]
     assert main([*asked, "--output", f"{tmp_path}/both.json"]) == 0
     (first, of_first), (second, of_second) = seen
     assert (first.model.path, second.model.path) == ("base", str(run))
     assert dataclasses.replace(first, model=second.model) == second
     assert first.sampling.response_length == 7 and first.reward.function == "r.py:f"
-    expected = {"num_prompts": 9, "num_completions": 4, "references": "right", "beside": ["base", str(run)]}
+    expected = {"num_prompts": 9, "num_completions": 4, "references": "right", "other_models": ["base", str(run)]}
     assert of_first == of_second == expected
     shown = capsys.readouterr().out
     assert "A: base, 4 prompts" in shown and "wins          A 0, B 0, ties 4" in shown
@@ -209,9 +213,9 @@ def test_a_selection_draws_what_an_evaluation_draws(config, result, tmp_path):
     few = dataclasses.replace(
         config, rollout=Generation(slots=2), ppo=PPO(batch_size=1)
     )  # two prompts before any is scored
-    summary = selection.select(few, tmp_path / "all.jsonl", Rule("all"), 3, function=vowels)
+    selected = select(few, tmp_path / "all.jsonl", Rule("all"), 3, function=vowels)
     rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
-    assert len(rows) == summary.rows == 21
+    assert len(rows) == selected.rows == 21
     assert [row["worth"] for row in rows] == [i for i in range(7) for _ in range(3)], "in file order"
     for prompt, answers in expected.items():
         assert sorted((row["completion"], row["score"]) for row in rows if row["prompt"] == prompt) == answers

@@ -8,31 +8,32 @@ import pytest
 
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluation import summary, text_metrics
+from jaxrlhf.metrics.statistics import mean_and_error, wilson
 
 
 def test_mean_and_error_against_the_standard_library():
     values = [1.0, 4.0, -2.0, 7.5]
-    mean, error = summary.mean_and_error(values)
+    mean, error = mean_and_error(values)
     assert mean == pytest.approx(stdlib.fmean(values))
     assert error == pytest.approx(stdlib.stdev(values) / 2)
-    assert summary.mean_and_error([3.0]) == (3.0, 0.0)
+    assert mean_and_error([3.0]) == (3.0, 0.0)
 
 
 def test_wilson_bounds_solve_the_score_equation():
     for successes, total in [(0, 10), (3, 10), (10, 10), (150, 200)]:
-        low, high = summary.wilson(successes, total)
+        low, high = wilson(successes, total)
         share = successes / total
         assert 0 <= low <= share <= high <= 1
         for bound in (low, high):
             if 0 < bound < 1:
                 z = (share - bound) / math.sqrt(bound * (1 - bound) / total)
                 assert abs(z) == pytest.approx(1.96, abs=1e-4)
-    assert summary.wilson(0, 0) == (0.0, 1.0)
+    assert wilson(0, 0) == (0.0, 1.0)
 
 
 def test_wilson_covers_the_truth_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    bounds = {k: summary.wilson(k, 40) for k in range(41)}
+    bounds = {k: wilson(k, 40) for k in range(41)}
     covered = [bounds[int(k)][0] <= 0.3 <= bounds[int(k)][1] for k in rng.binomial(40, 0.3, 2000)]
     assert 0.92 < np.mean(covered) < 0.98
 
@@ -79,7 +80,7 @@ def test_two_models_are_compared_prompt_by_prompt():
     differences = [1.0, -0.5, 4.0, 0.0, 3.0]
     assert (found["wins"], found["losses"], found["ties"]) == (3, 1, 1)
     assert found["win_rate"] == 0.75
-    assert tuple(found["win_rate_interval_95"]) == summary.wilson(3, 4)
+    assert tuple(found["win_rate_interval_95"]) == wilson(3, 4)
     assert found["difference"]["mean"] == pytest.approx(stdlib.fmean(differences))
     assert found["difference"]["standard_error"] == pytest.approx(stdlib.stdev(differences) / math.sqrt(5))
 

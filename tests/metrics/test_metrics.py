@@ -12,7 +12,7 @@ import pytest
 
 from jaxrlhf.config import Logging
 from jaxrlhf.errors import ConfigError, DataError
-from jaxrlhf.metrics import Logger, console, read
+from jaxrlhf.metrics import Logger, console, read_records
 from jaxrlhf.metrics.keys import METRICS
 
 PLAIN = Logging(tensorboard=False)
@@ -32,7 +32,7 @@ def test_numbers_survive_to_the_last_bit(tmp_path):
     values = [np.float32(0.1), jnp.float32(1 / 3), 1e-300, 5e-324, np.float64(math.pi), jnp.bfloat16(0.3)]
     for step, value in enumerate(values, 1):
         logger.log(step, {"loss": value, "num_tokens": np.int64(2**53 + 1)})
-    for record, value in zip(read(tmp_path / "metrics.jsonl"), values, strict=True):
+    for record, value in zip(read_records(tmp_path / "metrics.jsonl"), values, strict=True):
         assert record["loss"] == float(value) and record["num_tokens"] == 2**53 + 1
 
 
@@ -43,7 +43,7 @@ def test_what_is_not_finite_is_valid_json(tmp_path):
     line = (tmp_path / "metrics.jsonl").read_text()
     assert strict(line) == {"step": 1, "objective/kl": "NaN", "rewards/f/mean": "Infinity", "grad_norm": "-Infinity"}
     assert strict((tmp_path / "samples.jsonl").read_text())["parts"] == ["Infinity"]
-    record = read(tmp_path / "metrics.jsonl")[0]
+    record = read_records(tmp_path / "metrics.jsonl")[0]
     assert (
         math.isnan(record["objective/kl"]) and record["rewards/f/mean"] == math.inf and record["grad_norm"] == -math.inf
     )
@@ -70,10 +70,10 @@ def test_lines_are_on_disk_at_once_and_rewind_cuts(tmp_path, capsys):
     assert whole.count(b"\n") == 5  # without close
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 6, "lo')
-    assert [r["step"] for r in read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     resumed = Logger(tmp_path, PLAIN, "sft", 10)
     resumed.rewind(3)
-    assert [r["step"] for r in read(tmp_path / "samples.jsonl")] == [1, 1, 2, 2, 3, 3]
+    assert [r["step"] for r in read_records(tmp_path / "samples.jsonl")] == [1, 1, 2, 2, 3, 3]
     for step in (4, 5):
         resumed.log(step, {"loss": step / 3})
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
@@ -84,19 +84,19 @@ def test_lines_are_on_disk_at_once_and_rewind_cuts(tmp_path, capsys):
 def test_a_file_that_is_no_log_is_refused_by_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with pytest.raises(DataError, match="is it a run directory"):
-        read(path)
+        read_records(path)
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2\n{"step": 3}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: not JSON"):
-        read(path)
+        read_records(path)
     path.write_text('{"step": 1, "loss": 2.0}\n[1]\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: expected an object, found \[1\]"):
-        read(path)
+        read_records(path)
 
 
 def test_text_of_any_kind_comes_back(tmp_path):
     text = "é 漢 \u202e \x1b[31m \u2028 \x85 \r\n [bold] \ud800"
     Logger(tmp_path, Logging(tensorboard=False, quiet=True), "ppo", 1).samples(1, [{"prompt": text, "completion": ""}])
-    assert read(tmp_path / "samples.jsonl")[0]["prompt"] == text
+    assert read_records(tmp_path / "samples.jsonl")[0]["prompt"] == text
     assert (tmp_path / "samples.jsonl").read_bytes().count(b"\n") == 1
 
 
@@ -145,7 +145,7 @@ def test_only_the_first_samples_are_shown_and_quiet_shows_none(tmp_path, capsys)
     logger = Logger(tmp_path, Logging(tensorboard=False, num_samples=2), "ppo", 2)
     logger.samples(1, rows)
     shown = capsys.readouterr().out
-    assert "prompt 1" in shown and "prompt 2" not in shown and len(read(tmp_path / "samples.jsonl")) == 5
+    assert "prompt 1" in shown and "prompt 2" not in shown and len(read_records(tmp_path / "samples.jsonl")) == 5
     quiet = Logger(tmp_path, Logging(tensorboard=False, quiet=True), "ppo", 2)
     quiet.samples(1, rows)
     quiet.log(1, {"objective/kl": 1.0})

@@ -12,8 +12,9 @@ from jaxrlhf.config import RewardSource, TokenizerSource
 from jaxrlhf.data.tokenizer import load_tokenizer
 from jaxrlhf.errors import ConfigError, DataError, RewardError
 from jaxrlhf.logprobs import last_token_scores
+from jaxrlhf.metrics.statistics import correlation
 from jaxrlhf.models import forward
-from jaxrlhf.rewards.compose import Scorer, correlation
+from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rewards.sources import model as reward_model
 from jaxrlhf.rewards.sources.model import RewardModel
 

@@ -17,11 +17,11 @@ from jaxrlhf.config import PPO, Data, Logging, ModelSource, PPOConfig, RewardSou
 from jaxrlhf.data.datasets import PromptRow, pair_rows, prompt_rows, sft_rows
 from jaxrlhf.data.tokenizer import load_tokenizer
 from jaxrlhf.errors import ConfigError, DataError, RewardError, StorageError
-from jaxrlhf.evaluation import completions as evaluate
-from jaxrlhf.rewards.sources.protocol import ScoreRequest
-from jaxrlhf.selection import select as selection
+from jaxrlhf.evaluation import generation
+from jaxrlhf.rewards.sources.answers import Request
 from jaxrlhf.selection.log import Log
 from jaxrlhf.selection.rule import Rule, Summary, kl_bound
+from jaxrlhf.selection.select import code_hashes, select
 
 ROW = PromptRow(tokens=[5], text="why?", columns={"prompt": "why?", "answer": 42, "text": "other"}, index=0)
 
@@ -54,8 +54,8 @@ def test_what_is_kept_of_a_prompt():
         (Rule("pairs"), answers(1.0, 2.0, texts="aa"), "the same text"),
         (Rule("best"), answers(None, None), "no completion has a score"),
         (Rule("above", 5.0), answers(1.0, 2.0), "no completion scores 5 or more"),
-        (Rule("best", 1.0, 0.3, 0.8), answers(1.0, 1.0), "above what was asked for"),
-        (Rule("best", 1.0, 0.3, 0.8), answers(0.0, 0.0, 0.0, 1.0), "below what was asked for"),
+        (Rule("best", 1.0, 0.3, 0.8), answers(1.0, 1.0), "above --max-pass-rate"),
+        (Rule("best", 1.0, 0.3, 0.8), answers(0.0, 0.0, 0.0, 1.0), "below --min-pass-rate"),
         (Rule("best", 1.0, 0.5, 0.5), answers(0.0, 1.0), ""),
     ],
 )
@@ -123,10 +123,10 @@ def drawn(monkeypatch) -> list[int]:
                 group.append({"text": f" {row.index} {j}.", "tokens": 4, "finished": j > 0, **part})
             yield [group]
 
-    monkeypatch.setattr(evaluate, "open_model", lambda config, tokenizer: (None, None))
-    monkeypatch.setattr(evaluate, "prompt_columns", lambda *given: 0)
-    monkeypatch.setattr(evaluate, "respond", lambda *given: None)
-    monkeypatch.setattr(evaluate, "judge", judge)
+    monkeypatch.setattr(generation, "open_model", lambda config, tokenizer: (None, None))
+    monkeypatch.setattr(generation, "prompt_columns", lambda *given: 0)
+    monkeypatch.setattr(generation, "generate", lambda *given: None)
+    monkeypatch.setattr(generation, "score_completions", judge)
     return asked
 
 
@@ -142,8 +142,8 @@ def config(tiny_model, tmp_path) -> PPOConfig:
     )
 
 
-def select(config: PPOConfig, out: Path, *rule, **more) -> Summary:
-    return selection.select(config, out, Rule(*rule), 3, function=lambda completions: [0] * len(completions), **more)
+def run(config: PPOConfig, out: Path, *rule, **more) -> Summary:
+    return select(config, out, Rule(*rule), 3, function=lambda completions: [0] * len(completions), **more)
 
 
 @pytest.mark.parametrize("chat", ["none", "chatml"])
@@ -158,7 +158,7 @@ def test_what_is_written_is_what_the_trainers_read(config, drawn, tmp_path, chat
     tokenizer = load_tokenizer(config.model.path, source)
     prompts = prompt_rows(data, tokenizer).train
 
-    summary = select(config, tmp_path / "best.jsonl", "best")
+    summary = run(config, tmp_path / "best.jsonl", "best")
     assert f"left out      {'question, ' if names else ''}text of the prompt file" in str(summary)
     said = read(tmp_path / "best.jsonl")[0]["completion"]
     assert said == (" 0 2." if chat == "none" else [{"role": "assistant", "content": " 0 2."}])
@@ -169,14 +169,14 @@ def test_what_is_written_is_what_the_trainers_read(config, drawn, tmp_path, chat
         assert row.tokens[: len(prompt.tokens)] == prompt.tokens
         assert learnt == [*tokenizer.encode(f" {i} {0 if i == 3 else 2}."), ends]
 
-    select(config, tmp_path / "pairs.jsonl", "pairs")
+    run(config, tmp_path / "pairs.jsonl", "pairs")
     pairs = pair_rows(Data(path=str(tmp_path / "pairs.jsonl")), tokenizer).train
     assert len(pairs) == 4, "prompt 3 has no better and worse"
     for i, pair, prompt in zip((0, 1, 2, 4), pairs, [*prompts[:3], prompts[4]], strict=True):
         for row, j in ((pair.chosen, 2), (pair.rejected, 1 if i == 4 else 0)):
             assert row.tokens == [*prompt.tokens, *tokenizer.encode(f" {i} {j}."), ends]
 
-    select(config, tmp_path / "prompts.jsonl2.jsonl", "prompts", 2.0, 0.1)
+    run(config, tmp_path / "prompts.jsonl2.jsonl", "prompts", 2.0, 0.1)
     again = prompt_rows(dataclasses.replace(data, path=str(tmp_path / "prompts.jsonl2.jsonl")), tokenizer).train
     assert [row.tokens for row in again] == [prompts[i].tokens for i in (0, 1, 2, 4)]
     assert [row.columns["pass_rate"] for row in again] == [1 / 3, 1 / 3, 1 / 3, 1 / 2]
@@ -184,7 +184,7 @@ def test_what_is_written_is_what_the_trainers_read(config, drawn, tmp_path, chat
 
 
 def test_the_summary_accounts_for_every_prompt(config, drawn, tmp_path):
-    summary = select(config, tmp_path / "o.jsonl", "pairs", 2.0)
+    summary = run(config, tmp_path / "o.jsonl", "pairs", 2.0)
     said = str(summary)
     assert "5 prompts, 15 completions" in said
     assert "kept          4 rows (pairs)" in said
@@ -192,19 +192,19 @@ def test_the_summary_accounts_for_every_prompt(config, drawn, tmp_path):
     assert "unscored      1 completions" in said
     assert f"score {(3 * 3 + 0 + 3) / 14:.4f}; of the rows kept: chosen_score 2.0000, rejected_score 0.2500" in said
     assert "KL" not in said, "a pair is no sample"
-    said = str(select(config, tmp_path / "best.jsonl", "best"))
+    said = str(run(config, tmp_path / "best.jsonl", "best"))
     assert "unfinished    1 rows" in said, "the first completion of prompt 3"
     assert "the best of 3 is at most 0.432 nats" in said
 
 
 def test_an_interrupted_job_goes_on_where_it_was(config, drawn, tmp_path, monkeypatch, capsys):
-    out, judge = tmp_path / "o.jsonl", evaluate.judge
+    out, judge = tmp_path / "o.jsonl", generation.score_completions
     folder = shutil.copytree(config.model.path, tmp_path / "model")
     weights = folder / "model.safetensors"
     weights.write_bytes(b"trained")
     config = dataclasses.replace(config, model=ModelSource(path=str(folder)))
     partial = tmp_path / "o.jsonl.scored"
-    select(config, tmp_path / "whole.jsonl", "all")
+    run(config, tmp_path / "whole.jsonl", "all")
     drawn.clear()
 
     def stops(config, scorer, tokenizer, rows, rollout):
@@ -213,35 +213,35 @@ def test_an_interrupted_job_goes_on_where_it_was(config, drawn, tmp_path, monkey
                 raise KeyboardInterrupt
             yield groups
 
-    monkeypatch.setattr(evaluate, "judge", stops)
+    monkeypatch.setattr(generation, "score_completions", stops)
     with pytest.raises(KeyboardInterrupt):
-        select(config, out, "all")
+        run(config, out, "all")
     assert "3 prompts are scored in" in capsys.readouterr().err
     assert not out.exists()
     with partial.open("ab") as file:
         file.write(b'[{"text": "half a li')
-    monkeypatch.setattr(evaluate, "judge", judge)
+    monkeypatch.setattr(generation, "score_completions", judge)
     for other in (
         dataclasses.replace(config, seed=1),
         dataclasses.replace(config, data=Data(path=str(write(tmp_path / "other.jsonl", PROMPTS[::-1])))),
     ):
-        with pytest.raises(StorageError, match="made with another (seed|prompts); go back to that"):
-            select(other, out, "all")
+        with pytest.raises(StorageError, match="made with another (seed|prompts); restore the old value"):
+            run(other, out, "all")
     weights.write_bytes(b"trained further")
-    with pytest.raises(StorageError, match="made with another model; go back to that"):
-        select(config, out, "all")
+    with pytest.raises(StorageError, match="made with another model; restore the old value"):
+        run(config, out, "all")
     weights.write_bytes(b"trained")
     drawn.clear()
     slow = dataclasses.replace(config.reward.components[0], timeout=9.0)
     config = dataclasses.replace(config, reward=RewardSource(components=(slow,)), ppo=PPO(batch_size=64))
-    select(config, out, "all")
+    run(config, out, "all")
     assert drawn == [3, 4]
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not partial.exists()
 
     with pytest.raises(StorageError, match="exists; give another --out, or --fresh"):
-        select(config, out, "best")
-    select(config, out, "best", fresh=True)
+        run(config, out, "best")
+    run(config, out, "best", fresh=True)
     assert len(read(out)) == 5
 
 
@@ -249,19 +249,19 @@ def test_a_function_that_has_been_mended_is_said_and_the_job_goes_on(config, tmp
     file = tmp_path / "mine.py"
     config = dataclasses.replace(config, reward=RewardSource(function=f"{file}:reward"))
     file.write_text("1 / 0")
-    with Log(tmp_path / "l", {"n": 1}, selection._code(config), fresh=False) as log:
+    with Log(tmp_path / "l", {"n": 1}, code_hashes(config), fresh=False) as log:
         log.append([[]])
     file.write_text("")
-    with pytest.warns(UserWarning, match=r"mine\.py has changed since .*l was begun: scores that are there stay"):
-        again = Log(tmp_path / "l", {"n": 1}, selection._code(config), fresh=False)
+    with pytest.warns(UserWarning, match=r"mine\.py has changed since .*l was started: its scores are kept"):
+        again = Log(tmp_path / "l", {"n": 1}, code_hashes(config), fresh=False)
     with again:
         assert again.count == 1
 
 
 def test_a_job_that_fails_before_anything_is_scored_leaves_nothing(config, drawn, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "respond", lambda *given: 1 / 0)
+    monkeypatch.setattr(generation, "generate", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        select(config, tmp_path / "new" / "o.jsonl", "all")
+        run(config, tmp_path / "new" / "o.jsonl", "all")
     assert not list((tmp_path / "new").iterdir())
 
 
@@ -278,13 +278,13 @@ def test_what_people_answer_is_kept_beside_the_file(config, drawn, tmp_path, mon
     monkeypatch.setattr("builtins.input", asked)
 
     def judge(config, scorer, tokenizer, rows, rollout):
-        scorer.components["human"].source(ScoreRequest(["why?"] * 3, ["a", "b", "c"], {}))
+        scorer.parts["human"][1](Request(["why?"] * 3, ["a", "b", "c"], {}))
         yield []
 
-    monkeypatch.setattr(evaluate, "judge", judge)
+    monkeypatch.setattr(generation, "score_completions", judge)
     people = RewardSource(components=({"human": "score"},))  # type: ignore[arg-type]
     with pytest.raises(RewardError, match="the person left"):
-        selection.select(dataclasses.replace(config, reward=people), tmp_path / "new" / "o.jsonl", Rule("best"), 3)
+        select(dataclasses.replace(config, reward=people), tmp_path / "new" / "o.jsonl", Rule("best"), 3)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["human.jsonl"]
     assert [row["answer"] for row in read(tmp_path / "new" / "human.jsonl")] == [3, 1]
 
@@ -298,15 +298,15 @@ def test_what_would_fail_at_the_end_is_refused_at_the_door(config, drawn, tmp_pa
     bad = dataclasses.replace(config, data=Data(path=str(tmp_path / "p.parquet")))
     pq.write_table(pa.table({"prompt": ["why?"], "when": [datetime.date(2026, 1, 1)]}), tmp_path / "p.parquet")
     with pytest.raises(DataError, match="row 1 of the prompts: column 'when' cannot be written as JSON"):
-        select(bad, tmp_path / "o.jsonl", "all")
+        run(bad, tmp_path / "o.jsonl", "all")
     with pytest.raises(ConfigError, match="ends in .jsonl"):
-        select(config, tmp_path / "o.json", "all")
+        run(config, tmp_path / "o.json", "all")
     with pytest.raises(ConfigError, match="a file of its own"):
-        select(config, Path(config.data.path), "all", fresh=True)
+        run(config, Path(config.data.path), "all", fresh=True)
     with pytest.raises(ConfigError, match="all would be the same"):
-        select(dataclasses.replace(config, sampling=Sampling(greedy=True)), tmp_path / "o.jsonl", "all")
+        run(dataclasses.replace(config, sampling=Sampling(greedy=True)), tmp_path / "o.jsonl", "all")
     with pytest.raises(ConfigError, match="--keep pairs needs two"):
-        selection.select(config, tmp_path / "o.jsonl", Rule("pairs"), 1)
+        select(config, tmp_path / "o.jsonl", Rule("pairs"), 1)
     assert not drawn
 
 
@@ -338,6 +338,6 @@ def test_a_score_of_float32_reaches_a_threshold_of_the_same_spelling(config, dra
         scored = {"score": float(np.float32(0.9)), "components": {"reward": float(np.float32(0.9))}}
         yield [[{"text": "a", "tokens": 1, "finished": True, **scored}] for _ in rows]
 
-    monkeypatch.setattr(evaluate, "judge", judge)
-    assert select(config, tmp_path / "o.jsonl", "above", 0.9).rows == 5
+    monkeypatch.setattr(generation, "score_completions", judge)
+    assert run(config, tmp_path / "o.jsonl", "above", 0.9).rows == 5
     assert {row["score"] for row in read(tmp_path / "o.jsonl")} == {0.9}

@@ -1,0 +1,162 @@
+"""Generation and scoring of completions of prompts, for evaluation and selection."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrlhf import runtime, weights
+from jaxrlhf.config import PPOConfig
+from jaxrlhf.data import batching
+from jaxrlhf.data.datasets import PromptRow, columns, prompt_rows
+from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
+from jaxrlhf.errors import DataError
+from jaxrlhf.models import ModelConfig
+from jaxrlhf.rewards.compose import Scorer
+from jaxrlhf.rollout import engine
+from jaxrlhf.rollout.inference_copy import inference_copy
+from jaxrlhf.rollout.sampling import check_sampling
+from jaxrlhf.rollout.text import decode_completions
+from jaxrlhf.types import Params, Rollout
+
+Completion = dict[str, Any]
+
+
+def read_prompts(config: PPOConfig) -> tuple[Tokenizer, list[PromptRow]]:
+    """Load the tokenizer and the prompts that leave room for a response in the model's context; no weights.
+
+    Raises DataError.
+    """
+    tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
+    context = weights.load_config(config.model.path, revision=config.model.revision).max_positions
+    room = context - config.sampling.response_length
+    if room < 1:
+        raise DataError(
+            f"sampling.response_length is {config.sampling.response_length} and the model's context {context}: no room "
+            "for a prompt; lower it"
+        )
+    limit = min(config.data.max_prompt_length or room, room)
+    split = prompt_rows(dataclasses.replace(config.data, max_prompt_length=limit), tokenizer)
+    for reason, places in split.report.dropped.items():
+        warnings.warn(f"{len(places)} of {split.report.rows} prompts are left out: {reason}", stacklevel=2)
+    return tokenizer, split.train
+
+
+def open_scorer(
+    config: PPOConfig,
+    tokenizer: Tokenizer,
+    rows: Sequence[PromptRow],
+    function: Callable[..., Any] | None,
+    directory: Path | None = None,
+) -> Scorer:
+    """Open the reward of a config and check that it can score these prompts; human scores are kept in `directory`.
+
+    Raises what Scorer raises.
+    """
+    scorer = Scorer(config.reward, tokenizer, function, directory=directory)
+    scorer.check([row.text for row in rows], columns(rows), [row.messages for row in rows])
+    return scorer
+
+
+def open_model(config: PPOConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, Params]:
+    """Load the language model of a config as an inference copy in its rollout dtype.
+
+    Raises DataError if model and tokenizer do not match.
+    """
+    source = config.model
+    dtype = runtime.resolve_dtype(source.compute_dtype, jax.default_backend())
+    model, params = weights.load(
+        source.path,
+        revision=source.revision,
+        dtype=dtype,
+        head="lm",
+        compute_dtype=dtype,
+        init=source.init,
+        key=jax.random.key(config.seed),
+    )
+    check_vocab(tokenizer, model.vocab_size)
+    check_sampling(config.sampling, model.vocab_size)
+    return inference_copy(model, params, dtype if config.rollout.dtype == "auto" else config.rollout.dtype)
+
+
+def generate(
+    config: PPOConfig,
+    model: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    rows: Sequence[PromptRow],
+    count: int,
+    columns: int = 0,
+) -> Rollout:
+    """Generate `count` responses to each row, those of a row next to each other, as host arrays.
+
+    `columns` is the minimum width of the prompts; calls with equal widths share their compiled programs.
+    """
+    prompts = batching.prompts(rows, tokenizer.pad_id, prompt_columns(config, model, rows))
+    slots = config.rollout.slots or config.ppo.batch_size
+    decoding = jax.random.key(config.seed), config.sampling, tokenizer.stop_ids, tokenizer.pad_id
+    return engine.answer(params, model, prompts, *decoding, slots=slots, group=count, columns=columns)
+
+
+def prompt_columns(config: PPOConfig, model: ModelConfig, rows: Sequence[PromptRow]) -> int:
+    """Padded width of the longest prompt of `rows`."""
+    longest = max(len(row.tokens) for row in rows)
+    return batching.bucket(longest, model.max_positions - config.sampling.response_length)
+
+
+def score_completions(
+    config: PPOConfig, scorer: Scorer | None, tokenizer: Tokenizer, rows: Sequence[PromptRow], rollout: Rollout
+) -> Iterator[list[list[Completion]]]:
+    """Decode and score the responses that `generate` returned for `rows`: a list of completions for each row.
+
+    Yields batches of rows with at least `ppo.batch_size` responses. Without a `scorer` completions have no score.
+    """
+    count = len(rollout.index) // len(rows)
+    rows_per_batch = -(-config.ppo.batch_size // count)
+    for start in range(0, len(rows), rows_per_batch):
+        batch = rows[start : start + rows_per_batch]
+        span = slice(start * count, (start + len(batch)) * count)
+        part, texts = decode_completions(
+            jax.tree.map(lambda x, span=span: x[span], rollout), tokenizer, config.sampling.stop_strings
+        )
+        completions: list[Completion] = [
+            {"text": text, "tokens": int(part.response_mask[i].sum()), "finished": bool(part.finished[i])}
+            for i, text in enumerate(texts)
+        ]
+        if scorer is not None:
+            repeated = [row for row in batch for _ in range(count)]
+            data_columns, messages = columns(repeated), [row.messages for row in repeated]
+            scored = scorer.score([row.text for row in repeated], texts, part, data_columns, messages=messages)
+            for note in scored.notes:
+                warnings.warn(note, stacklevel=2)
+            for i, completion in enumerate(completions):
+                completion["score"] = float(scored.totals[i])
+                completion["components"] = {name: float(values[i]) for name, values in scored.components.items()}
+        yield [completions[i : i + count] for i in range(0, len(completions), count)]
+
+
+def complete(config: PPOConfig, prompt: str, count: int) -> list[str]:
+    """Sample `count` continuations of a text; each is returned with the text. An empty text starts from bos.
+
+    Raises DataError if the prompt fills the model's context.
+    """
+    tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
+    model, params = open_model(config, tokenizer)
+    tokens = tokenizer.encode(prompt, special=True) if config.data.control_tokens else tokenizer.prompt_ids(prompt)
+    room = model.max_positions - len(tokens)
+    if room < 1:
+        raise DataError(f"the prompt has {len(tokens)} tokens and the model's context is {model.max_positions}")
+    if room < config.sampling.response_length:
+        warnings.warn(
+            f"{config.sampling.response_length} tokens were asked for, but after a prompt of {len(tokens)} the "
+            f"context of {model.max_positions} has room for {room}: at most {room} are generated",
+            stacklevel=2,
+        )
+    sampling = dataclasses.replace(config.sampling, response_length=min(config.sampling.response_length, room))
+    config = dataclasses.replace(config, sampling=sampling)
+    row = PromptRow(tokens=tokens, text=prompt, columns={}, index=0)
+    rollout = generate(config, model, params, tokenizer, [row], count)
+    return [prompt + text for text in decode_completions(rollout, tokenizer, config.sampling.stop_strings)[1]]
