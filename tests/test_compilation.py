@@ -1,6 +1,4 @@
-"""Programs compiled ahead, and the lines that say how long a program took."""
-
-import threading
+"""Programs compiled for shapes, and the lines that say how long a program took."""
 
 import jax
 import jax.numpy as jnp
@@ -15,22 +13,21 @@ def lines(monkeypatch):
     return []
 
 
-def test_what_was_compiled_ahead_is_not_compiled_again(lines):
+def test_a_program_compiled_for_shapes_is_not_compiled_again(lines):
     @jax.jit
-    def ahead(x):
+    def program(x):
         return jnp.sin(x) @ x
 
-    waiting = compilation.Ahead()
     x = jax.device_put(jnp.ones((16, 16)))
     with compilation.announce(lines.append):
-        waiting.compile(ahead, jax.ShapeDtypeStruct((16, 16), "float32"))
-        waiting.wait(ahead)
+        compiled = compilation.compile_shapes(program, jax.ShapeDtypeStruct((16, 16), "float32"))
         assert len(lines) == 1
         for _ in range(2):
-            ahead(x)
+            program(x)
         assert len(lines) == 1, lines
-        ahead(jax.device_put(jnp.ones((8, 8))))
-        assert sum("jit(ahead)" in line for line in lines) == 2, "another shape is another program"
+        program(jax.device_put(jnp.ones((8, 8))))
+        assert sum("jit(program)" in line for line in lines) == 2, "another shape is another program"
+    assert compiled.name == "program" and compiled.memory.output_size_in_bytes == 16 * 16 * 4
 
 
 def test_a_program_can_take_what_another_returns(lines):
@@ -45,28 +42,12 @@ def test_a_program_can_take_what_another_returns(lines):
     mesh = jax.sharding.Mesh(jax.devices()[:2], ("rows",))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
     x = jax.device_put(jnp.ones((16, 16)), rows)
-    waiting = compilation.Ahead()
-    made = waiting.compile(first, x)
-    waiting.begin(lambda: compilation.compile_shapes(second, made.result(), x), second)
-    waiting.wait(first)
-    waiting.wait(second)
-    assert made.result()["y"].sharding.is_equivalent_to(rows, 2)
+    made = compilation.compile_shapes(first, x).outputs
+    compilation.compile_shapes(second, made, x)
+    assert made["y"].sharding.is_equivalent_to(rows, 2)
     with compilation.announce(lines.append):
         second(first(x), x)
     assert lines == []
-
-
-def test_an_error_ahead_is_the_calls_own():
-    @jax.jit
-    def bad(x):
-        raise ValueError("no such thing")
-
-    waiting = compilation.Ahead()
-    waiting.compile(bad, jnp.ones(3))
-    waiting.wait(bad)
-    waiting.wait(bad)
-    with pytest.raises(ValueError, match="no such thing"):
-        bad(jnp.ones(3))
 
 
 def test_a_line_names_the_program_and_whether_it_was_cached(lines, monkeypatch, tmp_path):

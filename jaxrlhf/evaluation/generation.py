@@ -98,7 +98,7 @@ def generate(
     prompts = batching.prompts(rows, tokenizer.pad_id, prompt_columns(config, model, rows))
     slots = config.rollout.slots or config.ppo.batch_size
     decoding = jax.random.key(config.seed), config.sampling, tokenizer.stop_ids, tokenizer.pad_id
-    return engine.answer(params, model, prompts, *decoding, slots=slots, group=count, columns=columns)
+    return engine.generate_in_slots(params, model, prompts, *decoding, slots=slots, group=count, columns=columns)
 
 
 def prompt_columns(config: PPOConfig, model: ModelConfig, rows: Sequence[PromptRow]) -> int:

@@ -47,7 +47,7 @@ def judge(config: RewardConfig) -> dict[str, Any]:
     if {"good", "bad"} <= columns:
         data = dataclasses.replace(data, columns={"chosen": "good", "rejected": "bad", **data.columns})
     labelled = "label" in columns and not columns & {"good", "chosen", "accepted"}
-    data = dataclasses.replace(data, max_length=min(data.max_length, model.limit))
+    data = dataclasses.replace(data, max_length=min(data.max_length, model.max_length))
 
     def to_case(tokens: Tokens, example: Example, rows: Rows, i: int) -> _Case:
         row, place = rows.rows[i], rows.places[i]
@@ -63,7 +63,7 @@ def judge(config: RewardConfig) -> dict[str, Any]:
     split = train_validation_split(data, model.tokenizer, "labels" if labelled else "pairs", to_case)
     cases = split.train
     scores = model.score_ids([ids for case in cases for ids in case.sequences])[0].astype(np.float64)
-    if model.described.num_labels == 2:
+    if model.model_config.num_labels == 2:
         probability = np.clip(scores, 1e-7, 1 - 1e-7)
         scores = np.log(probability) - np.log1p(-probability)
     scores = scores.reshape(len(cases), -1)

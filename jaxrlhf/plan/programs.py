@@ -111,12 +111,12 @@ def _compile_samples(samples: Samples, params: Params, key: jax.Array, compile_p
 def _compile_on_policy(trainer: PPOTrainer | GRPOTrainer, compile_program: Callable[..., Any]) -> None:
     if not trainer.data:
         raise ConfigError("data.path is empty: how long prompts are decides what an update needs; give a file of them")
-    config, size = trainer.config, trainer.run.settings.batch_size
+    sampling, size = trainer.config.sampling, trainer.run.settings.batch_size
     state, frozen = trainer.state.template, trainer.frozen
     rows = batching.longest(trainer.data.train, size)
     policy = {**frozen["policy"], **state.params["policy"]}
     rollout = _compile_rollout(trainer, policy, rows, compile_program)
-    columns = trainer.sampler.columns + config.sampling.response_length
+    columns = trainer.sampler.columns + sampling.response_length
     for component in trainer.scorer.components.values():
         model = trainer.scorer.models.get(component.name)
         if model is not None:
@@ -124,19 +124,20 @@ def _compile_on_policy(trainer: PPOTrainer | GRPOTrainer, compile_program: Calla
             compile_program(program, model.params, model.model, *model.padded_rows(columns))
     scores = sharding.put_rows(np.zeros(size, np.float32), trainer.mesh)
     if isinstance(trainer, PPOTrainer):
-        if state.replay is not None:  # kept rollouts have their full width
-            one = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), state.replay.rollout))
+        if state.replay is not None:  # rollouts are padded to the width of the kept ones
+            kept = state.replay.rollout
+            one = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), kept))
             rollout = jax.tree.map(lambda x: sharding.rows_shape(x, trainer.mesh), one)
         token_scores = None
         if trainer.scorer.per_token:
-            shape = size, config.sampling.response_length
+            shape = size, sampling.response_length
             token_scores = sharding.put_rows(np.zeros(shape, np.float32), trainer.mesh)
         args = without_moments(state), frozen, rollout, scores, token_scores
         experience, _ = compile_program(ppo_update.annotate, *args, spec=trainer.spec)
         used = {role: frozen[role] for role in ("policy", "critic")}
         compile_program(ppo_update.update, state, used, experience, KEY, spec=trainer.spec)
     else:
-        greedy = scores if config.grpo.recipe.advantage == "greedy" else None
+        greedy = scores if trainer.config.grpo.recipe.advantage == "greedy" else None
         args = without_moments(state), frozen, rollout, scores, greedy
         experience, _ = compile_program(grpo_update.annotate, *args, spec=trainer.spec)
         used = {"policy": frozen["policy"]}

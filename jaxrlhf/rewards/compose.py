@@ -10,6 +10,7 @@ import numpy as np
 from jaxrlhf.config import Component, RewardSource
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.metrics.statistics import correlation
 from jaxrlhf.rewards.component import ComponentScores, RewardComponent, open_source
 from jaxrlhf.rewards.sources.ensemble import combine_scores
 from jaxrlhf.rewards.sources.human import Human
@@ -224,10 +225,3 @@ class Scorer:
             if self._may_be_unscored(name):
                 arrays[f"{name}_unanswered"] = component.unscored.astype(np.float32)
         return arrays
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson correlation; 0 if either array is constant."""
-    x, y = a.astype(np.float64) - a.mean(dtype=np.float64), b.astype(np.float64) - b.mean()
-    norm = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / norm) if np.ptp(a) > 0 and np.ptp(b) > 0 and norm > 0 else 0.0

@@ -16,7 +16,7 @@ from jaxrlhf.data.formats import DECIDING
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError, DataError, StorageError, first_line
 from jaxrlhf.evaluation import generation
-from jaxrlhf.files import whole
+from jaxrlhf.files import atomic_open
 from jaxrlhf.metrics.console import Console
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.selection.log import Log
@@ -66,7 +66,7 @@ def select(
         summary = Summary(config.model.path, rule, count)
         if rule.keep != "prompts":
             summary.left_out = sorted({name for row in rows for name in row.columns if name in DECIDING} - {"prompt"})
-        with whole(out) as file:
+        with atomic_open(out) as file:
             for row, completions in zip(rows, log.read(), strict=True):
                 kept, reason = rule.apply(row, completions)
                 summary.add(completions, kept, reason)
@@ -85,7 +85,7 @@ def _complete(
     console = None if config.logging.quiet else Console("generate", len(rows), every=config.logging.log_every)
     scores = [score for group in log.read() for score in scores_of(group)]
     if console:
-        scorer.pause(console.paused)
+        scorer.pause_while_asking(console.paused)
     try:
         if console and log.count:
             console.note(f"resuming: {log.count} of {len(rows)} prompts are scored in {log.path}")
@@ -105,7 +105,7 @@ def _complete(
 
 def _stored(completion: Completion, scorer: Scorer) -> Completion:
     """The part of a completion that is stored; its score is None if no component of the reward scored it."""
-    unscored = all(completion["components"].get(f"{name}_unanswered") for name in scorer.parts)
+    unscored = all(completion["components"].get(f"{name}_unanswered") for name in scorer.components)
     score = None if unscored else float(str(np.float32(completion["score"])))  # float32 0.9 passes a threshold of 0.9
     return {"text": completion["text"], "score": score, "finished": completion["finished"]}
 
@@ -134,7 +134,7 @@ def _settings(config: PPOConfig, rows: Sequence[PromptRow], count: int) -> dict[
 
 def _content(path: str, revision: str | None) -> str:
     """Hash of the config and weights of a model, including adapters and their base model."""
-    folders = weights.described_by(weights.resolve(path, revision), weights=True)
+    folders = weights.base_and_adapters(weights.resolve(path, revision), weights=True)
     digest = hashlib.sha256()
     for file in (file for folder in folders if folder for file in sorted(folder.iterdir())):
         if file.suffix in (".json", ".safetensors"):

@@ -53,7 +53,7 @@ def export(run: Path, target: Path, role: Literal["policy", "critic"] = "policy"
             if method == "reward":
                 frozen = split_trainable(frozen, frozen_trunk=True)[1]
             params |= _checked(frozen, identity, name)
-    records = {record.pop("step"): record for record in metrics.read(run / "metrics.jsonl")}
+    records = {record.pop("step"): record for record in metrics.read_records(run / "metrics.jsonl")}
     return pretrained.save(
         target,
         model,

@@ -43,7 +43,7 @@ class Samples:
         rollout = generate(decoder_params, self.decoder, self.prompts, key, self.sampling, stop_ids, pad_id)
         completions = response_texts(rollout, self.tokenizer)
         del decoder_params  # before its memory is given back
-        memory.give_back()
+        memory.release_free_memory()
         rows = zip(np.asarray(self.prompts.tokens), np.asarray(self.prompts.mask), strict=True)
         prompts = [self.tokenizer.decode(tokens[mask].tolist()) for tokens, mask in rows]
         return [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, completions, strict=True)]

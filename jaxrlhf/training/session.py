@@ -83,7 +83,7 @@ class Session:
 
     def records(self) -> list[Metrics]:
         """The records logged so far."""
-        return metrics.read(self.directory / "metrics.jsonl")
+        return metrics.read_records(self.directory / "metrics.jsonl")
 
     def record_of(self, step: int) -> Metrics:
         """The logged record of `step`, without the step; empty if there is none."""

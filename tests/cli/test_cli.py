@@ -152,7 +152,7 @@ def trained(monkeypatch):
     seen = []
 
     class Trainer:
-        def __init__(self, config, *, fresh=False, ahead=False):
+        def __init__(self, config, *, fresh=False):
             self.config, self.fresh, self.did = config, fresh, []
             seen.append(self)
 
@@ -296,7 +296,7 @@ def test_adapters_for_short_reach_the_real_trainer(method, tiny_model, tmp_path,
     given += ["--reward.function", f"{reward}:f"] if method == "ppo" else []
     assert main([method, *given, "--use-lora", "--lora.rank", "3", "--lora.quantize", "nf4", "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "adapters of rank 3 train, the model under them, in nf4, does not" in shown
+    assert "adapters of rank 3 train, the base model, in nf4, is frozen" in shown
     assert not (tmp_path / "run").exists()
 
 

@@ -142,11 +142,11 @@ def test_other_temperatures_and_a_loss_that_depends_on_the_micro_batch_are_found
     old log-probs that are off by a little, and a mean over each micro-batch in place of the global one."""
     trial.trainer.spec = dataclasses.replace(trial.trainer.spec, temperature=0.9)
     trial.measured, trial.changes = trial.measured[:1], trial.changes[:1]
-    score, finish, loss = update.sequence_logprobs, update.complete, update.policy_loss
+    score, finish, loss = update.sequence_logprobs, update.fill_experience, update.policy_loss
     monkeypatch.setattr(update, "sequence_logprobs", lambda *a, **k: score(*a[:3], 1.0, **k))
     monkeypatch.setattr(
         update,
-        "complete",
+        "fill_experience",
         lambda e, m, *a: finish(e, m._replace(logprobs=m.logprobs + 1e-3 * (m.logprobs < 0)), *a),
     )
     monkeypatch.setattr(update, "policy_loss", lambda *a: loss(*a[:4], a[3].sum(), *a[5:]))

@@ -106,6 +106,6 @@ def test_sigterm_saves_and_says_how_to_go_on(settings, tmp_path):
     wait_for_step(process, tmp_path / "run", 1)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=DEADLINE)
-    assert process.returncode == 75 and "the same command goes on" in output, output
+    assert process.returncode == 75 and "run the same command again to resume" in output, output
     finish(start("ppo", settings["ppo"], tmp_path / "run"))
     assert steps_done(tmp_path / "run") == STEPS

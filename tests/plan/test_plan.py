@@ -10,7 +10,7 @@ from support.runs import length_reward
 from jaxrlhf import cli, config, memory, plan
 from jaxrlhf.config import file as config_file
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.plan import costs, report
+from jaxrlhf.plan import costs, programs, report
 from jaxrlhf.training.dpo.trainer import DPOTrainer
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.reward.trainer import RewardTrainer
@@ -40,8 +40,8 @@ def rewarded(ppo, tmp_path):
     ids=["two-devices", "adapters", "moving"],
 )
 def test_shapes_stand_for_what_a_run_of_ppo_really_holds(ppo, options):
-    trainers = [PPOTrainer(config.PPOConfig(**ppo | options), length_reward, abstract=a) for a in (True, False)]
-    outlined, real = trainers
+    settings = config.PPOConfig(**ppo | options)
+    outlined, real = programs.abstract_trainer(settings, length_reward), PPOTrainer(settings, length_reward)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), outlined.state.template) == jax.tree.map(
         lambda x: (x.shape, x.dtype, x.sharding), real.state.value
     )
@@ -53,10 +53,9 @@ def test_a_plan_compiles_what_the_run_then_calls(ppo, tmp_path):
     prompts = [{"prompt": "ab"}, {"prompt": "abcdefgh"}, {"prompt": "abc"}] * 4
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     options = ppo | {"data": dataclasses.replace(ppo["data"], path=str(tmp_path / "prompts.json"))}
-    trainer = PPOTrainer(config.PPOConfig(**options), length_reward, abstract=True)
+    trainer = programs.abstract_trainer(config.PPOConfig(**options), length_reward)
     widest = trainer.sampler.columns + trainer.config.sampling.response_length
-    with plan._compiled() as found:
-        trainer.compile_longest()
+    found = programs.compile_longest(trainer)
     assert {"convert", "generate", "annotate", "update"} <= found.keys()
     assert found["generate"][0].outputs.tokens.shape == (trainer.config.ppo.batch_size, widest)
 
@@ -64,9 +63,8 @@ def test_a_plan_compiles_what_the_run_then_calls(ppo, tmp_path):
 def test_flops_are_those_of_the_shapes(supervised):
     """Twice the weights for each token forward, twice that backward; attention and the rest are far smaller."""
     options = supervised | {"model": dataclasses.replace(supervised["model"], remat="none")}
-    trainer = SFTTrainer(config.SFTConfig(**options), abstract=True)
-    with plan._compiled() as found:
-        trainer.compile_longest()
+    trainer = programs.abstract_trainer(config.SFTConfig(**options))
+    found = programs.compile_longest(trainer)
     (update,) = found["update"]
     flops = sum(p.flops * p.times for p in costs.products(update.jaxpr, 1))
     model, rows, width = trainer.model, trainer.config.train.batch_size, trainer.width

@@ -18,7 +18,6 @@ from jaxrlhf.data.datasets import PromptRow, pair_rows, prompt_rows, sft_rows
 from jaxrlhf.data.tokenizer import load_tokenizer
 from jaxrlhf.errors import ConfigError, DataError, RewardError, StorageError
 from jaxrlhf.evaluation import generation
-from jaxrlhf.rewards.sources.answers import Request
 from jaxrlhf.selection.log import Log
 from jaxrlhf.selection.rule import Rule, Summary, kl_bound
 from jaxrlhf.selection.select import code_hashes, select
@@ -278,7 +277,7 @@ def test_what_people_answer_is_kept_beside_the_file(config, drawn, tmp_path, mon
     monkeypatch.setattr("builtins.input", asked)
 
     def judge(config, scorer, tokenizer, rows, rollout):
-        scorer.parts["human"][1](Request(["why?"] * 3, ["a", "b", "c"], {}))
+        scorer.components["human"].source(ScoreRequest(["why?"] * 3, ["a", "b", "c"], {}))
         yield []
 
     monkeypatch.setattr(generation, "score_completions", judge)

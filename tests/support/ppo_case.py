@@ -77,7 +77,8 @@ class Case:
         experience, before = ppo_update.annotate(
             state, self.frozen, self.rollout, scores, self.token_scores, spec=self.spec
         )
-        state, after = ppo_update.update(state, self.frozen, experience, jax.random.key(3), spec=self.spec)
+        train = ppo_replay.update_with_replay if self.spec.ppo.replay else ppo_update.update
+        state, after = train(state, self.frozen, experience, jax.random.key(3), spec=self.spec)
         return state, experience, before | after
 
 

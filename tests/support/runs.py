@@ -1,5 +1,6 @@
 """What tests of runs look at: the record of one, and whether two arrived at the same arrays."""
 
+import importlib
 import json
 import pathlib
 from typing import Any
@@ -7,9 +8,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrlhf.training.dpo import DPOTrainer
+
 
 def length_reward(prompts, completions, **columns):
     return [0.1 * len(text) for text in completions]
+
+
+def supervised_step(trainer: Any, step: int) -> dict[str, Any]:
+    """One optimizer step of an SFT, reward or DPO trainer, as its loop makes it; its metrics."""
+    update = importlib.import_module(type(trainer).__module__).update
+    batch = trainer.rows.batch_at(step) if isinstance(trainer, DPOTrainer) else trainer.batch(step)
+    trainer.state.value, metrics = update(trainer.state.value, trainer.frozen, batch, trainer.key, **trainer.static)
+    return metrics
 
 
 def records(run: str | pathlib.Path) -> list[dict[str, Any]]:

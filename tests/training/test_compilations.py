@@ -1,16 +1,14 @@
-"""Nothing compiles twice, what was compiled ahead is what runs, and no update takes anything from the host."""
+"""Nothing compiles twice, and no update takes anything from the host."""
 
 import collections
 import contextlib
-import threading
-import time
 
 import jax
 import pytest
+from support.runs import supervised_step
 
-from jaxrlhf import compilation, config
+from jaxrlhf import config
 from jaxrlhf.errors import Preempted
-from jaxrlhf.rollout import engine
 from jaxrlhf.training.dpo.trainer import DPOTrainer
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.reward.trainer import RewardTrainer
@@ -83,7 +81,6 @@ def make(supervised, ppo, one_length, tmp_path):
 
 @pytest.mark.parametrize("method", list(SUPERVISED))
 def test_supervised_programs_compile_once(method, make, stop_at_two):
-    """Begun before the weights are read; begun by `train`: the test below."""
     with compilations() as count:
         with pytest.raises(Preempted):
             make(method).train()
@@ -92,69 +89,26 @@ def test_supervised_programs_compile_once(method, make, stop_at_two):
     assert count["update"] == 1 and count["evaluate"] == 1, count
 
 
-@pytest.mark.parametrize("method", list(SUPERVISED))
-def test_the_first_step_waits_for_what_is_being_compiled(method, make, monkeypatch):
-    """Not even a late thread is overtaken: a step that came too early would compile the same program beside it."""
-    outputs, threads = compilation.compile_shapes, []
-
-    def late(*args, **keywords):
-        time.sleep(0.5)
-        return outputs(*args, **keywords)
-
-    def listen(event, seconds, **about):
-        if event == COMPILED and about["fun_name"] in ("jit(update)", "jit(evaluate)"):
-            threads.append(threading.current_thread().name)
-
-    monkeypatch.setattr(compilation, "outputs", late)
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        make(method).train()
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert len(threads) == 2 and all(name.startswith("compile") for name in threads), threads
-
-
 @pytest.mark.parametrize(
-    ("slots", "rollout", "offload", "ahead"),
-    [
-        (0, ("generate",), False, False),
-        (0, ("generate",), False, True),
-        (3, ("_admit", "advance"), False, True),  # begun by `train`: the test below
-        (0, (), True, False),
-        (0, (), True, True),
-    ],
+    ("slots", "rollout", "offload"),
+    [(0, ("generate",), False), (3, ("_admit", "advance"), False), (0, (), True)],
 )
-def test_ppo_programs_compile_once(slots, rollout, offload, ahead, make, stop_at_two):
+def test_ppo_programs_compile_once(slots, rollout, offload, make, stop_at_two):
     chosen = config.Generation(slots=slots)
     more = {"optim": config.Optim(offload=offload), "reference": config.Reference(offload=offload)}
     with compilations() as count:
         with pytest.raises(Preempted):
-            make("ppo", rollout=chosen, more=more, ahead=ahead).train()
-        make("ppo", rollout=chosen, more=more, ahead=ahead).train()
+            make("ppo", rollout=chosen, more=more).train()
+        make("ppo", rollout=chosen, more=more).train()
     expected = dict.fromkeys((*rollout, "annotate", "update"), 1)
     assert {name: count[name] for name in expected} == expected, count
-
-
-def test_the_engines_programs_are_compiled_ahead(make, monkeypatch):
-    """By the time it is asked it only has to run, and so has the update."""
-    answer, needed = engine.generate_in_slots, []
-
-    def watched(*args, **keywords):
-        with compilations() as count:
-            made = answer(*args, **keywords)
-        needed.append(count["_admit"] + count["advance"])
-        return made
-
-    monkeypatch.setattr(engine, "generate_in_slots", watched)
-    make("ppo", rollout=config.Generation(slots=3)).train()
-    assert needed == [0] * 4
 
 
 @pytest.mark.parametrize("method", list(TRAINERS))
 def test_a_step_takes_nothing_from_the_host_but_its_batch(method, make):
     """The batch is put in place explicitly, which the guard allows; parameters, keys and counters stay put."""
     trainer = make(method)
-    trainer._update(0)
+    supervised_step(trainer, 0)
     with jax.transfer_guard("disallow"):
-        metrics = [trainer._update(step) for step in (1, 2)]
+        metrics = [supervised_step(trainer, step) for step in (1, 2)]
     assert all(jax.tree.leaves(jax.device_get(m))[0].shape == () for m in metrics)

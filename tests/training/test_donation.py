@@ -10,7 +10,7 @@ from support.tiny import tiny
 
 from jaxrlhf import sharding
 from jaxrlhf.config import PPO, LoRA, Mesh, Optim, PPOConfig, RewardConfig
-from jaxrlhf.training import setup, sft
+from jaxrlhf.training import abstract, adapters, sft
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.ppo import critic as ppo_critic
 from jaxrlhf.training.ppo import update as ppo_update
@@ -34,7 +34,7 @@ def array(dtype, *shape):
 def supervised(method, model, lora, optimizer):
     """(program, state, other arguments, static ones) of a step on B rows."""
     role, program = {"sft": ("policy", sft.update), "reward": ("reward", trainer.update)}[method]
-    trained, frozen = setup.split_trainable(setup.param_shapes(model, "float32", MESH, lora), lora.enabled)
+    trained, frozen = adapters.split_trainable(abstract.param_shapes(model, "float32", MESH, lora), lora.enabled)
     state = State({role: trained}, {role: optimizer}, MESH).template
     rows = Batch(array("int32", B, P + R), array("bool", B, P + R), array("bool", B, P + R))
     static = {"model": model, "optimizer": optimizer, "num_micro": 1, "mesh": MESH}
@@ -47,8 +47,8 @@ def supervised(method, model, lora, optimizer):
 
 def ppo(model, lora, optimizer):
     config = PPOConfig(ppo=PPO(batch_size=B, num_mini_batches=2, num_ppo_epochs=2), lora=lora)
-    policy = setup.param_shapes(model, "float32", MESH, lora)
-    trained, base = setup.split_trainable(policy, lora.enabled)
+    policy = abstract.param_shapes(model, "float32", MESH, lora)
+    trained, base = adapters.split_trainable(policy, lora.enabled)
     value = ppo_critic.critic_model(config, model, None)
     critic, trunk = jax.eval_shape(
         lambda p: ppo_critic.init_critic(config, value, p, p, None, MESH, KEY), base or policy
@@ -71,7 +71,7 @@ def ppo(model, lora, optimizer):
     )
     scores = array("float32", B)
     experience, _ = jax.eval_shape(lambda *args: ppo_update.annotate(*args, spec=roles), state, frozen, rollout, scores)
-    return ppo_update.update, state, (frozen, experience, KEY), {"roles": roles}
+    return ppo_update.update, state, (frozen, experience, KEY), {"spec": roles}
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def ppo(model, lora, optimizer):
 )
 def test_a_step_holds_one_copy_of_the_state_and_one_of_the_gradients(method, lora, storage):
     """And in bfloat16 neither a moment in float32 nor the bits that round it, not even outside of the loops."""
-    model = setup.with_adapters(dataclasses.replace(DEEP, head="linear" if method == "reward" else "lm"), lora)
+    model = adapters.with_adapters(dataclasses.replace(DEEP, head="linear" if method == "reward" else "lm"), lora)
     optimizer = make_optimizer(Optim(state_dtype=storage), 1e-5, 10)
     made = ppo(model, lora, optimizer) if method == "ppo" else supervised(method, model, lora, optimizer)
     program, state, args, static = made

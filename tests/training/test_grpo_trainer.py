@@ -57,21 +57,22 @@ def test_a_stopped_run_with_refills_goes_on_bit_for_bit_and_is_exported(grpo, tm
 
 def test_a_refill_replaces_flat_groups_whole_and_leaves_the_others_where_they_are(grpo):
     trainer = GRPOTrainer(config.GRPOConfig(**grpo), reward=coarse)
-    online = trainer.run
-    plain, filled = online.answer(online.rows(0), 0), rollouts.refilled(online, 0, lambda: None, 3)
-    before, after = (set(rollouts.flat_groups(answers, 2).tolist()) for answers in (plain, filled))
+    run, rows = trainer.run, trainer.run.prompts(0)
+    plain = run.generate_and_score(trainer.params, rows, 0)
+    filled = rollouts.rollout_with_refills(run, trainer.params, rows, 0, None, 3)
+    before, after = (set(rollouts.zero_variance_groups(answers, 2).tolist()) for answers in (plain, filled))
     assert before and after < before
     assert filled.metrics["groups/replaced"] == len(before) - len(after)
     masks = [np.asarray(answers.rollout.response_mask).sum(1) for answers in (plain, filled)]
     for group in range(4):
         rows = slice(2 * group, 2 * group + 2)
-        assert (filled.texts[rows] == plain.texts[rows]) == (group not in before - after)
+        assert (filled.completions[rows] == plain.completions[rows]) == (group not in before - after)
         assert len({row.index for row in filled.rows[rows]}) == 1, "one prompt"
         index, sample = (np.asarray(x)[rows].tolist() for x in (filled.rollout.index, filled.rollout.sample))
         assert index == [row.index for row in filled.rows[rows]] and sample == [0, 1]
-        assert filled.scored.totals[rows].tolist() == coarse([], filled.texts[rows])
+        assert filled.scored.totals[rows].tolist() == coarse([], filled.completions[rows])
         assert group in before - after or (masks[0][rows] == masks[1][rows]).all()
-    said = [filled.texts[i] for i in range(8)]
+    said = [filled.completions[i] for i in range(8)]
     real = np.asarray(filled.rollout.tokens[:, -filled.rollout.response_mask.shape[1] :])
     decoded = [
         trainer.tokenizer.decode(tokens[mask].tolist(), after=row.tokens)
@@ -80,10 +81,10 @@ def test_a_refill_replaces_flat_groups_whole_and_leaves_the_others_where_they_ar
     assert decoded == said, "text and tokens are of the same response"
     silent = np.isin(np.arange(8), [0, 1, 3])
     some = plain._replace(scored=plain.scored._replace(unscored=silent, scores=np.arange(8.0)))
-    assert rollouts.flat_groups(some, 2).tolist() == [0, 1], "of a group of two, one is nothing to compare"
-    apart, index = rollouts.set_apart(online, some), np.asarray(plain.rollout.index)
+    assert rollouts.zero_variance_groups(some, 2).tolist() == [0, 1], "of a group of two, one is nothing to compare"
+    apart, index = rollouts.isolate_unscored(some, trainer.mesh), np.asarray(plain.rollout.index)
     assert apart.index.tolist() == [-1, -2, index[2], -4, *index[4:]]
-    assert rollouts.set_apart(online, plain) is plain.rollout
+    assert rollouts.isolate_unscored(plain, trainer.mesh) is plain.rollout
 
 
 def test_the_baseline_of_remax_is_the_greedy_response(grpo):
@@ -91,15 +92,15 @@ def test_the_baseline_of_remax_is_the_greedy_response(grpo):
     remax = config.GRPO(method="remax", batch_size=8, num_generations=2)
     scores = config.Scores(missing_eos_penalty=1.0)
     trainer = GRPOTrainer(config.GRPOConfig(**grpo | {"grpo": remax, "scores": scores}), reward=length_reward)
-    online = trainer.run
-    answers = rollouts.with_greedy(online, online.rows(0), 0, lambda: None)
+    run = trainer.run
+    answers = rollouts.rollout_with_greedy(run, trainer.params, run.prompts(0), 0, None)
     greedy, worth = answers.greedy
     length = greedy.response_mask.shape[1]
     hidden = models.forward(trainer.params, trainer.model, greedy.tokens, greedy.mask)[:, -length - 1 : -1]
     likeliest = jnp.argmax(models.lm_logits(trainer.params, trainer.model, hidden), axis=-1)
     assert np.all((likeliest == greedy.tokens[:, -length:]) | ~greedy.response_mask)
     np.testing.assert_array_equal(greedy.index, [row.index for row in answers.rows])
-    compared, metrics = trainer.learner.learn(answers.rollout, answers.scored.totals, answers.greedy, jax.random.key(0))
+    compared, metrics = trainer.learn(answers.rollout, answers.scored.totals, 0, answers.greedy)
     shaped = [np.asarray(s) - np.where(r.finished, 0.0, 1.0) for r, s in
               ((answers.rollout, answers.scored.totals), (greedy, worth))]  # fmt: skip
     expected = np.where(answers.rollout.response_mask, (shaped[0] - shaped[1])[:, None], 0)

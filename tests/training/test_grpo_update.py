@@ -33,7 +33,7 @@ def problem():
 def run(problem, grpo, scores=SCORES, *, rollout=None, key=KEY, mesh=None, rejected=()):
     """(the policy after the update, what was compared, metrics)."""
     mesh = mesh or problem.spec.mesh
-    roles = grpo_update.Roles(problem.spec.policy, OPTIMIZERS, grpo, R, 0.7, mesh, 0, 1.0, rejected)
+    roles = grpo_update.GRPOSpec(problem.spec.policy, OPTIMIZERS, grpo, R, 0.7, mesh, 0, 1.0, rejected)
     policy, reference = problem.policy, problem.frozen["reference"]
     rollout = rollout or problem.rollout
     if mesh.size > 1:
@@ -111,7 +111,7 @@ def test_every_method_is_its_equations(problem, method):
 def test_the_score_counts_less_the_earlier_a_token_is(problem):
     mask = np.asarray(problem.rollout.response_mask)
     none = settings("reinforce_pp", gamma=0.5, kl_coef=0.0)
-    made = grpo_update.compared(SCORES, problem.rollout, None, None, None, jnp.float32(0), none)
+    made = grpo_update.group_advantages(SCORES, problem.rollout, None, None, None, jnp.float32(0), none)
     left = mask.sum(1, keepdims=True) - 1 - np.arange(R)
     worth = np.float64(SCORES)[:, None] * 0.5**left
     close(made, np.where(mask, (worth - worth[mask].mean()) / worth[mask].std(ddof=1), 0), rtol=1e-5, atol=1e-5)
@@ -128,7 +128,9 @@ def test_what_has_no_score_is_neither_a_baseline_nor_learnt_from(problem):
         ("rloo", [known[i] - np.delete(known, i).mean() for i in range(3)]),
         ("remax", known - 0.25),
     ):
-        made = grpo_update.compared(SCORES, apart, GREEDY, None, None, jnp.float32(0), settings(method, kl_coef=0.0))
+        made = grpo_update.group_advantages(
+            SCORES, apart, GREEDY, None, None, jnp.float32(0), settings(method, kl_coef=0.0)
+        )
         expected[[0, 2, 3]] = worth
         close(made, expected[:, None] * np.asarray(apart.response_mask), rtol=1e-5)
     made, valid = grpo_update.pairs(apart, SCORES.at[1].set(9.0), G, ())
@@ -177,7 +179,7 @@ def test_one_step_needs_no_log_probs_before_it_whatever_the_micro_batches(proble
 
 def test_in_gspo_a_response_has_one_weight_for_the_sampler(problem):
     apart = dataclasses.replace(problem.rollout, logprobs=problem.rollout.logprobs - jnp.linspace(0, 1, R))
-    weights, _ = grpo_update.corrected(
+    weights, _ = grpo_update.sampler_correction(
         apart, problem.rollout.logprobs, settings("gspo", sampler_correction="truncate", sampler_cap=1.5)
     )
     mask = np.asarray(apart.response_mask)

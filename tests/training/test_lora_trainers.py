@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.runs import equal, length_reward, records
+from support.runs import equal, length_reward, records, supervised_step
 
 import jaxrlhf
 from jaxrlhf import config
@@ -54,7 +54,7 @@ def test_dropout_does_not_depend_on_the_micro_batch(supervised, on_disk, tmp_pat
         options |= {"train": config.replace(supervised["train"], micro_batch_size=rows)}
         options |= {"optim": config.Optim(learning_rate=1e-2, eps=1e-3)}
         trainer = SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / str(rows)), **options))
-        trainer._update(0)
+        supervised_step(trainer, 0)
         after.append(jax.device_get(trainer.state.value.params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *after)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.runs import length_reward
+from support.runs import length_reward, supervised_step
 
 from jaxrlhf import config, models, sharding
 from jaxrlhf.training.ppo.trainer import PPOTrainer
@@ -19,7 +19,7 @@ def test_sft_on_eight_devices_equals_one(supervised, tmp_path, shape):
     runs = []
     for mesh in (config.Mesh(), shape):
         trainer = SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / str(mesh.tensor)), mesh=mesh, **options))
-        trainer._update(0), trainer._update(1)
+        supervised_step(trainer, 0), supervised_step(trainer, 1)
         runs.append(trainer)
     alone, together = runs
     kernel = together.params["layers"]["mlp"]["up"]["kernel"]
@@ -48,7 +48,7 @@ def test_adapters_over_a_packed_model_on_eight_devices_equal_one(supervised, qua
     made = [run(t.params, t.model, *sharding.put_rows((tokens, mask), t.mesh)) for t in trainers]
     np.testing.assert_allclose(*map(jax.device_get, made), rtol=1e-4, atol=1e-5)
     for trainer in trainers:
-        trainer._update(0), trainer._update(1)
+        supervised_step(trainer, 0), supervised_step(trainer, 1)
     a, b = (jax.device_get(trainer.state.value.params) for trainer in trainers)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
 

@@ -9,7 +9,7 @@ from support.runs import equal, length_reward, records
 from jaxrlhf import config, sharding
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.training import setup
-from jaxrlhf.training.ppo import learner
+from jaxrlhf.training.ppo import trainer as ppo_trainer
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 
 
@@ -48,14 +48,14 @@ def test_an_offloaded_run_is_the_other_run_bit_for_bit(make, tmp_path):
 
 
 def test_between_updates_the_device_has_neither_moments_nor_reference(make, monkeypatch):
-    given, update, held = [], learner.update, {}
+    given, update, held = [], ppo_trainer.update, {}
 
     def watched(state, *args, **keywords):
         given.append(state.opt_state)
         assert sharding.HOST not in kinds(state)
         return update(state, *args, **keywords)
 
-    monkeypatch.setattr(learner, "update", watched)
+    monkeypatch.setattr(ppo_trainer, "update", watched)
     for offload in (False, True):
         before = device_bytes()
         trainer = make(offload)

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxrlhf.training.ppo.roles import whole_critic
 from support.ppo_case import OPTIMIZERS, B, case, close
 
 from jaxrlhf.config import PPO, Critic, Optim, Reference
+from jaxrlhf.training.ppo.critic import critic_params
 
 ONE_STEP = {"num_ppo_epochs": 1, "num_mini_batches": 1}
 
@@ -106,7 +106,7 @@ def test_a_shared_trunk_learns_from_both_losses_and_the_head_from_its_own():
         lambda a, b: float(np.abs(a - b).max()), flat.params["policy"]["layers"], before["policy"]["layers"]
     )
     assert max(jax.tree.leaves(moved)) > 1e-4
-    critic = whole_critic(after.params, problem.frozen, problem.spec)
+    critic = critic_params(after.params, problem.frozen, problem.spec.trunk)
     assert critic["layers"] is after.params["policy"]["layers"] and critic["score"] is after.params["critic"]["score"]
 
 

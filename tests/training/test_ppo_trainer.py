@@ -303,7 +303,7 @@ def record(**changes):
     return plain | {key.replace("__", "/"): value for key, value in changes.items()}
 
 
-watcher = functools.partial(Watch, brake="ppo.kl_coef")
+watcher = functools.partial(Watch, kl_option="ppo.kl_coef")
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_micro_batches_do_not_change_the_update(micro):
 def test_one_step_update_needs_no_annotation_of_the_policy_and_agrees_with_the_long_way():
     short = case(PPO(batch_size=B, num_ppo_epochs=1, num_mini_batches=1))
     long = case(PPO(batch_size=B, num_ppo_epochs=1, num_mini_batches=1, micro_batch_size=B // 2))
-    assert short.roles.one_step(B) and not long.roles.one_step(B)
+    assert short.spec.one_step(B) and not long.spec.one_step(B)
     a, _, fused = short.run()
     b, _, annotated = long.run()
     close(a.params, b.params, atol=2e-5)

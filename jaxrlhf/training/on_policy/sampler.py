@@ -79,13 +79,13 @@ class Sampler:
         rest = key, sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
         if slots < len(rows):
             layout = {"slots": slots, "group": group, "columns": self.columns, "mesh": self.mesh}
-            rollout = engine.answer(decoder_params, self.decoder, prompts, *rest, **layout)
+            rollout = engine.generate_in_slots(decoder_params, self.decoder, prompts, *rest, **layout)
             rollout = sharding.put_rows(rollout, self.mesh)
         else:
             rollout = generate(decoder_params, self.decoder, prompts, *rest, group=group)
         rollout, completions = decode_completions(rollout, self.tokenizer, self.sampling.stop_strings)
         del decoder_params  # before its memory is given back
-        memory.give_back()
+        memory.release_free_memory()
         if self.sampling.stop_strings:
             rollout = sharding.put_rows(rollout, self.mesh)
         return trim(rollout), completions

@@ -59,7 +59,7 @@ class Validator:
         self._history: list[float] = []  # the metric at each validation
         if not rows:
             return
-        metric, known = self._settings.metric, [*METRICS, *scorer.metrics()]
+        metric, known = self._settings.metric, [*METRICS, *scorer.metric_keys()]
         if metric not in known:
             raise ConfigError(f"validation.metric: no record has '{metric}'{did_you_mean(metric, known)}")
         if metric.startswith("eval/heldout") and not self._settings.reward_model:
@@ -173,7 +173,7 @@ class Validator:
         the completions."""
         rows = [*self.rows, *[self.rows[-1]] * (-len(self.rows) % self._micro_rows)]
         sampler, sampling = self._sampler, dataclasses.replace(self.config.sampling, greedy=greedy)
-        rollout = engine.answer(
+        rollout = engine.generate_in_slots(
             decoder_params,
             sampler.decoder,
             sampler.prompts(rows),
