@@ -1,4 +1,4 @@
-"""The decoder and its heads: a model is a pair of a frozen `ModelConfig` and a plain nested dict of arrays."""
+"""The decoder and its heads. A model is a frozen `ModelConfig` and its parameters, a plain nested dict of arrays."""
 
 from jaxrlhf.models.attention import cudnn_trouble
 from jaxrlhf.models.config import Adapters, ModelConfig, Rope

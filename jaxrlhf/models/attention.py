@@ -1,4 +1,4 @@
-"""Attention over keys that a mask allows: ours, and cuDNN's kernel for whole sequences on NVIDIA cards."""
+"""Masked attention: a plain implementation, and cuDNN's fused kernel for whole sequences on NVIDIA GPUs."""
 
 import functools
 from typing import Literal
@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float
 
 from jaxrlhf.models.product import product
 
-MASKED = -1e30  # finite, so that a row with nothing to attend to stays finite; float32 and bfloat16 hold it
-LARGEST_HEAD = 128  # that cuDNN's kernels take on every card that has them
-AGREEMENT = 0.03  # of the largest number: a few roundings to bfloat16's 8 bits
+MASKED = -1e30  # finite, so that a row without any key stays finite; representable in bfloat16
+MAX_HEAD_DIM = 128  # of cuDNN's kernels, on every GPU that has them
+TOLERANCE = 0.03  # relative to the largest absolute value: a few bfloat16 roundings
 
 
 def attend(
@@ -25,7 +25,7 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention: query heads n*G .. n*G + G - 1 share key head n. `q` is already scaled."""
     batch, length, heads, head_dim = q.shape
-    # Products keep the order of their operands' axes, the gradients' too: XLA's bfloat16 code for CPUs knows no other.
+    # Axes keep their order in all products and their gradients: XLA's bfloat16 code for CPUs requires it.
     grouped = q.reshape(batch, length, k.shape[1], -1, head_dim).transpose(0, 2, 3, 1, 4)
     logits = product("bkgth,bksh->bkgts", grouped, k, dtype)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, MASKED), axis=-1)
@@ -34,8 +34,8 @@ def attend(
 
 
 def fits_cudnn(q: Float[Array, "B T N H"]) -> bool:
-    """Whether cuDNN has kernels, forward and backward, for attention of these shapes under a mask."""
-    return q.shape[1] % 2 == 0 and q.shape[3] % 8 == 0 and q.shape[3] <= LARGEST_HEAD
+    """True if cuDNN has forward and backward kernels for masked attention of these shapes."""
+    return q.shape[1] % 2 == 0 and q.shape[3] % 8 == 0 and q.shape[3] <= MAX_HEAD_DIM
 
 
 def cudnn_attend(
@@ -46,7 +46,7 @@ def cudnn_attend(
     dtype: DTypeLike,
     kernel: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B T N H"]:
-    """`attend` in one kernel that never writes the [T, S] weights down; `kernel` is for tests without a card."""
+    """`attend` as one fused kernel, which does not store the [T, S] weights; `kernel` is for tests without a GPU."""
     q, k, v = q.astype(dtype), k.swapaxes(1, 2).astype(dtype), v.swapaxes(1, 2).astype(dtype)
     y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=1.0, implementation=kernel)
     return y.astype(jnp.float32)
@@ -54,16 +54,16 @@ def cudnn_attend(
 
 @functools.cache
 def cudnn_trouble(num_heads: int, num_kv_heads: int, head_dim: int) -> str:
-    """Why cuDNN's attention is not to be used here: an error, or a result other than `attend`'s; "" if all is well.
+    """Reason not to use cuDNN's attention here: its error, or how far its results are from `attend`'s; "" if none.
 
-    Runs both on one small case with padding, gradients too.
+    Compares the outputs and gradients of both on a small case with padding.
     """
     key, length = jax.random.key(0), 16
     sizes = [(2, length, num_heads, head_dim), *[(2, num_kv_heads, length, head_dim)] * 2]
     q, k, v = (jax.random.normal(jax.random.fold_in(key, i), size) for i, size in enumerate(sizes))
     mask = jnp.tril(jnp.ones((length, length), bool))[None] & (jnp.arange(length) >= jnp.array([[0], [5]]))[:, None]
     if not fits_cudnn(q):
-        return f"it has no kernel for heads of {head_dim}; they are multiples of 8 and at most {LARGEST_HEAD}"
+        return f"it has no kernel for a head_dim of {head_dim}; it must be a multiple of 8 and at most {MAX_HEAD_DIM}"
 
     def results(function):
         def total(q, k, v):
@@ -74,10 +74,10 @@ def cudnn_trouble(num_heads: int, num_kv_heads: int, head_dim: int) -> str:
         return [np.asarray(x) for x in (y, *grads)]
 
     try:
-        for found, wanted in zip(results(cudnn_attend), results(attend), strict=True):
-            off = float(np.max(np.abs(found - wanted)) / np.max(np.abs(wanted)))
-            if not off <= AGREEMENT:
-                return f"its result is off by {off:.1%} of the largest number"
-    except Exception as error:  # whatever a driver, a library or a compiler may raise
+        for actual, expected in zip(results(cudnn_attend), results(attend), strict=True):
+            deviation = float(np.max(np.abs(actual - expected)) / np.max(np.abs(expected)))
+            if not deviation <= TOLERANCE:
+                return f"its result is off by {deviation:.1%} of the largest value"
+    except Exception as error:  # of any type: raised by the driver, cuDNN or the compiler
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return ""

@@ -1,4 +1,4 @@
-"""What a model is: one frozen, hashable description that covers every family we run."""
+"""Model configuration: one frozen, hashable dataclass for all supported families."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary position embeddings and how they are stretched. Fields that a `kind` does not use keep their defaults."""
+    """Rotary position embeddings and their scaling. Fields that a `kind` does not use keep their defaults."""
 
     theta: float
     kind: Literal["default", "linear", "llama3", "yarn"] = "default"
@@ -25,17 +25,18 @@ class Rope:
 
 @dataclass(frozen=True)
 class Adapters:
-    """What is static about low-rank adapters (https://arxiv.org/abs/2106.09685): W + scale A B in place of W.
+    """Configuration of low-rank adapters (https://arxiv.org/abs/2106.09685): W + scale A B in place of W.
 
-    The arrays are those of `lora.init`, under "lora" of a model's parameters; parameters without them are the base.
+    Their parameters are created by `lora.init` and stored under "lora" of the model's parameters. Without "lora" the
+    model is the base model.
     """
 
     rank: int
     alpha: float
     rank_stabilised: bool = False  # https://arxiv.org/abs/2312.03732
-    dropout: float = 0.0  # of what goes into A, where keys for it are given
-    layers: tuple[int, int] | None = None  # the first layer that has them, and the first after it that has not
-    tokens: tuple[int, ...] = ()  # whose rows of the embedding and columns of an untied head train beside them
+    dropout: float = 0.0  # on the input of A, in `models.forward` with `keys`
+    layers: tuple[int, int] | None = None  # (first, last + 1) layer with adapters; None: all
+    tokens: tuple[int, ...] = ()  # tokens whose embedding rows and untied head columns are trained too
 
     @property
     def scale(self) -> float:
@@ -44,9 +45,9 @@ class Adapters:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder. Static under jit; the parameters that go with it are a plain nested dict (models/transformer.py)."""
+    """Architecture and execution options of a decoder. Static under jit."""
 
-    family: str  # Hugging Face model_type: which name table applies
+    family: str  # Hugging Face model_type; selects the table of parameter names
     vocab_size: int  # V   rows of the embedding, which may exceed the tokenizer's size
     hidden_size: int  # D
     num_layers: int  # L
@@ -54,7 +55,7 @@ class ModelConfig:
     num_kv_heads: int  # K   divides N
     head_dim: int  # H   need not be D / N
     mlp_size: int  # F
-    max_positions: int  # longest sequence the model was made for
+    max_positions: int  # longest sequence the model was trained for
     norm: Literal["rmsnorm", "layernorm"]
     norm_eps: float
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -65,16 +66,16 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool  # RMSNorm over each head of q and k
     sliding_window: int | None  # a query sees itself and the window - 1 tokens before it
-    sliding_layers: tuple[bool, ...]  # [L], which layers the window holds for
+    sliding_layers: tuple[bool, ...]  # [L]   True for layers with the window
     tie_embeddings: bool
-    head: Literal["lm", "linear", "mlp"] = "lm"  # lm: logits; else scores
+    head: Literal["lm", "linear", "mlp"] = "lm"  # lm: logits; linear, mlp: scalar head
     num_labels: int = 1  # of a scalar head; 2: the score is the probability of label 1
     attention_scale: float | None = None  # None: head_dim ** -0.5
     attention_scale_by_layer: bool = False  # GPT-2's scale_attn_by_inverse_layer_idx
     dtype: Literal["float32", "bfloat16"] = "float32"  # operands of matrix products; they accumulate in float32
-    kernels: Literal["float", "int8"] = "float"  # int8: an inference copy's, see rollout/inference_copy.py
+    kernels: Literal["float", "int8"] = "float"  # int8: for inference only, see rollout/inference_copy.py
     remat: Literal["none", "full", "dots"] = "none"
-    attention: Literal["plain", "cudnn"] = "plain"  # of whole sequences; with a key-value cache it is always plain
+    attention: Literal["plain", "cudnn"] = "plain"  # for whole sequences; with a key-value cache always plain
     adapters: Adapters | None = None
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What stands on the hidden states: the language-model head, and the scalar heads of reward and value models."""
+"""Heads on the hidden states: the language-model head, and the scalar heads of reward and value models."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ LEAD = "abcefg"  # einsum letters of leading axes
 
 
 def init_head(model: ModelConfig, key: Array) -> Params:
-    """The parameters beside the decoder: `lm_head`, `score`, or nothing where the embedding is also the output."""
+    """Fresh head parameters: `lm_head`, `score`, or none if the embedding is tied."""
     if model.head == "lm":
         if model.tie_embeddings:
             return {}
@@ -34,13 +34,15 @@ def init_head(model: ModelConfig, key: Array) -> Params:
 
 
 def _scalar_kernel(key: Array, size: int, outputs: int) -> Array:
-    """N(0, 1 / (D + 1)): scores of unit scale on normalised hidden states (Stiennon et al. 2020, appendix B)."""
+    """N(0, 1 / (D + 1)), for scores of unit scale on normalised hidden states (Stiennon et al. 2020, appendix B)."""
     return jax.random.normal(key, (size, outputs)) * (size + 1) ** -0.5
 
 
 def lm_weight(params: Params, model: ModelConfig) -> tuple[Array, Array | None]:
-    """The table of the output, [V, D] where it is the embedding and [D, V] where not, and what stands in it, along its
-    axis V, for the tokens of `model.adapters`; None where nothing does."""
+    """(output weight, rows of it trained for the tokens of `model.adapters`, or None).
+
+    The weight is [V, D] if the embedding is tied, else [D, V]; the rows lie along its axis V.
+    """
     part, leaf = ("embed", "embedding") if model.tie_embeddings else ("lm_head", "kernel")
     return params[part][leaf], params.get("lora", {}).get("rows", {}).get(leaf)
 
@@ -51,11 +53,11 @@ def lm_logits(params: Params, model: ModelConfig, hidden: Float[Array, "*lead D"
         table = params["embed"] if model.tie_embeddings else params["lm_head"]
         return int8_product(hidden, table["embedding" if model.tie_embeddings else "kernel"], table["scale"])
     weight, rows = lm_weight(params, model)
-    if rows is not None:  # in the table: a product of their own would round differently
+    if rows is not None:  # inserted into the weight: a separate product would round differently
         assert model.adapters is not None
         tokens = jnp.array(model.adapters.tokens)
-        at = tokens if model.tie_embeddings else (slice(None), tokens)
-        weight = weight.astype(model.dtype).at[at].set(rows.astype(model.dtype))
+        index = tokens if model.tie_embeddings else (slice(None), tokens)
+        weight = weight.astype(model.dtype).at[index].set(rows.astype(model.dtype))
     lead = LEAD[: hidden.ndim - 1]
     return product(f"{lead}d,{'vd' if model.tie_embeddings else 'dv'}->{lead}v", hidden, weight, model.dtype)
 
@@ -63,9 +65,9 @@ def lm_logits(params: Params, model: ModelConfig, hidden: Float[Array, "*lead D"
 def label_logits(
     params: Params, model: ModelConfig, hidden: Float[Array, "*lead D"], dropout_key: Array | None = None
 ) -> Float[Array, "*lead labels"]:
-    """Outputs of the scalar head, float32 throughout: a score is one number, and a cheap one.
+    """Outputs of the scalar head, one or two per position, computed in float32.
 
-    With `dropout_key`, the MLP head drops a tenth of each hidden layer; the linear head has nothing to drop.
+    With `dropout_key`, the hidden layers of the MLP head have dropout (rate 0.1); the linear head has none.
     """
     score, x = params["score"], hidden
     if model.head == "linear":
@@ -91,7 +93,7 @@ def _matmul(x: Array, kernel: Array) -> Array:
 def scalar_head(
     params: Params, model: ModelConfig, hidden: Float[Array, "*lead D"], dropout_key: Array | None = None
 ) -> Float[Array, "*lead"]:
-    """One number per position: the output itself, or with two labels the probability of label 1."""
+    """Score or value per position: the output, or with two labels the probability of label 1."""
     outputs = label_logits(params, model, hidden, dropout_key)
     if model.num_labels == 1:
         return outputs[..., 0]
@@ -101,23 +103,24 @@ def scalar_head(
 def log_odds(
     params: Params, model: ModelConfig, hidden: Float[Array, "*lead D"], dropout_key: Array | None = None
 ) -> Float[Array, "*lead"]:
-    """What a reward model is trained by, which has no bounds: the output itself, or with two labels the logit of label
-    1 less that of label 0."""
+    """Unbounded score, for the losses of a reward model: the output, or with two labels logit 1 - logit 0."""
     outputs = label_logits(params, model, hidden, dropout_key)
     return outputs[..., 0] if model.num_labels == 1 else outputs[..., 1] - outputs[..., 0]
 
 
 def with_two_labels(model: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The same reward model with an output for label 0, always 0, before its only one: the score becomes the
-    probability of label 1, the sigmoid of what it was, and the log-odds stay."""
+    """Add an output for label 0, always 0, to a reward model with one output.
 
-    def beside_zero(x: Array) -> Array:
+    The score becomes its sigmoid, the probability of label 1; the log-odds stay the same.
+    """
+
+    def prepend_zero(x: Array) -> Array:
         return jnp.concatenate([jnp.zeros_like(x), x], axis=-1)
 
     score = params["score"]
     if model.head == "linear":
-        score = jax.tree.map(beside_zero, score)
+        score = jax.tree.map(prepend_zero, score)
     else:
         last = f"dense_{len(MLP_SIZES)}"
-        score = {**score, last: jax.tree.map(beside_zero, score[last])}
+        score = {**score, last: jax.tree.map(prepend_zero, score[last])}
     return dataclasses.replace(model, num_labels=2), {**params, "score": score}

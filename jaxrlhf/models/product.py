@@ -1,4 +1,4 @@
-"""The one matrix product: operands in the compute dtype, sums in float32, and a gradient of the same kind."""
+"""Mixed-precision matrix product, for the forward and the backward pass."""
 
 from typing import cast
 
@@ -9,17 +9,17 @@ from jaxtyping import Array, Float
 
 
 def product(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
-    """Contraction of two operands in `dtype`, accumulated and returned in float32; `subscripts` as for `jnp.einsum`.
+    """Einsum of two operands in `dtype`, accumulated and returned in float32. `subscripts` as for `jnp.einsum`.
 
     `a` is float32 (an activation), `b` a weight or an activation; every letter of one operand must occur in the other
-    or in the result. The gradient is a product of the same kind: left alone, JAX would multiply a float32 cotangent
-    by a bfloat16 operand, which has no fast kernel on CPUs and runs the slow path on accelerators.
+    or in the result. The gradients are such products too. By default JAX would multiply a float32 cotangent by a
+    bfloat16 operand, which is slow on CPUs and accelerators.
     """
     return cast(Array, _product(subscripts, a, b, dtype))
 
 
 def _contract(subscripts: str, a: Array, b: Array, dtype: DTypeLike) -> Array:
-    # GPUs and TPUs would otherwise round float32 operands to 10 or 7 bits; who asks for float32 means it
+    # by default GPUs and TPUs round float32 operands to 10 or 7 bits
     precision = "highest" if jnp.dtype(dtype) == jnp.float32 else None
     a, b = a.astype(dtype), b.astype(dtype)
     return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
@@ -29,13 +29,13 @@ _product = jax.custom_vjp(_contract, nondiff_argnums=(0, 3))
 
 
 def _product_forward(subscripts, a, b, dtype):
-    # b is kept as it came: a weight is alive anyway, so only the activation costs memory
+    # b is saved as given: a weight is in memory anyway, so only the activation costs memory
     a = a.astype(dtype)
     return _contract(subscripts, a, b, dtype), (a, b)
 
 
-def _product_backward(subscripts, dtype, kept, cotangent):
-    a, b = kept
+def _product_backward(subscripts, dtype, residuals, cotangent):
+    a, b = residuals
     operands, result = subscripts.split("->")
     left, right = operands.split(",")
     grad_a = _contract(f"{result},{right}->{left}", cotangent, b, dtype)

@@ -6,7 +6,7 @@ import pytest
 from jaxrlhf.config import ModelSource
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import attention
-from jaxrlhf.training.setup import attending
+from jaxrlhf.training.setup import with_attention
 
 
 def normal(*shape, seed=0):
@@ -66,14 +66,14 @@ def test_shapes_without_a_kernel_are_known(shape, fits):
 
 def test_without_a_card_cudnn_is_refused_and_auto_goes_on(make, monkeypatch):
     model = make(head_dim=8, dtype="bfloat16")
-    assert attending(model, ModelSource()).attention == "plain"
+    assert with_attention(model, ModelSource()).attention == "plain"
     with pytest.raises(ConfigError, match="model.attention is cudnn, which cannot be used: .*Use plain, or auto"):
-        attending(model, ModelSource(attention="cudnn"))
+        with_attention(model, ModelSource(attention="cudnn"))
     with pytest.raises(ConfigError, match="products are in float32"):
-        attending(make(head_dim=8), ModelSource(attention="cudnn"))
+        with_attention(make(head_dim=8), ModelSource(attention="cudnn"))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # a card whose trial fails
-    assert attending(model, ModelSource()).attention == "plain"
+    assert with_attention(model, ModelSource()).attention == "plain"
     monkeypatch.setattr(attention, "cudnn_attend", attention.attend)  # one whose trial agrees
     attention.cudnn_trouble.cache_clear()
-    assert attending(model, ModelSource()).attention == "cudnn"
+    assert with_attention(model, ModelSource()).attention == "cudnn"
     attention.cudnn_trouble.cache_clear()
