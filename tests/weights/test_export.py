@@ -372,5 +372,5 @@ def test_transformers_gives_our_scores(name, labels, tmp_path):
         logits = theirs.eval()(torch.tensor(tokens), attention_mask=torch.tensor(mask).long()).logits
     expected = logits[:, 0] if labels == 1 else torch.softmax(logits, -1)[:, 1]
     hidden = models.forward(params, model, jnp.asarray(tokens), jnp.asarray(mask))
-    ours = models.scores(params, model, hidden[np.arange(3), lengths - 1])
+    ours = models.scalar_head(params, model, hidden[np.arange(3), lengths - 1])
     np.testing.assert_allclose(ours, expected.numpy(), atol=1e-5, rtol=1e-5)

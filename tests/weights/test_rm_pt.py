@@ -35,7 +35,7 @@ def test_the_head_of_an_rm_pt_scores_as_in_torch(tiny_model, tmp_path):
     hidden = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
     with torch.no_grad():
         wanted = net.eval()(torch.from_numpy(hidden))[:, 0].numpy()
-    np.testing.assert_allclose(models.scores(params, model, jnp.asarray(hidden)), wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(models.scalar_head(params, model, jnp.asarray(hidden)), wanted, rtol=1e-5, atol=1e-6)
 
     tensors = read(tmp_path / "rm.pt")
     with pytest.raises(DataError, match=r"missing: head.net.3.bias"):
