@@ -1,4 +1,4 @@
-"""From `(ModelConfig, params)` to a folder that transformers reads, whole or not at all."""
+"""Atomic export of `(ModelConfig, params)` to a folder that transformers reads."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from jaxrlhf.weights.hub import CONFIG, GENERATION_CONFIG
 
 CARD = "README.md"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def export(
@@ -36,43 +36,46 @@ def export(
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Path:
-    """Write `model` to `directory` in Hugging Face layout and return that path.
+    """Write `model` to `directory` in Hugging Face layout and return its path.
 
-    source: a folder whose config.json and generation_config.json keep their keys, and whose tokenizer files are copied
-        unless a `tokenizer` is given, which then also decides the special token ids.
-    stops: ids that end a response besides those of the tokenizer; they go into generation_config.json with them.
-    facts: what the model card says about the run (see `card.card`).
-    base: of parameters with adapters, the model that they are for and its revision on the hub: what is written are the
-        adapters, in PEFT's layout. Without it they are merged.
+    source: folder whose config.json and generation_config.json provide the other keys, and whose tokenizer files are
+        copied unless `tokenizer` is given.
+    tokenizer: saved with the model; determines the special token ids.
+    stops: ids that end a response in addition to those of the tokenizer, for generation_config.json.
+    facts: facts of the run for the model card (see `card.card`).
+    base: (path or hub id, revision) of the base model: write only the adapters, in PEFT's layout. None: merge them.
     dtype: of the written tensors; None: that of the parameters.
-    Everything is written to a hidden folder beside `directory` that takes its name at the end. A directory that is
-    there already is replaced if it is empty or an earlier export; else StorageError is raised, as when the disk is
-    full.
+    max_shard_size: bytes, or text such as "5GB".
+    Everything is written to a hidden folder beside `directory`, which is renamed at the end. An existing directory is
+    replaced if it is empty or an earlier export; otherwise, or if the disk is too small, StorageError is raised.
     """
     directory = Path(directory).expanduser().absolute()
-    _check_target(directory)
-    apart = base if "lora" in params else None
-    if apart is None:
+    _check_replaceable(directory)
+    adapters_of = base if "lora" in params else None
+    sources = []
+    if adapters_of is None:
         model, params = dataclasses.replace(model, adapters=None), lora.merge(params, model)
-    found = mapping.sources(model, params, dtype) if apart is None else []
-    partial, old = (directory.with_name(f".{directory.name}.{what}") for what in ("partial", "old"))
+        sources = mapping.sources(model, params, dtype)
+    partial, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("partial", "old"))
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        need, free = sum(s.nbytes for s in found), shutil.disk_usage(directory.parent).free
-        if need > free:
-            raise StorageError(f"{directory}: the export takes {need:,} bytes and the disk has {free:,} free")
-        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        size, free = sum(s.nbytes for s in sources), shutil.disk_usage(directory.parent).free
+        if size > free:
+            raise StorageError(f"{directory}: the export takes {size:,} bytes and the disk has {free:,} free")
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed export
         partial.mkdir()
+        source = None if source is None else Path(source)
         config = _write_configs(
-            partial, model, params, None if source is None else Path(source), tokenizer, stops, dtype
+            partial, model, source, tokenizer, stops, dtype or str(params["embed"]["embedding"].dtype)
         )
-        (partial / CARD).write_text(card.card(model, config, facts or {}, adapters=apart is not None), encoding="utf-8")
-        if apart is None:
-            writer.write(partial, found, _bytes(max_shard_size))
+        text = card.card(model, config, facts or {}, adapters=adapters_of is not None)
+        (partial / CARD).write_text(text, encoding="utf-8")
+        if adapters_of is None:
+            writer.write(partial, sources, _bytes(max_shard_size))
         else:
-            (partial / CONFIG).unlink()  # a folder of adapters is described by the model they are for
-            peft.write(partial, model, params, *apart)
-        _swap(partial, directory, old)
+            (partial / CONFIG).unlink()  # adapters are described by the config.json of the base model
+            peft.write(partial, model, params, *adapters_of)
+        _rename(partial, directory, old)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return directory
@@ -81,24 +84,23 @@ def export(
 def _write_configs(
     folder: Path,
     model: ModelConfig,
-    params: Params,
     source: Path | None,
     tokenizer: Tokenizer | None,
-    more_stops: Sequence[int],
-    dtype: str | None,
+    extra_stops: Sequence[int],
+    dtype: str,
 ) -> dict[str, Any]:
-    """Everything but weights and card; returns what config.json says."""
+    """Write config.json, generation_config.json and the tokenizer; returns the content of config.json."""
     original, generation = (
         safetensors.read_json(source / name) if source is not None and (source / name).is_file() else {}
         for name in (CONFIG, GENERATION_CONFIG)
     )
-    config = families.render(model, original, dtype or str(params["embed"]["embedding"].dtype))
+    config = families.render(model, original, dtype)
     if tokenizer is not None:
         tokenizer.save(folder)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        config = _with_ids(config, ids)
-        stops = sorted({tokenizer.eos_id, *tokenizer.stop_ids, *more_stops})
-        generation = _with_ids(generation, ids | {"eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id})
+        config = _with_token_ids(config, ids)
+        stops = sorted({tokenizer.eos_id, *tokenizer.stop_ids, *extra_stops})
+        generation = _with_token_ids(generation, ids | {"eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id})
     elif source is not None:
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
@@ -111,13 +113,13 @@ def _write_configs(
     return config
 
 
-def _with_ids(config: dict[str, Any], ids: dict[str, Any]) -> dict[str, Any]:
-    """`config` with these special tokens; one that already means the same (in a list, in another order) stays."""
+def _with_token_ids(config: dict[str, Any], ids: dict[str, Any]) -> dict[str, Any]:
+    """`config` with these special tokens; a value is kept if it is equal up to order or a list that contains them."""
     changed = {}
     for key, value in ids.items():
         old = config.get(key)
-        listed, wanted = (set(v) if isinstance(v, list) else {v} for v in (old, value))
-        if value is not None and not (listed == wanted or (isinstance(old, list) and wanted <= listed)):
+        old_ids, new_ids = (set(v) if isinstance(v, list) else {v} for v in (old, value))
+        if value is not None and not (old_ids == new_ids or (isinstance(old, list) and new_ids <= old_ids)):
             changed[key] = value
     return config | changed
 
@@ -126,24 +128,22 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _check_target(directory: Path) -> None:
+def _check_replaceable(directory: Path) -> None:
+    """Raise StorageError if `directory` exists and is neither empty nor an export of jaxrlhf."""
     if not directory.exists():
         return
     names = [p.name for p in directory.iterdir()] if directory.is_dir() else [""]
-    allowed = {CONFIG, GENERATION_CONFIG, CARD, peft.CONFIG, peft.WEIGHTS, safetensors.INDEX, *TOKENIZER_FILES}
-    strange = sorted(n for n in names if n not in allowed and not _OURS.fullmatch(n))
-    if strange or (names and not _has_our_card(directory)):
-        why = f"it also holds {', '.join(strange[:5])}" if any(strange) else "it is not an export of jaxrlhf"
-        raise StorageError(f"{directory}: exists and is not replaced, because {why}; give another folder")
+    known = {CONFIG, GENERATION_CONFIG, CARD, peft.CONFIG, peft.WEIGHTS, safetensors.INDEX, *TOKENIZER_FILES}
+    foreign = sorted(name for name in names if name not in known and not _WEIGHTS.fullmatch(name))
+    readme = directory / CARD
+    has_card = readme.is_file() and card.is_ours(readme.read_text(encoding="utf-8", errors="replace"))
+    if foreign or (names and not has_card):
+        reason = f"it also holds {', '.join(foreign[:5])}" if any(foreign) else "it is not an export of jaxrlhf"
+        raise StorageError(f"{directory}: exists and is not replaced, because {reason}; give another folder")
 
 
-def _has_our_card(directory: Path) -> bool:
-    file = directory / CARD
-    return file.is_file() and card.is_ours(file.read_text(encoding="utf-8", errors="replace"))
-
-
-def _swap(partial: Path, directory: Path, old: Path) -> None:
-    """Give the finished folder its name. What had it is moved aside first, and removed once the new one is in place."""
+def _rename(partial: Path, directory: Path, old: Path) -> None:
+    """Rename the finished folder; an existing one is moved aside first and removed at the end."""
     _sync(partial)
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
@@ -167,9 +167,9 @@ def _sync(folder: Path) -> None:
 
 
 def _bytes(size: int | str) -> int:
-    """A number of bytes from 5_000_000_000, "5GB" or "4GiB"."""
+    """Number of bytes of 5_000_000_000, "5GB" or "4GiB"."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]I?B)?", str(size).upper())
-    count = int(float(match[1]) * _UNITS[match[2] or ""]) if match and (match[2] or "") in _UNITS else 0
+    count = int(float(match[1]) * _UNITS.get(match[2] or "", 0)) if match else 0
     if count <= 0:
         raise ConfigError(f"max_shard_size must be a number of bytes or like '5GB', got {size!r}")
     return count

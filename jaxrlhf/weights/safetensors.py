@@ -1,9 +1,9 @@
-"""The safetensors format: a reader that trusts nothing. (writer.py writes.)
+"""Reader of the safetensors format for untrusted files; the writer is writer.py.
 
-A file is the length N of its header (8 bytes, little endian), N bytes of JSON
+A file consists of the length N of its header (8 bytes, little endian), N bytes of JSON
 `{name: {"dtype", "shape", "data_offsets": [begin, end]}}`, and the data (https://huggingface.co/docs/safetensors).
-Files come from strangers, so every number in a header is checked against the file before a byte of data is read.
-Tensors are read one at a time into memory of their own: a mapped file would count as resident memory page by page.
+Every number of a header is checked against the file before any data is read. Tensors are read one at a time into
+allocated memory: pages of a memory-mapped file would count as resident memory.
 """
 
 import json
@@ -21,11 +21,11 @@ from jaxrlhf.errors import DataError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MAX_HEADER = 25_000_000  # bytes; a header of 100,000 tensors has about 15 MB
+MAX_HEADER = 25_000_000  # bytes; a header of 100,000 tensors takes about 15 MB
 MAX_FILES = 10_000
 MAX_DIMENSIONS = 8
 CHUNK = 1 << 24  # bytes compared at a time
-ALIGNMENT = 64  # bytes; from here on jax uses host memory in place on a CPU instead of copying it
+ALIGNMENT = 64  # bytes; on a CPU jax uses host memory with this alignment in place instead of copying it
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -38,13 +38,13 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
-_FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file: what it is and where its bytes lie."""
+    """Description and location of a tensor in a file."""
 
     name: str
     file: Path
@@ -58,7 +58,7 @@ class Entry:
 
 
 def read_json(file: Path, *, limit: int = MAX_HEADER) -> dict[str, Any]:
-    """A JSON object from a file of at most `limit` bytes, duplicate keys refused. Raises DataError."""
+    """Read a JSON object without duplicate keys from a file of at most `limit` bytes. Raises DataError."""
     try:
         if file.stat().st_size > limit:
             raise DataError(f"{file}: {file.stat().st_size:,} bytes is more than the {limit:,} allowed for this file")
@@ -69,10 +69,10 @@ def read_json(file: Path, *, limit: int = MAX_HEADER) -> dict[str, Any]:
 
 
 def scan(file: Path) -> dict[str, Entry]:
-    """The tensors of one file, from its header alone.
+    """Read the tensor descriptions of one file from its header.
 
     Raises DataError if the header is longer than MAX_HEADER or the file, is not JSON, names a tensor twice, has a dtype
-    outside DTYPES, or if the byte ranges overlap, leave a hole, or do not end where the file ends.
+    outside DTYPES, or if the byte ranges overlap, leave a hole, or do not end at the end of the file.
     """
     try:
         size = file.stat().st_size
@@ -87,25 +87,24 @@ def scan(file: Path) -> dict[str, Entry]:
         raise DataError(f"{file}: cannot be read ({error.strerror or error})") from error
     header = _parse_json(text, f"header of {file}")
     header.pop("__metadata__", None)
-    ranges = [_range(file, name, fields) for name, fields in header.items()]
-    end = 0
-    for begin, stop, entry in sorted(ranges, key=lambda item: item[:2]):
-        if begin != end:
+    entries = {name: _parse_entry(file, name, fields, 8 + length) for name, fields in header.items()}
+    end = 8 + length
+    for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.nbytes)):
+        if entry.offset != end:
             _refuse(
-                file, f"the data of '{entry.name}' begins at byte {begin:,} where {end:,} was due (overlap or hole)"
+                file, f"the data of '{entry.name}' begins at byte {entry.offset:,}, expected {end:,} (overlap or hole)"
             )
-        end = stop
-    if end != size - 8 - length:
-        _refuse(file, f"its tensors take {end:,} bytes and the file holds {size - 8 - length:,}; it may be cut short")
-    start = 8 + length
-    return {e.name: Entry(e.name, file, e.dtype, e.shape, start + begin) for begin, _, e in ranges}
+        end += entry.nbytes
+    if end != size:
+        _refuse(file, f"its tensors end at byte {end:,} and the file has {size:,} bytes; it may be cut short")
+    return entries
 
 
-def _range(file: Path, name: str, fields: Any) -> tuple[int, int, Entry]:
+def _parse_entry(file: Path, name: str, fields: Any, data_start: int) -> Entry:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         _refuse(file, f"the header entry of '{name}' must have exactly dtype, shape and data_offsets")
     shape, offsets = fields["shape"], fields["data_offsets"]
-    if not _naturals(shape, MAX_DIMENSIONS) or not _naturals(offsets, 2) or len(offsets) != 2:
+    if not _are_naturals(shape, MAX_DIMENSIONS) or not _are_naturals(offsets, 2) or len(offsets) != 2:
         _refuse(file, f"'{name}': shape and data_offsets must be short lists of whole numbers >= 0")
     if not isinstance(fields["dtype"], str) or fields["dtype"] not in DTYPES:
         _refuse(
@@ -113,20 +112,20 @@ def _range(file: Path, name: str, fields: Any) -> tuple[int, int, Entry]:
             f"'{name}' is stored as {fields['dtype']!r}, which is not one of {', '.join(DTYPES)}; "
             "quantised models are not supported, use the model's float version",
         )
-    entry = Entry(name, file, DTYPES[fields["dtype"]], tuple(shape), 0)
-    begin, stop = offsets
-    if stop - begin != entry.nbytes:
+    begin, end = offsets
+    entry = Entry(name, file, DTYPES[fields["dtype"]], tuple(shape), data_start + begin)
+    if end - begin != entry.nbytes:
         _refuse(
-            file, f"'{name}' {fields['dtype']} {shape} takes {entry.nbytes:,} bytes, data_offsets say {stop - begin:,}"
+            file, f"'{name}' {fields['dtype']} {shape} takes {entry.nbytes:,} bytes, data_offsets span {end - begin:,}"
         )
-    return begin, stop, entry
+    return entry
 
 
 def scan_folder(folder: Path) -> dict[str, Entry]:
-    """The tensors of a model folder: `model.safetensors`, or the shards that its index names.
+    """Read the tensor descriptions of a model folder: `model.safetensors`, or the shards named by its index.
 
-    A shard must be a plain file name inside the folder (it may be a link, as in the hub's cache). Nothing but
-    safetensors is ever opened. Raises DataError.
+    A shard must be a plain file name in the folder (the file may be a link, as in the hub's cache). Files of other
+    formats are never opened. Raises DataError.
     """
     if (folder / SINGLE).exists():
         return scan(folder / SINGLE)
@@ -138,76 +137,68 @@ def scan_folder(folder: Path) -> dict[str, Entry]:
         raise DataError(f"{file}: has no weight_map; it must map tensor names to shard files")
     shards = set(weight_map.values()) if all(isinstance(v, str) for v in weight_map.values()) else {""}
     for shard in sorted(shards):
-        if not _PLAIN.fullmatch(shard):
-            raise DataError(f"{file}: shard {shard!r} is not a plain *.safetensors file name; nothing was read")
+        if not _SHARD_NAME.fullmatch(shard):
+            raise DataError(f"{file}: shard {shard!r} is not a plain *.safetensors file name; no shard was read")
     if len(shards) > MAX_FILES:
         raise DataError(f"{file}: names {len(shards):,} shards, more than the {MAX_FILES:,} allowed")
-    if absent := sorted(s for s in shards if not (folder / s).is_file()):
-        raise DataError(
-            f"{folder}: the index names shards that are not there: {', '.join(absent)}; complete the folder"
-        )
-    found = {shard: scan(folder / shard) for shard in sorted(shards)}
-    wrong = [
-        f"{name}: not in {shard}, where the index puts it"
-        for name, shard in weight_map.items()
-        if name not in found[shard]
-    ]
-    wrong += [
-        f"{name}: in {shard}, which the index does not say"
-        for shard, entries in found.items()
-        for name in entries
-        if weight_map.get(name) != shard
-    ]
-    if wrong:
-        raise DataError(f"{file}: index and shards disagree:\n  " + "\n  ".join(wrong))
-    return {name: found[shard][name] for name, shard in weight_map.items()}
+    if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
+        raise DataError(f"{folder}: the index names missing shards: {', '.join(missing)}; complete the folder")
+    by_shard = {shard: scan(folder / shard) for shard in sorted(shards)}
+    stored = {(name, shard) for shard, entries in by_shard.items() for name in entries}
+    indexed = set(weight_map.items())
+    problems = [f"{name}: not in {shard}, where the index puts it" for name, shard in sorted(indexed - stored)]
+    problems += [f"{name}: in {shard}, which is not in the index" for name, shard in sorted(stored - indexed)]
+    if problems:
+        raise DataError(f"{file}: index and shards disagree:\n  " + "\n  ".join(problems))
+    return {name: by_shard[shard][name] for name, shard in weight_map.items()}
 
 
 def _refuse_folder(folder: Path) -> NoReturn:
     names = sorted(p.name for p in folder.iterdir())
-    looked = f"{folder}: no {SINGLE} and no {INDEX}"
+    missing = f"{folder}: no {SINGLE} and no {INDEX}"
     if "adapter_model.safetensors" in names:
-        raise DataError(f"{looked}, only a LoRA adapter; merge it into its base model first")
-    if foreign := [n for n in names if n.lower().endswith(_FOREIGN)]:
+        raise DataError(f"{missing}, only a LoRA adapter; merge it into its base model first")
+    if others := [name for name in names if name.lower().endswith(_OTHER_FORMATS)]:
         raise DataError(
-            f"{looked}, only {', '.join(foreign)}, which jaxrlhf never opens: reading such files can run code. "
+            f"{missing}, only {', '.join(others)}, which jaxrlhf never opens: reading such files can run code. "
             "Convert them where that is safe: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) "
             "in transformers writes safetensors"
         )
-    raise DataError(f"{looked}; the folder holds: {', '.join(names) or 'nothing'}")
+    raise DataError(f"{missing}; the folder holds: {', '.join(names) or 'nothing'}")
 
 
 def allocate(size: int) -> np.ndarray:
-    """Memory of `size` bytes to read into, aligned so that jax can use it in place on a CPU."""
+    """A read buffer of `size` bytes, aligned so that jax can use it in place on a CPU."""
     raw = np.empty(size + ALIGNMENT, np.uint8)
-    first = -raw.ctypes.data % ALIGNMENT
-    return raw[first : first + size]
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size]
 
 
-def read(entry: Entry, memory: np.ndarray | None = None) -> np.ndarray:
-    """A tensor in its stored dtype and shape, in `memory` (of `allocate`) if given.
+def read(entry: Entry, buffer: np.ndarray | None = None) -> np.ndarray:
+    """Read a tensor in its stored dtype and shape, into `buffer` (from `allocate`) if given.
 
     Raises DataError if the file has become shorter since it was scanned.
     """
-    raw = (allocate(entry.nbytes) if memory is None else memory)[: entry.nbytes]
+    raw = (allocate(entry.nbytes) if buffer is None else buffer)[: entry.nbytes]
     _read_bytes(entry, 0, raw)
     return raw.view(entry.dtype).reshape(entry.shape)
 
 
 def same(a: Entry, b: Entry) -> bool:
-    """Whether two tensors are equal bit for bit, with little memory."""
+    """Whether two tensors are equal bit for bit, compared chunk by chunk."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     for begin in range(0, a.nbytes, CHUNK):
-        mine, other = np.empty((2, min(CHUNK, a.nbytes - begin)), np.uint8)
-        _read_bytes(a, begin, mine)
-        _read_bytes(b, begin, other)
-        if not np.array_equal(mine, other):
+        chunk_a, chunk_b = np.empty((2, min(CHUNK, a.nbytes - begin)), np.uint8)
+        _read_bytes(a, begin, chunk_a)
+        _read_bytes(b, begin, chunk_b)
+        if not np.array_equal(chunk_a, chunk_b):
             return False
     return True
 
 
 def _read_bytes(entry: Entry, begin: int, raw: np.ndarray) -> None:
+    """Fill `raw` with the bytes of a tensor from `begin` on."""
     view, done = raw.data, 0
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.offset + begin)
@@ -220,26 +211,26 @@ def _read_bytes(entry: Entry, begin: int, raw: np.ndarray) -> None:
 
 def _parse_json(text: bytes, where: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise DataError(f"{where}: key {twice!r} stands twice")
-        return found
+        unique_pairs = dict(pairs)
+        if len(unique_pairs) != len(pairs):
+            duplicate, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise DataError(f"{where}: key {duplicate!r} occurs more than once")
+        return unique_pairs
 
     try:
         parsed = json.loads(text, object_pairs_hook=unique)
     except DataError:
         raise
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, absurdly long numbers, absurdly deep nesting
+    except (ValueError, RecursionError) as error:  # also: not UTF-8, huge numbers, deep nesting
         raise DataError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(parsed, dict):
         raise DataError(f"{where}: must be a JSON object, is a {type(parsed).__name__}")
     return parsed
 
 
-def _naturals(value: Any, most: int) -> bool:
+def _are_naturals(value: Any, most: int) -> bool:
     return isinstance(value, list) and len(value) <= most and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
-def _refuse(file: Path, why: str) -> NoReturn:
-    raise DataError(f"{file}: not a sound safetensors file: {why}")
+def _refuse(file: Path, reason: str) -> NoReturn:
+    raise DataError(f"{file}: not a valid safetensors file: {reason}")

@@ -335,7 +335,7 @@ def test_config_json_with_a_key_twice_is_refused(tmp_path):
     folder = changed(FOLDERS / "llama", tmp_path / "m", nothing)
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text[:-1] + ', "vocab_size": 64}')
-    with pytest.raises(DataError, match="'vocab_size' stands twice"):
+    with pytest.raises(DataError, match="'vocab_size' occurs more than once"):
         weights.load(folder)
 
 

@@ -126,8 +126,11 @@ def changed(**fields) -> dict:
         (changed(dtype=["F32"]), "is not one of"),
         (changed(extra=1), "exactly dtype"),
         (GOOD | {"b": [1]}, "exactly dtype"),
-        (json.dumps(GOOD)[:-1] + ', "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}', "stands twice"),
-        ('{"a": {"dtype": "F32", "dtype": "F16", "shape": [16], "data_offsets": [0, 32]}}', "stands twice"),
+        (
+            json.dumps(GOOD)[:-1] + ', "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}',
+            "occurs more than once",
+        ),
+        ('{"a": {"dtype": "F32", "dtype": "F16", "shape": [16], "data_offsets": [0, 32]}}', "occurs more than once"),
         ("[1, 2]", "JSON object"),
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
@@ -215,7 +218,7 @@ def test_index_and_shards_must_agree(tmp_path):
         ours.scan_folder(tmp_path)
     said = str(caught.value)
     assert "b: not in two.safetensors" in said and "d: not in one.safetensors" in said
-    assert "b: in one.safetensors, which the index does not say" in said
+    assert "b: in one.safetensors, which is not in the index" in said
     write_index(tmp_path, {"a": "one.safetensors", "b": "three.safetensors"})
     with pytest.raises(DataError, match=r"three\.safetensors; complete"):
         ours.scan_folder(tmp_path)

@@ -73,12 +73,13 @@ def read(folder: Path, model: ModelConfig) -> tuple[Adapters, Params]:
     layers = range(min(all_layers), max(all_layers) + 1)
     tree: Params = {}
     for module, by_layer in by_module.items():
-        own = {}
+        scales = {}
         for layer in layers:
             name = f"{layer_prefix(model, layer)}{module}"
             rank, alpha = _pattern(ranks, name, adapters.rank), _pattern(alphas, name, adapters.alpha)
-            own[layer] = dataclasses.replace(adapters, rank=int(rank), alpha=float(alpha)).scale
-        stacked = _stack(by_layer, {layer: scale / adapters.scale for layer, scale in own.items()})
+            own = dataclasses.replace(adapters, rank=int(rank), alpha=float(alpha))
+            scales[layer] = own.scale / adapters.scale
+        stacked = _stack(by_layer, scales)
         paths = matrices[module]
         ends = np.cumsum(widths(model, paths)[1])[:-1]
         split = {part: np.split(array, ends, axis=-1) for part, array in stacked.items() if part != "a"}
@@ -91,7 +92,7 @@ def read(folder: Path, model: ModelConfig) -> tuple[Adapters, Params]:
 
 
 def _stack(by_layer: dict[int, Parts], scales: dict[int, float]) -> Parts:
-    """ "a" [n, in, r], "b" [n, r, out] and "magnitude" [n, out] of one matrix over the layers of `scales`.
+    """Stack one matrix over the layers of `scales`: "a" [n, in, r], "b" [n, r, out] and "magnitude" [n, out].
 
     B is multiplied by its layer's scale; layers without adapters are zero.
     """

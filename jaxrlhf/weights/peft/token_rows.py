@@ -1,4 +1,4 @@
-"""Trained rows of single tokens in PEFT's layout (`trainable_token_indices`), stored with the adapters of peft.py.
+"""Trained rows of single tokens in PEFT's layout (`trainable_token_indices`), stored with the adapters.
 
 They replace the rows of the embedding. A tied output head shares them; an untied one has its own or none.
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxrlhf.lora import Module, modules_of
-from jaxrlhf.models import ModelConfig
+from jaxrlhf.models import Adapters, ModelConfig
 from jaxrlhf.types import Params
 from jaxrlhf.weights import writer
 from jaxrlhf.weights.families import tensor_names
@@ -45,9 +45,6 @@ def write(folder: Path, model: ModelConfig, params: Params, base: str, revision:
     row_arrays, token_ids = token_rows.to_tensors(model, params["lora"].get("rows", {}))
     tensors |= row_arrays
     writer.write_file(folder / WEIGHTS, [_source(PREFIX + name, array) for name, array in tensors.items()])
-    divisors = {
-        module: adapters.alpha / dataclasses.replace(adapters, rank=rank).scale for module, rank in ranks.items()
-    }
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if model.head == "lm" else "SEQ_CLS",
@@ -62,7 +59,7 @@ def write(folder: Path, model: ModelConfig, params: Params, base: str, revision:
         "layers_to_transform": None if adapters.layers is None else list(range(first, last)),
         "layers_pattern": None if adapters.layers is None else names.layer.partition(".")[0],
         "rank_pattern": ranks,
-        "alpha_pattern": {module: adapters.scale * divisor for module, divisor in divisors.items()},
+        "alpha_pattern": {module: _alpha(adapters, rank) for module, rank in ranks.items()},
         "fan_in_fan_out": not names.transposed,
         "bias": "none",
         token_rows.KEY: token_ids,
@@ -89,6 +86,11 @@ def _join(adapters: dict[Module, Params], paths: Sequence[Module], model: ModelC
     if magnitudes:
         joined["lora_magnitude_vector"] = np.concatenate(magnitudes, axis=-1)
     return joined
+
+
+def _alpha(adapters: Adapters, rank: int) -> float:
+    """The `lora_alpha` that gives the scale of `adapters` at another rank."""
+    return adapters.scale * (adapters.alpha / dataclasses.replace(adapters, rank=rank).scale)
 
 
 def _source(name: str, array: np.ndarray) -> writer.Source:
