@@ -84,8 +84,9 @@ class RewardComponent:
 
     def __init__(self, config: Component, source: Source, tokenizer: Tokenizer) -> None:
         self.config, self.source, self.per_token = config, source, config.per_token
-        passed = isinstance(source, RewardFunction) and not config.name
-        self.name = function_label(source.name) if passed else config.label
+        self.name = config.label
+        if isinstance(source, RewardFunction) and not config.name:
+            self.name = function_label(source.name)
         self.shares_tokenizer = isinstance(source, RewardModel) and source.shares_tokenizer(tokenizer)
         if self.per_token and isinstance(source, RewardModel) and not self.shares_tokenizer:
             raise ConfigError(
@@ -109,8 +110,11 @@ class RewardComponent:
         if isinstance(source, RewardFunction | Worker):
             source.signature.check(columns, f"reward {source.name}", per_token=self.per_token)
         if isinstance(source, Worker | Endpoint):
-            sent = [name for name in columns if isinstance(source, Endpoint) or source.signature.wants(name)]
-            first_values = {name: columns[name][:PROBED] for name in sent}
+            first_values = {
+                name: values[:PROBED]
+                for name, values in columns.items()
+                if isinstance(source, Endpoint) or source.signature.wants(name)
+            }
             to_json_line(ScoreRequest(first_prompts, [], first_values), f"reward {source.name}")
         if isinstance(source, RewardModel) and not self.reads_rollout:
             source.check_readable(first_prompts)
