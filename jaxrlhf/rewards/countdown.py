@@ -50,11 +50,11 @@ def evaluate(expression: str) -> tuple[Fraction, Counter[int]]:
     """
     expression = " ".join(expression.split())
     if not re.fullmatch(r"[0-9 ()+*/-]+", expression) or len(expression) > _MAX_CHARACTERS:
-        raise ValueError(f"{quoted(expression)} is no arithmetic of whole numbers")
+        raise ValueError(f"{quoted(expression)} is not arithmetic of whole numbers")
     try:
         tree = ast.parse(expression, mode="eval")
     except SyntaxError as error:
-        raise ValueError(f"{quoted(expression)} is no expression: {error.msg}") from error
+        raise ValueError(f"{quoted(expression)} is not an expression: {error.msg}") from error
     used: Counter[int] = Counter()
     return _value(tree.body, used), used
 
