@@ -1,1 +1,1 @@
-"""Rewards: models, functions, servers and people, their weighted sum, and functions to use as they are."""
+"""Rewards: weighted sums of reward models, functions, endpoints and people, and ready-made reward functions."""

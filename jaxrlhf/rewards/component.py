@@ -69,9 +69,9 @@ class ComponentScores(NamedTuple):
 
     values: np.ndarray  # f32 [B], or [B, R] per token; 0 where unscored
     unscored: np.ndarray  # bool [B]
-    truncated: np.ndarray | None  # bool [B]   of a reward model: the text lost its beginning to fit the context
-    errors: int  # completions without a usable score
-    note: str  # the first error and how it was handled; empty without errors
+    truncated: np.ndarray | None = None  # bool [B]   of a reward model: the text lost its beginning to fit the context
+    errors: int = 0  # completions without a usable score
+    note: str = ""  # the first error and how it was handled
 
     @property
     def totals(self) -> np.ndarray:
@@ -84,8 +84,9 @@ class RewardComponent:
 
     def __init__(self, config: Component, source: Source, tokenizer: Tokenizer) -> None:
         self.config, self.source, self.per_token = config, source, config.per_token
-        passed = isinstance(source, RewardFunction) and not config.name
-        self.name = function_label(source.name) if passed else config.label
+        self.name = config.label
+        if isinstance(source, RewardFunction) and not config.name:
+            self.name = function_label(source.name)
         self.shares_tokenizer = isinstance(source, RewardModel) and source.shares_tokenizer(tokenizer)
         if self.per_token and isinstance(source, RewardModel) and not self.shares_tokenizer:
             raise ConfigError(
@@ -109,8 +110,11 @@ class RewardComponent:
         if isinstance(source, RewardFunction | Worker):
             source.signature.check(columns, f"reward {source.name}", per_token=self.per_token)
         if isinstance(source, Worker | Endpoint):
-            sent = [name for name in columns if isinstance(source, Endpoint) or source.signature.wants(name)]
-            first_values = {name: columns[name][:PROBED] for name in sent}
+            first_values = {
+                name: values[:PROBED]
+                for name, values in columns.items()
+                if isinstance(source, Endpoint) or source.signature.wants(name)
+            }
             to_json_line(ScoreRequest(first_prompts, [], first_values), f"reward {source.name}")
         if isinstance(source, RewardModel) and not self.reads_rollout:
             source.check_readable(first_prompts)
@@ -123,7 +127,7 @@ class RewardComponent:
     def score(
         self, request: ScoreRequest, rollout: Rollout, messages: Sequence[Messages | None] | None
     ) -> ComponentScores:
-        """Score a batch. Raises RewardError for an error if `on_error` is fail."""
+        """Score a batch. With on_error: fail, raises RewardError if any completion has no usable score."""
         request = request if self.per_token else request._replace(tokens=None)
         truncated = None
         try:
@@ -138,8 +142,8 @@ class RewardComponent:
         except RewardError as error:
             if self.config.on_error == "fail":
                 raise
-            count = len(request.completions)
-            scores = SourceScores([None] * count, range(count), str(error))
+            rows = range(len(request.completions))
+            scores = SourceScores([None for _ in rows], rows, str(error))
         note, errors = "", len(scores.failed)
         if scores.problem and self.config.on_error == "value":
             note = f"{scores.problem}; {errors} completions get {self.config.error_value:g} (on_error: value)"
@@ -149,17 +153,12 @@ class RewardComponent:
         return ComponentScores(values, unscored, truncated, errors, note)
 
     def _model_scores(
-        self,
-        model: RewardModel,
-        request: ScoreRequest,
-        rollout: Rollout,
-        messages: Sequence[Messages | None] | None,
+        self, model: RewardModel, request: ScoreRequest, rollout: Rollout, messages: Sequence[Messages | None] | None
     ) -> tuple[SourceScores, np.ndarray]:
         """(scores, non-finite ones marked as failed; truncated bool [B])."""
         if self.config.template:
-            scores, truncated = model.score_formatted(
-                template.fill(self.config.template, request, model.tokenizer.guard)
-            )
+            texts = template.fill(self.config.template, request, model.tokenizer.guard)
+            scores, truncated = model.score_formatted(texts)
         elif not self.shares_tokenizer:
             finished = np.asarray(rollout.finished).tolist()
             scores, truncated = model.score_texts(request.prompts, request.completions, finished, messages)
@@ -167,21 +166,17 @@ class RewardComponent:
             scores, truncated = model.score_tokens(rollout)
         else:
             scores, truncated = model.score_rollout(rollout)
-        finite: np.ndarray = np.isfinite(scores).reshape(len(scores), -1).min(axis=1)
-        failed = np.flatnonzero(~finite).tolist()
+        mask = np.asarray(rollout.response_mask)
+        values: list[Any] = [row[real] for row, real in zip(scores, mask, strict=True)] if self.per_token else [*scores]
+        failed = [i for i, value in enumerate(values) if not np.isfinite(value).all()]
         problem = ""
         if failed:
-            first = failed[0]
-            score = "a non-finite number" if self.per_token else scores[first]
-            problem = (
-                f"{request.error_prefix(model.path)} gave {score} for completion {first}: "
-                f"{quoted(request.completions[first])}"
-            )
-        mask = np.asarray(rollout.response_mask)
-        rows: list[Any] = [row[real] for row, real in zip(scores, mask, strict=True)] if self.per_token else [*scores]
-        return SourceScores(
-            [row if ok else None for row, ok in zip(rows, finite, strict=True)], failed, problem
-        ), truncated
+            shown = "a non-finite number" if self.per_token else values[failed[0]]
+            completion = f"completion {failed[0]}: {quoted(request.completions[failed[0]])}"
+            problem = f"{request.error_prefix(model.path)} gave {shown} for {completion}"
+        for i in failed:
+            values[i] = None
+        return SourceScores(values, failed, problem), truncated
 
     def _to_arrays(self, scores: SourceScores, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(values f32 [B], or [B, R] per token, failed ones by `on_error`; unscored bool [B])."""

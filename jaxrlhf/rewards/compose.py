@@ -10,7 +10,6 @@ import numpy as np
 from jaxrlhf.config import Component, RewardSource
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.metrics.statistics import correlation
 from jaxrlhf.rewards.component import ComponentScores, RewardComponent, open_source
 from jaxrlhf.rewards.sources.ensemble import combine_scores
 from jaxrlhf.rewards.sources.human import Human
@@ -43,18 +42,19 @@ class _Term(NamedTuple):
     config: Component
     members: list[str]  # names in Scorer.components
 
-    def values(self, scores: Mapping[str, ComponentScores]) -> tuple[np.ndarray, np.ndarray]:
-        """(values f32 [B], or [B, R] per token, before the weight; unscored bool [B]).
+    def scores(self, by_name: Mapping[str, ComponentScores]) -> ComponentScores:
+        """The scores of the component, or those of the members combined.
 
         An ensemble leaves a completion unscored, with a value of 0, if any of its members does.
         """
-        members = [scores[name] for name in self.members]
-        unscored = np.any([member.unscored for member in members], axis=0)
+        members = [by_name[name] for name in self.members]
         if not self.config.ensemble:
-            return members[0].values, unscored
+            return members[0]
         stacked = np.stack([member.values for member in members])
         values = combine_scores(stacked, self.config.combine, self.config.spread_coef)
-        return np.where(unscored.reshape(-1, *[1] * (values.ndim - 1)), np.float32(0), values), unscored
+        unscored = np.any([member.unscored for member in members], axis=0)
+        values[unscored] = 0
+        return ComponentScores(values, unscored)
 
 
 class Scorer:
@@ -176,28 +176,45 @@ class Scorer:
         request = ScoreRequest(list(prompts), list(completions), columns, tokens, step)
         by_name = {name: c.score(request, rollout, messages) for name, c in self.components.items()}
 
-        lengths = np.asarray(rollout.response_mask).sum(1)
-        arrays = self._component_arrays(by_name)
-        metrics = {f"rewards/{name}/errors": float(component.errors) for name, component in by_name.items()}
         scores, token_scores = np.zeros(len(completions), np.float32), None
         unscored = np.ones(len(completions), bool)
+        arrays = self._component_arrays(by_name)
         for term in self._terms:
-            values, term_unscored = term.values(by_name)
-            unscored &= term_unscored
-            weighted = np.float32(term.config.weight) * values
+            term_scores = term.scores(by_name)
+            unscored &= term_scores.unscored
+            weighted = np.float32(term.config.weight) * term_scores.values
             if not term.config.per_token:
                 scores += weighted
             else:
                 token_scores = weighted if token_scores is None else token_scores + weighted
             if term.config.ensemble:
-                arrays[term.label] = values.sum(1) if term.config.per_token else values
+                arrays[term.label] = term_scores.totals
                 arrays[f"{term.label}_spread"] = np.stack([arrays[name] for name in term.members]).std(axis=0)
+        metrics = self._metrics(by_name, arrays, np.asarray(rollout.response_mask).sum(1))
+        notes = tuple(component.note for component in by_name.values() if component.note)
+        return Scored(scores, token_scores, arrays, metrics, notes, unscored)
+
+    def _component_arrays(self, by_name: Mapping[str, ComponentScores]) -> dict[str, np.ndarray]:
+        """`Scored.components`, without the ensembles."""
+        arrays: dict[str, np.ndarray] = {}
+        for name, component in by_name.items():
+            arrays[name] = component.totals
+            if component.truncated is not None:
+                arrays[f"{name}_truncated"] = component.truncated.astype(np.float32)
+            if self._may_be_unscored(name):
+                arrays[f"{name}_unanswered"] = component.unscored.astype(np.float32)
+        return arrays
+
+    def _metrics(
+        self, by_name: Mapping[str, ComponentScores], arrays: Mapping[str, np.ndarray], lengths: np.ndarray
+    ) -> dict[str, float]:
+        metrics = {f"rewards/{name}/errors": float(component.errors) for name, component in by_name.items()}
         for name in (*self.components, *self._ensembles):
             metrics[f"rewards/{name}/length_correlation"] = correlation(arrays[name], lengths)
         for name, values in arrays.items():
-            metrics |= {f"rewards/{name}/mean": float(np.mean(values)), f"rewards/{name}/std": float(np.std(values))}
-        notes = tuple(component.note for component in by_name.values() if component.note)
-        return Scored(scores, token_scores, arrays, metrics, notes, unscored)
+            metrics[f"rewards/{name}/mean"] = float(np.mean(values))
+            metrics[f"rewards/{name}/std"] = float(np.std(values))
+        return metrics
 
     def metric_keys(self) -> list[str]:
         """The keys of `Scored.metrics`."""
@@ -215,13 +232,9 @@ class Scorer:
     def _may_be_unscored(self, name: str) -> bool:
         return name not in self.models or self.components[name].config.on_error == "skip"
 
-    def _component_arrays(self, by_name: Mapping[str, ComponentScores]) -> dict[str, np.ndarray]:
-        """`Scored.components`, without the ensembles."""
-        arrays: dict[str, np.ndarray] = {}
-        for name, component in by_name.items():
-            arrays[name] = component.totals
-            if component.truncated is not None:
-                arrays[f"{name}_truncated"] = component.truncated.astype(np.float32)
-            if self._may_be_unscored(name):
-                arrays[f"{name}_unanswered"] = component.unscored.astype(np.float32)
-        return arrays
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson correlation; 0 if either array is constant."""
+    x, y = a.astype(np.float64) - a.mean(dtype=np.float64), b.astype(np.float64) - b.mean()
+    norm = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / norm) if np.ptp(a) > 0 and np.ptp(b) > 0 and norm > 0 else 0.0

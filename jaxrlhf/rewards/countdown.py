@@ -1,6 +1,6 @@
-"""Countdown, reach a target from given numbers by + - * /: `jaxrlhf.rewards.countdown:countdown`.
+"""Countdown: reach a target from given numbers by + - * /. Named in a config as `jaxrlhf.rewards.countdown:countdown`.
 
-Problems come from `jaxrlhf.demo.arithmetic`, or from any data with a target and a list of whole numbers in each row.
+Problems come from `jaxrlhf.demo.arithmetic`, or any data with a target and a list of whole numbers in each row.
 """
 
 import ast
@@ -16,45 +16,45 @@ from jaxrlhf.rewards.match import last_box
 
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 _SPELLINGS = {"\u00d7": "*", "\u00b7": "*", "\u00f7": "/", "\u2212": "-", r"\times": "*", r"\cdot": "*", r"\div": "/"}
-_LONGEST = 300  # characters of an expression, so that none is too deep for Python's parser
+_MAX_CHARACTERS = 300  # of an expression, so that none is too deep for Python's parser
 
 
 def countdown(completions: Sequence[str], *, target: Sequence[Any], nums: Sequence[Any]) -> list[float | None]:
-    """1 where the completion's expression comes to `target` and uses each number of `nums` once at most, else 0; None
-    where the row lacks either.
+    """1 if the completion's expression equals `target` and uses each number of `nums` at most once, else 0; None if
+    the row has no target or numbers.
 
-    The expression is what stands in the last `<answer>...</answer>`, failing that in the last `\\boxed{...}`, failing
-    that on the last line, after "answer:" or "answer is" if it says so, and up to the first equals sign. It may have
-    whole numbers, + - * / and brackets, and is worked out in fractions. The columns are named as in TinyZero's data
+    The expression is read from the last `<answer>...</answer>`, or else the last `\\boxed{...}`, or else the last line
+    (after "answer:" or "answer is", if present), up to the first equals sign. It may have whole numbers, + - * / and
+    brackets, and is evaluated in fractions. The columns are named as in TinyZero's data
     (https://github.com/Jiayi-Pan/TinyZero).
     """
     scores: list[float | None] = []
-    for text, goal, given in zip(completions, target, nums, strict=True):
-        if goal is None or given is None:
+    for completion, goal, numbers in zip(completions, target, nums, strict=True):
+        if goal is None or numbers is None:
             scores.append(None)
             continue
         try:
-            value, used = evaluate(_expression(text))
+            value, used = evaluate(_expression(completion))
         except (ValueError, ZeroDivisionError):
             scores.append(0.0)
         else:
-            scores.append(float(value == Fraction(goal) and used <= Counter(map(int, given))))
+            scores.append(float(value == Fraction(goal) and used <= Counter(map(int, numbers))))
     return scores
 
 
 def evaluate(expression: str) -> tuple[Fraction, Counter[int]]:
-    """What an expression of whole numbers, + - * / and brackets comes to, and how often it has each number.
+    """(value, count of each number) of an expression of whole numbers, + - * / and brackets.
 
-    Raises ValueError for any other, ZeroDivisionError for a division by zero. Nothing is executed: the syntax tree is
-    read node by node.
+    Raises ValueError for any other text, ZeroDivisionError for a division by zero. Walks the syntax tree; nothing is
+    executed.
     """
     expression = " ".join(expression.split())
-    if not re.fullmatch(r"[0-9 ()+*/-]+", expression) or len(expression) > _LONGEST:
-        raise ValueError(f"{quoted(expression)} is no arithmetic of whole numbers")
+    if not re.fullmatch(r"[0-9 ()+*/-]+", expression) or len(expression) > _MAX_CHARACTERS:
+        raise ValueError(f"{quoted(expression)} is not arithmetic of whole numbers")
     try:
         tree = ast.parse(expression, mode="eval")
     except SyntaxError as error:
-        raise ValueError(f"{quoted(expression)} is no expression: {error.msg}") from error
+        raise ValueError(f"{quoted(expression)} is not an expression: {error.msg}") from error
     used: Counter[int] = Counter()
     return _value(tree.body, used), used
 
@@ -72,14 +72,12 @@ def _value(node: ast.expr, used: Counter[int]) -> Fraction:
 
 
 def _expression(text: str) -> str:
-    _, tag, tagged = text.rpartition("</answer>")[0].rpartition("<answer>")
-    if tag:
-        said = tagged
-    elif (box := last_box(text)) is not None:
-        said = box
-    else:
-        last = (text.strip().splitlines() or [""])[-1]
-        said = re.split(r"\banswer(?:\s+is|\s*:)", last, flags=re.IGNORECASE)[-1]
+    _, tag, expression = text.rpartition("</answer>")[0].rpartition("<answer>")
+    if not tag and (box := last_box(text)) is not None:
+        expression = box
+    elif not tag:
+        last_line = (text.strip().splitlines() or [""])[-1]
+        expression = re.split(r"\banswer(?:\s+is|\s*:)", last_line, flags=re.IGNORECASE)[-1]
     for spelling, symbol in _SPELLINGS.items():
-        said = said.replace(spelling, symbol)
-    return said.partition("=")[0].strip(" .:$*\n")
+        expression = expression.replace(spelling, symbol)
+    return expression.partition("=")[0].strip(" .:$*\n")

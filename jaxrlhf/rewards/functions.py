@@ -8,16 +8,15 @@ import importlib
 import importlib.util
 import inspect
 import os
-import queue
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
-from jaxrlhf.config.spelling import did_you_mean
 from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.rewards.sources.protocol import ScoreRequest, SourceScores, parse_scores
 
@@ -78,7 +77,7 @@ class RewardFunction:
             if option in RESERVED or (option not in accepts and not accepts_any):
                 allowed = sorted(accepts - {*RESERVED})
                 raise ConfigError(
-                    f"reward {self.name} has no option '{option}'{did_you_mean(option, allowed) if allowed else ''}"
+                    f"reward {self.name} has no option '{option}'{_did_you_mean(option, allowed) if allowed else ''}"
                 )
         self.signature = Signature(accepts - {*self.options}, required - {*self.options}, accepts_any)
 
@@ -96,9 +95,9 @@ class RewardFunction:
         arguments = {k: v for k, v in available.items() if self.signature.wants(k)} | self.options
         try:
             if self.timeout is None:
-                returned = _awaited(self.function(**arguments))
+                returned = _await(self.function(**arguments))
             else:
-                returned = call_with_timeout(self.timeout, lambda: _awaited(self.function(**arguments)))
+                returned = call_with_timeout(self.timeout, lambda: _await(self.function(**arguments)))
         except CallTimeout:
             raise RewardError(
                 f"{prefix} has not answered within {self.timeout:g} s. It runs in this process and cannot be ended, so "
@@ -119,36 +118,32 @@ class CallTimeout(Exception):
 
 def call_with_timeout(seconds: float | None, call: Callable[[], T]) -> T:
     """Run `call()` in a thread and return its result. Raises CallTimeout after `seconds`; the thread keeps running."""
-    outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            outcome.put((call(), None))
+            future.set_result(call())
         except BaseException as error:
-            outcome.put((None, error))
+            future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    try:
-        value, error = outcome.get(timeout=seconds)
-    except queue.Empty:
-        raise CallTimeout from None
-    if error is not None:
-        raise error
-    return value
+    if not wait([future], timeout=seconds).done:
+        raise CallTimeout
+    return future.result()
 
 
-def _awaited(result: Any) -> Any:
+def _await(result: Any) -> Any:
     if not inspect.isawaitable(result):
         return result
 
-    async def wait() -> Any:
+    async def awaited() -> Any:
         return await result
 
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(wait())
-    return call_with_timeout(None, lambda: asyncio.run(wait()))  # in a notebook, a loop runs in this thread already
+        return asyncio.run(awaited())
+    return call_with_timeout(None, lambda: asyncio.run(awaited()))  # in a notebook, a loop runs in this thread already
 
 
 def load(spec: str, *, options: Mapping[str, Any] | None = None) -> RewardFunction:
@@ -159,30 +154,35 @@ def load(spec: str, *, options: Mapping[str, Any] | None = None) -> RewardFuncti
     source, _, name = spec.rpartition(":")
     if not source or not name:
         raise RewardError(f"reward function {spec!r}: write it as path.py:name or package.module:name")
-    if not source.endswith(".py") and os.getcwd() not in sys.path:
+    is_file = source.endswith(".py")
+    if is_file and not Path(source).is_file():
+        raise RewardError(f"reward function {spec!r}: there is no file {source}")
+    if not is_file and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # `python -m` adds it, the console script does not
     try:
-        module = _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+        module = _load_file(Path(source)) if is_file else importlib.import_module(source)
     except ConfigError as error:
         raise ConfigError(f"reward function {spec!r}: {error}") from error
     except (Exception, SystemExit) as error:
-        if isinstance(error, FileNotFoundError) and error.filename and Path(error.filename) == Path(source):
-            raise RewardError(f"reward function {spec!r}: there is no file {source}") from error
         raise RewardError(
             f"reward function {spec!r}: loading it raised {type(error).__name__}: {error}{_location(error)}"
         ) from error
     function = getattr(module, name, None)
     if function is None:
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise RewardError(f"reward function {spec!r}: {source} has no {name!r}{did_you_mean(name, names)}")
+        raise RewardError(f"reward function {spec!r}: {source} has no {name!r}{_did_you_mean(name, names)}")
     if not callable(function):
         raise RewardError(f"reward function {spec!r}: {name!r} is a {type(function).__name__}, not a function")
     return RewardFunction(function, spec, options=options)
 
 
+def _did_you_mean(wrong: str, known: Sequence[str]) -> str:
+    from jaxrlhf.config.spelling import did_you_mean  # on errors only: the package imports pydantic
+
+    return did_you_mean(wrong, known)
+
+
 def _load_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise FileNotFoundError(2, "No such file", str(path))
     name = f"jaxrlhf_reward_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -198,8 +198,8 @@ def _location(error: BaseException, function: Callable[..., Any] | None = None) 
     """` at FILE:LINE` of the last traceback frame in the user's own file, or else of the last frame."""
     if isinstance(error, SyntaxError):
         return f" at {error.filename}:{error.lineno}"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
-    frames = [f for f in frames if "importlib" not in f.filename]
+    internal = (__file__, "importlib", os.path.join("concurrent", "futures"))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(name in f.filename for name in internal)]
     code = getattr(inspect.unwrap(function), "__code__", None) if function else None
     own_frames = [f for f in frames if code is not None and f.filename == code.co_filename]
     last = (own_frames or frames or [None])[-1]

@@ -1,8 +1,8 @@
-"""Whether an answer is in the language of its prompt: `jaxrlhf.rewards.language:same_language`.
+"""Reward for answering in the language of the prompt: `jaxrlhf.rewards.language:same_language`.
 
-By script, and for the Latin script by the commonest words of seven languages. That tells German from English in a
-sentence; it knows nothing of other languages in the Latin script (they read as unknown, or as a relative), nor does it
-tell Russian from Ukrainian or Arabic from Persian. Of one or two words it says nothing.
+Detects the script, and in the Latin script seven languages by their most common words. One sentence is enough to tell
+German from English. Other languages in the Latin script count as unknown, or as a related language; Russian and
+Ukrainian, or Arabic and Persian, are not told apart. One or two words are too short.
 """
 
 import re
@@ -19,49 +19,44 @@ COMMON = {
     "pt": "o a os as e é não um uma eu você de do da que por para com em se mais como são por quê está no na",
     "nl": "de het een en is niet ik je jij hij zij wij van dat voor met op te in wat hoe waarom zijn wordt er ook",
 }
-"""Words that stand in most sentences, by language; those of several count a share for each."""
+"""Common words by language; a word of several languages counts as a fraction for each."""
 
 _WORDS = {language: frozenset(words.split()) for language, words in COMMON.items()}
-_SHARE = Counter(word for words in _WORDS.values() for word in words)
-_SCRIPTS = {
-    "HIRAGANA": "japanese",
-    "KATAKANA": "japanese",
-    "CJK": "chinese",
-    "HANGUL": "korean",
-}
+_LANGUAGES_OF = Counter(word for words in _WORDS.values() for word in words)
+_SCRIPTS = {"HIRAGANA": "japanese", "KATAKANA": "japanese", "CJK": "chinese", "HANGUL": "korean"}
 LEAST_LETTERS = 4
-"""Fewer say nothing about a script. (Of Chinese, Japanese and Korean one is enough.)"""
+"""Letters needed to detect a script; Chinese, Japanese and Korean need one."""
 LEAST_MARGIN = 0.5
-"""How far the best language's count of common words must be ahead of the next."""
+"""Minimum lead of the best language's word count over the next."""
 
 
 def same_language(prompts: Sequence[str], completions: Sequence[str]) -> list[float | None]:
-    """1 where both are in the same language, 0 where not, None where one of them cannot be told."""
+    """1 if prompt and completion are in the same language, 0 if not, None if either cannot be detected."""
     scores: list[float | None] = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        found = {language(prompt), language(completion)}
-        vague = "latin" in found and found <= {"latin", *_WORDS}  # one of the Latin script, and who knows which
-        scores.append(None if None in found or vague else float(len(found) == 1))
+        languages = {language(prompt), language(completion)}
+        ambiguous = "latin" in languages and languages <= {"latin", *_WORDS}
+        scores.append(None if None in languages or ambiguous else float(len(languages) == 1))
     return scores
 
 
 def language(text: str) -> str | None:
-    """en, de, fr, es, it, pt or nl; "latin" where it is none of these for certain; the script of other languages in
-    lower case ("cyrillic", "greek", "japanese", ...); None where there is too little text."""
-    found = script(text)
-    if found != "latin":
-        return found
+    """en, de, fr, es, it, pt or nl; "latin" if it is none of these with certainty; for other scripts the script in
+    lower case ("cyrillic", "greek", "japanese", ...); None if the text is too short."""
+    text_script = script(text)
+    if text_script != "latin":
+        return text_script
     points: Counter[str] = Counter()
     for word in re.findall(r"[^\W\d_]+", text.casefold()):
         for name, words in _WORDS.items():
             if word in words:
-                points[name] += 1 / _SHARE[word]  # type: ignore[assignment]
-    ranked = [*points.most_common(2), ("", 0.0), ("", 0.0)]
-    return ranked[0][0] if ranked[0][1] - ranked[1][1] >= LEAST_MARGIN else "latin"
+                points[name] += 1 / _LANGUAGES_OF[word]  # type: ignore[assignment]
+    (best, lead), (_, next_lead) = [*points.most_common(2), ("", 0.0), ("", 0.0)][:2]
+    return best if lead - next_lead >= LEAST_MARGIN else "latin"
 
 
 def script(text: str) -> str | None:
-    """The script of most letters; None where there are too few. Kana among Chinese characters make it japanese."""
+    """The script of most letters; None if there are too few. Chinese characters count as japanese beside kana."""
     letters: Counter[str] = Counter()
     for letter in text:
         if letter.isalpha():
@@ -69,7 +64,7 @@ def script(text: str) -> str | None:
             letters[_SCRIPTS.get(first, first.lower())] += 1
     if letters["japanese"] and letters["chinese"]:
         letters["japanese"] += letters.pop("chinese")
-    most = letters.most_common(1)
-    if not most or (most[0][1] < LEAST_LETTERS and most[0][0] not in _SCRIPTS.values()):
-        return None
-    return most[0][0]
+    for name, count in letters.most_common(1):
+        if count >= LEAST_LETTERS or name in _SCRIPTS.values():
+            return name
+    return None

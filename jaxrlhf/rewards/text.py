@@ -1,7 +1,7 @@
 """Reward functions of the text alone: sentiment, profanity, length, repetition and form.
 
-Each is named in a config as `jaxrlhf.rewards.text:NAME`, its keyword arguments under `options`. Word lists are files of
-yours, one entry per line (# begins a comment); the short lists in here are for a first try.
+Named in a config as `jaxrlhf.rewards.text:NAME`, with keyword arguments under `options`. Word lists are text files with
+one entry per line (# starts a comment); the short built-in lists are for first experiments.
 """
 
 import functools
@@ -29,38 +29,37 @@ NEGATORS = {"not", "no", "never", "hardly", "without", "isn't", "wasn't", "don't
 
 
 def sentiment(completions: Sequence[str], *, positive: str = "", negative: str = "") -> list[float]:
-    """(positive words - negative words) / both, in [-1, 1]; 0 where there are none.
+    """(positive - negative words) / (positive + negative words), in [-1, 1]; 0 if there are none.
 
-    A word after a negator ("not good", "not a good") counts for the other side. `positive` and `negative` are files;
-    without one, a short English list stands in for it, some 70 words a side: a signal to practise on, no model of
-    sentiment.
+    A word up to two words after a negator ("not good", "not a good") counts as its opposite. `positive` and `negative`
+    are files; the defaults are English lists of some 70 words each, a practice signal rather than a sentiment model.
     """
     good, bad = _words(positive, POSITIVE), _words(negative, NEGATIVE)
     scores = []
     for text in completions:
         words = re.findall(r"\w+(?:'\w+)?", text.casefold().replace("\u2019", "'"))
-        sides = []
+        signs = []
         for i, word in enumerate(words):
-            if side := (word in good) - (word in bad):
-                sides.append(-side if NEGATORS & set(words[max(0, i - 2) : i]) else side)
-        scores.append(sum(sides) / len(sides) if sides else 0.0)
+            if sign := (word in good) - (word in bad):
+                signs.append(-sign if NEGATORS & set(words[max(0, i - 2) : i]) else sign)
+        scores.append(sum(signs) / len(signs) if signs else 0.0)
     return scores
 
 
 def profanity(completions: Sequence[str], *, words: str = "", most: int = 3) -> list[float]:
-    """-(listed words and phrases in the text) / `most`, at least -1; 0 where there are none.
+    """-(number of listed words and phrases in the text) / `most`, clipped at -1.
 
-    `words` is a file. Only whole words count, capitals do not matter, "s", "ed", "er" and "ing" may follow; disguises
-    (f*ck, sh1t) are not seen.
+    `words` is a file. Whole words match in any case, also with the endings "s", "ed", "er" and "ing"; disguised
+    spellings (f*ck, sh1t) do not.
     """
-    pattern = _listed(words)
+    pattern = _profanity_pattern(words)
     return [-min(len(pattern.findall(text.casefold())), most) / most for text in completions]
 
 
 def length_band(
     completions: Sequence[str], *, low: int, high: int, unit: Literal["words", "characters"] = "words"
 ) -> list[float]:
-    """1 where the length is from `low` to `high`; below it falls to 0 at nothing, above to 0 at twice `high`."""
+    """1 for a length from `low` to `high`, falling linearly to 0 at length 0 and at twice `high`."""
     if unit not in ("words", "characters"):
         raise ValueError(f"unit is {unit!r}; use words or characters")
     if not 0 <= low <= high or high == 0:
@@ -73,7 +72,7 @@ def length_band(
 
 
 def repetition(completions: Sequence[str], *, n: int = 3) -> list[float]:
-    """-(n-grams of words that came before in the text) / (all its n-grams), in (-1, 0]; 0 for fewer than n words."""
+    """-(share of the word n-grams that repeat an earlier one), in (-1, 0]; 0 for fewer than n words."""
     if n < 1:
         raise ValueError(f"n is {n}; at least 1 is needed")
     scores = []
@@ -85,10 +84,10 @@ def repetition(completions: Sequence[str], *, n: int = 3) -> list[float]:
 
 
 def matches(completions: Sequence[str], *, pattern: str, whole: bool = True) -> list[float]:
-    """1 where the whole text (`whole: false`: some part of it) matches a Python regular expression, else 0.
+    """1 if the whole text (`whole: false`: any part of it) matches a Python regular expression, else 0.
 
-    `.` also matches line ends. A pattern that takes exponential time, (a+)+ for example, hangs on some text sooner or
-    later; it is then stopped by the component's `timeout`.
+    `.` also matches line ends. A pattern that takes exponential time, such as (a+)+, is stopped by the component's
+    `timeout`.
     """
     try:
         compiled = re.compile(pattern, re.DOTALL)
@@ -100,7 +99,7 @@ def matches(completions: Sequence[str], *, pattern: str, whole: bool = True) -> 
 
 @functools.cache
 def _words(path: str, built_in: str) -> frozenset[str]:
-    """The entries of a word list, or the words given where there is no path."""
+    """Entries of the word list file, or of `built_in` if there is no path."""
     if not path:
         return frozenset(built_in.split())
     lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
@@ -111,6 +110,6 @@ def _words(path: str, built_in: str) -> frozenset[str]:
 
 
 @functools.cache
-def _listed(path: str) -> re.Pattern[str]:
+def _profanity_pattern(path: str) -> re.Pattern[str]:
     entries = sorted(_words(path, PROFANE), key=len, reverse=True)
     return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, entries))})(?:s|ed|er|ing)?(?!\w)")

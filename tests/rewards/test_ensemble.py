@@ -1,4 +1,4 @@
-"""Several reward models as one: what they say together, against numpy and against each alone."""
+"""Ensembles of reward models: the combined score against numpy and against each model alone."""
 
 import jax
 import numpy as np
@@ -17,12 +17,13 @@ SCORES = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
     [
         ("mean", [sum(column) / 3 for column in SCORES.T]),
         ("min", [min(column) for column in SCORES.T]),
-        ("mean_minus_std", [
-            sum(c) / 3 - 0.7 * (sum((x - sum(c) / 3) ** 2 for x in c) / 3) ** 0.5 for c in SCORES.T.tolist()
-        ]),
+        (
+            "mean_minus_std",
+            [sum(c) / 3 - 0.7 * (sum((x - sum(c) / 3) ** 2 for x in c) / 3) ** 0.5 for c in SCORES.T.tolist()],
+        ),
     ],
-)  # fmt: skip
-def test_what_models_say_together(combine, wanted):
+)
+def test_combined_scores(combine, wanted):
     found = combine_scores(SCORES, combine, 0.7)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
@@ -38,7 +39,7 @@ def folders(tiny_model, reward_folder, tmp_path_factory):
     return str(reward_folder), str(other)
 
 
-def test_an_ensemble_is_one_part_of_the_reward(folders, policy_tokenizer, make_rollout, talk):
+def test_an_ensemble_is_one_component_of_the_reward(folders, policy_tokenizer, make_rollout, talk):
     first, second = folders
     options = {"combine": "mean_minus_std", "spread_coef": 0.5}
     source = RewardSource(
@@ -56,9 +57,9 @@ def test_an_ensemble_is_one_part_of_the_reward(folders, policy_tokenizer, make_r
     assert scored.metrics.keys() == {*scorer.metric_keys()}
 
 
-def test_who_has_no_opinion_has_none_in_an_ensemble(folders, policy_tokenizer, make_rollout, talk, monkeypatch):
-    source = RewardSource(components=(Component(model=folders[0], ensemble=folders[1:], combine="min",
-                                                on_error="skip"),))  # fmt: skip
+def test_an_ensemble_is_unscored_where_a_member_is(folders, policy_tokenizer, make_rollout, talk, monkeypatch):
+    component = Component(model=folders[0], ensemble=folders[1:], combine="min", on_error="skip")
+    source = RewardSource(components=(component,))
     scorer, rollout = Scorer(source, policy_tokenizer), make_rollout(policy_tokenizer)
     says = {"model_1": [np.nan, 2.0, 3.0], "model_2": [-5.0, 1.0, 4.0]}
     for name, judge in scorer.models.items():

@@ -52,6 +52,7 @@ def test_rows_of_like_length_are_read_together(judge, policy_tokenizer, make_rol
     sizes = sorted(map(len, rows))
     assert widths == [(2, bucket(sizes[i], judge.model.max_positions)) for i in (1, 3, 4)]
     assert widths[0] < widths[-1]
+    assert [tuple(part.shape for part in judge.padded_rows(sizes[i])) for i in (1, 3, 4)] == [(w, w) for w in widths]
 
 
 def test_text_in_its_own_tokens_scores_the_same(judge, policy_tokenizer, make_rollout, talk):
