@@ -29,7 +29,7 @@ def export(run: Path, target: Path, role: Literal["policy", "critic"] = "policy"
     Raises ConfigError for the critic of a run that has none, StorageError where there is no checkpoint, or where a
     frozen part of the model, which is not in checkpoints, is no longer what it was in the run.
     """
-    method, _ = runs.what_ran(run)
+    method, _ = runs.method_and_outcome(run)
     if role == "critic" and method != "ppo":
         raise ConfigError(f"{run} is a run of jaxrlhf {method}: only ppo has a critic")
     settings = file.read(method, run / "config.yaml", [("run_dir", str(run))], partial=True)
@@ -67,7 +67,7 @@ def export(run: Path, target: Path, role: Literal["policy", "critic"] = "policy"
 
 def _found(source: ModelSource, run: Path) -> ModelSource:
     """The model that the run began with, if need be from the folder in which the run was started."""
-    started = runs.started_in(run)
+    started = runs.working_directory(run)
     there = Path(started, source.path)
     if Path(source.path).expanduser().exists() or not started or not there.exists():
         return source
