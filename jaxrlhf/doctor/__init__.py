@@ -138,7 +138,7 @@ def _compare(a: jax.Array | np.ndarray, b: jax.Array | np.ndarray, mask: np.ndar
 
 
 def decode_equals_forward(params: Params, model: ModelConfig, tokens: np.ndarray, mask: np.ndarray) -> Outcome:
-    """Compare hidden states with a cache (prefill, then the last tokens one by one) to those without, up to rounding."""
+    """Compare hidden states with a cache (a prefill, then single tokens) to those without, up to rounding."""
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
     length = tokens.shape[1]
     cuts = [0, *range(length - 4, length + 1)]

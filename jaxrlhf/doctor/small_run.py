@@ -55,5 +55,5 @@ def with_uneven_lengths(rollout: Rollout, pad_id: int) -> Rollout:
         response_mask=jnp.asarray(response_mask),
         logprobs=jnp.where(response_mask, rollout.logprobs, 0.0),
         finished=rollout.finished & jnp.asarray((response_mask == old_mask).all(1)),
-        support=None if rollout.support is None else jnp.where(response_mask[..., None], rollout.support, jnp.uint8(0)),
+        support=None if support is None else jnp.where(response_mask[..., None], support, jnp.uint8(0)),
     )
