@@ -68,17 +68,17 @@ def test_changed_mathematics_is_refused_with_every_difference(config):
 
 
 def test_what_would_be_refused_is_known_before_anything_is_loaded(config):
-    runs.check(config, "sft", fresh=False)  # nothing there yet
+    runs.check_run_directory(config, "sft", fresh=False)  # nothing there yet
     directory = trained(config)
     before = sorted(path.name for path in directory.iterdir())
-    runs.check(config, "sft", fresh=False)
-    runs.check(replace(config, seed=3), "sft", fresh=True)
+    runs.check_run_directory(config, "sft", fresh=False)
+    runs.check_run_directory(replace(config, seed=3), "sft", fresh=True)
     with pytest.raises(StorageError, match="seed: 0 -> 3"):
-        runs.check(replace(config, seed=3), "sft", fresh=False)
+        runs.check_run_directory(replace(config, seed=3), "sft", fresh=False)
     with open_run(config, "sft", fresh=False), pytest.raises(StorageError, match="is in use by host"):
-        runs.check(config, "sft", fresh=False)
+        runs.check_run_directory(config, "sft", fresh=False)
     assert sorted(path.name for path in directory.iterdir()) == before
-    assert runs.started_in(directory) == os.getcwd()
+    assert runs.working_directory(directory) == os.getcwd()
 
 
 def test_harmless_changes_are_free_and_rounding_is_noted(config):

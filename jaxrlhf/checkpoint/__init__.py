@@ -1,7 +1,7 @@
 """Checkpoints of a run: which to keep, how to handle failed saves, and which one to resume from.
 
 storage.py writes and reads single checkpoints. A checkpoint that is damaged is renamed `corrupt-<step>-<time>`, and the
-one before it is used. Only one process writes a directory, as it holds the lock of the run (runs.py).
+one before it is used. Only one process writes a directory, as it holds the lock of the run (see runs).
 """
 
 import contextlib

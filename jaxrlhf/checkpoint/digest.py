@@ -36,7 +36,7 @@ def digests(leaves: dict[str, Any]) -> dict[str, str]:
     Equal bits give equal digests on any mesh, as a digest is a sum of integers modulo 2^32. Changing one element always
     changes the digest, as every multiplier is odd.
     """
-    # One leaf at a time: each sums over devices, and XLA's CPU client deadlocks on many concurrent programs of the kind.
+    # One leaf at a time: each sums over devices, and XLA's CPU client deadlocks on many such programs at once.
     sums = {name: jax.device_get(_weighted_sums(sharding.to_device(leaf))) for name, leaf in leaves.items()}
     return {name: f"{int(a):08x}{int(b):08x}:{_dtype_and_shape(leaves[name])}" for name, (a, b) in sums.items()}
 
@@ -63,13 +63,11 @@ def check_leaves(checkpoint: str, stored: dict[str, str], template: dict[str, An
     expected = {name: _dtype_and_shape(leaf) for name, leaf in template.items()}
     if found == expected:
         return
-    common = sorted(found.keys() & expected.keys())
+    changed = sorted(name for name in found.keys() & expected.keys() if found[name] != expected[name])
     differences = {
         "lacks": sorted(expected.keys() - found.keys()),
         "has in addition": sorted(found.keys() - expected.keys()),
-        "differs in": [
-            f"{name} ({found[name]}, now {expected[name]})" for name in common if found[name] != expected[name]
-        ],
+        "differs in": [f"{name} ({found[name]}, now {expected[name]})" for name in changed],
     }
     raise StorageError(
         f"{checkpoint} was written with another model or optimizer: it "

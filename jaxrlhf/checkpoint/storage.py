@@ -1,7 +1,7 @@
 """Writing and reading one checkpoint with Orbax, verified when it is read. The only module that imports orbax.
 
-A checkpoint is a folder named after its step. Orbax writes it under a temporary name and renames it, so a killed process
-leaves either a complete checkpoint or a temporary folder that is never read. Orbax does not checksum array data;
+A checkpoint is a folder named after its step. Orbax writes it under a temporary name and renames it, so a killed
+process leaves a complete checkpoint or a temporary folder that is never read. Orbax does not checksum array data;
 therefore a JSON record with a digest of every leaf is stored beside the arrays, with a SHA-256 of the record itself.
 
 Leaves are stored flat under their path ("params.policy.layers.mlp.up.kernel"), so that a checkpoint depends on neither
@@ -139,9 +139,7 @@ def _orbax() -> tuple[Any, Any]:
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    sharding.shard_shape(
-        leaf.shape
-    )  # raises if the mesh does not divide the shape, which is not the checkpoint's fault
+    sharding.shard_shape(leaf.shape)  # raises here if the mesh does not divide the shape
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

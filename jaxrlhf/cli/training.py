@@ -97,7 +97,7 @@ def _train(options: Options, overrides: Overrides) -> int | None:
         return 0
     from jaxrlhf import runs
 
-    runs.check(config, options.verb, options.fresh)
+    runs.check_run_directory(config, options.verb, options.fresh)
     with compilations(sys.stdout, quiet=config.logging.quiet):
         _trainer(options.verb)(config, fresh=options.fresh).train()
     return 0
@@ -181,7 +181,7 @@ def _export(options: Options, overrides: Overrides) -> None:
 
         print(merge(run, target))
         return
-    method, outcome = runs.what_ran(run)
+    method, outcome = runs.method_and_outcome(run)
     exported = run / "export"
     # what its adapters were trained over is in the run's hands alone
     lora = config_file.read(method, run / "config.yaml", partial=True).lora

@@ -1,7 +1,5 @@
-"""Is everything here as it should be: this computer, a model, a data file. Prints what it finds; needs no torch. What
-PPO does with the model is checked in doctor_ppo.py."""
+"""Checks of this computer and of a model, printed one per line; those of PPO are in ppo.py. Needs no torch."""
 
-import contextlib
 import itertools
 import os
 import platform
@@ -17,24 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import runtime, weights
-from jaxrlhf.config import PPOConfig, SFTConfig
-from jaxrlhf.data import datasets, formats, sources
-from jaxrlhf.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from jaxrlhf.config import PPOConfig
+from jaxrlhf.data.tokenizer import check_vocab
+from jaxrlhf.doctor.data import examine_data
 from jaxrlhf.doctor.ppo import Outcome, Trial
-from jaxrlhf.errors import DataError, JaxrlhfError, quoted
+from jaxrlhf.errors import JaxrlhfError
 from jaxrlhf.logprobs import token_logprobs
 from jaxrlhf.models import ModelConfig, empty_cache, forward, forward_cached, unstack
 from jaxrlhf.types import Params
 from jaxrlhf.weights import safetensors
 
+__all__ = ["examine", "examine_data"]
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy", "safetensors")
-TOLERANCE = 1e-3  # relative, of float32 hidden states computed in two ways
-EXPORT_LIMIT = 8 * 2**30  # bytes; a larger model is not written to disk for a check
+TOLERANCE = 1e-3  # relative difference between float32 hidden states computed in two ways
+EXPORT_LIMIT = 8 * 2**30  # bytes; the export of a larger model is not checked
 
 
 def examine(config: PPOConfig) -> bool:
-    """Print the state of this computer and, if `config` names one, of its model and of PPO with it; whether every check
-    passed (if not: exit code 1)."""
+    """Report on this computer and, if `config` names a model, check it and PPO with it; True if every check passed."""
     for line in computer():
         print(line)
     if not config.model.path:
@@ -44,7 +43,7 @@ def examine(config: PPOConfig) -> bool:
 
 
 def computer() -> list[str]:
-    """Versions, devices, memory, disk, hub and what was set before jax started, a line each."""
+    """Versions, devices, memory, disk, hub access and environment settings, one per line."""
     versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     devices = jax.devices()
     kinds = sorted({f"{device.platform} ({device.device_kind})" for device in devices})
@@ -54,57 +53,54 @@ def computer() -> list[str]:
         f"devices: {len(devices)} x {', '.join(kinds)}; {os.cpu_count()} processors",
         f"memory: {_memory()}",
     ]
-    for device in devices[:1]:
-        if stats := device.memory_stats():
-            free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
-            lines.append(f"device memory: {free / 2**30:.1f} GiB free of {stats.get('bytes_limit', 0) / 2**30:.1f}")
+    if stats := devices[0].memory_stats():
+        limit = stats.get("bytes_limit", 0)
+        free = limit - stats.get("bytes_in_use", 0)
+        lines.append(f"device memory: {free / 2**30:.1f} GiB free of {limit / 2**30:.1f}")
     disk = shutil.disk_usage(".")
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     lines += [
-        f"disk: {disk.free / 2**30:.1f} GiB free of {disk.total / 2**30:.1f} here",
-        "hub: offline (HF_HUB_OFFLINE is set); local folders and what is cached still work"
+        f"disk: {disk.free / 2**30:.1f} GiB free of {disk.total / 2**30:.1f} in this folder",
+        "hub: offline (HF_HUB_OFFLINE is set); local folders and cached repositories still work"
         if offline
-        else "hub: online; HF_HUB_OFFLINE=1 keeps everything local",
+        else "hub: online; set HF_HUB_OFFLINE=1 to use only local and cached files",
         f"dtype auto: {runtime.resolve_dtype('auto', devices[0].platform)}",
         *(f"setting {line}" for line in runtime.report()),
     ]
     if devices[0].platform == "cpu" and Path("/proc/driver/nvidia/version").exists():
-        lines.append('note: there is an NVIDIA driver but jax sees no GPU: pip install "jaxrlhf[cuda]"')
+        lines.append('note: this computer has an NVIDIA driver but jax finds no GPU; run: pip install "jaxrlhf[cuda]"')
     return lines
 
 
 def examine_model(config: PPOConfig) -> bool:
-    """Load the model in float32, print what it is, and run checks that need nothing but itself, then those of PPO with
-    what else `config` says; whether all passed."""
+    """Check the model alone, in float32, then PPO with the rest of `config`; True if every check passed."""
     path, revision = config.model.path, config.model.revision
-    whole, _ = weights.base_and_adapters(
-        weights.resolve(path, revision), weights=True
-    )  # of adapters, what they are for
+    base, _ = weights.described_by(weights.resolve(path, revision), weights=True)  # the base model of adapters
     model, params = weights.load(path, revision=revision, dtype="float32", compute_dtype="float32")
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"model {path}: {model.family}, {size:,} parameters, head {model.head}, context {model.max_positions}")
-    results = [_try("tokenizer", lambda: _tokenizer(config, model))]
-    tokens, mask = _sample(model)
+    results = [_run("tokenizer", lambda: _tokenizer(config, model))]
+    tokens, mask = _random_rows(model)
     if model.head == "lm":
-        results.append(_try("decode equals forward", lambda: decode_equals_forward(params, model, tokens, mask)))
-        results.append(_try("KL of a copy is zero", lambda: copy_has_no_divergence(params, model, tokens, mask)))
-    results.append(_try("padding changes nothing", lambda: padding_is_invisible(params, model, tokens, mask)))
-    results.append(_try("load and export", lambda: export_is_identical(whole)))
-    del params  # PPO's checks take the room of several models
+        results.append(_run("decode equals forward", lambda: decode_equals_forward(params, model, tokens, mask)))
+        results.append(_run("KL of a copy is zero", lambda: copy_has_no_divergence(params, model, tokens, mask)))
+    results.append(_run("padding changes nothing", lambda: padding_is_invisible(params, model, tokens, mask)))
+    results.append(_run("load and export", lambda: export_is_identical(base)))
+    del params  # PPO's checks need the memory of several models
     if model.head != "lm" or not results[0]:
-        _try("PPO", lambda: (None, "needs a language model" if results[0] else "needs a tokenizer that fits the model"))
+        _run("PPO", lambda: (None, "needs a language model" if results[0] else "needs a tokenizer that fits the model"))
     else:
-        results += [_try(*check) for check in Trial(config).checks()]
+        results += [_run(*check) for check in Trial(config).checks()]
     return all(passed is not False for passed in results)
 
 
-def _try(name: str, check: Callable[[], Outcome]) -> bool | None:
-    """Run a check and print its lines."""
+def _run(name: str, check: Callable[[], Outcome]) -> bool | None:
+    """Run a check and print its outcome."""
     try:
-        passed, found = check()
+        passed, message = check()
     except JaxrlhfError as error:
-        passed, found = False, str(error)
-    first, *more = found.splitlines()
+        passed, message = False, str(error)
+    first, *more = message.splitlines()
     print(f"{ {True: 'ok', False: 'FAIL', None: 'skip'}[passed]:<5} {name}: {first}", flush=True)
     for line in more:
         print(f"      {line}", flush=True)
@@ -113,34 +109,36 @@ def _try(name: str, check: Callable[[], Outcome]) -> bool | None:
 
 def _tokenizer(config: PPOConfig, model: ModelConfig) -> Outcome:
     tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
-    if not tokenizer.added:  # training makes room for tokens that are added
+    if not tokenizer.added:  # for added tokens, training resizes the embedding
         check_vocab(tokenizer, model.vocab_size)
     text = "Hello, world. It costs 12.50, she said."
     back = tokenizer.decode(tokenizer.encode(text))
     lines = [f"{tokenizer.size:,} tokens for {model.vocab_size:,} embeddings, stop ids {list(tokenizer.stop_ids)}"]
     lines += tokenizer.notes
-    if back.strip() != text:  # lossy tokenizers exist; a person should know, and nothing is broken
-        lines.append(f"note: {text!r} comes back as {back!r}")
+    if back.strip() != text:  # a lossy tokenizer is no error
+        lines.append(f"note: the tokenizer is lossy: {text!r} decodes to {back!r}")
     return True, "\n".join(lines)
 
 
-def _sample(model: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Random tokens [3, T] and a mask with rows of different length, left-padded."""
+def _random_rows(model: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Random tokens and mask [3, T] of left-padded rows of different lengths."""
     length = min(24, model.max_positions)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (3, length), dtype=np.int32)
     mask = np.arange(length) >= np.array([[0], [length // 3], [length // 2]])
     return tokens, mask
 
 
-def _difference(a: jax.Array | np.ndarray, b: jax.Array | np.ndarray, where: np.ndarray) -> Outcome:
-    x, y = (np.where(where, np.asarray(hidden), 0) for hidden in (a, b))
+def _compare(a: jax.Array | np.ndarray, b: jax.Array | np.ndarray, mask: np.ndarray) -> Outcome:
+    x, y = (np.where(mask, np.asarray(hidden), 0) for hidden in (a, b))
     worst = float(np.max(np.abs(x - y)))
     relative = worst / max(float(np.max(np.abs(x))), 1e-30)
-    return bool(relative <= TOLERANCE), f"largest difference {worst:.1e}, relative {relative:.1e}"
+    passed = bool(relative <= TOLERANCE)
+    limit = "" if passed else f"; the limit is {TOLERANCE:g}, please report the model as a bug"
+    return passed, f"largest difference {worst:.1e}, relative {relative:.1e}{limit}"
 
 
 def decode_equals_forward(params: Params, model: ModelConfig, tokens: np.ndarray, mask: np.ndarray) -> Outcome:
-    """Hidden states with a cache (most at once, the last token by token) and without are the same to rounding."""
+    """Compare hidden states with a cache (a prefill, then single tokens) to those without, up to rounding."""
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
     length = tokens.shape[1]
     cuts = [0, *range(length - 4, length + 1)]
@@ -148,112 +146,60 @@ def decode_equals_forward(params: Params, model: ModelConfig, tokens: np.ndarray
     @jax.jit
     def cached(params):
         cache = empty_cache(model, tokens.shape[0], length)
-        layers, parts = unstack(params, model), []
-        for a, b in itertools.pairwise(cuts):
-            at = slice(a, b)
-            hidden, cache = forward_cached(
-                layers, model, jnp.array(tokens[:, at]), jnp.array(mask[:, at]), jnp.array(positions[:, at]), cache, a
-            )
-            parts.append(hidden)
-        return jnp.concatenate(parts, axis=1)
+        layers, pieces = unstack(params, model), []
+        for start, end in itertools.pairwise(cuts):
+            token, real, position = (jnp.array(x[:, start:end]) for x in (tokens, mask, positions))
+            hidden, cache = forward_cached(layers, model, token, real, position, cache, start)
+            pieces.append(hidden)
+        return jnp.concatenate(pieces, axis=1)
 
-    whole = jax.jit(forward, static_argnums=1)(params, model, tokens, mask)
-    return _difference(whole, cached(params), mask[..., None])
+    uncached = jax.jit(forward, static_argnums=1)(params, model, tokens, mask)
+    return _compare(uncached, cached(params), mask[..., None])
 
 
 def padding_is_invisible(params: Params, model: ModelConfig, tokens: np.ndarray, mask: np.ndarray) -> Outcome:
-    """Hidden states of the same rows padded on the left and on the right are the same to rounding."""
+    """Compare hidden states of rows padded on the left to those of rows padded on the right, up to rounding."""
     hidden = jax.jit(forward, static_argnums=1)
     order = np.argsort(~mask, axis=1, kind="stable")  # real tokens first
     right, right_mask = np.take_along_axis(tokens, order, 1), np.take_along_axis(mask, order, 1)
     left = np.take_along_axis(np.asarray(hidden(params, model, tokens, mask)), order[..., None], 1)
-    return _difference(left, hidden(params, model, right, right_mask), right_mask[..., None])
+    return _compare(left, hidden(params, model, right, right_mask), right_mask[..., None])
 
 
 def copy_has_no_divergence(params: Params, model: ModelConfig, tokens: np.ndarray, mask: np.ndarray) -> Outcome:
-    """Log-probabilities under the model and under a copy of it, in one program, are equal bit for bit."""
+    """Check that log-probabilities under the model and a copy of it, in one program, are equal bit for bit."""
 
     @jax.jit
     def divergence(params, copy):
-        def score(p):
-            hidden = forward(p, model, jnp.array(tokens), jnp.array(mask))
-            return token_logprobs(p, model, hidden[:, :-1], jnp.array(tokens[:, 1:]), 1.0)[0]
+        def logprobs(params):
+            hidden = forward(params, model, jnp.array(tokens), jnp.array(mask))
+            return token_logprobs(params, model, hidden[:, :-1], jnp.array(tokens[:, 1:]), 1.0)[0]
 
-        return jnp.max(jnp.where(mask[:, 1:] & mask[:, :-1], jnp.abs(score(params) - score(copy)), 0.0))
+        return jnp.max(jnp.where(mask[:, 1:] & mask[:, :-1], jnp.abs(logprobs(params) - logprobs(copy)), 0.0))
 
     worst = float(divergence(params, jax.tree.map(jnp.copy, params)))
-    return worst == 0.0, f"largest |log ratio| {worst:.1e}"
+    advice = "" if worst == 0.0 else "; it must be 0: this jax or its device is not deterministic, try another version"
+    return worst == 0.0, f"largest |log ratio| {worst:.1e}{advice}"
 
 
 def export_is_identical(folder: Path) -> Outcome:
-    """Tensors of the folder, loaded and exported to a temporary folder, come back bit for bit."""
+    """Load the model and export it to a temporary folder; every tensor must be equal bit for bit."""
     entries = safetensors.scan_folder(folder)
     size = sum(entry.nbytes for entry in entries.values())
     if size > min(EXPORT_LIMIT, shutil.disk_usage(tempfile.gettempdir()).free // 2):
-        return None, f"{size / 2**30:.1f} GiB would have to be written"
+        return None, f"the model is too large to export here ({size / 2**30:.1f} GiB)"
     with tempfile.TemporaryDirectory() as temporary:
         target = weights.export(Path(temporary) / "export", *weights.load(folder), source=folder)
         written = safetensors.scan_folder(target)
         missing = sorted(entries.keys() - written.keys())
         changed = [name for name in entries if name in written and not safetensors.same(entries[name], written[name])]
     if changed:
-        return False, f"{len(changed)} of {len(entries)} tensors changed: {', '.join(changed[:5])}"
-    left_out = f"; not written again: {', '.join(missing[:5])}" if missing else ""
-    return True, f"{len(entries) - len(missing)} tensors bit for bit the same{left_out}"
-
-
-def examine_data(config: SFTConfig) -> str:
-    """What a data file holds: columns, how each method would read it, the first row; with a tokenizer also token counts
-    and the first row in tokens. Raises DataError if the file cannot be read."""
-    rows = sources.read(config.data)
-    lines = [f"data {rows.source}: {len(rows.rows):,} rows with columns {', '.join(rows.columns)}"]
-    readable: dict[formats.Task, formats.Reading] = {}
-    methods: tuple[tuple[formats.Task, str], ...] = (("sft", "sft"), ("pairs", "reward, dpo"), ("prompts", "ppo, grpo"))
-    for task, method in methods:
-        try:
-            readable[task] = formats.recognise(rows.columns, task, config.data, rows.source)
-            lines.append(f"jaxrlhf {method}: {readable[task]}")
-        except DataError as error:
-            lines.append(f"jaxrlhf {method}: no. {error}")
-    judged: tuple[tuple[formats.Task, str], ...] = (
-        ("labels", "classification, dpo --dpo.loss kto"), ("scores", "regression"), ("rankings", "ranking")
-    )  # fmt: skip
-    for task, loss in judged:
-        with contextlib.suppress(DataError):  # rare, so only what it is is said
-            reading = formats.recognise(rows.columns, task, config.data, rows.source)
-            lines.append(f"jaxrlhf reward --loss {loss}: {reading}")
-    first = "\n".join(f"  {name}: {quoted(value, 200)}" for name, value in rows.rows[0].items())
-    lines.append(f"first row:\n{first}")
-    place = config.tokenizer.path or config.model.path
-    if not place:
-        return "\n".join(
-            [*lines, "with --model.path DIR or --tokenizer.path DIR: lengths in tokens, and what is learnt"]
+        return False, (
+            f"{len(changed)} of {len(entries)} tensors changed: {', '.join(changed[:5])}; exports of this model would "
+            "be wrong, please report it as a bug"
         )
-    tokenizer = load_tokenizer(weights.resolve(place, weights=False), config.tokenizer)
-    for task in readable:
-        lines += ["", _in_tokens(task, config, tokenizer)]
-    return "\n".join(lines)
-
-
-def _in_tokens(task: formats.Task, config: SFTConfig, tokenizer: Tokenizer) -> str:
-    if task == "sft":
-        split = datasets.sft_rows(config.data, tokenizer, config.completion_only)
-        return f"{split.report}\nfirst row, what is learnt in [[ ]]:\n{_marked(split.train[0], tokenizer)}"
-    if task == "pairs":
-        pairs = datasets.pair_rows(config.data, tokenizer)
-        chosen, rejected = (_marked(row, tokenizer) for row in (pairs.train[0].chosen, pairs.train[0].rejected))
-        return f"{pairs.report}\nfirst pair, chosen:\n{chosen}\nrejected:\n{rejected}"
-    prompts = datasets.prompt_rows(config.data, tokenizer)
-    return f"{prompts.report}\nfirst prompt:\n{''.join(tokenizer.pieces(prompts.train[0].tokens))}"
-
-
-def _marked(row: datasets.SFTRow, tokenizer: Tokenizer) -> str:
-    """The pieces of a row, stretches to learn between [[ and ]]."""
-    text, learning = "", False
-    for piece, learnt in zip(tokenizer.pieces(row.tokens), row.loss_mask, strict=True):
-        text += ("[[" if learnt else "]]") if learnt != learning else ""
-        text, learning = text + piece, learnt
-    return text + ("]]" if learning else "")
+    left_out = f"; not exported: {', '.join(missing[:5])}" if missing else ""
+    return True, f"{len(entries) - len(missing)} tensors equal bit for bit{left_out}"
 
 
 def _version(name: str) -> str:
@@ -264,7 +210,6 @@ def _version(name: str) -> str:
 
 
 def _memory() -> str:
-    """Free and total memory of this computer."""
     if sys.platform == "linux":
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
         free, total = (int(fields[name].split()[0]) / 2**20 for name in ("MemAvailable", "MemTotal"))

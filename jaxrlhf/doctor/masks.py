@@ -1,4 +1,4 @@
-"""The masks of a rollout beside what they should be, read off the tokens once more and drawn for a person to see."""
+"""Check of the masks of a rollout against masks derived from its tokens, with one row drawn as text."""
 
 from collections.abc import Collection, Sequence
 
@@ -9,83 +9,79 @@ from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.types import Rollout
 
 KINDS = {"-": "padding before the prompt", "P": "prompt", "R": "response", "E": "end", "_": "padding after"}
-WIDTH = 100  # characters of a drawn line
-SHOWN = {"-": (1, 1), "P": (3, 5), "R": (12, 4), "E": (1, 0), "_": (1, 1)}  # of a long stretch: first and last columns
+WIDTH = 100  # characters per drawn line
+SHOWN = {"-": (1, 1), "P": (3, 5), "R": (12, 4), "E": (1, 0), "_": (1, 1)}  # first and last columns of a long stretch
 
 
-def kinds(rollout: Rollout, row: int, prompt: int, stops: Collection[int]) -> str:
-    """A letter of KINDS for each column of a row whose prompt has `prompt` tokens; any of `stops` ends a response.
-
-    Padding after a response is what follows the first stop token, whatever its id is.
-    """
-    columns = rollout.response_mask.shape[1]
-    width = rollout.tokens.shape[1] - columns
-    response = ["R"] * columns
-    for at, token in enumerate(np.asarray(rollout.tokens)[row, width:].tolist()):
-        if token in stops:
-            response[at:] = ["E", *"_" * (columns - at - 1)]
-            break
-    return "-" * (width - prompt) + "P" * prompt + "".join(response)
-
-
-def audit(
+def check_masks(
     rollout: Rollout, rows: Sequence[PromptRow], stops: Collection[int], tokenizer: Tokenizer
 ) -> tuple[str, list[str]]:
-    """(the first thing that is wrong, or "", and a row as lines): the row with it, else the one that shows most.
+    """Return the first mistake ("" if none) and a drawing: of the row with the mistake, or of one with most kinds.
 
-    `rollout` is on the host, one row for each of `rows`.
+    `rollout` is on the host, with one row for each of `rows`; any token of `stops` ends a response.
     """
-    read = [kinds(rollout, i, len(row.tokens), stops) for i, row in enumerate(rows)]
+    expected = [_column_kinds(rollout, i, len(row.tokens), stops) for i, row in enumerate(rows)]
     for i, row in enumerate(rows):
-        if wrong := _mistake(rollout, i, row, read[i], tokenizer):
-            return f"row {i + 1}: {wrong}", _picture(rollout, i, read[i], tokenizer)
-    most = max(range(len(rows)), key=lambda i: len(set(read[i])))
-    return "", _picture(rollout, most, read[most], tokenizer)
+        if mistake := _mistake(rollout, i, row, expected[i], tokenizer):
+            return f"row {i + 1}: {mistake}", _drawing(rollout, i, expected[i], tokenizer)
+    most = max(range(len(rows)), key=lambda i: len(set(expected[i])))
+    return "", _drawing(rollout, most, expected[most], tokenizer)
 
 
-def _mistake(rollout: Rollout, i: int, row: PromptRow, letters: str, tokenizer: Tokenizer) -> str:
-    width = len(letters) - rollout.response_mask.shape[1]
+def _column_kinds(rollout: Rollout, row: int, prompt_length: int, stops: Collection[int]) -> str:
+    """A letter of KINDS for each column: padding is what follows the first stop token, whatever its id is."""
+    columns = rollout.response_mask.shape[1]
+    width = rollout.tokens.shape[1] - columns
+    response = "R" * columns
+    for column, token in enumerate(np.asarray(rollout.tokens)[row, width:].tolist()):
+        if token in stops:
+            response = "R" * column + "E" + "_" * (columns - column - 1)
+            break
+    return "-" * (width - prompt_length) + "P" * prompt_length + response
+
+
+def _mistake(rollout: Rollout, i: int, row: PromptRow, kinds: str, tokenizer: Tokenizer) -> str:
+    width = len(kinds) - rollout.response_mask.shape[1]
     if rollout.tokens[i][width - len(row.tokens) : width].tolist() != row.tokens:
         return "its prompt does not stand before its response"
-    for name, mask, counted, first in (
+    for name, mask, included, first in (
         ("mask", rollout.mask[i], "PRE", 0),
         ("response mask", rollout.response_mask[i], "RE", width),
     ):
-        for column, (inside, letter) in enumerate(zip(mask.tolist(), letters[first:], strict=True), first):
-            if inside != (letter in counted):
+        for column, (inside, kind) in enumerate(zip(mask.tolist(), kinds[first:], strict=True), first):
+            if inside != (kind in included):
                 piece = tokenizer.pieces([int(rollout.tokens[i][column])])[0]
-                return f"{piece!r} in column {column} ({KINDS[letter]}) is {'in' if inside else 'not in'} the {name}"
-    if bool(rollout.finished[i]) != ("E" in letters):
+                return f"{piece!r} in column {column} ({KINDS[kind]}) is {'in' if inside else 'not in'} the {name}"
+    if bool(rollout.finished[i]) != ("E" in kinds):
         return f"it counts as {'finished' if rollout.finished[i] else 'cut off'}, and it is not"
     return ""
 
 
-def _picture(rollout: Rollout, i: int, letters: str, tokenizer: Tokenizer) -> list[str]:
-    """Tokens, what each is, and the two masks, one below the other; long stretches lose their middle."""
+def _drawing(rollout: Rollout, i: int, kinds: str, tokenizer: Tokenizer) -> list[str]:
+    """Lines with tokens, kinds and the two masks below each other; long stretches are shortened."""
     pieces = [_printable(piece) for piece in tokenizer.pieces(rollout.tokens[i].tolist())]
-    width = len(letters) - rollout.response_mask.shape[1]
-    learnt = [False] * width + rollout.response_mask[i].tolist()
-    names = "token", "is", "seen", "learnt"
+    width = len(kinds) - rollout.response_mask.shape[1]
+    response_mask = [False] * width + rollout.response_mask[i].tolist()
     cells = [
-        (piece, letter, ".1"[inside], ".1"[used])
-        for piece, letter, inside, used in zip(pieces, letters, rollout.mask[i].tolist(), learnt, strict=True)
+        (piece, kind, ".1"[inside], ".1"[response])
+        for piece, kind, inside, response in zip(pieces, kinds, rollout.mask[i].tolist(), response_mask, strict=True)
     ]
     shown: list[tuple[str, ...]] = []
-    for letter, (head, tail) in SHOWN.items():
-        part = [cell for cell in cells if cell[1] == letter]
-        alike = len({cell[2:] for cell in part}) < 2  # what is wrong is never left out
-        if len(part) > head + tail + 1 and alike:
-            part = [*part[:head], ("...",) * 4, *part[len(part) - tail :]]
-        shown += part
+    for kind, (head, tail) in SHOWN.items():
+        stretch = [cell for cell in cells if cell[1] == kind]
+        uniform = len({cell[2:] for cell in stretch}) < 2  # a stretch with a mistake is shown in full
+        if len(stretch) > head + tail + 1 and uniform:
+            stretch = [*stretch[:head], ("...",) * 4, *stretch[len(stretch) - tail :]]
+        shown += stretch
     blocks: list[list[str]] = [[]]
     for cell in shown:
-        room = max(map(len, cell))
-        if blocks[-1] and len(blocks[-1][0]) + room + 1 > WIDTH:
+        cell_width = max(map(len, cell))
+        if blocks[-1] and len(blocks[-1][0]) + cell_width + 1 > WIDTH:
             blocks.append([])
         if not blocks[-1]:
-            blocks[-1] = [f"{name:<6}" for name in names]
-        blocks[-1] = [f"{line} {part:<{room}}" for line, part in zip(blocks[-1], cell, strict=True)]
-    legend = ", ".join(f"{letter} {what}" for letter, what in KINDS.items())
+            blocks[-1] = [f"{name:<6}" for name in ("token", "kind", "mask", "train")]
+        blocks[-1] = [f"{line} {text:<{cell_width}}" for line, text in zip(blocks[-1], cell, strict=True)]
+    legend = ", ".join(f"{letter} {kind}" for letter, kind in KINDS.items())
     return [*(line.rstrip() for block in blocks for line in block), legend]
 
 

@@ -35,15 +35,15 @@ def test_a_healthy_model_passes_every_check(model_folder, capsys):
         "ok    padding changes nothing",
         "ok    load and export",
         "skip  first rows of the data",
-        "ok    prompts come back from tokens",
-        "ok    training ends where generation stops",
-        "ok    masks",
-        "ok    two rollouts differ, one seed repeats",
+        "ok    tokenizer round trip of the prompts",
+        "ok    trained sequences end with a stop token",
+        "ok    rollout masks",
+        "ok    rollouts depend on the key alone",
         "skip  the reward runs",
         "ok    micro-batches change nothing",
         "ok    KL to the reference is zero",
         "ok    first ratio is one",
-        "ok    log-probs are those of sampling",
+        "ok    sampler and training log-probs agree",
     ]
 
 
@@ -61,7 +61,7 @@ def test_a_tokenizer_that_does_not_fit_fails_and_the_rest_is_still_checked(model
 
 def test_each_numeric_check_can_fail(model_folder, monkeypatch):
     model, params = weights.load(model_folder)
-    tokens, mask = doctor._sample(model)
+    tokens, mask = doctor._random_rows(model)
     assert doctor.decode_equals_forward(params, model, tokens, mask)[0]
     assert doctor.padding_is_invisible(params, model, tokens, mask)[0]
     assert doctor.copy_has_no_divergence(params, model, tokens, mask)[0]

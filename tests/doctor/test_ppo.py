@@ -12,7 +12,7 @@ from jaxrlhf import weights
 from jaxrlhf.cli import main
 from jaxrlhf.config import Data, RewardSource, file, replace
 from jaxrlhf.doctor import ppo
-from jaxrlhf.doctor.masks import audit
+from jaxrlhf.doctor.masks import check_masks
 from jaxrlhf.training.ppo import update
 
 REWARD = """
@@ -72,15 +72,15 @@ def test_everything_passes_on_a_healthy_model_with_a_config(examined, made):
     _, found = examined
     assert list(found) == [
         "first rows of the data",
-        "prompts come back from tokens",
-        "training ends where generation stops",
-        "masks",
-        "two rollouts differ, one seed repeats",
+        "tokenizer round trip of the prompts",
+        "trained sequences end with a stop token",
+        "rollout masks",
+        "rollouts depend on the key alone",
         "the reward runs",
         "micro-batches change nothing",
         "KL to the reference is zero",
         "first ratio is one",
-        "log-probs are those of sampling",
+        "sampler and training log-probs agree",
     ]
     assert all(passed for passed, _ in found.values()), found
     assert "'please say the word red'" in found["first rows of the data"][1]
@@ -89,7 +89,7 @@ def test_everything_passes_on_a_healthy_model_with_a_config(examined, made):
 
 
 def test_the_drawing_shows_the_end_inside_the_mask_and_padding_outside(examined):
-    lines = examined[1]["masks"][1].splitlines()[1:5]
+    lines = examined[1]["rollout masks"][1].splitlines()[1:5]
     tokens, letters, seen, learnt = (line.split()[1:] for line in lines)
     assert "".join(letters).replace("...", "").strip("-_").strip("PR") == "E"
     for letter, one, other in zip(letters, seen, learnt, strict=True):
@@ -124,7 +124,7 @@ def test_a_mask_without_the_end_token_or_with_padding_is_pointed_at(trial):
 def test_a_response_that_ended_counts_as_finished(trial):
     rollout = jax.device_get(trial.rollout)
     rollout = dataclasses.replace(rollout, finished=~rollout.finished)
-    assert "and it is not" in audit(rollout, trial.rows, trial.stops, trial.tokenizer)[0]
+    assert "and it is not" in check_masks(rollout, trial.rows, trial.stops, trial.tokenizer)[0]
 
 
 def test_a_fixed_key_and_one_that_is_not_ours_are_found(trial):
@@ -152,12 +152,12 @@ def test_other_temperatures_and_a_loss_that_depends_on_the_micro_batch_are_found
     monkeypatch.setattr(update, "policy_loss", lambda *a: loss(*a[:4], a[3].sum(), *a[5:]))
     monkeypatch.setattr(trial, "learn", lambda micro: micro and ppo.Trial.learn(trial, micro))
     passed, found = trial.micro_batches()
-    assert passed is False and "is rounding" in found
+    assert passed is False and "it is not rounding" in found
     passed, found = trial.divergence()
     assert passed is False and "not scored alike" in found
     passed, found = trial.first_ratio()
     assert passed is False and "annotation and update score the policy differently" in found
-    passed, found = trial.sampled()
+    passed, found = trial.sampler_logprobs()
     assert passed is False and "other temperature" in found
 
 
@@ -178,14 +178,14 @@ def test_a_template_without_an_end_token_is_found(folder, made, tmp_path, end, p
 
 
 def test_a_reward_that_raises_and_data_that_lacks_a_column(trial, made, capsys):
-    from jaxrlhf.doctor import _try
+    from jaxrlhf.doctor import _run
 
     trial.config = replace(trial.config, reward=RewardSource(function=f"{made}/reward.py:broken"))
-    assert _try("the reward runs", trial.reward) is False
+    assert _run("the reward runs", trial.reward) is False
     assert "raised KeyError: 'no such word'" in capsys.readouterr().out
     trial.config = replace(trial.config, reward=RewardSource(function=f"{made}/reward.py:length"))
     trial.rows = [replace(row, columns={}) for row in trial.rows]
-    assert _try("the reward runs", trial.reward) is False
+    assert _run("the reward runs", trial.reward) is False
     assert "needs 'word', which the data does not have" in capsys.readouterr().out
     trial.config = replace(trial.config, reward=RewardSource())
     assert trial.reward()[0] is None
@@ -194,7 +194,7 @@ def test_a_reward_that_raises_and_data_that_lacks_a_column(trial, made, capsys):
 def test_text_that_the_tokenizer_loses_is_shown(trial):
     trial.rows = [replace(trial.rows[0], text="Say Red")]
     passed, found = trial.round_trip()
-    assert passed is False and "'Say Red' comes back as" in found
+    assert passed is False and "'Say Red' decodes to" in found
 
 
 def test_without_a_config_what_needs_one_is_skipped(trial):

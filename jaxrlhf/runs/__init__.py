@@ -1,0 +1,201 @@
+"""Run directories: an exclusive lock, a record of every start, and a safe resume.
+
+with open_run(config, "ppo", fresh=False) as run:
+    ...                      # run.directory, run.resumed, run.notes
+    if run.stopping:         # SIGTERM or Ctrl-C: save, then raise Preempted
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from jaxrlhf import checkpoint
+from jaxrlhf.config import text
+from jaxrlhf.errors import Preempted, StorageError, first_line
+from jaxrlhf.files import write_whole
+from jaxrlhf.runs.resume import check_resume, versions
+
+
+@dataclasses.dataclass
+class Run:
+    """An open run directory."""
+
+    directory: Path
+    resumed: bool
+    """The directory has checkpoints to resume from."""
+    notes: tuple[str, ...]
+    """Messages for the user about this resume."""
+    stopping: bool = False
+    """A signal asked the run to stop: save at the next step boundary and raise Preempted."""
+
+
+@contextlib.contextmanager
+def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
+    """Lock `config.run_dir` and start or resume a run of the command `method` in it.
+
+    Writes config.yaml (every option, resolved) and run.json (versions, config hash, command, host, mesh, all starts).
+    With `fresh` an existing run is first renamed to `<name>.old-<n>`. While the run is open, the first SIGTERM or SIGINT
+    sets `run.stopping`; the second ends the process at once.
+
+    Raises:
+        StorageError: the directory cannot be used, is in use, or holds a run that `config` cannot resume.
+    """
+    directory = Path(config.run_dir).resolve()
+    lock = _lock(directory)
+    try:
+        if fresh and _move_aside(directory):
+            lock.close()
+            lock = _lock(directory)
+        resumed = checkpoint.exists(directory / "checkpoints")
+        previous, notes = check_resume(directory, config, method) if resumed else ({}, ())
+        record = _record(previous, config, method)
+        write_whole(directory / "config.yaml", f"# jaxrlhf {method}, every option resolved\n" + text.dump(config))
+        write_whole(directory / "run.json", json.dumps(record, indent=1) + "\n")
+        run = Run(directory, resumed, notes)
+        outcome = "done"
+        try:
+            with _signals(run):
+                yield run
+        except BaseException as error:
+            outcome = "preempted" if isinstance(error, Preempted) else type(error).__name__
+            raise
+        finally:
+            record["starts"][-1] |= {"end": _now(), "outcome": outcome}
+            with contextlib.suppress(OSError):  # a full disk must not hide the original error
+                write_whole(directory / "run.json", json.dumps(record, indent=1) + "\n")
+    finally:
+        lock.close()
+
+
+def check_run_directory(config: Any, method: str, fresh: bool) -> None:
+    """Raise what `open_run` would, before anything is loaded; does not change the directory."""
+    directory = Path(config.run_dir).resolve()
+    if directory.is_dir() and not fresh:
+        with _lock(directory):
+            if checkpoint.exists(directory / "checkpoints"):
+                check_resume(directory, config, method)
+
+
+def method_and_outcome(directory: Path) -> tuple[str, str]:
+    """Method of a run and outcome of its last start: "done" if it finished, "" while it runs or if it was killed.
+
+    Raises:
+        StorageError: run.json cannot be read.
+    """
+    try:
+        record = json.loads((directory / "run.json").read_bytes())
+        return record["method"], record["starts"][-1].get("outcome", "")
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise StorageError(f"{directory / 'run.json'} cannot be read: {first_line(error)}") from error
+
+
+def working_directory(directory: Path) -> str:
+    """Working directory of the last start of a run; "" if it was not recorded."""
+    record = json.loads((directory / "run.json").read_bytes())
+    return record["starts"][-1].get("directory", "")
+
+
+def _lock(directory: Path) -> TextIO:
+    """Create a run directory if needed and lock it. The kernel releases the lock when the process ends."""
+    path = directory / ".lock"
+    try:
+        while True:
+            directory.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+")  # noqa: SIM115 - closed by the caller; closing is unlocking
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                file.close()
+                raise StorageError(
+                    f"{directory} is in use by {owner}; wait for it, stop it, or choose another run_dir"
+                ) from None
+            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                break
+            file.close()  # the directory was moved aside between open and lock
+    except StorageError:  # an OSError, too
+        raise
+    except OSError as error:
+        raise StorageError(f"run_dir {directory} cannot be used: {error.strerror or error}") from error
+    file.truncate(0)
+    file.write(f"host {socket.gethostname()}, process {os.getpid()}")
+    file.flush()
+    return file
+
+
+def _move_aside(directory: Path) -> bool:
+    """Rename an existing run to `<name>.old-<n>`; False if there is none."""
+    content = {p.name for p in directory.iterdir()} - {".lock"}
+    if not content:
+        return False
+    if not content & {"run.json", "config.yaml"}:
+        raise StorageError(
+            f"{directory} is not a run directory (no run.json), so --fresh does not rename it; choose another run_dir"
+        )
+    number = 1
+    while (target := directory.with_name(f"{directory.name}.old-{number}")).exists():
+        number += 1
+    directory.rename(target)
+    return True
+
+
+def _record(previous: dict[str, Any], config: Any, method: str) -> dict[str, Any]:
+    """Content of run.json: that of the `previous` start, if any, with this one appended."""
+    settings = yaml.safe_load(text.dump(config))
+    start = {
+        "time": _now(),
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "command": sys.argv,
+        "directory": os.getcwd(),
+        "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "versions": versions(),
+    }
+    return {
+        "method": method,
+        "versions": previous.get("versions") or start["versions"],
+        "platform": platform.platform(),
+        "mesh": dataclasses.asdict(config.mesh) if hasattr(config, "mesh") else None,
+        "starts": [*previous.get("starts", []), start],
+    }
+
+
+@contextlib.contextmanager
+def _signals(run: Run) -> Iterator[None]:
+    """Handle SIGTERM and SIGINT: the first sets `run.stopping`, the second exits. Only in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _frame: Any) -> None:
+        if run.stopping:
+            os._exit(128 + number)
+        run.stopping = True
+        # os.write, as the handler may interrupt a print
+        os.write(2, b"\nstopping: the state is saved at the end of this step (signal again to exit at once)\n")
+
+    old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: set by C code, which cannot be restored
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
