@@ -1,4 +1,4 @@
-"""The demo's tokenizer: closed over the task, exact both ways, and readable by transformers."""
+"""The demo's tokenizer: covers the task, restores texts exactly, and loads in transformers."""
 
 import json
 

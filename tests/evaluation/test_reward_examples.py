@@ -1,4 +1,4 @@
-"""Verdicts of a reward model on examples, against scores of the rows alone."""
+"""Verdicts of a reward model on examples, against scores of each row computed separately."""
 
 import json
 
@@ -29,7 +29,7 @@ def scored(folder, texts) -> np.ndarray:
     return model.score_ids([[*tokenizer.prompt_ids(text), tokenizer.eos_id] for text in texts])[0]
 
 
-def test_named_pairs_get_a_verdict_each_and_the_command_says_so(folder, tmp_path, capsys):
+def test_the_command_prints_a_verdict_for_each_named_pair(folder, tmp_path, capsys):
     file, out = tmp_path / "e.json", tmp_path / "r.json"
     rows = [{"name": f"case {i}", "prompt": p, "good": "a cat.", "bad": "no!"} for i, p in enumerate(PROMPTS)]
     file.write_text(json.dumps(rows))
