@@ -59,8 +59,8 @@ def test_labelled_and_preferred_rows(folder, tmp_path):
     assert [e["score"] for e in single["examples"]] == pytest.approx(scores.tolist(), rel=1e-4)
     assert [e["right"] for e in single["examples"]] == ((scores > 0) == [True, False, True]).tolist()
     assert "line 1: why?" in table(single)
-    preferred = result([{"prompt": p, "chosen": "a cat.", "rejected": "no!"} for p in PROMPTS] + [
-        {"prompt": "a", "chosen": "b", "rejected": "b"}])  # fmt: skip
+    pairs = [{"prompt": p, "chosen": "a cat.", "rejected": "no!"} for p in PROMPTS]
+    preferred = result([*pairs, {"prompt": "a", "chosen": "b", "rejected": "b"}])
     assert len(preferred["examples"]) == 3 and "dropped 1: chosen and rejected are the same" in table(preferred)
 
 
