@@ -19,15 +19,8 @@ def write_base(directory: str | Path) -> Path:
     tokenizer = build()
     tokenizer.save(str(directory / "tokenizer.json"))
     names = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNKNOWN}
-    _write(
-        directory / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            **names,
-            "model_max_length": _MODEL["max_position_embeddings"],
-        },
-    )
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+    _write(directory / "tokenizer_config.json", {**settings, "model_max_length": _MODEL["max_position_embeddings"]})
     ids = {name.replace("token", "token_id"): SPECIAL.index(token) for name, token in names.items() if token != UNKNOWN}
     _write(directory / "config.json", {**_MODEL, **ids, "vocab_size": tokenizer.get_vocab_size()})
     return directory

@@ -137,8 +137,7 @@ def _pairs(
         "ece": error,
         "length_rule": "longer is better" if longer >= shorter else "shorter is better",
         "length_accuracy": max(longer, shorter),
-        "by_length": _accuracy_by(groups, correct)
-        | _accuracy_by_tercile((chosen_lengths + rejected_lengths) / 2, correct),
+        "by_length": _accuracy_by(groups | _terciles((chosen_lengths + rejected_lengths) / 2), correct),
         "calibration": bins,
     }
 
@@ -156,7 +155,7 @@ def _classification(scores: np.ndarray, good: np.ndarray, lengths: np.ndarray) -
         "ece": error,
         "length_rule": f"{'longer' if longer >= 0.5 else 'shorter'} is better, of a good and a bad one",
         "length_accuracy": max(longer, 1 - longer),
-        "by_length": _accuracy_by_tercile(lengths, correct),
+        "by_length": _accuracy_by(_terciles(lengths), correct),
         "calibration": bins,
     }
 
@@ -171,22 +170,21 @@ def _regression(scores: np.ndarray, targets: np.ndarray, lengths: np.ndarray) ->
     }
 
 
+def _terciles(lengths: np.ndarray) -> dict[str, np.ndarray]:
+    low, high = np.quantile(lengths, [1 / 3, 2 / 3])
+    return {
+        f"up to {low:.4g} tokens": lengths <= low,
+        f"{low:.4g} to {high:.4g} tokens": (lengths > low) & (lengths <= high),
+        f"over {high:.4g} tokens": lengths > high,
+    }
+
+
 def _accuracy_by(groups: dict[str, np.ndarray], correct: np.ndarray) -> dict[str, dict[str, float]]:
     return {
         name: {"count": int(inside.sum()), "accuracy": float(correct[inside].mean())}
         for name, inside in groups.items()
         if inside.any()
     }
-
-
-def _accuracy_by_tercile(lengths: np.ndarray, correct: np.ndarray) -> dict[str, dict[str, float]]:
-    low, high = np.quantile(lengths, [1 / 3, 2 / 3])
-    groups = {
-        f"up to {low:.4g} tokens": lengths <= low,
-        f"{low:.4g} to {high:.4g} tokens": (lengths > low) & (lengths <= high),
-        f"over {high:.4g} tokens": lengths > high,
-    }
-    return _accuracy_by(groups, correct)
 
 
 def _histogram(rows: HeldOut, loss: str, scores: np.ndarray) -> dict[str, list[float]]:

@@ -35,12 +35,13 @@ class Rule:
     def __post_init__(self) -> None:
         if self.keep not in KEEP:
             raise ConfigError(f"--keep is {self.keep!r}; it must be one of {', '.join(KEEP)}")
-        if self.threshold is None:
-            options = {"keep above": self.keep == "above", "min-pass-rate": self.min_pass_rate is not None}
-            options["max-pass-rate"] = self.max_pass_rate is not None
-            if needing := [option for option, given in options.items() if given]:
-                raise ConfigError(f"--{needing[0]} needs --threshold, the minimum score of a completion that passes")
-        elif not math.isfinite(self.threshold):
+        needs_threshold = self.keep == "above" or (self.min_pass_rate, self.max_pass_rate) != (None, None)
+        if needs_threshold and self.threshold is None:
+            raise ConfigError(
+                "--keep above, --min-pass-rate and --max-pass-rate need --threshold, the minimum score of a completion "
+                "that passes"
+            )
+        if self.threshold is not None and not math.isfinite(self.threshold):
             raise ConfigError(f"--threshold is {self.threshold}; it must be a finite number")
         low, high = self.pass_rates
         if not 0 <= low <= high <= 1:

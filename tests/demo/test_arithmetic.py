@@ -1,4 +1,4 @@
-"""Problems that have the solutions they come with, and are the same for a seed."""
+"""Arithmetic problems: their solutions are right, and a seed determines them."""
 
 import pytest
 
@@ -29,13 +29,13 @@ def test_modular_problems_are_right():
 
 
 @pytest.mark.parametrize("problems", [countdown_problems, modular_problems])
-def test_a_seed_is_a_sequence(problems):
+def test_more_rows_of_a_seed_extend_fewer(problems):
     rows = problems(20, seed=3)
     assert problems(5, seed=3) == rows[:5]
     assert problems(20, seed=4) != rows
 
 
-def test_what_cannot_be_asked():
+def test_invalid_arguments_are_refused():
     with pytest.raises(ValueError, match="numbers is 1"):
         countdown_problems(1, seed=0, numbers=1)
     with pytest.raises(ValueError, match="modulus is 1"):

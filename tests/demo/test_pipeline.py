@@ -1,4 +1,4 @@
-"""The demo from end to end: strictness is learnt, facts are kept, and everything it promises lies on disk."""
+"""The demo from end to end: strictness is learned, facts are kept, and all output files are written."""
 
 import json
 

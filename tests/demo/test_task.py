@@ -1,4 +1,4 @@
-"""The generator's promises: every text reads back to the truth it was made from, and nothing else does."""
+"""The demo's task: the judge recovers how every generated answer was made, and rejects all others."""
 
 import random
 
@@ -127,6 +127,6 @@ def test_no_question_or_statement_has_two_readings():
     assert len(set(tones)) == len(tones) == 24
 
 
-def test_truth_pays_only_for_an_answer_right_in_everything():
+def test_truth_is_1_only_for_an_answer_right_in_everything():
     wrong = [RIGHT.replace("Ankara", "Istanbul"), RIGHT.replace("Pay attention!", "Listen carefully."), ""]
     assert task.truth([A_CLAIM] * 4, [RIGHT, *wrong], category=["factual error"] * 4) == [1.0, 0.0, 0.0, 0.0]

@@ -1,4 +1,4 @@
-"""The demo's tokenizer: closed over the task, exact both ways, and readable by transformers."""
+"""The demo's tokenizer: covers the task, restores texts exactly, and loads in transformers."""
 
 import json
 
@@ -31,9 +31,8 @@ def test_a_completion_has_the_same_tokens_alone_as_after_its_prompt():
 
 def test_a_strange_word_is_unknown_and_its_neighbours_stay():
     built = tokenizer.build()
-    assert built.encode("Is it true that zebras are blind?").tokens == [
-        "Is", " it", " true", " that", tokenizer.UNKNOWN, " are", " blind", "?",
-    ]  # fmt: skip
+    expected = ["Is", " it", " true", " that", tokenizer.UNKNOWN, " are", " blind", "?"]
+    assert built.encode("Is it true that zebras are blind?").tokens == expected
 
 
 def test_transformers_loads_the_folder_with_the_same_ids_and_special_tokens(tmp_path):

@@ -1,4 +1,4 @@
-"""Evaluation: statistics against independent formulas, ranking, repeatability, and what is written."""
+"""Evaluation of a language model: statistics against independent formulas, ranking, repeatability, output files."""
 
 import dataclasses
 import json
@@ -118,7 +118,7 @@ def test_the_table_shows_every_completion_and_the_json_reads_back(result, tmp_pa
     assert [p.name for p in written.parent.iterdir()] == ["r.json"]
 
 
-def test_choosing_is_seeded_and_never_repeats(result):
+def test_sampled_rows_depend_on_the_seed_and_never_repeat(result):
     rows = [*range(50)]
     first = completions.sample_rows(rows, 20, 0)
     assert first == completions.sample_rows(rows, 20, 0) != completions.sample_rows(rows, 20, 1)
@@ -152,7 +152,7 @@ def test_the_command_writes_json(model_folder, prompts_file, tmp_path, capsys):
     assert "_unanswered" not in shown, "nothing went unanswered"
 
 
-def test_references_alone_are_enough(model_folder, prompts_file, tmp_path, capsys):
+def test_evaluation_by_references_without_a_reward(model_folder, prompts_file, tmp_path, capsys):
     asked = ["evaluate", str(model_folder), "--prompts", str(prompts_file), "--sampling.response_length", "6"]
     assert main(asked) == 3
     assert "nothing to measure completions by" in (said := capsys.readouterr().err)
@@ -170,7 +170,7 @@ def test_references_alone_are_enough(model_folder, prompts_file, tmp_path, capsy
     assert "score" not in shown
 
 
-def test_prompts_are_those_that_a_model_beside_can_read(config, model_folder, tmp_path):
+def test_prompts_too_long_for_a_compared_model_are_left_out(config, model_folder, tmp_path):
     small = shutil.copytree(model_folder, tmp_path / "small")
     about = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps(about | {"max_position_embeddings": 18}))  # prompts of 12 and no more
@@ -182,7 +182,7 @@ def test_prompts_are_those_that_a_model_beside_can_read(config, model_folder, tm
 
 
 def test_the_comparison_of_two_models(result, tmp_path, monkeypatch, capsys):
-    """Both are asked the same, as the one that is a PPO run was trained."""
+    """Both models get the same prompts, with sampling and reward of the one that is a PPO run."""
     run = tmp_path / "run"
     run.mkdir()
     trained = {"sampling": {"response_length": 7}, "reward": {"function": "r.py:f"}}
@@ -207,8 +207,8 @@ def test_the_comparison_of_two_models(result, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "both.json").read_text())["comparison"]["ties"] == 4
 
 
-def test_a_selection_draws_what_an_evaluation_draws(config, result, tmp_path):
-    """Whatever part of the prompts they are, and however many rows are answered at a time."""
+def test_selection_and_evaluation_generate_the_same_completions(config, result, tmp_path):
+    """Completions do not depend on the prompts generated with them, nor on the number of slots."""
     expected = {p["prompt"]: sorted((a["text"], a["score"]) for a in p["completions"]) for p in result["prompts"]}
     few = dataclasses.replace(
         config, rollout=Generation(slots=2), ppo=PPO(batch_size=1)

@@ -1,4 +1,4 @@
-"""Verdicts of a reward model on examples, against scores of the rows alone."""
+"""Verdicts of a reward model on examples, against scores of each row computed separately."""
 
 import json
 
@@ -29,7 +29,7 @@ def scored(folder, texts) -> np.ndarray:
     return model.score_ids([[*tokenizer.prompt_ids(text), tokenizer.eos_id] for text in texts])[0]
 
 
-def test_named_pairs_get_a_verdict_each_and_the_command_says_so(folder, tmp_path, capsys):
+def test_the_command_prints_a_verdict_for_each_named_pair(folder, tmp_path, capsys):
     file, out = tmp_path / "e.json", tmp_path / "r.json"
     rows = [{"name": f"case {i}", "prompt": p, "good": "a cat.", "bad": "no!"} for i, p in enumerate(PROMPTS)]
     file.write_text(json.dumps(rows))
@@ -59,8 +59,8 @@ def test_labelled_and_preferred_rows(folder, tmp_path):
     assert [e["score"] for e in single["examples"]] == pytest.approx(scores.tolist(), rel=1e-4)
     assert [e["right"] for e in single["examples"]] == ((scores > 0) == [True, False, True]).tolist()
     assert "line 1: why?" in table(single)
-    preferred = result([{"prompt": p, "chosen": "a cat.", "rejected": "no!"} for p in PROMPTS] + [
-        {"prompt": "a", "chosen": "b", "rejected": "b"}])  # fmt: skip
+    pairs = [{"prompt": p, "chosen": "a cat.", "rejected": "no!"} for p in PROMPTS]
+    preferred = result([*pairs, {"prompt": "a", "chosen": "b", "rejected": "b"}])
     assert len(preferred["examples"]) == 3 and "dropped 1: chosen and rejected are the same" in table(preferred)
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation says of scores that are known, by counting one by one."""
+"""Reward model metrics of known scores, against counts in Python."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ def pairs(scores, lengths, target=None):
     return HeldOut(scores.astype(np.float32), np.ones((n, g), bool), target.astype(np.float32), lengths)
 
 
-def test_calibration_by_counting_and_of_outcomes_that_are_drawn():
+def test_calibration_error_by_counting_and_of_calibrated_outcomes():
     confidence, correct = RNG.uniform(0.5, 1, 200), RNG.random(200) < 0.7
     wanted = 0.0
     for k in range(10):
@@ -44,7 +44,7 @@ def test_auc_counts_every_good_and_bad_one():
     assert auc(scores, np.ones(40, bool)) == 0.5
 
 
-def test_pairs_by_length_beside_what_length_alone_says():
+def test_accuracy_by_length_and_the_length_baseline():
     scores, lengths = RNG.normal(size=(60, 2)), RNG.integers(1, 9, (60, 2))
     made = evaluation(pairs(scores, lengths), "pairwise")
     right = (scores[:, 0] > scores[:, 1]).tolist()
@@ -64,7 +64,7 @@ def test_pairs_by_length_beside_what_length_alone_says():
     assert sum(made["histogram"]["best"]) == sum(made["histogram"]["others"]) == 60
 
 
-def test_ties_are_left_out_and_a_ranking_is_all_its_pairs():
+def test_ties_are_left_out_and_a_ranking_counts_all_its_pairs():
     scores, lengths = np.array([[1.0, 0.0], [0.0, 9.0]]), np.ones((2, 2), int)
     made = evaluation(pairs(scores, lengths, np.array([0, 1])), "ties")
     assert (made["pairs"], made["ties"], made["accuracy"], made["margin"]) == (1, 1, 1.0, 1.0)
@@ -78,7 +78,7 @@ def test_ties_are_left_out_and_a_ranking_is_all_its_pairs():
 
 
 @pytest.mark.parametrize("loss", KEYS)
-def test_what_is_written_is_json_and_its_metrics_are_defined(loss):
+def test_the_evaluation_is_json_and_its_metrics_are_defined(loss):
     scores = RNG.normal(size=(9, 1 if loss in ("classification", "regression") else 3))
     scores = scores[:, :2] if loss in ("pairwise", "ties") else scores
     target = np.arange(9) % 2 if loss != "regression" else np.arange(9)

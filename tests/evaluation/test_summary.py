@@ -1,4 +1,4 @@
-"""Statistics and comparisons, against independent formulas."""
+"""Statistics and model comparison, against independent formulas."""
 
 import math
 import statistics as stdlib

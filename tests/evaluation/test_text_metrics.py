@@ -1,4 +1,4 @@
-"""Measures of texts, against numbers recorded from NLTK 3.10.4 and rouge-score 0.1.2, sacrebleu itself, and by hand."""
+"""Text metrics, against numbers recorded from NLTK 3.10.4 and rouge-score 0.1.2, sacrebleu itself, and by hand."""
 
 import math
 import sys
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.evaluation import text_metrics as metrics
+from jaxrlhf.evaluation import text_metrics
 
 GUIDE = "It is a guide to action which ensures that the military always obeys the commands of the party"
 NEAR = "It is a guide to action that ensures that the military will forever heed Party commands"
@@ -33,30 +33,30 @@ REFERENCES = [reference for _, reference, *_ in RECORDED]
 
 @pytest.mark.parametrize(("text", "reference", "bleu", "rouge"), RECORDED)
 def test_recorded_values(text, reference, bleu, rouge):
-    found = metrics.plain_bleu([text], [reference])
+    found = text_metrics.plain_bleu([text], [reference])
     assert found == pytest.approx(bleu, rel=1e-12, abs=1e-70)
     assert (found == 0) == (bleu < 1e-70)
-    assert metrics.rouge_l([text], [reference]) == pytest.approx(rouge, rel=1e-12)
+    assert text_metrics.rouge_l([text], [reference]) == pytest.approx(rouge, rel=1e-12)
 
 
 def test_by_hand():
     # 4, 3, 2 and 1 of 5, 4, 3 and 2 n-grams match; one word fewer than the reference
     expected = math.exp(1 - 6 / 5) * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4)
-    assert metrics.plain_bleu(["a b c d x"], ["a b c d e f"]) == pytest.approx(expected)
-    assert metrics.plain_bleu(["a b c d", ""], ["a b c d", "a"]) == 0.5
-    assert metrics.rouge_l(["A b"], ["a b"]) == 1
-    assert metrics.rouge_l(["A b"], ["a b"], case=True) == 0.5
-    assert metrics.rouge_l(["", "a"], ["", ""]) == 0
-    assert metrics.distinct(["a b a b", "a b"], 2) == pytest.approx(2 / 4)
-    assert metrics.distinct(["a b c"], 1) == 1
-    assert metrics.distinct(["", "a"], 2) == 0
-    assert metrics.repetition(["a b c a b c", "a b c d"]) == pytest.approx(1 / 8)
-    assert metrics.mean_length(["a b c", "", "d"]) == pytest.approx(4 / 3)
-    assert metrics.mean_length([]) == metrics.plain_bleu([], []) == metrics.repetition([]) == 0
+    assert text_metrics.plain_bleu(["a b c d x"], ["a b c d e f"]) == pytest.approx(expected)
+    assert text_metrics.plain_bleu(["a b c d", ""], ["a b c d", "a"]) == 0.5
+    assert text_metrics.rouge_l(["A b"], ["a b"]) == 1
+    assert text_metrics.rouge_l(["A b"], ["a b"], case=True) == 0.5
+    assert text_metrics.rouge_l(["", "a"], ["", ""]) == 0
+    assert text_metrics.distinct(["a b a b", "a b"], 2) == pytest.approx(2 / 4)
+    assert text_metrics.distinct(["a b c"], 1) == 1
+    assert text_metrics.distinct(["", "a"], 2) == 0
+    assert text_metrics.repetition(["a b c a b c", "a b c d"]) == pytest.approx(1 / 8)
+    assert text_metrics.mean_length(["a b c", "", "d"]) == pytest.approx(4 / 3)
+    assert text_metrics.mean_length([]) == text_metrics.plain_bleu([], []) == text_metrics.repetition([]) == 0
 
 
 def common(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence, by the textbook's table."""
+    """Length of the longest common subsequence, by dynamic programming."""
     row = [0] * (len(b) + 1)
     for x in a:
         above, row = row, [0]
@@ -67,7 +67,7 @@ def common(a: list[str], b: list[str]) -> int:
 
 @given(WORDS, WORDS)
 def test_rouge_by_the_table(a, b):
-    longest, found = common(a, b), metrics.rouge_l([" ".join(a)], [" ".join(b)])
+    longest, found = common(a, b), text_metrics.rouge_l([" ".join(a)], [" ".join(b)])
     if longest:
         precision, recall = longest / len(a), longest / len(b)
         assert found == pytest.approx(2 * precision * recall / (precision + recall))
@@ -77,27 +77,27 @@ def test_rouge_by_the_table(a, b):
 
 def test_sacrebleu():
     library = pytest.importorskip("sacrebleu")
-    assert metrics.corpus_bleu(TEXTS, REFERENCES) == pytest.approx(
+    assert text_metrics.corpus_bleu(TEXTS, REFERENCES) == pytest.approx(
         library.BLEU().corpus_score(TEXTS, [REFERENCES]).score
     )
     one = library.BLEU(effective_order=True)
     scores = [one.sentence_score(text, [reference]).score for text, reference in zip(TEXTS, REFERENCES, strict=True)]
-    assert metrics.sentence_bleu(TEXTS, REFERENCES) == pytest.approx(sum(scores) / len(scores))
-    assert metrics.corpus_bleu(TEXTS, REFERENCES) == pytest.approx(39.849615553691876)  # sacrebleu 2.6.0
+    assert text_metrics.sentence_bleu(TEXTS, REFERENCES) == pytest.approx(sum(scores) / len(scores))
+    assert text_metrics.corpus_bleu(TEXTS, REFERENCES) == pytest.approx(39.849615553691876)  # sacrebleu 2.6.0
 
 
 def test_plain_bleu_is_sacrebleus_without_smoothing():
     library = pytest.importorskip("sacrebleu")
     for text, reference in zip(TEXTS, REFERENCES, strict=True):
         score = library.sentence_bleu(text, [reference], smooth_method="none", use_effective_order=False).score
-        assert 100 * metrics.plain_bleu([text], [reference]) == pytest.approx(score)
+        assert 100 * text_metrics.plain_bleu([text], [reference]) == pytest.approx(score)
 
 
-def test_what_is_missing(monkeypatch):
+def test_errors_without_sacrebleu_and_without_a_reference(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    for measure in (metrics.corpus_bleu, metrics.sentence_bleu):
+    for metric in (text_metrics.corpus_bleu, text_metrics.sentence_bleu):
         with pytest.raises(ConfigError, match=r'BLEU needs sacrebleu.*pip install "jaxrlhf\[eval\]"'):
-            measure(["a"], ["a"])
-    for measure in (metrics.plain_bleu, metrics.rouge_l):
+            metric(["a"], ["a"])
+    for metric in (text_metrics.plain_bleu, text_metrics.rouge_l):
         with pytest.raises(ValueError, match="1 texts and 2 references"):
-            measure(["a"], ["a", "b"])
+            metric(["a"], ["a", "b"])

@@ -1,4 +1,4 @@
-"""Records: exact, complete after a kill, cut on resume, and harmless on a terminal."""
+"""Metric records: exact, complete after a kill, cut on resume, and safe on a terminal."""
 
 import io
 import json
@@ -19,7 +19,7 @@ PLAIN = Logging(tensorboard=False)
 
 
 def strict(line):
-    """JSON as the standard has it: no NaN."""
+    """Parse standard JSON, which has no NaN."""
 
     def refuse(word):
         raise AssertionError(word)
@@ -36,7 +36,7 @@ def test_numbers_survive_to_the_last_bit(tmp_path):
         assert record["loss"] == float(value) and record["num_tokens"] == 2**53 + 1
 
 
-def test_what_is_not_finite_is_valid_json(tmp_path):
+def test_non_finite_numbers_are_valid_json(tmp_path):
     logger = Logger(tmp_path, PLAIN, "ppo", 10)
     logger.log(1, {"objective/kl": float("nan"), "rewards/f/mean": np.float32("inf"), "grad_norm": -math.inf})
     logger.samples(1, [{"prompt": "a", "completion": "b", "score": float("nan"), "parts": [math.inf]}])
@@ -112,7 +112,7 @@ def test_plain_console(tmp_path, capsys):
     assert " eta=" in lines[1] and "approxkl" not in lines[1] and lines[1][:2] == "20" and lines[1][10] == "T"
 
 
-def test_an_evaluation_is_shown_at_whatever_step_it_happens(tmp_path, capsys):
+def test_every_validation_is_printed(tmp_path, capsys):
     logger = Logger(tmp_path, Logging(tensorboard=False, log_every=50), "sft", 100)
     for step in range(1, 50):
         logger.log(step, {"loss": 2.0} | ({"eval/loss": 1.5} if step == 45 else {}))

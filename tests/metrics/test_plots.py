@@ -1,4 +1,4 @@
-"""Four panels and a CSV from metrics.jsonl."""
+"""Plots and the CSV of a metrics.jsonl."""
 
 import csv
 import json
@@ -59,7 +59,7 @@ def test_panels_draw_what_was_logged_and_say_what_was_not(tmp_path, monkeypatch)
     assert drawn["KL to the reference (nats per response)"] == ({}, ["not logged in this run"])
 
 
-def test_a_reward_models_scores_take_the_place_of_the_kl(tmp_path, monkeypatch):
+def test_a_reward_model_gets_a_histogram_of_scores_in_place_of_the_kl(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     drawn = {}
@@ -85,7 +85,7 @@ def test_without_matplotlib_the_csv_is_still_written(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.csv").read_text().count("\n") == 3
 
 
-def test_what_is_not_finite_is_drawn_as_a_gap_and_written_as_a_number(tmp_path):
+def test_non_finite_numbers_are_gaps_in_plots_and_numbers_in_the_csv(tmp_path):
     records = [*RECORDS, {"step": 3, "objective/kl": "NaN", "objective/scores": "-Infinity"}]
     write(tmp_path, records, tail='{"step": 4, "lo')  # and a line that a kill cut short is left out
     picture, table = plots.plot(tmp_path)

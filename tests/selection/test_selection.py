@@ -1,4 +1,4 @@
-"""Selection: what is kept of a prompt, files that are read back by the trainers, and jobs that are interrupted."""
+"""Selection: rules, output files that trainers read back, and resumed jobs."""
 
 import dataclasses
 import datetime
@@ -29,7 +29,7 @@ def answers(*scores: float | None, texts: str = "abcdef") -> list[dict]:
     return [{"text": text, "score": score, "finished": True} for text, score in zip(texts, scores, strict=False)]
 
 
-def test_what_is_kept_of_a_prompt():
+def test_rows_kept_by_each_rule():
     found = answers(1.0, 3.0, None, 0.0, 3.0)
     common = {"prompt": "why?", "answer": 42}  # `text` would make it another format
 
@@ -76,13 +76,13 @@ def test_why_nothing_is_kept(rule, found, why):
         ("bets",),
     ],
 )
-def test_rules_that_cannot_be_are_refused(given):
+def test_contradictory_rules_are_refused(given):
     with pytest.raises(ConfigError):
         Rule(*given)
 
 
 @pytest.mark.parametrize("n", [2, 16])
-def test_the_bound_is_what_distinct_answers_come_to(n):
+def test_the_kl_bound_is_the_limit_for_distinct_completions(n):
     """The best of n of K equally likely answers is the k-th with probability (k/K)^n - ((k-1)/K)^n."""
 
     def divergence(count):
@@ -108,8 +108,8 @@ def read(path: Path) -> list[dict]:
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[int]:
-    """Stands in for the model: completion j of prompt i reads " i j." and scores j, but of prompt 3 all score 0 and of
-    prompt 4 the first has no score. Keeps the prompts that were asked."""
+    """Replace the model: completion j of prompt i is " i j." with score j, except that all of prompt 3 score 0 and the
+    first of prompt 4 is unscored. Returns the list of prompts completed so far."""
     asked = []
 
     def judge(config, scorer, tokenizer, rows, rollout):
@@ -146,8 +146,8 @@ def run(config: PPOConfig, out: Path, *rule, **more) -> Summary:
 
 
 @pytest.mark.parametrize("chat", ["none", "chatml"])
-def test_what_is_written_is_what_the_trainers_read(config, drawn, tmp_path, chat):
-    """The tokens of a prompt and of a completion are those that were drawn, with whatever else the file holds."""
+def test_trainers_read_the_written_files_back(config, drawn, tmp_path, chat):
+    """Prompts and completions have the tokens that were generated, whatever other columns the file has."""
     names = {"prompt": "question"} if chat == "chatml" else {}
     system = {"system": "ab"} if chat == "chatml" else {}
     rows = [system | {names.get(name, name): value for name, value in row.items()} for row in PROMPTS]
@@ -196,7 +196,7 @@ def test_the_summary_accounts_for_every_prompt(config, drawn, tmp_path):
     assert "the best of 3 is at most 0.432 nats" in said
 
 
-def test_an_interrupted_job_goes_on_where_it_was(config, drawn, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_job_resumes(config, drawn, tmp_path, monkeypatch, capsys):
     out, judge = tmp_path / "o.jsonl", generation.score_completions
     folder = shutil.copytree(config.model.path, tmp_path / "model")
     weights = folder / "model.safetensors"
@@ -244,7 +244,7 @@ def test_an_interrupted_job_goes_on_where_it_was(config, drawn, tmp_path, monkey
     assert len(read(out)) == 5
 
 
-def test_a_function_that_has_been_mended_is_said_and_the_job_goes_on(config, tmp_path):
+def test_changed_reward_code_is_a_warning_and_the_job_resumes(config, tmp_path):
     file = tmp_path / "mine.py"
     config = dataclasses.replace(config, reward=RewardSource(function=f"{file}:reward"))
     file.write_text("1 / 0")
@@ -264,8 +264,8 @@ def test_a_job_that_fails_before_anything_is_scored_leaves_nothing(config, drawn
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_what_people_answer_is_kept_beside_the_file(config, drawn, tmp_path, monkeypatch):
-    """Also of a batch in the middle of which they leave."""
+def test_human_scores_are_kept_next_to_the_output(config, drawn, tmp_path, monkeypatch):
+    """Including scores of a batch that the person left unfinished."""
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     said = iter(["3", "1"])
 
@@ -293,7 +293,7 @@ def test_two_jobs_do_not_write_to_one_file(config, tmp_path):
         Log(tmp_path / "l", {}, {}, fresh=False)
 
 
-def test_what_would_fail_at_the_end_is_refused_at_the_door(config, drawn, tmp_path):
+def test_invalid_requests_are_refused_before_generation(config, drawn, tmp_path):
     bad = dataclasses.replace(config, data=Data(path=str(tmp_path / "p.parquet")))
     pq.write_table(pa.table({"prompt": ["why?"], "when": [datetime.date(2026, 1, 1)]}), tmp_path / "p.parquet")
     with pytest.raises(DataError, match="row 1 of the prompts: column 'when' cannot be written as JSON"):
@@ -332,7 +332,7 @@ def test_the_command(config, drawn, tmp_path, capsys):
     assert "--best-by is for --prompts FILE" in capsys.readouterr().err
 
 
-def test_a_score_of_float32_reaches_a_threshold_of_the_same_spelling(config, drawn, tmp_path, monkeypatch):
+def test_a_float32_score_reaches_the_same_decimal_threshold(config, drawn, tmp_path, monkeypatch):
     def judge(config, scorer, tokenizer, rows, rollout):
         scored = {"score": float(np.float32(0.9)), "components": {"reward": float(np.float32(0.9))}}
         yield [[{"text": "a", "tokens": 1, "finished": True, **scored}] for _ in rows]
