@@ -203,9 +203,9 @@ def export_is_identical(folder: Path) -> Outcome:
 def examine_data(config: SFTConfig) -> str:
     """What a data file holds: columns, how each method would read it, the first row; with a tokenizer also token counts
     and the first row in tokens. Raises DataError if the file cannot be read."""
-    rows = sources.read(config.data)
+    rows = sources.read_rows(config.data)
     lines = [f"data {rows.source}: {len(rows.rows):,} rows with columns {', '.join(rows.columns)}"]
-    readable: dict[formats.Task, formats.Reading] = {}
+    readable: dict[formats.Task, formats.Format] = {}
     methods: tuple[tuple[formats.Task, str], ...] = (("sft", "sft"), ("pairs", "reward, dpo"), ("prompts", "ppo, grpo"))
     for task, method in methods:
         try:
@@ -242,13 +242,13 @@ def _in_tokens(task: formats.Task, config: SFTConfig, tokenizer: Tokenizer) -> s
         chosen, rejected = (_marked(row, tokenizer) for row in (pairs.train[0].chosen, pairs.train[0].rejected))
         return f"{pairs.report}\nfirst pair, chosen:\n{chosen}\nrejected:\n{rejected}"
     prompts = datasets.prompt_rows(config.data, tokenizer)
-    return f"{prompts.report}\nfirst prompt:\n{''.join(tokenizer.pieces(prompts.train[0].tokens))}"
+    return f"{prompts.report}\nfirst prompt:\n{''.join(tokenizer.convert_ids_to_tokens(prompts.train[0].tokens))}"
 
 
 def _marked(row: datasets.SFTRow, tokenizer: Tokenizer) -> str:
     """The pieces of a row, stretches to learn between [[ and ]]."""
     text, learning = "", False
-    for piece, learnt in zip(tokenizer.pieces(row.tokens), row.loss_mask, strict=True):
+    for piece, learnt in zip(tokenizer.convert_ids_to_tokens(row.tokens), row.loss_mask, strict=True):
         text += ("[[" if learnt else "]]") if learnt != learning else ""
         text, learning = text + piece, learnt
     return text + ("]]" if learning else "")

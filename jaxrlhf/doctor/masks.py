@@ -53,7 +53,7 @@ def _mistake(rollout: Rollout, i: int, row: PromptRow, letters: str, tokenizer: 
     ):
         for column, (inside, letter) in enumerate(zip(mask.tolist(), letters[first:], strict=True), first):
             if inside != (letter in counted):
-                piece = tokenizer.pieces([int(rollout.tokens[i][column])])[0]
+                piece = tokenizer.convert_ids_to_tokens([int(rollout.tokens[i][column])])[0]
                 return f"{piece!r} in column {column} ({KINDS[letter]}) is {'in' if inside else 'not in'} the {name}"
     if bool(rollout.finished[i]) != ("E" in letters):
         return f"it counts as {'finished' if rollout.finished[i] else 'cut off'}, and it is not"
@@ -62,7 +62,7 @@ def _mistake(rollout: Rollout, i: int, row: PromptRow, letters: str, tokenizer: 
 
 def _picture(rollout: Rollout, i: int, letters: str, tokenizer: Tokenizer) -> list[str]:
     """Tokens, what each is, and the two masks, one below the other; long stretches lose their middle."""
-    pieces = [_printable(piece) for piece in tokenizer.pieces(rollout.tokens[i].tolist())]
+    pieces = [_printable(piece) for piece in tokenizer.convert_ids_to_tokens(rollout.tokens[i].tolist())]
     width = len(letters) - rollout.response_mask.shape[1]
     learnt = [False] * width + rollout.response_mask[i].tolist()
     names = "token", "is", "seen", "learnt"

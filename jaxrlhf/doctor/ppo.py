@@ -12,7 +12,7 @@ from jaxrlhf import memory, weights
 from jaxrlhf.config import Data, Generation, Mesh, Optim, PPOConfig, Reference, RewardSource, Scores, Validation
 from jaxrlhf.data import datasets
 from jaxrlhf.data import tokenise as sequences
-from jaxrlhf.data.formats import Example
+from jaxrlhf.data.examples import Example
 from jaxrlhf.doctor.masks import audit
 from jaxrlhf.errors import quoted
 from jaxrlhf.models import init
@@ -96,8 +96,8 @@ class Trial:
     def template(self) -> Outcome:
         """Every answer that training learns ends with a token that ends a response."""
         chat, tokenizer = self.tokenizer.has_chat, self.tokenizer
-        example = Example(None, [*TURNS, *TURNS]) if chat else Example(PROMPTS[0], " two")
-        (tokens,) = sequences.tokenise([sequences.draft(example, "sft", tokenizer)], tokenizer)
+        example = Example(None, ([*TURNS, *TURNS],)) if chat else Example(PROMPTS[0], (" two",))
+        (tokens,) = sequences.tokenise([sequences.render(example, "sft", tokenizer)], tokenizer)
         ids, learnt = tokens.sequence(0)
         ends = [i for i, now, after in zip(ids, learnt, [*learnt[1:], False], strict=True) if now and not after]
         what = "assistant turn" if chat else "completion"
@@ -236,7 +236,7 @@ class Trial:
         return max(1, min(TOKENS, self.config.sampling.response_length, left))
 
     def _name(self, token: int) -> str:
-        return f"{self.tokenizer.pieces([token])[0]!r} (id {token})"
+        return f"{self.tokenizer.convert_ids_to_tokens([token])[0]!r} (id {token})"
 
 
 def _small(config: PPOConfig, length: int) -> PPOConfig:

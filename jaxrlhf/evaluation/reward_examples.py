@@ -8,10 +8,10 @@ import numpy as np
 
 from jaxrlhf.config import RewardConfig
 from jaxrlhf.data import labels, sources
-from jaxrlhf.data.datasets import as_written, train_validation_split
-from jaxrlhf.data.formats import Example
+from jaxrlhf.data.datasets import prompt_text, train_validation_split
+from jaxrlhf.data.examples import Example
 from jaxrlhf.data.sources import Rows
-from jaxrlhf.data.tokenise import Tokens
+from jaxrlhf.data.tokenise import TokenisedExample
 from jaxrlhf.errors import DataError
 from jaxrlhf.evaluation.reward_metrics import HeldOut, evaluation, summary
 from jaxrlhf.rewards.sources.model import RewardModel
@@ -38,21 +38,21 @@ def judge(config: RewardConfig) -> dict[str, Any]:
     source, data = config.model, config.data
     model = RewardModel(source.path, revision=source.revision, dtype=source.compute_dtype,
                         micro_batch_size=config.train.eval_batch_size)  # fmt: skip
-    columns = {*sources.read(data).columns}
+    columns = {*sources.read_rows(data).columns}
     if {"good", "bad"} <= columns:
         data = dataclasses.replace(data, columns={"chosen": "good", "rejected": "bad", **data.columns})
     single = "label" in columns and not columns & {"good", "chosen", "accepted"}
     data = dataclasses.replace(data, max_length=min(data.max_length, model.limit))
 
-    def row(tokens: Tokens, example: Example, rows: Rows, i: int) -> _Case:
+    def row(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> _Case:
         given = rows.rows[i]
-        made = [tokens.sequence(k) for k in range(len(tokens.answers))]
+        made = [tokens.sequence(k) for k in range(len(tokens.completions))]
         return _Case(
-            name=str(given.get("name") or rows.places[i].short),
-            prompt="" if example.prompt is None else as_written(example.prompt),
+            name=str(given.get("name") or rows.locations[i].short),
+            prompt="" if example.prompt is None else prompt_text(example.prompt),
             texts=[ids for ids, _ in made],
             lengths=[sum(mask) for _, mask in made],
-            label=labels.label(given, f"data {rows.places[i]}") if single else True,
+            label=labels.parse_label(given, f"data {rows.locations[i]}") if single else True,
         )
 
     split = train_validation_split(data, model.tokenizer, "labels" if single else "pairs", row)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from jaxrlhf.data.formats import DECIDING
+from jaxrlhf.data.formats import FORMAT_COLUMNS
 from jaxrlhf.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Rule:
         if self.keep == "prompts":
             return [row.columns | {"mean_score": mean([answer["score"] for answer in scored])} | about], ""
         best = max(scored, key=lambda answer: answer["score"])
-        about = {name: value for name, value in row.columns.items() if name not in DECIDING} | about
+        about = {name: value for name, value in row.columns.items() if name not in FORMAT_COLUMNS} | about
         about |= {"prompt": row.text if row.messages is None else row.messages}
         if self.keep == "pairs":
             worst = min(scored, key=lambda answer: answer["score"])

@@ -139,7 +139,7 @@ class SFTTrainer:
     def describe(self) -> str:
         """What `.train()` works with, and the first example as the model sees it."""
         row = self.data.train[0]
-        pieces = zip(self.tokenizer.pieces(row.tokens), row.loss_mask, strict=True)
+        pieces = zip(self.tokenizer.convert_ids_to_tokens(row.tokens), row.loss_mask, strict=True)
         example = "".join(f"[{piece}]" if learnt else piece for piece, learnt in pieces)
         about = setup.describe(self.config, self.model, self.tokenizer, self._rows.report, self.mesh)
         return f"{about}\n{self.total_steps} steps\nfirst example, tokens to learn in brackets:\n{example}"

@@ -26,7 +26,7 @@ def folder(tiny_model, tmp_path_factory):
 def scored(folder, texts) -> np.ndarray:
     model = RewardModel(str(folder), dtype="float32", micro_batch_size=16)
     tokenizer: Tokenizer = model.tokenizer
-    return model.score_ids([[*tokenizer.prompt_ids(text), tokenizer.eos_id] for text in texts])[0]
+    return model.score_ids([[*tokenizer.encode_prompt(text), tokenizer.eos_id] for text in texts])[0]
 
 
 def test_named_pairs_get_a_verdict_each_and_the_command_says_so(folder, tmp_path, capsys):

@@ -35,7 +35,7 @@ def read(config: DPOConfig, tokenizer: Tokenizer) -> Split[PairRow] | Split[Labe
     ConfigError."""
     if config.dpo.loss != "kto":
         return pair_rows(config.data, tokenizer)
-    columns = sources.read(config.data).columns
+    columns = sources.read_rows(config.data).columns
     paired = "rejected" in columns and "label" not in columns
     return (labels_of_pairs if paired else label_rows)(config.data, tokenizer)
 
@@ -60,9 +60,9 @@ class Rows:
         setup.check_context(lengths, model, "the longest row", "data.max_length")
         rows: Split[Any] = split
         if config.dpo.loss == "kto":
-            train, held_out = (kto.beside(part, limit) for part in (split.train, split.validation))  # type: ignore[arg-type]
+            train, held_out = (kto.mismatched_pairs(part, limit) for part in (split.train, split.validation))  # type: ignore[arg-type]
             rows = Split(train, held_out, split.report)
-        widest = limit if config.train.packing else max(map(batching.longer, (*rows.train, *rows.validation)))
+        widest = limit if config.train.packing else max(map(batching.row_length, (*rows.train, *rows.validation)))
         self.width = 2 * batching.bucket(widest, self._context)
         """Columns of the widest pair, or of all packed rows."""
         if config.train.packing:
@@ -84,7 +84,7 @@ class Rows:
         if self._config.train.packing:
             made: Pairs | PackedPairs = batching.packed_pairs(rows, self._pad_id, self.width, self._most)
         else:
-            length = batching.bucket(max(map(batching.longer, rows)), self._context)
+            length = batching.bucket(max(map(batching.row_length, rows)), self._context)
             made = batching.pairs(rows, self._pad_id, length)
         return sharding.put_rows(made, self._mesh)
 
@@ -101,5 +101,5 @@ class Rows:
 
     def longest(self, part: Part, count: int) -> Preferences:
         """A batch of the longest rows, which come again and again if there are fewer."""
-        order = sorted(range(len(part.rows)), key=lambda i: -batching.longer(part.rows[i]))
+        order = sorted(range(len(part.rows)), key=lambda i: -batching.row_length(part.rows[i]))
         return self.batch(part, [order[i % len(order)] for i in range(count)])

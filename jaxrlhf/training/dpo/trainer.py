@@ -210,7 +210,7 @@ class DPOTrainer:
         """`score` of all rows, in their order, on the host. Rows of like length go together."""
         self._programs.wait(score)
         size, found, told = self.config.train.eval_batch_size, [], time.monotonic()
-        order = sorted(range(len(rows)), key=lambda i: batching.longer(rows[i]))
+        order = sorted(range(len(rows)), key=lambda i: batching.row_length(rows[i]))
         for start in range(0, len(rows), size):
             if stopping():
                 raise Preempted("stopped before the first step; the same command begins again")
