@@ -263,7 +263,7 @@ class Scorer:
         """What a reward model says, with non-finite scores marked, and which texts it could not read whole."""
         component, judge = self.parts[name][0], self.models[name]
         if component.template:
-            texts = template.fill(component.template, request, judge.tokenizer.guard)
+            texts = template.fill(component.template, request, judge.tokenizer.escape)
             found, truncated = judge.score_written(texts)
         elif not self._shared[name]:
             finished = np.asarray(rollout.finished).tolist()

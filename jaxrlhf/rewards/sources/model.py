@@ -185,7 +185,7 @@ class RewardModel:
         return self.score_ids(rows)
 
     def score_written(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(scores f32 [B], truncated bool [B]) of texts as they stand, control tokens included where `guard` has not
+        """(scores f32 [B], truncated bool [B]) of texts as they stand, control tokens included where `escape` has not
         marked them as letters. Nothing is added but the token that begins every text, if this tokenizer has one."""
         assert self.tokenizer.bos_id is not None or not self.tokenizer.adds_bos
         first = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
