@@ -31,10 +31,8 @@ class SFTRow:
 
 @dataclass(frozen=True, slots=True)
 class PairRow:
-    """Two completions of one prompt; the loss masks cover the completions with their end token.
-
-    margin: by how much chosen is better. tied: neither is better.
-    """
+    """Two completions of one prompt; the loss masks cover the completions with their end token. margin: by how much
+    chosen is better. tied: neither is better."""
 
     chosen: SFTRow
     rejected: SFTRow
@@ -94,11 +92,8 @@ class Split(Generic[T]):
 
 
 def sft_rows(config: Data, tokenizer: Tokenizer, completion_only: bool) -> Split[SFTRow]:
-    """Load sequences for supervised fine-tuning.
-
-    The loss mask covers completions or assistant turns with their end token; without `completion_only`, and for plain
-    text, all tokens. Raises DataError and ConfigError.
-    """
+    """Load sequences for supervised fine-tuning. The loss mask covers completions or assistant turns with their end
+    token; without `completion_only`, and for plain text, all tokens. Raises DataError and ConfigError."""
 
     def make_row(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> SFTRow:
         return SFTRow(*tokens.sequence(0, all_tokens=not completion_only))
@@ -192,10 +187,7 @@ def prompt_text(prompt: Content) -> str:
 
 
 def train_validation_split(config: Data, tokenizer: Tokenizer, task: Task, make_row: Callable[..., T]) -> Split[T]:
-    """Load the data of `task` and hold out rows. `make_row(tokens, example, rows, i)` creates each row.
-
-    Raises DataError and ConfigError.
-    """
+    """Load the data of `task`, with rows from `make_row(tokens, example, rows, i)`. Raises DataError and ConfigError."""
     if config.validation_path and config.validation_fraction:
         raise ConfigError("data.validation_path and data.validation_fraction both hold rows out; set one of them")
     rows = read_rows(config)

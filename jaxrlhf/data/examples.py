@@ -124,7 +124,7 @@ def _content(value: Any, column: str, where: str, text_only: bool = False) -> Co
 
 def _scalar(row: Row, column: str, where: str) -> str:
     value = row.get(column)
-    if isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
     raise DataError(f"{where}: column {column!r} is {describe(value)}; data.template needs text or a number")
 

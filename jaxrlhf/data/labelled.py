@@ -38,9 +38,7 @@ class RankedRow:
 
 def label_rows(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
     """Load responses with a column `label` (`labels.parse_label`).
-
-    Raises ConfigError, and DataError, also if the training rows are all good or all bad.
-    """
+    Raises ConfigError, and DataError, also if the training rows are all good or all bad."""
 
     def make_row(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> LabelledRow:
         label = labels.parse_label(rows.rows[i], f"data {rows.locations[i]}")
@@ -73,9 +71,7 @@ def labels_of_pairs(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
 
 def score_rows(config: Data, tokenizer: Tokenizer) -> Split[ScoredRow]:
     """Load responses with a finite number in the column `score`.
-
-    Raises ConfigError, and DataError, also if all scores of the training rows are the same.
-    """
+    Raises ConfigError, and DataError, also if all scores of the training rows are the same."""
 
     def make_row(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> ScoredRow:
         score = labels.parse_number(rows.rows[i], "score", f"data {rows.locations[i]}")
