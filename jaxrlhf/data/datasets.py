@@ -187,7 +187,7 @@ def prompt_text(prompt: Content) -> str:
 
 
 def train_validation_split(config: Data, tokenizer: Tokenizer, task: Task, make_row: Callable[..., T]) -> Split[T]:
-    """Load the data of `task`, with rows from `make_row(tokens, example, rows, i)`. Raises DataError and ConfigError."""
+    """Load the data of `task`; `make_row(tokens, example, rows, i)` creates a row. Raises DataError and ConfigError."""
     if config.validation_path and config.validation_fraction:
         raise ConfigError("data.validation_path and data.validation_fraction both hold rows out; set one of them")
     rows = read_rows(config)
