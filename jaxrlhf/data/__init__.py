@@ -1,2 +1,6 @@
-"""Files to arrays: sources (rows), formats (what their columns mean), pretrained, tokenizer and chat (text and ids),
-sequences (ids, masks, cutting), datasets (splits and the report), batching (padded arrays), loader (order)."""
+"""From files to padded arrays.
+
+sources.py and file_readers.py read rows; formats.py recognises their columns, labels.py parses ratings, and examples.py
+normalises rows. hf_tokenizer.py, tokenizer.py, chat.py and tokenise.py turn examples into tokens. datasets.py and
+labelled.py load whole data sets. packing.py and batching.py build arrays; loader.py orders rows; kto.py pairs them.
+"""

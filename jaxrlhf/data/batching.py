@@ -1,4 +1,4 @@
-"""Rows of token lists to padded arrays, on the host. Masks come from lengths, never from token ids."""
+"""Pad rows to numpy arrays on the host. Masks come from lengths, never from token ids."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 def bucket(length: int, limit: int) -> int:
-    """The padded length for `length` tokens: the next of 16, 24, 32, 48, 64, 96, ... and never more than `limit`.
+    """Round up to the next of 16, 24, 32, 48, 64, 96, ... and at most `limit`.
 
-    Two sizes per doubling: few programs to compile, and less than a third of a batch's columns is padding added here.
+    Two sizes per doubling: few shapes to compile, and less than a third of the columns is added as padding.
     """
     assert length <= limit, f"{length} tokens do not fit in {limit}"
     size = 16
@@ -27,60 +27,69 @@ def bucket(length: int, limit: int) -> int:
 
 
 def batch(rows: Sequence[SFTRow], pad_id: int, length: int) -> Batch:
-    """Right-padded `Batch` of numpy arrays [len(rows), length]; every row must fit."""
-    tokens = np.full((len(rows), length), pad_id, np.int32)
-    mask = np.zeros((len(rows), length), bool)
-    loss_mask = np.zeros((len(rows), length), bool)
+    """Right-pad rows to a `Batch` [len(rows), length]; every row must fit."""
+    tokens, mask = _pad([row.tokens for row in rows], pad_id, length)
+    loss_mask = np.zeros(mask.shape, bool)
     for i, row in enumerate(rows):
-        size = len(row.tokens)
-        assert size <= length, f"{size} tokens do not fit in {length}"
-        tokens[i, :size] = row.tokens
-        mask[i, :size] = True
-        loss_mask[i, :size] = row.loss_mask
+        loss_mask[i, : len(row.tokens)] = row.loss_mask
     return Batch(tokens=tokens, mask=mask, loss_mask=loss_mask)  # type: ignore[arg-type]
 
 
+def _pad(sequences: Sequence[list[int]], pad_id: int, length: int, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Pad on the right or `left`: tokens i32 and mask bool, both [len(sequences), length]."""
+    tokens = np.full((len(sequences), length), pad_id, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for i, sequence in enumerate(sequences):
+        size = len(sequence)
+        assert size <= length, f"{size} tokens do not fit in {length}"
+        columns = slice(length - size, None) if left else slice(size)
+        tokens[i, columns], mask[i, columns] = sequence, True
+    return tokens, mask
+
+
 def pairs(rows: Sequence[PairRow], pad_id: int, length: int) -> Pairs:
-    """`Pairs` of two right-padded batches, each [len(rows), length]."""
+    """Right-pad pairs to two batches, each [len(rows), length]."""
     chosen, rejected = [row.chosen for row in rows], [row.rejected for row in rows]
     return Pairs(chosen=batch(chosen, pad_id, length), rejected=batch(rejected, pad_id, length))
 
 
 def texts(row: Any) -> tuple[SFTRow, ...]:
-    """The sequences of a row: one, both of a pair, all of a ranking."""
+    """Sequences of a row: one, both of a pair, or all of a ranking."""
     if isinstance(row, PairRow):
         return row.chosen, row.rejected
     return row.responses if isinstance(row, RankedRow) else (row,)
 
 
 def responses(rows: Sequence[Any], targets: Sequence[float], pad_id: int, length: int, group: int) -> Responses:
-    """`Responses` [len(rows), group, length] of rows with at most `group` texts, and what is said of each row."""
+    """Right-pad rows with at most `group` sequences to `Responses` [len(rows), group, length], one target per row.
+
+    Empty slots of a group have a mask that is true for their first token, and `real` false.
+    """
     tokens = np.full((len(rows), group, length), pad_id, np.int32)
     mask = np.zeros(tokens.shape, bool)
     real = np.zeros(tokens.shape[:2], bool)
     mask[:, :, 0] = True
     for i, row in enumerate(rows):
-        for k, text in enumerate(texts(row)):
-            size = len(text.tokens)
-            assert size <= length, f"{size} tokens do not fit in {length}"
-            tokens[i, k, :size], mask[i, k, :size], real[i, k] = text.tokens, True, True
+        sequences = [text.tokens for text in texts(row)]
+        count = len(sequences)
+        tokens[i, :count], mask[i, :count] = _pad(sequences, pad_id, length)
+        real[i, :count] = True
     return Responses(tokens, mask, real, np.asarray(targets, np.float32))  # type: ignore[arg-type]
 
 
 def packed(rows: Sequence[PackedRow], pad_id: int, length: int) -> Batch:
-    """`batch` with segments and positions. Padding has segment 0 and position 0: there is a token that it may see."""
+    """`batch` with segments and positions, both 0 for padding, so that padding attends to at least one token."""
     segments = np.zeros((len(rows), length), np.int32)
     positions = np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):
         size = len(row.tokens)
         segments[i, :size] = np.repeat(np.arange(len(row.lengths)), row.lengths)
         positions[i, :size] = np.concatenate([np.arange(n) for n in row.lengths])
-    made = batch(rows, pad_id, length)
-    return dataclasses.replace(made, segments=segments, positions=positions)  # type: ignore[arg-type]
+    return dataclasses.replace(batch(rows, pad_id, length), segments=segments, positions=positions)  # type: ignore[arg-type]
 
 
 def packed_pairs(rows: Sequence[PackedRow], pad_id: int, length: int, most: int) -> PackedPairs:
-    """`PackedPairs` [len(rows), length] with room for `most` pairs in a row."""
+    """`PackedPairs` [len(rows), length] with slots for `most` pairs per row."""
     ends = np.zeros((2, len(rows), most), np.int32)
     valid = np.zeros((len(rows), most), bool)
     for i, row in enumerate(rows):
@@ -91,25 +100,20 @@ def packed_pairs(rows: Sequence[PackedRow], pad_id: int, length: int, most: int)
 
 
 def longest(rows: Sequence[T], count: int) -> list[T]:
-    """The `count` longest rows, again and again if there are fewer; none if there are none."""
-    by_length = sorted(rows, key=lambda row: -longer(row))
+    """The `count` longest rows, repeated if there are fewer; empty if there are no rows."""
+    by_length = sorted(rows, key=lambda row: -row_length(row))
     return [by_length[i % len(by_length)] for i in range(count)] if by_length else []
 
 
-def longer(row: Any) -> int:
-    """Tokens of a row; of several texts, those of the longest."""
+def row_length(row: Any) -> int:
+    """Tokens of a row, or of its longest sequence."""
     return len(row.tokens) if isinstance(row, PromptRow) else max(len(text.tokens) for text in texts(row))
 
 
 def prompts(rows: Sequence[PromptRow], pad_id: int, length: int, samples: Sequence[int] | None = None) -> Prompts:
-    """Left-padded `Prompts` [len(rows), length]. `samples` numbers each row's completion of its prompt; None: all 0."""
-    tokens = np.full((len(rows), length), pad_id, np.int32)
-    mask = np.zeros((len(rows), length), bool)
-    for i, row in enumerate(rows):
-        size = len(row.tokens)
-        assert 0 < size <= length, f"{size} tokens do not fit in {length}"
-        tokens[i, length - size :] = row.tokens
-        mask[i, length - size :] = True
+    """Left-pad prompts to `Prompts` [len(rows), length]. `samples` numbers the completions of a prompt; None: all 0."""
+    assert all(row.tokens for row in rows), "an empty prompt"
+    tokens, mask = _pad([row.tokens for row in rows], pad_id, length, left=True)
     index = np.array([row.index for row in rows], np.int32)
     sample = np.zeros(len(rows), np.int32) if samples is None else np.asarray(samples, np.int32)
     assert sample.shape == index.shape, (sample.shape, index.shape)

@@ -1,5 +1,5 @@
-"""The door to transformers: from files to a tokenizer, its chat template and the stop tokens of its model. Never remote
-code, never the network for a folder, never torch."""
+"""Load a transformers tokenizer, its chat template and the stop tokens of its model: no remote code, no torch, and no
+network for a folder."""
 
 import json
 import os
@@ -18,10 +18,10 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
 FILES += ("merges.txt", "tokenizer.model", "chat_template.jinja")
 
 
-def pretrained(name: str, revision: str | None) -> Any:
-    """The fast tokenizer of a folder or hub id, as transformers makes it."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it says that torch is missing, as it should be
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or it warns when a process is started later
+def from_pretrained(name: str, revision: str | None) -> Any:
+    """Load the fast tokenizer of a folder or hub id. Raises DataError."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # silences the warning that torch is missing
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # silences the warning about forked processes
     from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()
@@ -34,7 +34,7 @@ def pretrained(name: str, revision: str | None) -> Any:
         hf = AutoTokenizer.from_pretrained(
             str(folder) if local else name, revision=revision, trust_remote_code=False, local_files_only=local
         )
-    except Exception as error:  # whatever is wrong with the files, each kind raises another class
+    except Exception as error:  # each kind of broken file raises another class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"tokenizer {name}: cannot be loaded ({type(error).__name__}: {reason})") from error
     if not getattr(hf, "is_fast", False):
@@ -44,30 +44,30 @@ def pretrained(name: str, revision: str | None) -> Any:
     return hf
 
 
-def chat_template(hf: Any, source: TokenizerSource) -> str | None:
-    """The chat template that `source` asks for; None for plain text."""
-    wanted = source.chat_template
-    if wanted in ("none", "chatml"):
-        return CHATML if wanted == "chatml" else None
-    if wanted != "auto":
+def select_chat_template(hf: Any, source: TokenizerSource) -> str | None:
+    """Return the chat template that `source` selects, None for plain text. Raises DataError."""
+    choice = source.chat_template
+    if choice in ("none", "chatml"):
+        return CHATML if choice == "chatml" else None
+    if choice != "auto":
         try:
-            return Path(wanted).expanduser().read_text(encoding="utf-8")
+            return Path(choice).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
-                f"tokenizer.chat_template: {wanted!r} is not auto, none, chatml or a readable .jinja file ({error})"
+                f"tokenizer.chat_template: {choice!r} is not auto, none, chatml or a readable .jinja file ({error})"
             ) from error
     if isinstance(hf.chat_template, dict):
         if "default" not in hf.chat_template:
             raise DataError(
                 f"the tokenizer has several chat templates ({', '.join(hf.chat_template)}) and none called default; "
-                "save the one to use as a .jinja file and name it in tokenizer.chat_template"
+                "save the one to use as a .jinja file and give its path as tokenizer.chat_template"
             )
         return hf.chat_template["default"]
     return hf.chat_template
 
 
 def generation_stops(folder: Path, name: str, revision: str | None) -> list[int]:
-    """eos_token_id of generation_config.json: an id, a list, or absent."""
+    """Read the ids of `eos_token_id` (an id, a list, or absent) from generation_config.json. Raises DataError."""
     from transformers.utils.hub import cached_file
 
     file: str | Path | None = folder / "generation_config.json"
@@ -83,5 +83,5 @@ def generation_stops(folder: Path, name: str, revision: str | None) -> list[int]
         raise DataError(f"{file}: not a JSON object ({error})") from error
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise DataError(f"{file}: eos_token_id is {eos!r}; a token id or a list of them was expected")
+        raise DataError(f"{file}: eos_token_id is {eos!r}; expected a token id or a list of token ids")
     return ids

@@ -1,25 +1,28 @@
-"""Prompts with answers to other prompts, over which the KL of KTO is estimated."""
+"""Mismatched prompts and completions, on which KTO estimates its KL baseline."""
 
 from collections.abc import Sequence
 
 from jaxrlhf.data.datasets import PairRow, SFTRow
 
 
-def beside(rows: Sequence[SFTRow], limit: int) -> list[PairRow]:
-    """Each row as `chosen`, and as `rejected` its prompt with the answer of the next row that has another prompt, cut
-    to `limit` tokens. So what stands beside a row depends on no shuffling. After the last row comes the first; where
-    all prompts are the same, the next row's answer is taken."""
+def mismatched_pairs(rows: Sequence[SFTRow], limit: int) -> list[PairRow]:
+    """Pair each row (`chosen`) with its prompt and the completion of the next row that has another prompt, cut to
+    `limit` tokens (`rejected`).
+
+    The first row follows the last. If all prompts are the same, the completion of the next row is used. The pairs
+    depend on the order of `rows` alone, not on shuffling.
+    """
     starts = [row.loss_mask.index(True) for row in rows]
     prompts = [tuple(row.tokens[:start]) for row, start in zip(rows, starts, strict=True)]
     count = len(rows)
-    other = [(i + 1) % count for i in range(count)]
+    partners = [(i + 1) % count for i in range(count)]
     if len(set(prompts)) > 1:
-        for i in reversed(range(2 * count)):  # twice around: the first pass starts in the middle of a stretch
-            here, following = i % count, (i + 1) % count
-            other[here] = other[following] if prompts[here] == prompts[following] else following
-    made = []
-    for row, start, j in zip(rows, starts, other, strict=True):
-        tokens = row.tokens[:start] + rows[j].tokens[starts[j] :]
-        learnt = [False] * start + rows[j].loss_mask[starts[j] :]
-        made.append(PairRow(row, SFTRow(tokens[:limit], learnt[:limit])))
-    return made
+        for k in reversed(range(2 * count)):  # twice: the first pass may start within a run of equal prompts
+            i, following = k % count, (k + 1) % count
+            partners[i] = partners[following] if prompts[i] == prompts[following] else following
+    pairs = []
+    for row, start, partner in zip(rows, starts, partners, strict=True):
+        tokens = row.tokens[:start] + rows[partner].tokens[starts[partner] :]
+        loss_mask = [False] * start + rows[partner].loss_mask[starts[partner] :]
+        pairs.append(PairRow(row, SFTRow(tokens[:limit], loss_mask[:limit])))
+    return pairs

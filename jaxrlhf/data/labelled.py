@@ -1,100 +1,101 @@
-"""Tokenised responses with what people say of them: a label, a score, or their order."""
+"""Load rated responses: with a label, with a score, or ranked."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from jaxrlhf.config import Data
 from jaxrlhf.data import labels
-from jaxrlhf.data.datasets import SFTRow, Split, pair_rows, train_validation_split
-from jaxrlhf.data.formats import Example
+from jaxrlhf.data.datasets import PairRow, SFTRow, Split, pair_rows, train_validation_split
+from jaxrlhf.data.examples import Example
 from jaxrlhf.data.sources import Rows
-from jaxrlhf.data.tokenise import Tokens
+from jaxrlhf.data.tokenise import TokenisedExample
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledRow(SFTRow):
-    """A response that is good or is not. The loss mask covers the response, from its first token to its end token; of
-    plain text without a prompt, everything but the first token."""
+    """A good or bad response. The loss mask covers the response and its end token; for plain text without a prompt,
+    every token but the first."""
 
     label: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredRow(SFTRow):
-    """A response and its score; the loss mask as in `LabelledRow`."""
+    """A response and its score; the loss mask is as in `LabelledRow`."""
 
     score: float
 
 
 @dataclass(frozen=True, slots=True)
 class RankedRow:
-    """Two or more responses to one prompt, best first: the same prompt tokens, then a response with its end token."""
+    """Two or more responses to one prompt, best first."""
 
     responses: tuple[SFTRow, ...]
 
 
 def label_rows(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
-    """Responses with a column `label` (`judgements.label`). Raises DataError, also where one of the two labels is
-    missing among the rows to train on, and ConfigError."""
+    """Load responses with a column `label` (`labels.parse_label`).
+    Raises ConfigError, and DataError, also if the training rows are all good or all bad."""
 
-    def row(tokens: Tokens, example: Example, rows: Rows, i: int) -> LabelledRow:
-        return LabelledRow(*tokens.sequence(0), labels.label(rows.rows[i], f"data {rows.places[i]}"))
+    def make_row(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> LabelledRow:
+        label = labels.parse_label(rows.rows[i], f"data {rows.locations[i]}")
+        return LabelledRow(*tokens.sequence(0), label)
 
-    split = train_validation_split(config, tokenizer, "labels", row)
+    split = train_validation_split(config, tokenizer, "labels", make_row)
     good = sum(row.label for row in split.train)
     counts = f"{good} good and {len(split.train) - good} bad responses to train on"
     if good in (0, len(split.train)):
-        raise DataError(f"data {config.path}: {counts}; learning from labels needs both\n{split.report}")
+        raise DataError(f"data {config.path}: {counts}; training on labels needs both\n{split.report}")
     split.report.notes.append(counts)
     return split
 
 
 def labels_of_pairs(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
-    """Both responses of every preference pair: first all chosen ones, as good, then all rejected ones, as bad. Raises
-    DataError and ConfigError."""
+    """Load preference pairs as labelled responses: all chosen ones (good), then all rejected ones (bad).
+
+    Raises DataError and ConfigError.
+    """
+
+    def labelled(pairs: list[PairRow]) -> list[LabelledRow]:
+        good = [LabelledRow(pair.chosen.tokens, pair.chosen.loss_mask, True) for pair in pairs]
+        return good + [LabelledRow(pair.rejected.tokens, pair.rejected.loss_mask, False) for pair in pairs]
 
     split = pair_rows(config, tokenizer)
-    train, validation = (
-        [LabelledRow(text.tokens, text.loss_mask, good) for texts, good in (
-            ([pair.chosen for pair in part], True), ([pair.rejected for pair in part], False)) for text in texts]
-        for part in (split.train, split.validation)
-    )  # fmt: skip
-    split.report.notes.append(f"{len(train)} responses to train on: of each pair the chosen as good, the other as bad")
-    return Split(train, validation, split.report)
+    train = labelled(split.train)
+    split.report.notes.append(f"{len(train)} responses to train on: chosen ones are good, rejected ones are bad")
+    return Split(train, labelled(split.validation), split.report)
 
 
 def score_rows(config: Data, tokenizer: Tokenizer) -> Split[ScoredRow]:
-    """Responses with a column `score`, a finite number. Raises DataError, also where all scores to train on are the
-    same, and ConfigError."""
+    """Load responses with a finite number in the column `score`.
+    Raises ConfigError, and DataError, also if all scores of the training rows are the same."""
 
-    def row(tokens: Tokens, example: Example, rows: Rows, i: int) -> ScoredRow:
-        return ScoredRow(*tokens.sequence(0), labels.number(rows.rows[i], "score", f"data {rows.places[i]}"))
+    def make_row(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> ScoredRow:
+        score = labels.parse_number(rows.rows[i], "score", f"data {rows.locations[i]}")
+        return ScoredRow(*tokens.sequence(0), score)
 
-    split = train_validation_split(config, tokenizer, "scores", row)
+    split = train_validation_split(config, tokenizer, "scores", make_row)
     scores = np.array([row.score for row in split.train])
     if np.ptp(scores) == 0:
         raise DataError(
-            f"data {config.path}: all {len(scores)} scores to train on are {scores[0]:g}; there is nothing to learn "
-            f"from them\n{split.report}"
+            f"data {config.path}: all {len(scores)} scores to train on are {scores[0]:g}; training needs scores that "
+            f"differ\n{split.report}"
         )
     split.report.notes.append(f"scores to train on: {scores.min():g} to {scores.max():g}, mean {scores.mean():g}")
     return split
 
 
 def ranking_rows(config: Data, tokenizer: Tokenizer) -> Split[RankedRow]:
-    """Ranked responses to a prompt, best first (`judgements.ranked`). Raises DataError and ConfigError."""
+    """Load ranked responses, best first (`labels.sort_by_rank`). Raises DataError and ConfigError."""
 
-    def row(tokens: Tokens, example: Example, rows: Rows, i: int) -> RankedRow:
-        return RankedRow(tuple(SFTRow(*tokens.sequence(k)) for k in range(len(tokens.answers))))
+    def make_row(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> RankedRow:
+        return RankedRow(tuple(SFTRow(*tokens.sequence(k)) for k in range(len(tokens.completions))))
 
-    split = train_validation_split(config, tokenizer, "rankings", row)
-    split.report.notes.append(f"responses in a ranking: {_range([len(row.responses) for row in split.train])}")
+    split = train_validation_split(config, tokenizer, "rankings", make_row)
+    counts = [len(row.responses) for row in split.train]
+    most = f" to {max(counts)}" if max(counts) > min(counts) else ""
+    split.report.notes.append(f"responses per ranking: {min(counts)}{most}")
     return split
-
-
-def _range(counts: Sequence[int]) -> str:
-    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"

@@ -1,70 +1,65 @@
-"""What is said of responses: a label, a score, an order, a tie, by how much one is better.
-
-Errors name row and column.
-"""
+"""Parse the columns that rate completions: label, score, margin, tie and ranks. Errors name the row and the column."""
 
 import math
 from typing import Any
 
-from jaxrlhf.data.sources import Row
+from jaxrlhf.data.file_readers import Row
 from jaxrlhf.errors import DataError
 
-_LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
+_FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
 _LABELS: dict[str, bool] = dict.fromkeys(("1", "1.0", "true", "good", "chosen"), True)
 _LABELS |= dict.fromkeys(("0", "0.0", "false", "bad", "rejected"), False)
 _TIES: dict[str, bool] = dict.fromkeys(("1", "1.0", "true", "tie", "tied"), True)
 _TIES |= dict.fromkeys(("0", "0.0", "false", "chosen"), False)
 
 
-def label(row: Row, where: str) -> bool:
-    """Whether a response is good, by the column `label`: true or false, 1 or 0, good or bad, chosen or rejected."""
-    return _word(row, "label", where, _LABELS, "true or false, 1 or 0, good or bad, chosen or rejected")
+def parse_label(row: Row, where: str) -> bool:
+    """Read the column `label` of a good (true) or bad (false) response."""
+    return _parse_word(row, "label", where, _LABELS, "true or false, 1 or 0, good or bad, chosen or rejected")
 
 
-def tied(row: Row, where: str) -> bool:
-    """Whether neither response of a pair is better, by `tie` or `tied` (true or false, 1 or 0), or by `label` (tie or
-    chosen); false where a row has none of them, or null there."""
+def is_tie(row: Row, where: str) -> bool:
+    """Read whether a pair is a tie from `tie` or `tied`, or else `label`; false where all are missing or null."""
     column = next((name for name in ("tie", "tied", "label") if row.get(name) is not None), None)
-    return column is not None and _word(row, column, where, _TIES, "true or false, 1 or 0, tie or chosen")
+    return column is not None and _parse_word(row, column, where, _TIES, "true or false, 1 or 0, tie or chosen")
 
 
-def number(row: Row, column: str, where: str) -> float:
-    """A number that is finite in float32; text that spells one counts, as CSV has nothing else."""
+def parse_number(row: Row, column: str, where: str) -> float:
+    """Read a number, or text that spells one (as CSV does), that is finite in float32."""
     value = row.get(column)
     if isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            found = float(value)
+            number = float(value)
         except (ValueError, OverflowError):
-            found = math.nan
-        if abs(found) <= _LARGEST:
-            return found
-    raise DataError(f"{where}: column {column!r} is {shown(value)}; a finite number was expected")
+            number = math.nan
+        if abs(number) <= _FLOAT32_MAX:
+            return number
+    raise DataError(f"{where}: column {column!r} is {describe(value)}; expected a finite number")
 
 
-def ranked(row: Row, where: str) -> list[Any]:
-    """The list `responses`, best first: as it stands, or in the order of `ranks` (1 is the best; none twice)."""
+def sort_by_rank(row: Row, where: str) -> list[Any]:
+    """Read the list `responses`, best first: sorted by `ranks` (1 is best, no ties), or as it is without them."""
     responses, ranks = row.get("responses"), row.get("ranks")
     if not isinstance(responses, list):
-        raise DataError(f"{where}: column 'responses' is {shown(responses)}; a list of responses was expected")
+        raise DataError(f"{where}: column 'responses' is {describe(responses)}; expected a list of responses")
     if ranks is None:
         return responses
     if not isinstance(ranks, list) or len(ranks) != len(responses):
-        raise DataError(f"{where}: column 'ranks' is {shown(ranks)}; a number for each of {len(responses)} responses "
-                        "was expected")  # fmt: skip
-    values = [number({"ranks": rank}, "ranks", where) for rank in ranks]
+        expected = f"expected a number for each of {len(responses)} responses"
+        raise DataError(f"{where}: column 'ranks' is {describe(ranks)}; {expected}")
+    values = [parse_number({"ranks": rank}, "ranks", where) for rank in ranks]
     if len(set(values)) < len(values):
-        raise DataError(f"{where}: column 'ranks' is {shown(ranks)}; no two responses may have the same rank")
+        raise DataError(f"{where}: column 'ranks' is {describe(ranks)}; no two responses may have the same rank")
     return [responses[i] for i in sorted(range(len(values)), key=values.__getitem__)]
 
 
-def shown(value: Any) -> str:
-    """A value in a message: its type and the beginning of it."""
+def describe(value: Any) -> str:
+    """Type and first characters of a value, for error messages."""
     return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
-def _word(row: Row, column: str, where: str, words: dict[str, bool], expected: str) -> bool:
-    value = row.get(column)
-    found = words.get(str(value).strip().lower())
-    if found is None:
-        raise DataError(f"{where}: column {column!r} is {shown(value)}; {expected} was expected")
-    return found
+def _parse_word(row: Row, column: str, where: str, words: dict[str, bool], expected: str) -> bool:
+    word = str(row.get(column)).strip().lower()
+    if word not in words:
+        raise DataError(f"{where}: column {column!r} is {describe(row.get(column))}; expected {expected}")
+    return words[word]

@@ -1,4 +1,4 @@
-"""Several texts in a row, one after the other, so that little of a batch is padding."""
+"""Pack several sequences into one row, so that little of a batch is padding."""
 
 import bisect
 import dataclasses
@@ -15,46 +15,46 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class PackedRow(SFTRow):
-    """Texts end to end; of pairs, each chosen text right before its rejected one. lengths: tokens of each text."""
+    """Concatenated sequences of the given `lengths`; of pairs, each chosen one right before its rejected one."""
 
     lengths: list[int]
 
 
 def pack(split: Split[T], texts: Callable[[T], Sequence[SFTRow]], width: int, least: int = 1) -> Split[PackedRow]:
-    """The examples of a split in rows of at most `width` tokens; the report says how many rows they fill.
+    """Pack a split into rows of at most `width` tokens and note their number in the report.
 
-    `texts(example)` are what stands in the row, one text or both of a pair; those of an example stay together.
-    Raises ConfigError for fewer than `least` rows, a batch.
+    `texts(example)` returns the sequences of an example, which stay together. Raises ConfigError if there are fewer
+    than `least` training rows (the batch size).
     """
 
     def rows(examples: Sequence[T]) -> list[PackedRow]:
         sizes = [sum(len(text.tokens) for text in texts(example)) for example in examples]
-        return [_joined([text for i in row for text in texts(examples[i])]) for row in best_fit(sizes, width)]
+        return [_concatenate([text for i in row for text in texts(examples[i])]) for row in best_fit(sizes, width)]
 
     train, validation = rows(split.train), rows(split.validation)
     if len(train) < least:
         raise ConfigError(
-            f"train.packing makes {len(train)} rows of {width} tokens of {len(split.train)} examples, and "
-            f"train.batch_size is {least}: a step would learn from rows more than once; give a smaller batch_size, or "
-            "leave packing off"
+            f"train.packing makes {len(train)} rows of {width} tokens of {len(split.train)} examples, fewer than "
+            f"train.batch_size {least}, so a step would train on the same row more than once; lower train.batch_size "
+            "or leave packing off"
         )
-    empty = 1 - sum(len(row.tokens) for row in train) / (width * len(train))
-    note = f"packed: {len(split.train)} examples in {len(train)} rows of {width} tokens, {empty:.1%} of them padding"
+    padding = 1 - sum(len(row.tokens) for row in train) / (width * len(train))
+    note = f"packed: {len(split.train)} examples in {len(train)} rows of {width} tokens, {padding:.1%} padding"
     if validation:
-        note += f"; the {len(validation)} rows held out have {len(split.validation)}"
+        note += f"; {len(split.validation)} held-out examples in {len(validation)} rows"
     report = dataclasses.replace(split.report, notes=[*split.report.notes, note])
     return Split(train, validation, report)
 
 
 def best_fit(sizes: Sequence[int], width: int) -> list[list[int]]:
-    """The numbers of `sizes` in rows that hold at most `width`, rows and numbers in order.
+    """Pack items of `sizes` into rows of at most `width`: lists of item numbers, rows and numbers in order.
 
-    Best fit decreasing (Johnson 1974, https://doi.org/10.1137/0203025): the largest first, each into the row that it
-    leaves least room in. At most 11/9 of the fewest rows possible, and one.
+    Best fit decreasing (Johnson 1974, https://doi.org/10.1137/0203025): the largest item first, each into the row where
+    it leaves the least room. Uses at most 11/9 of the minimal number of rows, plus one.
     """
     rows: list[list[int]] = []
-    with_room: dict[int, list[int]] = defaultdict(list)
-    rooms: list[int] = []  # sorted, each once: at most `width` of them, however many rows
+    rows_by_room: dict[int, list[int]] = defaultdict(list)
+    rooms: list[int] = []  # distinct and sorted: at most `width` of them for any number of rows
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         assert 0 < sizes[i] <= width, f"{sizes[i]} tokens do not fit in {width}"
         at = bisect.bisect_left(rooms, sizes[i])
@@ -63,20 +63,20 @@ def best_fit(sizes: Sequence[int], width: int) -> list[list[int]]:
             rows.append([])
         else:
             room = rooms[at]
-            row = with_room[room].pop()
-            if not with_room[room]:
+            row = rows_by_room[room].pop()
+            if not rows_by_room[room]:
                 del rooms[at]
         rows[row].append(i)
         left = room - sizes[i]
-        if not with_room[left]:
+        if not rows_by_room[left]:
             bisect.insort(rooms, left)
-        with_room[left].append(row)
+        rows_by_room[left].append(row)
     return sorted(sorted(row) for row in rows)
 
 
-def _joined(texts: Sequence[SFTRow]) -> PackedRow:
+def _concatenate(texts: Sequence[SFTRow]) -> PackedRow:
     return PackedRow(
         tokens=[token for text in texts for token in text.tokens],
-        loss_mask=[learnt for text in texts for learnt in text.loss_mask],
+        loss_mask=[loss for text in texts for loss in text.loss_mask],
         lengths=[len(text.tokens) for text in texts],
     )

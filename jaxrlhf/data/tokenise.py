@@ -1,6 +1,6 @@
-"""Normalised examples to token lists: chat or plain text, BOS and end tokens, what is learnt, and cutting to length.
+"""Examples to token ids: plain text or chat template, BOS and end tokens, loss masks, truncation.
 
-A prompt and its answer are tokenised apart, as generation does it: the tokens of the prompt never depend on the answer.
+Prompt and completion are encoded separately, as in generation: the tokens of a prompt never depend on its completion.
 """
 
 from collections.abc import Sequence
@@ -8,182 +8,204 @@ from dataclasses import dataclass, replace
 
 from jaxrlhf.config import Data
 from jaxrlhf.data import chat
-from jaxrlhf.data.formats import Content, Example, Task
-from jaxrlhf.data.tokenizer import GUARD, Tokenizer
+from jaxrlhf.data.examples import Content, Example, Message
+from jaxrlhf.data.formats import Task
+from jaxrlhf.data.tokenizer import ESCAPE, Tokenizer
 from jaxrlhf.errors import DataError
+
+_COMPLETIONS = {
+    "prompts": 0,
+    "pairs": 2,
+    "rankings": None,
+}  # that a task reads (None: all); others read one
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
-    """An example as guarded text. prompt is "" where text or a conversation is learnt as a whole."""
+class RenderedExample:
+    """An example as escaped text.
+
+    prompt: "" if a text or conversation is trained on as a `whole`.
+    plain: without the chat template, so BOS and EOS are added.
+    """
 
     prompt: str
-    answers: list[list[chat.Chunk]]
-    plain: bool  # not in the chat format: BOS before, EOS behind
+    completions: list[list[chat.Chunk]]
+    plain: bool
     whole: bool
 
     @property
-    def guarded(self) -> bool:
-        """Whether people's text in it spells a control token."""
-        return GUARD in self.prompt or any(GUARD in text for chunks in self.answers for text, _ in chunks)
+    def has_escapes(self) -> bool:
+        """The data spells a control token, which is read as ordinary text."""
+        return ESCAPE in self.prompt or any(ESCAPE in text for chunks in self.completions for text, _ in chunks)
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
-    """A draft in ids: the prompt, and for each answer its ids and which of them are learnt."""
+class TokenisedExample:
+    """Ids of the prompt; ids and loss mask of each completion."""
 
     prompt: list[int]
-    answers: list[tuple[list[int], list[bool]]]
+    completions: list[tuple[list[int], list[bool]]]
     whole: bool
 
     def __len__(self) -> int:
-        return len(self.prompt) + max((len(ids) for ids, _ in self.answers), default=0)
+        return len(self.prompt) + max((len(ids) for ids, _ in self.completions), default=0)
 
-    def sequence(self, which: int, learn_all: bool = False) -> tuple[list[int], list[bool]]:
-        """(tokens, loss mask) of the prompt and one answer; the first token is never predicted."""
-        ids, learnt = self.answers[which]
+    def sequence(self, number: int, all_tokens: bool = False) -> tuple[list[int], list[bool]]:
+        """(tokens, loss mask) of the prompt and completion `number`; the first token is never predicted.
+
+        The loss mask covers the completion, or with `all_tokens` the prompt too.
+        """
+        ids, loss_mask = self.completions[number]
         tokens = self.prompt + ids
-        mask = [True] * len(tokens) if learn_all else [False] * len(self.prompt) + learnt
+        mask = [True] * len(tokens) if all_tokens else [False] * len(self.prompt) + loss_mask
         return tokens, [False, *mask[1:]]
 
 
-def refusal(example: Example, task: Task, bos: bool) -> str:
-    """Why a row has nothing to offer for `task`, or "". `bos`: an empty prompt can start from BOS."""
-    prompt, answer = example.prompt, example.answer
+def drop_reason(example: Example, task: Task, has_bos: bool) -> str:
+    """Return why `task` cannot use an example, or "". With `has_bos` an empty text prompt is allowed."""
+    prompt, completions = example.prompt, example.completions
     if prompt is None:
-        if not answer or (isinstance(answer, str) and not answer.strip()):
+        content = completions[0]
+        if not content or (isinstance(content, str) and not content.strip()):
             return "it is empty"
-        talks = isinstance(answer, str) or any(turn["role"] == "assistant" for turn in answer)
-        return "" if talks else "no assistant turn"
+        has_assistant = isinstance(content, str) or any(turn["role"] == "assistant" for turn in content)
+        return "" if has_assistant else "no assistant turn"
     if isinstance(prompt, list):
-        blank = all(turn["role"] == "system" or not turn["content"] for turn in prompt)
+        empty = all(turn["role"] == "system" or not turn["content"] for turn in prompt)
     else:
-        blank = not (prompt or bos)
-    if blank:
+        empty = not (prompt or has_bos)
+    if empty:
         return "the prompt is empty"
     if task == "prompts":
-        return "the prompt ends with an assistant turn" if isinstance(prompt, list) and _speaker(prompt) else ""
-    answers = example.answers
-    if any(isinstance(said, list) and not (said and _speaker(said)) for said in answers):
-        return "an answer does not end with an assistant turn"
+        ends_with_assistant = isinstance(prompt, list) and _ends_with_assistant(prompt)
+        return "the prompt ends with an assistant turn" if ends_with_assistant else ""
+    if any(isinstance(content, list) and not _ends_with_assistant(content) for content in completions):
+        return "a completion does not end with an assistant turn"
     if task == "pairs":
-        names = ("chosen", "rejected")
-        empty = next((f"{name} is empty" for name, said in zip(names, answers, strict=True) if _blank(said)), "")
-        return "chosen and rejected are the same" if answer == example.rejected else empty
+        chosen, rejected = completions
+        if chosen == rejected:
+            return "chosen and rejected are the same"
+        return "chosen is empty" if _is_empty(chosen) else "rejected is empty" if _is_empty(rejected) else ""
     if task == "rankings":
-        if len(answers) < 2:
+        if len(completions) < 2:
             return "fewer than two responses"
-        if any(said in answers[:i] for i, said in enumerate(answers)):
+        if _has_duplicates(completions):
             return "two responses are the same"
-        return "a response is empty" if any(map(_blank, answers)) else ""
-    return "the completion is empty" if answer is None or _blank(answer) else ""
+        return "a response is empty" if any(map(_is_empty, completions)) else ""
+    return "the completion is empty" if not completions or _is_empty(completions[0]) else ""
 
 
-def _blank(answer: Content) -> bool:
-    return not (answer if isinstance(answer, str) else "".join(turn["content"] for turn in answer)).strip()
+def _is_empty(content: Content) -> bool:
+    return not (content if isinstance(content, str) else "".join(turn["content"] for turn in content)).strip()
 
 
-def _speaker(turns: list[dict]) -> bool:
-    return turns[-1]["role"] == "assistant"
+def _ends_with_assistant(turns: list[Message]) -> bool:
+    return bool(turns) and turns[-1]["role"] == "assistant"
 
 
-def draft(example: Example, task: Task, tokenizer: Tokenizer) -> Draft:
-    """The text of an example that was not refused; DataError where a conversation cannot be written."""
-    prompt, answers = example.prompt, _answers(example, task)
+def _has_duplicates(items: Sequence) -> bool:
+    return any(item in items[:i] for i, item in enumerate(items))
+
+
+def render(example: Example, task: Task, tokenizer: Tokenizer) -> RenderedExample:
+    """Render an example without a `drop_reason`. Raises DataError for a conversation that cannot be rendered."""
+    prompt, completions = example.prompt, example.completions[: _COMPLETIONS.get(task, 1)]
     if isinstance(prompt, str):
-        return Draft(prompt, [[(str(answer), True)] for answer in answers], plain=True, whole=False)
-    if isinstance(example.answer, str) and prompt is None:
-        return Draft("", [[(example.answer, True)]], plain=True, whole=True)
+        chunks = [[(str(completion), True)] for completion in completions]
+        return RenderedExample(prompt, chunks, plain=True, whole=False)
+    if prompt is None and isinstance(example.completions[0], str):
+        return RenderedExample("", [[(example.completions[0], True)]], plain=True, whole=True)
     if not tokenizer.has_chat:
         raise DataError(
-            "the rows are conversations and the tokenizer has no chat format; set tokenizer.chat_template to chatml, "
-            "which adds one, or to a .jinja file"
+            "the rows are conversations and the tokenizer has no chat template; set tokenizer.chat_template to chatml "
+            "or to a .jinja file"
         )
-    turns = [answer for answer in answers if isinstance(answer, list)]
+    conversations = [completion for completion in completions if isinstance(completion, list)]
     if prompt is None:
-        return Draft("", [chat.conversation(tokenizer, turns[0])], plain=False, whole=True)
-    head = tokenizer.render(prompt, generation=True)
-    written = [chat.answer(tokenizer, prompt, head, answer) for answer in turns]
-    return Draft(head, written, plain=False, whole=False)
+        chunks = [chat.render_conversation(tokenizer, conversations[0])]
+        return RenderedExample("", chunks, plain=False, whole=True)
+    rendered_prompt = tokenizer.render(prompt, generation=True)
+    chunks = [chat.render_completion(tokenizer, prompt, rendered_prompt, turns) for turns in conversations]
+    return RenderedExample(rendered_prompt, chunks, plain=False, whole=False)
 
 
-def _answers(example: Example, task: Task) -> list[Content]:
-    number = {"pairs": 2, "prompts": 0, "rankings": None}.get(task, 1)
-    return example.answers[:number]
-
-
-def tokenise(drafts: Sequence[Draft], tokenizer: Tokenizer) -> list[Tokens]:
-    """Ids of all drafts, in one pass over the backend."""
+def tokenise(examples: Sequence[RenderedExample], tokenizer: Tokenizer) -> list[TokenisedExample]:
+    """Encode all examples in one call of the tokenizer."""
     texts: list[str] = []
     continues: list[bool] = []
-    for item in drafts:
-        texts.append(item.prompt)
+    for example in examples:
+        texts.append(example.prompt)
         continues.append(False)
-        for chunks in item.answers:
+        for chunks in example.completions:
             texts += [text for text, _ in chunks]
-            continues += [bool(item.prompt) or i > 0 for i in range(len(chunks))]
-    ids = iter(tokenizer.encode_all(texts, continues))
+            continues += [bool(example.prompt) or i > 0 for i in range(len(chunks))]
+    ids = iter(tokenizer.encode_batch(texts, continues))
     return [
-        _assembled(item, next(ids), [[next(ids) for _ in chunks] for chunks in item.answers], tokenizer)
-        for item in drafts
+        _add_special_tokens(e, next(ids), [[next(ids) for _ in chunks] for chunks in e.completions], tokenizer)
+        for e in examples
     ]
 
 
-def _assembled(item: Draft, prompt: list[int], answers: list[list[list[int]]], tokenizer: Tokenizer) -> Tokens:
+def _add_special_tokens(
+    example: RenderedExample, prompt: list[int], chunk_ids: list[list[list[int]]], tokenizer: Tokenizer
+) -> TokenisedExample:
+    """Join the ids of the chunks of each completion and add BOS and EOS where they are due."""
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
-    first = prompt or (answers[0][0] if answers else [])
-    if item.plain and bos is not None and first[:1] != [bos] and (tokenizer.adds_bos or not (prompt or item.whole)):
+    start = prompt or (chunk_ids[0][0] if chunk_ids else [])
+    needs_bos = tokenizer.adds_bos or not (prompt or example.whole)
+    if example.plain and bos is not None and start[:1] != [bos] and needs_bos:
         prompt = [bos, *prompt]
-    ends = item.plain or not tokenizer.turn_end
-    done = []
-    for chunks, parts in zip(item.answers, answers, strict=True):
-        ids = [i for part in parts for i in part]
-        learnt = [flag for (_, flag), part in zip(chunks, parts, strict=True) for _ in part]
-        if ends and ids[-1:] != [eos]:  # a text may spell its end already, where data.control_tokens allows it
-            ids, learnt = [*ids, eos], [*learnt, True]
-        done.append((ids, learnt))
-    return Tokens(prompt, done, item.whole)
+    needs_eos = example.plain or not tokenizer.turn_end
+    completions = []
+    for chunks, ids_of_chunks in zip(example.completions, chunk_ids, strict=True):
+        ids = [i for chunk in ids_of_chunks for i in chunk]
+        loss_mask = [loss for (_, loss), chunk in zip(chunks, ids_of_chunks, strict=True) for _ in chunk]
+        if needs_eos and ids[-1:] != [eos]:  # with data.control_tokens the text may contain its EOS
+            ids, loss_mask = [*ids, eos], [*loss_mask, True]
+        completions.append((ids, loss_mask))
+    return TokenisedExample(prompt, completions, example.whole)
 
 
-def fit(tokens: Tokens, config: Data, tokenizer: Tokenizer) -> tuple[Tokens | None, str]:
-    """Cut to `max_length` and `max_prompt_length` as `truncation` says: (tokens, what was cut) or (None, why not).
+def truncate(tokens: TokenisedExample, config: Data, tokenizer: Tokenizer) -> tuple[TokenisedExample | None, str]:
+    """Apply `max_length`, `max_prompt_length` and `truncation`: (tokens, what was cut) or (None, why it is dropped).
 
-    left cuts the beginning of the prompt (BOS stays) and never an answer; right cuts the end of the answers, with their
-    end token, and never a prompt. What is learnt as a whole is cut at the end that is named.
+    left cuts the beginning of the prompt (except BOS) and never a completion; right cuts the end of completions with
+    their end token and never a prompt. A text trained on as a whole is cut at the left or right end.
     """
-    limit, room = config.max_length, config.max_prompt_length or config.max_length
-    cut = config.truncation
-    if not (tokens.prompt or tokens.whole):
-        return None, "the tokenizer has no tokens for the prompt"
+    limit, prompt_limit = config.max_length, config.max_prompt_length or config.max_length
+    too_long = f"longer than data.max_length ({limit} tokens)"
     if tokens.whole:
-        if len(tokens) <= limit:
-            return tokens, ""
-        if cut not in ("left", "right"):
-            return None, f"longer than data.max_length ({limit} tokens)"
-        keep = limit - len(tokens.prompt)
-        part = slice(-keep, None) if cut == "left" else slice(keep)
-        ids, learnt = (values[part] for values in tokens.answers[0])
-        shorter = replace(tokens, answers=[(ids, learnt)])
-        learnable = any(shorter.sequence(0)[1])
-        return (
-            (shorter, f"cut on the {cut} to {limit} tokens") if learnable else (None, "nothing to learn is left of it")
-        )
-    answer = len(tokens) - len(tokens.prompt)
-    if len(tokens.prompt) <= room and len(tokens) <= limit:
+        return (tokens, "") if len(tokens) <= limit else _truncate_whole(tokens, config, too_long)
+    if not tokens.prompt:
+        return None, "the tokenizer has no tokens for the prompt"
+    if len(tokens.prompt) <= prompt_limit and len(tokens) <= limit:
         return tokens, ""
-    if cut == "left":
-        keep = min(room, limit - answer)
+    if config.truncation == "left":
+        keep = min(prompt_limit, limit - (len(tokens) - len(tokens.prompt)))
         bos = tokens.prompt[:1] if tokenizer.adds_bos and tokens.prompt[:1] == [tokenizer.bos_id] else []
         if keep <= len(bos):
-            return None, f"the answer alone fills data.max_length ({limit} tokens)"
-        return replace(tokens, prompt=bos + tokens.prompt[len(bos) - keep :]), f"prompt cut on the left, {limit} in all"
-    if len(tokens.prompt) > room:
+            return None, f"the completion alone fills data.max_length ({limit} tokens)"
+        prompt = bos + tokens.prompt[len(bos) - keep :]
+        return replace(tokens, prompt=prompt), "beginning of the prompt cut (data.truncation is left)"
+    if len(tokens.prompt) > prompt_limit:
         name = "max_prompt_length" if config.max_prompt_length else "max_length"
-        return None, f"the prompt is longer than data.{name} ({room} tokens)"
+        return None, f"the prompt is longer than data.{name} ({prompt_limit} tokens)"
     keep = limit - len(tokens.prompt)
-    if cut != "right" or keep < 1:
-        return None, f"longer than data.max_length ({limit} tokens)"
-    answers = [(ids[:keep], learnt[:keep]) for ids, learnt in tokens.answers]
-    if any(answer in answers[:i] for i, answer in enumerate(answers)):
-        return None, "the answers are the same as far as data.max_length reaches"
-    return replace(tokens, answers=answers), f"answer cut on the right, {limit} in all"
+    if config.truncation != "right" or keep < 1:
+        return None, too_long
+    completions = [(ids[:keep], loss_mask[:keep]) for ids, loss_mask in tokens.completions]
+    if _has_duplicates(completions):
+        return None, f"the completions are the same within data.max_length ({limit} tokens)"
+    return replace(tokens, completions=completions), "end of the completion cut (data.truncation is right)"
+
+
+def _truncate_whole(tokens: TokenisedExample, config: Data, too_long: str) -> tuple[TokenisedExample | None, str]:
+    side, keep = config.truncation, config.max_length - len(tokens.prompt)
+    if side not in ("left", "right"):
+        return None, too_long
+    kept = slice(-keep, None) if side == "left" else slice(keep)
+    ids, loss_mask = (values[kept] for values in tokens.completions[0])
+    shorter = replace(tokens, completions=[(ids, loss_mask)])
+    if not any(shorter.sequence(0)[1]):
+        return None, f"no tokens to train on are left when cut to data.max_length ({config.max_length} tokens)"
+    return shorter, f"cut on the {side} to {config.max_length} tokens"

@@ -77,14 +77,18 @@ def test_every_row_is_accounted_for(tmp_path, base):
         assert words in str(report)
     assert "1 rows spell control tokens" in str(report)
     cut = pair_rows(Data(path=path, max_length=80, truncation="left", max_prompt_length=20), base).report
-    assert cut.cut == {"prompt cut on the left, 80 in all": ["line 5"]} and "cut 1: prompt cut" in str(cut)
+    assert cut.cut == {
+        "beginning of the prompt cut (data.truncation is left)": ["line 5"]
+    } and "cut 1: beginning of the prompt cut" in str(cut)
 
 
 def test_nothing_usable_is_an_error_that_says_why(tmp_path, base):
     path = write(tmp_path / "long.jsonl", [{"text": "word " * 50}] * 3)
     with pytest.raises(DataError, match=r"none of its 3 rows can be used(.|\n)*dropped 3: longer than data.max_length"):
         sft_rows(Data(path=path, max_length=8), base, True)
-    with pytest.raises(DataError, match=r"long.jsonl:1: longer than .*\(\d+ tokens\), and data.truncation is error"):
+    with pytest.raises(
+        DataError, match=r"long.jsonl:1: longer than .*\(8 tokens\); the row has \d+, and data.truncation is error"
+    ):
         sft_rows(Data(path=path, max_length=8, truncation="error"), base, True)
 
 

@@ -1,8 +1,10 @@
 import pytest
 
 from jaxrlhf.config import Data
-from jaxrlhf.data.formats import DECIDING, Example, answer_column, normalise, recognise
-from jaxrlhf.data.sources import Rows, SourceLocation
+from jaxrlhf.data.examples import Example, to_example
+from jaxrlhf.data.file_readers import SourceLocation
+from jaxrlhf.data.formats import FORMAT_COLUMNS, answer_column, recognise
+from jaxrlhf.data.sources import Rows
 from jaxrlhf.errors import DataError
 
 
@@ -21,34 +23,34 @@ def system(text):
 def example(row, task, chat=False, **options):
     config = Data(path="x", **options)
     rows = Rows("x.jsonl", [row], [SourceLocation("x.jsonl", 37, line=True)])
-    return normalise(rows, 0, recognise(rows.columns, task, config, "x.jsonl"), config, chat, lambda text: text)
+    return to_example(rows, 0, recognise(rows.columns, task, config, "x.jsonl"), config, chat, lambda text: text)
 
 
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 TALK = [user("hi"), said("hello"), user("bye"), said("see you")]
 RANKED = {"prompt": "q", "chosen": [user("q"), said("good")], "rejected": [user("q"), said("bad")], "score_chosen": 9}
-TURNS = Example([user("q")], [said("c")], [said("r")])
+TURNS = Example([user("q")], ([said("c")], [said("r")]))
 PLAIN = [
-    ("sft", {"text": "abc"}, Example(None, "abc")),
-    ("sft", {"messages": TALK}, Example(None, TALK)),
-    ("sft", {"prompt": "q", "completion": " a", "source": "s"}, Example("q", " a")),
-    ("sft", {"prompt": [user("q")], "completion": [said("a")]}, Example([user("q")], [said("a")])),
-    ("sft", {"prompt": [user("q")], "completion": "a"}, Example([user("q")], [said("a")])),
-    ("sft", {"prompt": "q", "completion": [said("a")]}, Example([user("q")], [said("a")])),
-    ("sft", ALPACA, Example("Add.\n1 and 2\n", "3")),
-    ("sft", {**ALPACA, "input": ""}, Example("Add.\n", "3")),
-    ("sft", {**ALPACA, "input": None}, Example("Add.\n", "3")),
-    ("sft", {"question": "q", "answer": "a"}, Example("q\n", "a")),
-    ("sft", {**ALPACA, "chosen": "c", "rejected": "r"}, Example("Add.\n1 and 2\n", "3")),
-    ("pairs", {**ALPACA, "chosen": "c", "rejected": "r"}, Example("Add.\n1 and 2\n", "c", "r")),
+    ("sft", {"text": "abc"}, Example(None, ("abc",))),
+    ("sft", {"messages": TALK}, Example(None, (TALK,))),
+    ("sft", {"prompt": "q", "completion": " a", "source": "s"}, Example("q", (" a",))),
+    ("sft", {"prompt": [user("q")], "completion": [said("a")]}, Example([user("q")], ([said("a")],))),
+    ("sft", {"prompt": [user("q")], "completion": "a"}, Example([user("q")], ([said("a")],))),
+    ("sft", {"prompt": "q", "completion": [said("a")]}, Example([user("q")], ([said("a")],))),
+    ("sft", ALPACA, Example("Add.\n1 and 2\n", ("3",))),
+    ("sft", {**ALPACA, "input": ""}, Example("Add.\n", ("3",))),
+    ("sft", {**ALPACA, "input": None}, Example("Add.\n", ("3",))),
+    ("sft", {"question": "q", "answer": "a"}, Example("q\n", ("a",))),
+    ("sft", {**ALPACA, "chosen": "c", "rejected": "r"}, Example("Add.\n1 and 2\n", ("3",))),
+    ("pairs", {**ALPACA, "chosen": "c", "rejected": "r"}, Example("Add.\n1 and 2\n", ("c", "r"))),
     ("prompts", {**ALPACA, "chosen": "c", "rejected": "r"}, Example("Add.\n1 and 2\n")),
-    ("pairs", {"prompt": "q", "chosen": "c", "rejected": "r"}, Example("q", "c", "r")),
-    ("sft", {"prompt": "q", "chosen": "c", "rejected": "r"}, Example("q", "c", "r")),
-    ("pairs", {"prompt": "q", "accepted": "c", "rejected": "r"}, Example("q", "c", "r")),
+    ("pairs", {"prompt": "q", "chosen": "c", "rejected": "r"}, Example("q", ("c", "r"))),
+    ("sft", {"prompt": "q", "chosen": "c", "rejected": "r"}, Example("q", ("c", "r"))),
+    ("pairs", {"prompt": "q", "accepted": "c", "rejected": "r"}, Example("q", ("c", "r"))),
     ("pairs", {"prompt": [user("q")], "chosen": [said("c")], "rejected": [said("r")]}, TURNS),
-    ("pairs", {"system": "s", "question": "q", "chosen": "c", "rejected": "r"}, Example("s\nq\n", "c", "r")),
-    ("pairs", RANKED, Example([user("q")], [said("good")], [said("bad")])),
-    ("sft", RANKED, Example([user("q")], [said("good")], [said("bad")])),
+    ("pairs", {"system": "s", "question": "q", "chosen": "c", "rejected": "r"}, Example("s\nq\n", ("c", "r"))),
+    ("pairs", RANKED, Example([user("q")], ([said("good")], [said("bad")]))),
+    ("sft", RANKED, Example([user("q")], ([said("good")], [said("bad")]))),
     ("prompts", {"prompt": "q", "answer": 3}, Example("q")),
     ("prompts", {"prompt": "q", "completion": None}, Example("q")),
     ("prompts", {"question": "q", "answer": "a"}, Example("q\n")),
@@ -69,16 +71,16 @@ def test_prompts_beside_conversations_are_user_turns():
 @pytest.mark.parametrize(
     ("task", "row", "expected"),
     [
-        ("sft", ALPACA, Example([user("Add.\n1 and 2")], [said("3")])),
-        ("sft", {"question": "q", "answer": "a"}, Example([user("q")], [said("a")])),
+        ("sft", ALPACA, Example([user("Add.\n1 and 2")], ([said("3")],))),
+        ("sft", {"question": "q", "answer": "a"}, Example([user("q")], ([said("a")],))),
         (
             "pairs",
             {"system": "s", "question": "q", "chosen": "c", "rejected": "r"},
-            Example([system("s"), user("q")], [said("c")], [said("r")]),
+            Example([system("s"), user("q")], ([said("c")], [said("r")])),
         ),
         ("prompts", {"system": "", "question": "q"}, Example([user("q")])),
-        ("sft", {"prompt": "q", "completion": "a"}, Example("q", "a")),  # a finished prompt stays as it is
-        ("pairs", {"chosen": "x y", "rejected": "x z"}, Example("x", " y", " z")),
+        ("sft", {"prompt": "q", "completion": "a"}, Example("q", ("a",))),  # a finished prompt stays as it is
+        ("pairs", {"chosen": "x y", "rejected": "x z"}, Example("x", (" y", " z"))),
     ],
 )
 def test_questions_become_user_turns_where_there_is_a_chat_format(task, row, expected):
@@ -87,13 +89,13 @@ def test_questions_become_user_turns_where_there_is_a_chat_format(task, row, exp
 
 def test_sharegpt_speakers_and_text_parts():
     row = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
-    assert example(row, "sft") == Example(None, [user("hi"), said("hello")])
+    assert example(row, "sft") == Example(None, ([user("hi"), said("hello")],))
     parts = {
         "messages": [
             {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}], "name": None}
         ]
     }
-    assert example(parts, "sft") == Example(None, [user("hi")])
+    assert example(parts, "sft") == Example(None, ([user("hi")],))
 
 
 HH = "\n\nHuman: Why?\n\nAssistant: Because.\n\nHuman: Really?\n\nAssistant:"
@@ -113,16 +115,16 @@ HH = "\n\nHuman: Why?\n\nAssistant: Because.\n\nHuman: Really?\n\nAssistant:"
 def test_the_common_beginning_of_two_texts(chosen, rejected, prompt):
     made = example({"chosen": chosen, "rejected": rejected}, "pairs")
     assert made.prompt == prompt
-    assert (made.prompt + made.answer, made.prompt + made.rejected) == (chosen, rejected)
+    assert tuple(made.prompt + completion for completion in made.completions) == (chosen, rejected)
 
 
 def test_the_common_beginning_of_two_conversations():
     other = [*TALK[:3], said("go")]
-    assert example({"chosen": TALK, "rejected": other}, "pairs") == Example(TALK[:3], [TALK[3]], [said("go")])
+    assert example({"chosen": TALK, "rejected": other}, "pairs") == Example(TALK[:3], ([TALK[3]], [said("go")]))
     # they part in the middle: an answer may be several turns
     early = [user("hi"), said("what"), user("bye")]
-    assert example({"chosen": TALK, "rejected": early}, "pairs") == Example(TALK[:1], TALK[1:], early[1:])
-    with pytest.raises(DataError, match=r"x\.jsonl:37: the conversations do not begin with the same messages"):
+    assert example({"chosen": TALK, "rejected": early}, "pairs") == Example(TALK[:1], (TALK[1:], early[1:]))
+    with pytest.raises(DataError, match=r"x\.jsonl:37: the conversations have no common prompt"):
         example({"chosen": TALK, "rejected": [user("other"), said("x")]}, "pairs")
 
 
@@ -130,14 +132,16 @@ def test_template_writes_the_prompt():
     strict = "<|user|> {input} <|end|>\n<|assistant|>"
     assert example({"input": "Is it?"}, "prompts", template=strict) == Example("<|user|> Is it? <|end|>\n<|assistant|>")
     full = {**ALPACA, "chosen": "c", "rejected": "r"}
-    assert example(full, "sft", template=strict, chat=True) == Example("<|user|> 1 and 2 <|end|>\n<|assistant|>", "3")
-    assert example(full, "pairs", template="{{{input}}}") == Example("{1 and 2}", "c", "r")
-    assert example({"n": 3, "completion": "a"}, "sft", template="{n}?") == Example("3?", "a")
+    assert example(full, "sft", template=strict, chat=True) == Example(
+        "<|user|> 1 and 2 <|end|>\n<|assistant|>", ("3",)
+    )
+    assert example(full, "pairs", template="{{{input}}}") == Example("{1 and 2}", ("c", "r"))
+    assert example({"n": 3, "completion": "a"}, "sft", template="{n}?") == Example("3?", ("a",))
 
 
 def test_completion_prefix():
     row = {"prompt": "q", "accepted": "c", "rejected": "r"}
-    assert example(row, "pairs", completion_prefix=" ") == Example("q", " c", " r")
+    assert example(row, "pairs", completion_prefix=" ") == Example("q", (" c", " r"))
 
 
 @pytest.mark.parametrize(
@@ -147,12 +151,12 @@ def test_completion_prefix():
         ({**ALPACA, "text": "a"}, "sft", {}, "more than one way: text; or instruction, input, output"),
         ({"prompt": "a", "question": "b", "chosen": "c", "rejected": "d"}, "pairs", {}, "more than one way"),
         ({"chosen": "a", "accepted": "b", "rejected": "c"}, "pairs", {}, "chosen, rejected; or accepted, rejected"),
-        ({"a": "b", "c": "d"}, "sft", {}, "columns a, c are not a format known for supervised fine-tuning"),
-        ({"text": "a"}, "pairs", {}, "not a format known for preference pairs"),
-        ({"text": "a"}, "prompts", {}, "not a format known for prompts"),
-        ({"input_ids": [1], "labels": [1]}, "sft", {}, "token ids; give the text"),
-        ({"chosen_input_ids": [1], "rejected_input_ids": [1]}, "pairs", {}, "token ids; give the text"),
-        ({"input": "a"}, "prompts", {"template": "{inptu}"}, "no column 'inptu' in x.jsonl; there are input"),
+        ({"a": "b", "c": "d"}, "sft", {}, "columns a, c are not a known format for supervised fine-tuning"),
+        ({"text": "a"}, "pairs", {}, "not a known format for preference pairs"),
+        ({"text": "a"}, "prompts", {}, "not a known format for prompts"),
+        ({"input_ids": [1], "labels": [1]}, "sft", {}, "token ids; give the text instead"),
+        ({"chosen_input_ids": [1], "rejected_input_ids": [1]}, "pairs", {}, "token ids; give the text instead"),
+        ({"input": "a"}, "prompts", {"template": "{inptu}"}, "no column 'inptu' in x.jsonl; the columns are input"),
         ({"input": "a"}, "prompts", {"template": "hello"}, r"no \{column\} in it"),
         ({"input": "a"}, "prompts", {"template": "{input"}, r"data.template: "),
         ({"input": None}, "prompts", {"template": "{input}"}, "x.jsonl:37: column 'input' is null"),
@@ -173,7 +177,7 @@ def test_what_cannot_be_understood_is_refused(row, task, options, message):
 
 
 def test_a_named_column_settles_an_ambiguity():
-    assert example({**ALPACA, "text": "whole"}, "sft", columns={"text": "text"}) == Example(None, "whole")
+    assert example({**ALPACA, "text": "whole"}, "sft", columns={"text": "text"}) == Example(None, ("whole",))
 
 
 def test_a_column_missing_in_one_row_is_named():
@@ -185,7 +189,7 @@ def test_a_column_missing_in_one_row_is_named():
     )
     reading = recognise(rows.columns, "sft", config, "x")
     with pytest.raises(DataError, match="x:2: column 'completion' is missing"):
-        normalise(rows, 1, reading, config, False, str)
+        to_example(rows, 1, reading, config, False, str)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +213,7 @@ def test_columns_that_decide_a_format():
     config = Data(path="x")
     for task, names in (("sft", ("prompt", "completion")), ("pairs", ("prompt", "chosen", "rejected"))):
         for other in ("system", "input", "answer", "output", "score", "source"):
-            assert other not in DECIDING
+            assert other not in FORMAT_COLUMNS
             assert recognise((*names, other), task, config, "x") == recognise(names, task, config, "x")
         with pytest.raises(DataError, match="more than one way"):
             recognise((*names, "question", "answer", "text"), task, config, "x")

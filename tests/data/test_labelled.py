@@ -46,7 +46,7 @@ def test_one_class_alone_is_refused_with_counts(tmp_path, base):
     rows = [{"prompt": "a", "completion": str(i), "label": "good"} for i in range(3)]
     with pytest.raises(DataError, match="3 good and 0 bad responses to train on"):
         label_rows(write(tmp_path / "l.jsonl", rows), base)
-    with pytest.raises(DataError, match="not a format known for labelled responses"):
+    with pytest.raises(DataError, match="not a known format for labelled responses"):
         label_rows(write(tmp_path / "l.jsonl", [{"prompt": "a", "completion": "b"}]), base)
 
 

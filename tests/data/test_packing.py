@@ -45,7 +45,7 @@ def test_a_split_is_packed_and_the_report_says_so():
     both = PackedRow([1, 2, 3, 9, 3, 4], [False, True, True, False, True, True], [3, 3])
     assert made.train == [both, PackedRow([4, 5, 6, 8], [False, True, True, True], [4])]
     assert made.validation == [PackedRow([1, 2], [False, True], [2])]
-    said = "packed: 3 examples in 2 rows of 6 tokens, 16.7% of them padding; the 1 rows held out have 1"
+    said = "packed: 3 examples in 2 rows of 6 tokens, 16.7% padding; 1 held-out examples in 1 rows"
     assert made.report.notes == ["plain", said] and data.report.notes == ["plain"]
 
 

@@ -6,14 +6,14 @@ import json
 import pytest
 
 from jaxrlhf.config import Data
-from jaxrlhf.data.sources import read
+from jaxrlhf.data.sources import read_rows
 from jaxrlhf.errors import DataError
 
 ROWS = [{"prompt": "what?", "completion": 'that, "quoted"\nand more ü'}, {"prompt": "who?", "completion": "me"}]
 
 
 def rows(path, **options):
-    return read(Data(path=str(path), **options)).rows
+    return read_rows(Data(path=str(path), **options)).rows
 
 
 def write_jsonl(path, items=ROWS):
@@ -106,15 +106,15 @@ GOOD = b'{"prompt": "a"}\n'
         ("a.jsonl", GOOD + rb'{"prompt": "\ud800 x"}', r"a\.jsonl:2: half of a surrogate pair"),
         ("a.jsonl", b'\n{"prompt": "a", "prompt": "b"}', r"a\.jsonl:2: not JSON \(duplicate key 'prompt'\)"),
         ("a.jsonl", b'{"prompt": NaN}', r"a\.jsonl:1: not JSON \(NaN"),
-        ("a.jsonl", b"[1, 2]", r"a\.jsonl:1: an object .* not a list"),
+        ("a.jsonl", b"[1, 2]", r"a\.jsonl:1: expected an object .* not a list"),
         ("a.jsonl", b"", r"a\.jsonl: there are no rows"),
         ("a.jsonl", b"\n \n", r"a\.jsonl: there are no rows"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: not JSON"),
         ("a.json", b"[]", r"a\.json: there are no rows"),
         ("a.json", b"", r"a\.json: there are no rows"),
-        ("a.json", b'{"data": []}', r"a\.json: a list of objects was expected, not an object"),
+        ("a.json", b'{"data": []}', r"a\.json: expected a list of objects, not an object"),
         ("a.json", b'[{"a": 1},\n 3 4]', r"a\.json: not JSON \(Expecting ',' delimiter, line 2 column 4\)"),
-        ("a.json", b'[{"a": 1}, "b"]', r"a\.json row 2: an object .* not text"),
+        ("a.json", b'[{"a": 1}, "b"]', r"a\.json row 2: expected an object .* not text"),
         ("a.csv", b"x,y\n1,2\n1,2,3\n", r"a\.csv:3: 3 cells, but the header has 2"),
         ("a.csv", b"x,x\n1,2\n", r"a\.csv: two columns of the header"),
         ("a.csv", b'x,y\n1,"2\n', r"a\.csv:2: not CSV"),
@@ -151,4 +151,4 @@ def test_columns_are_renamed(tmp_path):
 
 def test_no_path():
     with pytest.raises(DataError, match=r"data.path is not set"):
-        read(Data())
+        read_rows(Data())

@@ -26,22 +26,22 @@ def test_the_decisions_for_a_base_model(base):
     end = base.eos_id
     assert (base.bos_id, base.adds_bos, base.pad_id, base.stop_ids, base.added) == (end, False, end, (end,), 0)
     assert not base.has_chat and base.turn_end == ""
-    assert any("pad" in note and "filling only" in note for note in base.notes)
-    assert base.prompt_ids("") == [end]
-    assert base.prompt_ids("hello") == base.encode("hello")
+    assert any("pad" in note and "same as eos" in note for note in base.notes)
+    assert base.encode_prompt("") == [end]
+    assert base.encode_prompt("hello") == base.encode("hello")
 
 
 def test_the_decisions_for_a_chat_model(chatty):
     assert chatty.turn_end == "<|im_end|>"
-    assert chatty.pieces([chatty.eos_id, chatty.pad_id]) == ["<|im_end|>", "<|endoftext|>"]
-    assert not any("filling" in note for note in chatty.notes)
+    assert chatty.convert_ids_to_tokens([chatty.eos_id, chatty.pad_id]) == ["<|im_end|>", "<|endoftext|>"]
+    assert not any("same as eos" in note for note in chatty.notes)
     with pytest.raises(DataError, match="empty prompt"):
-        chatty.prompt_ids("")
+        chatty.encode_prompt("")
 
 
 def test_bos_where_the_tokenizer_adds_it(sp, sp_folder):
     assert sp.adds_bos
-    assert sp.prompt_ids("the fox") == reference(sp_folder)("the fox")["input_ids"]
+    assert sp.encode_prompt("the fox") == reference(sp_folder)("the fox")["input_ids"]
 
 
 @given(text=st.text(max_size=40))
@@ -56,8 +56,8 @@ def test_plain_text_never_makes_a_control_token_and_comes_back(base, text):
 def test_control_tokens_only_on_request(base):
     assert base.encode("a<|im_end|>", special=True) == [*base.encode("a"), base.control_tokens["<|im_end|>"]]
     assert base.decode(base.encode("a<|im_end|>b", special=True)) == "ab"
-    assert base.pieces(base.encode("<|im_start|>the", special=True))[0] == "<|im_start|>"
-    assert base.pieces([base.size + 5]) == [f"[{base.size + 5}]"]
+    assert base.convert_ids_to_tokens(base.encode("<|im_start|>the", special=True))[0] == "<|im_start|>"
+    assert base.convert_ids_to_tokens([base.size + 5]) == [f"[{base.size + 5}]"]
 
 
 def test_unguarded_text_reads_as_the_reference_reads_it(base, base_folder, sp, sp_folder):
@@ -82,10 +82,10 @@ def test_chat_ids_are_the_reference_ids(chatty, chat_folder):
 
 
 def test_a_continuation_has_no_space_of_its_own(sp):
-    prompt, rest = sp.encode_all(["the fox", ", the end"], [False, True])
+    prompt, rest = sp.encode_batch(["the fox", ", the end"], [False, True])
     assert prompt + rest == sp.encode("the fox, the end")
     assert sp.decode(rest) == ", the end"
-    assert sp.encode_all(["the"], [True]) != [sp.encode("the")]
+    assert sp.encode_batch(["the"], [True]) != [sp.encode("the")]
 
 
 def test_decode_after_a_prompt_keeps_the_space_between_words(sp, base):
@@ -155,7 +155,7 @@ def test_pad_prefers_a_spare_token(tmp_path):
     backend.add_special_tokens(["<|reserved_special_token_0|>", "<|pad|>", "<|image_pad|>"])
     folder = write_tokenizer(tmp_path, backend, eos_token="<|im_end|>")
     made = load_tokenizer(folder, TokenizerSource())
-    assert made.pieces([made.pad_id]) == ["<|pad|>"]
+    assert made.convert_ids_to_tokens([made.pad_id]) == ["<|pad|>"]
 
 
 def test_what_cannot_be_used_is_refused(tmp_path, base_folder, chat_folder):
@@ -169,7 +169,7 @@ def test_what_cannot_be_used_is_refused(tmp_path, base_folder, chat_folder):
     no_eos = write_tokenizer(tmp_path / "no_eos", byte_level())
     refused(r"name one of its tokens in tokenizer\.eos_token, for example '<\|endoftext\|>'", no_eos)
     made = load_tokenizer(no_eos, TokenizerSource(eos_token="<|endoftext|>"))
-    assert made.pieces([made.eos_id]) == ["<|endoftext|>"]
+    assert made.convert_ids_to_tokens([made.eos_id]) == ["<|endoftext|>"]
     refused(r"tokenizer\.eos_token: '<nosuch>' is not in", base_folder, eos_token="<nosuch>")
     refused(r"tokenizer\.chat_template: 'x\.jinja' is not", base_folder, chat_template="x.jinja")
     refused("the chat template fails", chat_folder("{{ raise_exception('never') }}"))
@@ -210,7 +210,7 @@ def test_real_tokenizers(shared_data, name):
     if made.has_chat:
         expected = hf.apply_chat_template(TALK[:1], add_generation_prompt=True, tokenize=True)["input_ids"]
         assert made.render_chat(TALK[:1], generation=True) == expected
-        assert made.pieces(made.stop_ids) == ["<|im_end|>"]
+        assert made.convert_ids_to_tokens(made.stop_ids) == ["<|im_end|>"]
 
 
 def test_stories(shared_data):

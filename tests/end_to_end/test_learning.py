@@ -93,6 +93,6 @@ def test_it_learns(method, name, level, updates, rate, tmp_path):
 def test_the_model_reads_and_writes_a_symbol_at_a_time(tmp_path):
     folder = write_model(tmp_path, SETTINGS["modular"])
     tokenizer = load_tokenizer(folder, TokenizerSource())
-    ids = tokenizer.prompt_ids("1,3:5,7")
+    ids = tokenizer.encode_prompt("1,3:5,7")
     assert [SYMBOLS[i] for i in ids] == list("1,3:5,7")
     assert tokenizer.decode(range(len(SYMBOLS))) == VISIBLE

@@ -26,7 +26,7 @@ def folder(tiny_model, tmp_path_factory):
 def scored(folder, texts) -> np.ndarray:
     model = RewardModel(str(folder), dtype="float32", micro_batch_size=16)
     tokenizer: Tokenizer = model.tokenizer
-    return model.score_ids([[*tokenizer.prompt_ids(text), tokenizer.eos_id] for text in texts])[0]
+    return model.score_ids([[*tokenizer.encode_prompt(text), tokenizer.eos_id] for text in texts])[0]
 
 
 def test_the_command_prints_a_verdict_for_each_named_pair(folder, tmp_path, capsys):

@@ -162,7 +162,7 @@ def test_trainers_read_the_written_files_back(config, drawn, tmp_path, chat):
     said = read(tmp_path / "best.jsonl")[0]["completion"]
     assert said == (" 0 2." if chat == "none" else [{"role": "assistant", "content": " 0 2."}])
     found = sft_rows(Data(path=str(tmp_path / "best.jsonl")), tokenizer, completion_only=True)
-    ends = tokenizer.eos_id if chat == "none" else tokenizer.encode_all([tokenizer.turn_end])[0][0]
+    ends = tokenizer.eos_id if chat == "none" else tokenizer.encode_batch([tokenizer.turn_end])[0][0]
     for i, (row, prompt) in enumerate(zip(found.train, prompts, strict=True)):
         learnt = [token for token, flag in zip(row.tokens, row.loss_mask, strict=True) if flag]
         assert row.tokens[: len(prompt.tokens)] == prompt.tokens

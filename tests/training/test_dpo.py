@@ -159,12 +159,12 @@ def test_what_stands_beside_a_row_has_another_prompt():
         return SFTRow([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
 
     rows = [row([1, 5], [7]), row([1, 5], [8, 2]), row([1, 6, 6], [9, 9, 9]), row([1, 5], [3])]
-    made = kto.beside(rows, 5)
+    made = kto.mismatched_pairs(rows, 5)
     assert [pair.chosen for pair in made] == rows
     assert [pair.rejected.tokens for pair in made] == [[1, 5, 9, 9, 9], [1, 5, 9, 9, 9], [1, 6, 6, 3], [1, 5, 9, 9, 9]]
     assert [sum(pair.rejected.loss_mask) for pair in made] == [3, 3, 1, 3]
-    assert kto.beside(rows, 4)[0].rejected == SFTRow([1, 5, 9, 9], [False, False, True, True])
-    alike = kto.beside([rows[0], rows[1], rows[3]], 9)
+    assert kto.mismatched_pairs(rows, 4)[0].rejected == SFTRow([1, 5, 9, 9], [False, False, True, True])
+    alike = kto.mismatched_pairs([rows[0], rows[1], rows[3]], 9)
     assert [pair.rejected.tokens for pair in alike] == [[1, 5, 8, 2], [1, 5, 3], [1, 5, 7]]
 
 

@@ -305,7 +305,7 @@ def test_a_chat_format_that_is_added_travels_into_the_export(supervised, tiny_mo
     for row in rows[old:]:
         np.testing.assert_allclose(row, rows[:old].mean(0), rtol=1e-5, atol=1e-7)
     learnt = [p for p, m in zip(trainer.data.train[0].tokens, trainer.data.train[0].loss_mask, strict=True) if m]
-    assert trainer.tokenizer.pieces(learnt)[-1] == "<|im_end|>"
+    assert trainer.tokenizer.convert_ids_to_tokens(learnt)[-1] == "<|im_end|>"
     trainer.train()
     again = SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / "again"), **supervised | {
         "model": config.ModelSource(path=str(tmp_path / "run")), "data": options["data"]}))  # fmt: skip
