@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrlhf.compilation import Ahead
 from jaxrlhf.config import Component, RewardSource
-from jaxrlhf.config.rewards import function_label
+from jaxrlhf.config.reward_source import function_label
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError, RewardError, quoted
 from jaxrlhf.rewards.functions import RewardFunction

@@ -183,7 +183,7 @@ def test_dry_run_prints_the_resolved_config_and_does_not_train(trained, tmp_path
     assert trained[0].did == []
     config, _, rest = printed.partition("\n\n")
     (tmp_path / "again.yaml").write_text(config)
-    assert config_file.read("sft", tmp_path / "again.yaml") == trained[0].config
+    assert config_file.load_config("sft", tmp_path / "again.yaml") == trained[0].config
     assert "what would be done" in rest
 
 
@@ -202,7 +202,7 @@ def test_a_preset_that_is_not_there(capsys):
 def test_new_prints_a_config_that_reads_back(capsys, tmp_path):
     assert main(["new", "reward"]) == 0
     (tmp_path / "r.yaml").write_text(capsys.readouterr().out)
-    assert config_file.read("reward", tmp_path / "r.yaml", partial=True) == config_file.METHODS["reward"]()
+    assert config_file.load_config("reward", tmp_path / "r.yaml", partial=True) == config_file.METHODS["reward"]()
 
 
 def test_plot_prints_the_two_paths(tmp_path, capsys):
@@ -371,10 +371,10 @@ def test_a_ppo_run_is_asked_as_it_was_trained(tmp_path):
     reward = RewardSource(model="m", components=({"function": "r.py:f", "options": {"low": 3}},))  # type: ignore[arg-type]
     settings = config_text.dump(PPOConfig(sampling=sampling, reward=reward))
     (tmp_path / "config.yaml").write_text(f"# jaxrlhf ppo, every option resolved\n{settings}")
-    again = config_file.read("ppo", None, commands_models.as_trained(str(tmp_path), "sampling", "reward"), partial=True)
+    again = config_file.load_config("ppo", None, commands_models.as_trained(str(tmp_path), "sampling", "reward"), partial=True)
     assert again.sampling == sampling and again.reward == reward
     (tmp_path / "config.yaml").write_text("# jaxrlhf dpo, every option resolved\nsampling: {temperature: 0.7}\n")
-    again = config_file.read("ppo", None, commands_models.as_trained(str(tmp_path), "sampling", "reward"), partial=True)
+    again = config_file.load_config("ppo", None, commands_models.as_trained(str(tmp_path), "sampling", "reward"), partial=True)
     assert again.sampling == Sampling(temperature=0.7) and not again.reward.parts(), "there is no reward in DPO's"
     assert (
         commands_models.as_trained(str(tmp_path), "reward")
