@@ -107,7 +107,8 @@ class Train:
     """Evaluation metric that selects the best state. Empty: eval/loss for SFT and score regression, eval/accuracy for
     other reward models, eval/rewards/accuracies for DPO (eval/rewards/margins for kto)."""
     mode: Literal["auto", "max", "min"] = "auto"
-    """Direction of `metric`: max if higher is better, min if lower. auto: min for a loss, entropy, error or KL, else max."""
+    """Direction of `metric`: max if higher is better, min if lower. auto: min for a loss, entropy, error or KL,
+    else max."""
     eval_batch_size: Count = 16
     """Rows per forward pass of evaluation."""
     packing: Bool = False

@@ -32,7 +32,7 @@ def export(run: Path, target: Path, role: Literal["policy", "critic"] = "policy"
     method, _ = runs.what_ran(run)
     if role == "critic" and method != "ppo":
         raise ConfigError(f"{run} is a run of jaxrlhf {method}: only ppo has a critic")
-    settings = file.read(method, run / "config.yaml", [("run_dir", str(run))], partial=True)
+    settings = file.load_config(method, run / "config.yaml", [("run_dir", str(run))], partial=True)
     settings = dataclasses.replace(settings, model=_found(settings.model, run))
     mesh = sharding.make_mesh(config.Mesh(fsdp=jax.device_count()))  # the run's may be another machine's
     step, trained, identity = _newest(run, settings, mesh)

@@ -44,7 +44,9 @@ def test_a_stopped_run_with_refills_goes_on_bit_for_bit_and_is_exported(grpo, tm
         stopped.train()
     assert list(stopped.frozen) == ["policy"], "there is no KL, so no reference"
     assert export(tmp_path / "parts", tmp_path / "exported") == tmp_path / "exported"
-    assert commands_models.as_trained(str(tmp_path / "parts"), "sampling"), "generate and evaluate sample as it did"
+    assert commands_models.overrides_from_run(str(tmp_path / "parts"), "sampling"), (
+        "generate and evaluate sample as it did"
+    )
     resumed = make("parts")
     resumed.train()
     log = records(tmp_path / "whole")
