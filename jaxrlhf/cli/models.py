@@ -42,11 +42,10 @@ def _as_overrides(values: dict[str, Any]) -> Overrides:
     return [(key, str(value)) for key, value in values.items() if value is not None]
 
 
-def _write_json(result: dict[str, Any], options: Options) -> None:
-    if options.output:
-        from jaxrlhf.evaluation import completions
+def _write_json(result: dict[str, Any], path: str) -> None:
+    from jaxrlhf.evaluation import completions
 
-        print(f"\nwrote {completions.write(result, Path(options.output))}")
+    print(f"\nwrote {completions.write(result, Path(path))}")
 
 
 def generate(options: Options, overrides: Overrides) -> int | None:
@@ -123,7 +122,8 @@ def evaluate(options: Options, overrides: Overrides) -> None:
     with announce_compilations(sys.stderr, quiet=config.logging.quiet), _warnings_as_notes():
         result = completions.evaluate(config, **_evaluation_arguments(options))
     print(summary.table(result))
-    _write_json(result, options)
+    if options.output:
+        _write_json(result, options.output)
     return None
 
 
@@ -141,7 +141,9 @@ def compare(options: Options, overrides: Overrides) -> None:
             for path in models
         ]
     print(summary.comparison(*results))
-    _write_json({"comparison": summary.paired(*results), "a": results[0], "b": results[1]}, options)
+    if options.output:
+        both = {"comparison": summary.paired(*results), "a": results[0], "b": results[1]}
+        _write_json(both, options.output)
 
 
 def _evaluation_config(options: Options, models: list[str], overrides: Overrides) -> Any:
@@ -185,7 +187,8 @@ def _evaluate_reward_model(options: Options, overrides: Overrides) -> None:
     with announce_compilations(sys.stderr, quiet=config.logging.quiet):
         result = reward_examples.judge(config)
     print(reward_examples.table(result))
-    _write_json(result, options)
+    if options.output:
+        _write_json(result, options.output)
 
 
 def export(options: Options, overrides: Overrides) -> None:
