@@ -1,64 +1,64 @@
-"""Errors that are a person's to mend. Each carries the exit code of the command line (0 done, 2 usage).
+"""Errors that a user can fix, each with the exit code of the command line (0: success, 2: usage error).
 
-A message says what is wrong, where, why, and what to do. `jaxrlhf --debug` adds the traceback.
+Messages say what is wrong, where, why, and how to fix it. `jaxrlhf --debug` adds the traceback.
 """
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of somebody else's says, for a place in a message: its first line, without a long middle."""
+    """The first line of an exception's message, shortened in the middle if it is long, to quote in another message."""
     line = (str(error).strip(" \n\"'") or type(error).__name__).splitlines()[0]
     return line if len(line) <= 240 else f"{line[:100]} ... {line[-140:]}"
 
 
 def quoted(value: object, width: int = 80) -> str:
-    """A value as Python spells it, without what goes beyond `width` characters."""
+    """The repr of a value, truncated to `width` characters."""
     text = repr(value)
     return text if len(text) <= width else text[:width] + "..."
 
 
 class JaxrlhfError(Exception):
-    """Base of every error that a person can mend; `exit_code` is what the command line returns."""
+    """Base class of errors that a user can fix. `exit_code` is returned by the command line."""
 
     exit_code = 1
 
 
 class ConfigError(JaxrlhfError, ValueError):
-    """A config file, an override or a combination of options that cannot work."""
+    """Invalid config file, override or combination of options."""
 
     exit_code = 3
 
 
 class DataError(JaxrlhfError, ValueError):
-    """A data file, a tokenizer or a model folder that cannot be used as it is."""
+    """Invalid data file, tokenizer or model folder."""
 
     exit_code = 4
 
 
 class RewardError(JaxrlhfError, RuntimeError):
-    """A reward function or model that raised, or answered with something that is not a reward."""
+    """A reward function or model raised an exception or returned an invalid score."""
 
     exit_code = 5
 
 
 class NumericsError(JaxrlhfError, FloatingPointError):
-    """Training met non-finite numbers and cannot go on."""
+    """Non-finite numbers in training."""
 
     exit_code = 6
 
 
 class StorageError(JaxrlhfError, OSError):
-    """A run directory, a checkpoint or an export that cannot be written, read or trusted."""
+    """A run directory, checkpoint or export cannot be written or read, or is corrupt."""
 
     exit_code = 7
 
 
 class OutOfMemory(JaxrlhfError, MemoryError):
-    """A device or the host has less memory than the run needs."""
+    """The device or the host is out of memory."""
 
     exit_code = 8
 
 
 class Preempted(JaxrlhfError):
-    """The run was asked to stop; it saved its state and the same command goes on from there."""
+    """The run was asked to stop and saved its state. Run the same command again to resume."""
 
     exit_code = 75

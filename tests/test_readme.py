@@ -13,8 +13,9 @@ import pytest
 import jaxrlhf
 from jaxrlhf import weights
 from jaxrlhf.cli import main
-from jaxrlhf.cli.training import COMMANDS
-from jaxrlhf.config import file
+from jaxrlhf.cli.commands import COMMANDS
+from jaxrlhf.config.file import METHODS
+from jaxrlhf.config.schema import keys
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,8 +63,8 @@ def test_every_command_parses(line, monkeypatch):
     if len(words) == 1 and words[0] in COMMANDS:  # the name of a command and not a call
         return
     assert main(words) == 0, words
-    if words[0] in file.METHODS:
-        assert set(seen) <= {key for key, _ in file.keys(file.METHODS[words[0]])}
+    if words[0] in METHODS:
+        assert set(seen) <= {key for key, _ in keys(METHODS[words[0]])}
 
 
 def test_there_are_commands_to_check():

@@ -1,9 +1,11 @@
-"""The commands over models that are there: generate, evaluate, compare. What is heavy is imported by each."""
+"""Commands that use existing models: generate, evaluate, compare, export. Heavy modules are imported when needed."""
 
 import argparse
 import contextlib
 import dataclasses
 import json
+import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -11,29 +13,39 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jaxrlhf import runtime
-from jaxrlhf.config import file as config_file
 from jaxrlhf.config import replace
-from jaxrlhf.errors import ConfigError
+from jaxrlhf.config.file import load_config, methods_with_sections
+from jaxrlhf.errors import ConfigError, DataError, StorageError
 from jaxrlhf.selection.rule import Rule
 
 Options = argparse.Namespace
 Overrides = list[tuple[str, str]]
 
 
-def compilations(stream: TextIO, *, quiet: bool = False) -> contextlib.AbstractContextManager[None]:
-    """While the block runs, a line on `stream` for every program that takes long to compile or load, unless `quiet`."""
+def announce_compilations(stream: TextIO, *, quiet: bool = False) -> contextlib.AbstractContextManager[None]:
+    """Print a line to `stream` for each program in the block that takes long to compile or load, unless `quiet`."""
     from jaxrlhf import compilation
 
     return compilation.announce(lambda line: None if quiet else print(line, file=stream, flush=True))
 
 
 @contextlib.contextmanager
-def notes() -> Iterator[None]:
-    """Warnings of what runs inside as notes on standard error: standard output is the result."""
-    with warnings.catch_warnings(record=True) as warned:
+def _warnings_as_notes() -> Iterator[None]:
+    """Print warnings raised in the block to standard error; standard output is for the result."""
+    with warnings.catch_warnings(record=True) as caught:
         yield
-    for warning in warned:
+    for warning in caught:
         print(f"note: {warning.message}", file=sys.stderr)
+
+
+def _as_overrides(values: dict[str, Any]) -> Overrides:
+    return [(key, str(value)) for key, value in values.items() if value is not None]
+
+
+def _write_json(result: dict[str, Any], path: str) -> None:
+    from jaxrlhf.evaluation import completions
+
+    print(f"\nwrote {completions.write(result, Path(path))}")
 
 
 def generate(options: Options, overrides: Overrides) -> int | None:
@@ -51,18 +63,18 @@ def generate(options: Options, overrides: Overrides) -> int | None:
         "model.path": options.model,
         "data.path": options.prompts,
     }
-    given = [(key, str(value)) for key, value in flags.items() if value is not None]
+    overrides = [*_as_overrides(flags), *overrides]
     if options.prompts is not None:
-        return _select(options, [*given, *overrides])
+        return _generate_selected(options, overrides)
     for name in ("out", "best_by", "keep", "threshold", "min_pass_rate", "max_pass_rate", "fresh"):
         if getattr(options, name) not in (None, False):
-            raise ConfigError(f"generate: --{name.replace('_', '-')} is for --prompts FILE, and there is one --prompt")
-    config = config_file.read("ppo", None, [*as_trained(options.model, "sampling"), *given, *overrides], partial=True)
+            raise ConfigError(f"generate: --{name.replace('_', '-')} needs --prompts FILE; it has no use with --prompt")
+    config = load_config("ppo", None, [*overrides_from_run(options.model, "sampling"), *overrides], partial=True)
     runtime.configure()
-    from jaxrlhf.evaluation import generation
+    from jaxrlhf.evaluation import completions
 
-    with compilations(sys.stderr, quiet=config.logging.quiet), notes():
-        texts = generation.complete(config, options.prompt, options.n)
+    with announce_compilations(sys.stderr, quiet=config.logging.quiet), _warnings_as_notes():
+        texts = completions.complete(config, options.prompt, options.n)
     for i, text in enumerate(texts):
         if options.n > 1:
             print(f"--- {i + 1} of {options.n} ---")
@@ -70,70 +82,73 @@ def generate(options: Options, overrides: Overrides) -> int | None:
     return None
 
 
-def _select(options: Options, given: Overrides) -> None:
-    """Completions of the prompts of a file, those that are kept by their score, to another file."""
+def _generate_selected(options: Options, overrides: Overrides) -> None:
+    """`generate --prompts`: complete a file of prompts and write completions selected by their score."""
     if options.out is None:
-        raise ConfigError("generate: --prompts needs --out FILE.jsonl, where to write what is kept")
+        raise ConfigError("generate: --prompts needs --out FILE.jsonl, the file to write")
     reward: Overrides = []
     if options.best_by:
-        by = Path(options.best_by)
-        reward = _sections("grpo" if config_file.fitting(by) == ["grpo"] else "ppo", by, "reward")
-    rewarded = reward or any(key.startswith("reward.") for key, _ in given)
-    before = as_trained(options.model, *["sampling"] if rewarded else ["sampling", "reward"])
-    config = config_file.read("ppo", None, [*before, *reward, *given], partial=True)
+        path = Path(options.best_by)
+        reward = _section_overrides("grpo" if methods_with_sections(path) == ["grpo"] else "ppo", path, "reward")
+    has_reward = reward or any(key.startswith("reward.") for key, _ in overrides)
+    run = overrides_from_run(options.model, *["sampling"] if has_reward else ["sampling", "reward"])
+    config = load_config("ppo", None, [*run, *reward, *overrides], partial=True)
     if not config.reward.parts():
         raise ConfigError(
-            "generate: --prompts keeps completions by their reward; give --best-by FILE, a YAML file with a section "
+            "generate: --prompts selects completions by their reward; give --best-by FILE, a YAML file with a section "
             "`reward`, or --reward.model DIR or --reward.function path.py:name"
         )
     rule = Rule(options.keep or "best", options.threshold, options.min_pass_rate, options.max_pass_rate)
     runtime.configure()
-    from jaxrlhf.selection.select import select
+    from jaxrlhf.selection import select as selection
 
-    with compilations(sys.stderr, quiet=config.logging.quiet), notes():
-        summary = select(config, Path(options.out), rule, options.n, fresh=options.fresh)
+    with announce_compilations(sys.stderr, quiet=config.logging.quiet), _warnings_as_notes():
+        summary = selection.select(config, Path(options.out), rule, options.n, fresh=options.fresh)
     print(f"{summary}\nwrote {options.out}")
 
 
 def evaluate(options: Options, overrides: Overrides) -> None:
     if bool(options.prompts) == bool(options.examples):
         raise ConfigError(
-            "evaluate: give --prompts FILE for a language model to complete, or --examples FILE for a reward model to "
-            "judge; one of the two"
+            "evaluate: give either --prompts FILE, for a language model to complete, or --examples FILE, for a reward "
+            "model to judge"
         )
     if options.examples:
-        return _judge(options, overrides)
-    config = _measured_by(options, [options.model], overrides)
+        return _evaluate_reward_model(options, overrides)
+    config = _evaluation_config(options, [options.model], overrides)
     runtime.configure()
     from jaxrlhf.evaluation import completions, summary
 
-    with compilations(sys.stderr, quiet=config.logging.quiet), notes():
-        result = completions.evaluate(config, **_asked(options))
+    with announce_compilations(sys.stderr, quiet=config.logging.quiet), _warnings_as_notes():
+        result = completions.evaluate(config, **_evaluation_arguments(options))
     print(summary.table(result))
     if options.output:
-        print(f"\nwrote {completions.write(result, Path(options.output))}")
+        _write_json(result, options.output)
+    return None
 
 
 def compare(options: Options, overrides: Overrides) -> None:
     models = [options.model, options.other]
-    config = _measured_by(options, models, overrides)
+    config = _evaluation_config(options, models, overrides)
     runtime.configure()
     from jaxrlhf.evaluation import completions, summary
 
-    with compilations(sys.stderr, quiet=config.logging.quiet), notes():
+    with announce_compilations(sys.stderr, quiet=config.logging.quiet), _warnings_as_notes():
         results = [
-            completions.evaluate(replace(config, **{"model.path": path}), **_asked(options), other_models=models)
+            completions.evaluate(
+                replace(config, **{"model.path": path}), **_evaluation_arguments(options), beside=models
+            )
             for path in models
         ]
     print(summary.comparison(*results))
     if options.output:
         both = {"comparison": summary.paired(*results), "a": results[0], "b": results[1]}
-        print(f"\nwrote {completions.write(both, Path(options.output))}")
+        _write_json(both, options.output)
 
 
-def _measured_by(options: Options, models: list[str], overrides: Overrides) -> Any:
-    """The config of an evaluation; what is not given is as in the first of `models` that a PPO or GRPO run trained, or
-    else an SFT or DPO run."""
+def _evaluation_config(options: Options, models: list[str], overrides: Overrides) -> Any:
+    """The config of an evaluation. Sampling and reward default to those of the first of `models` that was trained by
+    PPO or GRPO, or else by SFT or DPO."""
     flags = {
         "model.path": models[0],
         "data.path": options.prompts,
@@ -141,16 +156,18 @@ def _measured_by(options: Options, models: list[str], overrides: Overrides) -> A
         "reward.model": options.reward_model,
         "seed": options.seed,
     }
-    given = [(key, str(value)) for key, value in flags.items() if value is not None]
-    rewarded = any(key.startswith("reward.") for key, _ in [*given, *overrides])
-    sections = ["sampling"] if rewarded else ["sampling", "reward"]
-    kinds = ("ppo", "grpo"), ("sft", "dpo")  # those with a reward first
-    trained = (as_trained(model, *sections, methods=methods) for methods in kinds for model in models)
-    before: Overrides = next(filter(None, trained), [])
-    return config_file.read("ppo", None, [*before, *given, *overrides], partial=True)
+    overrides = [*_as_overrides(flags), *overrides]
+    has_reward = any(key.startswith("reward.") for key, _ in overrides)
+    sections = ["sampling"] if has_reward else ["sampling", "reward"]
+    runs = (
+        overrides_from_run(model, *sections, methods=methods)
+        for methods in (("ppo", "grpo"), ("sft", "dpo"))
+        for model in models
+    )
+    return load_config("ppo", None, [*next(filter(None, runs), []), *overrides], partial=True)
 
 
-def _asked(options: Options) -> dict[str, Any]:
+def _evaluation_arguments(options: Options) -> dict[str, Any]:
     return {
         "num_prompts": options.num_prompts,
         "num_completions": options.num_completions,
@@ -158,34 +175,68 @@ def _asked(options: Options) -> dict[str, Any]:
     }
 
 
-def _judge(options: Options, overrides: Overrides) -> None:
-    """`evaluate --examples`: what a reward model says of examples."""
-    given = [("model.path", options.model), ("data.path", options.examples)]
+def _evaluate_reward_model(options: Options, overrides: Overrides) -> None:
+    """`evaluate --examples`: print a reward model's scores of examples."""
     kept = {f"data.{key}" for key in ("completion_prefix", "control_tokens", "max_length", "truncation")}
-    before = [pair for pair in as_trained(options.model, "data", methods=("reward",)) if pair[0] in kept]
-    config = config_file.read("reward", None, [*before, *given, *overrides], partial=True)
+    run = [pair for pair in overrides_from_run(options.model, "data", methods=("reward",)) if pair[0] in kept]
+    paths = [("model.path", options.model), ("data.path", options.examples)]
+    config = load_config("reward", None, [*run, *paths, *overrides], partial=True)
     runtime.configure()
-    from jaxrlhf.evaluation import completions, reward_examples
+    from jaxrlhf.evaluation import reward_examples
 
-    with compilations(sys.stderr, quiet=config.logging.quiet):
+    with announce_compilations(sys.stderr, quiet=config.logging.quiet):
         result = reward_examples.judge(config)
     print(reward_examples.table(result))
     if options.output:
-        print(f"\nwrote {completions.write(result, Path(options.output))}")
+        _write_json(result, options.output)
 
 
-def as_trained(model: str, *sections: str, methods: tuple[str, ...] = ("ppo", "grpo", "sft", "dpo")) -> Overrides:
-    """Those sections that the config of the run in the folder `model` has, if one of `methods` made it; nothing for
-    others."""
-    file = Path(model) / "config.yaml"
-    first = file.read_text(encoding="utf-8").partition("\n")[0] if file.is_file() else ""
-    method = first.removeprefix("# jaxrlhf ").partition(",")[0]
-    if method not in methods:
-        return []
-    return _sections(method, file, *sections)
+def export(options: Options, overrides: Overrides) -> None:
+    run, target = Path(options.run), Path(options.directory)
+    is_run = (run / "config.yaml").is_file()
+    if not is_run and not options.merge_lora:
+        raise DataError(f"{run} is not a run directory: it has no config.yaml")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StorageError(f"{target} exists and is not empty; give a new folder")
+    runtime.configure()
+    from jaxrlhf import runs
+    from jaxrlhf.training import export
+
+    if not is_run:
+        print(export.merge(run, target))
+        return
+    method, outcome = runs.what_ran(run)
+    exported = run / "export"
+    # only the run itself can merge adapters of a quantised model: its export does not record the quantisation
+    quantised = load_config(method, run / "config.yaml", partial=True).lora.quantize != "none"
+    # an unfinished run may have an export that is older than its checkpoints
+    is_current = exported.is_dir() and (outcome == "done" or not any((run / "checkpoints").glob("[0-9]*")))
+    if not is_current or options.role == "critic" or (options.merge_lora and quantised):
+        with _warnings_as_notes():
+            export.export(run, target, options.role, merge_lora=options.merge_lora)
+    elif options.merge_lora and (exported / "adapter_config.json").is_file():
+        export.merge(exported, target)
+    else:
+        partial = target.with_name(target.name + ".part")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(exported, partial)
+        if target.exists():
+            target.rmdir()
+        os.replace(partial, target)
+    print(target)
 
 
-def _sections(method: str, file: Path, *sections: str) -> Overrides:
-    """Sections of a config, those that it has, as overrides."""
-    config = dataclasses.asdict(config_file.read(method, file, partial=True))
+def overrides_from_run(
+    model: str, *sections: str, methods: tuple[str, ...] = ("ppo", "grpo", "sft", "dpo")
+) -> Overrides:
+    """Sections of the config of a run directory as overrides; none if `model` is not a run of one of `methods`."""
+    path = Path(model) / "config.yaml"
+    first_line = path.read_text(encoding="utf-8").partition("\n")[0] if path.is_file() else ""
+    method = first_line.removeprefix("# jaxrlhf ").partition(",")[0]
+    return _section_overrides(method, path, *sections) if method in methods else []
+
+
+def _section_overrides(method: str, path: Path, *sections: str) -> Overrides:
+    """Those of `sections` that the config file has, as overrides."""
+    config = dataclasses.asdict(load_config(method, path, partial=True))
     return [(f"{name}.{key}", json.dumps(value)) for name in sections for key, value in config.get(name, {}).items()]

@@ -1,29 +1,20 @@
-"""Every run's configuration: frozen, strict and complete. A default is said here and nowhere else; no jax in sight.
+"""Run configuration: frozen dataclasses, strictly validated. They define every default and do not import jax.
 
-A run's config is one of `SFTConfig`, `RewardConfig`, `DPOConfig`, `PPOConfig`, `GRPOConfig`; each is a record of
-sections.
-`config_file.py` reads them from YAML and overrides. Names are TRL's where the meaning is TRL's.
+There is one config per method (`SFTConfig`, `RewardConfig`, `DPOConfig`, `PPOConfig`, `GRPOConfig`), composed of
+sections. `config.file` reads them from YAML files and command-line overrides; `config.text` writes them. Options have
+TRL's names where they mean the same.
 """
 
 from jaxrlhf.config.base import DType, replace
 from jaxrlhf.config.dpo import DPO, DPOConfig
 from jaxrlhf.config.grpo import GRPO, GRPOConfig
-from jaxrlhf.config.lora import LoRA
-from jaxrlhf.config.methods import PPOConfig, RewardConfig, SFTConfig
-from jaxrlhf.config.ppo import PPO, Alarms, Critic, Reference, Scores, Validation
-from jaxrlhf.config.rewards import Component, RewardSource
-from jaxrlhf.config.sections import (
-    Checkpoint,
-    Data,
-    Generation,
-    Logging,
-    Mesh,
-    ModelSource,
-    Optim,
-    Sampling,
-    TokenizerSource,
-    Train,
-)
+from jaxrlhf.config.model import LoRA, ModelSource, TokenizerSource
+from jaxrlhf.config.on_policy import Alarms, Reference, Scores, Validation
+from jaxrlhf.config.ppo import PPO, Critic, PPOConfig
+from jaxrlhf.config.reward import RewardConfig
+from jaxrlhf.config.reward_source import Component, RewardSource
+from jaxrlhf.config.sections import Checkpoint, Data, Generation, Logging, Mesh, Optim, Sampling, Train
+from jaxrlhf.config.sft import SFTConfig
 
 __all__ = [
     "DPO",

@@ -1,4 +1,4 @@
-"""What the sections of a config are made of: strict types, and a frozen dataclass that refuses unknown keys."""
+"""Building blocks of the config sections: strict types, the `section` decorator and `replace`."""
 
 import dataclasses
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
@@ -11,33 +11,44 @@ from jaxrlhf.errors import ConfigError
 T = TypeVar("T")
 Count = Annotated[int, Field(strict=True, ge=1)]
 Natural = Annotated[int, Field(strict=True, ge=0)]
-Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]  # more would be cut to 32 bits, and meet another seed
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]  # PRNG keys keep 32 bits: larger seeds would collide
 Bool = Annotated[bool, Field(strict=True)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(strict=True, gt=0, le=1)]
+FractionBelowOne = Annotated[float, Field(strict=True, ge=0, lt=1)]
+FlipProbability = Annotated[float, Field(strict=True, ge=0, lt=0.5)]
+AboveOne = Annotated[float, Field(strict=True, gt=1)]
 DType = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def section(cls: type[T]) -> type[T]:
-    """A frozen, keyword-only dataclass that pydantic validates and that refuses unknown keys."""
+    """Make `cls` a frozen, keyword-only dataclass that is validated by pydantic and rejects unknown keys."""
     wrap = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
     return wrap(cls)  # type: ignore[return-value]
 
 
 def replace(config: T, **changes: Any) -> T:
-    """A copy of `config` with `changes`, validated like the first. Keys may be dotted: `**{"ppo.kl_coef": 0.1}`."""
-    here: dict[str, Any] = {}
+    """Return a validated copy of `config` with `changes`. Keys may be dotted: `**{"ppo.kl_coef": 0.1}`."""
+    fields: dict[str, Any] = {}
     for key, value in changes.items():
         head, _, rest = key.partition(".")
         if head not in {f.name for f in dataclasses.fields(config)}:  # type: ignore[arg-type]
             raise ConfigError(f"unknown key '{key}'")
-        here[head] = replace(here.get(head, getattr(config, head)), **{rest: value}) if rest else value
-    return dataclasses.replace(config, **here)  # type: ignore[type-var]
+        fields[head] = replace(fields.get(head, getattr(config, head)), **{rest: value}) if rest else value
+    return dataclasses.replace(config, **fields)  # type: ignore[type-var]
 
 
-def nearest_divisor(wanted: int, whole: int) -> int:
-    """The largest divisor of `whole` that is not above `wanted`."""
-    return max(n for n in range(1, wanted + 1) if whole % n == 0)
+def check_divides(key: str, value: int, of: str, total: int) -> None:
+    """Raise ValueError unless the option `key` divides `total`, which the message calls `of`."""
+    if total % value:
+        nearest = max(n for n in range(1, min(value, total) + 1) if total % n == 0)
+        raise ValueError(f"{key} ({value}) must divide {of}; {nearest} would")
+
+
+def default_of(cls: type, name: str) -> Any:
+    """The default of a section's field."""
+    return cls.__pydantic_fields__[name].get_default(call_default_factory=True)  # type: ignore[attr-defined]

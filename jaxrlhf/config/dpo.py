@@ -1,99 +1,119 @@
-"""What a run of the preference losses is configured by, and which settings a loss does not go with."""
+"""Config of DPO and related preference losses."""
 
 import dataclasses
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jaxrlhf.config.base import Bool, NonNegative, Positive, Seed, section
-from jaxrlhf.config.lora import LoRA
-from jaxrlhf.config.methods import check_supervised
-from jaxrlhf.config.sections import (
-    Checkpoint,
-    Data,
-    Logging,
-    Mesh,
-    ModelSource,
-    Optim,
-    Sampling,
-    TokenizerSource,
-    Train,
-)
+from jaxrlhf.config.base import Bool, FlipProbability, Fraction, NonNegative, Positive, Seed, section
+from jaxrlhf.config.model import LoRA, ModelSource, TokenizerSource
+from jaxrlhf.config.sections import Checkpoint, Data, Logging, Mesh, Optim, Sampling, Train
+from jaxrlhf.config.sft import check_supervised
 
 REFERENCE_FREE = ("simpo", "orpo", "cpo")
-_RATIOS = ("sigmoid", "robust", "hinge", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "discopop")
-_DIVERGING = (*_RATIOS, "sigmoid_norm", "ipo", "aot_unpaired")
-_USED_BY = {
+_LOG_RATIO_LOSSES = (
+    "sigmoid",
+    "robust",
+    "hinge",
+    "exo_pair",
+    "nca_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+)
+_DIVERGENCE_LOSSES = (*_LOG_RATIO_LOSSES, "sigmoid_norm", "ipo", "aot_unpaired")
+_LOSSES_USING = {
     "label_smoothing": ("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired", "simpo", "cpo"),
     "discopop_tau": ("discopop",),
-    "divergence": _DIVERGING,
-    "alpha": _DIVERGING,
-    "length_normalised": (*_RATIOS, "cpo"),
+    "divergence": _DIVERGENCE_LOSSES,
+    "alpha": _DIVERGENCE_LOSSES,
+    "length_normalised": (*_LOG_RATIO_LOSSES, "cpo"),
     "simpo_gamma": ("simpo",),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
-    "reference_folder": (*_DIVERGING, "aot", "kto"),
+    "reference_folder": (*_DIVERGENCE_LOSSES, "aot", "kto"),
 }
-"""Which losses look at a setting; what is not here all of them do, but for `sft_coef`, which kto does not."""
+"""Options that only some losses use. All losses use the other options, except `sft_coef`, which kto does not."""
 
 
 @section
 class DPO:
-    """The loss. Its names and those of its settings are TRL's where the meaning is TRL's."""
+    """The preference loss. Losses and options have TRL's names where they mean the same."""
 
     loss: Literal[
-        "sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "sppo_hard", "aot",
-        "aot_unpaired", "apo_zero", "apo_down", "discopop", "simpo", "orpo", "cpo", "kto",
-    ] = "sigmoid"  # fmt: skip
-    """sigmoid is DPO. simpo, orpo and cpo need no reference. kto learns from rows with a label (prompt, completion,
-    label); of pairs it takes the chosen response as a good one and the rejected as a bad one. docs/preferences.md says
-    what each is for."""
+        "sigmoid",
+        "sigmoid_norm",
+        "robust",
+        "hinge",
+        "ipo",
+        "exo_pair",
+        "nca_pair",
+        "sppo_hard",
+        "aot",
+        "aot_unpaired",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+        "simpo",
+        "orpo",
+        "cpo",
+        "kto",
+    ] = "sigmoid"
+    """Type of loss; docs/preferences.md describes each. sigmoid is DPO. simpo, orpo and cpo use no reference model. kto
+    trains on rows (prompt, completion, label); of pairs, it uses chosen responses as desirable and rejected ones as
+    undesirable."""
     beta: Positive = 0.1
-    """Multiplies log(policy / reference): the smaller, the further the policy may go. simpo wants 2 and more; in orpo
-    it is the weight of the odds ratio."""
+    """Strength of the implicit KL constraint; higher values keep the policy closer to the reference. simpo uses 2 or
+    more; in orpo it weights the odds ratio term."""
     beta_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """linear and cosine: from `beta` at the first optimizer step to `beta_final` at the last."""
+    """Schedule of beta over the run, from `beta` to `beta_final`."""
     beta_final: Positive | None = None
-    label_smoothing: Annotated[float, Field(strict=True, ge=0, lt=0.5)] = 0.0
-    """The probability that a pair is the wrong way round. exo_pair needs one above 0, 0.001 say."""
+    """Beta at the last optimizer step; required by the linear and cosine schedules."""
+    label_smoothing: FlipProbability = 0.0
+    """Assumed probability that a pair's labels are flipped. Must be positive for exo_pair, e.g. 0.001."""
     discopop_tau: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.05
+    """discopop: temperature that blends the logistic and the exponential loss."""
     divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
-    """From the reference, in the losses that compare policy and reference."""
-    alpha: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.5
-    """Of alpha_divergence, as in the paper (https://arxiv.org/abs/2309.16240): 0 is the reverse and 1 the forward KL.
-    TRL's is 1 - alpha."""
+    """f-divergence between policy and reference, for losses that use a reference."""
+    alpha: Fraction = 0.5
+    """alpha_divergence: alpha as in https://arxiv.org/abs/2309.16240; 0 is the reverse KL and 1 the forward KL. TRL's
+    parameter is 1 - alpha."""
     length_normalised: Bool = False
-    """Compare log(policy / reference) per token. ipo, sigmoid_norm, simpo and orpo always do."""
+    """Divide log-ratios by the response length. Always on for ipo, sigmoid_norm, simpo and orpo."""
     sft_coef: NonNegative | None = None
-    """Of -log p(chosen) per token, which is added. None: 1 for orpo and cpo, else 0."""
+    """Coefficient of an additional SFT loss on chosen responses (negative log-likelihood per token). None: 1 for orpo
+    and cpo, else 0."""
     simpo_gamma: NonNegative = 0.5
-    """The margin that simpo asks for; not divided by `beta`."""
+    """simpo: target reward margin (not divided by beta)."""
     desirable_weight: Positive = 1.0
-    """kto: of rows whose label is true. Rows times weight should be about the same for both labels."""
+    """kto: loss weight of desirable rows. Weight times number of rows should be similar for both labels."""
     undesirable_weight: Positive = 1.0
+    """kto: loss weight of undesirable rows."""
     reference_folder: str = ""
-    """Where log-probs of the reference are kept, by their content. Empty: `reference` in the run directory."""
+    """Folder that caches the reference's log-probs, addressed by content. Empty: `reference` in the run directory."""
 
     @property
     def sft_weight(self) -> float:
-        """`sft_coef`, or what stands for None."""
+        """`sft_coef`, or the loss's default."""
         return float(self.loss in ("orpo", "cpo")) if self.sft_coef is None else self.sft_coef
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, losses = getattr(self, field.name), _USED_BY.get(field.name)
+            value, losses = getattr(self, field.name), _LOSSES_USING.get(field.name)
             if losses and self.loss not in losses and value != field.default:
-                free = ": it needs no reference" * (self.loss in REFERENCE_FREE and field.name == "reference_folder")
+                no_reference = self.loss in REFERENCE_FREE and field.name == "reference_folder"
                 raise ValueError(
-                    f"dpo.{field.name} is {value} and dpo.loss {self.loss}, which does not use it{free}; leave it at "
-                    f"{field.default!r}. It is for {', '.join(losses)}"
+                    f"dpo.{field.name} is {value} and dpo.loss {self.loss}, which does not use it"
+                    f"{': it needs no reference' if no_reference else ''}; leave it at {field.default!r}. "
+                    f"It is for {', '.join(losses)}"
                 )
         if self.loss == "kto" and self.sft_coef:
             raise ValueError(f"dpo.sft_coef is {self.sft_coef:g} and dpo.loss kto, which has no SFT term; leave it out")
         if self.loss == "exo_pair" and not self.label_smoothing:
             raise ValueError(
-                "dpo.label_smoothing is 0 and dpo.loss exo_pair: the divergence from a label that is certain is "
-                "infinite; give 0.001, say"
+                "dpo.label_smoothing is 0 and dpo.loss exo_pair, whose divergence from a one-hot label is infinite; "
+                "give 0.001, say"
             )
         if self.alpha != 0.5 and self.divergence != "alpha_divergence":
             raise ValueError(
@@ -101,32 +121,34 @@ class DPO:
                 "alpha_divergence"
             )
         if (self.beta_final is None) != (self.beta_schedule == "constant"):
+            final = "not given" if self.beta_final is None else f"{self.beta_final:g}"
             raise ValueError(
-                f"dpo.beta_schedule is {self.beta_schedule} and dpo.beta_final "
-                f"{'not given' if self.beta_final is None else f'{self.beta_final:g}'}: a schedule other than constant "
-                "ends at beta_final, and constant takes none"
+                f"dpo.beta_schedule is {self.beta_schedule} and dpo.beta_final {final}: linear and cosine need a "
+                "beta_final, and constant takes none"
             )
 
 
 @section
 class DPOConfig:
-    """Learning from preferences without a reward model: DPO and its relatives."""
+    """DPO and related losses: training on preferences without a reward model."""
 
     run_dir: str = "runs/dpo"
+    """Output directory: checkpoints, metrics and the exported model."""
     seed: Seed = 0
-    model: ModelSource = Field(default_factory=ModelSource)
-    """The reference is this model too, as it is before the first step."""
-    lora: LoRA = Field(default_factory=LoRA)
-    tokenizer: TokenizerSource = Field(default_factory=TokenizerSource)
-    data: Data = Field(default_factory=Data)
-    dpo: DPO = Field(default_factory=DPO)
-    train: Train = Field(default_factory=Train)
-    optim: Optim = Field(default_factory=Optim)
-    sampling: Sampling = Field(default_factory=Sampling)
-    """For the samples that are printed while it trains."""
-    mesh: Mesh = Field(default_factory=Mesh)
-    logging: Logging = Field(default_factory=Logging)
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    """Random seed."""
+    model: ModelSource = ModelSource()
+    """The reference model is a frozen copy of it."""
+    lora: LoRA = LoRA()
+    tokenizer: TokenizerSource = TokenizerSource()
+    data: Data = Data()
+    dpo: DPO = DPO()
+    train: Train = Train()
+    optim: Optim = Optim()
+    sampling: Sampling = Sampling()
+    """Used for the samples printed during training."""
+    mesh: Mesh = Mesh()
+    logging: Logging = Logging()
+    checkpoint: Checkpoint = Checkpoint()
 
     def __post_init__(self) -> None:
         check_supervised(self.train, self.optim)
@@ -138,6 +160,6 @@ class DPOConfig:
             )
         if loss == "kto" and train.packing:
             raise ValueError(
-                "train.packing is true and dpo.loss kto, whose KL is of the answers to other prompts, texts of their "
-                "own; leave it false"
+                "train.packing is true and dpo.loss kto, which estimates its KL from mismatched prompts and "
+                "completions that are not in the packed rows; set train.packing to false"
             )

@@ -1,176 +1,197 @@
-"""The sections of a PPO run that no other method has."""
+"""Config of PPO."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from jaxrlhf.config.base import Bool, Count, DType, Fraction, Natural, NonNegative, Positive, Real, section
+from jaxrlhf.config import on_policy
+from jaxrlhf.config.base import (
+    AboveOne,
+    Bool,
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    PositiveFraction,
+    Seed,
+    section,
+)
+from jaxrlhf.config.model import LoRA, ModelSource, TokenizerSource
+from jaxrlhf.config.on_policy import Alarms, Reference, Scores, Validation
+from jaxrlhf.config.reward_source import RewardSource
+from jaxrlhf.config.sections import Checkpoint, Data, Generation, Logging, Mesh, Optim, Sampling
 
 
 @section
 class Critic:
-    """The value model of PPO. Its head starts at zero."""
+    """The critic (value model). Its head is initialised to zero."""
 
     init: Literal["policy", "reward"] = "policy"
-    """Whose trunk it starts from, unless it shares the policy's."""
+    """Model that a critic with its own or a frozen trunk is initialised from: the policy or the reward model."""
     trunk: Literal["own", "shared", "frozen"] = "own"
-    """own: a second model that trains. shared: the policy's trunk, which learns from both losses. frozen: the
-    reference's (or the reward model's), of which only the head trains: no second copy."""
+    """Transformer under the value head. own: a separate trainable model. shared: the policy's, trained with both
+    losses. frozen: the reference's or the reward model's, with only the head trained; takes no memory for a second
+    copy."""
     head: Literal["linear", "mlp"] = "linear"
+    """Architecture of the value head."""
     learning_rate: Positive | None = None
-    """None: the policy's."""
+    """Learning rate of the critic. None: optim.learning_rate."""
     max_grad_norm: Positive | None = None
-    """Clip of the critic's gradient. None: optim.max_grad_norm."""
+    """Maximum gradient norm of the critic. None: optim.max_grad_norm."""
     warmup_updates: Natural = 0
-    """Updates at the start in which only the critic learns; with a shared trunk, only its head."""
+    """Number of initial updates that train only the critic (with a shared trunk, only its head)."""
 
     def __post_init__(self) -> None:
         if self.trunk == "shared" and self.init == "reward":
-            raise ValueError("critic.init is 'reward' but critic.trunk is 'shared': the policy's; use trunk 'own'")
-
-
-@section
-class Reference:
-    """The frozen model that the KL is measured against: the policy as it was at the start."""
-
-    dtype: DType = "auto"
-    """Storage. auto: the policy's compute dtype. With adapters there is no second copy for it to be about."""
-    sync_every: Natural = 0
-    """Updates after which the reference moves to the policy; 0: never. From then on the KL is to a moving point."""
-    sync_alpha: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
-    """How far it moves: 1 all the way; less keeps an exponential moving average of the policy."""
-    offload: Bool = False
-    """Keep it in the host's memory, and on the device only while it scores a rollout."""
-
-
-@section
-class Scores:
-    """What happens to a sequence's score before it becomes a reward: in this order."""
-
-    normalise: Literal["none", "reference", "running"] = "none"
-    """reference: mean 0 and deviation 1 over responses of the reference, drawn once before training (gain and bias of
-    https://arxiv.org/abs/1909.08593). running: over all scores of the run so far. Both are in the checkpoint."""
-    reference_samples: Count = 256
-    """Responses drawn for `normalise: reference`."""
-    scale: Real = 1.0
-    shift: Real = 0.0
-    """score * scale + shift."""
-    clip: Positive | None = None
-    """Largest score either way."""
-    missing_eos_penalty: NonNegative = 0.0
-    """Subtracted from the score of a response that ran out of room: no stop token, no stop string."""
-    overlong_buffer: Natural = 0
-    """The last so many tokens before sampling.response_length cost more and more, up to `overlong_penalty` at the end
-    (https://arxiv.org/abs/2503.14476, eq. 13); 0: none."""
-    overlong_penalty: NonNegative = 1.0
+            raise ValueError(
+                "critic.init is 'reward' but critic.trunk is 'shared', which is the policy's trunk; use trunk 'own'"
+            )
 
 
 @section
 class PPO:
-    """Proximal policy optimisation (https://arxiv.org/abs/1707.06347) on token-level rewards with a KL penalty."""
+    """Proximal policy optimisation (https://arxiv.org/abs/1707.06347) with a KL penalty per token."""
 
     total_episodes: Count = 1024
-    """Completions in the whole run."""
+    """Total number of completions to generate and train on."""
     num_train_epochs: Positive | None = None
-    """Or passes over the prompts; if given, it decides and total_episodes does not."""
+    """Passes over the prompts; replaces total_episodes if set."""
     batch_size: Count = 16
     """Completions per update."""
     num_ppo_epochs: Count = 4
-    """Passes over a rollout, each in an order of its own."""
+    """Epochs over each rollout, each in a new order."""
     num_mini_batches: Count = 1
-    """Optimizer steps per epoch; a divisor of batch_size."""
+    """Mini-batches (optimizer steps) per epoch; must divide batch_size."""
     micro_batch_size: Count | None = None
-    """Rows per forward pass of the update; None: a mini-batch. Changes memory, not the result."""
+    """Rows per forward pass of the update (gradient accumulation). None: a mini-batch. Affects memory and speed, not
+    the result."""
     local_rollout_forward_batch_size: Count | None = None
-    """Rows per forward pass of annotation; None: the update's. Changes memory, not the result."""
+    """Rows per forward pass when computing log-probs and values of a rollout. None: as in the update. Affects memory
+    and speed, not the result."""
     replay: Natural = 0
-    """Learn again from the last so many rollouts, after each new one. Their old log-probs are those of the policy that
-    drew them, so the ratio corrects for its age; advantages stay as they were."""
+    """Number of past rollouts to train on again after each new one. The ratio uses their original log-probs, which
+    corrects for their age; advantages are not recomputed."""
     kl_coef: NonNegative = 0.05
-    """What a nat of KL to the reference costs; with `kl_target`, at the start."""
+    """KL penalty coefficient (the initial value if `kl_target` is set)."""
     kl_target: Positive | None = None
-    """Nats per response to steer for: kl_coef grows by a share of kl / kl_target - 1, cut to 0.2 either way
-    (https://arxiv.org/abs/1909.08593, 2.2). None: kl_coef stays."""
+    """Target KL for the adaptive KL controller, in nats per response (https://arxiv.org/abs/1909.08593, section 2.2).
+    None: constant kl_coef."""
     kl_horizon: Positive = 10000.0
-    """Episodes in which an error of 1 would multiply kl_coef by e."""
+    """Horizon of the adaptive KL controller, in episodes: each update multiplies kl_coef by 1 + clip(kl / kl_target -
+    1, -0.2, 0.2) * batch_size / kl_horizon."""
     kl_in: Literal["reward", "loss"] = "reward"
-    """The KL is taken from each token's reward, or added to the loss."""
+    """Where the KL penalty is applied: subtracted from each token's reward, or added to the loss."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Of the KL at a token, with d = log pi - log ref. In the reward: k1 = d. In the loss: k2 = d^2 / 2, or
-    k3 = exp(-d) - 1 + d with importance weights pi / pi_old. Other pairs have a wrong gradient and are refused."""
+    """Estimator of the KL per token, with d = log pi - log ref. k1 = d for `kl_in: reward`; k2 = d^2 / 2, or k3 =
+    exp(-d) - 1 + d with importance weights pi / pi_old, for `kl_in: loss`. Other combinations have a wrong gradient and
+    are rejected."""
     cliprange: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.2
-    """How far pi / pi_old may move from 1 for a gain."""
+    """PPO clip range: the probability ratio is clipped to [1 - cliprange, 1 + cliprange]."""
     cliprange_high: Positive | None = None
-    """How far above 1 (https://arxiv.org/abs/2503.14476). None: cliprange."""
-    dual_clip: Annotated[float, Field(strict=True, gt=1)] | None = None
-    """Where the advantage is negative, the loss stops growing at this ratio (https://arxiv.org/abs/1912.09729).
-    None: it grows on."""
+    """Upper clip range, replaces cliprange above 1 (clip-higher, https://arxiv.org/abs/2503.14476). None: cliprange."""
+    dual_clip: AboveOne | None = None
+    """Ratio above which the loss of a token with negative advantage is clipped (dual-clip PPO,
+    https://arxiv.org/abs/1912.09729). None: disabled."""
     log_ratio_clamp: Positive = 20.0
-    """log pi - log pi_old beyond it counts as it, without a gradient: keeps exp finite."""
+    """Clamp on |log pi - log pi_old|, so that the ratio stays finite; tokens beyond it have no gradient."""
     target_kl: Positive | None = None
-    """Nats per token between pi_old and pi. A mini-batch that is further off is not learnt from, nor are those after it
-    in this update; one of a replayed rollout is passed over alone. Steps not made do not count for optim.schedule.
-    None: all are made."""
+    """Early stopping of an update: maximum KL between pi_old and pi, in nats per token. A mini-batch above it is
+    skipped, as are the remaining mini-batches of the update (of a replayed rollout, only that mini-batch). Skipped
+    steps do not advance optim.schedule. None: disabled."""
     cliprange_value: Positive | None = 0.2
-    """How far a value may move for a gain. None: plain squared error."""
+    """Clip range of the value function. None: unclipped squared error."""
     value_target: Literal["gae", "reward_to_go"] = "gae"
-    """What values are regressed on: advantage + value, or the discounted sum of the rewards to come."""
+    """Regression target of the critic: advantage + old value, or the discounted sum of future rewards."""
     vf_coef: Positive = 0.1
+    """Value function coefficient of the loss."""
     entropy_coef: NonNegative = 0.0
-    """What a nat of entropy per token is worth in the loss."""
-    gamma: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
+    """Entropy bonus coefficient, per nat of mean token entropy."""
+    gamma: PositiveFraction = 1.0
+    """Discount factor."""
     lam: Fraction = 0.95
+    """Lambda of generalised advantage estimation (GAE)."""
     whiten_rewards: Bool = False
-    """Scale rewards to unit variance over the batch; the mean stays."""
+    """Scale rewards to unit variance over the batch, keeping their mean."""
     whiten_advantages: Bool = True
+    """Normalise advantages to mean 0 and variance 1 over the batch."""
     bootstrap_truncated: Bool = False
-    """Treat running out of room as an interruption: the value after the last token stands in for what would follow."""
+    """Treat truncated responses as unfinished episodes: bootstrap from the value after the last token."""
     sampler_correction: Literal["none", "truncate", "mask"] = "none"
-    """Where rollout and training compute log-probs in different precision: weigh each token by pi_old / pi_sampler, at
-    most `sampler_cap` (truncate, https://fengyao.notion.site/off-policy-rl), or leave out responses whose product of
-    those weights is above it or below its inverse (mask)."""
-    sampler_cap: Annotated[float, Field(strict=True, gt=1)] = 3.0
+    """Importance correction if the sampler's log-probs differ from those of training (pi_old / pi_sampler), e.g.
+    because of precision. truncate: weight each token by the ratio, at most `sampler_cap`
+    (https://fengyao.notion.site/off-policy-rl). mask: drop responses whose product of ratios is outside [1 /
+    sampler_cap, sampler_cap]."""
+    sampler_cap: AboveOne = 3.0
+    """Bound of the sampler correction."""
 
     def micro_rows(self, batch: int) -> int:
-        """Rows of one forward pass of an update on `batch` completions."""
+        """Rows per forward pass of an update on `batch` completions."""
         return self.micro_batch_size or batch // self.num_mini_batches
 
     def annotation_rows(self, batch: int) -> int:
-        """Rows of one forward pass of annotation: the update's unless told otherwise, since bfloat16 products depend on
-        the row count."""
+        """Rows per forward pass of annotation. The default is the update's, since bfloat16 products depend on the
+        number of rows."""
         return self.local_rollout_forward_batch_size or self.micro_rows(batch)
 
+    def __post_init__(self) -> None:
+        if reason := on_policy.WRONG_KL.get((self.kl_estimator, self.kl_in)):
+            raise ValueError(f"ppo.kl_estimator {self.kl_estimator} does not go with ppo.kl_in {self.kl_in}: {reason}")
+        highest = 1 + (self.cliprange_high or self.cliprange)
+        if self.dual_clip is not None and self.dual_clip <= highest:
+            raise ValueError(
+                f"ppo.dual_clip is {self.dual_clip}; it must be above 1 + ppo.cliprange_high ({highest:g}), e.g. 3.0"
+            )
+        if self.kl_target is not None and not self.kl_coef:
+            raise ValueError("ppo.kl_coef is 0, and ppo.kl_target multiplies it: it would stay 0; set it to 0.05, say")
+        if self.kl_target is not None and 0.2 * self.batch_size >= self.kl_horizon:
+            raise ValueError(
+                f"ppo.kl_horizon ({self.kl_horizon:g}) is so small next to ppo.batch_size ({self.batch_size}) that one "
+                "update could turn kl_coef negative; 10000 is usual"
+            )
+
+
+_OPTIM: dict[str, Any] = {"eps": 1e-5, "learning_rate": 3e-6}
+
 
 @section
-class Validation:
-    """Held-out prompts (data.validation_path or data.validation_fraction) inside training."""
+class PPOConfig:
+    """PPO with any sum of reward models, reward functions, endpoints and human feedback."""
 
-    eval_steps: Natural = 0
-    """Updates between validations; one comes before the first update and one at the end. 0: at start and end alone."""
-    max_prompts: Count = 64
-    """The first so many held-out prompts are answered, greedily and sampled."""
-    metric: str = "eval/scores"
-    """What the best checkpoint is chosen by, if keep_best; any key of a record that ends a validation."""
-    mode: Literal["max", "min"] = "max"
-    keep_best: Bool = False
-    """Keep the checkpoint with the best `metric`, and export that one at the end."""
-    patience: Natural = 0
-    """Stop after so many validations in a row without a better `metric`; 0: never."""
-    reward_model: str = ""
-    """A second reward model, which training never sees, to check the first by."""
+    run_dir: str = "runs/ppo"
+    """Output directory: checkpoints, metrics and the exported model."""
+    seed: Seed = 0
+    """Random seed."""
+    model: ModelSource = ModelSource()
+    lora: LoRA = LoRA()
+    tokenizer: TokenizerSource = TokenizerSource()
+    reference: Reference = Reference()
+    data: Data = Data()
+    reward: RewardSource = RewardSource()
+    scores: Scores = Scores()
+    critic: Critic = Critic()
+    ppo: PPO = PPO()
+    sampling: Sampling = Sampling()
+    rollout: Generation = Generation()
+    optim: Optim = Optim(**_OPTIM)
+    """PPO's defaults are learning_rate 3e-6 and eps 1e-5; an `Optim` created in Python has those of `Optim`."""
+    validation: Validation = Validation()
+    alarms: Alarms = Alarms()
+    mesh: Mesh = Mesh()
+    logging: Logging = Logging()
+    checkpoint: Checkpoint = Checkpoint()
 
+    @field_validator("optim", mode="before")
+    @classmethod
+    def _optim_defaults(cls, optim: Any) -> Any:
+        return {**_OPTIM, **optim} if isinstance(optim, dict) else optim
 
-@section
-class Alarms:
-    """Signs of reward hacking and collapse. Each is said in a line and marked in metrics.jsonl; none stops a run."""
-
-    kl: Positive | None = None
-    """objective/kl, nats per response, above which the KL is over budget. None: no alarm."""
-    entropy: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.1
-    """Share of the first update's entropy per token below which it has collapsed; 0: no alarm."""
-    length_correlation: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.9
-    """Correlation of score and length, either sign, above which length is the reward; 1: no alarm."""
-    finished: Fraction = 0.5
-    """How much the share of finished responses may fall below the first update's; 1: no alarm."""
-    window: Count = 5
-    """Updates that a measurement is averaged over; before as many there is no alarm."""
+    def __post_init__(self) -> None:
+        on_policy.check("ppo", self, self.ppo.batch_size)
+        if self.critic.init == "reward" and not any(part.model for part in self.reward.parts()):
+            raise ValueError("critic.init is 'reward' but reward.model is empty; give a reward model or use 'policy'")
+        if self.reference.offload and self.critic.trunk == "frozen" and self.critic.init == "policy":
+            raise ValueError(
+                "reference.offload is true, but critic.trunk: frozen uses the reference's own arrays in every update; "
+                "set reference.offload to false"
+            )

@@ -1,225 +1,208 @@
-"""The sections of a run's config: one dataclass each, the meaning of every option under it."""
+"""Sections shared by several methods. The text under each field is its help in `jaxrlhf new` and `--help`."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from jaxrlhf.config.base import (
     Bool,
     Count,
-    DType,
     Fraction,
+    FractionBelowOne,
     Natural,
     NonNegative,
     Positive,
+    PositiveFraction,
     section,
 )
 
 
 @section
-class ModelSource:
-    """Where a model comes from and in which precision it lives."""
-
-    path: str = ""
-    """A folder in Hugging Face layout (adapters in PEFT's too), a run directory, or a hub id. Required."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub; pin a commit to make a run repeatable."""
-    merged_path: str = ""
-    """If `path` holds adapters in PEFT's layout, they are merged into their model: a folder to write that model to."""
-    init: Literal["pretrained", "random"] = "pretrained"
-    """`random` builds the model from config.json alone."""
-    param_dtype: DType = "auto"
-    """Storage. auto: float32 for what trains; for what is frozen, the compute dtype."""
-    compute_dtype: DType = "auto"
-    """Operands of matrix products; sums, norms, softmax, losses stay float32. auto: float32 on CPU, else bfloat16."""
-    remat: Literal["auto", "none", "full", "dots"] = "auto"
-    """What backward recomputes to save memory: nothing, whole layers, or all but matrix products. auto: full on a CPU,
-    where recomputing takes no longer than writing everything down, none elsewhere."""
-    attention: Literal["auto", "plain", "cudnn"] = "auto"
-    """How training and scoring attend. cudnn: one kernel on an NVIDIA card, in bfloat16. auto: that where a small trial
-    agrees with plain, which is said at the start; plain elsewhere."""
-
-
-@section
-class TokenizerSource:
-    """Which tokenizer, and the decisions it leaves open."""
-
-    path: str = ""
-    """A folder or hub id; empty: the model's own."""
-    chat_template: str = "auto"
-    """auto: the tokenizer's own, if any. none: plain text. `chatml` adds a chat format to a tokenizer without one.
-    Or a .jinja file."""
-    pad_token: str | None = None
-    """None: the tokenizer's own; failing that a reserved token; failing that eos (masks never come from ids)."""
-    eos_token: str | None = None
-    """None: the tokenizer's own."""
-
-
-@section
 class Data:
-    """Rows to train on. Formats are recognised from the columns; see `jaxrlhf data FILE`."""
+    """The dataset. Its format is recognised from the columns; `jaxrlhf data FILE` shows how a file is read."""
 
     path: str = ""
-    """JSON, JSONL (.gz), CSV or Parquet file, a `datasets` folder, or a hub id. Required."""
+    """JSON, JSONL (.gz), CSV or Parquet file, folder saved by `datasets`, or hub id. Required."""
     split: str = "train"
-    """Split of a `datasets` folder or hub id; of a plain folder, the files with this word in their names."""
+    """Split of a hub dataset or `datasets` folder; for other folders, reads the files with this word in their names."""
     subset: str = ""
-    """Configuration of a hub data set that has several, `main` of openai/gsm8k for example."""
+    """Configuration name of a hub dataset that has several, e.g. `main` of openai/gsm8k."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Rename columns before the format is recognised, {our name: name in the file}."""
+    """Columns to rename before the format is recognised: {standard name: name in the file}."""
     template: str = ""
-    """Prompt text with {column} fields, for rows without a finished prompt. Used as it is: no chat format around it."""
+    """Prompt template with {column} fields, for data without a finished prompt. No chat template is applied to it."""
     completion_prefix: str = ""
-    """Text between prompt and completion where both are plain text, a space for example."""
+    """Text inserted between a plain-text prompt and its completion, e.g. a space."""
     control_tokens: Bool = False
-    """Read control tokens spelt out in plain text columns (`<|im_end|>`) as such. Those in messages are always text."""
+    """Parse control tokens such as `<|im_end|>` in plain-text columns as special tokens; in chat messages they always
+    stay text."""
     max_rows: Count | None = None
-    """Use the first rows only."""
+    """Use only the first rows."""
     max_length: Count = 512
-    """Tokens of prompt and completion together."""
+    """Maximum tokens of prompt and completion together."""
     max_prompt_length: Count | None = None
-    """Tokens of the prompt; None: what max_length leaves."""
+    """Maximum tokens of the prompt. None: limited by max_length only."""
     truncation: Literal["drop", "error", "left", "right"] = "drop"
-    """What happens to a row that is too long. left and right cut the prompt (left) or the completion (right)."""
+    """Handling of rows that are too long. drop: skip them. error: stop. left: truncate the start of the prompt. right:
+    truncate the end of the completion."""
     validation_path: str = ""
-    """Held-out rows from a file of their own."""
-    validation_fraction: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
-    """Or a share of `path`, chosen by `split_seed` and the number of rows alone."""
+    """File of held-out rows."""
+    validation_fraction: FractionBelowOne = 0.0
+    """Fraction of `path` to hold out instead. The split depends only on `split_seed` and the number of rows."""
     split_seed: Natural = 0
+    """Seed of the train/validation split."""
     shuffle: Bool = True
-    """A new order each epoch, a function of (seed, epoch)."""
+    """Shuffle each epoch; the order depends only on `seed` and the epoch."""
 
 
 @section
 class Optim:
-    """AdamW, a schedule and a clip."""
+    """AdamW with a learning rate schedule and gradient clipping."""
 
     learning_rate: Positive = 1e-5
+    """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """After the warm-up: stay, or fall to `final_lr_fraction` at the last step."""
+    """Schedule after warmup; linear and cosine decay to `final_lr_fraction` at the last step."""
     warmup_steps: Natural = 0
+    """Steps of linear warmup."""
     final_lr_fraction: Fraction = 0.0
+    """Final learning rate as a fraction of the peak."""
     weight_decay: NonNegative = 0.0
-    """Decoupled; never on norms and biases."""
-    beta1: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.999
+    """Decoupled weight decay; not applied to norms and biases."""
+    beta1: FractionBelowOne = 0.9
+    """Adam's decay rate of the first moment."""
+    beta2: FractionBelowOne = 0.999
+    """Adam's decay rate of the second moment."""
     eps: Positive = 1e-8
+    """Adam's epsilon."""
     max_grad_norm: Positive = 1.0
-    """Global norm above which a gradient is scaled down; a very large number switches it off."""
+    """Maximum global norm of the gradient (clipping). Use a very large number to disable it."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Storage of Adam's two moments; steps are computed in float32. bfloat16 takes half of the memory, and rounds the
-    second moment stochastically."""
+    """Dtype in which Adam's moments are stored; updates are computed in float32. bfloat16 halves their memory and
+    rounds the second moment stochastically."""
     offload: Bool = False
-    """PPO: the moments are in the host's memory while responses are drawn, scored and annotated, and on the device for
-    the update alone."""
+    """PPO and GRPO: keep Adam's moments in host memory except during the update."""
 
 
 @section
 class Train:
-    """Epochs and batches of supervised training (SFT, reward models)."""
+    """Training loop of SFT, reward modelling and DPO."""
 
     num_train_epochs: Positive = 1.0
+    """Passes over the data; may be fractional."""
     max_steps: Count | None = None
-    """Stop after so many optimizer steps, whatever the epochs."""
+    """Maximum number of optimizer steps, even if epochs remain. None: no limit."""
     batch_size: Count = 8
-    """Rows per optimizer step over all devices."""
+    """Rows per optimizer step, over all devices."""
     micro_batch_size: Count | None = None
-    """Rows per forward pass; None: all. A divisor of batch_size. Changes memory, not the result."""
+    """Rows per forward pass (gradient accumulation); must divide batch_size. None: batch_size. Affects memory and
+    speed, not the result."""
     eval_every: Natural = 0
-    """Optimizer steps between evaluations; 0: at the end of each epoch."""
+    """Optimizer steps between evaluations on held-out rows. 0: once per epoch."""
     keep_best: Bool = True
-    """With held-out rows: what is saved at the end is the best state by `metric`."""
+    """Export the state with the best `metric` instead of the last one, if there are held-out rows."""
     metric: str = ""
-    """Any key of a record that ends an evaluation. Empty: eval/loss in SFT and for scores, eval/accuracy for other
-    reward models, eval/rewards/accuracies for DPO (kto: eval/rewards/margins)."""
+    """Evaluation metric that selects the best state. Empty: eval/loss for SFT and score regression, eval/accuracy for
+    other reward models, eval/rewards/accuracies for DPO (eval/rewards/margins for kto)."""
     mode: Literal["auto", "max", "min"] = "auto"
-    """Whether the best is the greatest or the least. auto: the least loss, entropy, error or KL, else the
-    greatest."""
+    """Direction of `metric`: max if higher is better, min if lower. auto: min for a loss, entropy, error or KL,
+    else max."""
     eval_batch_size: Count = 16
+    """Rows per forward pass of evaluation."""
     packing: Bool = False
-    """Put examples together into rows of data.max_length tokens (pairs: of twice that), where none sees another. Then
-    all three batch sizes, epochs and steps count such rows: an optimizer step learns from more examples."""
+    """Pack several examples into each row of data.max_length tokens (pairs: twice that), with attention confined to
+    each example. Batch sizes, epochs and steps then count packed rows, so a step trains on more examples."""
 
 
 @section
 class Mesh:
-    """Devices as data x fsdp x tensor. 1 x 1 x 1 is one device; data 0 takes what the other two leave."""
+    """Device mesh: data x fsdp x tensor."""
 
     data: Natural = 1
+    """Data-parallel size. 0: all devices not used by the other two axes."""
     fsdp: Count = 1
+    """Number of devices to shard parameters and optimizer state over (batches are sharded too)."""
     tensor: Count = 1
+    """Tensor-parallel size."""
 
 
 @section
 class Logging:
-    """What a run says while it works. metrics.jsonl is always written."""
+    """Console output and metric loggers. metrics.jsonl is always written to the run directory."""
 
     log_every: Count = 1
+    """Steps between logged metrics."""
     sample_every: Natural = 10
-    """Steps between printed generations; 0: never."""
+    """Steps between printed sample generations. 0: never."""
     num_samples: Count = 3
+    """Number of samples to print."""
     tensorboard: Bool = True
+    """Write TensorBoard event files."""
     wandb_project: str = ""
-    """Log to this Weights & Biases project too (extra `wandb`)."""
+    """Weights & Biases project to log to (needs the extra `wandb`). Empty: none."""
     quiet: Bool = False
+    """Suppress console output."""
 
 
 @section
 class Checkpoint:
-    """When the whole state goes to disk."""
+    """Checkpoints of the full training state, for resuming."""
 
     save_every: Natural = 50
-    """Steps between checkpoints; 0: only at the end and when asked to stop."""
+    """Steps between checkpoints. 0: only at the end and when the run is interrupted."""
     keep: Count = 2
-    """How many of the latest stay."""
+    """Number of most recent checkpoints to keep."""
     synchronous: Literal["auto", "always", "never"] = "auto"
-    """auto: write in the background unless free memory is less than the state."""
+    """Block training while a checkpoint is written. auto: write in the background if a copy of the state fits in free
+    memory."""
 
 
 @section
 class Sampling:
-    """How a response is drawn."""
+    """Sampling parameters for generation."""
 
     response_length: Count = 64
-    """Most tokens of a response."""
+    """Maximum number of generated tokens."""
     min_length: Natural = 0
-    """No stop token before so many tokens."""
+    """Minimum number of tokens before a stop token may be sampled."""
     temperature: Positive = 1.0
+    """Sampling temperature."""
     greedy: Bool = False
-    """Always the likeliest token; temperature and filters do not count."""
+    """Greedy decoding; temperature, top_k, top_p and min_p are ignored."""
     top_k: Natural = 0
-    """0: off."""
-    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
-    min_p: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
-    """Keep tokens at least so likely as a share of the likeliest."""
+    """Sample from the k most probable tokens only. 0: disabled."""
+    top_p: PositiveFraction = 1.0
+    """Nucleus sampling: the smallest set of tokens with total probability top_p. 1: disabled."""
+    min_p: FractionBelowOne = 0.0
+    """Minimum token probability, as a fraction of the most probable token's. 0: disabled."""
     renormalise_logprobs: Bool = False
-    """PPO takes log-probs, KL and entropy over the tokens that top_k, top_p, min_p and min_length left, not over the
-    whole vocabulary. The tokens are kept with the rollout: a bit for each response token and vocabulary entry."""
+    """Compute training log-probs, KL and entropy over the tokens left by top_k, top_p, min_p and min_length, instead of
+    the full vocabulary. Stores one bit per response token and vocabulary entry."""
     stop_token_ids: tuple[Natural, ...] = ()
-    """Besides those of the tokenizer and generation_config.json."""
+    """Additional stop tokens, besides those of the tokenizer and generation_config.json."""
     stop_strings: tuple[str, ...] = ()
-    """Texts that end a response too. It is cut after the token that completes one, when all is drawn; its text ends
-    before it."""
+    """Strings that end a response. After generation, tokens beyond the one that completes a stop string are removed;
+    the completion text ends before the string."""
 
     def __post_init__(self) -> None:
         if self.min_length > self.response_length:
             raise ValueError(
                 f"sampling.min_length is {self.min_length} and sampling.response_length {self.response_length}: no "
-                "response could end; set min_length lower"
+                "response could end; lower sampling.min_length"
             )
         if "" in self.stop_strings:
-            raise ValueError("sampling.stop_strings has an empty text, which ends every response at once; leave it out")
+            raise ValueError("sampling.stop_strings has an empty text, which ends every response at once; remove it")
 
 
 @section
 class Generation:
-    """What draws the responses: a copy of the policy made for decoding, and how many rows it answers at a time."""
+    """Generation during training: the policy is copied into a form optimised for decoding."""
 
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-    """Weights and products of the copy. auto: model.compute_dtype. Another one samples from a slightly other policy:
-    log-probs for training never come from it, and val/sampler_logprob_gap says how far it is off."""
+    """Dtype of the decoding copy. auto: model.compute_dtype. Any other choice samples from a slightly different policy:
+    training log-probs are always recomputed, and val/sampler_logprob_gap reports the difference."""
     slots: Natural = 0
-    """Rows answered at a time; where one ends, the next prompt begins. 0: the whole batch. Fewer take less memory, and
-    less time where response lengths differ much."""
+    """Number of rows decoded concurrently; a finished row is replaced by the next prompt (continuous batching). 0: the
+    whole batch. Fewer slots use less memory, and less time if response lengths vary a lot."""

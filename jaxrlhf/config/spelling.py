@@ -1,19 +1,23 @@
-"""The nearest known names to a misspelt one."""
+"""Suggestions for misspelt names."""
 
 import difflib
 from collections.abc import Sequence
 
 
 def suggestions(wrong: str, known: Sequence[str], count: int = 3) -> list[str]:
-    """The `count` nearest of `known`, best first: by spelling of the whole key or of its last part, or by initials."""
+    """Up to `count` of the `known` names similar to `wrong`, best first.
+
+    Compares the spelling of whole dotted keys and of their last parts; words and initials of the last part match too.
+    """
+    wrong_section, _, wrong_leaf = wrong.rpartition(".")
 
     def similarity(key: str) -> float:
-        (section, _, leaf), (given, _, last) = key.rpartition("."), wrong.rpartition(".")
+        section, _, leaf = key.rpartition(".")
         whole, words = _ratio(wrong, key), leaf.split("_")
-        near = max(whole, 0.97 * _ratio(last, leaf))
-        if len(words) > 1 and (last in words or last == "".join(word[0] for word in words)):
-            near = max(near, 0.85)
-        return near + 0.05 * (section == given) + 0.01 * whole
+        best = max(whole, 0.97 * _ratio(wrong_leaf, leaf))
+        if len(words) > 1 and (wrong_leaf in words or wrong_leaf == "".join(word[0] for word in words)):
+            best = max(best, 0.85)
+        return best + 0.05 * (section == wrong_section) + 0.01 * whole
 
     scores = {key: similarity(key) for key in known}
     ranked = sorted(known, key=lambda key: -scores[key])[:count]
@@ -25,6 +29,9 @@ def _ratio(a: str, b: str) -> float:
 
 
 def did_you_mean(wrong: str, known: Sequence[str], count: int = 3) -> str:
-    """`; did you mean 'a', 'b' or 'c'?`, or nothing where nothing is near."""
-    found = [f"'{key}'" for key in suggestions(wrong, known, count)]
-    return f"; did you mean {' or '.join(filter(None, [', '.join(found[:-1]), found[-1]]))}?" if found else ""
+    """`; did you mean 'a', 'b' or 'c'?`, or an empty string if no known name is similar."""
+    names = [f"'{key}'" for key in suggestions(wrong, known, count)]
+    if not names:
+        return ""
+    *others, last = names
+    return f"; did you mean {', '.join(others)}{' or ' * bool(others)}{last}?"

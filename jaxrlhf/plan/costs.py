@@ -1,13 +1,13 @@
-"""What a program costs at the least: the FLOPs of its matrix products and the bytes they move, and the time of both.
+"""Minimum time of a program, from the FLOPs of its matrix products and the bytes that they move.
 
-XLA's own analysis counts the body of a loop once, and everything here is loops (layers, micro-batches, tokens); so the
-products are counted in the traced program, where the lengths of its scans stand.
+The products are counted in the traced program, whose scans have known lengths. XLA's own cost analysis counts the body
+of a loop once, and these programs consist of loops (layers, micro-batches, tokens).
 """
 
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters.partial_eval import dce_jaxpr
 
-SIDE = 1024  # of the square matrices that are multiplied to measure a device
-BLOCK = 2**26  # bytes that are read
+MATRIX_SIZE = 1024  # rows and columns of the matrices multiplied to measure FLOPs per second
+BLOCK_BYTES = 2**26  # bytes read to measure the memory bandwidth
 
 
 class Product(NamedTuple):
-    """A matrix product, and how often it runs."""
+    """A matrix product and the number of times it runs."""
 
     flops: float
     bytes: float
@@ -29,15 +29,18 @@ class Product(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What one device reaches: FLOPs per second of products by the dtype of their operands, and bytes per second."""
+    """Measured speed of one device: FLOPs per second by operand dtype, and bytes per second."""
 
     flops: dict[str, float]
     bytes: float
 
 
 def products(program: ClosedJaxpr, trips: float) -> Iterator[Product]:
-    """The matrix products of a traced program that its results depend on. `trips` is how often the body of a `while`
-    runs, which the trace does not say; of the branches of a `cond` the costliest counts."""
+    """The matrix products of a traced program that its results depend on.
+
+    `trips` is the number of iterations of each `while` loop, which the trace does not contain. Of the branches of a
+    `cond`, the most expensive one counts.
+    """
     needed, _ = dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
     yield from _products(needed, trips, 1)
 
@@ -45,18 +48,18 @@ def products(program: ClosedJaxpr, trips: float) -> Iterator[Product]:
 def _products(program: Jaxpr | ClosedJaxpr, trips: float, times: float) -> Iterator[Product]:
     jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
     for equation in jaxpr.eqns:
-        name, given = equation.primitive.name, equation.params
+        name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             yield _product(equation, times)
         elif name == "scan":
-            yield from _products(given["jaxpr"], trips, times * given["length"])
+            yield from _products(params["jaxpr"], trips, times * params["length"])
         elif name == "while":
-            yield from _products(given["body_jaxpr"], trips, times * trips)
+            yield from _products(params["body_jaxpr"], trips, times * trips)
         elif name == "cond":
-            branches = [list(_products(branch, trips, times)) for branch in given["branches"]]
-            yield from max(branches, key=lambda found: sum(p.flops * p.times for p in found))
+            branches = [list(_products(branch, trips, times)) for branch in params["branches"]]
+            yield from max(branches, key=lambda branch: sum(p.flops * p.times for p in branch))
         else:
-            for value in given.values():
+            for value in params.values():
                 if isinstance(value, Jaxpr | ClosedJaxpr):
                     yield from _products(value, trips, times)
 
@@ -69,29 +72,30 @@ def _product(equation: Any, times: float) -> Product:
     return Product(2.0 * result.size * contracted, moved, right.dtype.name, times)
 
 
-def least_seconds(found: list[Product], rates: Rates, devices: int) -> float:
-    """The time that a device takes at its best: of each product the longer of computing and moving, on `devices` that
-    share the work evenly. Whatever is not a product counts for nothing."""
-    return sum(p.times * max(p.flops / rates.flops[p.dtype], p.bytes / rates.bytes) for p in found) / devices
+def least_seconds(products: Iterable[Product], rates: Rates, devices: int) -> float:
+    """Minimum time of the products on `devices` that share them evenly: for each, its compute time or the time to move
+    its bytes, whichever is longer. Other operations are not counted."""
+    return sum(p.times * max(p.flops / rates.flops[p.dtype], p.bytes / rates.bytes) for p in products) / devices
 
 
 def measure(dtypes: set[str]) -> Rates:
-    """The rates of this machine's device, measured in a second or two."""
+    """Measure the rates of this machine's device, in a second or two."""
 
-    def rate(amount: float, work: Any, *args: Any) -> float:
-        jax.block_until_ready(work(*args))
-        spent = []
+    def rate(amount: float, function: Any, *args: Any) -> float:
+        jax.block_until_ready(function(*args))  # compile
+        seconds = []
         for _ in range(5):
-            started = time.perf_counter()
-            jax.block_until_ready(work(*args))
-            spent.append(time.perf_counter() - started)
-        return amount / statistics.median(spent)
+            start = time.perf_counter()
+            jax.block_until_ready(function(*args))
+            seconds.append(time.perf_counter() - start)
+        return amount / statistics.median(seconds)
 
-    def product(dtype: str) -> float:
-        kind = jnp.int32 if dtype == "int8" else jnp.float32
-        x = jnp.ones((SIDE, SIDE), dtype)
-        return rate(2.0 * SIDE**3, jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=kind)), x, x)
+    def flops(dtype: str) -> float:
+        accumulator = jnp.int32 if dtype == "int8" else jnp.float32
+        x = jnp.ones((MATRIX_SIZE, MATRIX_SIZE), dtype)
+        matmul = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=accumulator))
+        return rate(2.0 * MATRIX_SIZE**3, matmul, x, x)
 
-    block = jnp.ones((256, BLOCK // 1024), jnp.float32)
-    read = rate(BLOCK, jax.jit(lambda x: jnp.max(x, axis=1)), block)
-    return Rates({dtype: product(dtype) for dtype in dtypes}, read)
+    block = jnp.ones((256, BLOCK_BYTES // 1024), jnp.float32)
+    bandwidth = rate(BLOCK_BYTES, jax.jit(lambda x: jnp.max(x, axis=1)), block)
+    return Rates({dtype: flops(dtype) for dtype in dtypes}, bandwidth)

@@ -13,10 +13,11 @@ import pytest
 from jaxrlhf import errors, weights
 from jaxrlhf.cli import main, training
 from jaxrlhf.cli import models as commands_models
-from jaxrlhf.cli.training import COMMANDS, Command
+from jaxrlhf.cli.commands import COMMANDS, Command
 from jaxrlhf.config import PPOConfig, RewardSource, Sampling
-from jaxrlhf.config import file as config_file
 from jaxrlhf.config import text as config_text
+from jaxrlhf.config.file import METHODS, load_config
+from jaxrlhf.config.schema import keys
 from jaxrlhf.evaluation import completions, summary
 
 GIVEN = ["--model.path", "m", "--data.path", "d"]
@@ -60,7 +61,7 @@ def test_a_reader_that_leaves_early_is_no_error():
 def test_train_help_shows_every_key(capsys):
     assert main(["ppo", "--help"]) == 0
     shown = capsys.readouterr().out
-    for key, _ in config_file.keys(PPOConfig):
+    for key, _ in keys(PPOConfig):
         if "." in key:
             assert f"--{key.replace('_', '-')} " in shown, key
     assert "--fresh" in shown
@@ -125,14 +126,14 @@ def test_a_bug_is_not_dressed_up(monkeypatch):
         (["compare", "m", "--prompts", "f"], "required: B"),
         (["new", "pp"], "invalid choice: 'pp'"),
         (["sft"], "give a CONFIG.yaml"),
-        (["demo", "--seed", "-1"], "expected a whole number from 0 on, got '-1'"),
-        (["generate", "m", "--prompt", "x", "--n", "0"], "expected a whole number from 1 on, got '0'"),
-        (["generate", "m", "--prompt", "x", "--n", "-1"], "expected a whole number from 1 on, got '-1'"),
-        (["generate", "m", "--prompt", "x", "--max-new-tokens", "0"], "expected a whole number from 1 on, got '0'"),
-        (["evaluate", "m", "--prompts", "p", "--num-prompts", "0"], "expected a whole number from 1 on, got '0'"),
+        (["demo", "--seed", "-1"], "expected an integer of at least 0, got '-1'"),
+        (["generate", "m", "--prompt", "x", "--n", "0"], "expected an integer of at least 1, got '0'"),
+        (["generate", "m", "--prompt", "x", "--n", "-1"], "expected an integer of at least 1, got '-1'"),
+        (["generate", "m", "--prompt", "x", "--max-new-tokens", "0"], "expected an integer of at least 1, got '0'"),
+        (["evaluate", "m", "--prompts", "p", "--num-prompts", "0"], "expected an integer of at least 1, got '0'"),
         (
             ["evaluate", "m", "--prompts", "p", "--num-completions", "1.5"],
-            "expected a whole number from 1 on, got '1.5'",
+            "expected an integer of at least 1, got '1.5'",
         ),
     ],
 )
@@ -162,7 +163,7 @@ def trained(monkeypatch):
         def describe(self):
             return "what would be done"
 
-    monkeypatch.setattr(training, "_trainer", lambda method: Trainer)
+    monkeypatch.setattr(training, "_trainer_class", lambda method: Trainer)
     return seen
 
 
@@ -183,15 +184,15 @@ def test_dry_run_prints_the_resolved_config_and_does_not_train(trained, tmp_path
     assert trained[0].did == []
     config, _, rest = printed.partition("\n\n")
     (tmp_path / "again.yaml").write_text(config)
-    assert config_file.read("sft", tmp_path / "again.yaml") == trained[0].config
+    assert load_config("sft", tmp_path / "again.yaml") == trained[0].config
     assert "what would be done" in rest
 
 
-@pytest.mark.parametrize("method", config_file.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_presets_are_found_by_name_and_valid(trained, method):
     reward = ["--reward.function", "r.py:f"] if method in ("ppo", "grpo") else []
     assert main([method, method, *GIVEN, *reward]) == 0
-    assert trained[0].config != config_file.METHODS[method](), "a preset says something"
+    assert trained[0].config != METHODS[method](), "a preset says something"
 
 
 def test_a_preset_that_is_not_there(capsys):
@@ -202,7 +203,7 @@ def test_a_preset_that_is_not_there(capsys):
 def test_new_prints_a_config_that_reads_back(capsys, tmp_path):
     assert main(["new", "reward"]) == 0
     (tmp_path / "r.yaml").write_text(capsys.readouterr().out)
-    assert config_file.read("reward", tmp_path / "r.yaml", partial=True) == config_file.METHODS["reward"]()
+    assert load_config("reward", tmp_path / "r.yaml", partial=True) == METHODS["reward"]()
 
 
 def test_plot_prints_the_two_paths(tmp_path, capsys):
@@ -371,14 +372,18 @@ def test_a_ppo_run_is_asked_as_it_was_trained(tmp_path):
     reward = RewardSource(model="m", components=({"function": "r.py:f", "options": {"low": 3}},))  # type: ignore[arg-type]
     settings = config_text.dump(PPOConfig(sampling=sampling, reward=reward))
     (tmp_path / "config.yaml").write_text(f"# jaxrlhf ppo, every option resolved\n{settings}")
-    again = config_file.read("ppo", None, commands_models.as_trained(str(tmp_path), "sampling", "reward"), partial=True)
+    again = load_config(
+        "ppo", None, commands_models.overrides_from_run(str(tmp_path), "sampling", "reward"), partial=True
+    )
     assert again.sampling == sampling and again.reward == reward
     (tmp_path / "config.yaml").write_text("# jaxrlhf dpo, every option resolved\nsampling: {temperature: 0.7}\n")
-    again = config_file.read("ppo", None, commands_models.as_trained(str(tmp_path), "sampling", "reward"), partial=True)
+    again = load_config(
+        "ppo", None, commands_models.overrides_from_run(str(tmp_path), "sampling", "reward"), partial=True
+    )
     assert again.sampling == Sampling(temperature=0.7) and not again.reward.parts(), "there is no reward in DPO's"
     assert (
-        commands_models.as_trained(str(tmp_path), "reward")
-        == commands_models.as_trained("hf://org/name", "reward")
+        commands_models.overrides_from_run(str(tmp_path), "reward")
+        == commands_models.overrides_from_run("hf://org/name", "reward")
         == []
     )
 

@@ -33,7 +33,7 @@ def test_renormalising_needs_a_filter():
         ({"function": "r.py"}, "function is 'r.py'; write it as path.py:name"),
         ({"url": "file:///etc/passwd"}, "url is 'file:///etc/passwd'; it must begin with http"),
         ({"model": "m", "name": "a/b"}, "name is 'a/b'; use letters"),
-        ({"model": "m", "name": "x_unanswered"}, "no ending that logs give a meaning to"),
+        ({"model": "m", "name": "x_unanswered"}, "no ending that is reserved for metrics"),
         ({"model": "m", "options": {"a": 1}}, r"options \({'a': 1}\) has no meaning for a component with model, only"),
         ({"model": "m", "timeout": 3.0}, r"timeout \(3.0\) has no meaning .* only with function or url"),
         ({"url": "http://x", "micro_batch_size": 3}, "micro_batch_size .* only with model"),

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from jaxrlhf.config import Component, PPOConfig, SFTConfig, replace
-from jaxrlhf.config.file import METHODS, keys, read
+from jaxrlhf.config.file import METHODS, load_config
+from jaxrlhf.config.schema import keys
 from jaxrlhf.config.spelling import suggestions
 from jaxrlhf.config.text import dump, field_docs, render_new
 from jaxrlhf.errors import ConfigError
@@ -29,7 +30,7 @@ def write(tmp_path: Path):
 
 def problems(method: str, path: Path | None, overrides=()) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        read(method, path, overrides)
+        load_config(method, path, overrides)
     assert caught.value.exit_code == 3
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
 
@@ -38,7 +39,7 @@ def test_values_are_read_as_yaml_1_2(write):
     path = write(
         GIVEN + "optim: {learning_rate: 1e-4, eps: .5, beta1: 0}\nseed: 010\nmesh: {data: 0x10}\nrun_dir: on\n"
     )
-    config = read("ppo", path)
+    config = load_config("ppo", path)
     assert (config.optim.learning_rate, config.optim.eps, config.optim.beta1) == (1e-4, 0.5, 0.0)
     assert (config.seed, config.mesh.data, config.run_dir) == (10, 16, "on")
 
@@ -51,12 +52,12 @@ def test_only_true_and_false_are_booleans(write, value):
 
 
 def test_text_keys_take_numbers_as_they_are_written(write):
-    config = read(
+    config = load_config(
         "ppo", write("model: {path: 007, revision: 1234567}\ndata: {path: 1e-4, columns: {prompt: 3}}\n"), partial=True
     )
     assert (config.model.path, config.model.revision, config.data.path) == ("007", "1234567", "1e-4")
     assert config.data.columns == {"prompt": "3"}
-    assert read("ppo", write("tokenizer: {path: , pad_token: }"), partial=True).tokenizer.path == ""
+    assert load_config("ppo", write("tokenizer: {path: , pad_token: }"), partial=True).tokenizer.path == ""
 
 
 def test_overrides_win_and_take_dashes(write):
@@ -69,14 +70,14 @@ def test_overrides_win_and_take_dashes(write):
         ("optim", "{eps: 1e-6}"),
     ]
     path = write(GIVEN + "optim: {learning_rate: 1, warmup_steps: 5}\n")
-    config = read("ppo", path, overrides)
+    config = load_config("ppo", path, overrides)
     assert config.optim == dataclasses.replace(PPOConfig().optim, learning_rate=3e-4, warmup_steps=5, eps=1e-6)
     assert config.sampling.stop_token_ids == (1, 2)
     assert config.data.template == "<|user|> {input} <|end|>: x"
     assert config.data.columns == {"prompt": "question"}
     assert config.model.revision is None
     assert config.model.path == "m"
-    assert read("ppo", path, [("data.template", '"a\\nb"')]).data.template == "a\nb"
+    assert load_config("ppo", path, [("data.template", '"a\\nb"')]).data.template == "a\nb"
 
 
 def test_every_problem_is_listed_with_its_place(write):
@@ -129,7 +130,7 @@ def test_keys_that_do_not_go_together_are_refused_at_their_place(write):
 
 
 def test_what_is_given_of_a_section_leaves_the_rest_at_the_methods_defaults(write):
-    given = read("ppo", write(GIVEN + "optim:\n  schedule: constant\n"))
+    given = load_config("ppo", write(GIVEN + "optim:\n  schedule: constant\n"))
     assert given.optim == replace(PPOConfig().optim, schedule="constant")
     assert (given.optim.learning_rate, given.optim.eps) == (3e-6, 1e-5)
     assert PPOConfig(optim={"eps": 1e-7}).optim.learning_rate == 3e-6  # type: ignore[arg-type]
@@ -148,24 +149,24 @@ def test_what_is_given_of_a_section_leaves_the_rest_at_the_methods_defaults(writ
 )
 def test_what_is_not_plain_yaml_is_refused(write, text, message):
     with pytest.raises(ConfigError, match=r"my\.yaml") as caught:
-        read("sft", write(text))
+        load_config("sft", write(text))
     assert message in str(caught.value)
 
 
 def test_a_missing_file_and_bytes_that_are_not_text(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
-        read("sft", tmp_path / "none.yaml")
+        load_config("sft", tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"run_dir: caf\xe9\n")
     with pytest.raises(ConfigError, match="UTF-8"):
-        read("sft", tmp_path / "latin.yaml")
+        load_config("sft", tmp_path / "latin.yaml")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_new_and_dump_read_back_as_the_defaults(write, method):
     cls = METHODS[method]
     text = render_new(method, cls)
-    assert read(method, write(text), partial=True) == cls()
-    assert read(method, write(dump(cls())), partial=True) == cls()
+    assert load_config(method, write(text), partial=True) == cls()
+    assert load_config(method, write(dump(cls())), partial=True) == cls()
     assert all(len(line) <= 120 for line in text.splitlines())
     assert {line.split(":")[0].strip() for line in text.splitlines() if "# required" in line} >= {"path"}
     flat = set(yaml.safe_load(text))
@@ -175,17 +176,17 @@ def test_new_and_dump_read_back_as_the_defaults(write, method):
 def test_dump_keeps_values_that_look_like_something_else(write):
     overrides = [("data.template", "1e-4"), ("run_dir", "on"), ("data.completion_prefix", " "), ("model.path", "null")]
     overrides += [("data.columns", "{'1': '2'}"), ("optim.learning_rate", "1e-7"), ("sampling.stop_token_ids", "[3]")]
-    config = read("sft", None, overrides, partial=True)
-    assert read("sft", write(dump(config)), partial=True) == config
+    config = load_config("sft", None, overrides, partial=True)
+    assert load_config("sft", write(dump(config)), partial=True) == config
     assert config.data.template == "1e-4"
     assert yaml.safe_load(dump(config))["run_dir"] == "on"  # a YAML 1.1 reader agrees
 
 
 def test_every_documented_field_is_found():
     docs = field_docs()
-    assert docs["PPO", "kl_coef"].startswith("What a nat")
+    assert docs["PPO", "kl_coef"].startswith("KL penalty coefficient")
     assert docs["ModelSource", "path"].endswith("Required.")
-    assert ("PPO", "gamma") not in docs
+    assert ("PPOConfig", "ppo") not in docs
     assert {"LoRA", "RewardSource", "SFTConfig"} <= {section for section, _ in docs}, "of every module of config/"
 
 
@@ -213,13 +214,13 @@ def test_a_misspelt_key_is_refused_at_any_depth(write):
         if wrong in known or wrong.startswith("data.columns."):
             continue
         with pytest.raises(ConfigError, match=r"unknown key"):
-            read("sft", None, [(wrong, "1")], partial=True)
+            load_config("sft", None, [(wrong, "1")], partial=True)
         *sections, leaf = wrong.split(".")
         text = (
             "".join(f"{'  ' * i}{part}:\n" for i, part in enumerate(sections)) + "  " * len(sections) + f"{leaf}: 1\n"
         )
         with pytest.raises(ConfigError, match=r"my.yaml:\d+: unknown key"):
-            read("sft", write(text), partial=True)
+            load_config("sft", write(text), partial=True)
 
 
 def _misspelt(key: str, distance: int, rng: random.Random) -> str:
@@ -250,7 +251,7 @@ reward:
 
 
 def test_components_of_the_reward_are_a_list_of_sections(write):
-    first, second = read("ppo", write(COMPONENTS)).reward.components
+    first, second = load_config("ppo", write(COMPONENTS)).reward.components
     assert (first.function, first.weight) == ("r.py:f", 2.0)
     assert first.options == {"low": 10, "words": ["a", 0.01], "deep": {"when": "on"}}
     assert (second.model, second.revision, second.template) == ("judge", "1234567", "{prompt} {response}")
@@ -264,13 +265,13 @@ def test_overrides_reach_into_a_list(write):
         ("reward.components.2.url", "http://x/y"),
         ("reward.components.2.on_error", "skip"),
     ]
-    config = read("ppo", write(COMPONENTS), overrides)
+    config = load_config("ppo", write(COMPONENTS), overrides)
     first, second, third = config.reward.components
     assert (first.weight, first.options["low"], first.options["words"]) == (-1, 5, ["a", 0.01])
     assert (second.micro_batch_size, third.url, third.on_error) == (3, "http://x/y", "skip")
-    assert read("ppo", write(dump(config))) == config
+    assert load_config("ppo", write(dump(config))) == config
     fresh = [("reward.components.0.function", "r.py:f"), ("model.path", "m"), ("data.path", "d")]
-    assert read("ppo", None, fresh).reward.components[0].function == "r.py:f"
+    assert load_config("ppo", None, fresh).reward.components[0].function == "r.py:f"
 
 
 def test_problems_in_a_component_have_their_key_and_their_line(write):

@@ -47,7 +47,7 @@ def made(tmp_path_factory):
 
 
 def config(folder, made):
-    return file.read("ppo", made / "ppo.yaml", [("model.path", str(folder))], partial=True)
+    return file.load_config("ppo", made / "ppo.yaml", [("model.path", str(folder))], partial=True)
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def test_a_plan_says_whether_it_fits_and_what_would_help(rewarded, capsys, monke
     assert not report.examine(told, every_knob=False)
     said = capsys.readouterr().out
     assert "does NOT fit" in said and "--ppo.micro_batch_size 1" in said and "not enough alone" in said
-    assert "--mesh.fsdp 3: cannot be had here" in said
+    assert "--mesh.fsdp 3: not possible here" in said
     assert plan.plan(config.replace(told, **small[1].keys)).peak.total < made.peak.total
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxrlhf.config import RewardSource
-from jaxrlhf.config.file import read
+from jaxrlhf.config.file import load_config
 from jaxrlhf.rewards.functions import load
 from jaxrlhf.rewards.sources.protocol import ScoreRequest
 
@@ -21,7 +21,7 @@ COLUMNS = {"answer": ["2"] * 2, "target": [2] * 2, "nums": [[1, 1]] * 2}
 def test_every_block_is_a_config(block, tmp_path):
     file = tmp_path / "my.yaml"
     file.write_text(block)
-    source: RewardSource = read("ppo", file, partial=True).reward
+    source: RewardSource = load_config("ppo", file, partial=True).reward
     assert source.parts()
     for part in source.parts():
         if part.function.startswith("jaxrlhf."):

@@ -73,8 +73,8 @@ def test_an_ensemble_is_unscored_where_a_member_is(folders, policy_tokenizer, ma
     ("options", "words"),
     [
         ({"function": "a.py:b", "ensemble": ("m",)}, "ensemble .* only with model"),
-        ({"model": "m", "combine": "min"}, "combine has a meaning with ensemble alone"),
-        ({"model": "m", "ensemble": ("n",), "spread_coef": 2.0}, "leave out the one"),
+        ({"model": "m", "combine": "min"}, "combine is min, but there is no ensemble to combine"),
+        ({"model": "m", "ensemble": ("n",), "spread_coef": 2.0}, "spread_coef is 2, but combine is mean"),
         ({"model": "m", "ensemble": ("m",)}, "names a model twice"),
         ({"model": "m", "name": "a_spread"}, "_spread"),
     ],

@@ -44,7 +44,9 @@ def test_a_stopped_run_with_refills_goes_on_bit_for_bit_and_is_exported(grpo, tm
         stopped.train()
     assert list(stopped.frozen) == ["policy"], "there is no KL, so no reference"
     assert export(tmp_path / "parts", tmp_path / "exported") == tmp_path / "exported"
-    assert commands_models.as_trained(str(tmp_path / "parts"), "sampling"), "generate and evaluate sample as it did"
+    assert commands_models.overrides_from_run(str(tmp_path / "parts"), "sampling"), (
+        "generate and evaluate sample as it did"
+    )
     resumed = make("parts")
     resumed.train()
     log = records(tmp_path / "whole")
@@ -156,10 +158,10 @@ def test_a_run_has_a_plan(grpo, tmp_path):
         ({"kl_estimator": "k1"}, "its expected gradient is zero"),
         ({"method": "dr_grpo", "kl_estimator": "k2"}, "has no KL to estimate; give a grpo.kl_coef, or leave it out"),
         ({"method": "rloo", "kl_estimator": "k3", "num_mini_batches": 1}, "the part that flows through the estimate"),
-        ({"method": "remax", "max_refills": 1, "num_mini_batches": 1}, "compares no groups that could be flat"),
+        ({"method": "remax", "max_refills": 1, "num_mini_batches": 1}, "compares no groups; set it to 0"),
         ({"method": "online_dpo", "sampler_correction": "mask"}, "no importance weights"),
-        ({"rejected_text": "no"}, "learns from no pairs; it is for online_dpo"),
-        ({"beta": 0.2}, "it is for online_dpo; what a nat of KL costs is grpo.kl_coef"),
+        ({"rejected_text": "no"}, "does not use it; it is for online_dpo"),
+        ({"beta": 0.2}, "it is for online_dpo; the KL penalty coefficient is grpo.kl_coef"),
         ({"dpo_loss": "ipo"}, "grpo.dpo_loss is set"),
         ({"method": "online_dpo", "num_mini_batches": 3}, "must divide the pairs of a batch"),
         ({"method": "online_dpo", "kl_coef": 0.1}, "grpo.beta is its own"),

@@ -1,0 +1,191 @@
+"""The commands of the command line and their arguments."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxrlhf.cli import models, training
+from jaxrlhf.cli.models import Options, Overrides
+from jaxrlhf.config.file import METHODS
+from jaxrlhf.config.schema import keys
+from jaxrlhf.selection.rule import KEEP
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: the function it runs, its help text, and keyword arguments of `add_argument` by argument name."""
+
+    run: Callable[[Options, Overrides], int | None]
+    help: str
+    arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    overrides: bool = False  # accepts --section.key value
+
+
+def _natural(text: str) -> int:
+    return _integer(text, 0)
+
+
+def _count(text: str) -> int:
+    return _integer(text, 1)
+
+
+def _integer(text: str, minimum: int) -> int:
+    if text.isdecimal() and int(text) >= minimum:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected an integer of at least {minimum}, got '{text}'")
+
+
+_SEED: dict[str, Any] = {"type": _natural, "metavar": "N", "help": "random seed"}
+_FRESH: dict[str, Any] = {"action": "store_true"}
+_METHOD: dict[str, Any] = {"choices": list(METHODS)}
+_USE_LORA: dict[str, Any] = {"action": "store_true", "help": "short for --lora.enabled true"}
+_CONFIG: dict[str, Any] = {"nargs": "?", "metavar": "CONFIG.yaml", "help": "config file, or the name of a preset"}
+_MODEL: dict[str, Any] = {"metavar": "MODEL", "help": "model folder, hub id or run directory"}
+_TRAIN: dict[str, dict[str, Any]] = {
+    "config": _CONFIG,
+    "--fresh": {**_FRESH, "help": "start over in an existing run directory instead of resuming"},
+    "--dry-run": {"action": "store_true", "help": "print the resolved config and a summary of the run, then stop"},
+    "--use-lora": _USE_LORA,
+}
+_EVALUATION: dict[str, dict[str, Any]] = {
+    "--prompts": {"required": True, "metavar": "FILE", "help": "data file with prompts"},
+    "--num-prompts": {"type": _count, "default": 20, "metavar": "N", "help": "number of prompts (default: 20)"},
+    "--num-completions": {"type": _count, "default": 4, "metavar": "N", "help": "completions per prompt (default: 4)"},
+    "--reward": {"metavar": "path.py:name", "help": "reward function; default: the reward of the PPO or GRPO run"},
+    "--reward-model": {"metavar": "DIR", "help": "reward model"},
+    "--references": {
+        "metavar": "COLUMN",
+        "help": "column with reference completions, for BLEU and ROUGE-L; default: the data's answer column, if any",
+    },
+    "--seed": _SEED,
+    "--output": {"metavar": "FILE.json", "help": "write all results to this file"},
+}
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        training.demo,
+        "run SFT, reward modelling and PPO on a tiny task (two minutes on a CPU)",
+        {
+            "--seed": {**_SEED, "default": 0},
+            "--output": {"default": "runs/demo", "metavar": "DIR", "help": "output directory (default: runs/demo)"},
+            "--quiet": {"action": "store_true", "help": "print less"},
+        },
+    ),
+    "doctor": Command(
+        training.doctor,
+        "check the installation and, optionally, a model (files, decoding, a small PPO update in memory) and the data, "
+        "reward and sampling of a PPO config; exit code 1 if a check fails",
+        {"model": {"nargs": "?", **_MODEL}, "config": {**_CONFIG, "help": "PPO config file, or the name of a preset"}},
+        overrides=True,
+    ),
+    "new": Command(training.new, "print a config file with all options", {"method": {**_METHOD, "metavar": "METHOD"}}),
+    "data": Command(
+        training.data,
+        "show the format of a data file and how it is read",
+        {"file": {"metavar": "FILE", "help": "data file, folder or hub id"}},
+        overrides=True,
+    ),
+    "sft": Command(training.train, "supervised fine-tuning", _TRAIN, overrides=True),
+    "reward": Command(
+        training.train, "train a reward model on pairs, rankings, labels or scores", _TRAIN, overrides=True
+    ),
+    "dpo": Command(
+        training.train, "train on preferences without a reward model: DPO and related losses", _TRAIN, overrides=True
+    ),
+    "ppo": Command(training.train, "train with PPO on a reward model or reward function", _TRAIN, overrides=True),
+    "grpo": Command(
+        training.train, "train with GRPO, a related method without a critic, or online DPO", _TRAIN, overrides=True
+    ),
+    "plan": Command(
+        training.plan,
+        "estimate the memory of a run, whether it fits, and the minimum time of a step, without running it; exit code "
+        "8 if it does not fit",
+        {
+            "config": _CONFIG,
+            "--method": {**_METHOD, "help": "method of the config; default: recognised from the file"},
+            "--use-lora": _USE_LORA,
+            "--knobs": {"action": "store_true", "help": "try memory-saving options even if the run fits"},
+        },
+        overrides=True,
+    ),
+    "generate": Command(
+        models.generate,
+        "complete a prompt, or complete a file of prompts and keep completions by their reward",
+        {
+            "model": _MODEL,
+            "--prompt": {"metavar": "TEXT", "help": "prompt; empty: start from the bos token"},
+            "--greedy": {"action": "store_true", "help": "greedy decoding"},
+            "--max-new-tokens": {"type": _count, "metavar": "N", "help": "maximum number of generated tokens"},
+            "--temperature": {"metavar": "T", "help": "sampling temperature"},
+            "--top-k": {"metavar": "K", "help": "sample from the K most probable tokens"},
+            "--top-p": {"metavar": "P", "help": "nucleus sampling"},
+            "--min-p": {"metavar": "P", "help": "minimum probability relative to the most probable token"},
+            "--seed": _SEED,
+            "--n": {"type": _count, "default": 1, "metavar": "N", "help": "completions per prompt (default: 1)"},
+            "--prompts": {"metavar": "FILE", "help": "data file with prompts, instead of --prompt"},
+            "--best-by": {
+                "metavar": "reward.yaml",
+                "help": "config file with a section `reward`; default: the reward of the PPO or GRPO run",
+            },
+            "--keep": {
+                "choices": KEEP,
+                "help": "rows to write per prompt. best (default): the best completion, for sft. pairs: best and "
+                "worst, for reward and dpo. above: completions with at least --threshold. all: all completions. "
+                "prompts: the prompt without a completion, with its scores",
+            },
+            "--threshold": {
+                "type": float,
+                "metavar": "X",
+                "help": "minimum score of a passing completion; a prompt's pass_rate is the fraction that pass",
+            },
+            "--min-pass-rate": {"type": float, "metavar": "RATE", "help": "drop prompts with a lower pass rate"},
+            "--max-pass-rate": {"type": float, "metavar": "RATE", "help": "drop prompts with a higher pass rate"},
+            "--out": {
+                "metavar": "FILE.jsonl",
+                "help": "output file of --prompts (FILE.jsonl.scored until it is complete)",
+            },
+            "--fresh": {**_FRESH, "help": "overwrite --out and do not resume an interrupted command"},
+        },
+        overrides=True,
+    ),
+    "evaluate": Command(
+        models.evaluate,
+        "score a language model's completions with a reward (ranked BEST, MEDIUM, WORST) and against reference "
+        "completions, or a reward model's judgements on examples",
+        {
+            "model": _MODEL,
+            **_EVALUATION,
+            "--prompts": {"metavar": "FILE", "help": "data file with prompts, to evaluate a language model"},
+            "--examples": {
+                "metavar": "FILE",
+                "help": "to evaluate a reward model: rows {name, prompt, good, bad}, {name, prompt, completion, "
+                "label}, or preference pairs",
+            },
+        },
+        overrides=True,
+    ),
+    "compare": Command(
+        models.compare,
+        "evaluate two models on the same prompts and report win rates and score differences",
+        {"model": {**_MODEL, "metavar": "A"}, "other": {**_MODEL, "metavar": "B"}, **_EVALUATION},
+        overrides=True,
+    ),
+    "plot": Command(
+        training.plot,
+        "plot a run's metrics (PNG) and write them as CSV",
+        {"run": {"metavar": "RUN", "help": "run directory"}},
+    ),
+    "export": Command(
+        models.export,
+        "export a run's model in Hugging Face format (adapters in PEFT format)",
+        {
+            "run": {"metavar": "RUN", "help": "run directory; with --merge-lora also a folder of adapters"},
+            "directory": {"metavar": "DIR", "help": "output folder"},
+            "--role": {"choices": ("policy", "critic"), "default": "policy", "help": "model of a PPO run to export"},
+            "--merge-lora": {"action": "store_true", "help": "merge adapters into the model"},
+        },
+    ),
+}
+USING_DEVICES = {"demo", "doctor", *METHODS, "plan", "generate", "evaluate", "compare"}
+TOP_LEVEL_KEYS = {key for cls in METHODS.values() for key, _ in keys(cls) if "." not in key}

@@ -1,0 +1,89 @@
+"""Sections for the model, its adapters and its tokenizer."""
+
+from typing import Literal
+
+from jaxrlhf.config.base import Bool, Count, DType, FractionBelowOne, Natural, Positive, section
+
+
+@section
+class ModelSource:
+    """The model to start from, and its precision."""
+
+    path: str = ""
+    """Hugging Face model folder (or PEFT adapter folder), run directory of an earlier run, or hub id. Required."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub. Pin a commit for reproducible runs."""
+    merged_path: str = ""
+    """Folder to write the merged model to, if `path` holds PEFT adapters: they are merged into their base model
+    first."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` initialises the weights randomly; only config.json and the tokenizer are read."""
+    param_dtype: DType = "auto"
+    """Dtype in which parameters are stored. auto: float32 if trainable, `compute_dtype` if frozen."""
+    compute_dtype: DType = "auto"
+    """Dtype of matrix multiplications; sums, norms, softmax and losses always use float32. auto: float32 on CPU,
+    bfloat16 elsewhere."""
+    remat: Literal["auto", "none", "full", "dots"] = "auto"
+    """Gradient checkpointing: activations recomputed in the backward pass to save memory. none: nothing. full: whole
+    layers. dots: everything except matrix products. auto: full on CPU (no slower there), none elsewhere."""
+    attention: Literal["auto", "plain", "cudnn"] = "auto"
+    """Attention implementation for training and scoring. cudnn: fused kernel for NVIDIA GPUs in bfloat16. auto: cudnn
+    if it passes a numerical check at startup (the choice is printed), else plain."""
+
+
+@section
+class LoRA:
+    """Low-rank adapters (https://arxiv.org/abs/2106.09685): only the adapters train; the base model is frozen."""
+
+    enabled: Bool = False
+    """Train adapters. `--use-lora` is short for it."""
+    rank: Count = 16
+    """Rank of the adapter matrices."""
+    alpha: Positive = 32.0
+    """Scaling numerator: the adapter output is multiplied by alpha / rank."""
+    use_rslora: Bool = False
+    """Scale by alpha / sqrt(rank) instead (https://arxiv.org/abs/2312.03732)."""
+    use_dora: Bool = False
+    """Also train the magnitude of each output (DoRA, https://arxiv.org/abs/2402.09353)."""
+    dropout: FractionBelowOne = 0.0
+    """Dropout on adapter inputs. Supervised training only: in PPO and GRPO it would change the probability ratio."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Matrices to adapt, by their PEFT names (q_proj, c_attn, ...). `all-linear`: every linear layer of each block."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Quantisation of the frozen matrices under the adapters. int8: one scale per output. nf4: 4 bits, one scale per
+    64 weights (QLoRA, https://arxiv.org/abs/2305.14314)."""
+    double_quant: Bool = False
+    """nf4 only: quantise the scales too, to 8 bits."""
+    layers: tuple[Natural, Natural] | None = None
+    """Range [start, end) of layers to adapt, [8, 16] for example. None: all layers."""
+
+    def __post_init__(self) -> None:
+        if self.quantize != "none" and not self.enabled:
+            raise ValueError(
+                f"lora.quantize is {self.quantize} but lora.enabled is false: quantised weights cannot be trained, "
+                "only adapters on top of them; set lora.enabled (or --use-lora)"
+            )
+        if self.double_quant and self.quantize != "nf4":
+            raise ValueError(f"lora.double_quant needs lora.quantize: nf4, but lora.quantize is {self.quantize}")
+        if not self.target_modules:
+            raise ValueError("lora.target_modules is empty: nothing would train; name matrices, or use all-linear")
+        if self.layers and self.layers[0] >= self.layers[1]:
+            raise ValueError(
+                f"lora.layers is {list(self.layers)}: give [start, end) with start < end; the layer `end` is excluded"
+            )
+
+
+@section
+class TokenizerSource:
+    """The tokenizer, its chat template and special tokens."""
+
+    path: str = ""
+    """Folder or hub id. Empty: the model's own tokenizer."""
+    chat_template: str = "auto"
+    """auto: the tokenizer's own template, if it has one. none: plain text. chatml: ChatML, for a tokenizer without a
+    template. Otherwise the path of a .jinja file."""
+    pad_token: str | None = None
+    """Padding token. None: the tokenizer's own, else a reserved token, else eos (padding is masked by position, so
+    sharing eos is safe)."""
+    eos_token: str | None = None
+    """End-of-sequence token. None: the tokenizer's own."""

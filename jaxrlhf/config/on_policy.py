@@ -1,0 +1,167 @@
+"""Sections and checks shared by the on-policy methods, PPO and GRPO."""
+
+from typing import Any, Literal
+
+from jaxrlhf.config.base import (
+    Bool,
+    Count,
+    DType,
+    Fraction,
+    FractionBelowOne,
+    Natural,
+    NonNegative,
+    Positive,
+    PositiveFraction,
+    Real,
+    check_divides,
+    section,
+)
+
+
+@section
+class Reference:
+    """The reference model of the KL penalty: a frozen copy of the initial policy."""
+
+    dtype: DType = "auto"
+    """Dtype in which it is stored. auto: the policy's compute dtype. No effect with adapters, whose base model serves
+    as the reference."""
+    sync_every: Natural = 0
+    """Updates between synchronisations of the reference with the policy. 0: never."""
+    sync_alpha: PositiveFraction = 1.0
+    """Weight of the policy in a synchronisation: reference = sync_alpha * policy + (1 - sync_alpha) * reference."""
+    offload: Bool = False
+    """Keep the reference in host memory, except while it computes log-probs."""
+
+
+@section
+class Scores:
+    """Shaping of sequence scores before they become rewards, in this order."""
+
+    normalise: Literal["none", "reference", "running"] = "none"
+    """Normalisation to mean 0 and standard deviation 1. reference: with statistics of reference responses sampled once
+    before training (https://arxiv.org/abs/1909.08593). running: with statistics of all scores of the run so far. Both
+    are checkpointed."""
+    reference_samples: Count = 256
+    """Number of responses to sample for `normalise: reference`."""
+    scale: Real = 1.0
+    """Factor applied to the score: score * scale + shift."""
+    shift: Real = 0.0
+    """Constant added to the scaled score."""
+    clip: Positive | None = None
+    """Clip the score to [-clip, clip]. None: no clipping."""
+    missing_eos_penalty: NonNegative = 0.0
+    """Subtracted from the score of a response without a stop token or stop string (truncated at the maximum length)."""
+    overlong_buffer: Natural = 0
+    """Length in tokens of the penalised zone before sampling.response_length: the penalty rises linearly from 0 to
+    `overlong_penalty` over it (https://arxiv.org/abs/2503.14476, eq. 13). 0: disabled."""
+    overlong_penalty: NonNegative = 1.0
+    """Penalty of a response of maximum length, with `overlong_buffer`."""
+
+
+@section
+class Validation:
+    """Evaluation on held-out prompts (data.validation_path or data.validation_fraction) during training."""
+
+    eval_steps: Natural = 0
+    """Updates between evaluations, besides those at the start and at the end. 0: only these two."""
+    max_prompts: Count = 64
+    """Number of held-out prompts to use (the first ones). Each is completed greedily and by sampling."""
+    metric: str = "eval/scores"
+    """Metric that selects the best checkpoint and is watched by `patience`; any metric logged with an evaluation."""
+    mode: Literal["max", "min"] = "max"
+    """Direction of `metric`: max if higher is better, min if lower."""
+    keep_best: Bool = False
+    """Keep the checkpoint with the best `metric` and export it at the end."""
+    patience: Natural = 0
+    """Early stopping: evaluations in a row without improvement before training stops. 0: disabled."""
+    reward_model: str = ""
+    """A second reward model, not used in training, whose scores are logged to detect over-optimisation."""
+
+
+@section
+class Alarms:
+    """Warnings for reward hacking and collapse. They are printed and logged (alarm/...) but do not stop the run."""
+
+    kl: Positive | None = None
+    """Warn if the KL to the reference, in nats per response, exceeds this value. None: disabled."""
+    entropy: FractionBelowOne = 0.1
+    """Warn if entropy per token falls below this fraction of its value in the first update. 0: disabled."""
+    length_correlation: PositiveFraction = 0.9
+    """Warn if the absolute correlation between score and response length exceeds this value. 1: disabled."""
+    finished: Fraction = 0.5
+    """Warn if the fraction of finished responses drops by more than this since the first update. 1: disabled."""
+    window: Count = 5
+    """Number of updates the values are averaged over; no warnings before that many updates."""
+
+
+_REWARD_HAS_NO_GRADIENT = (
+    "a reward is a constant to the gradient, so the part that flows through the estimate, nearly all of it near "
+    "the reference, would be lost; use k1, or a KL in the loss"
+)
+WRONG_KL = {
+    ("k1", "loss"): "its expected gradient is zero and would not hold the policy; use k2, k3, or a KL in the reward",
+    ("k2", "reward"): _REWARD_HAS_NO_GRADIENT,
+    ("k3", "reward"): _REWARD_HAS_NO_GRADIENT,
+}
+"""Why a (kl_estimator, kl_in) combination has a wrong gradient."""
+
+
+def check(method: str, config: Any, batch_size: int) -> None:
+    """Check the options of PPO and GRPO runs against each other.
+
+    `batch_size` is the number of completions that an update of `method` trains on. Raises ValueError.
+    """
+    settings, sampling, validation = getattr(config, method), config.sampling, config.validation
+    filters = sampling.top_k or sampling.top_p < 1 or sampling.min_p or sampling.min_length
+    if sampling.renormalise_logprobs and not filters:
+        raise ValueError(
+            "sampling.renormalise_logprobs is true but sampling filters nothing: nothing to renormalise; "
+            "set top_k, top_p, min_p or min_length, or leave it false"
+        )
+    _check_batch_sizes(method, settings, batch_size)
+    if config.lora.enabled and config.lora.dropout:
+        raise ValueError(
+            f"lora.dropout is {config.lora.dropout:g}: pi / pi_old would not be 1 before the first step; set it to 0"
+        )
+    if config.scores.overlong_buffer > sampling.response_length:
+        raise ValueError(
+            f"scores.overlong_buffer ({config.scores.overlong_buffer}) is more than sampling.response_length "
+            f"({sampling.response_length}): every response would be penalised; lower scores.overlong_buffer"
+        )
+    _check_reference(config)
+    wanted = [key for key in ("eval_steps", "keep_best", "patience", "reward_model") if getattr(validation, key)]
+    if wanted and not (config.data.validation_path or config.data.validation_fraction):
+        raise ValueError(
+            f"validation.{wanted[0]} is set but there are no held-out prompts; give data.validation_path or "
+            "data.validation_fraction"
+        )
+
+
+def _check_batch_sizes(method: str, settings: Any, batch_size: int) -> None:
+    total = f"{method}.batch_size ({batch_size})"
+    check_divides(f"{method}.num_mini_batches", settings.num_mini_batches, total, batch_size)
+    rows = batch_size // settings.num_mini_batches
+    if settings.micro_batch_size:
+        mini_batch = f"a mini-batch ({rows} rows: {method}.batch_size / {method}.num_mini_batches)"
+        check_divides(f"{method}.micro_batch_size", settings.micro_batch_size, mini_batch, rows)
+    if annotation_rows := settings.local_rollout_forward_batch_size:
+        check_divides(f"{method}.local_rollout_forward_batch_size", annotation_rows, total, batch_size)
+
+
+def _check_reference(config: Any) -> None:
+    reference = config.reference
+    if reference.sync_alpha < 1 and reference.dtype == "bfloat16":
+        raise ValueError(
+            "reference.dtype is bfloat16 with reference.sync_alpha below 1: small moves would be rounded away; "
+            "use float32 or auto"
+        )
+    if reference.offload and config.lora.enabled:
+        raise ValueError(
+            "reference.offload and lora.enabled are both true: with adapters the reference is the model under the "
+            "policy's adapters, which has to stay on the device; set reference.offload to false"
+        )
+    if reference.offload and reference.sync_every:
+        raise ValueError(
+            f"reference.offload is true and reference.sync_every is {reference.sync_every}: a reference that is "
+            "updated has to stay on the device; set reference.offload to false"
+        )

@@ -1,0 +1,234 @@
+"""Reads and validates one config, keeping the location of every key for error messages."""
+
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pydantic
+import yaml
+
+from jaxrlhf.config.schema import allowed_types, describe, element_class, keys, show
+from jaxrlhf.config.spelling import did_you_mean
+from jaxrlhf.config.text import field_docs
+from jaxrlhf.config.yaml12 import Loader, scalar
+from jaxrlhf.errors import ConfigError
+
+_REQUIRED = ("model.path", "data.path")
+_YAML_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
+
+
+class Location(NamedTuple):
+    """Where a key is set: in a line of the config file, or by an override."""
+
+    source: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.source if self.line is None else f"{self.source}:{self.line}"
+
+
+_OVERRIDE = Location("override")
+
+
+class _ListElement(NamedTuple):
+    """A key inside an element of a list of sections."""
+
+    element: str  # e.g. "reward.components.1"
+    cls: type  # e.g. Component
+    key: str  # e.g. "weight"
+
+
+class ConfigReader:
+    """Reads one config and collects the locations of its keys and all problems."""
+
+    def __init__(self, cls: type, source: str) -> None:
+        self.cls, self.source = cls, source
+        self.annotations = dict(keys(cls))
+        self.locations: dict[str, Location] = {}
+        self.problems: list[tuple[Location, str]] = []
+
+    def read_file(self, path: Path) -> dict[str, Any]:
+        """The file's mapping. Raises ConfigError if the file is not a YAML mapping."""
+        try:
+            node = yaml.compose(path.read_text(encoding="utf-8"), Loader=Loader)
+            value = self._to_python(node, "", self.cls, self.source) if node else {}
+        except OSError as error:
+            raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not UTF-8 text: byte {error.start} cannot be read") from error
+        except RecursionError as error:
+            raise ConfigError(f"{path}: an alias refers to the mapping that contains it") from error
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            raise ConfigError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {error.problem}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not YAML: {error}") from error
+        if isinstance(value, dict):
+            return value
+        raise ConfigError(f"{path}: expected a mapping of keys to values, found {show(value)}")
+
+    def apply_override(self, mapping: dict[str, Any], key: str, text: str) -> None:
+        """Set `key` in `mapping`, creating sections and list elements as needed."""
+        key = key.replace("-", "_")
+        annotation = self._annotation(key)
+        if annotation is None:
+            self.problems.append((_OVERRIDE, self._unknown(key)))
+            return
+        allowed = allowed_types(annotation)
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        if allowed <= {str, types.NoneType} and not quoted and not (text == "null" and types.NoneType in allowed):
+            value: Any = text  # verbatim, braces and colons included
+        else:
+            try:
+                node = yaml.compose(text, Loader=Loader)
+            except yaml.YAMLError as error:
+                reason = getattr(error, "problem", error)
+                self.problems.append((_OVERRIDE, f"{key}: {text!r} is not YAML: {reason}"))
+                return
+            value = self._to_python(node, key, annotation, None) if node else None
+        self.locations[key] = _OVERRIDE
+        target: Any = mapping
+        *path, leaf = key.split(".")
+        for i, part in enumerate(path):
+            if isinstance(target, list):  # an existing element by its index, or a new one at the end
+                if int(part) > len(target):
+                    name = ".".join(path[:i])
+                    self.problems.append((_OVERRIDE, f"{key}: {name} has {len(target)} elements, numbered from 0"))
+                    return
+                target.extend([{}] * (int(part) == len(target)))
+                target = target[int(part)]
+            else:
+                empty = [] if element_class(self._annotation(".".join(path[: i + 1]))) else {}
+                if not isinstance(target.get(part), type(empty)):
+                    target[part] = empty
+                target = target[part]
+        _merge(target, leaf, value)
+
+    def validate(self, mapping: dict[str, Any]) -> Any:
+        """The config, or None if there are problems."""
+        try:
+            return pydantic.TypeAdapter(self.cls).validate_python(mapping)
+        except pydantic.ValidationError as error:
+            for item in error.errors(include_url=False):
+                self._add_validation_error(".".join(str(part) for part in item["loc"]), item)
+            return None
+
+    def _add_validation_error(self, key: str, error: Any) -> None:
+        if error["type"] == "value_error":  # raised by the checks of a section or config
+            message = str(error["ctx"]["error"])
+            prefix = f"{key}." if key else ""
+            mentioned = [
+                k for k in self.locations if k.startswith(prefix) and re.search(rf"\b{re.escape(k)}\b", message)
+            ]
+            if mentioned:  # of conflicting keys, blame an override first
+                key = max(mentioned, key=lambda k: (self.locations[k] == _OVERRIDE, len(k)))
+            elif key:
+                message = f"{key}: {message}"
+        elif error["type"] == "unexpected_keyword_argument":
+            message = self._unknown(key)
+        else:
+            message = f"{key}: {describe(error)}"
+            is_text_for_section = error["type"] == "dataclass_type" and isinstance(error["input"], str)
+            if is_text_for_section and f"{key}.path" in self.annotations:
+                message += f"; did you mean '{key}.path'?"
+        self.problems.append((self._location(key), message))
+
+    def check_required(self, method: str, mapping: Mapping[str, Any]) -> None:
+        """Add a problem for each required key that is not set."""
+
+        def is_set(key: str) -> bool:
+            section, _, leaf = key.partition(".")
+            values = mapping.get(section)
+            if values is not None and not isinstance(values, dict):
+                return True  # not a section: reported by validation
+            return bool((values or {}).get(leaf))
+
+        for key in _REQUIRED:
+            if not is_set(key):
+                section, _, leaf = key.partition(".")
+                doc = field_docs()[self.annotations[section].__name__, leaf].removesuffix(" Required.")
+                self.problems.append((self._location(key), f"{key} is required. {doc}"))
+        if method in ("ppo", "grpo") and not any(map(is_set, ("reward.model", "reward.function", "reward.components"))):
+            message = (
+                "a reward is required: reward.model (a reward model's folder), reward.function (path.py:name), "
+                "reward.components (a list), or several of them"
+            )
+            self.problems.append((self._location("reward"), message))
+
+    def _unknown(self, key: str) -> str:
+        if key in self.annotations:  # a dotted key as one word of the file
+            section, _, name = key.rpartition(".")
+            return f"'{key}' is written as '{name}:' below '{section}:' in a file"
+        known = list(self.annotations)
+        if inner := self._in_list_element(key):
+            known = [f"{inner.element}.{name}" for name, _ in keys(inner.cls)]
+        return f"unknown key '{key}'{did_you_mean(key, known)}"
+
+    def _in_list_element(self, key: str) -> _ListElement | None:
+        for name, annotation in self.annotations.items():
+            cls = element_class(annotation)
+            if cls and (match := re.fullmatch(rf"({re.escape(name)}\.\d+)\.(.+)", key)):
+                return _ListElement(match[1], cls, match[2])
+        return None
+
+    def _annotation(self, key: str) -> Any:
+        """The annotation of a dotted key, which may be inside a list element or a mapping; None if unknown."""
+        annotations = self.annotations
+        if inner := self._in_list_element(key):
+            key, annotations = inner.key, dict(keys(inner.cls))
+        if key in annotations:
+            return annotations[key]
+        parent = annotations.get(key.rpartition(".")[0])
+        return typing.get_args(parent)[1] if dict in allowed_types(parent) else None
+
+    def _location(self, key: str) -> Location:
+        """The location of `key`, or of the closest section around it."""
+        while key and key not in self.locations:
+            key = key.rpartition(".")[0]
+        return self.locations.get(key, Location(self.source))
+
+    def _to_python(self, node: yaml.Node, key: str, annotation: Any, source: str | None) -> Any:
+        """Convert a YAML node to plain data, recording locations and problems. `source` is None for overrides."""
+
+        def location(of: yaml.Node) -> Location:
+            return Location(source, of.start_mark.line + 1) if source else _OVERRIDE
+
+        if node.tag.rpartition(":")[2] not in _YAML_TAGS:
+            self.problems.append((location(node), f"the YAML tag {node.tag} is not supported; use plain values"))
+            return None
+        if isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                self.locations[f"{key}.{i}"] = location(item)
+            return [self._to_python(item, f"{key}.{i}", None, source) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            mapping: dict[str, Any] = {}
+            for key_node, value_node in node.value:
+                inner = f"{key}.{key_node.value}" if key else str(key_node.value)
+                if not isinstance(key_node, yaml.ScalarNode):
+                    self.problems.append((location(key_node), "a key must be plain text"))
+                elif key_node.value in mapping:
+                    message = f"duplicate key '{inner}' (first at {self.locations[inner]})"
+                    self.problems.append((location(key_node), message))
+                else:
+                    self.locations[inner] = location(key_node)
+                    mapping[key_node.value] = self._to_python(value_node, inner, self._annotation(inner), source)
+            return mapping
+        value = scalar(node)
+        if annotation is str and value is None:  # `key:` without a value
+            return ""
+        # text keys keep digits as written (a commit 1234567); a boolean for a number is left to validation to reject
+        as_text = str in allowed_types(annotation) or (float in allowed_types(annotation) and isinstance(value, bool))
+        return node.value if as_text and value is not None else value
+
+
+def _merge(mapping: dict[str, Any], key: str, value: Any) -> None:
+    """Set `mapping[key]`, merging mappings recursively."""
+    old = mapping.get(key)
+    if isinstance(old, dict) and isinstance(value, dict):
+        for name, inner in value.items():
+            _merge(old, name, inner)
+    else:
+        mapping[key] = value

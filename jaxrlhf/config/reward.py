@@ -1,0 +1,71 @@
+"""Config of reward modelling."""
+
+from typing import Literal
+
+from jaxrlhf.config.base import Bool, FlipProbability, NonNegative, Positive, Seed, default_of, section
+from jaxrlhf.config.model import LoRA, ModelSource, TokenizerSource
+from jaxrlhf.config.sections import Checkpoint, Data, Logging, Mesh, Optim, Train
+from jaxrlhf.config.sft import check_supervised
+
+_LOSSES_USING = {
+    "label_smoothing": ("pairwise",),
+    "margins": ("pairwise",),
+    "center_rewards_coefficient": ("pairwise", "ties"),
+    "nu": ("ties",),
+}
+
+
+@section
+class RewardConfig:
+    """Reward model training on preference pairs, rankings, labels or scores."""
+
+    run_dir: str = "runs/reward"
+    """Output directory: checkpoints, metrics and the exported model."""
+    seed: Seed = 0
+    """Random seed."""
+    model: ModelSource = ModelSource()
+    lora: LoRA = LoRA()
+    head: Literal["linear", "mlp"] = "linear"
+    """Scalar head on the last token's hidden state."""
+    frozen_trunk: Bool = False
+    """Train only the head and freeze the rest of the model."""
+    loss: Literal["pairwise", "ties", "ranking", "classification", "regression"] = "pairwise"
+    """Training objective. pairwise: chosen/rejected pairs (Bradley-Terry). ties: pairs of which some are ties
+    (Rao-Kupper), marked by a column `tie` or `tied`, or `label: tie`. ranking: a list `responses`, ordered best first
+    or with a list `ranks` (Plackett-Luce). classification: responses with a good/bad `label`; used as a reward, the
+    model returns the probability of good. regression: responses with a numeric `score`."""
+    label_smoothing: FlipProbability = 0.0
+    """pairwise: assumed probability that a pair's label is flipped."""
+    margins: Bool = False
+    """pairwise: subtract the column `margin` from the score difference in the loss."""
+    center_rewards_coefficient: NonNegative = 0.0
+    """pairwise and ties: coefficient of the penalty (chosen + rejected)^2, which centres the scores around 0."""
+    nu: Positive = 0.5
+    """ties: score differences within [-nu, nu] count as ties."""
+    tokenizer: TokenizerSource = TokenizerSource()
+    data: Data = Data()
+    train: Train = Train()
+    optim: Optim = Optim()
+    mesh: Mesh = Mesh()
+    logging: Logging = Logging()
+    checkpoint: Checkpoint = Checkpoint()
+
+    def __post_init__(self) -> None:
+        check_supervised(self.train, self.optim)
+        if self.frozen_trunk and self.lora.enabled:
+            raise ValueError(
+                "frozen_trunk is true and lora.enabled too, but adapters would train the trunk; choose one"
+            )
+        for key, losses in _LOSSES_USING.items():
+            value = getattr(self, key)
+            if value != default_of(type(self), key) and self.loss not in losses:
+                raise ValueError(
+                    f"{key} ({value!r}) has no meaning with loss: {self.loss}, only with {' or '.join(losses)}; "
+                    "leave it out"
+                )
+        if self.train.packing and (self.loss != "pairwise" or self.margins):
+            conflict = "margins is true" if self.margins else f"loss is {self.loss}"
+            raise ValueError(
+                f"train.packing is true and {conflict}: a packed row keeps the texts of its pairs, but no labels "
+                "or margins; set train.packing to false"
+            )
