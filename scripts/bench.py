@@ -9,8 +9,8 @@ floors. Progress is printed to standard error, one JSON line to standard output:
 
     contestants   by name: seconds (median, min, max), tokens_per_second, peak_bytes, floor_percent, decode_percent,
                   update_percent, phases (median seconds), rates, knobs, versions; with --profile, for jaxrlhf, profile:
-                  the share of each kind of operation in the total time;
-                  case memory: gigabytes by variant (bench_memory.py); second contestant of case plan: gigabytes as phases
+                  the share of each kind of operation in the total time; case memory: gigabytes by variant
+                  (bench_memory.py); second contestant of case plan: gigabytes by phase
     ratio         by peer: our tokens per second over theirs
     limits        GF/s by dtype and GB/s, the highest measured in this run
 
@@ -104,8 +104,13 @@ def arguments() -> argparse.Namespace:
         help="ppo, grpo: train LoRA adapters of this rank; ppo: also in the peer, and in all roles of jaxrlhf",
     )
     add("--quantize", choices=("none", "int8", "nf4"), default="none", help="ppo, grpo: quantisation of our base model")
-    add("--micro-batch", type=int, help="ppo, grpo, sft, reward, dpo: rows per forward pass, ours and the peer's")
-    add("--rollout-dtype", choices=("auto", *DTYPES), default="auto", help="ppo, grpo: dtype of our rollout; auto: --dtype")
+    add("--micro-batch", type=int, help="ppo, grpo, sft, reward, dpo: rows per forward pass, in both")
+    add(
+        "--rollout-dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="ppo, grpo: of our rollout; auto: --dtype",
+    )
     add(
         "--frozen-dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -114,7 +119,7 @@ def arguments() -> argparse.Namespace:
     )
     add("--remat", choices=("auto", "none", "full", "dots"), default="auto", help="what our backward pass recomputes")
     add("--peer", nargs="+", choices=PEERS, default=[])
-    add("--peer-python", nargs="+", default=[sys.executable], help="Python interpreter of the peers: one, or one for each")
+    add("--peer-python", nargs="+", default=[sys.executable], help="Python of the peers: one, or one for each")
     add("--peer-dtype", choices=("float32", "bfloat16"), help="default: as --dtype, float32 for int8; trl: by autocast")
     add("--peer-checkpointing", action="store_true", help="use gradient checkpointing in the peer")
     add("--strong", action="store_true", help="give torch peers MKL's fast path and huge pages: see strong_knobs")

@@ -156,7 +156,7 @@ def generation(job: Job, name: str) -> Repeat:
 
 
 def ragged(job: Job, name: str) -> Repeat:
-    """Generate for more prompts than slots, with geometric response lengths: every `response`-th token id ends a response.
+    """Generate for more prompts than slots, with geometric lengths: every `response`-th token id ends a response.
 
     Probabilities of a random model are nearly uniform, so a token ends a response with probability 1 / `response`.
     """
@@ -296,7 +296,7 @@ def judged(job: Job) -> dict[str, Any]:
 
 
 def ppo_config(job: Job, as_a_run: bool = False) -> tuple[PPOConfig, list[str]]:
-    """Config of PPO on random models, critic initialised from the policy, and its prompts (also in a file if `as_a_run`)."""
+    """Config of PPO on random models, critic from the policy, and its prompts (also in a file if `as_a_run`)."""
     texts = random_texts(job)
     file = Path(job.work) / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
@@ -315,8 +315,8 @@ def make_ppo(job: Job, as_a_run: bool = False) -> tuple[ppo.PPOTrainer, list[str
 
 
 def planned(job: Job, name: str) -> Repeat:
-    """Run PPO iterations, or ("planned") compute the gigabytes of `jaxrlhf plan` by phase and with the process, to compare
-    with the measured peak."""
+    """Run PPO iterations, or ("planned") compute the gigabytes of `jaxrlhf plan` by phase and with the process, to
+    compare with the measured peak."""
     if name != "planned":
         return iteration(job, name)
 
@@ -331,8 +331,8 @@ def planned(job: Job, name: str) -> Repeat:
 
 
 def iteration(job: Job, name: str) -> Repeat:
-    """Run one iteration of PPO, or of GRPO with `samples` responses per prompt; phases: rollout, update, and scoring (the
-    reward model, and annotation before the update)."""
+    """Run one iteration of PPO, or of GRPO with `samples` responses per prompt; phases: rollout, update, and scoring
+    (the reward model, and annotation before the update)."""
     if job.case == "grpo":
         sizes = {"batch_size": job.batch, "num_generations": job.samples, "micro_batch_size": job.micro_batch}
         trainer = grpo.GRPOTrainer(GRPOConfig(grpo=GRPO(num_iterations=job.epochs, **sizes), **judged(job)))
@@ -365,7 +365,7 @@ def iteration(job: Job, name: str) -> Repeat:
 
 
 def startup(job: Job, name: str) -> Repeat:
-    """Time that compilation adds to the first PPO iteration, with an empty cache or with the one that the cold run filled."""
+    """Time that compilation adds to the first PPO iteration, with an empty cache or the one from the cold run."""
     loading, (trainer, prompts) = timed(lambda: make_ppo(job, as_a_run=True))
 
     def repeat() -> dict[str, Any]:
@@ -404,8 +404,8 @@ CASES: dict[str, Callable[[Job, str], Repeat]] = {
 
 
 def profiled(repeat: Repeat) -> Repeat:
-    """Run `repeat` under jax's profiler and add a "profile" to its record: the share of each kind of operation in the time
-    of all, if it is at least a hundredth. Threads are added up; operations called by an operation are not counted in it."""
+    """Run `repeat` under jax's profiler and add a "profile" to its record: the share of each kind of operation in the
+    total time, if at least a hundredth. Threads are added up; operations called by an operation are not part of it."""
 
     def repetition() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:

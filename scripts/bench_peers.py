@@ -173,7 +173,7 @@ def supervised() -> Repeat:
 
 
 def trl_iterations() -> None:
-    """Run TRL's PPO. `train` runs all iterations, so a callback at the end of each reports it and waits for the next turn."""
+    """Run TRL's PPO. `train` runs all iterations; a callback after each reports it and waits for the next turn."""
     import datasets
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 

@@ -1,7 +1,7 @@
 """google-tunix as a peer of bench.py, which starts `bench_tunix.py tunix JOB` in tunix's own environment.
 
-Its llama class fixes sizes that differ from shape S, so every shape uses its Qwen2 class with the shape's sizes. This adds
-biases on q, k and v to S, a thousandth of its parameters. Critic and reward model come from `create_critic_model`.
+Its llama class fixes sizes that differ from shape S, so every shape uses its Qwen2 class with the shape's sizes. This
+adds biases on q, k and v to S, a thousandth of its parameters. Critic and reward model come from `create_critic_model`.
 """
 
 # pyright: reportMissingImports=false
@@ -94,7 +94,7 @@ def generation() -> Callable[[], dict[str, Any]]:
 
 
 def iterations() -> None:
-    """Run tunix's PPO. The learner runs all iterations, so its data iterator reports each one and waits for the next turn."""
+    """Run tunix's PPO. The learner runs all iterations; its data iterator reports each and waits for the next turn."""
     from tunix.rl import rl_cluster, utils
     from tunix.rl.ppo import ppo_learner
     from tunix.rl.rollout.base_rollout import RolloutConfig

@@ -1,11 +1,11 @@
-"""A reward model of ours from StrictBot's rm.pt: its MLP head over a base model.
+"""Convert StrictBot's rm.pt to a jaxrlhf reward model: its MLP head on a base model.
 
     python scripts/convert_rm_pt.py RM.pt BASE TARGET   (needs torch: the `parity` extra)
 
 RM.pt is a torch state dict with the layers of the head as `head.net.N.weight` and `.bias`, or `reward_head.net.N`:
 in -> 512 -> 256 -> 1 with ReLU between them, on the last real token. BASE is the frozen model that the head was trained
-on, a folder or a hub id: nothing but the head is taken from RM.pt. TARGET is a new folder that `reward.model` reads.
-Names that are missing or unexpected are listed; what is not tensors alone is refused unread.
+on, a folder or a hub id; only the head is taken from RM.pt. TARGET is a new folder for `reward.model`. Missing and
+unexpected names are listed; a file with anything but tensors is refused without unpickling it.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _LAYER = re.compile(r"(?:reward_)?head\.net\.(\d+)\.(weight|bias)")
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a torch file. Raises DataError for one that holds anything else."""
+    """Read the tensors of a torch file. Raises DataError if it holds anything else."""
     import torch  # pyright: ignore[reportMissingImports]
 
     try:
@@ -38,17 +38,17 @@ def read(path: Path) -> dict[str, np.ndarray]:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
     except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path} is damaged or holds more than tensors, so it is not read") from error
+        raise DataError(f"{path} is damaged or holds more than tensors, so it is refused") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise DataError(f"{path} is not a state dict: a mapping of names to tensors was expected")
     return {name: value.float().numpy() for name, value in state.items()}
 
 
 def head(state: dict[str, np.ndarray], hidden: int) -> tuple[Params, list[str]]:
-    """(our MLP head for `hidden` inputs, the names that are no part of it). Raises DataError listing what is missing or
-    has another shape."""
+    """Return (MLP head for `hidden` inputs, names that are not part of it). Raises DataError listing tensors that are
+    missing or have another shape."""
     found = {name: match for name in state if (match := _LAYER.fullmatch(name))}
-    numbers = sorted({int(match[1]) for match in found.values()})  # those between are ReLU and dropout
+    numbers = sorted({int(match[1]) for match in found.values()})  # the numbers between are ReLU and dropout
     sizes = (hidden, *MLP_SIZES, 1)
     if len(numbers) != len(sizes) - 1:
         raise DataError(
@@ -72,7 +72,7 @@ def head(state: dict[str, np.ndarray], hidden: int) -> tuple[Params, list[str]]:
 
 
 def convert(file: Path, base: str, target: Path) -> tuple[Path, list[str]]:
-    """Write the reward model to `target`; (that folder, the names of `file` that were not used)."""
+    """Write the reward model to `target`; return (that folder, names of `file` that were not used)."""
     score, unexpected = head(read(file), weights.load_config(base).hidden_size)
     model, params = weights.load(base, head="mlp", key=jax.random.key(0))
     tokenizer = load_tokenizer(weights.tokenizer_folder(base), TokenizerSource())
@@ -95,7 +95,7 @@ def main() -> int:
         print(f"{options.file}: {error}", file=sys.stderr)
         return error.exit_code
     if unexpected:
-        print(f"unexpected, and not used: {', '.join(unexpected)}")
+        print(f"unexpected names, not used: {', '.join(unexpected)}")
     print(folder)
     return 0
 

@@ -109,8 +109,8 @@ def test_the_tree_is_that_of_the_repository():
         assert (folder / name).exists(), line
         if indent:
             rooms.add(name.rstrip("/"))
-        for file in re.findall(r"\b\w+\.(?:py|sh)\b", text):
-            assert (folder / name / file).is_file(), line
+        for script in re.findall(r"\b\w+\.(?:py|sh)\b", text):
+            assert (folder / name / script).is_file(), line
     modules = {path.name for path in (ROOT / "jaxrlhf").iterdir() if not path.name.startswith(("_", "."))}
     assert rooms == modules
 
@@ -118,7 +118,9 @@ def test_the_tree_is_that_of_the_repository():
 def test_every_file_that_is_named_exists():
     named = [path for text in [*INLINE, *LINES] for path in re.findall(r"(?<![\w.])\.?\w+/[\w./]*\w", text)]
     ours = [
-        path for path in named if path.split("/")[0] in {"scripts", "jaxrlhf", "tests", "configs", "docs", ".ci", "weights"}
+        path
+        for path in named
+        if path.split("/")[0] in {"scripts", "jaxrlhf", "tests", "configs", "docs", ".ci", "weights"}
     ]
     assert ours
     for path in ours:
