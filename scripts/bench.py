@@ -1,22 +1,22 @@
-"""Times jaxrlhf, alone or against a peer on the same machine, and says how far both are from the machine's limits.
+"""Benchmark jaxrlhf, alone or against a peer on the same machine, relative to the limits of the machine.
 
     python scripts/bench.py generate --shape S --batch 8
     python scripts/bench.py ppo --dtype bfloat16 --peer trl --peer-python PEER/bin/python --strong
 
-Models have random weights (bench_shapes.py). Every contestant loads and warms up in a process of its own,
-says so, and idles until it is told to run once more: repetitions take turns, A B A B. Before that the same machine's
-matrix products and memory are timed, for the floors. Progress goes to standard error; one JSON line to standard output:
+Models have random weights (bench_shapes.py). Every contestant loads and warms up in its own process and then waits for
+its turns: repetitions alternate, A B A B. Before that, matrix products and memory of the machine are timed, for the
+floors. Progress is printed to standard error, one JSON line to standard output:
 
     contestants   by name: seconds (median, min, max), tokens_per_second, peak_bytes, floor_percent, decode_percent,
-                  update_percent, phases (median seconds), rates, knobs, versions; with --profile, of ours, profile:
-                  the share of each kind of operation in the time of all;
-                  of memory, gigabytes by variant (bench_memory.py); of plan's second contestant, gigabytes as phases
+                  update_percent, phases (median seconds), rates, knobs, versions; with --profile, for jaxrlhf, profile:
+                  the share of each kind of operation in the total time; case memory: gigabytes by variant
+                  (bench_memory.py); second contestant of case plan: gigabytes by phase
     ratio         by peer: our tokens per second over theirs
-    limits        GF/s by dtype and GB/s, each the best that this run measured
+    limits        GF/s by dtype and GB/s, the highest measured in this run
 
-floor_percent is the least time that FLOPs and bytes allow, over the median; decode_percent the same without prefill;
-update_percent is useful FLOPs (nothing recomputed counts) of forward and backward over the measured matmul peak.
-docs/performance.md says what was measured and how.
+floor_percent is the minimum time by FLOPs and bytes over the median; decode_percent is the same without prefill;
+update_percent is useful FLOPs of forward and backward (recomputation does not count) over the measured matmul peak.
+docs/performance.md describes the measurements.
 """
 
 import argparse
@@ -91,36 +91,41 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("case", choices=CASES)
     add("--shape", choices=SHAPES, default="S", help="S: SmolLM2-135M, M: Qwen2.5-0.5B, L: Qwen2.5-1.5B, T: tiny")
-    add("--batch", type=int, help=f"sequences; of engine and prefix, prompts; default by case: {BATCH}")
-    add("--dtype", choices=DTYPES, default="float32", help="int8: weights of a rollout")
-    add("--prompt", type=int, help="tokens of a prompt (64; prefix: 256)")
-    add("--response", type=int, default=64, help="tokens of a response; engine: their mean, and 4 times it the most")
-    add("--slots", type=int, default=32, help="engine: rows at work at once")
-    add("--samples", type=int, default=8, help="prefix, grpo: responses to each prompt")
-    add("--epochs", type=int, default=1, help="ppo, grpo: epochs of an update")
+    add("--batch", type=int, help=f"sequences (engine, prefix: prompts); default by case: {BATCH}")
+    add("--dtype", choices=DTYPES, default="float32", help="int8: weights of the rollout only")
+    add("--prompt", type=int, help="tokens per prompt (default 64; prefix: 256)")
+    add("--response", type=int, default=64, help="tokens per response; engine: the mean, with a maximum of 4 times it")
+    add("--slots", type=int, default=32, help="engine: rows decoded at the same time")
+    add("--samples", type=int, default=8, help="prefix, grpo: responses per prompt")
+    add("--epochs", type=int, default=1, help="ppo, grpo: epochs per update")
     add(
         "--lora-rank",
         type=int,
-        help="ppo, grpo: adapters of this rank train; ppo: the peer's too, and all of ours",
+        help="ppo, grpo: train LoRA adapters of this rank; ppo: also in the peer, and in all roles of jaxrlhf",
     )
-    add("--quantize", choices=("none", "int8", "nf4"), default="none", help="ppo, grpo: what lies under our adapters")
-    add("--micro-batch", type=int, help="ppo, grpo, sft, reward, dpo: rows of a forward pass, ours and the peer's")
-    add("--rollout-dtype", choices=("auto", *DTYPES), default="auto", help="ppo, grpo: of our rollout; auto: --dtype")
+    add("--quantize", choices=("none", "int8", "nf4"), default="none", help="ppo, grpo: quantisation of our base model")
+    add("--micro-batch", type=int, help="ppo, grpo, sft, reward, dpo: rows per forward pass, in both")
+    add(
+        "--rollout-dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="ppo, grpo: of our rollout; auto: --dtype",
+    )
     add(
         "--frozen-dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="ppo: of our reference and reward model; auto: --dtype",
+        help="ppo: dtype of our reference and reward model; auto: --dtype",
     )
-    add("--remat", choices=("auto", "none", "full", "dots"), default="auto", help="what our backward recomputes")
+    add("--remat", choices=("auto", "none", "full", "dots"), default="auto", help="what our backward pass recomputes")
     add("--peer", nargs="+", choices=PEERS, default=[])
-    add("--peer-python", nargs="+", default=[sys.executable], help="interpreter for the peers: one, or one for each")
-    add("--peer-dtype", choices=("float32", "bfloat16"), help="default: ours, float32 for int8; trl: by autocast")
-    add("--peer-checkpointing", action="store_true", help="gradient checkpointing in the peer")
-    add("--strong", action="store_true", help="torch peers with MKL's fast path and huge pages: see strong_knobs")
+    add("--peer-python", nargs="+", default=[sys.executable], help="Python of the peers: one, or one for each")
+    add("--peer-dtype", choices=("float32", "bfloat16"), help="default: as --dtype, float32 for int8; trl: by autocast")
+    add("--peer-checkpointing", action="store_true", help="use gradient checkpointing in the peer")
+    add("--strong", action="store_true", help="give torch peers MKL's fast path and huge pages: see strong_knobs")
     add("--rounds", type=int, default=3)
-    add("--apart", action="store_true", help="start contestants anew for every repetition: one in memory at a time")
-    add("--profile", action="store_true", help="where our time goes, by kind of operation; slows us down a little")
+    add("--apart", action="store_true", help="restart contestants for every repetition: one in memory at a time")
+    add("--profile", action="store_true", help="measure our time by kind of operation; slightly slower")
     add("--device", choices=("cpu", "gpu"), default="cpu")
     add("--output", help="file to append the JSON line to")
     args = parser.parse_args()

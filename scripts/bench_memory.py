@@ -1,4 +1,4 @@
-"""What each memory saver saves of a PPO run: what `jaxrlhf plan` says of it, one change at a time. Nothing is run."""
+"""Memory of a PPO run by `jaxrlhf plan`, with one option changed at a time. Nothing is executed."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def table(job: Job) -> dict[str, dict[str, float]]:
-    """Gigabytes of every variant: of each part in the update, and of each phase together."""
+    """Gigabytes of every variant: of each part in the update, and the total of each phase."""
     prompts, judge = Path(job.work) / "prompts.jsonl", Path(job.work) / "reward.py"
     text = " ".join(["w3"] * job.prompt)
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for _ in range(job.batch)))

@@ -1,4 +1,4 @@
-"""The library's side of bench.py: `bench_ours.py NAME JOB`, started by it."""
+"""jaxrlhf as a contestant of bench.py, which starts `bench_ours.py NAME JOB`."""
 
 import collections
 import dataclasses
@@ -28,7 +28,7 @@ from jaxrlhf import runtime  # noqa: E402
 
 runtime.configure()
 runtime.restart_with_huge_pages()  # as every command does
-turns = Turns()  # only now: it takes standard output, and the restarted process takes it again
+turns = Turns()  # after the restart, because it takes over standard output
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -71,7 +71,7 @@ from jaxrlhf.types import Batch, Pairs, Prompts, Responses, Rollout  # noqa: E40
 
 Repeat = Callable[[], dict[str, Any]]
 PAD = 1
-CONTAINERS = ("while", "call", "conditional")  # operations that run others, which the profile has as well
+CONTAINERS = ("while", "call", "conditional")  # operations that run others; those are in the profile too
 
 
 def compute_dtype(job: Job) -> Literal["float32", "bfloat16"]:
@@ -79,14 +79,14 @@ def compute_dtype(job: Job) -> Literal["float32", "bfloat16"]:
 
 
 def load(job: Job, head: str = "lm"):
-    """A random model as a trainer holds it: parameters in float32, products in the job's dtype."""
+    """A random model as in a trainer: parameters in float32, products in the job's dtype."""
     key = jax.random.key(0)
     dtype, remat = compute_dtype(job), runtime.resolve_remat(job.remat, jax.default_backend())
     return weights.load(job.model, init="random", key=key, head=head, dtype="float32", compute_dtype=dtype, remat=remat)
 
 
 def random_tokens(job: Job, rows: int, columns: int) -> np.ndarray:
-    """Words, no control tokens."""
+    """Random word tokens, no control tokens."""
     return np.random.default_rng(0).integers(3, SHAPES[job.shape]["vocab_size"], (rows, columns), np.int32)
 
 
@@ -97,7 +97,7 @@ def random_prompts(job: Job, rows: int, start: int = 0) -> Prompts:
 
 
 def limits(job: Job, name: str) -> Repeat:
-    """Matrix products with float32 results, and reading memory: what the floors stand on."""
+    """Time matrix products with float32 results and memory reads, the basis of the floors."""
     config = SHAPES[job.shape]
     product = jax.jit(functools.partial(jnp.einsum, "mk,nk->mn", preferred_element_type=jnp.float32))
     total = jax.jit(lambda x: jnp.max(x, axis=1))
@@ -124,7 +124,7 @@ def limits(job: Job, name: str) -> Repeat:
 
 
 def generation(job: Job, name: str) -> Repeat:
-    """A batch to its full length. The inference copy is made outside, and timed by itself."""
+    """Generate a batch to its full length. The inference copy is made before and timed separately."""
     model, params = load(job)
     prompts = random_prompts(job, job.batch)
 
@@ -154,7 +154,7 @@ def generation(job: Job, name: str) -> Repeat:
 
 
 def ragged(job: Job, name: str) -> Repeat:
-    """More prompts than slots, responses of geometric length: every `response`-th token ends one, whatever the model.
+    """Generate for more prompts than slots, with geometric lengths: every `response`-th token id ends a response.
 
     Probabilities of a random model are nearly uniform, so a token ends a response with probability 1 / `response`.
     """
@@ -190,7 +190,7 @@ def ragged(job: Job, name: str) -> Repeat:
 
 
 def prefix(job: Job, name: str) -> Repeat:
-    """`samples` responses of one token to each prompt, which is read once, or ("ours-rows") once for each of them."""
+    """Sample `samples` responses of one token per prompt, prefilled once, or ("ours-rows") once for each response."""
     model, params = load(job)
     small, copied = inference_copy(model, params, job.dtype)
     prompts, sampling = random_prompts(job, job.batch), Sampling(response_length=1)
@@ -210,7 +210,7 @@ def prefix(job: Job, name: str) -> Repeat:
 
 
 def scoring(job: Job, name: str) -> Repeat:
-    """Log-probs and entropy of responses by one forward."""
+    """Compute log-probs and entropy of responses by one forward pass."""
     model, params = load(job)
     tokens = jnp.asarray(random_tokens(job, job.batch, job.prompt + job.response))
 
@@ -228,8 +228,8 @@ def scoring(job: Job, name: str) -> Repeat:
 
 
 def supervised(job: Job, name: str) -> Repeat:
-    """An optimizer step of SFT on all tokens, of a reward model on pairs, or of DPO on pairs whose responses the
-    reference has scored before."""
+    """Run an optimizer step of SFT on all tokens, of a reward model on pairs, or of DPO on pairs with precomputed
+    reference log-probs."""
     role, head = ("reward", "linear") if job.case == "reward" else ("policy", "lm")
     model, params = load(job, head)
     mesh = sharding.make_mesh(Mesh())
@@ -272,12 +272,12 @@ def supervised(job: Job, name: str) -> Repeat:
 
 
 def random_texts(job: Job) -> list[str]:
-    """Prompts of `job.prompt` words."""
+    """Random prompts of `job.prompt` words."""
     return [" ".join(f"w{i}" for i in row) for row in random_tokens(job, job.batch, job.prompt)]
 
 
 def judged(job: Job) -> dict[str, Any]:
-    """What configs of runs on random models have in common: policy, reference, and a reward model in a folder."""
+    """Config sections shared by runs on random models: policy, reference, and a reward model in a folder."""
     judge = Path(job.work) / "reward"
     if not judge.exists():
         weights.export(judge, *load(dataclasses.replace(job, dtype="float32"), "linear"), source=job.model)
@@ -294,7 +294,7 @@ def judged(job: Job) -> dict[str, Any]:
 
 
 def ppo_config(job: Job, as_a_run: bool = False) -> tuple[PPOConfig, list[str]]:
-    """PPO on random models, the critic from the policy, and its prompts, in a file too if it is `as_a_run`."""
+    """Config of PPO on random models, critic from the policy, and its prompts (also in a file if `as_a_run`)."""
     texts = random_texts(job)
     file = Path(job.work) / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
@@ -307,14 +307,14 @@ def ppo_config(job: Job, as_a_run: bool = False) -> tuple[PPOConfig, list[str]]:
 
 
 def make_ppo(job: Job, as_a_run: bool = False) -> tuple[ppo.PPOTrainer, list[str]]:
-    """A trainer and prompts; `as_a_run`, its programs are compiled while models load, as in `jaxrlhf ppo`."""
+    """A PPO trainer and prompts; with `as_a_run`, programs are compiled while models load, as in `jaxrlhf ppo`."""
     config, texts = ppo_config(job, as_a_run)
     return ppo.PPOTrainer(config), texts
 
 
 def planned(job: Job, name: str) -> Repeat:
-    """PPO iterations, or ("planned") the gigabytes that `jaxrlhf plan` foresees for them, phase by phase and with the
-    process: beside the peak of those who ran."""
+    """Run PPO iterations, or ("planned") compute the gigabytes of `jaxrlhf plan` by phase and with the process, to
+    compare with the measured peak."""
     if name != "planned":
         return iteration(job, name)
 
@@ -329,8 +329,8 @@ def planned(job: Job, name: str) -> Repeat:
 
 
 def iteration(job: Job, name: str) -> Repeat:
-    """One iteration of PPO, or of GRPO with `samples` responses to a prompt; phases: rollout, update, and scoring (the
-    reward model, and annotation before the update)."""
+    """Run one iteration of PPO, or of GRPO with `samples` responses per prompt; phases: rollout, update, and scoring
+    (the reward model, and annotation before the update)."""
     if job.case == "grpo":
         sizes = {"batch_size": job.batch, "num_generations": job.samples, "micro_batch_size": job.micro_batch}
         trainer = grpo.GRPOTrainer(GRPOConfig(grpo=GRPO(num_iterations=job.epochs, **sizes), **judged(job)))
@@ -349,7 +349,7 @@ def iteration(job: Job, name: str) -> Repeat:
 
         setattr(owner, name, outer)
 
-    step()  # compiles, and must meet the jitted functions themselves
+    step()  # compiles; must call the jitted functions themselves
     clocked(trainer.sampler, "generate")
     clocked(module, "update")
 
@@ -363,7 +363,7 @@ def iteration(job: Job, name: str) -> Repeat:
 
 
 def startup(job: Job, name: str) -> Repeat:
-    """What compilation adds to a first PPO iteration: with an empty cache, or with that of the cold one before."""
+    """Time that compilation adds to the first PPO iteration, with an empty cache or the one from the cold run."""
     loading, (trainer, prompts) = timed(lambda: make_ppo(job, as_a_run=True))
 
     def repeat() -> dict[str, Any]:
@@ -375,7 +375,7 @@ def startup(job: Job, name: str) -> Repeat:
 
 
 def memory(job: Job, name: str) -> Repeat:
-    """What each memory saver saves; the seconds are those of compiling."""
+    """Memory with each option (bench_memory.py); the seconds are those of compiling."""
 
     def repeat() -> dict[str, Any]:
         seconds, found = timed(lambda: table(job))
@@ -402,8 +402,8 @@ CASES: dict[str, Callable[[Job, str], Repeat]] = {
 
 
 def profiled(repeat: Repeat) -> Repeat:
-    """`repeat` under jax's profiler. Its record gets a "profile": what share of all operations' time each kind takes,
-    of those with a hundredth or more. Threads are added up; what an operation calls is not counted in it."""
+    """Run `repeat` under jax's profiler and add a "profile" to its record: the share of each kind of operation in the
+    total time, if at least a hundredth. Threads are added up; operations called by an operation are not part of it."""
 
     def repetition() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
@@ -423,7 +423,7 @@ def profiled(repeat: Repeat) -> Repeat:
 
 
 def peak_bytes(job: Job) -> int:
-    """Of the device, if it has memory of its own, else of this process."""
+    """Peak memory of the device, if it has its own memory, otherwise of this process."""
     if job.device == "cpu":
         return peak_resident()
     return jax.devices()[0].memory_stats()["peak_bytes_in_use"]

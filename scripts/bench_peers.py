@@ -1,7 +1,7 @@
-"""The torch peers of bench.py: `bench_peers.py NAME JOB`, started by it in their own environment.
+"""Torch peers of bench.py, which starts `bench_peers.py NAME JOB` in their own environment.
 
 hf    transformers: generate, and plain torch for scoring and training
-trl   trl.experimental.ppo, one iteration a turn
+trl   trl.experimental.ppo, one iteration per turn
 """
 
 # pyright: reportMissingImports=false
@@ -22,7 +22,7 @@ Repeat = Callable[[], dict[str, Any]]
 turns = Turns()
 name, job = sys.argv[1], Job(**json.loads(sys.argv[2]))
 if job.dtype == "bfloat16" and name == "trl":
-    # PPOConfig(bf16=True) does nothing here: that trainer makes an Accelerator of its own, which asks the environment
+    # PPOConfig(bf16=True) does nothing here: that trainer creates its own Accelerator, which reads the environment
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -40,13 +40,13 @@ def device() -> str:
 
 
 def wait() -> None:
-    """Until the card has done what it was told."""
+    """Wait until the GPU has finished."""
     if job.device == "gpu":
         torch.cuda.synchronize()
 
 
 def torch_model(kind: str, dtype: str) -> Any:
-    """A random model of transformers: "CausalLM", or "SequenceClassification" with one label."""
+    """A transformers model with random weights: "CausalLM", or "SequenceClassification" with one label."""
     config = transformers.AutoConfig.from_pretrained(job.model)
     if kind == "SequenceClassification":
         config.num_labels = 1
@@ -58,7 +58,7 @@ def torch_model(kind: str, dtype: str) -> Any:
 
 
 def limits() -> Repeat:
-    """Matrix products and reading memory, as torch does them."""
+    """Time matrix products and memory reads in torch."""
     config = SHAPES[job.shape]
 
     def rate(amount: float, work: Callable[[], Any]) -> float:
@@ -87,7 +87,7 @@ def limits() -> Repeat:
 
 
 def generation() -> Repeat:
-    """A batch to its full length (generate), or batches of `slots` until each has met an end (engine)."""
+    """Generate a batch to its full length (generate), or batches of `slots` until every row has ended (engine)."""
     model = torch_model("CausalLM", job.dtype).eval()
     ragged = job.case == "engine"
     stops = list(range(0, model.config.vocab_size, job.response)) if ragged else None
@@ -110,7 +110,7 @@ def generation() -> Repeat:
         if stops is None:
             return made.numel()
         ended = torch.isin(made, torch.tensor(stops, device=made.device)).int()
-        return int((ended.cumsum(1) - ended == 0).sum())  # tokens up to the first end, and it
+        return int((ended.cumsum(1) - ended == 0).sum())  # tokens up to and including the first end token
 
     def repeat() -> dict[str, Any]:
         if ragged:
@@ -126,7 +126,7 @@ def generation() -> Repeat:
 
 
 def scoring() -> Repeat:
-    """Log-probs and entropy of responses by one forward."""
+    """Compute log-probs and entropy of responses by one forward pass."""
     model = torch_model("CausalLM", job.dtype).eval()
     tokens = torch.tensor(random_tokens(job.batch, job.prompt + job.response), device=device())
 
@@ -143,7 +143,7 @@ def scoring() -> Repeat:
 
 
 def supervised() -> Repeat:
-    """An optimizer step of plain torch: AdamW on float32 weights, products by autocast where the job is in bfloat16."""
+    """Run an optimizer step in plain torch: AdamW on float32 weights, with autocast if the job is in bfloat16."""
     model = torch_model("CausalLM" if job.case == "sft" else "SequenceClassification", "float32").train()
     rows = job.batch if job.case == "sft" else 2 * job.batch
     tokens = torch.tensor(random_tokens(rows, job.prompt + job.response), device=device())
@@ -173,7 +173,7 @@ def supervised() -> Repeat:
 
 
 def trl_iterations() -> None:
-    """TRL's PPO. Its `train` runs every iteration, so a callback at the end of each answers, and waits for the next."""
+    """Run TRL's PPO. `train` runs all iterations; a callback after each reports it and waits for the next turn."""
     import datasets
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
@@ -243,7 +243,7 @@ def trl_iterations() -> None:
         config,
         tokenizer,
         model=torch_model("CausalLM", "float32"),
-        ref_model=None if adapted else torch_model("CausalLM", "float32"),  # without its adapters it is the reference
+        ref_model=None if adapted else torch_model("CausalLM", "float32"),  # the policy without its adapters
         reward_model=torch_model("SequenceClassification", "float32"),
         value_model=value,
         train_dataset=datasets.Dataset.from_list(rows),
@@ -263,7 +263,7 @@ def trl_iterations() -> None:
 
 
 def peak_bytes() -> int:
-    """Of the device, if it has memory of its own, else of this process."""
+    """Peak memory of the device, if it has its own memory, otherwise of this process."""
     if job.device == "cpu":
         return peak_resident()
     return torch.cuda.max_memory_allocated()

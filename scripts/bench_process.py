@@ -1,7 +1,7 @@
-"""Contestants of bench.py as processes. Imports the standard library alone: peers have environments of their own.
+"""Contestants of bench.py as processes. Imports only the standard library, because peers have their own environments.
 
-A line of JSON goes down when a contestant is ready, and another after every "go" on its standard input; then one with
-its peak memory. What libraries print goes to standard error, and so into a file that is shown if the process dies.
+A contestant writes a line of JSON when it is ready, another after every "go" on its standard input, and a last one with
+its peak memory. The output of libraries goes to standard error and into a file, which is shown if the process dies.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ ENVIRONMENT = ("GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS", "OMP_NUM_THREADS", "
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a contestant is to do: bench.py's options, and two folders."""
+    """A contestant's task: the options of bench.py and two folders."""
 
     case: str
-    quick: bool  # of limits: only what the floors need
+    quick: bool  # case limits: only what the floors need
     model: str  # folder with config.json and tokenizer
-    work: str  # folder for whatever else it needs
+    work: str  # folder for other files
     shape: str
     dtype: Literal["float32", "bfloat16", "int8"]
     batch: int
@@ -48,7 +48,7 @@ class Job:
 
 
 class Contestant:
-    """The parent's end of the conversation."""
+    """The parent's side of the protocol."""
 
     def __init__(
         self, name: str, command: list[str], environment: dict[str, str], job: Job, knobs: str, work: Path
@@ -62,7 +62,7 @@ class Contestant:
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        """Start it, and wait until it has loaded and warmed up."""
+        """Start the process and wait until it has loaded and warmed up."""
         with self._log.open("w") as errors:
             self._process = subprocess.Popen(
                 self._command,
@@ -75,12 +75,12 @@ class Contestant:
         self.about = self._read()
 
     def repeat(self) -> dict[str, Any]:
-        """Have it run once more."""
+        """Run one more repetition."""
         self._write("go")
         return self._read()
 
     def finish(self) -> None:
-        """Ask for its peak memory and let it go."""
+        """Read the peak memory and end the process."""
         self._write("end")
         self.peak_bytes = max(self.peak_bytes, self._read()["peak_bytes"])
         self.kill()
@@ -111,15 +111,15 @@ class Contestant:
         code = self._process.wait()
         tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
         killed = " (killed: short of memory? --apart keeps one contestant in memory at a time)" if code == -9 else ""
-        sys.exit(f"{tail}\nbench: {self.name} ended with status {code}{killed}; above is the end of what it said")
+        sys.exit(f"{tail}\nbench: {self.name} ended with status {code}{killed}; the end of its output is above")
 
 
 class Turns:
-    """A contestant's end of the conversation."""
+    """The contestant's side of the protocol."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # whatever libraries print
+        os.dup2(2, 1)  # the output of libraries
         self._started = time.perf_counter()
 
     def ready(self, *packages: str) -> None:
@@ -131,7 +131,7 @@ class Turns:
         )
 
     def go(self) -> bool:
-        """Wait to be told; whether to run once more."""
+        """Wait for the parent; True if there is another repetition."""
         return sys.stdin.readline().strip() == "go"
 
     def say(self, **record: Any) -> None:
@@ -139,28 +139,28 @@ class Turns:
         self._out.flush()
 
     def serve(self, repeat: Callable[[], dict[str, Any]], peak_bytes: Callable[[], int]) -> None:
-        """Answer every "go" with a repetition."""
+        """Run a repetition for every "go"."""
         while self.go():
             self.say(**repeat())
         self.say(peak_bytes=peak_bytes())
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """(seconds, result)."""
+    """Call a function and return (seconds, result)."""
     started = time.perf_counter()
     result = work()
     return time.perf_counter() - started, result
 
 
 def peak_resident() -> int:
-    """The most memory, in bytes, that this process ever held (Linux)."""
+    """Peak resident memory of this process in bytes (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def strong_knobs(work: Path) -> dict[str, str]:
-    """The environment of torch at its best on this machine: MKL takes its AVX512 path on a processor of AMD too, and
-    large blocks of memory come in huge pages."""
+    """Environment variables for torch at its fastest on this machine: MKL's AVX512 code on AMD processors too, and huge
+    pages for large blocks of memory."""
     source, library = work / "mkl.c", work / "libmkl_fast.so"
     source.write_text(MKL)
     try:

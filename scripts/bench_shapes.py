@@ -1,4 +1,4 @@
-"""The models that bench.py times, and the FLOPs and bytes that their work cannot do without."""
+"""Model shapes of bench.py, and the minimum FLOPs and bytes of each case."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ _LLAMA = {
     "eos_token_id": 0,
     "pad_token_id": 1,
 }
-# As a Llama with biases: beside a config.json of Qwen2, transformers makes a tokenizer of no words of that below.
+# A Llama with biases: with a config.json of Qwen2, transformers would not load the tokenizer that is written below.
 _QWEN2 = _LLAMA | {"attention_bias": True, "rms_norm_eps": 1e-6}
 
 
@@ -36,7 +36,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> None:
-    """A Hugging Face folder without weights, whose tokenizer knows V words: <eos>, <pad>, <unk>, w3, w4, ..."""
+    """Write a Hugging Face folder without weights, with a tokenizer of V words: <eos>, <pad>, <unk>, w3, w4, ..."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder.mkdir()
@@ -53,7 +53,7 @@ def write_model(folder: Path, config: dict[str, Any]) -> None:
 
 
 def gemms(config: dict[str, Any], device: str, quick: bool) -> list[tuple[int, int, int]]:
-    """(rows, k, n) of the matrix products to time: of training and of decoding, and a large square."""
+    """(rows, k, n) of the matrix products to time: those of training and decoding, and a large square."""
     width, mlp, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     square = min(8192 if device == "gpu" else 2048, 32 * width)
     shapes = [(square, square, square), (2048, width, mlp), (1024, width, vocabulary)]
@@ -62,7 +62,7 @@ def gemms(config: dict[str, Any], device: str, quick: bool) -> list[tuple[int, i
 
 
 class Costs:
-    """FLOPs and bytes of one shape. A multiplication and an addition are two FLOPs; nothing recomputed counts."""
+    """FLOPs and bytes of one shape. A multiply-add is two FLOPs; recomputation does not count."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         width, heads = config["hidden_size"], config["num_attention_heads"]
@@ -73,12 +73,12 @@ class Costs:
         self.head = width * config["vocab_size"]
 
     def forward(self, rows: int, tokens: int, scored: int) -> float:
-        """FLOPs of a forward over `rows` of `tokens`, with logits for `scored` tokens of each."""
+        """FLOPs of a forward pass over `rows` of `tokens`, with logits for `scored` tokens of each."""
         attention = 4 * self.attended * tokens * (tokens + 1) / 2
         return rows * (self.layers * (2 * self.layer * tokens + attention) + 2 * self.head * scored)
 
     def decode(self, rows: int, start: int, steps: float, dtype: str, limits: dict[str, float]) -> float:
-        """Least seconds for `steps` tokens more after `start`: every step reads all weights and the cache so far."""
+        """Minimum seconds for `steps` tokens after `start`: every step reads all weights and the cache so far."""
         length = start + steps / 2
         weight, cached = {"float32": (4, 4), "bfloat16": (2, 2), "int8": (1, 2)}[dtype]
         read = weight * (self.layers * self.layer + self.head) + cached * rows * self.layers * self.cached * length
@@ -87,12 +87,12 @@ class Costs:
 
 
 def peak(dtype: str, limits: dict[str, float]) -> float:
-    """GF/s of matrix products; int8 weights meet operands in bfloat16."""
+    """Peak GF/s of matrix products; int8 weights are compared with bfloat16."""
     return limits["bfloat16" if dtype == "int8" else dtype]
 
 
 def add_percentages(summary: dict[str, Any], job: Job, limits: dict[str, float]) -> None:
-    """floor_percent, decode_percent and update_percent of a contestant, where they mean something."""
+    """Add floor_percent, decode_percent and update_percent to a contestant's record, where they are defined."""
     costs, seconds, phases = Costs(SHAPES[job.shape]), summary["seconds"]["median"], summary.get("phases", {})
     rows, total = job.batch, job.prompt + job.response
 
@@ -125,14 +125,14 @@ def add_percentages(summary: dict[str, Any], job: Job, limits: dict[str, float])
         case "dpo":
             floor = update = products(3 * 2 * score)
         case "grpo":
-            prompts = rows // job.samples  # each is read once for all its responses
+            prompts = rows // job.samples  # each is prefilled once for all its responses
             update, updating = products(3 * job.epochs * score), phases.get("update", 0.0)
-            # With one step, the reference and the reward model alone read responses before it.
+            # With one step, only the reference and the reward model have a forward pass before it.
             before = score + value + (score if job.epochs > 1 else 0.0)
             floor = products(costs.forward(prompts, job.prompt, 1) + before) + decode + update
         case "ppo":
             update, updating = products(3 * job.epochs * (score + value)), phases.get("update", 0.0)
-            # Old log-probs and values need forwards of their own only where there is more than one epoch.
+            # Old log-probs and values need their own forward passes only with more than one epoch.
             floor = prefill + decode + products((score + value) * (1 if job.epochs == 1 else 2)) + update
     if floor:
         summary["floor_percent"] = percent(floor, seconds)

@@ -1,7 +1,7 @@
-"""google-tunix as a peer of bench.py: `bench_tunix.py tunix JOB`, started by it in tunix's own environment.
+"""google-tunix as a peer of bench.py, which starts `bench_tunix.py tunix JOB` in tunix's own environment.
 
-Its llama class fixes sizes that shape S does not have, so every shape is its Qwen2 class with the shape's sizes: biases
-on q, k and v more than S has, a thousandth of its parameters. Critic and reward model are `create_critic_model`'s.
+Its llama class fixes sizes that differ from shape S, so every shape uses its Qwen2 class with the shape's sizes. This
+adds biases on q, k and v to S, a thousandth of its parameters. Critic and reward model come from `create_critic_model`.
 """
 
 # pyright: reportMissingImports=false
@@ -33,7 +33,7 @@ from tunix.models.qwen2 import model as qwen2  # noqa: E402
 
 PACKAGES = ("google-tunix", "jax", "jaxlib", "flax")
 shape = SHAPES[job.shape]
-NO_TOKEN = shape["vocab_size"] + 1  # as the only end token: every response runs to its end
+NO_TOKEN = shape["vocab_size"] + 1  # as the only end token: every response has full length
 
 
 def make_model(param_dtype: str, tied: bool = True) -> Any:
@@ -62,7 +62,7 @@ def texts() -> list[str]:
 
 
 def generation() -> Callable[[], dict[str, Any]]:
-    """Its sampler, over the whole vocabulary (top_p 1)."""
+    """Run tunix's sampler over the whole vocabulary (top_p 1)."""
     model = make_model(job.dtype)
     config = model.config
     slots = job.prompt + job.response + 1
@@ -94,7 +94,7 @@ def generation() -> Callable[[], dict[str, Any]]:
 
 
 def iterations() -> None:
-    """Its PPO. The learner runs every iteration, so the data it asks for answers, and waits for the next turn."""
+    """Run tunix's PPO. The learner runs all iterations; its data iterator reports each and waits for the next turn."""
     from tunix.rl import rl_cluster, utils
     from tunix.rl.ppo import ppo_learner
     from tunix.rl.rollout.base_rollout import RolloutConfig
@@ -153,14 +153,14 @@ def iterations() -> None:
 
 
 def peak_bytes() -> int:
-    """Of the device, if it has memory of its own, else of this process."""
+    """Peak memory of the device, if it has its own memory, otherwise of this process."""
     if job.device == "cpu":
         return peak_resident()
     return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
 
 if __name__ == "__main__":
-    os.chdir(Path(job.work))  # it writes logs where it is
+    os.chdir(Path(job.work))  # tunix writes logs to the working directory
     if job.case == "ppo":
         iterations()
     else:

@@ -1,17 +1,16 @@
-"""SFT, PPO, GRPO, DPO and best-of-16 side by side on the demo's task, by its truth.
+"""Compare SFT, PPO, GRPO, DPO and best-of-16 on the demo's task, measured by its exact check.
 
     python scripts/compare_methods.py FOLDER [--seed 0]
 
-FOLDER is where `jaxrlhf demo --output FOLDER --seed SEED` has run, or will by this script: its SFT model is what every
-method starts from, its reward model what all of them are judged by while they learn, and its PPO run the one in the
-table. Each method may draw as many completions of the training prompts as PPO does, 12,800 of up to 20 tokens: GRPO in
-100 updates of 128; DPO before it learns, 22 of each prompt, which make 11 pairs (the best and the worst of the 22 would
-teach form and little else, as the worst are hardly answers). Best-of-16 learns nothing and draws its 16 when it is
-asked.
+FOLDER is the output of `jaxrlhf demo --output FOLDER --seed SEED`, which this script runs if necessary. All methods
+start from its SFT model and are trained with its reward model; its PPO run is the one in the table. Each method may
+sample as many completions of the training prompts as PPO does, 12,800 of up to 20 tokens: GRPO in 100 updates of 128;
+DPO before training, 22 of each prompt, which form 11 pairs (the best and the worst of the 22 would teach little but
+form, because the worst are hardly answers). Best-of-16 is not trained and samples 16 completions for each answer.
 
 The table: shares of 768 answers to held-out questions (192, four each, temperature 0.6) that are right in tone, fact
-and form, and in each of them; nats per answer from the SFT model, of samples at temperature 1 (best-of-16: at most log
-16 - 15/16); completions drawn to learn, and seconds. FOLDER/methods.json has it too.
+and form together, and in each; KL in nats per answer from the SFT model, over samples at temperature 1 (best-of-16: at
+most log 16 - 15/16); completions sampled for training, and seconds. It is also written to FOLDER/methods.json.
 """
 
 import argparse
@@ -38,12 +37,12 @@ from jaxrlhf.logprobs import response_states, token_logprobs
 from jaxrlhf.selection.rule import Rule
 from jaxrlhf.selection.select import select
 
-PER_PROMPT = 22  # completions of each of 576 prompts: as near to PPO's 12,800 as whole numbers come
+PER_PROMPT = 22  # completions of each of 576 prompts: the whole number closest to PPO's 12,800
 PARTS = {"right_level": "tone", "fact_right": "fact", "well_formed": "form"}
 
 
 def grpo(folder: Path, ppo: c.PPOConfig) -> tuple[Path, int]:
-    """Train by GRPO with PPO's data, reward, batch and updates. Returns the run and how many completions it drew."""
+    """Train by GRPO with PPO's data, reward, batch and updates. Return the run and the number of completions."""
     config = c.GRPOConfig(
         run_dir=str(folder / "grpo"),
         seed=ppo.seed,
@@ -89,7 +88,7 @@ def dpo(folder: Path, ppo: c.PPOConfig) -> tuple[Path, int]:
 
 
 def judged(folder: Path, path: Path, ppo: c.PPOConfig, best_of: int = 1) -> dict[str, float]:
-    """Shares of four answers to each held-out question: each the best by the reward model of `best_of`."""
+    """Shares of correct answers, four per held-out question, each the best of `best_of` samples by the reward model."""
     asked = c.replace(
         ppo,
         **{
@@ -110,7 +109,7 @@ def judged(folder: Path, path: Path, ppo: c.PPOConfig, best_of: int = 1) -> dict
 
 
 def nats(folder: Path, path: Path, ppo: c.PPOConfig) -> float:
-    """KL of the model in `path` to the SFT model, nats per answer: k1 over 768 samples at temperature 1."""
+    """KL of the model in `path` from the SFT model, nats per answer: k1 over 768 samples at temperature 1."""
     model, params = jaxrlhf.load(path)
     _, reference = jaxrlhf.load(folder / "sft")
     tokenizer = jaxrlhf.load_tokenizer(folder / "base", c.TokenizerSource())
@@ -157,7 +156,7 @@ def main() -> None:
         rows[name] = judged(folder, run, ppo) | {"kl": nats(folder, run, ppo), "drawn": drawn, "seconds": seconds}
     best = judged(folder, folder / "sft", ppo, best_of=16)
     rows["best of 16"] = best | {"kl": math.log(16) - 15 / 16, "drawn": 0, "seconds": 0.0}
-    print("| | right | tone | fact | form | KL | drawn to learn | seconds |\n|---|---|---|---|---|---|---|---|")
+    print("| | right | tone | fact | form | KL | sampled in training | seconds |\n|---|---|---|---|---|---|---|---|")
     for name, row in rows.items():
         shares = " | ".join(f"{row[key]:.3f}" for key in ("right", *PARTS.values()))
         kl = f"{'at most ' * (name == 'best of 16')}{row['kl']:.2f}"

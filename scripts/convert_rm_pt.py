@@ -1,11 +1,11 @@
-"""Convert StrictBot's rm.pt, an MLP head on a base model, to a jaxrlhf reward model.
+"""Convert StrictBot's rm.pt to a jaxrlhf reward model: its MLP head on a base model.
 
     python scripts/convert_rm_pt.py RM.pt BASE TARGET   (needs torch: the `parity` extra)
 
 RM.pt is a torch state dict with the layers of the head as `head.net.N.weight` and `.bias`, or `reward_head.net.N`:
-in -> 512 -> 256 -> 1 with ReLU between them, applied to the last real token. BASE is the frozen model that the head was
-trained on, a folder or a hub id: only the head is taken from RM.pt. TARGET is a new folder for `reward.model`.
-Missing and unexpected names are listed; a file that holds anything but tensors is refused without being unpickled.
+in -> 512 -> 256 -> 1 with ReLU between them, on the last real token. BASE is the frozen model that the head was trained
+on, a folder or a hub id; only the head is taken from RM.pt. TARGET is a new folder for `reward.model`. Missing and
+unexpected names are listed; a file with anything but tensors is refused without unpickling it.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _LAYER = re.compile(r"(?:reward_)?head\.net\.(\d+)\.(weight|bias)")
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """Read the tensors of a torch file as float32. Raises DataError if it holds anything else."""
+    """Read the tensors of a torch file. Raises DataError if it holds anything else."""
     import torch  # pyright: ignore[reportMissingImports]
 
     try:
@@ -38,57 +38,56 @@ def read(path: Path) -> dict[str, np.ndarray]:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
     except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path} is damaged or holds more than tensors, so it is not read") from error
+        raise DataError(f"{path} is damaged or holds more than tensors, so it is refused") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise DataError(f"{path} is not a state dict: a mapping of names to tensors was expected")
     return {name: value.float().numpy() for name, value in state.items()}
 
 
 def head(state: dict[str, np.ndarray], hidden: int) -> tuple[Params, list[str]]:
-    """(the MLP head for `hidden` inputs, the unused names). Raises DataError for missing layers or wrong shapes."""
-    layers = {(int(m[1]), m[2]): value for name, value in state.items() if (m := _LAYER.fullmatch(name))}
-    numbers = sorted({number for number, _ in layers})  # not consecutive: ReLU and dropout are numbered too
+    """Return (MLP head for `hidden` inputs, names that are not part of it). Raises DataError listing tensors that are
+    missing or have another shape."""
+    found = {name: match for name in state if (match := _LAYER.fullmatch(name))}
+    numbers = sorted({int(match[1]) for match in found.values()})  # the numbers between are ReLU and dropout
     sizes = (hidden, *MLP_SIZES, 1)
     if len(numbers) != len(sizes) - 1:
         raise DataError(
-            f"the head has {len(numbers)} layers ({', '.join(f'head.net.{n}' for n in numbers) or 'none'}); expected "
+            f"the head has {len(numbers)} layers, {', '.join(sorted(found)) or 'none'}; expected "
             f"{len(sizes) - 1} as head.net.N.weight and head.net.N.bias ({' -> '.join(map(str, sizes))})"
         )
-    missing = [f"head.net.{n}.{kind}" for n in numbers for kind in ("weight", "bias") if (n, kind) not in layers]
+    by_layer = {(int(match[1]), match[2]): state[name] for name, match in found.items()}
+    missing = [f"head.net.{n}.{kind}" for n in numbers for kind in ("weight", "bias") if (n, kind) not in by_layer]
     if missing:
         raise DataError(f"missing: {', '.join(missing)}")
     score: Params = {}
     for i, number in enumerate(numbers):
-        weight, bias = layers[number, "weight"], layers[number, "bias"]
+        weight, bias = by_layer[number, "weight"], by_layer[number, "bias"]
         if weight.shape != (sizes[i + 1], sizes[i]) or bias.shape != (sizes[i + 1],):
             raise DataError(
                 f"head.net.{number} has a weight {list(weight.shape)} and a bias {list(bias.shape)}; expected "
                 f"{[sizes[i + 1], sizes[i]]} and {[sizes[i + 1]]} on a base model with hidden size {hidden}"
             )
         score[f"dense_{i}"] = {"kernel": jnp.asarray(weight.T), "bias": jnp.asarray(bias)}
-    return score, [name for name in state if not _LAYER.fullmatch(name)]
+    return score, [name for name in state if name not in found]
 
 
 def convert(file: Path, base: str, target: Path) -> tuple[Path, list[str]]:
-    """Write the reward model to `target`; returns (its folder, the unused names of `file`)."""
+    """Write the reward model to `target`; return (that folder, names of `file` that were not used)."""
     score, unexpected = head(read(file), weights.load_config(base).hidden_size)
     model, params = weights.load(base, head="mlp", key=jax.random.key(0))
-    folder = weights.export(
-        target,
-        model,
-        {**params, "score": score},
-        source=weights.resolve(base),
-        tokenizer=load_tokenizer(weights.tokenizer_folder(base), TokenizerSource()),
-        facts={"method": "reward", "base_model": base},
-    )
-    return folder, unexpected
+    tokenizer = load_tokenizer(weights.tokenizer_folder(base), TokenizerSource())
+    folder = weights.resolve(base)
+    facts = {"method": "reward", "base_model": base}
+    return weights.export(
+        target, model, {**params, "score": score}, source=folder, tokenizer=tokenizer, facts=facts
+    ), unexpected
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", metavar="RM.pt", type=Path, help="torch state dict with the head")
-    parser.add_argument("base", metavar="BASE", help="base model: a folder or a hub id")
-    parser.add_argument("target", metavar="TARGET", type=Path, help="new folder for the reward model")
+    parser.add_argument("file", metavar="RM.pt", type=Path)
+    parser.add_argument("base", metavar="BASE")
+    parser.add_argument("target", metavar="TARGET", type=Path)
     options = parser.parse_args()
     try:
         folder, unexpected = convert(options.file, options.base, options.target)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline on a laptop CPU, without a network once installed: SFT, reward model, PPO, and what came of it.
+# Run the whole pipeline on a laptop CPU, offline once installed: SFT, reward model, PPO, evaluation.
 #   bash scripts/demo.sh [--seed N] [--output DIR]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"

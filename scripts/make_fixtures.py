@@ -1,5 +1,5 @@
-"""Writes tests/fixtures/models: tiny random models and what transformers computes with them; and
-tests/fixtures/adapters: adapters for some of them and what PEFT computes with both.
+"""Write tests/fixtures/models, tiny random models with results of transformers, and tests/fixtures/adapters, adapters
+for some of them with results of PEFT.
 
     python scripts/make_fixtures.py [adapters]   (needs torch, transformers and peft: the `parity` extra)
 
@@ -11,8 +11,8 @@ One folder per case, in Hugging Face layout (config.json, model.safetensors in b
     prompts, prompt_lengths, greedy    [G, P], [G], [G, 64]   greedy continuations
     gradient/NAME        [5]   of the mean negative log-likelihood: see `digest`
 
-A folder of adapters is as PEFT saves it, but that its base is a name of tests/fixtures/models. Its golden.safetensors
-has tokens, lengths and logits alone.
+A folder of adapters is as PEFT saves it, except that its base is a name in tests/fixtures/models. Its
+golden.safetensors has only tokens, lengths and logits.
 """
 
 import json
@@ -32,7 +32,7 @@ from safetensors.torch import save_file as save_torch
 FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "tests" / "fixtures"
 FOLDER = FIXTURES / "models"
 LENGTHS, PROMPT_LENGTHS, NEW_TOKENS = (20, 13, 6), (9, 4), 64
-LEAST_MARGIN = 2e-3  # between the two best tokens of a greedy step: rounding must not be able to change the choice
+LEAST_MARGIN = 2e-3  # between the two best tokens of a greedy step: rounding must not change the choice
 
 LINEAGE = {
     "vocab_size": 64,
@@ -66,7 +66,7 @@ GPT2 = {
 
 
 def rope(kind: str, theta: float = 10000.0, **options: Any) -> dict[str, Any]:
-    """A scaling in the newer spelling."""
+    """RoPE scaling in the newer spelling."""
     return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **options}}
 
 
@@ -199,7 +199,7 @@ def digest(gradient: np.ndarray) -> np.ndarray:
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Weights with which every part matters: norms off 1, biases off 0, logits of a few units; bfloat16 numbers."""
+    """Random weights that make every part matter: norms not 1, biases not 0, logits of a few units; bfloat16 values."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
@@ -238,7 +238,7 @@ def logits_of(model: Any, rows: list[np.ndarray], side: str) -> torch.Tensor:
 
 
 def language_model(model: Any, seed: int) -> dict[str, np.ndarray] | None:
-    """The golden arrays of a language model, or None where two tokens of the continuation are too close to call."""
+    """The golden arrays of a language model, or None if two tokens of a greedy step are too close to a tie."""
     rows, prompts = random_rows(LENGTHS, seed), random_rows(PROMPT_LENGTHS, seed + 1)
     logits = logits_of(model, rows, "right")
     torch.testing.assert_close(logits_of(model, rows, "left"), logits, atol=1e-4, rtol=0)
@@ -279,7 +279,7 @@ def classifier(model: Any, seed: int) -> dict[str, np.ndarray]:
 
 
 def write(name: str, config: dict[str, Any]) -> None:
-    """Makes one folder; the seed follows from the name, and moves on until the continuation is clear."""
+    """Write one folder; the seed is derived from the name and increased until no greedy step is close to a tie."""
     folder = FOLDER / name
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -298,7 +298,7 @@ def write(name: str, config: dict[str, Any]) -> None:
 
 
 def write_adapters(name: str, base: str, options: dict[str, Any]) -> None:
-    """Makes one folder of adapters for the model `base`: bfloat16 numbers with which every part matters."""
+    """Write one folder of adapters for the model `base`: bfloat16 values that make every part matter."""
     folder = FIXTURES / "adapters" / name
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         FOLDER / base, dtype=torch.float32, attn_implementation="eager"
@@ -326,7 +326,7 @@ def write_adapters(name: str, base: str, options: dict[str, Any]) -> None:
 
 
 def main(only: str = "") -> None:
-    """Makes all folders anew, or those of adapters alone."""
+    """Rewrite all folders, or only those of adapters."""
     torch.set_num_threads(1)
     if only != "adapters":
         shutil.rmtree(FOLDER, ignore_errors=True)

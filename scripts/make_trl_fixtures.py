@@ -1,10 +1,10 @@
-"""Writes tests/fixtures/trl: what TRL's PPOTrainer computes in one update of models from tests/fixtures/models.
+"""Record one update of TRL's PPOTrainer, with models of tests/fixtures/models, in tests/fixtures/trl.
 
-    python scripts/make_trl_fixtures.py          (needs torch, trl==1.8.0 and requests: any environment will do)
+    python scripts/make_trl_fixtures.py          (needs torch, trl==1.8.0 and requests: any environment)
 
 `PPOTrainer.train` itself runs; only generation is replaced, by fixed responses. The policy is `llama`, the reference
 the same weights times REFERENCE, the value model `llama-score`, the reward model `qwen2-score`. One file per case, with
-what was set as JSON under `about` in its metadata, and (E epochs, M mini-batches, A micro-batches of each):
+its settings as JSON under `about` in the metadata, and (E epochs, M mini-batches, A micro-batches of each):
 
     tokens, prompt_lengths, response_lengths, finished    [B, T], [B], [B], [B]   left-padded prompts, padded responses
     raw_scores, scores                        [B]      of the reward model; after the missing-EOS penalty
@@ -16,9 +16,9 @@ what was set as JSON under `about` in its metadata, and (E epochs, M mini-batche
     change/policy/NAME, change/critic/NAME    [5]      of the parameters by the update: see `digest` in make_fixtures.py
     metric/NAME                               []       as TRL logs it
 
-functions.safetensors holds what single functions of TRL return for a ragged random batch, losses.safetensors what its
-preference losses do (trl_losses.py), groups.safetensors the advantages and losses of its GRPOTrainer and RLOOTrainer
-(see `groups`).
+functions.safetensors holds results of single functions of TRL on a ragged random batch, losses.safetensors those of its
+preference losses (trl_losses.py), groups.safetensors the advantages and losses of its GRPOTrainer and RLOOTrainer (see
+`groups`).
 """
 
 import json
@@ -78,7 +78,7 @@ ROLLED_OUT = ("scores", "logprobs", "ref_logprobs", "values", "rewards", "advant
 
 
 def tokenizer() -> Any:
-    """Enough of a tokenizer for TRL: it pads on the left and names two ids."""
+    """Minimal tokenizer for TRL: left padding and two special ids."""
     words = {f"t{i}": i for i in range(V)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t3"))
     return transformers.PreTrainedTokenizerFast(
@@ -109,7 +109,7 @@ def model_of(name: str, scale: float = 1.0) -> Any:
 
 
 class Recorder:
-    """Looks at the variables of `PPOTrainer.train` when it calls what is wrapped here."""
+    """Record local variables of `PPOTrainer.train` when it calls the functions wrapped here."""
 
     def __init__(self, trainer: Any, written: np.ndarray) -> None:
         self.found: dict[str, Any] = {}
@@ -171,7 +171,7 @@ class Recorder:
         }
 
     def arrays(self, epochs: int, forwards: int) -> dict[str, np.ndarray]:
-        """Everything that was seen, by the names in the docstring of this file."""
+        """All recorded arrays, by the names in the docstring of this file."""
         found = {name: np.asarray(value) for name, value in self.found.items()} | self.changes
         for name in self.forwards[0]:
             stacked = np.stack([record[name] for record in self.forwards])
@@ -182,7 +182,7 @@ class Recorder:
 
 
 def run(name: str) -> dict[str, Any]:
-    """One update of TRL."""
+    """Run one update of TRL."""
     lengths, stop, micro_batches, changes = CASES[name]
     settings = SETTINGS | changes
     generator = np.random.default_rng(0)
@@ -232,7 +232,7 @@ def run(name: str) -> dict[str, Any]:
 
 
 def functions() -> None:
-    """What stands alone in TRL, on a ragged random batch."""
+    """Results of TRL's separate functions on a ragged random batch."""
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn((B, R, V), generator=generator)
     tokens = torch.tensor(responses(RAGGED, EOS))
@@ -276,7 +276,7 @@ GROUP_LOSSES: dict[str, dict[str, Any]] = {
 
 
 def groups() -> None:
-    """What GRPOTrainer and RLOOTrainer make of given scores and log-probs (B is 16: 4 prompts of GROUP).
+    """Advantages and losses of GRPOTrainer and RLOOTrainer for given scores and log-probs (B is 16: 4 groups of 4).
 
     scores [B]; advantages/{grpo, dr_grpo, rloo} [B]; mask, logprobs, old_logprobs, ref_logprobs [B, R]; and for each
     name of GROUP_LOSSES loss/NAME [] and gradient/NAME [B, R], of the loss to `logprobs`, with advantages/grpo (RLOO:
@@ -338,7 +338,7 @@ def group_trainer(name: str, settings: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Makes all files anew."""
+    """Rewrite all files."""
     shutil.rmtree(FIXTURES / "trl", ignore_errors=True)
     (FIXTURES / "trl").mkdir()
     torch.set_num_threads(1)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests. Arguments go to pytest: bash scripts/test.sh tests/models -k causal
+# Run the tests. Arguments go to pytest: bash scripts/test.sh tests/models -k causal
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 prepare dev

@@ -1,20 +1,21 @@
 """Tasks with a known optimum, for scripts/toy_tasks.py and scripts/toy_trl.py: needs neither jax nor torch.
 
-A symbol is a character is a token. There are 16: digits, comma, colon, a full stop that no task asks for, and the
-control tokens <pad>, <bos> and <eos>, which the text of a response does not show. A task is prompts, a reward that
-reads a prompt and the text of a response and is 1 at best, and how many symbols may be drawn, <eos> included.
+Every symbol is one character and one token. There are 16: digits, comma, colon, a full stop that no task needs, and the
+control tokens <pad>, <bos> and <eos>, which do not appear in the text of a completion. A task consists of prompts, a
+reward of prompt and completion with a maximum of 1, and a maximum number of symbols, <eos> included.
 
-emit      Prompts are the ten digits. The reward is the number of 7s over the 8 symbols there may be.
-length    Prompts are the ten digits. The reward is 1 where the text has 8 to 10 symbols, else 1 / (1 + distance to
-          that), less 1 where none of the 16 symbols there may be was <eos>.
+emit      Prompts are the ten digits. The reward is the number of 7s divided by the maximum of 8 symbols.
+length    Prompts are the ten digits. The reward is 1 if the text has 8 to 10 symbols, else 1 / (1 + distance to that
+          band), minus 1 if there was no <eos> among the at most 16 symbols.
 modular   Prompts `a,b:c,d` are the first four numbers of an arithmetic sequence of digits modulo 10: it starts at a and
-          its step is b - a, so there are 100. It goes on `,e,f,...` for 32 symbols, 16 commas and 16 digits, and the
-          reward is the share of those 32 that the text has at their place: 1,3:5,7 goes on ,9,1,3,5,7,9,1,3,5,7 ...
-          Symbols need not be right from the start to count, so that nothing but commas, whatever the prompt, has 0.5.
-addition  The same without commas, 1,3:5,7 goes on 913579135791..., 32 digits: no text that is the same for all prompts
-          has more than 0.1 on average, so that whoever has more has read the prompt.
-sum       Prompts `a,b:` are two digits below 5, so there are 25; right is the one digit of (a + b) modulo 5, and then
-          <eos>, and nothing else has a reward. It is 1, and no text that is the same for all prompts has more than 0.2.
+          its step is b - a, so there are 100. The continuation is `,e,f,...`, 32 symbols, 16 commas and 16 digits, and
+          the reward is the share of those 32 that the text has in the right place: 1,3:5,7 continues
+          ,9,1,3,5,7,9,1,3,5,7 ... Later symbols count even if earlier ones are wrong, so only commas, for any prompt,
+          have 0.5.
+addition  The same without commas; 1,3:5,7 continues 913579135791..., 32 digits. No text that is the same for all
+          prompts has more than 0.1 on average, so a higher reward requires using the prompt.
+sum       Prompts `a,b:` are two digits below 5, so there are 25. The reward is 1 for the one digit of (a + b) modulo 5
+          followed by <eos>, else 0; no text that is the same for all prompts has more than 0.2.
 """
 
 import json
@@ -31,24 +32,24 @@ PAD, BOS, EOS = range(3)
 @dataclass(frozen=True)
 class Task:
     prompts: tuple[str, ...]
-    length: int  # most symbols of a response
-    score: Callable[[str, str], float]  # of a prompt and a response's text
+    length: int  # maximum number of symbols of a response
+    score: Callable[[str, str], float]  # of a prompt and a completion
     by_chance: Callable[[int], float]  # the expected score of a text of so many uniformly drawn symbols
     missing_eos_penalty: float = 0.0
 
     def reward(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        """As jaxrlhf calls it."""
+        """Reward function in jaxrlhf's form."""
         return [self.score(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
 
     def chance(self) -> float:
-        """The expected reward of symbols drawn uniformly from all 16, until <eos> or there are `length`."""
+        """Expected reward of symbols drawn uniformly from all 16, until <eos> or `length` symbols."""
         ended, going = lengths(self.length)
         expected = sum((e + g) * self.by_chance(n) for n, (e, g) in enumerate(zip(ended, going, strict=True)))
         return expected - self.missing_eos_penalty * sum(going)
 
 
 def lengths(most: int) -> tuple[list[float], list[float]]:
-    """The probabilities that a text of uniformly drawn symbols has n = 0, 1, ... of them and <eos> ended it, or not."""
+    """Probabilities that uniformly drawn symbols give a text of n = 0, 1, ... symbols, ended by <eos> or not."""
     ended, going = [0.0] * (most + 1), [1.0] + [0.0] * most
     for _ in range(most):
         ended = [e + g / len(SYMBOLS) for e, g in zip(ended, going, strict=True)]
@@ -67,7 +68,7 @@ def in_band(prompt: str, text: str) -> float:
 
 
 def continuation(prompt: str, before: str = ",") -> str:
-    """The 32 symbols that go on after `a,b:c,d`, with `before` before each number."""
+    """The 32 symbols that continue `a,b:c,d`, with `before` before each number."""
     a, b, _, d = (int(number) for number in prompt.replace(":", ",").split(","))
     return "".join(f"{before}{(d + i * (b - a)) % 10}" for i in range(1, 33))[:32]
 
@@ -91,7 +92,7 @@ def _share(text: str, right: str) -> float:
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a run of a task; everything else is jaxrlhf's default. No KL, gamma = lambda = 1, temperature 1 always."""
+    """Settings of a run; all others are jaxrlhf's defaults. Always no KL, gamma = lambda = 1, temperature 1."""
 
     task: str
     wanted: float  # reward of the last ten updates
@@ -127,13 +128,13 @@ SETTINGS = {
     "modular": Settings("modular", 0.2, 200, 768, 3, 1, 1e-4, 1e-3),
     "addition": Settings("addition", 0.2, 200, 768, 3, 1, 1e-4, 1e-3),
     "sum": Settings("sum", 0.9, 1000, 512, 2, 1, 3e-4, 1e-3, layers=2, width=64),
-    # trl 1.8.0 has one optimizer with one rate, makes one step an epoch, and does not clip gradients
+    # trl 1.8.0 has one optimizer with one learning rate, makes one step per epoch, and does not clip gradients
     "compare": Settings("emit", 0.2, 40, 256, 1, 4, 1e-4, 1e-4, max_grad_norm=1e9),
 }
 
 
 def write_model(folder: Path, settings: Settings) -> Path:
-    """config.json of a Llama and its tokenizer, in Hugging Face layout, without weights; and prompts.jsonl."""
+    """Write config.json of a Llama and its tokenizer, in Hugging Face layout, without weights; and prompts.jsonl."""
     task = TASKS[settings.task]
     folder.mkdir(parents=True, exist_ok=True)
     names = {"pad_token": SYMBOLS[PAD], "bos_token": SYMBOLS[BOS], "eos_token": SYMBOLS[EOS]}

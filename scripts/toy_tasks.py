@@ -1,20 +1,19 @@
-"""Does it learn? Tasks with a known optimum, from a randomly initialised Llama of 4 layers, 128 wide, on a CPU.
+"""Train on tasks with a known optimum, from a randomly initialised Llama of 4 layers of width 128, on a CPU.
 
     python scripts/toy_tasks.py emit | length | modular | addition | sum | compare
                                 [--method ppo | grpo | dr_grpo | ...] [--seeds 0 1 2 3 4] [--folder runs/toys]
 
-With a method of `jaxrlhf grpo`, batch, mini-batches, rate and updates are those of PPO; groups are of 16.
+With a method of `jaxrlhf grpo`, batch, mini-batches, learning rate and updates are those of PPO; groups of 16.
 
-toy_problems.py says what the tasks are and with which settings each runs. For `modular` and `addition` those are a
-batch of 768 in mini-batches of 256, one epoch, actor 1e-4 and critic 1e-3 at constant rates, clip 0.2, value clip 0.5,
-gamma = lambda = 1, no KL, 200 updates. The critic is a model of its own; advantages are whitened, rewards are not (the
-defaults).
-`compare` is `emit` with nothing that trl cannot do; it leaves its initial weights in FOLDER/compare-SEED/initial, where
-toy_trl.py takes them up.
+toy_problems.py defines the tasks and their settings. For `modular` and `addition` these are a batch of 768 in
+mini-batches of 256, one epoch, constant learning rates of 1e-4 (policy) and 1e-3 (critic), clip 0.2, value clip 0.5,
+gamma = lambda = 1, no KL, 200 updates. The critic is a separate model; advantages are whitened, rewards are not (the
+defaults). `compare` is `emit` restricted to what trl can do; it writes its initial weights to
+FOLDER/compare-SEED/initial, where toy_trl.py reads them.
 
 One line of JSON per seed: `chance` (exact, of uniformly random symbols), `untrained` (the mean reward of the first
-update's batch, which the untrained model drew), `curve` (mean reward of each ten updates), `final` (its last entry),
-`passed`, `seconds`. The status is 1 unless all passed: twice chance and 0.2, of `emit` and `length` 0.9.
+update's batch, sampled from the untrained model), `curve` (mean reward of each ten updates), `final` (its last entry),
+`passed`, `seconds`. The exit status is 1 unless all passed: twice chance and 0.2; for `emit` and `length`, 0.9.
 """
 
 import argparse
@@ -31,12 +30,12 @@ from jaxrlhf import GRPOTrainer, PPOTrainer, metrics
 from jaxrlhf import config as c
 from jaxrlhf.config.grpo import RECIPES
 
-ROWS = 64  # of a forward pass: a matter of speed
+ROWS = 64  # per forward pass; affects only speed
 GROUP = 16
 
 
 def shared(settings: Settings, run: Path, seed: int) -> dict[str, Any]:
-    """What the config of every method has in common, with its model and prompts in `run`/model."""
+    """Config sections shared by all methods, with model and prompts in `run`/model."""
     task = TASKS[settings.task]
     folder = write_model(run / "model", settings)
     return {
@@ -58,7 +57,7 @@ def shared(settings: Settings, run: Path, seed: int) -> dict[str, Any]:
 
 
 def ppo(settings: Settings, run: Path, seed: int) -> PPOTrainer:
-    """PPO on a task."""
+    """Config of PPO on a task."""
     config = c.PPOConfig(
         **shared(settings, run, seed),
         critic=c.Critic(learning_rate=settings.critic_learning_rate),
@@ -80,7 +79,7 @@ def ppo(settings: Settings, run: Path, seed: int) -> PPOTrainer:
 
 
 def grpo(method: Any, settings: Settings, run: Path, seed: int) -> GRPOTrainer:
-    """A method of `jaxrlhf grpo` on a task."""
+    """Config of a method of `jaxrlhf grpo` on a task."""
     paired = method == "online_dpo"
     steps = RECIPES[method].loss != "reinforce" and not paired
     section = c.GRPO(
@@ -98,7 +97,7 @@ def grpo(method: Any, settings: Settings, run: Path, seed: int) -> GRPOTrainer:
 
 
 def learn(name: str, settings: Settings, run: Path, seed: int, method: str = "ppo") -> dict[str, Any]:
-    """One run from scratch, and what the docstring of this file says of it."""
+    """Train one run from random weights and return its record (see the docstring of this file)."""
     task = TASKS[settings.task]
     started = time.monotonic()
     trainer = ppo(settings, run, seed) if method == "ppo" else grpo(method, settings, run, seed)
@@ -125,7 +124,7 @@ def main() -> int:
     parser.add_argument("name", choices=SETTINGS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--method", choices=["ppo", *RECIPES], default="ppo")
-    parser.add_argument("--folder", type=Path, help="where runs are kept; without it they are not")
+    parser.add_argument("--folder", type=Path, help="folder to keep the runs in; default: not kept")
     arguments = parser.parse_args()
     passed = True
     with tempfile.TemporaryDirectory() as temporary:

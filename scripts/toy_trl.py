@@ -1,11 +1,11 @@
-"""The run `compare` of toy_tasks.py in trl 1.8.0, from the same initial weights, with equal hyper-parameters.
+"""Run `compare` of toy_tasks.py in trl 1.8.0, from the same initial weights, with equal hyper-parameters.
 
     python scripts/toy_tasks.py compare --folder runs/toys > ours.jsonl       (in jaxrlhf's environment)
     python scripts/toy_trl.py --folder runs/toys > theirs.jsonl               (in one with torch and trl==1.8.0)
     python scripts/toy_trl.py --ours ours.jsonl --theirs theirs.jsonl         (in either: mean, standard error, verdict)
 
-trl's PPOTrainer has no reward functions: the task's own is wrapped as a reward model that reads token ids. What equal
-costs: trl has one optimizer for policy and value model, takes one step an epoch and clips no gradients, so both use one
+trl's PPOTrainer has no reward functions, so the task's own is wrapped as a reward model that reads token ids. trl has
+one optimizer for policy and value model, makes one step per epoch and does not clip gradients, so both use one learning
 rate, num_mini_batches 1 and no clip.
 """
 
@@ -24,13 +24,13 @@ CONTEXT = 1  # symbols of every prompt
 
 
 def text_of(ids: list[int]) -> str:
-    """The text of a response up to its first <eos>."""
+    """Decode a response up to its first <eos>."""
     ids = ids[: ids.index(EOS)] if EOS in ids else ids
     return "".join(SYMBOLS[i] for i in ids if SYMBOLS[i] in VISIBLE)
 
 
 def reward_model(task: Task) -> Any:
-    """A module with the interface that trl's `get_reward` expects, whose score at every position is the response's."""
+    """A module with the interface of trl's `get_reward`, with the response's score at every position."""
     import torch  # pyright: ignore[reportMissingImports]
 
     class Backbone(torch.nn.Module):
@@ -51,7 +51,7 @@ def reward_model(task: Task) -> Any:
 
 
 def learn(folder: Path, seed: int) -> dict[str, Any]:
-    """One run of trl from the weights that toy_tasks.py left."""
+    """Train one run in trl from the initial weights that toy_tasks.py wrote."""
     import datasets
     import torch  # pyright: ignore[reportMissingImports]
     import transformers
@@ -59,11 +59,11 @@ def learn(folder: Path, seed: int) -> dict[str, Any]:
 
     task, initial = TASKS[SETTING.task], folder / f"compare-{seed}" / "initial"
     started = time.monotonic()
-    torch.set_num_threads(1)  # more would wait for one another: the model is tiny
+    torch.set_num_threads(1)  # more threads would only wait for one another: the model is tiny
     transformers.set_seed(seed)
     policy, reference = (transformers.AutoModelForCausalLM.from_pretrained(initial) for _ in range(2))
     critic = transformers.AutoModelForSequenceClassification.from_pretrained(initial, num_labels=1)
-    critic.score.weight.data.zero_()  # as jaxrlhf's critic starts
+    critic.score.weight.data.zero_()  # as in jaxrlhf's critic
     prompts = [[SYMBOLS.index(symbol) for symbol in prompt] for prompt in task.prompts]
     rows = datasets.Dataset.from_dict({"input_ids": prompts * SETTING.batch_size})  # a whole number of batches
     trainer = PPOTrainer(
@@ -125,12 +125,12 @@ def learn(folder: Path, seed: int) -> dict[str, Any]:
 
 
 def compare(ours: Path, theirs: Path) -> bool:
-    """Print mean and standard error of both final rewards; whether ours is at most one standard error of the difference
-    below theirs."""
+    """Print mean and standard error of both final rewards; return whether jaxrlhf's is at most one standard error of
+    the difference below trl's."""
     means, errors = [], []
     for name, file in (("jaxrlhf", ours), ("trl", theirs)):
         lines = file.read_text().splitlines()
-        finals = [json.loads(line)["final"] for line in lines if line.startswith("{")]  # trl prints lines of its own
+        finals = [json.loads(line)["final"] for line in lines if line.startswith("{")]  # trl prints other lines
         means.append(statistics.mean(finals))
         errors.append(statistics.stdev(finals) / len(finals) ** 0.5)
         print(f"{name}: {means[-1]:.4f} +- {errors[-1]:.4f} ({len(finals)} seeds)")
@@ -141,7 +141,7 @@ def compare(ours: Path, theirs: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where toy_tasks.py kept its runs")
+    parser.add_argument("--folder", type=Path, help="folder of the runs of toy_tasks.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--ours", type=Path)
     parser.add_argument("--theirs", type=Path)

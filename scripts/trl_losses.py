@@ -1,7 +1,7 @@
-"""What the preference losses of TRL return for one random batch: tests/fixtures/trl/losses.safetensors.
+"""Record TRL's preference losses on one random batch in tests/fixtures/trl/losses.safetensors.
 
-Written by make_trl_fixtures.py, or alone: python scripts/trl_losses.py. The methods of TRL's trainers run on a stand-in
-for the trainer; B pairs, log-probs of whole responses:
+Called by make_trl_fixtures.py, or directly: python scripts/trl_losses.py. The methods of TRL's trainers run on a
+stand-in for the trainer; B pairs, log-probs of whole responses:
 
     chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens    [B]
     scores                      [2, B]     of a reward model, (chosen, rejected)
@@ -10,8 +10,8 @@ for the trainer; B pairs, log-probs of whole responses:
     gradient/CASE               [2, B]     by the log-probs, or scores, of (chosen, rejected)
     metric/CASE/NAME            []         as TRL logs it
 
-What was set for each case is JSON under `about` in the metadata. KTO sees the chosen responses of the first half of the
-pairs and the rejected ones of the rest, as unpaired.
+The settings of each case are JSON under `about` in the metadata. KTO gets the chosen responses of the first half of the
+pairs and the rejected ones of the rest, as unpaired rows.
 """
 
 import collections
@@ -37,7 +37,7 @@ DPO_CASES: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")},
     **{f"{name}-smooth": {"label_smoothing": 0.2} for name in ("sigmoid", "robust", "exo_pair", "aot")},
     **{f"sigmoid-{name}": {"f_divergence_type": name} for name in ("forward_kl", "js_divergence")},
-    "discopop-far": {},  # with chosen responses of which nothing is left
+    "discopop-far": {},  # with chosen responses of almost zero probability
     "sigmoid-alpha": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
 }
 CPO_CASES: dict[str, dict[str, Any]] = {
@@ -52,7 +52,7 @@ KTO_CASES: dict[str, dict[str, Any]] = {
 
 
 def trainer(**settings: Any) -> Any:
-    """What the methods ask of their trainer."""
+    """Stand-in with the trainer attributes that the methods read."""
     accelerator = types.SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
     fixed = {"model": types.SimpleNamespace(training=False), "accelerator": accelerator, "aux_loss_enabled": False}
     fixed |= {"beta": BETA, "label_smoothing": 0.0, "_metrics": {"eval": collections.defaultdict(list)}}
@@ -60,7 +60,7 @@ def trainer(**settings: Any) -> Any:
 
 
 def watched(module: Any, seen: list[torch.Tensor]) -> None:
-    """`module` now shows the log-probs of its tokens, to ask for their gradient."""
+    """Make `module` record the log-probs of its tokens, so that their gradient can be computed."""
     plain = module.selective_log_softmax
 
     def selective_log_softmax(logits: Any, labels: Any) -> Any:
@@ -94,13 +94,13 @@ class Batch:
         return {name: values[rows] for name, values in names.items()}
 
     def gradient(self, seen: torch.Tensor) -> np.ndarray:
-        """[B or 2 B] by the sum over a row: that of its first token, which is always real."""
+        """Gradient [B or 2 B] by the sum over a row, which equals that of its first token, always a real one."""
         assert seen.grad is not None
         return seen.grad[:, 0].numpy()
 
 
 def main() -> None:
-    """Makes the file anew."""
+    """Rewrite the file."""
     batch, found, about = Batch(), {}, {}
     seen: list[torch.Tensor] = []
     watched(dpo_trainer, seen)

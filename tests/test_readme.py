@@ -1,4 +1,4 @@
-"""The README holds what it says: its example runs, its commands parse, its files exist."""
+"""The README is correct: its examples run, its commands parse, its files exist, and its tree is complete."""
 
 import json
 import re
@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
 INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S))
-LINES = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
+BASH = "".join(block for language, block in BLOCKS if language == "bash").replace("\\\n", "")
+LINES = BASH.splitlines()
 ROLLOUTS = (ROOT / "docs" / "rollouts.md").read_text(encoding="utf-8").replace("\\\n", "")
 
 
@@ -29,19 +30,40 @@ def test_nothing_is_left_to_fill_in():
     assert not re.findall(r"\b[A-Z]+_OUTPUT\b|TODO", README)
 
 
-def test_the_python_example_runs_as_it_stands(tiny_model, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def demo_folder(tiny_model, tmp_path, monkeypatch):
+    """A working directory with the files of `runs/demo` that the examples use; returns the SFT model's parameters."""
     base = shutil.copytree(tiny_model, tmp_path / "base")
-    about = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(about | {"max_position_embeddings": 128}))
+    described = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(described | {"max_position_embeddings": 128}))
     model, params = weights.load(base, init="random", key=jax.random.key(0))
-    weights.export(tmp_path / "runs" / "sft", model, params, source=base)
+    weights.export(tmp_path / "runs" / "demo" / "sft", model, params, source=base)
+    prompts = tmp_path / "runs" / "demo" / "data" / "prompts.jsonl"
+    prompts.parent.mkdir()
+    prompts.write_text("".join(json.dumps({"prompt": f"is {i} a lucky number?"}) + "\n" for i in range(16)))
     monkeypatch.chdir(tmp_path)
-    (example,) = [block for language, block in BLOCKS if language == "python"]
-    exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
+    return params
+
+
+def changed(params, folder):
+    trained = jaxrlhf.load(folder)[1]
+    return any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), params, trained)))
+
+
+def test_the_python_examples_run_as_they_stand(demo_folder):
+    examples = [block for language, block in BLOCKS if language == "python"]
+    assert len(examples) == 2
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
+    assert changed(demo_folder, "runs/ppo/export")
+    assert set(jaxrlhf.load("runs/grpo/export")[1]) == set(demo_folder)
+
+
+def test_the_python_example_of_one_update_runs_as_it_stands(demo_folder, capsys):
+    (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "ppo.md").read_text(), re.M | re.S)
+    exec(compile(example, "docs/ppo.md", "exec"), {"__name__": "__main__"})
     assert "[-" in capsys.readouterr().out, "rewards were printed"
-    trained = jaxrlhf.load("my-model")[1]
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), params, trained)
-    assert any(jax.tree.leaves(moved))
+    assert changed(demo_folder, "my-model")
 
 
 COMMAND_LINES = [line for line in LINES if line.startswith("jaxrlhf ")]
@@ -79,23 +101,27 @@ def test_there_are_commands_to_check():
     }
 
 
-def test_every_file_of_the_tree_exists():
+def test_the_tree_is_that_of_the_repository():
     (tree,) = [block for _, block in BLOCKS if block.startswith("jaxrlhf/\n")]
-    folder = ROOT
+    rooms = set()
     for line in tree.splitlines():
-        indent, name = re.match(r"( *)(\S+)", line).groups()
-        if not indent:
-            folder = ROOT / name
-        here = ROOT / "jaxrlhf" if indent else folder
-        assert (ROOT / "jaxrlhf" / name if indent else folder).exists(), line
-        for other in re.findall(r"\b\w+\.(?:py|sh)\b", line.partition(name)[2]):
-            assert (here / other).is_file(), line
+        indent, name, text = re.match(r"( *)(\S+)(.*)", line).groups()
+        folder = ROOT / "jaxrlhf" if indent else ROOT
+        assert (folder / name).exists(), line
+        if indent:
+            rooms.add(name.rstrip("/"))
+        for script in re.findall(r"\b\w+\.(?:py|sh)\b", text):
+            assert (folder / name / script).is_file(), line
+    modules = {path.name for path in (ROOT / "jaxrlhf").iterdir() if not path.name.startswith(("_", "."))}
+    assert rooms == modules
 
 
 def test_every_file_that_is_named_exists():
     named = [path for text in [*INLINE, *LINES] for path in re.findall(r"(?<![\w.])\.?\w+/[\w./]*\w", text)]
     ours = [
-        path for path in named if path.split("/")[0] in {"scripts", "jaxrlhf", "tests", "configs", ".ci", "weights"}
+        path
+        for path in named
+        if path.split("/")[0] in {"scripts", "jaxrlhf", "tests", "configs", "docs", ".ci", "weights"}
     ]
     assert ours
     for path in ours:
