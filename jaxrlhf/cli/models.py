@@ -71,10 +71,10 @@ def generate(options: Options, overrides: Overrides) -> int | None:
             raise ConfigError(f"generate: --{name.replace('_', '-')} needs --prompts FILE; it has no use with --prompt")
     config = load_config("ppo", None, [*overrides_from_run(options.model, "sampling"), *overrides], partial=True)
     runtime.configure()
-    from jaxrlhf.evaluation import completions
+    from jaxrlhf.evaluation import generation
 
     with announce_compilations(sys.stderr, quiet=config.logging.quiet), _warnings_as_notes():
-        texts = completions.complete(config, options.prompt, options.n)
+        texts = generation.complete(config, options.prompt, options.n)
     for i, text in enumerate(texts):
         if options.n > 1:
             print(f"--- {i + 1} of {options.n} ---")
@@ -136,7 +136,7 @@ def compare(options: Options, overrides: Overrides) -> None:
     with announce_compilations(sys.stderr, quiet=config.logging.quiet), _warnings_as_notes():
         results = [
             completions.evaluate(
-                replace(config, **{"model.path": path}), **_evaluation_arguments(options), beside=models
+                replace(config, **{"model.path": path}), **_evaluation_arguments(options), other_models=models
             )
             for path in models
         ]
@@ -205,7 +205,7 @@ def export(options: Options, overrides: Overrides) -> None:
     if not is_run:
         print(export.merge(run, target))
         return
-    method, outcome = runs.what_ran(run)
+    method, outcome = runs.method_and_outcome(run)
     exported = run / "export"
     # only the run itself can merge adapters of a quantised model: its export does not record the quantisation
     quantised = load_config(method, run / "config.yaml", partial=True).lora.quantize != "none"

@@ -76,7 +76,7 @@ def train(options: Options, overrides: Overrides) -> int | None:
         return 0
     from jaxrlhf import runs
 
-    runs.check(config, options.verb, options.fresh)
+    runs.check_run_directory(config, options.verb, options.fresh)
     with announce_compilations(sys.stdout, quiet=config.logging.quiet):
         _trainer_class(options.verb)(config, fresh=options.fresh, ahead=True).train()
     return 0

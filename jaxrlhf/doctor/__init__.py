@@ -75,7 +75,7 @@ def computer() -> list[str]:
 def examine_model(config: PPOConfig) -> bool:
     """Check the model alone, in float32, then PPO with the rest of `config`; True if every check passed."""
     path, revision = config.model.path, config.model.revision
-    base, _ = weights.described_by(weights.resolve(path, revision), weights=True)  # the base model of adapters
+    base, _ = weights.base_and_adapters(weights.resolve(path, revision), weights=True)  # the base model of adapters
     model, params = weights.load(path, revision=revision, dtype="float32", compute_dtype="float32")
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"model {path}: {model.family}, {size:,} parameters, head {model.head}, context {model.max_positions}")

@@ -22,7 +22,7 @@ def examine_data(config: SFTConfig) -> str:
     Raises:
         DataError: the file cannot be read.
     """
-    rows = sources.read(config.data)
+    rows = sources.read_rows(config.data)
     lines = [f"data {rows.source}: {len(rows.rows):,} rows with columns {', '.join(rows.columns)}"]
     readable: list[formats.Task] = []
     for task, methods in METHODS.items():
@@ -57,13 +57,13 @@ def _tokenized(task: formats.Task, config: SFTConfig, tokenizer: Tokenizer) -> s
         chosen, rejected = (_marked(row, tokenizer) for row in (pairs.train[0].chosen, pairs.train[0].rejected))
         return f"{pairs.report}\nfirst pair, chosen:\n{chosen}\nrejected:\n{rejected}"
     prompts = datasets.prompt_rows(config.data, tokenizer)
-    return f"{prompts.report}\nfirst prompt:\n{''.join(tokenizer.pieces(prompts.train[0].tokens))}"
+    return f"{prompts.report}\nfirst prompt:\n{''.join(tokenizer.convert_ids_to_tokens(prompts.train[0].tokens))}"
 
 
 def _marked(row: datasets.SFTRow, tokenizer: Tokenizer) -> str:
     """Text of a row with the tokens trained on between [[ and ]]."""
     text, inside = "", False
-    for piece, trained in zip(tokenizer.pieces(row.tokens), row.loss_mask, strict=True):
+    for piece, trained in zip(tokenizer.convert_ids_to_tokens(row.tokens), row.loss_mask, strict=True):
         if trained != inside:
             text += "[[" if trained else "]]"
         text, inside = text + piece, trained

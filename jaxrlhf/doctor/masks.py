@@ -50,7 +50,7 @@ def _mistake(rollout: Rollout, i: int, row: PromptRow, kinds: str, tokenizer: To
     ):
         for column, (inside, kind) in enumerate(zip(mask.tolist(), kinds[first:], strict=True), first):
             if inside != (kind in included):
-                piece = tokenizer.pieces([int(rollout.tokens[i][column])])[0]
+                piece = tokenizer.convert_ids_to_tokens([int(rollout.tokens[i][column])])[0]
                 return f"{piece!r} in column {column} ({KINDS[kind]}) is {'in' if inside else 'not in'} the {name}"
     if bool(rollout.finished[i]) != ("E" in kinds):
         return f"it counts as {'finished' if rollout.finished[i] else 'cut off'}, and it is not"
@@ -59,7 +59,7 @@ def _mistake(rollout: Rollout, i: int, row: PromptRow, kinds: str, tokenizer: To
 
 def _drawing(rollout: Rollout, i: int, kinds: str, tokenizer: Tokenizer) -> list[str]:
     """Lines with tokens, kinds and the two masks below each other; long stretches are shortened."""
-    pieces = [_printable(piece) for piece in tokenizer.pieces(rollout.tokens[i].tolist())]
+    pieces = [_printable(piece) for piece in tokenizer.convert_ids_to_tokens(rollout.tokens[i].tolist())]
     width = len(kinds) - rollout.response_mask.shape[1]
     response_mask = [False] * width + rollout.response_mask[i].tolist()
     cells = [

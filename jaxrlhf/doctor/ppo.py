@@ -10,9 +10,8 @@ import numpy as np
 
 from jaxrlhf import memory, weights
 from jaxrlhf.config import Data, PPOConfig
-from jaxrlhf.data import datasets
-from jaxrlhf.data import tokenise as sequences
-from jaxrlhf.data.formats import Example
+from jaxrlhf.data import datasets, tokenise
+from jaxrlhf.data.examples import Example
 from jaxrlhf.doctor.masks import check_masks
 from jaxrlhf.doctor.small_run import ROWS, small_config, with_uneven_lengths, zero_reward
 from jaxrlhf.errors import quoted
@@ -100,8 +99,8 @@ class Trial:
     def template(self) -> Outcome:
         """Check that each completion or assistant turn trained on ends with a token that stops generation."""
         chat, tokenizer = self.tokenizer.has_chat, self.tokenizer
-        example = Example(None, [*TURNS, *TURNS]) if chat else Example(PROMPTS[0], " two")
-        (tokens,) = sequences.tokenise([sequences.draft(example, "sft", tokenizer)], tokenizer)
+        example = Example(None, ([*TURNS, *TURNS],)) if chat else Example(PROMPTS[0], (" two",))
+        (tokens,) = tokenise.tokenise([tokenise.render(example, "sft", tokenizer)], tokenizer)
         ids, mask = tokens.sequence(0)
         ends = [token for token, now, after in zip(ids, mask, [*mask[1:], False], strict=True) if now and not after]
         unit = "assistant turn" if chat else "completion"
@@ -139,7 +138,7 @@ class Trial:
             sampling = dataclasses.replace(trainer.config.sampling, stop_token_ids=tuple(stops))
             engine = trainer.config.rollout
             sampler = Sampler(sampling, engine, trainer.model, self.tokenizer, trainer.mesh, 0, ROWS)
-            rollout = sampler.generate(trainer.params, self.rows, trainer.online.key(0, 0))[0]
+            rollout = sampler.generate(trainer.params, self.rows, trainer.run.key(0, 0))[0]
         mistake, drawing = check_masks(jax.device_get(rollout), self.rows, stops, self.tokenizer)
         return not mistake, "\n".join([mistake or f"correct in {ROWS} rows{note}; one of them:", *drawing])
 
@@ -200,15 +199,15 @@ class Trial:
         """Run one update from the initial parameters, in micro-batches of `micro` rows (None: the full batch)."""
         assert self.trainer is not None and self.rollout is not None
         trainer, rollout = self.trainer, with_uneven_lengths(self.rollout, self.tokenizer.pad_id)
-        roles = trainer.roles
+        spec = trainer.spec
         start = self.start = self.start or jax.tree.map(np.array, trainer.state.value.params)
         fresh = jax.tree.map(lambda x: jnp.array(x, copy=True), start)
-        trainer.state = State(fresh, dict(roles.optimizers), roles.mesh, roles.ppo.kl_coef)
+        trainer.state = State(fresh, dict(spec.optimizers), spec.mesh, spec.ppo.kl_coef)
         state = trainer.state.value
-        roles = dataclasses.replace(roles, ppo=dataclasses.replace(roles.ppo, micro_batch_size=micro))
-        experience, before = annotate(state, trainer.frozen, rollout, jnp.linspace(-1, 1, ROWS), roles=roles)
+        spec = dataclasses.replace(spec, ppo=dataclasses.replace(spec.ppo, micro_batch_size=micro))
+        experience, before = annotate(state, trainer.frozen, rollout, jnp.linspace(-1, 1, ROWS), spec=spec)
         divergence = jnp.max(jnp.abs(experience.old_logprobs - experience.ref_logprobs))
-        trainer.state.value, after = update(state, trainer.frozen, experience, jax.random.key(0), roles=roles)
+        trainer.state.value, after = update(state, trainer.frozen, experience, jax.random.key(0), spec=spec)
         self.measured.append({k: float(v) for k, v in (before | after | {"divergence": divergence}).items()})
         new = trainer.state.value.params
         self.changes.append(jax.tree.map(lambda x, old: np.asarray(x) - np.asarray(old), new, start))
@@ -255,7 +254,7 @@ class Trial:
         return max(1, min(MAX_TOKENS, self.config.sampling.response_length, free))
 
     def _name(self, token: int) -> str:
-        return f"{self.tokenizer.pieces([token])[0]!r} (id {token})"
+        return f"{self.tokenizer.convert_ids_to_tokens([token])[0]!r} (id {token})"
 
 
 def _norm(leaves: Sequence[Any]) -> float:

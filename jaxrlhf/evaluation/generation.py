@@ -145,7 +145,7 @@ def complete(config: PPOConfig, prompt: str, count: int) -> list[str]:
     """
     tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
     model, params = open_model(config, tokenizer)
-    tokens = tokenizer.encode(prompt, special=True) if config.data.control_tokens else tokenizer.prompt_ids(prompt)
+    tokens = tokenizer.encode(prompt, special=True) if config.data.control_tokens else tokenizer.encode_prompt(prompt)
     room = model.max_positions - len(tokens)
     if room < 1:
         raise DataError(f"the prompt has {len(tokens)} tokens and the model's context is {model.max_positions}")

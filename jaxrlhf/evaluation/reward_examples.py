@@ -8,10 +8,10 @@ import numpy as np
 
 from jaxrlhf.config import RewardConfig
 from jaxrlhf.data import labels, sources
-from jaxrlhf.data.datasets import as_written, train_validation_split
-from jaxrlhf.data.formats import Example
+from jaxrlhf.data.datasets import prompt_text, train_validation_split
+from jaxrlhf.data.examples import Example
 from jaxrlhf.data.sources import Rows
-from jaxrlhf.data.tokenise import Tokens
+from jaxrlhf.data.tokenise import TokenisedExample
 from jaxrlhf.errors import DataError
 from jaxrlhf.evaluation.reward_metrics import HeldOut, evaluation, summary
 from jaxrlhf.rewards.sources.model import RewardModel
@@ -43,21 +43,21 @@ def judge(config: RewardConfig) -> dict[str, Any]:
         dtype=source.compute_dtype,
         micro_batch_size=config.train.eval_batch_size,
     )
-    columns = {*sources.read(data).columns}
+    columns = {*sources.read_rows(data).columns}
     if {"good", "bad"} <= columns:
         data = dataclasses.replace(data, columns={"chosen": "good", "rejected": "bad", **data.columns})
     labelled = "label" in columns and not columns & {"good", "chosen", "accepted"}
     data = dataclasses.replace(data, max_length=min(data.max_length, model.max_length))
 
-    def to_case(tokens: Tokens, example: Example, rows: Rows, i: int) -> _Case:
-        row, place = rows.rows[i], rows.places[i]
-        sequences = [tokens.sequence(k) for k in range(len(tokens.answers))]
+    def to_case(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> _Case:
+        row, place = rows.rows[i], rows.locations[i]
+        sequences = [tokens.sequence(k) for k in range(len(tokens.completions))]
         return _Case(
             name=str(row.get("name") or place.short),
-            prompt="" if example.prompt is None else as_written(example.prompt),
+            prompt="" if example.prompt is None else prompt_text(example.prompt),
             sequences=[ids for ids, _ in sequences],
             lengths=[sum(mask) for _, mask in sequences],
-            label=labels.label(row, f"data {place}") if labelled else True,
+            label=labels.parse_label(row, f"data {place}") if labelled else True,
         )
 
     split = train_validation_split(data, model.tokenizer, "labels" if labelled else "pairs", to_case)

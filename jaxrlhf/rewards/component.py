@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxrlhf.config import Component
-from jaxrlhf.config.rewards import function_label
+from jaxrlhf.config.reward_source import function_label
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError, RewardError, quoted
 from jaxrlhf.rewards.functions import RewardFunction
@@ -157,7 +157,7 @@ class RewardComponent:
     ) -> tuple[SourceScores, np.ndarray]:
         """(scores, non-finite ones marked as failed; truncated bool [B])."""
         if self.config.template:
-            texts = template.fill(self.config.template, request, model.tokenizer.guard)
+            texts = template.fill(self.config.template, request, model.tokenizer.escape)
             scores, truncated = model.score_formatted(texts)
         elif not self.shares_tokenizer:
             finished = np.asarray(rollout.finished).tolist()

@@ -48,8 +48,8 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
     """Lock `config.run_dir` and start or resume a run of the command `method` in it.
 
     Writes config.yaml (every option, resolved) and run.json (versions, config hash, command, host, mesh, all starts).
-    With `fresh` an existing run is first renamed to `<name>.old-<n>`. While the run is open, the first SIGTERM or SIGINT
-    sets `run.stopping`; the second ends the process at once.
+    With `fresh` an existing run is first renamed to `<name>.old-<n>`. While the run is open, the first SIGTERM or
+    SIGINT sets `run.stopping`; the second ends the process at once.
 
     Raises:
         StorageError: the directory cannot be used, is in use, or holds a run that `config` cannot resume.

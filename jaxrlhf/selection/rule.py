@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from jaxrlhf.data.formats import DECIDING
+from jaxrlhf.data.formats import FORMAT_COLUMNS
 from jaxrlhf.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Rule:
                     return [], f"no completion scores {self.threshold:g} or more"
         if self.keep == "prompts":
             return [row.columns | {"mean_score": mean([completion["score"] for completion in scored])} | extra], ""
-        common = {name: value for name, value in row.columns.items() if name not in DECIDING} | extra
+        common = {name: value for name, value in row.columns.items() if name not in FORMAT_COLUMNS} | extra
         common |= {"prompt": row.text if row.messages is None else row.messages}
         best = max(scored, key=lambda completion: completion["score"])
         if self.keep == "pairs":

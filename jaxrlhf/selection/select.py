@@ -12,7 +12,7 @@ import numpy as np
 from jaxrlhf import weights
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.datasets import PromptRow
-from jaxrlhf.data.formats import DECIDING
+from jaxrlhf.data.formats import FORMAT_COLUMNS
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError, DataError, StorageError, first_line
 from jaxrlhf.evaluation import generation
@@ -65,7 +65,9 @@ def select(
             _complete(config, tokenizer, rows, count, scorer, log)
         summary = Summary(config.model.path, rule, count)
         if rule.keep != "prompts":
-            summary.left_out = sorted({name for row in rows for name in row.columns if name in DECIDING} - {"prompt"})
+            summary.left_out = sorted(
+                {name for row in rows for name in row.columns if name in FORMAT_COLUMNS} - {"prompt"}
+            )
         with atomic_open(out) as file:
             for row, completions in zip(rows, log.read(), strict=True):
                 kept, reason = rule.apply(row, completions)

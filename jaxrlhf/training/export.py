@@ -33,10 +33,10 @@ def export(run: Path, target: Path, role: Literal["policy", "critic"] = "policy"
     Raises ConfigError for the critic of a run without one, StorageError if there is no checkpoint or if a frozen part
     of the model, which checkpoints do not contain, has changed since the run.
     """
-    method, _ = runs.what_ran(run)
+    method, _ = runs.method_and_outcome(run)
     if role == "critic" and method != "ppo":
         raise ConfigError(f"{run} is a run of jaxrlhf {method}: only ppo has a critic")
-    settings = config_file.read(method, run / "config.yaml", [("run_dir", str(run))], partial=True)
+    settings = config_file.load_config(method, run / "config.yaml", [("run_dir", str(run))], partial=True)
     settings = dataclasses.replace(settings, model=_locate(settings.model, run))
     mesh = sharding.make_mesh(config.Mesh(fsdp=jax.device_count()))  # the run's may be another machine's
     step, trained, identity = _trained_params(run, settings, mesh)
@@ -81,7 +81,7 @@ def merge(folder: Path, target: Path) -> Path:
 
 def _locate(source: ModelSource, run: Path) -> ModelSource:
     """The initial model of a run, looked up in the folder where the run was started if it is not found here."""
-    started = runs.started_in(run)
+    started = runs.working_directory(run)
     candidate = Path(started, source.path)
     if Path(source.path).expanduser().exists() or not started or not candidate.exists():
         return source

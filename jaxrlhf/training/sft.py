@@ -115,7 +115,7 @@ class SFTTrainer:
     def describe(self) -> str:
         """Model, data and number of steps of `.train()`, and the first example as the model sees it."""
         row = self.data.train[0]
-        pieces = zip(self.tokenizer.pieces(row.tokens), row.loss_mask, strict=True)
+        pieces = zip(self.tokenizer.convert_ids_to_tokens(row.tokens), row.loss_mask, strict=True)
         example = "".join(f"[{piece}]" if trained else piece for piece, trained in pieces)
         return f"{self._about()}\n{self.total_steps} steps\nfirst example, tokens to learn in brackets:\n{example}"
 

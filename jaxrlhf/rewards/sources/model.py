@@ -122,7 +122,7 @@ class RewardModel:
         return (
             own.size == size
             and own.encode(_PROBE) == tokenizer.encode(_PROBE)
-            and own.pieces(range(size)) == tokenizer.pieces(range(size))
+            and own.convert_ids_to_tokens(range(size)) == tokenizer.convert_ids_to_tokens(range(size))
         )
 
     def score_rollout(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
@@ -167,7 +167,9 @@ class RewardModel:
                 rows.append(self.tokenizer.render_chat([*turns, answer], generation=False))
             else:
                 text = (transcript(turns) if turns and len(turns) > 1 else prompt) + completion
-                rows.append((self.tokenizer.prompt_ids(text) if text else []) + [self.tokenizer.eos_id] * bool(ended))
+                rows.append(
+                    (self.tokenizer.encode_prompt(text) if text else []) + [self.tokenizer.eos_id] * bool(ended)
+                )
         return self.score_ids(rows)
 
     def score_formatted(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -175,7 +177,7 @@ class RewardModel:
         escaped by `Tokenizer.guard`. Only a BOS token is added, if the tokenizer adds one."""
         assert self.tokenizer.bos_id is not None or not self.tokenizer.adds_bos
         first = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
-        return self.score_ids([[*first, *ids] for ids in self.tokenizer.encode_all(texts)])  # type: ignore[list-item]
+        return self.score_ids([[*first, *ids] for ids in self.tokenizer.encode_batch(texts)])  # type: ignore[list-item]
 
     def score_ids(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """(scores f32 [B], truncated bool [B]) of token ids of this model."""

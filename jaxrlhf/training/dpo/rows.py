@@ -35,7 +35,7 @@ def read_rows(config: DPOConfig, tokenizer: Tokenizer) -> Split[PairRow] | Split
     ConfigError."""
     if config.dpo.loss != "kto":
         return pair_rows(config.data, tokenizer)
-    columns = sources.read(config.data).columns
+    columns = sources.read_rows(config.data).columns
     paired = "rejected" in columns and "label" not in columns
     return (labels_of_pairs if paired else label_rows)(config.data, tokenizer)
 
@@ -60,9 +60,9 @@ class PreferenceRows:
         labels = np.array([getattr(row, "label", True) for row in rows])
         self.split: Split[Any] = split
         if config.dpo.loss == "kto":
-            train, held_out = (kto.beside(part, limit) for part in (split.train, split.validation))  # type: ignore[arg-type]
+            train, held_out = (kto.mismatched_pairs(part, limit) for part in (split.train, split.validation))  # type: ignore[arg-type]
             self.split = Split(train, held_out, split.report)
-        longest = max(map(batching.longer, (*self.split.train, *self.split.validation)))
+        longest = max(map(batching.row_length, (*self.split.train, *self.split.validation)))
         self.width = 2 * batching.bucket(limit if config.train.packing else longest, self._context)
         """Columns of the widest pair, or of every packed row."""
         if config.train.packing:
@@ -81,7 +81,7 @@ class PreferenceRows:
         if self._config.train.packing:
             pairs: Pairs | PackedPairs = batching.packed_pairs(rows, self._pad_id, self.width, self._max_pairs)
         else:
-            length = batching.bucket(max(map(batching.longer, rows)), self._context)
+            length = batching.bucket(max(map(batching.row_length, rows)), self._context)
             pairs = batching.pairs(rows, self._pad_id, length)
         return sharding.put_rows(pairs, self._mesh)
 
@@ -98,5 +98,5 @@ class PreferenceRows:
 
     def longest(self, part: Part, count: int) -> Preferences:
         """A batch of the `count` longest rows, repeated if there are fewer."""
-        order = sorted(range(len(part.rows)), key=lambda i: -batching.longer(part.rows[i]))
+        order = sorted(range(len(part.rows)), key=lambda i: -batching.row_length(part.rows[i]))
         return self.batch(part, [order[i % len(order)] for i in range(count)])

@@ -176,7 +176,7 @@ class DPOTrainer:
     ) -> PairLogprobs:
         """`score` of all rows in their order, on the host. Rows of similar length are batched together."""
         size, parts, last_note = self.config.train.eval_batch_size, [], time.monotonic()
-        order = sorted(range(len(rows)), key=lambda i: batching.longer(rows[i]))
+        order = sorted(range(len(rows)), key=lambda i: batching.row_length(rows[i]))
         for start in range(0, len(rows), size):
             if stopping():
                 raise Preempted("stopped before the first step; run the same command again to start over")

@@ -72,7 +72,7 @@ def _rejected_tokens(config: GRPOConfig, tokenizer: Tokenizer) -> tuple[int, ...
     text, length = config.grpo.rejected_text, config.sampling.response_length
     if text is None:
         return ()
-    tokens = tokenizer.encode_all([tokenizer.guard(text)], [True])[0]
+    tokens = tokenizer.encode_batch([tokenizer.escape(text)], [True])[0]
     tokens += [tokenizer.eos_id] * (tokenizer.eos_id is not None)
     if not 0 < len(tokens) <= length:
         raise ConfigError(

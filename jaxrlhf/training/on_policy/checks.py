@@ -50,7 +50,7 @@ def check_step(
         raise ConfigError(f"{method}_step got {len(prompts)} prompts; it needs a positive multiple of {multiple}")
     rows = len(prompts) * group
     sharding.check_rows(settings.micro_rows(rows), mesh, f"{method}_step: rows of a forward pass")
-    trained = settings.learnt(rows) if isinstance(settings, GRPO) else rows
+    trained = settings.trained_rows(rows) if isinstance(settings, GRPO) else rows
     if trained % settings.annotation_rows(rows):
         raise ConfigError(
             f"{method}_step got {len(prompts)} prompts; {method}.local_rollout_forward_batch_size is "

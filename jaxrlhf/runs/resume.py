@@ -1,0 +1,116 @@
+"""Comparison of a config with that of the run it resumes."""
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxrlhf.config import text
+from jaxrlhf.errors import StorageError
+
+PACKAGES = ("jaxrlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers")
+FREE = (
+    "run_dir",
+    "logging.",
+    "checkpoint.",
+    "alarms.",
+    "validation.eval_steps",
+    "validation.patience",
+    "optim.offload",
+    "reference.offload",
+    "dpo.reference_folder",
+)
+"""Keys that do not affect the result."""
+REWARD_FAILURES = (".timeout", ".on_error", ".error_value")
+"""Keys of a reward component that may change after it has failed; failed completions were not trained on."""
+ROUNDING = (
+    "mesh.",
+    "micro_batch_size",
+    "eval_batch_size",
+    "local_rollout_forward_batch_size",
+    "remat",
+    "model.attention",
+    "rollout.slots",
+)
+"""Keys that change the order of sums: the result is equal up to rounding, not bit for bit."""
+LENGTH = (
+    "train.num_train_epochs",
+    "train.max_steps",
+    "ppo.total_episodes",
+    "ppo.num_train_epochs",
+    "grpo.total_episodes",
+    "grpo.num_train_epochs",
+)
+"""Keys that only set the last step; free as long as no schedule depends on it."""
+
+
+def check_resume(directory: Path, config: Any, method: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the record (run.json) of the run in `directory`, and notes on changes that cost bitwise equality.
+
+    Raises:
+        StorageError: the run has another method, its record cannot be read, or `config` would change the result.
+    """
+    try:
+        record = json.loads((directory / "run.json").read_text())
+        before = _flatten(yaml.safe_load((directory / "config.yaml").read_text()))
+        old_method, old_versions = record["method"], record["versions"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise StorageError(
+            f"{directory} has checkpoints, but its run.json or config.yaml cannot be read ({error}), so the run cannot "
+            "be resumed; restore these files, or start over with --fresh"
+        ) from error
+    if old_method != method:
+        raise StorageError(
+            f"{directory} holds a run of '{old_method}' and not of '{method}'; choose another run_dir, or use --fresh"
+        )
+    now = _flatten(yaml.safe_load(text.dump(config)))
+    before = _flatten(yaml.safe_load(text.dump(type(config)()))) | before  # defaults for options newer than the run
+    schedules = [(keys.get("optim.schedule"), keys.get("dpo.beta_schedule", "constant")) for keys in (before, now)]
+    constant = schedules == [("constant", "constant")] * 2
+    rounding, refused = [], []
+    for key in now | before:
+        old, new = before.get(key, "(not set)"), now.get(key, "(not set)")
+        free = key.startswith(FREE) or (constant and key in LENGTH)
+        if old == new or free or (key.startswith("reward.components.") and key.endswith(REWARD_FAILURES)):
+            continue
+        target = rounding if key.startswith(ROUNDING) or key.endswith(ROUNDING) else refused
+        target.append(f"{key}: {old} -> {new}")
+    if refused:
+        raise StorageError(
+            f"{directory} holds a run with another config:\n"
+            + "\n".join(f"  {change}" for change in refused)
+            + f"\nSet these back to resume (the old config is {directory / 'config.yaml'}), start over with --fresh "
+            "(the old run is kept beside it), or choose another run_dir."
+        )
+    notes = [f"{change}: equal up to rounding, not bit for bit" for change in rounding]
+    notes += [
+        f"{package} was {old_versions.get(package)} when this run started and is {version} now: not bit for bit"
+        for package, version in versions().items()
+        if package != "jaxrlhf" and old_versions.get(package) != version
+    ]
+    return record, tuple(notes)
+
+
+def versions() -> dict[str, str]:
+    """Versions of python and of the installed PACKAGES."""
+    installed = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"eps": 1}, "parts": [{"a": 2}]} -> {"optim.eps": 1, "parts": "a list of 1", "parts.0.a": 2}"""
+    flat = {}
+    for key, value in settings.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            flat[f"{prefix}{key}"] = f"a list of {len(value)}"
+            value = {str(i): item for i, item in enumerate(value)}
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
