@@ -307,7 +307,7 @@ def ppo_config(job: Job, as_a_run: bool = False) -> tuple[PPOConfig, list[str]]:
 
 
 def make_ppo(job: Job, as_a_run: bool = False) -> tuple[ppo.PPOTrainer, list[str]]:
-    """A PPO trainer and prompts; with `as_a_run`, programs are compiled while models load, as in `jaxrlhf ppo`."""
+    """A PPO trainer and prompts; with `as_a_run`, with a data file, as in `jaxrlhf ppo`."""
     config, texts = ppo_config(job, as_a_run)
     return ppo.PPOTrainer(config), texts
 

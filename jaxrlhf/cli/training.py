@@ -78,7 +78,7 @@ def train(options: Options, overrides: Overrides) -> int | None:
 
     runs.check_run_directory(config, options.verb, options.fresh)
     with announce_compilations(sys.stdout, quiet=config.logging.quiet):
-        _trainer_class(options.verb)(config, fresh=options.fresh, ahead=True).train()
+        _trainer_class(options.verb)(config, fresh=options.fresh).train()
     return 0
 
 

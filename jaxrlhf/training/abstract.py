@@ -13,7 +13,7 @@ from jaxrlhf.types import Params
 
 
 def is_abstract(tree: Any) -> bool:
-    """Whether the leaves of a tree are shapes and not arrays."""
+    """Return True if the leaves of a tree are shapes, not arrays."""
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
 
 

@@ -78,7 +78,7 @@ class Session:
         return range(int(self._state.value.step), self.total_steps)
 
     def due(self, step: int, every: int) -> bool:
-        """Whether an action with a period of `every` steps (0: only at the end) is due after step number `step`."""
+        """Return True if an action that happens every `every` steps (0: only at the end) is due after step `step`."""
         return step == self.total_steps or (every > 0 and step % every == 0)
 
     def records(self) -> list[Metrics]:
@@ -118,7 +118,7 @@ class Session:
         self.logger.samples(step, samples)
 
     def samples_due(self, step: int) -> bool:
-        """Whether samples follow step number `step`: after the first one and every `logging.sample_every` steps."""
+        """Return True if samples are due after `step`: the first one and every `logging.sample_every` steps."""
         every = self.config.logging.sample_every
         return every > 0 and (step == 1 or step % every == 0)
 
@@ -207,8 +207,7 @@ def open_session(
 
 
 def best_of(config: RunConfig) -> Best:
-    """Whether the best checkpoint of the run, kept beside the newest, has the least or the greatest metric; None if the
-    run keeps no best one."""
+    """The direction of the metric that ranks checkpoints; None if the run does not keep its best one."""
     if isinstance(config, PPOConfig | GRPOConfig):
         return config.validation.mode if config.validation.keep_best else None
     if not config.train.keep_best:

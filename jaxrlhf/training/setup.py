@@ -1,4 +1,4 @@
-"""What every trainer needs before its first step: tokenizer, model, parameters, and hashes of what must not change."""
+"""Setup shared by all trainers: tokenizer, model, parameters, and hashes of the data and the frozen parameters."""
 
 import dataclasses
 import functools

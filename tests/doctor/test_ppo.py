@@ -215,6 +215,6 @@ def test_no_room_is_said_with_its_sizes_and_a_bad_config_still_fails(folder, mad
 
 def test_a_config_needs_its_model(made, capsys):
     assert main(["doctor", "--ppo.kl_coef", "0.1"]) == 3
-    assert "give its MODEL first" in capsys.readouterr().err
+    assert "give the MODEL to check first" in capsys.readouterr().err
     assert main(["doctor", "m", str(made / "ppo.yaml"), "--ppo.kl_ceof", "0.1"]) == 3
     assert "did you mean 'ppo.kl_coef'" in capsys.readouterr().err

@@ -66,4 +66,4 @@ def test_labelled_and_preferred_rows(folder, tmp_path):
 
 def test_one_of_prompts_and_examples(folder, capsys):
     assert main(["evaluate", str(folder)]) == 3
-    assert "--examples FILE for a reward model" in capsys.readouterr().err
+    assert "--examples FILE, for a reward model" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from jaxrlhf.data.datasets import PromptRow, pair_rows, prompt_rows, sft_rows
 from jaxrlhf.data.tokenizer import load_tokenizer
 from jaxrlhf.errors import ConfigError, DataError, RewardError, StorageError
 from jaxrlhf.evaluation import generation
+from jaxrlhf.rewards.sources.protocol import ScoreRequest
 from jaxrlhf.selection.log import Log
 from jaxrlhf.selection.rule import Rule, Summary, kl_bound
 from jaxrlhf.selection.select import code_hashes, select
@@ -329,7 +330,7 @@ def test_the_command(config, drawn, tmp_path, capsys):
     assert [row["answer"] for row in read(tmp_path / "out.jsonl")] == [0, 1, 2]
     assert main(asked) == 7, "not over a file that is there"
     assert main(["generate", "m", "--prompt", "x", "--best-by", "r.yaml"]) == 3
-    assert "--best-by is for --prompts FILE" in capsys.readouterr().err
+    assert "--best-by needs --prompts FILE" in capsys.readouterr().err
 
 
 def test_a_float32_score_reaches_the_same_decimal_threshold(config, drawn, tmp_path, monkeypatch):

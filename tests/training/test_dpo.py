@@ -13,11 +13,12 @@ from jaxrlhf import config
 from jaxrlhf.data import kto
 from jaxrlhf.data.datasets import SFTRow
 from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted
+from jaxrlhf.plan.programs import abstract_trainer
 from jaxrlhf.training import session
 from jaxrlhf.training.dpo import reference
-from jaxrlhf.training.dpo.rows import read
+from jaxrlhf.training.dpo.rows import read_rows
 from jaxrlhf.training.dpo.trainer import DPOTrainer
-from jaxrlhf.training.dpo.update import beta_schedule, evaluated
+from jaxrlhf.training.dpo.update import beta_schedule, evaluation_keys
 from jaxrlhf.training.export import export
 
 
@@ -61,8 +62,8 @@ def test_adapters_have_the_model_under_them_as_reference(supervised, on_disk, tm
     trainer = made(options)
     base = jax.device_get(trainer.frozen)
     trainer.score_reference(lambda _: None)
-    known = trainer._rows.held_out.reference
-    np.testing.assert_allclose(trainer._scored(trainer.params, trainer._rows.held_out.rows).logprobs, known, rtol=1e-6)
+    known = trainer.rows.held_out.reference
+    np.testing.assert_allclose(trainer._logprobs(trainer.params, trainer.rows.held_out.rows).logprobs, known, rtol=1e-6)
     assert known.ndim == 3 and trainer._evaluate()["eval/rewards/margins"] == pytest.approx(0, abs=1e-6)
     trainer.train()
     equal(trainer.frozen, base)
@@ -77,7 +78,7 @@ def test_the_reference_is_kept_by_what_it_is_made_of(tmp_path):
 
     def kept(key="a", result=values):
         said.clear(), calls.clear()
-        return reference.kept(tmp_path, key, (3, 2), lambda: calls.append(1) or result, said.append)
+        return reference.cached_logprobs(tmp_path, key, (3, 2), lambda: calls.append(1) or result, said.append)
 
     equal(kept(), values)
     assert calls and not said
@@ -146,7 +147,7 @@ def test_kto_takes_pairs_apart(supervised):
     """As TRL does: all chosen ones before all rejected ones, so that the KL is over both."""
     tokenizer = jaxrlhf.load_tokenizer(supervised["model"].path, config.TokenizerSource())
     losses = (config.DPO(), config.DPO(loss="kto"))
-    pairs, apart = (read(config.DPOConfig(**supervised, dpo=loss), tokenizer) for loss in losses)
+    pairs, apart = (read_rows(config.DPOConfig(**supervised, dpo=loss), tokenizer) for loss in losses)
     for whole, parts in ((pairs.train, apart.train), (pairs.validation, apart.validation)):
         assert [row.label for row in parts] == [True] * len(whole) + [False] * len(whole)
         assert [row.tokens for row in parts] == [getattr(p, s).tokens for s in ("chosen", "rejected") for p in whole]
@@ -175,7 +176,7 @@ def test_rows_that_have_nothing_to_learn_from_are_counted_and_named(supervised, 
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = config.Data(path=str(file), max_length=32)
-    told = DPOTrainer(config.DPOConfig(**supervised | {"data": data}), abstract=True).describe()
+    told = abstract_trainer(config.DPOConfig(**supervised | {"data": data})).describe()
     for line in (
         "chosen and rejected are the same (line 4)",
         "chosen is empty (line 5)",
@@ -185,7 +186,7 @@ def test_rows_that_have_nothing_to_learn_from_are_counted_and_named(supervised, 
     assert "6 rows" in told and "; 3 kept" in told
     wrong = config.replace(supervised["train"], metric="eval/rewards/margin")
     with pytest.raises(ConfigError, match="did you mean 'eval/rewards/margins'"):
-        DPOTrainer(config.DPOConfig(**supervised | {"train": wrong}), abstract=True)
+        abstract_trainer(config.DPOConfig(**supervised | {"train": wrong}))
 
 
 @pytest.mark.parametrize(("loss", "less"), [("orpo", {"loss", "nll_loss"}), ("kto", {"loss", "kl"})])
@@ -193,7 +194,7 @@ def test_the_best_state_has_the_least_loss_and_the_greatest_margin(loss, less):
     def best(metric):
         return session.best_of(config.DPOConfig(dpo=config.DPO(loss=loss), train=config.Train(metric=metric)))
 
-    found = {key: best(f"eval/{key}") for key in evaluated(config.DPO(loss=loss))}
+    found = {key: best(f"eval/{key}") for key in evaluation_keys(config.DPO(loss=loss))}
     assert {key for key, mode in found.items() if mode == "min"} == less
     assert found["rewards/margins"] == best("") == "max"
 

@@ -207,10 +207,16 @@ def test_what_the_model_does_not_have_is_refused(ppo, on_disk, changes, said):
     [
         ({"rank": 0}, "rank"),
         ({"target_modules": ()}, "lora.target_modules is empty"),
-        ({"layers": (3, 3)}, "give the first layer and the first after the last"),
+        ({"layers": (3, 3)}, r"lora.layers is \[3, 3\]: give \[start, end\) with start < end"),
         ({"dropout": 1.0}, "dropout"),
-        ({"quantize": "nf4", "enabled": False}, "a model in so few bits cannot train itself"),
-        ({"quantize": "int8", "double_quant": True}, "double_quant is for nf4"),
+        (
+            {"quantize": "nf4", "enabled": False},
+            "quantised weights cannot be trained, only adapters on top of them; set lora.enabled",
+        ),
+        (
+            {"quantize": "int8", "double_quant": True},
+            "lora.double_quant needs lora.quantize: nf4, but lora.quantize is int8",
+        ),
     ],
 )
 def test_contradictions_in_the_section(changes, said):

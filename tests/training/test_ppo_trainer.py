@@ -224,7 +224,7 @@ def test_the_learning_rate_falls_to_its_end_at_the_last_step(ppo, tmp_path, repl
 def test_a_warm_up_that_never_ends_is_refused(ppo):
     options = ppo | {"critic": config.Critic(warmup_updates=4)}
     with pytest.raises(
-        ConfigError, match="warmup_updates is 4 and the run has 4 updates: the policy would never learn"
+        ConfigError, match="warmup_updates is 4 and the run has 4 updates: the policy would never train"
     ):
         PPOTrainer(config.PPOConfig(**options), reward=length_reward)
 

@@ -14,8 +14,8 @@ from jaxrlhf.checkpoint.digest import digests, leaves_by_name
 from jaxrlhf.training.ppo import PPOTrainer
 
 RECORDED = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "runs" / "ppo"
-"""Four updates recorded at commit cabfee0 with jax 0.10.2 on a CPU: `run` was stopped after two of them, `expected.jsonl`
-and `digests.json` are the metrics and the final state of the run that was not stopped."""
+"""Four updates recorded at commit cabfee0 with jax 0.10.2 on a CPU. `run` was stopped after two of them; metrics and
+final state of the same run without a stop are in `expected.jsonl` and `digests.json`."""
 
 
 @pytest.fixture

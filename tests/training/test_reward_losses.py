@@ -15,6 +15,7 @@ from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PairRow, SFTRow
 from jaxrlhf.data.labelled import RankedRow
 from jaxrlhf.errors import ConfigError, NumericsError
+from jaxrlhf.plan.programs import abstract_trainer
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.reward import trainer as reward
 from jaxrlhf.training.reward.loss import objective_of
@@ -131,7 +132,7 @@ def test_each_kind_of_row_trains_and_is_evaluated(supervised, tmp_path, loss):
 
 
 def test_held_out_scores_that_are_not_finite_stop_the_run(supervised, tmp_path, monkeypatch):
-    trainer = RewardTrainer(RewardConfig(run_dir=str(tmp_path / "run"), **supervised), abstract=True)
+    trainer = abstract_trainer(RewardConfig(run_dir=str(tmp_path / "run"), **supervised))
     monkeypatch.setattr(RewardTrainer, "params", {})
     monkeypatch.setattr(reward, "evaluate", lambda params, batch, *, model: np.where(batch.real, np.inf, 0))
     with pytest.raises(NumericsError, match="scores of held-out rows are not finite; start over with --fresh"):
@@ -142,7 +143,7 @@ def test_a_metric_that_no_evaluation_gives_is_refused(supervised, tmp_path):
     def trainer(metric, **data):
         train = Train(batch_size=6, metric=metric)
         parts = supervised | {"train": train, "data": data if data else supervised["data"]}
-        return RewardTrainer(RewardConfig(run_dir=str(tmp_path / "run"), **parts), abstract=True)
+        return abstract_trainer(RewardConfig(run_dir=str(tmp_path / "run"), **parts))
 
     with pytest.raises(ConfigError, match=r"gives 'eval/acuracy'; did you mean 'eval/accuracy'"):
         trainer("eval/acuracy")

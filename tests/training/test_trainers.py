@@ -275,7 +275,9 @@ def test_a_bad_reward_stops_the_run_and_loses_nothing(ppo, tmp_path, answer, sai
 
     options = ppo | {"checkpoint": config.Checkpoint(save_every=50)}
     settings = config.PPOConfig(run_dir=str(tmp_path / "run"), **options)
-    with pytest.raises(RewardError, match=rf"(?s){said}.*3 updates are saved; once that is mended"):
+    with pytest.raises(
+        RewardError, match=rf"(?s){said}.*3 updates are saved. Fix the reward and run the same command again"
+    ):
         PPOTrainer(settings, reward=reward).train()
     before = records(tmp_path / "run")
     assert [record["step"] for record in before] == [1, 2, 3]

@@ -46,7 +46,7 @@ class DPOTrainer:
         self.rows = PreferenceRows(self.data, config, self.tokenizer, self.model, self.mesh)
         self.width = self.rows.width
         self.reference_known = config.dpo.loss in REFERENCE_FREE
-        """Whether the reference log-probs are known, or the loss needs none."""
+        """True once the reference log-probs are known, or if the loss needs none."""
         known = [f"eval/{key}" for key in evaluation_keys(config.dpo)]
         check_metric(config, known, bool(self.rows.held_out.rows))
         number = len(self.rows.train.rows)

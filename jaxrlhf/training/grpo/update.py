@@ -45,7 +45,7 @@ class GRPOSpec:
 
     @property
     def annotates_policy(self) -> bool:
-        """Whether the policy's log-probs are needed before the update: for several steps, or for a KL in the reward.
+        """Return True if the policy's log-probs are needed before the update: several steps, or a KL in the reward.
 
         Otherwise pi_old = stop_gradient(pi), whatever the micro-batches: advantages depend on scores alone.
         """

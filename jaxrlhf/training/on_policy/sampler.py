@@ -109,7 +109,7 @@ class Sampler:
 
 
 def occurrences(rows: Sequence[PromptRow]) -> list[int]:
-    """How often each row's prompt came before in the batch: a repeated prompt needs another random stream."""
+    """Count how often each row's prompt came before in the batch: a repeated prompt needs another random stream."""
     seen: Counter[int] = Counter()
     numbers = []
     for row in rows:

@@ -69,7 +69,7 @@ class Validator:
             self._second = Scorer(source, sampler.tokenizer, mesh=sampler.mesh)
 
     def due(self, step: int, total: int) -> bool:
-        """Whether a validation follows update number `step` (from 1)."""
+        """Return True if a validation follows update number `step` (from 1)."""
         every = self._settings.eval_steps
         return bool(self.rows) and (step == total or (every > 0 and step % every == 0))
 
@@ -124,7 +124,7 @@ class Validator:
         return evaluation
 
     def should_stop_early(self, session: Session) -> bool:
-        """Whether the last `validation.patience` validations did not improve on an earlier one."""
+        """Return True if the last `validation.patience` validations did not improve on an earlier one."""
         patience, metric, history = self._settings.patience, self._settings.metric, self._history
         if not patience:
             return False

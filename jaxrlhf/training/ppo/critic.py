@@ -17,7 +17,7 @@ from jaxrlhf.training.setup import cast_copy, with_attention
 from jaxrlhf.types import Params
 
 Trunk = Literal["own", "shared", "reference", "frozen"]
-"""Where the critic's trunk is: its own that trains, the policy's, the reference's (frozen), another frozen one."""
+"""The critic's trunk: its own (trained), shared with the policy, the reference's (frozen), or another frozen one."""
 
 
 def critic_model(config: PPOConfig, policy: ModelConfig, reward: ModelConfig | None) -> ModelConfig:
@@ -38,7 +38,7 @@ def critic_model(config: PPOConfig, policy: ModelConfig, reward: ModelConfig | N
 
 
 def trunk_of(config: PPOConfig) -> Trunk:
-    """Where the critic's trunk of a run is kept."""
+    """The critic's trunk in a run."""
     aliased = config.critic.trunk == "frozen" and config.critic.init == "policy" and not config.reference.sync_every
     return "reference" if aliased else config.critic.trunk
 

@@ -49,7 +49,7 @@ class PPOSpec:
     sync_alpha: float = 1.0
 
     def one_step(self, batch: int) -> bool:
-        """Whether the update is a single forward pass and optimizer step, where pi_old = stop_gradient(pi).
+        """Return True if the update is one forward pass and optimizer step, where pi_old = stop_gradient(pi).
 
         Annotation then runs neither policy nor critic. An optimizer step in several micro-batches does not count:
         whitening needs every row's advantage before the first row's loss, so annotation runs, and its old_logprobs
