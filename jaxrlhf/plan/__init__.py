@@ -139,13 +139,13 @@ def _on_policy_phases(trainer: PPOTrainer | GRPOTrainer, found: Programs) -> Ite
     settings, length = trainer.run.settings, config.sampling.response_length
     batch = settings.batch_size
     shares = sharding.row_shards(trainer.mesh)
-    judges = [judge.params for judge in trainer.scorer.models.values()]
-    annotating = learning = standing = _standing(state, trainer.frozen, judges)
+    reward_models = [model.params for model in trainer.scorer.models.values()]
+    annotating = learning = standing = _standing(state, trainer.frozen, reward_models)
     apart = jax.default_backend() != "cpu"  # whether the host has memory of its own
     if config.optim.offload and apart:  # on the device for the update alone
         annotating = standing = {**standing, "optimizer state": 0}
     if config.reference.offload and apart:  # on the device for annotation alone
-        others = size([part for role, part in trainer.frozen.items() if role != "reference"], judges)
+        others = size([part for role, part in trainer.frozen.items() if role != "reference"], reward_models)
         standing, learning = ({**parts, "frozen models": others} for parts in (standing, learning))
 
     yield _phase("copy for decoding", standing, found["convert"])
@@ -161,10 +161,10 @@ def _on_policy_phases(trainer: PPOTrainer | GRPOTrainer, found: Programs) -> Ite
         rest = {"activations, rest": max(_beside(one) for one in drawn)}
         phase = replace(phase, bytes=phase.bytes | rest)
     yield phase
-    learnt = size(found["annotate"][0].outputs[0])
+    experience = size(found["annotate"][0].outputs[0])
     if scoring := [one for name in ("last_token_scores", "token_scores_jit") for one in found.get(name, ())]:
-        rows = min(judge.micro_batch_size for judge in trainer.scorer.models.values())
-        yield _phase("reward model", standing, scoring, times=-(-batch // rows), batch=learnt)
-    yield _phase("annotation", annotating, found["annotate"], batch=learnt)
+        rows = min(model.micro_batch_size for model in trainer.scorer.models.values())
+        yield _phase("reward model", standing, scoring, times=-(-batch // rows), batch=experience)
+    yield _phase("annotation", annotating, found["annotate"], batch=experience)
     logits = logits_bytes(trainer.model, settings.micro_rows(batch) // shares * length)
-    yield _phase("update", learning, found["update"], batch=learnt, gradients=_gradients(state), logits=logits)
+    yield _phase("update", learning, found["update"], batch=experience, gradients=_gradients(state), logits=logits)
