@@ -76,8 +76,6 @@ class Validator:
     def start(self, session: Session, step: int, policy: Params, reference: Params | None) -> None:
         """Measure the initial policy, which may turn out to be the best, or read its measurements when resuming at
         `step`."""
-        if not self.rows:
-            return
         file, metric = session.directory / BASELINE, self._settings.metric
         if step == 0:
             metrics, scores = self._measure(session, 0, policy, reference)

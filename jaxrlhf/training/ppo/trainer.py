@@ -75,7 +75,8 @@ class PPOTrainer:
         run, validator = self.run, self.run.validator
         with run.session(self.state, self._reference_hash) as session:
             run.calibrate_scores(self.state, self.params)
-            validator.start(session, int(self.state.value.step), self.params, self.reference)
+            if validator.rows:
+                validator.start(session, int(self.state.value.step), self.params, self.reference)
             for step in session.steps():
                 if validator.should_stop_early(session):
                     break
