@@ -13,6 +13,7 @@ import jax
 
 from jaxrlhf import sharding
 from jaxrlhf.compilation import Compiled
+from jaxrlhf.config import PPO
 from jaxrlhf.logprobs import logits_bytes
 from jaxrlhf.models import empty_cache
 from jaxrlhf.plan import costs
@@ -167,4 +168,14 @@ def _on_policy_phases(trainer: PPOTrainer | GRPOTrainer, found: Programs) -> Ite
         yield _phase("reward model", standing, scoring, times=-(-batch // rows), batch=experience)
     yield _phase("annotation", annotating, found["annotate"], batch=experience)
     logits = logits_bytes(trainer.model, settings.micro_rows(batch) // shares * length)
-    yield _phase("update", learning, found["update"], batch=experience, gradients=_gradients(state), logits=logits)
+    replay = settings.replay if isinstance(settings, PPO) else 0  # a pass over each kept experience, one at a time
+    kept = experience * (replay > 0)
+    yield _phase(
+        "update",
+        learning,
+        found["update"],
+        times=1 + replay,
+        batch=experience + kept,
+        gradients=_gradients(state),
+        logits=logits,
+    )

@@ -200,6 +200,21 @@ def test_replay_learns_again_from_what_it_kept():
     )
 
 
+def test_an_update_that_target_kl_ends_trains_on_no_kept_rollout():
+    problem = case(replay=1, target_kl=1e-7)
+    first, _, metrics = problem.run()
+    assert metrics["policy/steps"] == 2, "the second mini-batch is too far, and nothing follows it"
+    *_, metrics = problem.run(first)
+    assert metrics["policy/steps"] == 2
+
+
+def test_the_reference_moves_to_the_policy_after_the_kept_rollouts():
+    problem = case(replay=1, moving=Reference(sync_every=1))
+    first, *_ = problem.run()
+    second, _, metrics = problem.run(first)
+    assert metrics["policy/steps"] == 8 and same(second.reference, host(second.params["policy"]))
+
+
 def test_a_kept_rollout_is_weighed_against_the_policy_that_drew_it():
     """With the same rollout kept and a policy that has moved, the ratios of its rows are not 1."""
     problem = case(PPO(batch_size=B, num_ppo_epochs=1, num_mini_batches=1, replay=1))

@@ -367,6 +367,7 @@ def test_what_cannot_be_scored_is_refused_before_training(ppo, tmp_path):
     ]:
         settings = config.PPOConfig(run_dir=str(tmp_path / "run"), reward={"components": [part]}, **ppo)  # type: ignore[arg-type]
         for refused in (
+            lambda c: PPOTrainer(c),
             lambda c: PPOTrainer(c).train(),
             lambda c: PPOTrainer(c).describe(),
         ):

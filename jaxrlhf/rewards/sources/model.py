@@ -174,7 +174,7 @@ class RewardModel:
 
     def score_formatted(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(scores f32 [B], truncated bool [B]) of complete texts, whose control tokens are encoded as such unless
-        escaped by `Tokenizer.guard`. Only a BOS token is added, if the tokenizer adds one."""
+        escaped by `Tokenizer.escape`. Only a BOS token is added, if the tokenizer adds one."""
         assert self.tokenizer.bos_id is not None or not self.tokenizer.adds_bos
         first = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
         return self.score_ids([[*first, *ids] for ids in self.tokenizer.encode_batch(texts)])  # type: ignore[list-item]

@@ -97,6 +97,7 @@ class DPOTrainer:
                 evaluation = self._evaluate() if session.due(step + 1, eval_every) else {}
                 session.log(step + 1, metrics | evaluation)
                 if session.samples_due(step + 1):
+                    session.flush()
                     session.log_samples(
                         step + 1, self.samples.draw(self.params, jax.random.fold_in(self.key, step + 1))
                     )

@@ -52,6 +52,7 @@ class GRPOTrainer:
         self.state, self.frozen, self.spec, self._reference_hash = initial_state(
             config, self.sampler, policy, self.total_steps, run.role_keys[1]
         )
+        run.check_memory(policy)
 
     @property
     def params(self) -> Params:
@@ -75,7 +76,7 @@ class GRPOTrainer:
         with run.session(self.state, self._reference_hash) as session:
             run.calibrate_scores(self.state, self.params)
             if validator.rows:
-                validator.start(session, int(self.state.value.step), self.params, self.reference)
+                validator.start(session, int(self.state.value.step), self.params, lambda: self.reference)
             for step in session.steps():
                 if validator.should_stop_early(session):
                     break
@@ -83,7 +84,7 @@ class GRPOTrainer:
                     batch, metrics = self._update(run.prompts(step), step, session, refills=self.config.grpo.refills)
                 metrics, evaluation = metrics | run.progress(batch, step), {}
                 if validator.due(step + 1, self.total_steps):
-                    evaluation = validator.run(session, step + 1, metrics, self.params, self.reference)
+                    evaluation = validator.run(session, step + 1, metrics, self.params, lambda: self.reference)
                 session.log(step + 1, metrics | evaluation)
                 run.log_samples(session, step + 1, batch)
                 session.save_if_due(step + 1, evaluation)

@@ -21,6 +21,7 @@ from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.rewards.compose import Scored, Scorer
 from jaxrlhf.rewards.sources.model import RewardModel
 from jaxrlhf.training import setup
+from jaxrlhf.training.abstract import is_abstract
 from jaxrlhf.training.on_policy import checks
 from jaxrlhf.training.on_policy.alarms import Watch
 from jaxrlhf.training.on_policy.sampler import Sampler
@@ -109,6 +110,7 @@ class OnPolicyRun:
         A reward model that is adapters over the same base model shares its arrays, but for `critic_source`, whose
         adapters a critic trains.
         """
+        self.check_reward()  # before anything large is read
         config = self.config
         policy = setup.load_model(
             config.model,
@@ -127,6 +129,11 @@ class OnPolicyRun:
         self.scorer.load()
         return policy
 
+    def check_memory(self, policy: Params) -> None:
+        """Raise ConfigError for more slots than there is memory for, once all models are loaded."""
+        if not is_abstract(policy):
+            self.sampler.check_memory()
+
     def describe(self) -> str:
         """Model, data and length of a run, and the first prompt as the model sees it."""
         self.check_reward()
@@ -142,7 +149,6 @@ class OnPolicyRun:
                 f"data.path is empty: give a file of prompts, or call {self.method}_step with prompts of your own"
             )
         self.check_reward()
-        self.sampler.check_memory()
         identity = self._identity(reference_hash)
         with open_session(self.config, self.method, self.total_steps, state, identity, fresh=self._fresh) as session:
             for line in (self._about(), *self.human_workload()):

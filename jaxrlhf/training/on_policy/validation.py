@@ -6,7 +6,7 @@ Every validation uses the same random keys, so that only the policy changes betw
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,8 @@ from jaxrlhf.training.step import from_micro_batches, to_micro_batches
 from jaxrlhf.types import Params, Rollout
 
 VALIDATION = 2**30  # folded into the run's key in place of an update's number
+Reference = Callable[[], Params | None]
+"""Gives the reference when it is needed: an offloaded one is moved to the device."""
 BASELINE = "validation.json"  # scores of the initial policy
 
 
@@ -73,7 +75,7 @@ class Validator:
         every = self._settings.eval_steps
         return bool(self.rows) and (step == total or (every > 0 and step % every == 0))
 
-    def start(self, session: Session, step: int, policy: Params, reference: Params | None) -> None:
+    def start(self, session: Session, step: int, policy: Params, reference: Reference) -> None:
         """Measure the initial policy, which may turn out to be the best, or read its measurements when resuming at
         `step`."""
         file, metric = session.directory / BASELINE, self._settings.metric
@@ -98,9 +100,7 @@ class Validator:
         """Metrics of the initial policy; empty if they are not known."""
         return self._baseline.get("metrics", {})
 
-    def run(
-        self, session: Session, step: int, record: Metrics, policy: Params, reference: Params | None
-    ) -> dict[str, Any]:
+    def run(self, session: Session, step: int, record: Metrics, policy: Params, reference: Reference) -> dict[str, Any]:
         """Validate the policy after update number `step`, whose metrics are `record`, and log samples.
 
         Returns `record` with the metrics of the validation: any of them may be `validation.metric`. If the reward
@@ -138,7 +138,7 @@ class Validator:
         return True
 
     def _measure(
-        self, session: Session, step: int, policy: Params, reference: Params | None
+        self, session: Session, step: int, policy: Params, reference: Reference
     ) -> tuple[dict[str, float], list[float]]:
         """Metrics, and the score of each sampled completion."""
         count = len(self.rows)
@@ -155,8 +155,9 @@ class Validator:
             "eval/mean_length": float(np.mean(lengths)),
             "eval/finished": float(np.mean(np.asarray(sampled.finished)[:count])),
         }
-        if reference is not None:
-            metrics["eval/kl"] = float(np.mean(np.asarray(self._kl(policy, reference, sampled))[:count]))
+        if (reference_params := reference()) is not None:
+            metrics["eval/kl"] = float(np.mean(np.asarray(self._kl(policy, reference_params, sampled))[:count]))
+            del reference_params
         if self._second:
             metrics["eval/heldout_scores"] = float(np.mean(self._score(session, self._second, completions, sampled)))
         samples = [

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxrlhf import sharding
 from jaxrlhf.config import PPOConfig
-from jaxrlhf.training.ppo.update import PPOSpec, update
+from jaxrlhf.training.ppo.update import PPOSpec, finish_update, update
 from jaxrlhf.training.step import Metrics
 from jaxrlhf.types import Experience, Params, Rollout, TrainState
 
@@ -56,22 +57,26 @@ def update_with_replay(
 
     Metrics are means over all optimizer steps, but for the steps and skipped updates, which are sums.
     """
-    number = int(state.step)
-    kept = min(number, spec.ppo.replay)
+    kept = min(int(state.step), spec.ppo.replay)
     key, *replay_keys = jax.random.split(key, 1 + kept)
     state, metrics = update(state, frozen, experience, key, spec=spec)
     records = [metrics]
     for i, replay_key in enumerate(replay_keys):
-        old = jax.tree.map(lambda x, i=i: x[i], state.replay)
-        state, metrics = update(state, frozen, old, replay_key, spec=spec, replayed=True)
+        old = sharding.put_rows(jax.tree.map(lambda x, i=i: x[i], state.replay), spec.mesh)
+        state, metrics = update(state, frozen, old, replay_key, records[-1]["ended"], spec=spec)
         records.append(metrics)
-    replay = _push(state.replay, experience, number % spec.ppo.replay)
-    return dataclasses.replace(state, replay=replay), _merge(records)
+    for record in records:
+        del record["ended"]
+    return _finish(state, experience, spec=spec), _merge(records)
 
 
-@functools.partial(jax.jit, donate_argnames="replay")
-def _push(replay: Experience, experience: Experience, place: Array) -> Experience:
-    return jax.tree.map(lambda kept, new: kept.at[place].set(new), replay, experience)
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
+def _finish(state: TrainState, experience: Experience, *, spec: PPOSpec) -> TrainState:
+    """Finish the update and keep its experience."""
+    place = state.step % spec.ppo.replay
+    replay = jax.tree.map(lambda kept, new: kept.at[place].set(new), state.replay, experience)
+    state = finish_update(state, experience, None, spec)
+    return sharding.constrain(dataclasses.replace(state, replay=replay), spec.mesh)
 
 
 @jax.jit

@@ -55,6 +55,7 @@ class PPOTrainer:
         self.state, self.frozen, self.spec, self._reference_hash = initial_state(
             config, self.sampler, policy, reward_model, self.total_steps, run.role_keys
         )
+        run.check_memory(policy)
 
     @property
     def params(self) -> Params:
@@ -76,7 +77,7 @@ class PPOTrainer:
         with run.session(self.state, self._reference_hash) as session:
             run.calibrate_scores(self.state, self.params)
             if validator.rows:
-                validator.start(session, int(self.state.value.step), self.params, self.reference)
+                validator.start(session, int(self.state.value.step), self.params, lambda: self.reference)
             for step in session.steps():
                 if validator.should_stop_early(session):
                     break
@@ -84,7 +85,7 @@ class PPOTrainer:
                     batch, metrics = self._update(run.prompts(step), step, session)
                 metrics, evaluation = metrics | run.progress(batch, step), {}
                 if validator.due(step + 1, self.total_steps):
-                    evaluation = validator.run(session, step + 1, metrics, self.params, self.reference)
+                    evaluation = validator.run(session, step + 1, metrics, self.params, lambda: self.reference)
                 session.log(step + 1, metrics | evaluation)
                 run.log_samples(session, step + 1, batch)
                 session.save_if_due(step + 1, evaluation)

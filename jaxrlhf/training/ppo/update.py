@@ -204,27 +204,27 @@ def _sampler_correction(rollout: Rollout, logprobs: Array, ppo: PPO) -> tuple[Ar
     return weights, metrics | {"val/sampler_corrected": jnp.sum(cut) / jnp.maximum(jnp.sum(mask), 1)}
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "replayed"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
 def update(
     state: TrainState,
     frozen: dict[str, Params],
     experience: Experience,
     key: Array,
+    ended: Array | None = None,
     *,
     spec: PPOSpec,
-    replayed: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """Train on the experience for `num_ppo_epochs`, each over `num_mini_batches` freshly shuffled mini-batches.
 
-    A mini-batch whose policy is further than `target_kl` from pi_old is skipped, and so are those after it. A
-    `replayed` experience, of an earlier update, is trained on after the new one: it changes parameters and optimizer
-    state only, and its mini-batches are skipped one by one.
+    A mini-batch whose policy is further than `target_kl` from pi_old is skipped, and so are those after it. With
+    `ppo.replay` this is one of several calls of an update: parameters and optimizer state change, the rest is left to
+    `finish_update`, and the metrics have `ended`, bool []. For a replayed experience `ended` is that of the call
+    before; its mini-batches that are too far are skipped alone.
     """
     ppo, batch = spec.ppo, experience.scores.shape[0]
     rows_each = batch // ppo.num_mini_batches
     num_micro = rows_each // ppo.micro_rows(batch)
-    number, kl_coef = state.step - int(replayed), state.kl_coef
-    warmup = number < spec.warmup_updates
+    replayed, kl_coef, warmup = ended is not None, state.kl_coef, state.step < spec.warmup_updates
 
     def loss(params: dict[str, Params], part: Experience, count: Array) -> tuple[Array, Metrics]:
         mask, metrics = part.rollout.response_mask, {}
@@ -273,23 +273,30 @@ def update(
 
     keys = jax.random.split(key, ppo.num_ppo_epochs)
     orders = jax.vmap(lambda k: jax.random.permutation(k, batch))(keys).reshape(-1, rows_each)
-    (state, _), stacked = jax.lax.scan(step, (state, jnp.array(False)), orders)
+    start = jnp.array(False) if ended is None else ended
+    (state, ended), stacked = jax.lax.scan(step, (state, start), orders)
     ran = stacked.pop("policy/steps")
     metrics = {k: jnp.sum(jnp.where(ran > 0, v, 0)) / jnp.sum(ran) for k, v in stacked.items()}
     metrics["policy/steps"] = jnp.sum(ran)
     metrics["val/first_log_ratio_max"] = stacked["val/log_ratio_max"][0]
     metrics["val/log_ratio_max"] = jnp.max(stacked["val/log_ratio_max"])
     metrics["skipped_updates"] = jnp.sum(stacked["skipped_updates"])
-    if replayed:
-        return sharding.constrain(state, spec.mesh), metrics
-    kl = metrics.get("objective/kl")
+    if ppo.replay:
+        return sharding.constrain(state, spec.mesh), metrics | {"ended": ended}
+    return sharding.constrain(finish_update(state, experience, metrics.get("objective/kl"), spec), spec.mesh), metrics
+
+
+def finish_update(state: TrainState, experience: Experience, kl: Array | None, spec: PPOSpec) -> TrainState:
+    """The state after the optimizer steps of an update: its number, `kl_coef` and the moving reference. `kl` is the
+    mean KL of a response to the reference, None to compute it from the experience."""
+    ppo, number = spec.ppo, state.step
     if kl is None:
         mask = experience.rollout.response_mask
         kl = jnp.mean(jnp.sum(masked.keep(k1(experience.old_logprobs, experience.ref_logprobs), mask), axis=1))
-    state = dataclasses.replace(
+    batch = experience.scores.shape[0]
+    return dataclasses.replace(
         state,
         step=number + 1,
-        kl_coef=adaptive_kl_coef(kl_coef, kl, ppo.kl_target, ppo.kl_horizon, batch),
+        kl_coef=adaptive_kl_coef(state.kl_coef, kl, ppo.kl_target, ppo.kl_horizon, batch),
         reference=sync_reference(state, number, spec.sync_every, spec.sync_alpha),
     )
-    return sharding.constrain(state, spec.mesh), metrics
