@@ -21,7 +21,7 @@ _YAML_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
 class Location(NamedTuple):
-    """Where a key is set: in a line of the config file, or by an override."""
+    """The place where a key is set: a line of the config file, or by an override."""
 
     source: str
     line: int | None = None

@@ -71,7 +71,7 @@ def card(model: ModelConfig, config: Mapping[str, Any], facts: Mapping[str, Any]
 
 
 def is_ours(text: str) -> bool:
-    """Whether the text of a README.md is a card written by `card`."""
+    """Return True if the text of a README.md is a card written by `card`."""
     front = text.split("\n---\n", 1)[0]
     return front.startswith("---\n") and f"\n- {TAG}\n" in front + "\n"
 

@@ -185,7 +185,7 @@ def read(entry: Entry, buffer: np.ndarray | None = None) -> np.ndarray:
 
 
 def same(a: Entry, b: Entry) -> bool:
-    """Whether two tensors are equal bit for bit, compared chunk by chunk."""
+    """Return True if two tensors are equal bit for bit, compared chunk by chunk."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     for begin in range(0, a.nbytes, CHUNK):

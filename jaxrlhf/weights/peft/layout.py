@@ -41,7 +41,7 @@ def modules(model: ModelConfig, targets: Sequence[str]) -> list[Module]:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds adapters and not a whole model."""
+    """Return True if a folder holds adapters, not a whole model."""
     return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
