@@ -23,11 +23,13 @@ _ASSISTANT = re.compile(r"(?:^|\n)\s*(?:#+ *)?(?:Assistant|AI|Bot|Chatbot|Agent|
 class Example:
     """A prompt and its completions, best first: one, chosen and rejected, all of a ranking, or none for prompts.
 
-    `prompt` is None for a text or conversation that is trained on as a whole.
+    `prompt` is None for a text or conversation that is trained on as a whole. `tools` are the JSON schemas of the tools
+    a conversation may call, for the chat template. A message with `train` false is not trained on.
     """
 
     prompt: Content | None
     completions: tuple[Content, ...] = ()
+    tools: list[dict[str, Any]] | None = None
 
 
 def to_example(

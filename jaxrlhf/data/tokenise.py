@@ -68,8 +68,11 @@ def drop_reason(example: Example, task: Task, has_bos: bool) -> str:
         content = completions[0]
         if not content or (isinstance(content, str) and not content.strip()):
             return "it is empty"
-        has_assistant = isinstance(content, str) or any(turn["role"] == "assistant" for turn in content)
-        return "" if has_assistant else "no assistant turn"
+        if isinstance(content, str):
+            return ""
+        turns = [turn for turn in content if turn["role"] == "assistant"]
+        trained = any(turn.get("train", True) for turn in turns)
+        return "" if trained else "no assistant turn is trained on" if turns else "no assistant turn"
     if isinstance(prompt, list):
         empty = all(turn["role"] == "system" or not turn["content"] for turn in prompt)
     else:
@@ -122,10 +125,12 @@ def render(example: Example, task: Task, tokenizer: Tokenizer) -> RenderedExampl
         )
     conversations = [completion for completion in completions if isinstance(completion, list)]
     if prompt is None:
-        chunks = [chat.render_conversation(tokenizer, conversations[0])]
+        chunks = [chat.render_conversation(tokenizer, conversations[0], example.tools)]
         return RenderedExample("", chunks, plain=False, whole=True)
-    rendered_prompt = tokenizer.render(prompt, generation=True)
-    chunks = [chat.render_completion(tokenizer, prompt, rendered_prompt, turns) for turns in conversations]
+    rendered_prompt = tokenizer.render(prompt, generation=True, tools=example.tools)
+    chunks = [
+        chat.render_completion(tokenizer, prompt, rendered_prompt, turns, example.tools) for turns in conversations
+    ]
     return RenderedExample(rendered_prompt, chunks, plain=False, whole=False)
 
 

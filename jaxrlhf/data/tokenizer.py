@@ -15,6 +15,7 @@ from jaxrlhf.config import TokenizerSource
 from jaxrlhf.data.hf_tokenizer import CHATML, FILES, from_pretrained, generation_stops, select_chat_template
 from jaxrlhf.errors import DataError
 
+Objects = list[dict[str, Any]]
 ESCAPE = "\ufdd0"
 _BATCH = 8192  # texts per call of the backend, whose encodings take much more memory than lists of ids
 _CONTEXT = 8  # preceding ids that decide whether a continuation starts with a space
@@ -111,26 +112,30 @@ class Tokenizer:
         """Return the vocabulary entry of each id, or `[id]` for ids in the model's vocabulary padding."""
         return [self._backend.id_to_token(int(i)) or f"[{i}]" for i in ids]
 
-    def render_chat(self, messages: list[dict[str, Any]], generation: bool) -> list[int]:
+    def render_chat(self, messages: Objects, generation: bool, tools: Objects | None = None) -> list[int]:
         """Encode a conversation with the chat template; `generation` opens an assistant turn at the end."""
-        return self.encode_batch([self.render(messages, generation)])[0]
+        return self.encode_batch([self.render(messages, generation, tools)])[0]
 
-    def render(self, messages: list[dict[str, Any]], generation: bool = False) -> str:
-        """Apply the chat template. The contents of messages are escaped, so only the template adds control tokens."""
-        return self._render(messages, add_generation_prompt=generation)[0]
+    def render(self, messages: Objects, generation: bool = False, tools: Objects | None = None) -> str:
+        """Apply the chat template. Messages and tools are escaped, so only the template adds control tokens."""
+        return self._render(messages, tools, add_generation_prompt=generation)[0]
 
-    def render_with_spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+    def render_with_spans(self, messages: Objects, tools: Objects | None = None) -> tuple[str, list[tuple[int, int]]]:
         """`render`, and the (start, end) characters of the {% generation %} blocks of the template."""
-        return self._render(messages, return_assistant_tokens_mask=True)
+        return self._render(messages, tools, return_assistant_tokens_mask=True)
 
-    def _render(self, messages: list[dict[str, Any]], **options: Any) -> tuple[str, list[tuple[int, int]]]:
+    def _render(self, messages: Objects, tools: Objects | None, **options: Any) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         assert self.has_chat
         names: dict[str, Any] = {k: v for k, v in self._hf.special_tokens_map.items() if isinstance(v, str)}
         try:
             rendered, spans = render_jinja_template(  # type: ignore[misc]
-                conversations=[self._escape_all(messages)], chat_template=self._hf.chat_template, **options, **names
+                conversations=[self._escape_all([{k: v for k, v in m.items() if k != "train"} for m in messages])],
+                tools=self._escape_all(tools),
+                chat_template=self._hf.chat_template,
+                **options,
+                **names,
             )
         except Exception as error:  # a template is a program and can raise anything
             raise DataError(
