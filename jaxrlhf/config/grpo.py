@@ -1,25 +1,10 @@
 """Config of GRPO and related methods, which compare the responses to a prompt instead of training a critic."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from pydantic import field_validator
-
-from jaxrlhf.config import on_policy
-from jaxrlhf.config.base import (
-    AboveOne,
-    Count,
-    Natural,
-    NonNegative,
-    Positive,
-    PositiveFraction,
-    Seed,
-    default_of,
-    section,
-)
-from jaxrlhf.config.model import LoRA, ModelSource, TokenizerSource
-from jaxrlhf.config.on_policy import Alarms, Reference, Scores, Validation
-from jaxrlhf.config.reward_source import RewardSource
-from jaxrlhf.config.sections import Checkpoint, Data, Generation, Logging, Mesh, Optim, Sampling
+from jaxrlhf.config.base import Count, Natural, NonNegative, Positive, PositiveFraction, default_of, section
+from jaxrlhf.config.on_policy import WRONG_KL, OnPolicy, OnPolicyConfig
+from jaxrlhf.config.sections import Optim
 
 
 class Recipe(NamedTuple):
@@ -62,7 +47,7 @@ RECIPES = {
 
 
 @section
-class GRPO:
+class GRPO(OnPolicy):
     """Group relative policy optimisation and related methods. Options left at None use the default of `method`."""
 
     method: Literal[
@@ -79,10 +64,6 @@ class GRPO:
         "online_dpo",
     ] = "grpo"
     """Algorithm: sets the advantage estimator, the loss and its aggregation over tokens. See docs/grpo.md."""
-    total_episodes: Count = 1024
-    """Total number of completions to generate and train on."""
-    num_train_epochs: Positive | None = None
-    """Passes over the prompts; replaces total_episodes if set."""
     batch_size: Count = 64
     """Completions per update; must be a multiple of num_generations."""
     num_generations: Count = 8
@@ -90,14 +71,6 @@ class GRPO:
     num_iterations: Count = 1
     """Epochs over each rollout, each in a new order. More than one optimizer step per rollout needs an additional
     forward pass to compute the old log-probs."""
-    num_mini_batches: Count = 1
-    """Mini-batches (optimizer steps) per epoch; must divide batch_size."""
-    micro_batch_size: Count | None = None
-    """Rows per forward pass of the update (gradient accumulation). None: a mini-batch. Affects memory and speed, not
-    the result."""
-    local_rollout_forward_batch_size: Count | None = None
-    """Rows per forward pass when computing log-probs of a rollout. None: as in the update. Affects memory and speed,
-    not the result."""
     max_refills: Natural | None = None
     """Dynamic sampling (https://arxiv.org/abs/2503.14476, section 3.2): maximum number of additional rollouts per
     update to replace groups whose scores are all equal. None: 3 for dapo, else 0. Such groups have advantage 0 if they
@@ -116,14 +89,6 @@ class GRPO:
     method's default."""
     gamma: PositiveFraction = 1.0
     """reinforce_pp: discount factor per token."""
-    log_ratio_clamp: Positive = 20.0
-    """Clamp on |log pi - log pi_old|, so that the ratio stays finite; tokens beyond it have no gradient."""
-    sampler_correction: Literal["none", "truncate", "mask"] = "none"
-    """Importance correction if the sampler's log-probs differ from those of training (pi_old / pi_sampler), e.g.
-    because of precision. truncate: weight each token by the ratio (gspo: each response by the geometric mean), at most
-    `sampler_cap`. mask: drop responses whose product of ratios is outside [1 / sampler_cap, sampler_cap]."""
-    sampler_cap: AboveOne = 3.0
-    """Bound of the sampler correction."""
     beta: Positive = 0.1
     """online_dpo: beta of the DPO loss; higher values keep the policy closer to the reference."""
     dpo_loss: Literal["sigmoid", "sigmoid_norm", "hinge", "ipo"] = "sigmoid"
@@ -157,18 +122,13 @@ class GRPO:
     def has_reference(self) -> bool:
         return self.kl_weight > 0 or self.recipe.loss == "dpo"
 
+    @property
+    def group(self) -> int:
+        return self.num_generations
+
     def trained_rows(self, batch: int) -> int:
         """Number of completions out of `batch` that an update trains on: all, or two per group for online_dpo."""
         return 2 * (batch // self.num_generations) if self.recipe.loss == "dpo" else batch
-
-    def micro_rows(self, batch: int) -> int:
-        """Rows per forward pass of an update on `batch` completions."""
-        return self.micro_batch_size or self.trained_rows(batch) // self.num_mini_batches
-
-    def annotation_rows(self, batch: int) -> int:
-        """Rows per forward pass of annotation. The default is the update's, since bfloat16 products depend on the
-        number of rows."""
-        return self.local_rollout_forward_batch_size or self.micro_rows(batch)
 
     def __post_init__(self) -> None:
         recipe, group = self.recipe, self.num_generations
@@ -214,7 +174,7 @@ class GRPO:
         recipe = self.recipe
         if recipe.loss == "dpo" and self.kl_coef:
             raise ValueError("grpo.kl_coef is set, but online_dpo has no KL penalty: grpo.beta is its own coefficient")
-        reason = self.kl_estimator and on_policy.WRONG_KL.get((self.kl_estimator, recipe.kl_in))
+        reason = self.kl_estimator and WRONG_KL.get((self.kl_estimator, recipe.kl_in))
         if reason:
             raise ValueError(
                 f"grpo.kl_estimator {self.kl_estimator} does not go with {self.method}, whose KL is in the "
@@ -239,44 +199,20 @@ class GRPO:
             raise ValueError("grpo.micro_batch_size must be even: online_dpo trains on pairs")
 
 
-_OPTIM: dict[str, Any] = {"eps": 1e-5, "learning_rate": 1e-6}
-
-
 @section
-class GRPOConfig:
+class GRPOConfig(OnPolicyConfig):
     """GRPO, related methods and online DPO, with any sum of reward models, reward functions, endpoints and human
     feedback."""
 
+    method = "grpo"
     run_dir: str = "runs/grpo"
-    """Output directory: checkpoints, metrics and the exported model."""
-    seed: Seed = 0
-    """Random seed."""
-    model: ModelSource = ModelSource()
-    lora: LoRA = LoRA()
-    tokenizer: TokenizerSource = TokenizerSource()
-    reference: Reference = Reference()
-    data: Data = Data()
-    reward: RewardSource = RewardSource()
-    scores: Scores = Scores()
-    grpo: GRPO = GRPO()
-    sampling: Sampling = Sampling()
-    rollout: Generation = Generation()
-    optim: Optim = Optim(**_OPTIM)
+    optim: Optim = Optim(learning_rate=1e-6, eps=1e-5)
     """GRPO's defaults are learning_rate 1e-6 and eps 1e-5; an `Optim` created in Python has those of `Optim`."""
-    validation: Validation = Validation()
-    alarms: Alarms = Alarms()
-    mesh: Mesh = Mesh()
-    logging: Logging = Logging()
-    checkpoint: Checkpoint = Checkpoint()
-
-    @field_validator("optim", mode="before")
-    @classmethod
-    def _optim_defaults(cls, optim: Any) -> Any:
-        return {**_OPTIM, **optim} if isinstance(optim, dict) else optim
+    grpo: GRPO = GRPO()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         grpo = self.grpo
-        on_policy.check("grpo", self, grpo.trained_rows(grpo.batch_size))
         if grpo.rejected_text is not None and self.sampling.renormalise_logprobs:
             raise ValueError(
                 "grpo.rejected_text is set and sampling.renormalise_logprobs is true, but the text may contain tokens "

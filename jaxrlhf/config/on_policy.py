@@ -1,8 +1,12 @@
-"""Sections and checks shared by the on-policy methods, PPO and GRPO."""
+"""Sections, options and checks that the configs of the on-policy methods, PPO and GRPO, share."""
 
-from typing import Any, Literal
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+from pydantic import field_validator
 
 from jaxrlhf.config.base import (
+    AboveOne,
     Bool,
     Count,
     DType,
@@ -13,9 +17,14 @@ from jaxrlhf.config.base import (
     Positive,
     PositiveFraction,
     Real,
+    Seed,
     check_divides,
+    default_of,
     section,
 )
+from jaxrlhf.config.model import LoRA, ModelSource, TokenizerSource
+from jaxrlhf.config.reward_source import RewardSource
+from jaxrlhf.config.sections import Checkpoint, Data, Generation, Logging, Mesh, Optim, Sampling
 
 
 @section
@@ -94,6 +103,53 @@ class Alarms:
     """Number of updates the values are averaged over; no warnings before that many updates."""
 
 
+@section
+class OnPolicy:
+    """Options shared by the sections `ppo` and `grpo`."""
+
+    total_episodes: Count = 1024
+    """Total number of completions to generate and train on."""
+    num_train_epochs: Positive | None = None
+    """Passes over the prompts; replaces total_episodes if set."""
+    batch_size: Count = 16
+    """Completions per update."""
+    num_mini_batches: Count = 1
+    """Mini-batches (optimizer steps) per epoch; must divide batch_size."""
+    micro_batch_size: Count | None = None
+    """Rows per forward pass of the update (gradient accumulation). None: a mini-batch. Affects memory and speed, not
+    the result."""
+    local_rollout_forward_batch_size: Count | None = None
+    """Rows per forward pass when computing log-probs (and values) of a rollout. None: as in the update. Affects memory
+    and speed, not the result."""
+    log_ratio_clamp: Positive = 20.0
+    """Clamp on |log pi - log pi_old|, so that the ratio stays finite; tokens beyond it have no gradient."""
+    sampler_correction: Literal["none", "truncate", "mask"] = "none"
+    """Importance correction if the sampler's log-probs differ from those of training (pi_old / pi_sampler), e.g.
+    because of precision. truncate: weight each token by the ratio (gspo: each response by the geometric mean), at most
+    `sampler_cap` (https://fengyao.notion.site/off-policy-rl). mask: drop responses whose product of ratios is outside
+    [1 / sampler_cap, sampler_cap]."""
+    sampler_cap: AboveOne = 3.0
+    """Bound of the sampler correction."""
+
+    @property
+    def group(self) -> int:
+        """Completions per prompt of an update."""
+        return 1
+
+    def trained_rows(self, batch: int) -> int:
+        """Number of completions out of `batch` that an update trains on."""
+        return batch
+
+    def micro_rows(self, batch: int) -> int:
+        """Rows per forward pass of an update on `batch` completions."""
+        return self.micro_batch_size or self.trained_rows(batch) // self.num_mini_batches
+
+    def annotation_rows(self, batch: int) -> int:
+        """Rows per forward pass of annotation. The default is the update's, since bfloat16 products depend on the
+        number of rows."""
+        return self.local_rollout_forward_batch_size or self.micro_rows(batch)
+
+
 _REWARD_HAS_NO_GRADIENT = (
     "a reward is a constant to the gradient, so the part that flows through the estimate, nearly all of it near "
     "the reference, would be lost; use k1, or a KL in the loss"
@@ -106,62 +162,95 @@ WRONG_KL = {
 """Why a (kl_estimator, kl_in) combination has a wrong gradient."""
 
 
-def check(method: str, config: Any, batch_size: int) -> None:
-    """Check the options of PPO and GRPO runs against each other.
+@section
+class OnPolicyConfig:
+    """What the configs of PPO and GRPO share. A subclass has a section named `method`, and its own default of
+    `optim`, of which a config file may set a part."""
 
-    `batch_size` is the number of completions that an update of `method` trains on. Raises ValueError.
-    """
-    settings, sampling, validation = getattr(config, method), config.sampling, config.validation
-    filters = sampling.top_k or sampling.top_p < 1 or sampling.min_p or sampling.min_length
-    if sampling.renormalise_logprobs and not filters:
-        raise ValueError(
-            "sampling.renormalise_logprobs is true but sampling filters nothing: nothing to renormalise; "
-            "set top_k, top_p, min_p or min_length, or leave it false"
-        )
-    _check_batch_sizes(method, settings, batch_size)
-    if config.lora.enabled and config.lora.dropout:
-        raise ValueError(
-            f"lora.dropout is {config.lora.dropout:g}: pi / pi_old would not be 1 before the first step; set it to 0"
-        )
-    if config.scores.overlong_buffer > sampling.response_length:
-        raise ValueError(
-            f"scores.overlong_buffer ({config.scores.overlong_buffer}) is more than sampling.response_length "
-            f"({sampling.response_length}): every response would be penalised; lower scores.overlong_buffer"
-        )
-    _check_reference(config)
-    wanted = [key for key in ("eval_steps", "keep_best", "patience", "reward_model") if getattr(validation, key)]
-    if wanted and not (config.data.validation_path or config.data.validation_fraction):
-        raise ValueError(
-            f"validation.{wanted[0]} is set but there are no held-out prompts; give data.validation_path or "
-            "data.validation_fraction"
-        )
+    method: ClassVar[Literal["ppo", "grpo"]]
+    run_dir: str = "runs"
+    """Output directory: checkpoints, metrics and the exported model."""
+    seed: Seed = 0
+    """Random seed."""
+    model: ModelSource = ModelSource()
+    lora: LoRA = LoRA()
+    tokenizer: TokenizerSource = TokenizerSource()
+    reference: Reference = Reference()
+    data: Data = Data()
+    reward: RewardSource = RewardSource()
+    scores: Scores = Scores()
+    sampling: Sampling = Sampling()
+    rollout: Generation = Generation()
+    optim: Optim = Optim()
+    validation: Validation = Validation()
+    alarms: Alarms = Alarms()
+    mesh: Mesh = Mesh()
+    logging: Logging = Logging()
+    checkpoint: Checkpoint = Checkpoint()
 
+    @property
+    def settings(self) -> OnPolicy:
+        """The section `ppo` or `grpo`."""
+        return getattr(self, self.method)
 
-def _check_batch_sizes(method: str, settings: Any, batch_size: int) -> None:
-    total = f"{method}.batch_size ({batch_size})"
-    check_divides(f"{method}.num_mini_batches", settings.num_mini_batches, total, batch_size)
-    rows = batch_size // settings.num_mini_batches
-    if settings.micro_batch_size:
-        mini_batch = f"a mini-batch ({rows} rows: {method}.batch_size / {method}.num_mini_batches)"
-        check_divides(f"{method}.micro_batch_size", settings.micro_batch_size, mini_batch, rows)
-    if annotation_rows := settings.local_rollout_forward_batch_size:
-        check_divides(f"{method}.local_rollout_forward_batch_size", annotation_rows, total, batch_size)
+    @field_validator("optim", mode="before")
+    @classmethod
+    def _optim_defaults(cls, optim: Any) -> Any:
+        return {**dataclasses.asdict(default_of(cls, "optim")), **optim} if isinstance(optim, dict) else optim
 
+    def __post_init__(self) -> None:
+        """Check options against each other. Raises ValueError."""
+        sampling, validation, scores = self.sampling, self.validation, self.scores
+        filters = sampling.top_k or sampling.top_p < 1 or sampling.min_p or sampling.min_length
+        if sampling.renormalise_logprobs and not filters:
+            raise ValueError(
+                "sampling.renormalise_logprobs is true but sampling filters nothing: nothing to renormalise; "
+                "set top_k, top_p, min_p or min_length, or leave it false"
+            )
+        self._check_batch_sizes()
+        if self.lora.enabled and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout is {self.lora.dropout:g}: pi / pi_old would not be 1 before the first step; set it to 0"
+            )
+        if scores.overlong_buffer > sampling.response_length:
+            raise ValueError(
+                f"scores.overlong_buffer ({scores.overlong_buffer}) is more than sampling.response_length "
+                f"({sampling.response_length}): every response would be penalised; lower scores.overlong_buffer"
+            )
+        self._check_reference()
+        wanted = [key for key in ("eval_steps", "keep_best", "patience", "reward_model") if getattr(validation, key)]
+        if wanted and not (self.data.validation_path or self.data.validation_fraction):
+            raise ValueError(
+                f"validation.{wanted[0]} is set but there are no held-out prompts; give data.validation_path or "
+                "data.validation_fraction"
+            )
 
-def _check_reference(config: Any) -> None:
-    reference = config.reference
-    if reference.sync_alpha < 1 and reference.dtype == "bfloat16":
-        raise ValueError(
-            "reference.dtype is bfloat16 with reference.sync_alpha below 1: small moves would be rounded away; "
-            "use float32 or auto"
-        )
-    if reference.offload and config.lora.enabled:
-        raise ValueError(
-            "reference.offload and lora.enabled are both true: with adapters the reference is the model under the "
-            "policy's adapters, which has to stay on the device; set reference.offload to false"
-        )
-    if reference.offload and reference.sync_every:
-        raise ValueError(
-            f"reference.offload is true and reference.sync_every is {reference.sync_every}: a reference that is "
-            "updated has to stay on the device; set reference.offload to false"
-        )
+    def _check_batch_sizes(self) -> None:
+        method, settings = self.method, self.settings
+        batch_size = settings.trained_rows(settings.batch_size)
+        total = f"{method}.batch_size ({batch_size})"
+        check_divides(f"{method}.num_mini_batches", settings.num_mini_batches, total, batch_size)
+        rows = batch_size // settings.num_mini_batches
+        if settings.micro_batch_size:
+            mini_batch = f"a mini-batch ({rows} rows: {method}.batch_size / {method}.num_mini_batches)"
+            check_divides(f"{method}.micro_batch_size", settings.micro_batch_size, mini_batch, rows)
+        if annotation_rows := settings.local_rollout_forward_batch_size:
+            check_divides(f"{method}.local_rollout_forward_batch_size", annotation_rows, total, batch_size)
+
+    def _check_reference(self) -> None:
+        reference = self.reference
+        if reference.sync_alpha < 1 and reference.dtype == "bfloat16":
+            raise ValueError(
+                "reference.dtype is bfloat16 with reference.sync_alpha below 1: small moves would be rounded away; "
+                "use float32 or auto"
+            )
+        if reference.offload and self.lora.enabled:
+            raise ValueError(
+                "reference.offload and lora.enabled are both true: with adapters the reference is the model under the "
+                "policy's adapters, which has to stay on the device; set reference.offload to false"
+            )
+        if reference.offload and reference.sync_every:
+            raise ValueError(
+                f"reference.offload is true and reference.sync_every is {reference.sync_every}: a reference that is "
+                "updated has to stay on the device; set reference.offload to false"
+            )

@@ -12,7 +12,7 @@ import yaml
 
 from jaxrlhf.config.schema import allowed_types, describe, element_class, keys, show
 from jaxrlhf.config.spelling import did_you_mean
-from jaxrlhf.config.text import field_docs
+from jaxrlhf.config.text import field_doc
 from jaxrlhf.config.yaml12 import Loader, scalar
 from jaxrlhf.errors import ConfigError
 
@@ -149,7 +149,7 @@ class ConfigReader:
         for key in _REQUIRED:
             if not is_set(key):
                 section, _, leaf = key.partition(".")
-                doc = field_docs()[self.annotations[section].__name__, leaf].removesuffix(" Required.")
+                doc = field_doc(self.annotations[section], leaf).removesuffix(" Required.")
                 self.problems.append((self._location(key), f"{key} is required. {doc}"))
         if method in ("ppo", "grpo") and not any(map(is_set, ("reward.model", "reward.function", "reward.components"))):
             message = (

@@ -33,7 +33,7 @@ def render_new(method: str, cls: type) -> str:
     for field in dataclasses.fields(cls):
         value = getattr(default, field.name)
         if dataclasses.is_dataclass(value):
-            doc = field_docs().get((cls.__name__, field.name), "")
+            doc = field_doc(cls, field.name)
             lines += ["", *_comment(f"{inspect.getdoc(value)} {doc}".strip(), ""), f"{field.name}:"]
             for inner in dataclasses.fields(value):
                 lines += _entry(type(value), inner, getattr(value, inner.name), "  ")
@@ -57,7 +57,7 @@ def render_element(annotation: Any) -> list[str]:
 
 
 def _entry(cls: type, field: dataclasses.Field, value: Any, indent: str) -> list[str]:
-    doc = field_docs().get((cls.__name__, field.name), "")
+    doc = field_doc(cls, field.name)
     if typing.get_origin(field.type) is typing.Literal:
         choices = ", ".join(choice or "''" for choice in typing.get_args(field.type))
         doc = f"{doc} One of: {choices}.".strip()
@@ -73,6 +73,11 @@ def _entry(cls: type, field: dataclasses.Field, value: Any, indent: str) -> list
 def _comment(text: str, indent: str) -> list[str]:
     prefix = f"{indent}# "
     return textwrap.wrap(text, 110, initial_indent=prefix, subsequent_indent=prefix, break_on_hyphens=False)
+
+
+def field_doc(cls: type, name: str) -> str:
+    """The docstring under a field of a config class, or of the base class that it comes from; "" if there is none."""
+    return next((doc for base in cls.__mro__ if (doc := field_docs().get((base.__name__, name)))), "")
 
 
 @functools.cache
