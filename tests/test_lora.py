@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from support.tiny import tiny
 
 import jaxrlhf
@@ -17,6 +18,7 @@ from jaxrlhf.models import Adapters, empty_cache, forward, forward_cached, init,
 from jaxrlhf.models.layers import dropout
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.weights import peft
+from jaxrlhf.weights.peft import keys
 
 FAMILIES = {
     "llama": {},
@@ -28,9 +30,10 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def adapted(family="llama", *, magnitudes=False, targets=("all-linear",), move=True, **adapters):
+def adapted(family="llama", *, magnitudes=False, targets=("all-linear",), move=True, num_layers=2, **adapters):
     """(model, base, adapters) with adapters that do something, unless they are not to `move`."""
-    model = tiny(**FAMILIES[family], adapters=Adapters(**{"rank": 3, "alpha": 6.0} | adapters))
+    layers = {"num_layers": num_layers, "sliding_layers": (False,) * num_layers}
+    model = tiny(**FAMILIES[family], **layers, adapters=Adapters(**{"rank": 3, "alpha": 6.0} | adapters))
     base = init(model, jax.random.key(0))
     added = lora.init(model, base, peft.modules(model, targets), jax.random.key(1), magnitudes=magnitudes)
     if move:
@@ -195,25 +198,116 @@ def test_adapters_come_back_from_their_files(family, magnitudes, layers, tmp_pat
     ("changes", "said"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; expected 'LORA'"),
-        ({"bias": "all"}, "trained biases are not supported"),
+        ({"task_type": "TOKEN_CLS"}, "task_type is 'TOKEN_CLS'; expected one of CAUSAL_LM, SEQ_CLS"),
+        ({"bias": "all"}, "trained biases are not supported; merge the adapters in PEFT"),
+        ({"modules_to_save": ["score", "embed_tokens"]}, "modules_to_save .* embed_tokens cannot be read"),
+        ({"init_lora_weights": "pissa_niter_16"}, "'pissa_niter_16', .*path_initial_model_for_weight_conversion="),
+        ({"init_lora_weights": "OLoRA"}, "'OLoRA', .*path_initial_model_for_weight_conversion="),
+        ({"init_lora_weights": "corda"}, "'corda', .*path_initial_model_for_weight_conversion="),
+        ({"init_lora_weights": "lora_ga"}, "'lora_ga', .*path_initial_model_for_weight_conversion="),
+        ({"init_lora_weights": "loftq"}, "'loftq', .*belong to a quantised base model"),
+        ({"init_lora_weights": "other"}, "'other'; expected true, false or one of gaussian"),
+        *(({key: [[0, 1]]}, rf"{key} is \[\[0, 1\]\], which is not supported; ") for key in keys.REFUSED),
+        ({"use_something_new": True}, "use_something_new is True, a key that jaxrlhf does not know"),
+    ],
+    ids=str,
+)
+def test_an_adapter_config_that_means_something_else_is_refused_before_its_base_model_is_read(changes, said, tmp_path):
+    model, base, added = adapted()
+    peft.write(tmp_path, model, {**base, **added}, "/no/such/folder")
+    edit_config(tmp_path, changes)
+    with pytest.raises(DataError, match=said):
+        jaxrlhf.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
         ({"r": 0}, "r is 0; expected a whole number of at least 1"),
-        ({"rank_pattern": {"(a+)+$": 3}}, "regular expressions are not supported"),
+        ({"rank_pattern": {"(a+)+$": 3}}, "regular expressions without a repeated group"),
+        ({"rank_pattern": {"q_(proj": 3}}, "rank_pattern .* regular expressions of module names"),
+        ({"alpha_pattern": {"q_proj": "much"}}, "alpha_pattern .* numbers above 0 by names of modules"),
+        (
+            {"rank_pattern": {"down_proj": 2}},
+            r"wrong shape: layer 0, mlp.down_proj, lora_A is \[3, 16\], not \[2, 16\]",
+        ),
+        ({"use_dora": True}, r"missing: layer 0, self_attn.q_proj, lora_magnitude_vector \[16\]"),
         ({"lora_alpha": "much"}, "lora_alpha is 'much'; expected a number"),
         ({"trainable_token_indices": [3, 29]}, "ids under 29, none twice, and the same for every table"),
         ({"trainable_token_indices": {"embed_tokens": [3], "lm_head": [4]}}, "the same for every table"),
         (
             {"trainable_token_indices": [3]},
-            r"missing: model.embed_tokens.token_adapter.trainable_tokens_delta \[1, 16]",
+            r"missing: model.embed_tokens.token_adapter.trainable_tokens_delta \[1, 16\]",
         ),
     ],
+    ids=str,
 )
-def test_an_adapter_config_that_means_something_else_is_refused(changes, said, tmp_path):
+def test_an_adapter_config_that_does_not_fit_its_tensors_or_the_model_is_refused(changes, said, tmp_path):
     model, base, added = adapted()
     peft.write(tmp_path, model, {**base, **added}, "some/base")
-    file = tmp_path / peft.CONFIG
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    with pytest.raises(DataError, match=said.replace("(", r"\(")):
+    edit_config(tmp_path, changes)
+    with pytest.raises(DataError, match=said):
         peft.read(tmp_path, model)
+
+
+def test_keys_without_effect_change_nothing(tmp_path):
+    """The values are those of other methods and of training, as PEFT 0.21 writes them beside plain LoRA."""
+    model, base, added = adapted()
+    peft.write(tmp_path, model, {**base, **added}, "some/base")
+    _, plain = peft.read(tmp_path, model)
+    values = {key: {"a": 1} for key in keys.WITHOUT_EFFECT} | dict.fromkeys(keys.REFUSED) | {"new_switch": False}
+    edit_config(tmp_path, values | {"init_lora_weights": "gaussian", "task_type": None, "modules_to_save": ["score"]})
+    jax.tree.map(np.testing.assert_array_equal, peft.read(tmp_path, model)[1], plain)
+
+
+def edit_config(folder, changes):
+    file = folder / peft.CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("magnitudes", [False, True])
+def test_a_layer_without_adapters_between_layers_with_adapters_is_the_base_models(magnitudes, tmp_path):
+    """And a magnitude that training moved to 0 silences its output."""
+    model, base, added = adapted(magnitudes=magnitudes, num_layers=3)
+    if magnitudes:
+        added["lora"]["layers"]["mlp"]["up"]["magnitude"] = (
+            added["lora"]["layers"]["mlp"]["up"]["magnitude"].at[:, 4].set(0)
+        )
+    peft.write(tmp_path, model, {**base, **added}, "some/base")
+    tensors = safetensors.numpy.load_file(tmp_path / peft.WEIGHTS)
+    kept = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
+    safetensors.numpy.save_file(kept, tmp_path / peft.WEIGHTS)
+    static, back = peft.read(tmp_path, model)
+    again, whole = dataclasses.replace(model, adapters=static), {**base, **back}
+    merged, full = lora.merge(whole, again), lora.merge({**base, **added}, model)
+
+    def check(merged, full, before):
+        np.testing.assert_array_equal(merged[1], before[1])
+        np.testing.assert_allclose(merged[::2], full[::2], rtol=1e-5, atol=1e-6)
+
+    jax.tree.map(check, merged["layers"], full["layers"], base["layers"])
+    assert not magnitudes or not np.any(merged["layers"]["mlp"]["up"]["kernel"][0, :, 4])
+    np.testing.assert_allclose(hidden(whole, again), hidden(merged, again), rtol=2e-4, atol=2e-5)
+    inference, copy = inference_copy(again, whole, "float32")
+    np.testing.assert_allclose(copy["layers"][1]["mlp"]["up"]["kernel"], base["layers"]["mlp"]["up"]["kernel"][1])
+
+
+def test_adapters_in_a_pickle_are_not_opened(tmp_path):
+    model, base, added = adapted()
+    peft.write(tmp_path, model, {**base, **added}, "some/base")
+    (tmp_path / peft.WEIGHTS).rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(DataError, match=r"only adapter_model\.bin, which jaxrlhf never opens"):
+        peft.read(tmp_path, model)
+
+
+def test_a_score_head_of_more_than_two_outputs_is_refused(tmp_path):
+    model, base, added = adapted()
+    peft.write(tmp_path, model, {**base, **added}, "some/base")
+    tensors = safetensors.numpy.load_file(tmp_path / peft.WEIGHTS)
+    tensors["base_model.model.score.weight"] = np.zeros((3, 16), np.float32)
+    safetensors.numpy.save_file(tensors, tmp_path / peft.WEIGHTS)
+    with pytest.raises(DataError, match="the score head has 3 outputs; a reward model has one"):
+        peft.num_labels(tmp_path)
 
 
 def test_adapters_without_their_model_say_which_it_is(tmp_path):

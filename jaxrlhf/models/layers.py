@@ -109,14 +109,14 @@ def dora_gain(
     magnitude: Float[Array, " O"],
     scale: float,
 ) -> Float[Array, " O"]:
-    """m / |W + scale A B| of each output; 1 where m is 0, the value in layers without a magnitude.
+    """m / |W + scale A B| of each output; 1 where m is NaN, as in layers without a magnitude.
 
     |w + scale A b|^2 = |w|^2 + 2 scale (A' w) b + scale^2 b' (A' A) b, which needs no second array of W's size.
     """
     kernel, a, b = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (kernel, a, b))
     cross = jnp.einsum("ir,io->ro", a, kernel)
     square = jnp.sum(kernel * kernel, axis=0) + scale * jnp.sum(b * (2 * cross + scale * (a.T @ a @ b)), axis=0)
-    return jnp.where(magnitude == 0, 1.0, magnitude * jax.lax.rsqrt(jnp.maximum(square, 1e-30)))
+    return jnp.where(jnp.isnan(magnitude), 1.0, magnitude * jax.lax.rsqrt(jnp.maximum(square, 1e-30)))
 
 
 class Norm(nn.Module):

@@ -83,13 +83,18 @@ def forward(
 
 
 def _adapters_of_all_layers(params: Params, model: ModelConfig) -> Params:
-    """Stacked adapters, padded with zeros (which have no effect) for layers without adapters."""
+    """Stacked adapters, padded for layers without adapters: with zeros and a magnitude of NaN, which have no effect."""
     adapters = params.get("lora", {}).get("layers", {})
     first, last = (model.adapters and model.adapters.layers) or (0, model.num_layers)
     padding = first, model.num_layers - last
     if padding == (0, 0):
         return adapters
-    return jax.tree.map(lambda x: jnp.pad(x, [padding, *[(0, 0)] * (x.ndim - 1)]), adapters)
+
+    def pad(path: tuple[Any, ...], x: Array) -> Array:
+        fill = jnp.nan if path[-1].key == "magnitude" else 0
+        return jnp.pad(x, [padding, *[(0, 0)] * (x.ndim - 1)], constant_values=fill)
+
+    return jax.tree_util.tree_map_with_path(pad, adapters)
 
 
 def empty_cache(model: ModelConfig, batch: int, slots: int) -> KVCache:

@@ -6,13 +6,14 @@ from pathlib import Path
 import jax
 
 from jaxrlhf.config.spelling import did_you_mean
-from jaxrlhf.errors import ConfigError
+from jaxrlhf.errors import ConfigError, DataError
 from jaxrlhf.lora import Module
 from jaxrlhf.models import ModelConfig, init
 from jaxrlhf.weights import safetensors
 from jaxrlhf.weights.fields import Fields
 from jaxrlhf.weights.mapping import leaf_at
 from jaxrlhf.weights.names import projections
+from jaxrlhf.weights.peft import keys
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -46,7 +47,8 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
-    """(path or hub id, revision) of the base model. Raises DataError if adapter_config.json does not name it."""
+    """(path or hub id, revision) of the base model. Raises DataError if adapter_config.json does not name it, and for
+    adapters that cannot be read (see keys.py)."""
     fields = read_fields(folder)
     base, revision = (fields.values.get(key) for key in ("base_model_name_or_path", "revision"))
     if not isinstance(base, str) or not base:
@@ -55,13 +57,32 @@ def base_of(folder: Path) -> tuple[str, str | None]:
 
 
 def num_labels(folder: Path) -> int:
-    """Number of outputs of the score head stored with the adapters; 0 if there is none."""
-    entries = safetensors.scan(folder / WEIGHTS)
-    return next((entry.shape[0] for name, entry in entries.items() if name in SCORES), 0)
+    """Number of outputs of the score head stored with the adapters; 0 if there is none. Raises DataError for more than
+    two."""
+    labels = next((entry.shape[0] for name, entry in scan(folder).items() if name in SCORES), 0)
+    if labels > 2:
+        raise DataError(
+            f"{folder}: the score head has {labels} outputs; a reward model has one (the output is the score) or two "
+            "(the score is the probability of label 1)"
+        )
+    return labels
 
 
 def read_fields(folder: Path) -> Fields:
-    return Fields(safetensors.read_json(folder / CONFIG), str(folder / CONFIG))
+    """adapter_config.json. Raises DataError for adapters that cannot be read (see keys.py)."""
+    fields = Fields(safetensors.read_json(folder / CONFIG), str(folder / CONFIG))
+    keys.check(fields)
+    return fields
+
+
+def scan(folder: Path) -> dict[str, safetensors.Entry]:
+    """The tensors of the adapters by name. Raises DataError if the file is missing or not valid."""
+    if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
+        raise DataError(
+            f"{folder}: no {WEIGHTS}, only adapter_model.bin, which jaxrlhf never opens: reading such files can run "
+            "code. Load the adapters with PEFT where that is safe; save_pretrained writes safetensors"
+        )
+    return safetensors.scan(folder / WEIGHTS)
 
 
 def widths(model: ModelConfig, paths: Sequence[Module]) -> tuple[int, list[int]]:

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from jaxrlhf.lora import Module, modules_of
+from jaxrlhf.lora import modules_of
 from jaxrlhf.models import Adapters, ModelConfig
 from jaxrlhf.types import Params
 from jaxrlhf.weights import writer
@@ -33,7 +32,7 @@ def write(folder: Path, model: ModelConfig, params: Params, base: str, revision:
     ranks: dict[str, int] = {}
     tensors: dict[str, np.ndarray] = {}
     for module, paths in matrices.items():
-        joined = _join({path: leaf_at(tree, path) for path in paths if path in trained}, paths, model)
+        joined = _join([leaf_at(tree, path) for path in paths], widths(model, paths)[1])
         rank = joined["lora_A.weight"].shape[1]
         if rank != adapters.rank:
             ranks[module] = rank
@@ -70,21 +69,18 @@ def write(folder: Path, model: ModelConfig, params: Params, base: str, revision:
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _join(adapters: dict[Module, Params], paths: Sequence[Module], model: ModelConfig) -> dict[str, np.ndarray]:
-    """{name in PEFT's layout: array over layers} of the tensor that joins the matrices at `paths`."""
-    arrays = {path: {k: np.asarray(v, np.float32) for k, v in leaf.items()} for path, leaf in adapters.items()}
-    a = np.concatenate([parts["a"] for parts in arrays.values()], axis=-1)
-    outputs = widths(model, paths)[1]
-    b, row = np.zeros((len(a), a.shape[-1], sum(outputs)), np.float32), 0
-    for path, end, width in zip(paths, np.cumsum(outputs), outputs, strict=True):
-        if path in arrays:
-            rank = arrays[path]["b"].shape[1]
-            b[:, row : row + rank, end - width : end] = arrays[path]["b"]
-            row += rank
+def _join(adapters: list[Params], outputs: list[int]) -> dict[str, np.ndarray]:
+    """{name in PEFT's layout: array over layers} of the tensor that joins matrices with these adapters and widths."""
+    arrays = [{part: np.asarray(value, np.float32) for part, value in leaf.items()} for leaf in adapters]
+    a = np.concatenate([parts["a"] for parts in arrays], axis=-1)
+    b, row, column = np.zeros((len(a), a.shape[-1], sum(outputs)), np.float32), 0, 0
+    for parts, width in zip(arrays, outputs, strict=True):
+        rank = parts["b"].shape[1]
+        b[:, row : row + rank, column : column + width] = parts["b"]
+        row, column = row + rank, column + width
     joined = {"lora_A.weight": a.swapaxes(1, 2), "lora_B.weight": b.swapaxes(1, 2)}
-    magnitudes = [parts["magnitude"] for parts in arrays.values() if "magnitude" in parts]
-    if magnitudes:
-        joined["lora_magnitude_vector"] = np.concatenate(magnitudes, axis=-1)
+    if "magnitude" in arrays[0]:
+        joined["lora_magnitude_vector"] = np.concatenate([parts["magnitude"] for parts in arrays], axis=-1)
     return joined
 
 
