@@ -56,9 +56,10 @@ from jaxrlhf.config import (  # noqa: E402
 from jaxrlhf.logprobs import token_logprobs  # noqa: E402
 from jaxrlhf.models import forward  # noqa: E402
 from jaxrlhf.plan import report  # noqa: E402
-from jaxrlhf.rollout.decode import generate  # noqa: E402
+from jaxrlhf.rollout.decode import Decoding, generate  # noqa: E402
 from jaxrlhf.rollout.engine import generate_in_slots  # noqa: E402
 from jaxrlhf.rollout.inference_copy import inference_copy  # noqa: E402
+from jaxrlhf.rollout.queue import PromptQueue  # noqa: E402
 from jaxrlhf.training import sft  # noqa: E402
 from jaxrlhf.training.dpo import update as dpo_update  # noqa: E402
 from jaxrlhf.training.grpo import trainer as grpo  # noqa: E402
@@ -172,8 +173,8 @@ def ragged(job: Job, name: str) -> Repeat:
         return tokens
 
     def engine(seed: int) -> int:
-        prompts, key = random_prompts(job, job.batch), jax.random.key(seed)
-        rollout = generate_in_slots(copied, small, prompts, key, sampling, stop_ids, PAD, slots=job.slots)
+        queue = PromptQueue(random_prompts(job, job.batch), job.slots)
+        rollout = generate_in_slots(copied, Decoding(small, sampling, stop_ids, PAD), queue, jax.random.key(seed))
         return int(rollout.response_mask.sum())
 
     run = engine if name == "ours" else static

@@ -17,7 +17,9 @@ from jaxrlhf.errors import DataError
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout import engine
+from jaxrlhf.rollout.decode import Decoding
 from jaxrlhf.rollout.inference_copy import inference_copy
+from jaxrlhf.rollout.queue import PromptQueue
 from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.rollout.text import decode_completions
 from jaxrlhf.types import Params, Rollout
@@ -97,8 +99,9 @@ def generate(
     """
     prompts = batching.prompts(rows, tokenizer.pad_id, prompt_columns(config, model, rows))
     slots = config.rollout.slots or config.ppo.batch_size
-    decoding = jax.random.key(config.seed), config.sampling, tokenizer.stop_ids, tokenizer.pad_id
-    return engine.generate_in_slots(params, model, prompts, *decoding, slots=slots, group=count, columns=columns)
+    decoding = Decoding(model, config.sampling, tokenizer.stop_ids, tokenizer.pad_id)
+    queue = PromptQueue(prompts, slots, count, columns)
+    return engine.generate_in_slots(params, decoding, queue, jax.random.key(config.seed))
 
 
 def prompt_columns(config: PPOConfig, model: ModelConfig, rows: Sequence[PromptRow]) -> int:

@@ -14,8 +14,9 @@ from jaxrlhf.data import batching
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.rewards.sources.model import sequence_scores_jit, token_scores_jit
 from jaxrlhf.rollout import engine
-from jaxrlhf.rollout.decode import generate
+from jaxrlhf.rollout.decode import Decoding, generate
 from jaxrlhf.rollout.inference_copy import convert
+from jaxrlhf.rollout.queue import PromptQueue
 from jaxrlhf.training import sft
 from jaxrlhf.training.dpo import update as dpo_update
 from jaxrlhf.training.dpo.trainer import DPOTrainer
@@ -152,13 +153,14 @@ def _compile_rollout(
     group = sampler.shared(len(rows))
     prompts = sampler.prompts(rows, group)
     decoder_params = compile_program(convert, policy, sampler.model, sampler.decoder)
-    rest = KEY, sampler.sampling, sampler.tokenizer.stop_ids, sampler.tokenizer.pad_id
+    options = sampler.sampling, sampler.tokenizer.stop_ids, sampler.tokenizer.pad_id
     if not 0 < sampler.slots < len(rows):
-        return compile_program(generate, decoder_params, sampler.decoder, prompts, *rest, group=group)
-    layout = {"slots": sampler.slots, "group": group, "columns": sampler.columns, "mesh": sampler.mesh}
-    for program, args in engine.slot_programs(decoder_params, sampler.decoder, prompts, *rest, **layout):
+        return compile_program(generate, decoder_params, sampler.decoder, prompts, KEY, *options, group)
+    queue = PromptQueue(prompts, sampler.slots, group, sampler.columns)
+    decoding = Decoding(sampler.decoder, *options)
+    for program, args in engine.slot_programs(decoder_params, decoding, queue, KEY, sampler.mesh):
         compile_program(program, *args)
     shapes = jax.eval_shape(
-        lambda params: generate(params, sampler.decoder, prompts, *rest, group=group), decoder_params
+        lambda params: generate(params, sampler.decoder, prompts, KEY, *options, group), decoder_params
     )
     return jax.tree.map(lambda x: sharding.rows_shape(x, sampler.mesh), shapes)

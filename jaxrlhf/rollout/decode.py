@@ -6,10 +6,13 @@ of finished rows with waiting prompts.
 
 import dataclasses
 import math
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -17,6 +20,16 @@ from jaxrlhf.config import Sampling
 from jaxrlhf.models import ModelConfig, empty_cache, forward_cached, lm_logits
 from jaxrlhf.rollout.sampling import sample
 from jaxrlhf.types import KVCache, Params, Prompts, Rollout, Slots
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """The model and the options of drawing tokens from it, for which generation programs are compiled."""
+
+    model: ModelConfig
+    sampling: Sampling
+    stop_ids: tuple[int, ...]
+    pad_id: int
 
 
 @partial(jax.jit, static_argnames=("model", "sampling", "stop_ids", "pad_id", "group"))
@@ -45,81 +58,79 @@ def generate(
     depends neither on the rest of the batch nor on its order, unless a rounding error falls on the boundary between two
     tokens. With `sampling.renormalise_logprobs`, `support` of the rollout marks the tokens that could be drawn.
     """
-    length = sampling.response_length
-    hidden, cache = prefill(params, model, prompts)
+    decoding = Decoding(model, sampling, stop_ids, pad_id)
+    slots = start(params, decoding, prompts, key, group)
+    length, batch = sampling.response_length, len(slots.count)
     padding = ((0, 0), (0, 0), (0, length), (0, 0))
     cache = KVCache(
-        k=tuple(jnp.pad(k, padding) for k in cache.k),
-        v=tuple(jnp.pad(v, padding) for v in cache.v),
-        positions=jnp.pad(cache.positions, ((0, 0), (0, length))),
-        valid=jnp.pad(cache.valid, ((0, 0), (0, length))),
+        k=tuple(jnp.pad(k, padding) for k in slots.cache.k),
+        v=tuple(jnp.pad(v, padding) for v in slots.cache.v),
+        positions=jnp.pad(slots.cache.positions, ((0, 0), (0, length))),
+        valid=jnp.pad(slots.cache.valid, ((0, 0), (0, length))),
     )
-    prompts, hidden, cache = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), (prompts, hidden, cache))
-    batch = prompts.index.shape[0]
-    samples = prompts.sample + jnp.arange(batch) % group
-    slots = dataclasses.replace(
-        empty_slots(model, batch, 0, sampling, pad_id),
-        ended=jnp.zeros(batch, bool),
-        prompt_length=jnp.sum(prompts.mask, axis=1, dtype=jnp.int32),
-        keys=row_keys(key, prompts.index, samples),
-        cache=cache,
-    )
-    slots = draw_tokens(params, model, slots, hidden, sampling, stop_ids)
-    slots = advance(params, model, slots, batch, sampling, stop_ids)
-    mask = jnp.arange(length) < slots.count[:, None]
+    slots = advance(params, decoding, dataclasses.replace(slots, cache=cache), batch)
+    return as_rollout(jnp, prompts, group, slots.tokens, slots.logprobs, slots.count, slots.ended, slots.support)
+
+
+def as_rollout(
+    xp: Any, prompts: Prompts, group: int, tokens: Any, logprobs: Any, count: Any, ended: Any, support: Any = None
+) -> Rollout:
+    """Rollout of `group` rows per prompt from fields of their `Slots`; `xp` is the module of the arrays, jnp or np."""
+    prompts = jax.tree.map(lambda x: xp.repeat(x, group, axis=0), prompts)
+    rows, length = tokens.shape
+    mask = xp.arange(length) < count[:, None]
     return Rollout(
-        tokens=jnp.concatenate([prompts.tokens, slots.tokens], axis=1),
-        mask=jnp.concatenate([prompts.mask, mask], axis=1),
+        tokens=xp.concatenate([prompts.tokens, tokens], axis=1),
+        mask=xp.concatenate([prompts.mask, mask], axis=1),
         response_mask=mask,
-        logprobs=slots.logprobs,
-        finished=slots.ended,
+        logprobs=logprobs,
+        finished=ended,
         index=prompts.index,
-        sample=samples,
-        support=slots.support,
+        sample=prompts.sample + xp.arange(rows, dtype=np.int32) % group,
+        support=support,
     )
 
 
-def row_keys(key: Array, index: Int[Array, " B"], samples: Int[Array, " B"]) -> Array:
-    """Random key of each row [B], determined by `key`, its prompt index and its sample number."""
-    return jax.vmap(lambda i, s: jax.random.fold_in(jax.random.fold_in(key, i), s))(index, samples)
-
-
-def empty_slots(model: ModelConfig, batch: int, prompt_columns: int, sampling: Sampling, pad_id: int) -> Slots:
+def empty_slots(decoding: Decoding, batch: int, prompt_columns: int) -> Slots:
     """`batch` free slots, with cache space for prompts of `prompt_columns` tokens."""
-    length = sampling.response_length
-    support_shape = batch, length, math.ceil(model.vocab_size / 8)
+    length = decoding.sampling.response_length
+    support_shape = batch, length, math.ceil(decoding.model.vocab_size / 8)
     return Slots(
         clock=jnp.int32(0),
         count=jnp.zeros(batch, jnp.int32),
         ended=jnp.ones(batch, bool),
         prompt_length=jnp.zeros(batch, jnp.int32),
         keys=jax.random.split(jax.random.key(0), batch),
-        tokens=jnp.full((batch, length), pad_id, jnp.int32),
+        tokens=jnp.full((batch, length), decoding.pad_id, jnp.int32),
         logprobs=jnp.zeros((batch, length), jnp.float32),
-        support=jnp.zeros(support_shape, jnp.uint8) if sampling.renormalise_logprobs else None,
-        cache=empty_cache(model, batch, prompt_columns + length),
+        support=jnp.zeros(support_shape, jnp.uint8) if decoding.sampling.renormalise_logprobs else None,
+        cache=empty_cache(decoding.model, batch, prompt_columns + length),
     )
 
 
-def prefill(params: Params, model: ModelConfig, prompts: Prompts) -> tuple[Float[Array, "B D"], KVCache]:
-    """Last hidden state of each prompt and a cache of its P columns."""
+def start(params: Params, decoding: Decoding, prompts: Prompts, key: Array, group: int) -> Slots:
+    """Prefill the prompts and draw the first token of `group` rows of each. The cache has the prompts' columns only."""
     batch, width = prompts.tokens.shape
     positions = jnp.maximum(jnp.cumsum(prompts.mask, axis=1, dtype=jnp.int32) - 1, 0)
-    cache = empty_cache(model, batch, width)
-    hidden, cache = forward_cached(params, model, prompts.tokens, prompts.mask, positions, cache, 0)
-    return hidden[:, -1], cache
+    cache = empty_cache(decoding.model, batch, width)
+    hidden, cache = forward_cached(params, decoding.model, prompts.tokens, prompts.mask, positions, cache, 0)
+    prompts, hidden, cache = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), (prompts, hidden[:, -1], cache))
+    rows = batch * group
+    samples = prompts.sample + jnp.arange(rows) % group
+    slots = dataclasses.replace(
+        empty_slots(decoding, rows, 0),
+        ended=jnp.zeros(rows, bool),
+        prompt_length=jnp.sum(prompts.mask, axis=1, dtype=jnp.int32),
+        keys=jax.vmap(lambda i, s: jax.random.fold_in(jax.random.fold_in(key, i), s))(prompts.index, samples),
+        cache=cache,
+    )
+    return draw_tokens(params, decoding, slots, hidden)
 
 
-def draw_tokens(
-    params: Params,
-    model: ModelConfig,
-    slots: Slots,
-    hidden: Float[Array, "B D"],
-    sampling: Sampling,
-    stop_ids: tuple[int, ...],
-) -> Slots:
+def draw_tokens(params: Params, decoding: Decoding, slots: Slots, hidden: Float[Array, "B D"]) -> Slots:
     """Draw the next token of every busy row from its last hidden state."""
-    stops = jnp.array(sorted({*stop_ids, *sampling.stop_token_ids}), jnp.int32)
+    model, sampling = decoding.model, decoding.sampling
+    stops = jnp.array(sorted({*decoding.stop_ids, *sampling.stop_token_ids}), jnp.int32)
     allowed = None
     if len(stops) and sampling.min_length:
         too_short = (slots.count < sampling.min_length)[:, None]
@@ -145,16 +156,9 @@ def draw_tokens(
     )
 
 
-def advance(
-    params: Params,
-    model: ModelConfig,
-    slots: Slots,
-    enough: Int[Array, ""] | int,
-    sampling: Sampling,
-    stop_ids: tuple[int, ...],
-) -> Slots:
+def advance(params: Params, decoding: Decoding, slots: Slots, enough: Int[Array, ""] | int) -> Slots:
     """Draw tokens until at least `enough` rows are idle."""
-    length = sampling.response_length
+    length = decoding.sampling.response_length
     prompt_columns = slots.cache.valid.shape[1] - length
 
     def step(slots: Slots) -> Slots:
@@ -162,9 +166,11 @@ def advance(
         token = jnp.take_along_axis(slots.tokens, jnp.maximum(slots.count - 1, 0)[:, None], axis=1)
         positions = (slots.prompt_length + slots.count - 1)[:, None]
         column = prompt_columns + slots.clock % length
-        hidden, cache = forward_cached(params, model, token, slots.busy[:, None], positions, slots.cache, column)
+        hidden, cache = forward_cached(
+            params, decoding.model, token, slots.busy[:, None], positions, slots.cache, column
+        )
         slots = dataclasses.replace(slots, cache=cache, clock=slots.clock + 1)
-        return draw_tokens(params, model, slots, hidden[:, 0], sampling, stop_ids)
+        return draw_tokens(params, decoding, slots, hidden[:, 0])
 
     return lax.while_loop(lambda slots: jnp.sum(~slots.busy) < enough, step, slots)
 

@@ -18,61 +18,45 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxrlhf import memory, sharding
-from jaxrlhf.config import Sampling
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import ModelConfig
-from jaxrlhf.rollout.decode import advance, draw_tokens, empty_slots, prefill, row_keys
+from jaxrlhf.rollout.decode import Decoding, advance, as_rollout, empty_slots, start
 from jaxrlhf.rollout.queue import PromptQueue, SlotTable
-from jaxrlhf.types import Params, Prompts, Rollout, Slots
+from jaxrlhf.types import KVCache, Params, Prompts, Rollout, Slots
 
 SHRINK = 4
 """With no prompt waiting, generation continues in a quarter of the slots once the busy rows fit there."""
 
 
 def generate_in_slots(
-    params: Params,
-    model: ModelConfig,
-    prompts: Prompts,
-    key: Array,
-    sampling: Sampling,
-    stop_ids: tuple[int, ...],
-    pad_id: int,
-    *,
-    slots: int,
-    group: int = 1,
-    columns: int = 0,
-    mesh: jax.sharding.Mesh | None = None,
+    params: Params, decoding: Decoding, queue: PromptQueue, key: Array, mesh: jax.sharding.Mesh | None = None
 ) -> Rollout:
-    """Generate what `decode.generate` would, at most `slots` rows at a time.
+    """Generate what `decode.generate` would for the prompts of `queue`, in its slots, spread over `mesh` if given.
 
-    Args:
-        prompts: arrays on the host, left-padded.
-        group: responses per prompt. A prompt is prefilled once for those of its rows that start together.
-        columns: least number of prompt columns in the cache. Calls with equal `columns` share their programs, whatever
-            their longest prompt.
-        mesh: devices to spread the slots over.
+    A prompt is prefilled once for those of its rows that start together.
 
     Returns:
         A rollout of numpy arrays.
 
     Raises:
-        ConfigError: `slots` is below 1 or cannot be split evenly over the mesh, or the cache does not fit in memory.
+        ConfigError: the slots are fewer than 1 or cannot be split evenly over the mesh, or the cache does not fit in
+            memory.
     """
-    queue = PromptQueue(prompts, group, slots, columns)
-    check_slots(model, queue.slots, queue.columns + sampling.response_length, mesh)
-    state = empty_slots(model, queue.slots, queue.columns, sampling, pad_id)
+    sampling = decoding.sampling
+    check_slots(decoding.model, queue.slots, queue.columns + sampling.response_length, mesh)
+    state = empty_slots(decoding, queue.slots, queue.columns)
     if mesh is not None:
         sharding.check_rows(queue.slots, mesh, "rollout.slots")
         state = jax.device_put(state, _shardings(state, mesh))
     may_shrink = mesh is None or mesh.size == 1
     table = SlotTable(queue.slots)
     names = ("tokens", "logprobs", "count", "ended", *(("support",) if sampling.renormalise_logprobs else ()))
-    rows = len(prompts.index) * group
+    rows = len(queue.prompts.index) * queue.group
     results = {name: np.zeros((rows, *getattr(state, name).shape[1:]), getattr(state, name).dtype) for name in names}
     while queue or table.busy:
         while queue and table.free >= queue.slots_needed(table.busy):
             admitted, starting = queue.take(table.free)
-            state = _admit(params, model, state, admitted, table.assign(starting), key, sampling, stop_ids)
+            state = _admit(params, decoding, state, admitted, table.assign(starting), key)
         smaller = table.size // SHRINK
         if not queue and 0 < table.busy <= smaller and may_shrink:
             state = _select(state, table.shrink(smaller))
@@ -82,35 +66,23 @@ def generate_in_slots(
             enough = table.free + min(queue.slots_needed(table.busy), table.busy)
         else:
             enough = table.size - (smaller if table.busy > smaller and may_shrink else 0)
-        state = _advance(params, model, state, np.int32(enough), sampling, stop_ids)
+        state = _advance(params, decoding, state, np.int32(enough))
         on_host = jax.device_get({name: getattr(state, name) for name in ("busy", *names)})
         ended, ended_rows = table.release(on_host["busy"])
         for name in names:
             results[name][ended_rows] = on_host[name][ended]
-    return _rollout(prompts, group, results, pad_id)
+    return as_rollout(np, queue.prompts, queue.group, **results)
 
 
 def slot_programs(
-    params: Params,
-    model: ModelConfig,
-    prompts: Prompts,
-    key: Array,
-    sampling: Sampling,
-    stop_ids: tuple[int, ...],
-    pad_id: int,
-    *,
-    slots: int,
-    group: int = 1,
-    columns: int = 0,
-    mesh: jax.sharding.Mesh | None = None,
+    params: Params, decoding: Decoding, queue: PromptQueue, key: Array, mesh: jax.sharding.Mesh | None = None
 ) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
     """Yield (jitted function, arguments) of the programs `generate_in_slots` runs: `_admit` once per prompt width, and
     `_advance`.
 
     `params` may be arrays or ShapeDtypeStructs; the slots are ShapeDtypeStructs. Programs for fewer slots are left out.
     """
-    queue = PromptQueue(prompts, group, slots, columns)
-    state = jax.eval_shape(lambda: empty_slots(model, queue.slots, queue.columns, sampling, pad_id))
+    state = jax.eval_shape(lambda: empty_slots(decoding, queue.slots, queue.columns))
     if mesh is not None:
         state = sharding.with_shardings(state, _shardings(state, mesh))
     widths = set()
@@ -118,8 +90,8 @@ def slot_programs(
         admitted, rows = queue.take(queue.slots)
         if admitted.tokens.shape[1] not in widths:
             widths.add(admitted.tokens.shape[1])
-            yield _admit, (params, model, state, admitted, np.zeros(len(rows), np.int32), key, sampling, stop_ids)
-    yield _advance, (params, model, state, np.int32(0), sampling, stop_ids)
+            yield _admit, (params, decoding, state, admitted, np.zeros(len(rows), np.int32), key)
+    yield _advance, (params, decoding, state, np.int32(0))
 
 
 def check_slots(model: ModelConfig, slots: int, columns: int, mesh: jax.sharding.Mesh | None = None) -> None:
@@ -138,53 +110,17 @@ def check_slots(model: ModelConfig, slots: int, columns: int, mesh: jax.sharding
         )
 
 
-def _rollout(prompts: Prompts, group: int, results: dict[str, np.ndarray], pad_id: int) -> Rollout:
-    """Rollout of numpy arrays from the fields of `Slots` for all rows."""
-    prompts = jax.tree.map(lambda x: np.repeat(np.asarray(x), group, axis=0), prompts)
-    rows, length = results["tokens"].shape
-    mask = np.arange(length) < results["count"][:, None]
-    fields: dict[str, Any] = {  # typed Any: Rollout declares jax arrays
-        "tokens": np.concatenate([prompts.tokens, np.where(mask, results["tokens"], np.int32(pad_id))], axis=1),
-        "mask": np.concatenate([prompts.mask, mask], axis=1),
-        "response_mask": mask,
-        "logprobs": results["logprobs"],
-        "finished": results["ended"],
-        "index": prompts.index,
-        "sample": prompts.sample + np.arange(rows, dtype=np.int32) % group,
-        "support": results.get("support"),
-    }
-    return Rollout(**fields)
-
-
 def _shardings(slots: Slots, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(lambda x: NamedSharding(mesh, sharding.ROWS if x.ndim else P()), slots)
 
 
-@partial(jax.jit, static_argnames=("model", "sampling", "stop_ids"), donate_argnames="slots")
-def _admit(
-    params: Params,
-    model: ModelConfig,
-    slots: Slots,
-    prompts: Prompts,
-    targets: Array,
-    key: Array,
-    sampling: Sampling,
-    stop_ids: tuple[int, ...],
-) -> Slots:
+@partial(jax.jit, static_argnames="decoding", donate_argnames="slots")
+def _admit(params: Params, decoding: Decoding, slots: Slots, prompts: Prompts, targets: Array, key: Array) -> Slots:
     """Prefill prompts [m] and start n rows of each in slots `targets` [m * n]; out-of-bounds targets are dropped."""
-    hidden, cache = prefill(params, model, prompts)
-    count, length = targets.shape[0], slots.tokens.shape[1]
-    group = count // hidden.shape[0]
-    prompts, hidden, cache = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), (prompts, hidden, cache))
+    started = start(params, decoding, prompts, key, len(targets) // len(prompts.index))
+    length = slots.tokens.shape[1]
     columns = slots.cache.valid.shape[1] - length
     first = columns - prompts.tokens.shape[1]
-    started = dataclasses.replace(
-        empty_slots(model, count, -length, sampling, 0),
-        ended=jnp.zeros(count, bool),
-        prompt_length=jnp.sum(prompts.mask, axis=1, dtype=jnp.int32),
-        keys=row_keys(key, prompts.index, prompts.sample + jnp.arange(count) % group),
-    )
-    started = draw_tokens(params, model, started, hidden, sampling, stop_ids)
 
     def write(old: Array, new: Array) -> Array:
         return old.at[targets].set(new, mode="drop")
@@ -193,19 +129,17 @@ def _admit(
         return old.at[targets, :, first:columns].set(new, mode="drop")
 
     padding = ((0, 0), (first, length))
-    cache = dataclasses.replace(
-        slots.cache,
-        k=jax.tree.map(write_columns, slots.cache.k, cache.k),
-        v=jax.tree.map(write_columns, slots.cache.v, cache.v),
-        positions=write(slots.cache.positions, jnp.pad(cache.positions, padding)),
-        valid=write(slots.cache.valid, jnp.pad(cache.valid, padding)),
+    cache = KVCache(
+        k=jax.tree.map(write_columns, slots.cache.k, started.cache.k),
+        v=jax.tree.map(write_columns, slots.cache.v, started.cache.v),
+        positions=write(slots.cache.positions, jnp.pad(started.cache.positions, padding)),
+        valid=write(slots.cache.valid, jnp.pad(started.cache.valid, padding)),
     )
-    names = ("count", "ended", "prompt_length", "keys", "tokens", "logprobs", "support")
-    updated = {name: jax.tree.map(write, getattr(slots, name), getattr(started, name)) for name in names}
-    return dataclasses.replace(slots, cache=cache, **updated)
+    by_row = (dataclasses.replace(x, clock=None, cache=None) for x in (slots, started))
+    return dataclasses.replace(jax.tree.map(write, *by_row), clock=slots.clock, cache=cache)
 
 
-_advance = partial(jax.jit, static_argnames=("model", "sampling", "stop_ids"), donate_argnames="slots")(advance)
+_advance = partial(jax.jit, static_argnames="decoding", donate_argnames="slots")(advance)
 
 
 @jax.jit

@@ -19,13 +19,18 @@ class PromptQueue:
 
     Prompts are sorted by padded width, so that the prompts of one prefill have the same width.
 
+    Args:
+        prompts: arrays on the host, left-padded.
+        columns: least number of prompt columns in the cache. Queues with equal `columns` share their programs, whatever
+            their longest prompt.
+
     Attributes:
         slots: number of slots, a multiple of `rows_per_prompt`.
         rows_per_prompt: rows that start together and share the prefill of their prompt.
         columns: cache columns that every prompt fits in.
     """
 
-    def __init__(self, prompts: Prompts, group: int, slots: int, columns: int) -> None:
+    def __init__(self, prompts: Prompts, slots: int, group: int = 1, columns: int = 0) -> None:
         self.prompts = jax.tree.map(np.asarray, prompts)
         count, longest = self.prompts.tokens.shape
         slots = min(slots, count * group)

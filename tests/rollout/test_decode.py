@@ -306,8 +306,9 @@ def test_a_tick_of_the_engine_copies_no_cache(key):
     model = dataclasses.replace(LLAMA, head_dim=32, num_kv_heads=4, sliding_window=None, sliding_layers=(False,) * 2)
     model, params = inference_copy(model, models.init(model, key), "float32")
     sampling = Sampling(response_length=512)
-    slots = decode.empty_slots(model, 16, 512, sampling, PAD)
-    compiled = engine._advance.lower(params, model, slots, np.int32(9), sampling, STOPS).compile()
+    decoding = decode.Decoding(model, sampling, STOPS, PAD)
+    slots = decode.empty_slots(decoding, 16, 512)
+    compiled = engine._advance.lower(params, decoding, slots, np.int32(9)).compile()
     one = slots.cache.k[0].nbytes
     assert compiled.memory_analysis().temp_size_in_bytes < one / 2, "of four arrays as large as this one"
 

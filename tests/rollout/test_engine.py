@@ -10,8 +10,9 @@ from jaxrlhf import memory, models, sharding
 from jaxrlhf.config import Mesh, Sampling
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.rollout import engine
-from jaxrlhf.rollout.decode import generate
+from jaxrlhf.rollout.decode import Decoding, generate
 from jaxrlhf.rollout.inference_copy import inference_copy
+from jaxrlhf.rollout.queue import PromptQueue
 from jaxrlhf.types import Prompts
 
 LLAMA = tiny(vocab_size=19, max_positions=128, sliding_window=9, sliding_layers=(False, True))
@@ -36,6 +37,11 @@ def prompts_of(lengths, width=40):
 PROMPTS = prompts_of([3, 40, 1, 17, 25, 5, 30, 4, 16, 2, 33])
 
 
+def in_slots(params, model, prompts, key, sampling, stop_ids, pad_id, slots, group=1, columns=0, mesh=None):
+    queue = PromptQueue(prompts, slots, group, columns)
+    return engine.generate_in_slots(params, Decoding(model, sampling, stop_ids, pad_id), queue, key, mesh)
+
+
 def same(rollout, other):
     for field in dataclasses.fields(rollout):
         ours, theirs = getattr(rollout, field.name), getattr(other, field.name)
@@ -51,21 +57,21 @@ def test_slots_change_nothing(decoder, key, slots):
     expected = generate(params, model, PROMPTS, key, SAMPLING, STOPS, PAD)
     lengths = np.asarray(expected.response_mask).sum(1)
     assert len(set(lengths)) > 3, "rows end at different times, so that slots are given on"
-    same(engine.generate_in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=slots), expected)
+    same(in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=slots), expected)
 
 
 @pytest.mark.parametrize("slots", [2, 3, 7, 33])
 def test_groups_share_a_prefill_and_change_nothing(decoder, key, slots):
     model, params = decoder
     expected = generate(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, 3)
-    same(engine.generate_in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=slots, group=3), expected)
+    same(in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=slots, group=3), expected)
 
 
 def test_a_group_reads_its_prompt_once(decoder, key, monkeypatch):
     model, params = decoder
     read, admit = [], engine._admit
     monkeypatch.setattr(engine, "_admit", lambda *a: read.append(a[3].tokens.shape) or admit(*a))
-    engine.generate_in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4, group=4)
+    in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4, group=4)
     assert sum(shape[0] for shape in read) == len(PROMPTS.index)
 
 
@@ -73,7 +79,7 @@ def test_the_support_comes_along(decoder, key):
     model, params = decoder
     sampling = dataclasses.replace(SAMPLING, top_k=4, min_length=3, renormalise_logprobs=True)
     expected = generate(params, model, PROMPTS, key, sampling, STOPS, PAD)
-    answered = engine.generate_in_slots(params, model, PROMPTS, key, sampling, STOPS, PAD, slots=3)
+    answered = in_slots(params, model, PROMPTS, key, sampling, STOPS, PAD, slots=3)
     kept = np.asarray(expected.response_mask)
     np.testing.assert_array_equal(answered.support[kept], np.asarray(expected.support)[kept])
     same(dataclasses.replace(answered, support=None), dataclasses.replace(expected, support=None))
@@ -81,12 +87,12 @@ def test_the_support_comes_along(decoder, key):
 
 def test_programs_are_compiled_once_for_all_refills(decoder, key):
     model, params = decoder
-    engine.generate_in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4)
+    in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4)
     before = engine._admit._cache_size(), engine._advance._cache_size(), engine._select._cache_size()
-    engine.generate_in_slots(params, model, PROMPTS, jax.random.key(9), SAMPLING, STOPS, PAD, slots=4)
+    in_slots(params, model, PROMPTS, jax.random.key(9), SAMPLING, STOPS, PAD, slots=4)
     shorter = jax.tree.map(lambda x: x[[0, 2, 3, 4, 5]], PROMPTS)
     shorter = dataclasses.replace(shorter, tokens=shorter.tokens[:, 8:], mask=shorter.mask[:, 8:])
-    engine.generate_in_slots(params, model, shorter, jax.random.key(9), SAMPLING, STOPS, PAD, slots=4, columns=40)
+    in_slots(params, model, shorter, jax.random.key(9), SAMPLING, STOPS, PAD, slots=4, columns=40)
     assert (engine._admit._cache_size(), engine._advance._cache_size(), engine._select._cache_size()) == before
 
 
@@ -95,17 +101,17 @@ def test_a_mesh_spreads_the_slots(decoder, key):
     mesh = sharding.make_mesh(Mesh(data=4))
     expected = generate(params, model, PROMPTS, key, SAMPLING, STOPS, PAD)
     placed = sharding.put_whole(params, mesh)
-    same(engine.generate_in_slots(placed, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4, mesh=mesh), expected)
+    same(in_slots(placed, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=4, mesh=mesh), expected)
     with pytest.raises(ConfigError, match=r"rollout.slots \(3\) must be a multiple"):
-        engine.generate_in_slots(placed, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=3, mesh=mesh)
+        in_slots(placed, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=3, mesh=mesh)
 
 
 def test_a_cache_beyond_memory_is_refused_with_the_number_that_fits(decoder, key, monkeypatch):
     model, params = decoder
     each = 2 * 2 * 2 * 4 * 60 * 4  # bytes: keys and values, 2 layers, 2 heads of 4, 60 columns, float32
     monkeypatch.setattr(memory, "free_on_device", lambda: 4 * each)
-    engine.generate_in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=3)
+    in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=3)
     with pytest.raises(ConfigError, match=r"8 slots of 60 tokens need .* set rollout.slots to 3 or less"):
-        engine.generate_in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=8)
+        in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=8)
     with pytest.raises(ConfigError, match="rollout.slots is 0"):
-        engine.generate_in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=0)
+        in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=0)

@@ -14,8 +14,9 @@ from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rollout import engine
-from jaxrlhf.rollout.decode import generate, trim
+from jaxrlhf.rollout.decode import Decoding, generate, trim
 from jaxrlhf.rollout.inference_copy import RolloutDType, inference_copy, inference_model
+from jaxrlhf.rollout.queue import PromptQueue
 from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.rollout.text import decode_completions
 from jaxrlhf.training import setup
@@ -76,13 +77,14 @@ class Sampler:
         prompts = self.prompts(rows, group)
         decoder_params = self.inference_copy(params)
         sampling = dataclasses.replace(self.sampling, greedy=greedy)
-        rest = key, sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
+        stop_ids, pad_id = self.tokenizer.stop_ids, self.tokenizer.pad_id
         if slots < len(rows):
-            layout = {"slots": slots, "group": group, "columns": self.columns, "mesh": self.mesh}
-            rollout = engine.generate_in_slots(decoder_params, self.decoder, prompts, *rest, **layout)
+            decoding = Decoding(self.decoder, sampling, stop_ids, pad_id)
+            queue = PromptQueue(prompts, slots, group, self.columns)
+            rollout = engine.generate_in_slots(decoder_params, decoding, queue, key, self.mesh)
             rollout = sharding.put_rows(rollout, self.mesh)
         else:
-            rollout = generate(decoder_params, self.decoder, prompts, *rest, group=group)
+            rollout = generate(decoder_params, self.decoder, prompts, key, sampling, stop_ids, pad_id, group)
         rollout, completions = decode_completions(rollout, self.tokenizer, self.sampling.stop_strings)
         del decoder_params  # before its memory is given back
         memory.release_free_memory()

@@ -26,6 +26,8 @@ from jaxrlhf.metrics.keys import METRICS
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout import engine
+from jaxrlhf.rollout.decode import Decoding
+from jaxrlhf.rollout.queue import PromptQueue
 from jaxrlhf.rollout.text import decode_completions
 from jaxrlhf.training.on_policy.policy import sequence_logprobs
 from jaxrlhf.training.on_policy.sampler import Sampler
@@ -172,18 +174,9 @@ class Validator:
         the completions."""
         rows = [*self.rows, *[self.rows[-1]] * (-len(self.rows) % self._micro_rows)]
         sampler, sampling = self._sampler, dataclasses.replace(self.config.sampling, greedy=greedy)
-        rollout = engine.generate_in_slots(
-            decoder_params,
-            sampler.decoder,
-            sampler.prompts(rows),
-            self._key,
-            sampling,
-            sampler.tokenizer.stop_ids,
-            sampler.tokenizer.pad_id,
-            slots=min(len(rows), sampler.slots or sampler.batch),
-            columns=sampler.columns,
-            mesh=sampler.mesh,
-        )
+        decoding = Decoding(sampler.decoder, sampling, sampler.tokenizer.stop_ids, sampler.tokenizer.pad_id)
+        queue = PromptQueue(sampler.prompts(rows), sampler.slots or sampler.batch, columns=sampler.columns)
+        rollout = engine.generate_in_slots(decoder_params, decoding, queue, self._key, sampler.mesh)
         rollout, completions = decode_completions(rollout, sampler.tokenizer, sampling.stop_strings)
         return rollout, completions[: len(self.rows)]
 

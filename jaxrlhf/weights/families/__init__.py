@@ -45,7 +45,7 @@ def parse(config: dict, where: str) -> ModelConfig:
             vocab_size=fields.integer("vocab_size"),
             tie_embeddings=fields.boolean("tie_word_embeddings", family.tied_by_default),
             **_parse_head(fields, family),
-            **family.parse(fields),
+            **family.parse_all(fields),
         )
     except DataError:
         raise
@@ -104,7 +104,7 @@ def _render_all(model: ModelConfig) -> dict[str, Any]:
         "architectures": [family.language_model if model.head == "lm" else family.classifier],
         "vocab_size": model.vocab_size,
         "tie_word_embeddings": model.tie_embeddings,
-        **family.render(model),
+        **family.render_all(model),
     }
     if model.head != "lm":
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.num_labels)}

@@ -32,14 +32,26 @@ class TensorNames:
 
 
 @dataclass(frozen=True)
+class Key:
+    """The key of config.json that holds one field of `ModelConfig`."""
+
+    name: str
+    read: Callable[[Fields, str, Any], Any]  # Fields.integer, ...
+    default: Any = None  # for files that lack it, or a function from the fields before it to that; None: required
+    render: Callable[[Any], Any] = lambda value: value  # the inverse of `read`
+
+
+@dataclass(frozen=True)
 class Family:
     """One `model_type` of Hugging Face."""
 
     architecture: str  # prefix of its class names
-    lm_suffix: str  # suffix of the class name of the language model
-    parse: Callable[[Fields], dict[str, Any]]  # config.json -> the ModelConfig fields specific to the family
+    keys: dict[str, Key]  # by field of ModelConfig
+    fixed: dict[str, Any]  # fields that are equal in all models of the family
+    parse: Callable[[Fields, dict[str, Any]], dict[str, Any]]  # config.json, `keys` read from it -> all other fields
     render: Callable[[ModelConfig], dict[str, Any]]  # the inverse of `parse`
     tensors: TensorNames
+    lm_suffix: str = "ForCausalLM"  # suffix of the class name of the language model
     tied_by_default: bool = False  # default of tie_word_embeddings
 
     @property
@@ -50,12 +62,23 @@ class Family:
     def classifier(self) -> str:
         return f"{self.architecture}ForSequenceClassification"
 
+    def parse_all(self, fields: Fields) -> dict[str, Any]:
+        """The ModelConfig fields that `keys`, `fixed` and `parse` describe."""
+        values: dict[str, Any] = {}
+        for field, key in self.keys.items():
+            default = key.default(values) if callable(key.default) else key.default
+            values[field] = key.read(fields, key.name, default)
+        return self.fixed | values | self.parse(fields, values)
 
-def parse_activation(fields: Fields, key: str, default: str) -> str:
-    """The activation of `ModelConfig` that config.json names under `key`."""
-    return _ACTIVATIONS[fields.choice(key, tuple(_ACTIVATIONS), default) or default]
+    def render_all(self, model: ModelConfig) -> dict[str, Any]:
+        """The inverse of `parse_all`."""
+        return {key.name: key.render(getattr(model, field)) for field, key in self.keys.items()} | self.render(model)
 
 
-def render_activation(activation: str) -> str:
-    """The Hugging Face name of an activation of `ModelConfig`."""
-    return "gelu_pytorch_tanh" if activation == "gelu_tanh" else activation
+def activation(name: str, default: str) -> Key:
+    """The key `name` with the name of an activation."""
+    return Key(name, _parse_activation, default, lambda x: "gelu_pytorch_tanh" if x == "gelu_tanh" else x)
+
+
+def _parse_activation(fields: Fields, name: str, default: str) -> str:
+    return _ACTIVATIONS[fields.choice(name, tuple(_ACTIVATIONS), default) or default]

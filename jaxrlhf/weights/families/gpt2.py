@@ -3,51 +3,46 @@
 from typing import Any
 
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.weights.families.base import Family, TensorNames, parse_activation, render_activation
+from jaxrlhf.weights.families.base import Family, Key, TensorNames, activation
 from jaxrlhf.weights.fields import Fields
 
+_KEYS = {
+    "hidden_size": Key("n_embd", Fields.integer),
+    "num_layers": Key("n_layer", Fields.integer),
+    "num_heads": Key("n_head", Fields.integer),
+    "mlp_size": Key("n_inner", Fields.integer, lambda values: 4 * values["hidden_size"]),
+    "max_positions": Key("n_positions", Fields.integer, 1024),
+    "norm_eps": Key("layer_norm_epsilon", Fields.number, 1e-5),
+    "activation": activation("activation_function", "gelu_new"),
+    "attention_scale_by_layer": Key("scale_attn_by_inverse_layer_idx", Fields.boolean, False),
+}
+_FIXED = {
+    "norm": "layernorm",
+    "gated_mlp": False,
+    "rope": None,
+    "qkv_bias": True,
+    "attention_out_bias": True,
+    "mlp_bias": True,
+    "qk_norm": False,
+    "sliding_window": None,
+}
 
-def _parse(fields: Fields) -> dict[str, Any]:
+
+def _parse(fields: Fields, values: dict[str, Any]) -> dict[str, Any]:
     fields.refuse_if_set("add_cross_attention", "only decoders are supported")
-    heads, width, layers = fields.integer("n_head"), fields.integer("n_embd"), fields.integer("n_layer")
+    heads, width = values["num_heads"], values["hidden_size"]
     if width % heads:
         fields.refuse("n_embd", f"a multiple of n_head ({heads})")
     return {
-        "hidden_size": width,
-        "num_layers": layers,
-        "num_heads": heads,
         "num_kv_heads": heads,
         "head_dim": width // heads,
-        "mlp_size": fields.integer("n_inner", 4 * width),
-        "max_positions": fields.integer("n_positions", 1024),
-        "norm": "layernorm",
-        "norm_eps": fields.number("layer_norm_epsilon", 1e-5),
-        "activation": parse_activation(fields, "activation_function", "gelu_new"),
-        "gated_mlp": False,
-        "rope": None,
-        "qkv_bias": True,
-        "attention_out_bias": True,
-        "mlp_bias": True,
-        "qk_norm": False,
-        "sliding_window": None,
-        "sliding_layers": (False,) * layers,
+        "sliding_layers": (False,) * values["num_layers"],
         "attention_scale": None if fields.boolean("scale_attn_weights", True) else 1.0,
-        "attention_scale_by_layer": fields.boolean("scale_attn_by_inverse_layer_idx", False),
     }
 
 
 def _render(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "n_embd": model.hidden_size,
-        "n_layer": model.num_layers,
-        "n_head": model.num_heads,
-        "n_inner": model.mlp_size,
-        "n_positions": model.max_positions,
-        "layer_norm_epsilon": model.norm_eps,
-        "activation_function": render_activation(model.activation),
-        "scale_attn_weights": model.attention_scale is None,
-        "scale_attn_by_inverse_layer_idx": model.attention_scale_by_layer,
-    }
+    return {"scale_attn_weights": model.attention_scale is None}
 
 
 TENSORS = TensorNames(
@@ -69,4 +64,4 @@ TENSORS = TensorNames(
     transposed=False,
 )
 
-FAMILIES = {"gpt2": Family("GPT2", "LMHeadModel", _parse, _render, TENSORS, tied_by_default=True)}
+FAMILIES = {"gpt2": Family("GPT2", _KEYS, _FIXED, _parse, _render, TENSORS, "LMHeadModel", tied_by_default=True)}
