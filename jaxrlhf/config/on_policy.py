@@ -219,10 +219,10 @@ class OnPolicyConfig:
             )
         self._check_reference()
         wanted = [key for key in ("eval_steps", "keep_best", "patience", "reward_model") if getattr(validation, key)]
-        if wanted and not (self.data.validation_path or self.data.validation_fraction):
+        if wanted and not self.data.holds_out:
             raise ValueError(
-                f"validation.{wanted[0]} is set but there are no held-out prompts; give data.validation_path or "
-                "data.validation_fraction"
+                f"validation.{wanted[0]} is set but there are no held-out prompts; give data.validation_path, "
+                "data.validation_split or data.validation_fraction"
             )
 
     def _check_batch_sizes(self) -> None:

@@ -33,6 +33,9 @@ class Data:
     """Columns to rename before the format is recognised: {standard name: name in the file}."""
     template: str = ""
     """Prompt template with {column} fields, for data without a finished prompt. No chat template is applied to it."""
+    score: str = ""
+    """Score to use where a data set has several: a column, or in UltraFeedback a key of each completion or annotation.
+    Empty: `score`; `helpfulness` of HelpSteer; `fine-grained_score` of UltraFeedback."""
     completion_prefix: str = ""
     """Text inserted between a plain-text prompt and its completion, e.g. a space."""
     control_tokens: Bool = False
@@ -48,13 +51,23 @@ class Data:
     """Handling of rows that are too long. drop: skip them. error: stop. left: truncate the start of the prompt. right:
     truncate the end of the completion."""
     validation_path: str = ""
-    """File of held-out rows."""
+    """Held-out rows: a file, folder or hub id, also that of `path` with another split."""
+    validation_split: str = ""
+    """Split of `validation_path` (empty: of `path`) with the held-out rows. Empty: the first of validation, test and
+    dev that `validation_path` has."""
     validation_fraction: FractionBelowOne = 0.0
     """Fraction of `path` to hold out instead. The split depends only on `split_seed` and the number of rows."""
+    split_by: Literal["row", "prompt"] = "row"
+    """What `validation_fraction` holds out. prompt: prompts with all their rows, so that none is on both sides."""
     split_seed: Natural = 0
     """Seed of the train/validation split."""
     shuffle: Bool = True
     """Shuffle each epoch; the order depends only on `seed` and the epoch."""
+
+    @property
+    def holds_out(self) -> bool:
+        """Some rows are held out."""
+        return bool(self.validation_path or self.validation_split or self.validation_fraction)
 
 
 @section

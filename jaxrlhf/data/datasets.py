@@ -1,24 +1,25 @@
 """Load data sets as tokenised rows, split into training and held-out rows, with a report of dropped and cut rows."""
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from jaxrlhf.config import Data
-from jaxrlhf.data import labels
-from jaxrlhf.data.examples import Content, Example, to_example
+from jaxrlhf.data import held_out, labels
+from jaxrlhf.data.examples import Content, Example, to_examples
 from jaxrlhf.data.file_readers import SourceLocation
 from jaxrlhf.data.formats import Task, recognise
-from jaxrlhf.data.loader import permutation
-from jaxrlhf.data.sources import Rows, read_rows
+from jaxrlhf.data.held_out import Usable
+from jaxrlhf.data.sources import Rows, read_rows, read_validation_rows
 from jaxrlhf.data.tokenise import RenderedExample, TokenisedExample, drop_reason, render, tokenise, truncate
 from jaxrlhf.data.tokenizer import ESCAPE, Tokenizer
 from jaxrlhf.errors import ConfigError, DataError
 
 T = TypeVar("T")
-_SPLIT = 0x5EED  # separates the random order of the split from those of the epochs
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def sft_rows(config: Data, tokenizer: Tokenizer, completion_only: bool) -> Split
 
 
 def pair_rows(config: Data, tokenizer: Tokenizer, *, margins: bool = False, ties: bool = False) -> Split[PairRow]:
-    """Load preference pairs. `margins` reads the column `margin`, `ties` the columns of `labels.is_tie`.
+    """Load preference pairs. `margins` reads the column `margin`; `ties` keeps pairs of which neither is better.
 
     Raises ConfigError, and DataError, with `ties` also if the training pairs are all ties or none, or the held-out
     pairs are all ties.
@@ -113,18 +114,18 @@ def pair_rows(config: Data, tokenizer: Tokenizer, *, margins: bool = False, ties
         margin = labels.parse_number(rows.rows[i], "margin", where) if margins else 0.0
         if margin < 0:
             raise DataError(f"{where}: column 'margin' is {margin:g}; expected 0 or more, as chosen is the better one")
-        tied = ties and labels.is_tie(rows.rows[i], where)
+        tied = example.scores[0] == example.scores[1]
         return PairRow(SFTRow(*tokens.sequence(0)), SFTRow(*tokens.sequence(1)), margin, tied)
 
-    split = train_validation_split(config, tokenizer, "pairs", make_row)
+    split = train_validation_split(config, tokenizer, "pairs", make_row, ties=ties)
     if ties:
         count = sum(pair.tied for pair in split.train)
         note = f"{count} of {len(split.train)} pairs to train on are ties"
         split.report.notes.append(note)
         if count in (0, len(split.train)):
             raise DataError(
-                f"data {config.path}: {note} (columns tie, tied or label); training with ties needs both tied and "
-                "untied pairs"
+                f"data {config.path}: {note} (columns tie, tied or label, or equal scores); training with ties needs "
+                "both tied and untied pairs"
             )
         if split.validation and all(pair.tied for pair in split.validation):
             raise DataError(
@@ -149,13 +150,14 @@ def prompts_from_texts(
     for name, values in columns.items():
         if len(values) != len(texts):
             raise DataError(f"column '{name}' has {len(values)} values for {len(texts)} prompts")
-    rows = [{"prompt": text, **{name: values[i] for name, values in columns.items()}} for i, text in enumerate(texts)]
-    locations = [SourceLocation("prompts", i + 1, line=False) for i in range(len(rows))]
-    config = replace(config, template="", columns={})
-    kept, report = _prepare(Rows("prompts", rows, locations), config, tokenizer, "prompts", _prompt_row)
-    if len(kept) < len(rows):
+    _check_names(columns, "prompts")
+    locations = [SourceLocation("prompts", i + 1, line=False) for i in range(len(texts))]
+    rows = Rows("prompts", [{"prompt": text} for text in texts], locations)
+    kept, report = _prepare(rows, replace(config, template="", columns={}), tokenizer, "prompts", _prompt_row)
+    if len(kept) < len(texts):
         raise DataError(f"not every prompt can be used\n{report}")
-    return list(kept.values())
+    given = [{"prompt": text, **{name: values[i] for name, values in columns.items()}} for i, text in enumerate(texts)]
+    return [replace(item.row, columns=row) for item, row in zip(kept, given, strict=True)]
 
 
 def columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
@@ -166,71 +168,98 @@ def columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
 
 def _prompt_row(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> PromptRow:
     assert example.prompt is not None
-    reserved = {"prompts", "completions"} & set(rows.rows[i])
-    if reserved:
-        raise DataError(
-            f"data {rows.source}: a column may not be called {reserved.pop()!r}, because reward functions have an "
-            "argument of that name; rename it with data.columns"
-        )
+    _check_names(rows.rows[i], rows.source)
     messages = None if isinstance(example.prompt, str) else example.prompt
     return PromptRow(tokens.prompt, prompt_text(example.prompt), rows.rows[i], i, messages)
 
 
+def _check_names(names: Iterable[str], source: str) -> None:
+    for name in names:
+        if name in ("prompts", "completions"):
+            raise DataError(
+                f"data {source}: a column may not be called {name!r}, because reward functions have an argument of "
+                "that name; rename it with data.columns"
+            )
+
+
 def prompt_text(prompt: Content) -> str:
-    """Return the text of a prompt without chat template; a transcript if it has several turns."""
+    """Return the text of a prompt without chat template; a transcript, with its tool calls, if it has several turns."""
     if isinstance(prompt, str):
         return prompt.replace(ESCAPE, "")
     turns = [turn for turn in prompt if turn["role"] != "system"]
     if len(turns) == 1:
         return turns[0]["content"]
-    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in prompt)
+    texts = [
+        "\n".join(filter(None, (turn["content"], *map(_call_text, turn.get("tool_calls", []))))) for turn in prompt
+    ]
+    return "\n\n".join(f"{turn['role'].capitalize()}: {text}" for turn, text in zip(prompt, texts, strict=True))
 
 
-def train_validation_split(config: Data, tokenizer: Tokenizer, task: Task, make_row: Callable[..., T]) -> Split[T]:
-    """Load the data of `task`; `make_row(tokens, example, rows, i)` creates a row. Raises DataError and ConfigError."""
-    if config.validation_path and config.validation_fraction:
-        raise ConfigError("data.validation_path and data.validation_fraction both hold rows out; set one of them")
+def _call_text(call: dict[str, Any]) -> str:
+    function = call["function"]
+    return json.dumps({"name": function["name"], "arguments": function["arguments"]}, ensure_ascii=False)
+
+
+def train_validation_split(
+    config: Data, tokenizer: Tokenizer, task: Task, make_row: Callable[..., T], *, ties: bool = False
+) -> Split[T]:
+    """Load the data of `task`; `make_row(tokens, example, rows, i)` creates a row. `ties` keeps pairs of which neither
+    is better. Raises DataError and ConfigError."""
+    source = config.validation_path or (config.path if config.validation_split else "")
+    if source and config.validation_fraction:
+        raise ConfigError(
+            f"data.validation_{'path' if config.validation_path else 'split'} and data.validation_fraction both hold "
+            "rows out; set one of them"
+        )
     rows = read_rows(config)
-    train, report = _prepare(rows, config, tokenizer, task, make_row)
-    validation: dict[int, T] = {}
+    train, report = _prepare(rows, config, tokenizer, task, make_row, ties)
+    validation: list[Usable[T]] = []
     if config.validation_fraction:
-        count = max(1, round(config.validation_fraction * len(rows.rows)))
-        held_out = {int(i) for i in permutation(len(rows.rows), config.split_seed, _SPLIT)[:count]}
-        validation = {i: row for i, row in train.items() if i in held_out}
-        train = {i: row for i, row in train.items() if i not in held_out}
+        train, validation = held_out.split(train, len(rows.rows), config)
         if not validation or not train:
             raise DataError(
                 f"data {rows.source}: data.validation_fraction {config.validation_fraction} leaves {len(train)} rows "
                 f"to train on and {len(validation)} held out\n{report}"
             )
-    elif config.validation_path:
-        validation_rows = read_rows(config, config.validation_path)
-        validation, validation_report = _prepare(validation_rows, config, tokenizer, task, make_row)
+    elif source:
+        others = read_validation_rows(config)
+        validation, validation_report = _prepare(others, config, tokenizer, task, make_row, ties)
         report.notes.append(f"held out: {validation_report}")
+    if validation:
+        report.notes += held_out.overlap(train, validation, config, source)
     report.train, report.validation = len(train), len(validation)
-    return Split(list(train.values()), list(validation.values()), report)
+    return Split([item.row for item in train], [item.row for item in validation], report)
 
 
 def _prepare(
-    rows: Rows, config: Data, tokenizer: Tokenizer, task: Task, make_row: Callable[..., T]
-) -> tuple[dict[int, T], Report]:
-    """Convert, tokenise and truncate rows: the usable ones by number, and the report."""
-    row_format = recognise(rows.columns, task, config, rows.source)
+    rows: Rows, config: Data, tokenizer: Tokenizer, task: Task, make_row: Callable[..., T], ties: bool = False
+) -> tuple[list[Usable[T]], Report]:
+    """Convert, tokenise and truncate rows: the usable ones, several of a row with several scores, and the report."""
+    row_format = recognise(rows, task, config)
     escape = (lambda text: text) if config.control_tokens else tokenizer.escape
     report = Report(rows.source, str(row_format), len(rows.rows))
-    examples: dict[int, Example] = {}
-    rendered: dict[int, RenderedExample] = {}
+    notes: Counter[str] = Counter()
+    examples: list[tuple[int, Example]] = []
+    rendered: list[RenderedExample] = []
     for i, location in enumerate(rows.locations):
-        example = to_example(rows, i, row_format, config, tokenizer.has_chat, escape)
-        if reason := drop_reason(example, task, tokenizer.bos_id is not None):
+        found, reason = to_examples(rows, i, row_format, config, tokenizer.has_chat, escape, notes)
+        if reason:
             report.dropped.setdefault(reason, []).append(location.short)
-            continue
-        try:
-            rendered[i], examples[i] = render(example, task, tokenizer), example
-        except DataError as error:
-            raise DataError(f"data {location}: {error}") from error
-    kept: dict[int, T] = {}
-    for i, tokens in zip(rendered, tokenise(list(rendered.values()), tokenizer), strict=True):
+        for example in found:
+            tied = task == "pairs" and not ties and example.scores[0] == example.scores[-1]
+            reason = drop_reason(example, task, tokenizer.bos_id is not None) or ("it is a tie" if tied else "")
+            if reason:
+                report.dropped.setdefault(reason, []).append(location.short)
+                continue
+            try:
+                rendered.append(render(example, task, tokenizer))
+            except DataError as error:
+                raise DataError(f"data {location}: {error}") from error
+            examples.append((i, example))
+    if task == "prompts":
+        rows = row_format.reward_columns(rows)
+    kept: list[Usable[T]] = []
+    for (i, example), tokens in zip(examples, tokenise(rendered, tokenizer), strict=True):
         location = rows.locations[i]
         truncated, note = truncate(tokens, config, tokenizer)
         if truncated is None and config.truncation == "error":
@@ -238,13 +267,22 @@ def _prepare(
         if note:
             (report.dropped if truncated is None else report.cut).setdefault(note, []).append(location.short)
         if truncated is not None:
-            kept[i] = make_row(truncated, examples[i], rows, i)
+            kept.append(held_out.usable(i, example, make_row(truncated, example, rows, i)))
             report.lengths.append(len(truncated))
     report.train = len(kept)
     if not kept:
         raise DataError(f"data {rows.source}: none of its {len(rows.rows)} rows can be used\n{report}")
-    plain = next(iter(rendered.values())).plain
-    report.notes.append("formatted as plain text" if plain else "formatted with the tokenizer's chat template")
-    if escaped := sum(example.has_escapes for example in rendered.values()):
+    report.notes.append(
+        "formatted as plain text" if rendered[0].plain else "formatted with the tokenizer's chat template"
+    )
+    unused = row_format.unused(rows) + [row_format.tools] * (bool(row_format.tools) and rendered[0].plain)
+    if unused:
+        report.notes.append(f"columns not used: {', '.join(unused)}")
+    report.notes += [f"{count} {note}" for note, count in notes.items()]
+    if row_format.style == "common_beginning":
+        count = sum(example.prompt == "" for _, example in examples)
+        if count:
+            report.notes.append(f"{count} rows have no common beginning, so their prompt is empty")
+    if escaped := sum(example.has_escapes for example in rendered):
         report.notes.append(f"{escaped} rows spell control tokens of the tokenizer; they are read as ordinary text")
     return kept, report

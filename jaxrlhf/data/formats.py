@@ -1,23 +1,23 @@
-"""Recognise the format of a file from its column names.
+"""Recognise how a data set stores prompts and responses: the table of layouts, and the layout that fits its columns."""
 
-The prompt is `prompt` (used as it is, text or messages), `question` (with `system`), `instruction` (with `input`), or
-is written by `data.template`. The completion is `completion`, `answer` or `output`; a preference pair is `chosen` or
-`accepted` with `rejected`; a ranking is the list `responses`. `text`, `messages` and `conversations` hold prompt and
-completion together. Columns that fit more than one format are refused. labels.py reads `label`, `score` and `ranks`.
-"""
-
+import itertools
+import re
 import string
-from collections.abc import Collection
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from jaxrlhf.config import Data
+from jaxrlhf.data import labels
+from jaxrlhf.data.dialogues import common_beginning, has_answer_mark
+from jaxrlhf.data.labels import Judge
+from jaxrlhf.data.messages import is_conversation, parse, read_content
+from jaxrlhf.data.sources import Rows
 from jaxrlhf.errors import DataError
 
 Task = Literal["sft", "pairs", "prompts", "labels", "scores", "rankings"]
-Kind = Literal["text", "messages", "prompt_completion", "prompt", "preference", "ranking"]
-PromptStyle = Literal["as_is", "question", "template", "common_prefix", "none"]
-TASK_NAMES = {
+Style = Literal["as_is", "question", "template", "common_beginning", "whole", "post", "request"]
+TASK_NAMES: dict[Task, str] = {
     "sft": "supervised fine-tuning",
     "pairs": "preference pairs",
     "prompts": "prompts",
@@ -25,150 +25,363 @@ TASK_NAMES = {
     "scores": "scored responses",
     "rankings": "ranked responses",
 }
-_COMPLETIONS = "prompt, completion | [system, ]question, answer | instruction[, input], output | messages | text"
-KNOWN_FORMATS = {
-    "sft": "text | messages | conversations | prompt, completion | instruction[, input], output | "
-    "[system, ]question, answer | any format of preference pairs (trains on chosen)",
-    "pairs": "prompt, chosen, rejected | chosen, rejected (common beginning) | accepted for chosen | "
-    "[system, ]question, chosen, rejected | instruction[, input], chosen, rejected",
-    "prompts": "prompt | [system, ]question | instruction[, input] | messages | conversations | chosen, rejected; "
-    "the reward function gets all other columns",
-    "labels": f"label with {_COMPLETIONS}",
-    "scores": f"score with {_COMPLETIONS}",
-    "rankings": "prompt, responses (a list, best first, or in any order with ranks) | [system, ]question, responses | "
-    "instruction[, input], responses | responses (conversations, or text with a common beginning)",
-}
+_LABELS = ("label", "kto_tag", "tag")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to store prompts and responses in columns.
+
+    prompt, responses, verdict: columns, separated by blanks. `a|b` is either (both are ambiguous), `a>b` the first one
+    that exists, `[a]` is optional. A layout whose verdict is not optional is recognised by it.
+
+    style: how the prompt is written. `as_is` uses text or messages unchanged; `question` makes a user turn if the
+    tokenizer has a chat template; `common_beginning` takes what all responses begin with; `whole` has no prompt;
+    `post` writes the post or article of `info`; `request` takes `messages` and `tools` of an object.
+    judge: scores of the responses from the values of the verdict columns; by default the first response is the best.
+    many: the only column of responses is a list.    keys: of a column of objects, the key of the text.
+    weak: used only if no other layout fits.
+    """
+
+    name: str
+    prompt: str
+    responses: str
+    verdict: str = ""
+    style: Style = "question"
+    judge: Judge = labels.in_order
+    many: bool = False
+    keys: Mapping[str, str] = field(default_factory=dict)
+    weak: bool = False
+
+    @property
+    def single(self) -> bool:
+        """A row holds one response."""
+        return not self.many and len(self.responses.split()) < 2
+
+
+_INSTRUCTION = "instruction [input] [context] [history]"
+_PAIR, _TIE = "chosen|accepted rejected", "[tie>tied>label]"
+_RANKED = "[ranks>rank] [scores]"
+LAYOUTS = (
+    Layout("text", "", "text", style="whole"),
+    Layout("conversations", "", "messages|conversations", style="whole"),
+    Layout("prompt and completion", "prompt", "completion>response", style="as_is"),
+    Layout("question and answer", "question [context]", "answer>response"),
+    Layout("Alpaca, Dolly", _INSTRUCTION, "output>response"),
+    Layout("MetaMath", "query", "response"),
+    Layout("NuminaMath", "problem", "solution>answer"),
+    Layout("HelpSteer", "prompt", "response", "helpfulness", judge=labels.by_score),
+    Layout("verl", "prompt", "", "reward_model", style="as_is", keys={"reward_model": "ground_truth"}),
+    Layout("pairs", "prompt", _PAIR, _TIE, style="as_is", judge=labels.unless_tied),
+    Layout("pairs (Orca)", "question [context]", _PAIR, _TIE, judge=labels.unless_tied),
+    Layout("pairs (Alpaca)", _INSTRUCTION, _PAIR, _TIE, judge=labels.unless_tied),
+    Layout("pairs (summaries)", "input", _PAIR, _TIE, judge=labels.unless_tied, weak=True),
+    Layout("pairs (LLaMA-Factory)", "messages|conversations", _PAIR, _TIE, style="as_is",
+           judge=labels.unless_tied, weak=True),
+    Layout("pairs with a common beginning (HH)", "", _PAIR, _TIE, style="common_beginning",
+           judge=labels.unless_tied, weak=True),
+    Layout("AlpacaEval, AlpacaFarm", "instruction [input]", "output_1 output_2", "preference",
+           judge=labels.by_preference(lambda value: value and value - 1.5)),
+    Layout("OpenAI's preference fine-tuning", "input", "preferred_output non_preferred_output", style="request"),
+    Layout("StackExchange pairs", "question", "response_j response_k"),
+    Layout("SHP", "history", "human_ref_A human_ref_B", "labels",
+           judge=labels.by_preference(lambda value: 0.5 - value)),
+    Layout("WebGPT", "question", "answer_0 answer_1", "score_0 score_1", judge=labels.by_score,
+           keys={"question": "full_text"}),
+    Layout("PKU-SafeRLHF", "prompt", "response_0 response_1", "better_response_id",
+           judge=labels.by_preference(lambda value: value - 0.5)),
+    Layout("HelpSteer3", "context", "response1 response2", "overall_preference", style="as_is",
+           judge=labels.by_preference(lambda value: value)),
+    Layout("HelpSteer2 preferences", "prompt", "response_1 response_2", "preference_strength",
+           judge=labels.by_preference(lambda value: value)),
+    Layout("Chatbot Arena", "", "conversation_a conversation_b", "winner", style="common_beginning",
+           judge=labels.by_winner),
+    Layout("summarize-from-feedback", "info", "summaries", "choice", style="post", judge=labels.by_choice, many=True,
+           keys={"summaries": "text"}),
+    Layout("UltraFeedback", "instruction", "completions", many=True, keys={"completions": "response"},
+           judge=labels.by_rating),
+    Layout("Nectar", "prompt", "answers", style="as_is", many=True, keys={"answers": "answer"},
+           judge=labels.by_item_rank),
+    Layout("rankings", "prompt", "responses", _RANKED, style="as_is", many=True, judge=labels.by_rank),
+    Layout("rankings (question)", "question [context]", "responses", _RANKED, many=True, judge=labels.by_rank),
+    Layout("rankings (Alpaca)", _INSTRUCTION, "responses", _RANKED, many=True, judge=labels.by_rank),
+    Layout("rankings (RRHF)", "query", "responses", _RANKED, many=True, judge=labels.by_rank),
+    Layout("rankings with a common beginning", "", "responses", _RANKED, style="common_beginning", many=True,
+           judge=labels.by_rank, weak=True),
+)  # fmt: skip
 FORMAT_COLUMNS = frozenset(
-    {"text", "messages", "conversations", "prompt", "question", "instruction", "completion"}
-    | {"chosen", "accepted", "rejected"}
+    {name for layout in LAYOUTS for name in re.findall(r"\w+", layout.responses)} - {"answer", "output", "solution"}
+    | {"prompt", "question", "instruction", "problem", "query", "system", "system_prompt"}
+    | {*_LABELS, "tie", "tied"}
 )
 """Columns that decide the format: adding one of these to a file can change how it is read, or make it ambiguous."""
-_LABEL_COLUMN = {"labels": "label", "scores": "score"}
-_COMPLETION_COLUMN = {"prompt": "completion", "question": "answer", "instruction": "output"}
 
 
 @dataclass(frozen=True)
 class Format:
-    """Columns that a task reads; "" or () for those the format does not have.
+    """A layout with the columns of a data set that a task reads; "" or () for those it does not have.
 
-    prompt: columns the prompt is built from.       completion: the completion, the chosen one, or all of a ranking.
-    rejected: the rejected completion of a pair.    label: the label or score.
-    style: `as_is` uses the prompt unchanged; `question` makes it a user turn if the tokenizer has a chat template;
-    `template` fills `data.template`; `common_prefix` takes the common beginning of the completions, or of a single
-    conversation everything before its last assistant turn; `none` has no prompt.
+    prompt: columns the prompt is built from.    system, tools: columns of the system prompt and of tools.
+    responses: the completion, both of a pair, or the list of all.    verdict, judge: what scores them.
+    matched: the columns by which the layout was recognised.
     """
 
-    kind: Kind
-    prompt: tuple[str, ...] = ()
-    completion: str = ""
-    rejected: str = ""
-    style: PromptStyle = "none"
-    label: str = ""
+    layout: Layout
+    task: Task
+    prompt: tuple[str, ...]
+    responses: tuple[str, ...]
+    verdict: tuple[str, ...]
+    style: Style
+    judge: Judge
+    matched: frozenset[str]
+    system: str = ""
+    tools: str = ""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Every column this format reads."""
-        return (*self.prompt, *filter(None, (self.completion, self.rejected, self.label)))
+        from_prompt = self.task == "prompts" and self.prompt
+        read = self.prompt if from_prompt else (*self.prompt, *self.responses, *self.verdict)
+        return tuple(dict.fromkeys((*filter(None, (self.system, self.tools)), *read)))
+
+    def unused(self, rows: Rows) -> list[str]:
+        """The columns that are not read, unless they are empty; none for prompts: reward functions get all columns."""
+        names = [name for name in rows.columns if name not in self.columns and rows.first(name) is not None]
+        return [] if self.task == "prompts" else names
+
+    def reward_columns(self, rows: Rows) -> Rows:
+        """`rows` as reward functions get them: with a ground truth as `answer`, without rated `completions`."""
+        hidden = {*self.responses} & {"completions"}
+        changed = [{name: value for name, value in row.items() if name not in hidden} for row in rows.rows]
+        for column, key in self.layout.keys.items():
+            if column not in self.columns and column not in self.responses:
+                answers = [row.get(column) and parse(row[column]).get(key) for row in rows.rows]
+                changed = [{"answer": answer, **row} for answer, row in zip(answers, changed, strict=True)]
+        return Rows(rows.source, changed, rows.locations)
 
     def __str__(self) -> str:
-        if self.style == "common_prefix" and self.kind != "messages":
-            return f"{self.kind} from {', '.join(self.columns)} (the prompt is the common beginning)"
-        columns = self.prompt if self.kind == "prompt" and self.prompt else self.columns
-        return f"{self.kind.replace('_', ' + ')} from {', '.join(columns)}"
+        name = "data.template" if self.style == "template" else self.layout.name
+        return f"{name} from {', '.join(self.columns)}"
 
 
-def recognise(columns: Collection[str], task: Task, config: Data, source: str) -> Format:
-    """Return the one format in which `task` can read `columns`. Raises DataError if there is none or more than one."""
-    formats = _candidates(columns, task, config, source)
+def recognise(rows: Rows, task: Task, config: Data) -> Format:
+    """Return the one format in which `task` can read `rows`. Raises DataError if there is none or more than one."""
+    formats = _candidates(rows, task, config)
+    if config.template:  # layouts that differ in the prompt alone
+        formats = list({(f.columns, f.verdict): f for f in formats}.values())
+    formats = [f for f in formats if not f.layout.weak] or formats
+    formats = [f for f in formats if not any(f.matched < other.matched for other in formats)]
     if len(formats) > 1 and config.columns:  # a column named in data.columns decides
-        formats = [f for f in formats if set(f.columns) & set(config.columns)] or formats
-    if len(formats) == 1:
-        return formats[0]
-    found = f"data {source}: columns {', '.join(columns)}"
-    if formats:
+        formats = [f for f in formats if {*f.columns} & {*config.columns}] or formats
+    found = f"data {rows.source}: columns {', '.join(rows.columns)}"
+    if len(formats) > 1:
         options = "; or ".join(", ".join(f.columns) for f in formats)
         raise DataError(
             f"{found} can be read as {TASK_NAMES[task]} in more than one way: {options}. Name the columns to use in "
             "data.columns, {known name: name in the file}"
         )
-    if any(name.endswith("input_ids") for name in columns):
+    if not formats and any(name.endswith("input_ids") for name in rows.columns):
         raise DataError(f"{found} hold token ids; give the text instead, which is tokenised here")
-    raise DataError(
-        f"{found} are not a known format for {TASK_NAMES[task]}. Known: {KNOWN_FORMATS[task]}. Rename columns with "
-        "data.columns, {known name: name in the file}"
-        + ("" if task in ("pairs", "rankings") else ", or write the prompt with data.template")
-    )
+    if not formats:
+        raise DataError(
+            f"{found} are not a known format for {TASK_NAMES[task]}. Known: {known_formats(task)}. Rename columns with "
+            "data.columns, {known name: name in the file}"
+            + ("" if task in ("pairs", "rankings") else ", or write the prompt with data.template")
+        )
+    _refuse_lost_prompt(formats[0], rows, config)
+    return formats[0]
 
 
-def answer_column(columns: Collection[str], config: Data, source: str) -> str:
+def can_read(rows: Rows, task: Task, config: Data) -> bool:
+    """Test if `rows` have a format for `task`, or more than one."""
+    return bool(_candidates(rows, task, config))
+
+
+def known_formats(task: Task) -> str:
+    """The columns of every layout that serves `task`."""
+    specs = []
+    for layout in LAYOUTS:
+        if _serves(layout, task):
+            verdict = {"labels": "label|kto_tag|tag", "scores": layout.verdict or "score"}.get(task, layout.verdict)
+            words = f"{layout.prompt} {'' if task == 'prompts' and layout.single else layout.responses}"
+            specs.append(", ".join(f"{words} {'' if task == 'prompts' or verdict == _TIE else verdict}".split()))
+    return " | ".join(dict.fromkeys(specs)).replace(">", "|")
+
+
+def answer_column(rows: Rows, config: Data) -> str:
     """The column with the completion that belongs to the prompts, or "" if there is none. Raises DataError."""
-    prompt = recognise(columns, "prompts", config, source).prompt
-    return next(iter(_completion_columns(columns, prompt, config)), "")
+    found = recognise(rows, "prompts", config)
+    if found.layout.keys and not found.responses:
+        return "answer"
+    return found.responses[0] if found.layout.single and found.responses and found.style != "whole" else ""
 
 
-def _candidates(columns: Collection[str], task: Task, config: Data, source: str) -> list[Format]:
-    prompts = _prompt_columns(columns, config, source)
-    prompts_or_prefix: list[tuple[tuple[str, ...], PromptStyle]] = prompts or [((), "common_prefix")]
-    pairs = [
-        Format("preference", names, chosen, "rejected", style)
-        for chosen in ("chosen", "accepted")
-        if {chosen, "rejected"} <= {*columns}
-        for names, style in prompts_or_prefix
-    ]
-    conversations = [Format("messages", completion=name) for name in ("messages", "conversations") if name in columns]
-    if task == "pairs":
-        return pairs
-    if task == "rankings":
-        rankings = [Format("ranking", names, "responses", style=style) for names, style in prompts_or_prefix]
-        return rankings if "responses" in columns else []
-    if task == "prompts":
-        # a conversation in one of these columns shows that a plain prompt is its user turn
-        conversation = next((name for name in ("chosen", "messages", "completion") if name in columns), "")
-        plain = [
-            Format("prompt", names, conversation if style == "as_is" else "", style=style) for names, style in prompts
-        ]
-        return plain or [replace(f, kind="prompt") for f in (*conversations, *pairs)]
-    completions = [
-        Format("prompt_completion", names, completion, style=style)
-        for names, style in prompts
-        for completion in _completion_columns(columns, names, config)
-    ]
-    text = [Format("text", completion="text")] if "text" in columns else []
+def _serves(layout: Layout, task: Task) -> bool:
+    match task:
+        case "sft":
+            return bool(layout.responses)
+        case "pairs":
+            return not layout.single
+        case "rankings":
+            return layout.many
+        case "labels":
+            return layout.single and bool(layout.responses)
+        case "scores":
+            return bool(layout.responses) and (
+                layout.single or layout.judge in (labels.by_score, labels.by_rating, labels.by_rank)
+            )
+    return layout.name != "text"
+
+
+def _candidates(rows: Rows, task: Task, config: Data) -> list[Format]:
+    formats = [found for layout in LAYOUTS if _serves(layout, task) for found in _bind(layout, rows, task, config)]
     if task == "sft":
-        return (completions if config.template else [*text, *conversations, *completions]) or pairs
-    if _LABEL_COLUMN[task] not in columns:
+        pairs = [f for f in formats if not f.layout.single]
+        singles = [f for f in formats if f.layout.single and not (pairs and _is_prompt(f, rows))]
+        return singles or pairs
+    if task == "prompts":
+        whole = [f for f in formats if f.style == "whole" or _is_whole(f, rows)]
+        if whole and not isinstance(_content(rows, "prompt"), list):  # a text beside conversations repeats their prompt
+            return whole[:1]
+        formats = sorted((f for f in formats if f not in whole), key=lambda f: bool(f.responses))
+        return list({(f.prompt, f.style): f for f in formats}.values())  # one of those that write the same prompt
+    return formats
+
+
+def _bind(layout: Layout, rows: Rows, task: Task, config: Data) -> list[Format]:
+    """The ways in which `layout` reads the columns of `rows` for `task`."""
+    names = [name for name in rows.columns if _usable(name, rows)]
+    responses = _choices(layout.responses, names) or (
+        [()] if task == "prompts" and layout.single and layout.prompt else []
+    )
+    if not config.template:
+        prompts = _choices(layout.prompt, names)
+    elif layout.style == "whole":
         return []
-    conversations = [replace(f, style="common_prefix") for f in conversations]
-    formats = completions if config.template else [*text, *conversations, *completions]
-    return [replace(f, label=_LABEL_COLUMN[task]) for f in formats]
+    else:
+        prompts = [_template_columns(config.template, rows)]
+        responses = [found for found in responses if not {*found} & {*prompts[0]}]
+    formats = []
+    for prompt, response, verdict in itertools.product(prompts, responses, _choices(layout.verdict, names)):
+        matched = frozenset((*prompt, *response, *verdict))
+        found = Format(layout, task, prompt, response, verdict, layout.style, layout.judge, matched)
+        if config.template:
+            formats.append(replace(found, style="template"))
+        else:
+            formats.append(_with_system_and_tools(found, rows, names))
+    return [judged for found in formats if (judged := _judged(found, rows, config))]
 
 
-def _prompt_columns(columns: Collection[str], config: Data, source: str) -> list[tuple[tuple[str, ...], PromptStyle]]:
-    if config.template:
-        return [(_template_columns(config.template, columns, source), "template")]
-    prompts: list[tuple[tuple[str, ...], PromptStyle]] = [(("prompt",), "as_is")] if "prompt" in columns else []
-    if "question" in columns:
-        prompts.append((("system", "question") if "system" in columns else ("question",), "question"))
-    if "instruction" in columns:
-        prompts.append((("instruction", "input") if "input" in columns else ("instruction",), "question"))
-    return prompts
+def _judged(found: Format, rows: Rows, config: Data) -> Format | None:
+    """`found` with the columns that score its responses for its task, or None if it lacks them."""
+    names, task = rows.columns, found.task
+    if found.layout.single and task in ("sft", "labels"):
+        label = next((name for name in _LABELS if name in names and _is_label(name, rows, found)), "")
+        if label:
+            return replace(found, verdict=(label,), judge=labels.by_label)
+        return None if task == "labels" else replace(found, verdict=(), judge=labels.in_order)
+    if found.layout.single and task == "scores":
+        score = config.score or found.layout.verdict or "score"
+        if config.score and score not in names:
+            raise DataError(f"data.score: no column {score!r} in {rows.source}; the columns are {', '.join(names)}")
+        return replace(found, verdict=(score,), judge=labels.by_score) if score in names else None
+    if task == "scores" and found.judge is labels.by_rank:
+        return replace(found, verdict=("scores",)) if "scores" in names else None
+    return found
 
 
-def _completion_columns(columns: Collection[str], prompt: tuple[str, ...], config: Data) -> list[str]:
-    """Columns that hold a completion of a prompt built from the columns `prompt`."""
-    keys = _COMPLETION_COLUMN if config.template else [name for name in prompt if name in _COMPLETION_COLUMN]
-    names = [_COMPLETION_COLUMN[key] for key in keys]
-    return [name for name in names if name in columns and name not in prompt]
+def _is_label(name: str, rows: Rows, found: Format) -> bool:
+    """The column says which responses are good; `sft` leaves out the others. Beside plain text, numbers are taken for
+    the classes of a classification task, and `tag` is often something else."""
+    if found.task == "labels" and name != "tag":
+        return True
+    return labels.are_labels(rows.values(name), numbers=found.layout.style != "whole" or name != "label")
 
 
-def _template_columns(template: str, columns: Collection[str], source: str) -> tuple[str, ...]:
+def _with_system_and_tools(found: Format, rows: Rows, names: Sequence[str]) -> Format:
+    """`found` with the columns of system prompt and tools, and its style for the values in its columns."""
+    if _is_whole(found, rows):
+        found = replace(found, prompt=(), style="common_beginning")
+    if found.style in ("post", "request") or (found.layout.many and not found.prompt):
+        return found
+    conversation = isinstance(_content(rows, (found.prompt or found.responses)[0]), list)
+    if not (conversation or found.prompt):
+        return found
+    system = next((n for n in ("system", "system_prompt") if n in names and isinstance(rows.first(n), str)), "")
+    tools = next((n for n in ("tools", "functions") if n in names and parse(rows.first(n))), "")
+    if (system or tools) and found.style == "as_is" and not conversation:
+        found = replace(found, style="question")
+    return replace(found, system=system, tools=tools)
+
+
+def _is_whole(found: Format, rows: Rows) -> bool:
+    """The two responses are whole conversations, which contain the prompt, whatever other columns there are."""
+    return len(found.responses) == 2 and is_conversation(_content(rows, found.responses[0]))
+
+
+def _is_prompt(found: Format, rows: Rows) -> bool:
+    """The conversation does not end with an answer: beside chosen and rejected it is their prompt."""
+    turns = _content(rows, found.responses[0]) if found.style == "whole" else None
+    return isinstance(turns, list) and bool(turns) and turns[-1]["role"] != "assistant"
+
+
+def _content(rows: Rows, column: str) -> Any:
+    """The first value of a column, as text or messages."""
+    return read_content(rows.first(column), f"data {rows.source}: column {column!r}")
+
+
+def _usable(name: str, rows: Rows) -> bool:
+    """Optional columns are used if they hold what they are called after."""
+    value = rows.first(name)
+    if name in ("input", "context") and isinstance(value, dict | list):
+        return True  # required columns of other layouts
+    return value is not None or name not in ("input", "context", "history")
+
+
+def _choices(spec: str, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """The ways to choose columns of `names` for the columns of a layout."""
+    options: list[list[tuple[str, ...]]] = []
+    for word in spec.split():
+        found = [(name,) for name in re.split(r"[|>]", word.strip("[]")) if name in names]
+        options.append(found[: 1 if ">" in word else None] or ([()] if word.startswith("[") else []))
+    return [tuple(itertools.chain(*choice)) for choice in itertools.product(*options)]
+
+
+def _template_columns(template: str, rows: Rows) -> tuple[str, ...]:
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError as error:
         raise DataError(f"data.template: {error}; write a literal brace twice, {{{{ or }}}}") from error
-    for field in fields:
-        if field not in columns:
-            raise DataError(f"data.template: no column {field!r} in {source}; the columns are {', '.join(columns)}")
+    for column in fields:
+        if column not in rows.columns:
+            raise DataError(
+                f"data.template: no column {column!r} in {rows.source}; the columns are {', '.join(rows.columns)}"
+            )
     if not fields:
         raise DataError("data.template has no {column} in it, so every prompt would be the same")
     return tuple(dict.fromkeys(fields))
+
+
+def _refuse_lost_prompt(found: Format, rows: Rows, config: Data) -> None:
+    """Refuse texts without a prompt beside an unused column of text that may hold it."""
+    texts: list[Any] = [[row.get(name) for name in found.responses] for row in rows.rows[:100]]
+    if found.layout.many:
+        texts = [parse(values[0]) for values in texts]
+    if found.style != "common_beginning" or {*found.responses} & {*config.columns}:
+        return
+    pairs = [values for values in texts if isinstance(values, list) and all(isinstance(v, str) for v in values)]
+    if not pairs or any(has_answer_mark(common_beginning(values)) for values in pairs):
+        return
+    others = [name for name in rows.columns if name not in found.columns and _may_be_prompt(rows.first(name))]
+    if others:
+        names = ", ".join(found.responses)
+        raise DataError(
+            f"data {rows.source}: {names} have no dialogue as their common beginning, and the prompt may be in "
+            f"{' or '.join(others)}; name its column in data.columns, {{prompt: {others[0]}}}, or if there is no "
+            f"prompt, {{{found.responses[0]}: {found.responses[0]}}}"
+        )
+
+
+def _may_be_prompt(value: Any) -> bool:
+    value = parse(value)
+    return " " in value.strip() if isinstance(value, str) else isinstance(value, list | dict) and bool(value)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxrlhf.config import Data
-from jaxrlhf.data import labels
 from jaxrlhf.data.datasets import PairRow, SFTRow, Split, pair_rows, train_validation_split
 from jaxrlhf.data.examples import Example
 from jaxrlhf.data.sources import Rows
@@ -37,12 +36,11 @@ class RankedRow:
 
 
 def label_rows(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
-    """Load responses with a column `label` (`labels.parse_label`).
+    """Load responses with a column `label`, `kto_tag` or `tag` (`labels.by_label`).
     Raises ConfigError, and DataError, also if the training rows are all good or all bad."""
 
     def make_row(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> LabelledRow:
-        label = labels.parse_label(rows.rows[i], f"data {rows.locations[i]}")
-        return LabelledRow(*tokens.sequence(0), label)
+        return LabelledRow(*tokens.sequence(0), bool(example.scores[0]))
 
     split = train_validation_split(config, tokenizer, "labels", make_row)
     good = sum(row.label for row in split.train)
@@ -70,12 +68,11 @@ def labels_of_pairs(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
 
 
 def score_rows(config: Data, tokenizer: Tokenizer) -> Split[ScoredRow]:
-    """Load responses with a finite number in the column `score`.
+    """Load responses with scores: a finite number in the column `score`, or several in a row (formats.LAYOUTS).
     Raises ConfigError, and DataError, also if all scores of the training rows are the same."""
 
     def make_row(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> ScoredRow:
-        score = labels.parse_number(rows.rows[i], "score", f"data {rows.locations[i]}")
-        return ScoredRow(*tokens.sequence(0), score)
+        return ScoredRow(*tokens.sequence(0), example.scores[0])
 
     split = train_validation_split(config, tokenizer, "scores", make_row)
     scores = np.array([row.score for row in split.train])
@@ -89,7 +86,7 @@ def score_rows(config: Data, tokenizer: Tokenizer) -> Split[ScoredRow]:
 
 
 def ranking_rows(config: Data, tokenizer: Tokenizer) -> Split[RankedRow]:
-    """Load ranked responses, best first (`labels.sort_by_rank`). Raises DataError and ConfigError."""
+    """Load ranked responses, best first (formats.LAYOUTS). Raises DataError and ConfigError."""
 
     def make_row(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> RankedRow:
         return RankedRow(tuple(SFTRow(*tokens.sequence(k)) for k in range(len(tokens.completions))))

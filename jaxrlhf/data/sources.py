@@ -1,8 +1,11 @@
 """Read rows from a file, a folder, a `datasets` folder or the Hugging Face hub."""
 
+import dataclasses
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,8 @@ from jaxrlhf.config import Data
 from jaxrlhf.data.file_readers import SUFFIXES, LocatedRows, Row, SourceLocation, is_data_file, read_file
 from jaxrlhf.errors import DataError, first_line
 
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
+_HELD_OUT = ("validation", "valid", "val", "test", "dev", "eval")  # in order of preference
 SPLITS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 
 
@@ -22,10 +27,18 @@ class Rows:
     rows: list[Row]
     locations: list[SourceLocation]
 
-    @property
+    @cached_property
     def columns(self) -> list[str]:
         """Column names of all rows, in order of first appearance."""
         return list(dict.fromkeys(column for row in self.rows for column in row))
+
+    def values(self, column: str) -> list[Any]:
+        """The values of a column that are neither null nor empty."""
+        return [row[column] for row in self.rows if row.get(column) not in _EMPTY]
+
+    def first(self, column: str) -> Any:
+        """The first of `values`; None if there is none."""
+        return next((row[column] for row in self.rows if row.get(column) not in _EMPTY), None)
 
 
 def read_rows(config: Data, path: str | None = None) -> Rows:
@@ -41,6 +54,40 @@ def read_rows(config: Data, path: str | None = None) -> Rows:
         raise DataError(f"data {source}: there are no rows in it")
     rows = Rows(source, [row for _, row in located], [location for location, _ in located])
     return _rename_columns(rows, config.columns) if config.columns else rows
+
+
+def read_validation_rows(config: Data) -> Rows:
+    """Read the held-out rows of `config.validation_path`, or another split of `config.path`.
+
+    The split is `validation_split`; by default the first of validation, test and dev that the source has, and `split`
+    if it has none of them. Raises DataError.
+    """
+    source = config.validation_path or config.path
+    splits = _splits(source, config)
+    split = config.validation_split or next((name for name in _HELD_OUT if name in splits), config.split)
+    if config.validation_split and not splits:
+        raise DataError(f"data.validation_split is {split!r}, and {source} has no splits; leave it out")
+    rows = read_rows(dataclasses.replace(config, split=split), source)
+    return dataclasses.replace(rows, source=f"{source}, split {split}") if splits else rows
+
+
+def _splits(source: str, config: Data) -> list[str]:
+    """Names of the splits of a source; [] for a file, or a folder whose files are not named after splits."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / "dataset_dict.json").exists():
+            return json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        return [] if (path / "state.json").exists() else _splits_of_files(_data_files(path), path)[1]
+    if path.exists() or not _is_hub_id(source):
+        return []
+    import datasets
+
+    try:
+        return list(map(str, datasets.get_dataset_split_names(source, config.subset or None, revision=config.revision)))
+    except Exception as error:  # network, name and script errors are all of different classes
+        raise DataError(
+            f"data {source}: its splits cannot be listed ({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def _rename_columns(rows: Rows, columns: dict[str, str]) -> Rows:
@@ -71,23 +118,36 @@ def _open(source: str, config: Data) -> LocatedRows:
                 yield from read_file(file)
     elif path.exists():
         yield from read_file(path)
-    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not is_data_file(path.name):
+    elif _is_hub_id(source):
         yield from _hub(source, config)
     else:
         raise DataError(f"data {source}: no such file or folder")
 
 
+def _is_hub_id(source: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None and not is_data_file(source)
+
+
 def _files_of_split(folder: Path, split: str) -> list[Path]:
     """Data files with the name of the split in their path; all files if none is named after any split."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and is_data_file(file.name))
-    words = {file: set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())) for file in files}
+    files = _data_files(folder)
+    words, splits = _splits_of_files(files, folder)
     matching = [file for file in files if split.lower() in words[file]]
-    splits = sorted({word for file in files for word in words[file] if word in SPLITS})
     if not files:
         raise DataError(f"data {folder}: no data files in this folder ({', '.join(SUFFIXES)})")
     if not matching and splits:
         raise DataError(f"data {folder}: no file is named after split {split!r}; there are {', '.join(splits)}")
     return matching or files
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and is_data_file(file.name))
+
+
+def _splits_of_files(files: list[Path], folder: Path) -> tuple[dict[Path, set[str]], list[str]]:
+    """The words in the path of each file, and those that are names of splits."""
+    words = {file: set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())) for file in files}
+    return words, sorted({word for file in files for word in words[file] if word in SPLITS})
 
 
 def _saved_dataset(path: Path, config: Data) -> LocatedRows:

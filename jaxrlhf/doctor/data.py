@@ -27,14 +27,13 @@ def examine_data(config: SFTConfig) -> str:
     readable: list[formats.Task] = []
     for task, methods in METHODS.items():
         try:
-            lines.append(f"jaxrlhf {methods}: {formats.recognise(rows.columns, task, config.data, rows.source)}")
+            lines.append(f"jaxrlhf {methods}: {_described(rows, task, config)}")
             readable.append(task)
         except DataError as error:
             lines.append(f"jaxrlhf {methods}: no. {error}")
     for task, loss in LABELLED.items():
         with contextlib.suppress(DataError):  # rare formats are listed only if they match
-            reading = formats.recognise(rows.columns, task, config.data, rows.source)
-            lines.append(f"jaxrlhf reward --loss {loss}: {reading}")
+            lines.append(f"jaxrlhf reward --loss {loss}: {_described(rows, task, config)}")
     first = "\n".join(f"  {name}: {quoted(value, 200)}" for name, value in rows.rows[0].items())
     lines.append(f"first row:\n{first}")
     path = config.tokenizer.path or config.model.path
@@ -46,6 +45,12 @@ def examine_data(config: SFTConfig) -> str:
     for task in readable:
         lines += ["", _tokenized(task, config, tokenizer)]
     return "\n".join(lines)
+
+
+def _described(rows: sources.Rows, task: formats.Task, config: SFTConfig) -> str:
+    found = formats.recognise(rows, task, config.data)
+    unused = found.unused(rows)
+    return f"{found}; columns not used: {', '.join(unused)}" if unused else str(found)
 
 
 def _tokenized(task: formats.Task, config: SFTConfig, tokenizer: Tokenizer) -> str:

@@ -78,7 +78,9 @@ class Trial:
         if not data.path:
             return None, "needs a config with data.path; four built-in prompts are used instead"
         max_rows = min(data.max_rows or DATA_ROWS, DATA_ROWS)
-        head = dataclasses.replace(data, max_rows=max_rows, validation_path="", validation_fraction=0.0)
+        head = dataclasses.replace(
+            data, max_rows=max_rows, validation_path="", validation_split="", validation_fraction=0.0
+        )
         split = datasets.prompt_rows(head, self.tokenizer)
         self.rows = [split.train[i % len(split.train)] for i in range(ROWS)]
         longest = max(len(row.tokens) for row in split.train) + self.config.sampling.response_length

@@ -11,6 +11,7 @@ import numpy as np
 from jaxrlhf.config import PPOConfig, replace
 from jaxrlhf.data.datasets import PromptRow, columns
 from jaxrlhf.data.formats import answer_column
+from jaxrlhf.data.sources import Rows
 from jaxrlhf.errors import ConfigError, DataError, quoted
 from jaxrlhf.evaluation import generation
 from jaxrlhf.evaluation.generation import Completion
@@ -86,7 +87,7 @@ def _reference_column(config: PPOConfig, rows: Sequence[PromptRow], requested: s
         if requested not in names:
             raise ConfigError(f"there is no column {requested!r} in {config.data.path}; it has {', '.join(names)}")
         return requested
-    column = answer_column(names, config.data, config.data.path)
+    column = answer_column(Rows(config.data.path, [row.columns for row in rows], []), config.data)
     if not (column or has_reward):
         raise ConfigError(
             f"nothing to measure completions by: give a reward (--reward, --reward-model, --reward.KEY), or name the "

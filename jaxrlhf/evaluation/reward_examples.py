@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.config import RewardConfig
-from jaxrlhf.data import labels, sources
+from jaxrlhf.data import formats, sources
 from jaxrlhf.data.datasets import prompt_text, train_validation_split
 from jaxrlhf.data.examples import Example
 from jaxrlhf.data.sources import Rows
@@ -43,10 +43,11 @@ def judge(config: RewardConfig) -> dict[str, Any]:
         dtype=source.compute_dtype,
         micro_batch_size=config.train.eval_batch_size,
     )
-    columns = {*sources.read_rows(data).columns}
-    if {"good", "bad"} <= columns:
+    rows = sources.read_rows(data)
+    if {"good", "bad"} <= {*rows.columns}:
         data = dataclasses.replace(data, columns={"chosen": "good", "rejected": "bad", **data.columns})
-    labelled = "label" in columns and not columns & {"good", "chosen", "accepted"}
+        rows = sources.read_rows(data)
+    labelled = formats.can_read(rows, "labels", data) and not formats.can_read(rows, "pairs", data)
     data = dataclasses.replace(data, max_length=min(data.max_length, model.max_length))
 
     def to_case(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> _Case:
@@ -57,7 +58,7 @@ def judge(config: RewardConfig) -> dict[str, Any]:
             prompt="" if example.prompt is None else prompt_text(example.prompt),
             sequences=[ids for ids, _ in sequences],
             lengths=[sum(mask) for _, mask in sequences],
-            label=labels.parse_label(row, f"data {place}") if labelled else True,
+            label=bool(example.scores[0]) if labelled else True,
         )
 
     split = train_validation_split(data, model.tokenizer, "labels" if labelled else "pairs", to_case)

@@ -237,8 +237,8 @@ def check_metric(config: SFTConfig | RewardConfig | DPOConfig, known: Collection
     metric = config.train.metric
     if metric and not held_out:
         raise ConfigError(
-            f"train.metric is '{metric}' but there are no held-out rows to measure it on; give data.validation_path or "
-            "data.validation_fraction"
+            f"train.metric is '{metric}' but there are no held-out rows to measure it on; give "
+            "data.validation_path, data.validation_split or data.validation_fraction"
         )
     if metric and metric not in known:
         raise ConfigError(

@@ -73,7 +73,7 @@ def test_every_row_is_accounted_for(tmp_path, base):
         "longer than data.max_length (60 tokens)": ["line 6"],
     }
     assert report.lengths == [3, 3, 3]
-    for words in ("preference from prompt, chosen, rejected", "6 rows", "3 kept", "dropped 1: chosen", "plain text"):
+    for words in ("pairs from prompt, chosen, rejected", "6 rows", "3 kept", "dropped 1: chosen", "plain text"):
         assert words in str(report)
     assert "1 rows spell control tokens" in str(report)
     cut = pair_rows(Data(path=path, max_length=80, truncation="left", max_prompt_length=20), base).report

@@ -1,7 +1,10 @@
+import dataclasses
+from collections import Counter
+
 import pytest
 
 from jaxrlhf.config import Data
-from jaxrlhf.data.examples import Example, to_example
+from jaxrlhf.data.examples import Example, to_examples
 from jaxrlhf.data.file_readers import SourceLocation
 from jaxrlhf.data.formats import FORMAT_COLUMNS, answer_column, recognise
 from jaxrlhf.data.sources import Rows
@@ -20,10 +23,21 @@ def system(text):
     return {"role": "system", "content": text}
 
 
-def example(row, task, chat=False, **options):
+def examples(row, task, chat=False, **options):
+    """The examples of a row, without scores, or why there are none."""
     config = Data(path="x", **options)
     rows = Rows("x.jsonl", [row], [SourceLocation("x.jsonl", 37, line=True)])
-    return to_example(rows, 0, recognise(rows.columns, task, config, "x.jsonl"), config, chat, lambda text: text)
+    found, reason = to_examples(rows, 0, recognise(rows, task, config), config, chat, lambda text: text, Counter())
+    return reason or [dataclasses.replace(item, scores=()) for item in found]
+
+
+def example(row, task, chat=False, **options):
+    (only,) = examples(row, task, chat, **options)
+    return only
+
+
+def table(columns):
+    return Rows("x", [dict.fromkeys(columns, "some words")], [])
 
 
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
@@ -187,9 +201,9 @@ def test_a_column_missing_in_one_row_is_named():
         [{"prompt": "a", "completion": "b"}, {"prompt": "a"}],
         [SourceLocation("x", 1, True), SourceLocation("x", 2, True)],
     )
-    reading = recognise(rows.columns, "sft", config, "x")
+    reading = recognise(rows, "sft", config)
     with pytest.raises(DataError, match="x:2: column 'completion' is missing"):
-        to_example(rows, 1, reading, config, False, str)
+        to_examples(rows, 1, reading, config, False, str, Counter())
 
 
 @pytest.mark.parametrize(
@@ -205,15 +219,15 @@ def test_a_column_missing_in_one_row_is_named():
     ],
 )
 def test_the_answer_that_belongs_to_a_prompt(columns, options, expected):
-    assert answer_column(columns, Data(path="x", **options), "x") == expected
+    assert answer_column(table(columns), Data(path="x", **options)) == expected
 
 
 def test_columns_that_decide_a_format():
     """Beside a prompt and its answers, those that do not are no matter, and some of those that do are."""
     config = Data(path="x")
     for task, names in (("sft", ("prompt", "completion")), ("pairs", ("prompt", "chosen", "rejected"))):
-        for other in ("system", "input", "answer", "output", "score", "source"):
+        for other in ("input", "answer", "output", "score", "source"):
             assert other not in FORMAT_COLUMNS
-            assert recognise((*names, other), task, config, "x") == recognise(names, task, config, "x")
+            assert recognise(table((*names, other)), task, config) == recognise(table(names), task, config)
         with pytest.raises(DataError, match="more than one way"):
-            recognise((*names, "question", "answer", "text"), task, config, "x")
+            recognise(table((*names, "question", "answer", "text")), task, config)

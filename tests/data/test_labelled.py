@@ -101,11 +101,13 @@ def test_rankings_best_first_whatever_their_order(tmp_path, base):
 def test_pairs_with_margins_and_ties(tmp_path, base):
     pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
     data = write(tmp_path / "p.jsonl", [pair | {"margin": 0.5}, pair | {"margin": "2", "tied": True}])
-    assert [(row.margin, row.tied) for row in pair_rows(data, base).train] == [(0.0, False)] * 2
+    without_ties = pair_rows(data, base)
+    assert [(row.margin, row.tied) for row in without_ties.train] == [(0.0, False)]
+    assert without_ties.report.dropped == {"it is a tie": ["line 2"]}
     split = pair_rows(data, base, margins=True, ties=True)
     assert [(row.margin, row.tied) for row in split.train] == [(0.5, False), (2.0, True)]
     assert "1 of 2 pairs to train on are ties" in str(split.report)
-    (tmp_path / "held.jsonl").write_text(json.dumps(pair | {"tie": 1}) + "\n")
+    (tmp_path / "held.jsonl").write_text(json.dumps(pair | {"prompt": "q", "tie": 1}) + "\n")
     with pytest.raises(DataError, match="all 1 held-out pairs are ties"):
         pair_rows(dataclasses.replace(data, validation_path=str(tmp_path / "held.jsonl")), base, ties=True)
     with pytest.raises(DataError, match=r"p.jsonl:1: column 'margin' is -1"):

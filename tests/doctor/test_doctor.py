@@ -96,14 +96,14 @@ def test_data_is_described_for_every_method(tmp_path, tiny_model, capsys):
     assert main(["data", str(file)]) == 0
     printed = capsys.readouterr().out
     assert "2 rows with columns prompt, chosen, rejected" in printed
-    assert "jaxrlhf reward, dpo: preference from prompt, chosen, rejected" in printed
+    assert "jaxrlhf reward, dpo: pairs from prompt, chosen, rejected" in printed
     assert main(["data", str(file), "--tokenizer.path", str(tiny_model)]) == 0
     printed = capsys.readouterr().out
     assert "why? [[so.</s>]]" in printed
     assert "why? [[no</s>]]" in printed
     file.write_text('{"prompt": "why? ", "completion": "so.", "label": 1}\n')
     assert main(["data", str(file)]) == 0
-    assert "classification, dpo --dpo.loss kto: prompt + completion from prompt, completion, label" in (
+    assert "classification, dpo --dpo.loss kto: prompt and completion from prompt, completion, label" in (
         capsys.readouterr().out
     )
     (tmp_path / "bad.jsonl").write_text('{"a": 1\n')

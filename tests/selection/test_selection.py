@@ -159,7 +159,7 @@ def test_trainers_read_the_written_files_back(config, drawn, tmp_path, chat):
     prompts = prompt_rows(data, tokenizer).train
 
     summary = run(config, tmp_path / "best.jsonl", "best")
-    assert f"left out      {'question, ' if names else ''}text of the prompt file" in str(summary)
+    assert f"left out      {'question, system, ' if names else ''}text of the prompt file" in str(summary)
     said = read(tmp_path / "best.jsonl")[0]["completion"]
     assert said == (" 0 2." if chat == "none" else [{"role": "assistant", "content": " 0 2."}])
     found = sft_rows(Data(path=str(tmp_path / "best.jsonl")), tokenizer, completion_only=True)

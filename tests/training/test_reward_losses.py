@@ -1,6 +1,7 @@
 """Every loss of a reward model through the trainer's own update: neither padding nor micro-batches change it."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,9 @@ def written(path, loss):
 @pytest.mark.parametrize("loss", ["ranking", "classification"])
 def test_each_kind_of_row_trains_and_is_evaluated(supervised, tmp_path, loss):
     file = written(tmp_path / "rows.jsonl", loss)
-    data = {"data": {"path": file, "validation_path": file, "max_length": 48}}
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(pathlib.Path(file).read_text().replace('"prompt": "q"', '"prompt": "r"'))
+    data = {"data": {"path": file, "validation_path": str(held_out), "max_length": 48}}
     metric = "eval/auc" if loss == "classification" else "eval/ece"
     train = {"train": Train(num_train_epochs=6, batch_size=8, eval_batch_size=8, metric=metric)}
     config = RewardConfig(run_dir=str(tmp_path / "run"), loss=loss, **supervised | data | train)

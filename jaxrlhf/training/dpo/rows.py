@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrlhf import sharding
 from jaxrlhf.config import DPOConfig
-from jaxrlhf.data import batching, kto, sources
+from jaxrlhf.data import batching, formats, kto, sources
 from jaxrlhf.data.datasets import PairRow, Split, pair_rows
 from jaxrlhf.data.labelled import LabelledRow, label_rows, labels_of_pairs
 from jaxrlhf.data.loader import rows_at
@@ -35,8 +35,8 @@ def read_rows(config: DPOConfig, tokenizer: Tokenizer) -> Split[PairRow] | Split
     ConfigError."""
     if config.dpo.loss != "kto":
         return pair_rows(config.data, tokenizer)
-    columns = sources.read_rows(config.data).columns
-    paired = "rejected" in columns and "label" not in columns
+    rows = sources.read_rows(config.data)
+    paired = not formats.can_read(rows, "labels", config.data) and formats.can_read(rows, "pairs", config.data)
     return (labels_of_pairs if paired else label_rows)(config.data, tokenizer)
 
 
