@@ -1,22 +1,21 @@
-"""Recognise how a data set stores prompts and responses: the table of layouts, and the layout that fits its columns."""
+"""Recognise how a data set stores prompts and responses: the layout of layouts.py that fits its columns."""
 
 import itertools
 import re
 import string
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jaxrlhf.config import Data
 from jaxrlhf.data import labels
 from jaxrlhf.data.dialogues import common_beginning, has_answer_mark
 from jaxrlhf.data.labels import Judge
+from jaxrlhf.data.layouts import LAYOUTS, Layout, Style
 from jaxrlhf.data.messages import is_conversation, parse, read_content
 from jaxrlhf.data.sources import Rows
 from jaxrlhf.errors import DataError
 
 Task = Literal["sft", "pairs", "prompts", "labels", "scores", "rankings"]
-Style = Literal["as_is", "question", "template", "common_beginning", "whole", "post", "request"]
 TASK_NAMES: dict[Task, str] = {
     "sft": "supervised fine-tuning",
     "pairs": "preference pairs",
@@ -26,89 +25,6 @@ TASK_NAMES: dict[Task, str] = {
     "rankings": "ranked responses",
 }
 _LABELS = ("label", "kto_tag", "tag")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A way to store prompts and responses in columns.
-
-    prompt, responses, verdict: columns, separated by blanks. `a|b` is either (both are ambiguous), `a>b` the first one
-    that exists, `[a]` is optional. A layout whose verdict is not optional is recognised by it.
-
-    style: how the prompt is written. `as_is` uses text or messages unchanged; `question` makes a user turn if the
-    tokenizer has a chat template; `common_beginning` takes what all responses begin with; `whole` has no prompt;
-    `post` writes the post or article of `info`; `request` takes `messages` and `tools` of an object.
-    judge: scores of the responses from the values of the verdict columns; by default the first response is the best.
-    many: the only column of responses is a list.    keys: of a column of objects, the key of the text.
-    weak: used only if no other layout fits.
-    """
-
-    name: str
-    prompt: str
-    responses: str
-    verdict: str = ""
-    style: Style = "question"
-    judge: Judge = labels.in_order
-    many: bool = False
-    keys: Mapping[str, str] = field(default_factory=dict)
-    weak: bool = False
-
-    @property
-    def single(self) -> bool:
-        """A row holds one response."""
-        return not self.many and len(self.responses.split()) < 2
-
-
-_INSTRUCTION = "instruction [input] [context] [history]"
-_PAIR, _TIE = "chosen|accepted rejected", "[tie>tied>label]"
-_RANKED = "[ranks>rank] [scores]"
-LAYOUTS = (
-    Layout("text", "", "text", style="whole"),
-    Layout("conversations", "", "messages|conversations", style="whole"),
-    Layout("prompt and completion", "prompt", "completion>response", style="as_is"),
-    Layout("question and answer", "question [context]", "answer>response"),
-    Layout("Alpaca, Dolly", _INSTRUCTION, "output>response"),
-    Layout("MetaMath", "query", "response"),
-    Layout("NuminaMath", "problem", "solution>answer"),
-    Layout("HelpSteer", "prompt", "response", "helpfulness", judge=labels.by_score),
-    Layout("verl", "prompt", "", "reward_model", style="as_is", keys={"reward_model": "ground_truth"}),
-    Layout("pairs", "prompt", _PAIR, _TIE, style="as_is", judge=labels.unless_tied),
-    Layout("pairs (Orca)", "question [context]", _PAIR, _TIE, judge=labels.unless_tied),
-    Layout("pairs (Alpaca)", _INSTRUCTION, _PAIR, _TIE, judge=labels.unless_tied),
-    Layout("pairs (summaries)", "input", _PAIR, _TIE, judge=labels.unless_tied, weak=True),
-    Layout("pairs (LLaMA-Factory)", "messages|conversations", _PAIR, _TIE, style="as_is",
-           judge=labels.unless_tied, weak=True),
-    Layout("pairs with a common beginning (HH)", "", _PAIR, _TIE, style="common_beginning",
-           judge=labels.unless_tied, weak=True),
-    Layout("AlpacaEval, AlpacaFarm", "instruction [input]", "output_1 output_2", "preference",
-           judge=labels.by_preference(lambda value: value and value - 1.5)),
-    Layout("OpenAI's preference fine-tuning", "input", "preferred_output non_preferred_output", style="request"),
-    Layout("StackExchange pairs", "question", "response_j response_k"),
-    Layout("SHP", "history", "human_ref_A human_ref_B", "labels",
-           judge=labels.by_preference(lambda value: 0.5 - value)),
-    Layout("WebGPT", "question", "answer_0 answer_1", "score_0 score_1", judge=labels.by_score,
-           keys={"question": "full_text"}),
-    Layout("PKU-SafeRLHF", "prompt", "response_0 response_1", "better_response_id",
-           judge=labels.by_preference(lambda value: value - 0.5)),
-    Layout("HelpSteer3", "context", "response1 response2", "overall_preference", style="as_is",
-           judge=labels.by_preference(lambda value: value)),
-    Layout("HelpSteer2 preferences", "prompt", "response_1 response_2", "preference_strength",
-           judge=labels.by_preference(lambda value: value)),
-    Layout("Chatbot Arena", "", "conversation_a conversation_b", "winner", style="common_beginning",
-           judge=labels.by_winner),
-    Layout("summarize-from-feedback", "info", "summaries", "choice", style="post", judge=labels.by_choice, many=True,
-           keys={"summaries": "text"}),
-    Layout("UltraFeedback", "instruction", "completions", many=True, keys={"completions": "response"},
-           judge=labels.by_rating),
-    Layout("Nectar", "prompt", "answers", style="as_is", many=True, keys={"answers": "answer"},
-           judge=labels.by_item_rank),
-    Layout("rankings", "prompt", "responses", _RANKED, style="as_is", many=True, judge=labels.by_rank),
-    Layout("rankings (question)", "question [context]", "responses", _RANKED, many=True, judge=labels.by_rank),
-    Layout("rankings (Alpaca)", _INSTRUCTION, "responses", _RANKED, many=True, judge=labels.by_rank),
-    Layout("rankings (RRHF)", "query", "responses", _RANKED, many=True, judge=labels.by_rank),
-    Layout("rankings with a common beginning", "", "responses", _RANKED, style="common_beginning", many=True,
-           judge=labels.by_rank, weak=True),
-)  # fmt: skip
 FORMAT_COLUMNS = frozenset(
     {name for layout in LAYOUTS for name in re.findall(r"\w+", layout.responses)} - {"answer", "output", "solution"}
     | {"prompt", "question", "instruction", "problem", "query", "system", "system_prompt"}
@@ -198,14 +114,15 @@ def can_read(rows: Rows, task: Task, config: Data) -> bool:
 
 
 def known_formats(task: Task) -> str:
-    """The columns of every layout that serves `task`."""
+    """The columns of every layout that serves `task`; for `sft` and `prompts` not those of pairs and rankings."""
     specs = []
     for layout in LAYOUTS:
-        if _serves(layout, task):
-            verdict = {"labels": "label|kto_tag|tag", "scores": layout.verdict or "score"}.get(task, layout.verdict)
-            words = f"{layout.prompt} {'' if task == 'prompts' and layout.single else layout.responses}"
-            specs.append(", ".join(f"{words} {'' if task == 'prompts' or verdict == _TIE else verdict}".split()))
-    return " | ".join(dict.fromkeys(specs)).replace(">", "|")
+        if _serves(layout, task) and (layout.single or task not in ("sft", "prompts")):
+            verdict = {"sft": "", "labels": "label|kto_tag|tag", "scores": layout.verdict or "score"}
+            words = f"{layout.prompt} {'' if task == 'prompts' and layout.prompt else layout.responses}"
+            specs.append(", ".join(f"{words} {verdict.get(task, layout.verdict)}".split()))
+    others = {"sft": " | any format of preference pairs (trains on the better)", "prompts": " | those with responses"}
+    return " | ".join(dict.fromkeys(specs)).replace(">", "|") + others.get(task, "") + " (docs/formats.md)"
 
 
 def answer_column(rows: Rows, config: Data) -> str:
@@ -250,25 +167,24 @@ def _candidates(rows: Rows, task: Task, config: Data) -> list[Format]:
 
 def _bind(layout: Layout, rows: Rows, task: Task, config: Data) -> list[Format]:
     """The ways in which `layout` reads the columns of `rows` for `task`."""
-    names = [name for name in rows.columns if _usable(name, rows)]
-    responses = _choices(layout.responses, names) or (
+    responses = _choices(layout.responses, rows) or (
         [()] if task == "prompts" and layout.single and layout.prompt else []
     )
     if not config.template:
-        prompts = _choices(layout.prompt, names)
+        prompts = _choices(layout.prompt, rows)
     elif layout.style == "whole":
         return []
     else:
         prompts = [_template_columns(config.template, rows)]
         responses = [found for found in responses if not {*found} & {*prompts[0]}]
     formats = []
-    for prompt, response, verdict in itertools.product(prompts, responses, _choices(layout.verdict, names)):
+    for prompt, response, verdict in itertools.product(prompts, responses, _choices(layout.verdict, rows)):
         matched = frozenset((*prompt, *response, *verdict))
         found = Format(layout, task, prompt, response, verdict, layout.style, layout.judge, matched)
         if config.template:
             formats.append(replace(found, style="template"))
         else:
-            formats.append(_with_system_and_tools(found, rows, names))
+            formats.append(_with_system_and_tools(found, rows))
     return [judged for found in formats if (judged := _judged(found, rows, config))]
 
 
@@ -298,7 +214,7 @@ def _is_label(name: str, rows: Rows, found: Format) -> bool:
     return labels.are_labels(rows.values(name), numbers=found.layout.style != "whole" or name != "label")
 
 
-def _with_system_and_tools(found: Format, rows: Rows, names: Sequence[str]) -> Format:
+def _with_system_and_tools(found: Format, rows: Rows) -> Format:
     """`found` with the columns of system prompt and tools, and its style for the values in its columns."""
     if _is_whole(found, rows):
         found = replace(found, prompt=(), style="common_beginning")
@@ -307,8 +223,8 @@ def _with_system_and_tools(found: Format, rows: Rows, names: Sequence[str]) -> F
     conversation = isinstance(_content(rows, (found.prompt or found.responses)[0]), list)
     if not (conversation or found.prompt):
         return found
-    system = next((n for n in ("system", "system_prompt") if n in names and isinstance(rows.first(n), str)), "")
-    tools = next((n for n in ("tools", "functions") if n in names and parse(rows.first(n))), "")
+    system = next((name for name in ("system", "system_prompt") if isinstance(rows.first(name), str)), "")
+    tools = next((name for name in ("tools", "functions") if parse(rows.first(name))), "")
     if (system or tools) and found.style == "as_is" and not conversation:
         found = replace(found, style="question")
     return replace(found, system=system, tools=tools)
@@ -330,20 +246,23 @@ def _content(rows: Rows, column: str) -> Any:
     return read_content(rows.first(column), f"data {rows.source}: column {column!r}")
 
 
-def _usable(name: str, rows: Rows) -> bool:
-    """Optional columns are used if they hold what they are called after."""
-    value = rows.first(name)
-    if name in ("input", "context") and isinstance(value, dict | list):
-        return True  # required columns of other layouts
-    return value is not None or name not in ("input", "context", "history")
+def _is_meant(name: str, rows: Rows) -> bool:
+    """The values of an optional column are of the kind that its name promises."""
+    if name in ("input", "context"):
+        return isinstance(rows.first(name), str)
+    if name in ("history", "ranks", "rank", "scores"):
+        return isinstance(parse(rows.first(name)), list)
+    return name != "label" or labels.are_ties(rows.values(name))
 
 
-def _choices(spec: str, names: Sequence[str]) -> list[tuple[str, ...]]:
-    """The ways to choose columns of `names` for the columns of a layout."""
+def _choices(spec: str, rows: Rows) -> list[tuple[str, ...]]:
+    """The ways to choose columns of `rows` for the columns of a layout."""
     options: list[list[tuple[str, ...]]] = []
     for word in spec.split():
-        found = [(name,) for name in re.split(r"[|>]", word.strip("[]")) if name in names]
-        options.append(found[: 1 if ">" in word else None] or ([()] if word.startswith("[") else []))
+        optional = word.startswith("[")
+        names = [name for name in re.split(r"[|>]", word.strip("[]")) if name in rows.columns]
+        found = [(name,) for name in names if not optional or _is_meant(name, rows)]
+        options.append(found[: 1 if ">" in word else None] or ([()] if optional else []))
     return [tuple(itertools.chain(*choice)) for choice in itertools.product(*options)]
 
 
