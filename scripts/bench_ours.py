@@ -68,6 +68,7 @@ from jaxrlhf.training.ppo import trainer as ppo  # noqa: E402
 from jaxrlhf.training.reward import trainer as reward  # noqa: E402
 from jaxrlhf.training.reward.loss import objective_of  # noqa: E402
 from jaxrlhf.training.state import State  # noqa: E402
+from jaxrlhf.training.step import Spec  # noqa: E402
 from jaxrlhf.types import Batch, Pairs, Prompts, Responses, Rollout  # noqa: E402
 
 Repeat = Callable[[], dict[str, Any]]
@@ -247,22 +248,14 @@ def supervised(job: Job, name: str) -> Repeat:
     said = jnp.ones(first.mask.shape, bool).at[:, : job.prompt].set(False)
     sides = (Batch(x, first.mask, said) for x in (first.tokens, tokens[job.batch :]))
     scored = dpo_update.Preferences(Pairs(*sides), jnp.zeros((job.batch, 2)), everywhere[:, 0, 0])
-    objective = objective_of(RewardConfig())
-    static = {
-        "model": model,
-        "optimizer": optimizer,
-        "num_micro": job.batch // (job.micro_batch or job.batch),
-        "mesh": mesh,
-    }
+    objective = {"sft": None, "dpo": (DPO(), 10**6), "reward": objective_of(RewardConfig())}[job.case]
+    spec = Spec(model, optimizer, job.batch // (job.micro_batch or job.batch), mesh, objective)
+    update, batch = {"sft": (sft.update, first), "dpo": (dpo_update.update, scored), "reward": (reward.update, both)}[
+        job.case
+    ]
 
     def step() -> None:
-        if job.case == "sft":
-            state.value, _ = sft.update(state.value, {}, first, jax.random.key(0), **static)
-        elif job.case == "dpo":
-            pairs = {"settings": DPO(), "total_steps": 10**6}
-            state.value, _ = dpo_update.update(state.value, {}, scored, jax.random.key(0), **pairs, **static)
-        else:
-            state.value, _ = reward.update(state.value, {}, both, jax.random.key(0), objective=objective, **static)
+        state.value, _ = update(state.value, {}, batch, jax.random.key(0), spec=spec)
         jax.block_until_ready(state.value)
 
     def repeat() -> dict[str, Any]:

@@ -78,11 +78,11 @@ def compile_longest(trainer: Trainer) -> Programs:
 
 
 def _compile_supervised(trainer: SFTTrainer | RewardTrainer, compile_program: Callable[..., Any]) -> None:
-    module, role = (sft, "policy") if isinstance(trainer, SFTTrainer) else (reward, "reward")
+    module = sft if isinstance(trainer, SFTTrainer) else reward
     state, train = trainer.state.template, trainer.config.train
     batch = trainer.collate(batching.longest(trainer.rows.train, train.batch_size))
-    compile_program(module.update, state, trainer.frozen, batch, trainer.key, **trainer.static)
-    params = {**trainer.frozen, **state.params[role]}
+    compile_program(module.update, state, trainer.frozen, batch, trainer.key, spec=trainer.spec)
+    params = {**trainer.frozen, **state.params[trainer.role]}
     held_out = batching.longest(trainer.rows.validation, train.eval_batch_size)
     for batch in trainer.eval_batches(held_out):
         compile_program(module.evaluate, params, batch, model=trainer.model)
@@ -92,13 +92,14 @@ def _compile_supervised(trainer: SFTTrainer | RewardTrainer, compile_program: Ca
 
 def _compile_dpo(trainer: DPOTrainer, compile_program: Callable[..., Any]) -> None:
     state, train, rows = trainer.state.template, trainer.config.train, trainer.rows
-    batch = rows.longest(rows.train, train.batch_size)
-    compile_program(dpo_update.update, state, trainer.frozen, batch, trainer.key, **trainer.static)
+    longest = batching.longest(rows.train, train.batch_size)
+    batch = trainer.preferences(longest, trainer.reference[[0] * len(longest)])
+    compile_program(dpo_update.update, state, trainer.frozen, batch, trainer.key, spec=trainer.spec)
     policy = {**trainer.frozen, **state.params["policy"]}
     scored = [] if trainer.reference_known else [(trainer.frozen or policy, rows.train)]
-    for params, part in [*scored, (policy, rows.held_out)]:
-        if part.rows:
-            pairs = rows.longest(part, train.eval_batch_size).pairs
+    for params, part in [*scored, (policy, rows.validation)]:
+        if part:
+            pairs = trainer.collate(batching.longest(part, train.eval_batch_size))
             compile_program(dpo_update.score, params, pairs, model=trainer.model)
     _compile_samples(trainer.samples, policy, trainer.key, compile_program)
 

@@ -1,40 +1,52 @@
 """Sample completions, drawn during supervised training."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxrlhf import memory, sharding
-from jaxrlhf.config import Sampling
+from jaxrlhf.config import DPOConfig, SFTConfig
 from jaxrlhf.data import batching
-from jaxrlhf.data.datasets import PromptRow, SFTRow
+from jaxrlhf.data.datasets import PromptRow, SFTRow, Split
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rollout.decode import generate
 from jaxrlhf.rollout.inference_copy import convert, inference_model
+from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.rollout.text import response_texts
 from jaxrlhf.training import setup
+from jaxrlhf.training.session import Session
 from jaxrlhf.types import Params
 
 
 class Samples:
-    """Completes the prompts of `rows` with the model in training."""
+    """Completes the first `logging.num_samples` held-out prompts, or training prompts, with the model in training.
+
+    Raises ConfigError for `sampling` options that do not fit the model.
+    """
 
     def __init__(
         self,
-        rows: Sequence[SFTRow],
+        rows: Split[Any],
+        config: SFTConfig | DPOConfig,
         model: ModelConfig,
         tokenizer: Tokenizer,
-        sampling: Sampling,
         mesh: jax.sharding.Mesh,
     ) -> None:
+        check_sampling(config.sampling, model.vocab_size)
         self.model, self.decoder, self.tokenizer = model, inference_model(model, model.dtype), tokenizer
-        prompts = [_prompt(row, index) for index, row in enumerate(rows)]
+        examples = (rows.validation or rows.train)[: config.logging.num_samples]
+        prompts = [_prompt(batching.texts(row)[0], index) for index, row in enumerate(examples)]
         length = batching.bucket(max(len(row.tokens) for row in prompts), model.max_positions)
         self.prompts = sharding.put_whole(batching.prompts(prompts, tokenizer.pad_id, length), mesh)
-        self.sampling = setup.fit_response(sampling, length, model)
+        self.sampling = setup.fit_response(config.sampling, length, model)
+
+    def log_if_due(self, session: Session, step: int, params: Params, key: jax.Array) -> None:
+        """Log completions if they are due after `step`, drawn with the key of the run folded with `step`."""
+        if session.samples_due(step):
+            session.flush()
+            session.log_samples(step, self.draw(params, jax.random.fold_in(key, step)))
 
     def draw(self, params: Params, key: jax.Array) -> list[dict[str, Any]]:
         """A record {"prompt", "completion"} for each row."""

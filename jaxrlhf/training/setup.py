@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,11 @@ from jaxrlhf.config import (
     Sampling,
     SFTConfig,
 )
-from jaxrlhf.data.datasets import Split
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import ModelConfig, cudnn_trouble, init
 from jaxrlhf.training.abstract import build, is_abstract
-from jaxrlhf.training.adapters import add_adapters, split_trainable, with_adapters
-from jaxrlhf.training.optim import Optimizer
-from jaxrlhf.training.state import State
+from jaxrlhf.training.adapters import with_adapters
 from jaxrlhf.types import Params
 
 RunConfig = SFTConfig | RewardConfig | DPOConfig | PPOConfig | GRPOConfig
@@ -117,52 +114,6 @@ def param_dtype(config: RunConfig) -> DType:
     return runtime.resolve_dtype(config.model.compute_dtype, jax.default_backend())
 
 
-class Supervised(NamedTuple):
-    """The parts that SFT, reward and DPO trainers share."""
-
-    mesh: jax.sharding.Mesh
-    tokenizer: Tokenizer
-    model: ModelConfig
-    key: jax.Array
-    """Key of the run, for dropout and samples."""
-    num_micro: int
-    """Micro-batches of an optimizer step."""
-
-
-def supervised(config: SFTConfig | RewardConfig | DPOConfig, head: str) -> Supervised:
-    """Mesh, tokenizer and model of a supervised run. Raises ConfigError for batches that the mesh cannot split."""
-    train, mesh = config.train, sharding.make_mesh(config.mesh)
-    micro = train.micro_batch_size or train.batch_size
-    sharding.check_rows(micro, mesh, "train.micro_batch_size, or train.batch_size without it")
-    sharding.check_rows(train.eval_batch_size, mesh, "train.eval_batch_size")
-    tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
-    model = model_config(config.model, tokenizer, head, config.lora)
-    return Supervised(mesh, tokenizer, model, keys(config.seed)[1], train.batch_size // micro)
-
-
-def load_state(
-    config: SFTConfig | RewardConfig | DPOConfig,
-    parts: Supervised,
-    role: str,
-    optimizer: Optimizer,
-    *,
-    frozen_trunk: bool = False,
-) -> tuple[State, Params]:
-    """The state of a supervised run at step 0, with one `role` that trains, and the frozen parameters beside it."""
-    init_key, _, _, lora_key = keys(config.seed)
-    params = load_model(
-        config.model,
-        tokenizer=parts.tokenizer,
-        mesh=parts.mesh,
-        key=init_key,
-        head=parts.model.head,
-        dtype=param_dtype(config),
-    )
-    params = build(lambda p: add_adapters(p, parts.model, config.lora, lora_key), parts.mesh, params)
-    trained, frozen = split_trainable(params, frozen_trunk or config.lora.enabled)
-    return State({role: trained}, {role: optimizer}, parts.mesh), frozen
-
-
 def cast_copy(params: Params, dtype: str, mesh: jax.sharding.Mesh) -> Params:
     """A copy with kernels and embeddings in `dtype`; never an alias, because buffers of what trains are donated.
 
@@ -178,14 +129,6 @@ def _cast_copy(params: Params, *, dtype: str, mesh: jax.sharding.Mesh) -> Params
         return jnp.array(x, dtype if sharding.path_of(keys).endswith(("kernel", "embedding")) else x.dtype, copy=True)
 
     return sharding.constrain(jax.tree_util.tree_map_with_path(cast, params), mesh)
-
-
-def identity(rows: Split[Any], frozen: Params) -> dict[str, str]:
-    """Hashes of a supervised run's data and frozen parameters, which its config does not pin down."""
-    return {
-        "data": fingerprint((*rows.train, *rows.validation)),
-        "frozen parameters": params_fingerprint(frozen),
-    }
 
 
 def fingerprint(rows: Sequence[Any]) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,17 +12,12 @@ from jaxrlhf import sharding
 from jaxrlhf.algorithms.sft import sft_loss
 from jaxrlhf.config import SFTConfig
 from jaxrlhf.data import batching
-from jaxrlhf.data.datasets import Split, sft_rows
-from jaxrlhf.data.loader import rows_at
-from jaxrlhf.data.packing import pack
+from jaxrlhf.data.datasets import sft_rows
 from jaxrlhf.logprobs import token_logprobs
 from jaxrlhf.models import ModelConfig, forward
-from jaxrlhf.rollout.sampling import check_sampling
-from jaxrlhf.training import pretrained, setup
-from jaxrlhf.training.optim import Optimizer, make_optimizer
 from jaxrlhf.training.samples import Samples
-from jaxrlhf.training.session import check_metric, num_steps, open_session
-from jaxrlhf.training.step import Metrics, apply, dropout_keys, gradients, one_role
+from jaxrlhf.training.step import Metrics, Spec, supervised_step
+from jaxrlhf.training.supervised import SupervisedTrainer
 from jaxrlhf.types import Batch, Params, TrainState
 
 
@@ -36,31 +30,19 @@ def loss(
     return sft_loss(logprobs, entropy, batch.loss_mask[:, 1:], count)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "optimizer", "num_micro", "mesh"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
 def update(
-    state: TrainState,
-    frozen: Params,
-    batch: Batch,
-    key: jax.Array,
-    *,
-    model: ModelConfig,
-    optimizer: Optimizer,
-    num_micro: int,
-    mesh: jax.sharding.Mesh,
+    state: TrainState, frozen: Params, batch: Batch, key: jax.Array, *, spec: Spec
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step on `batch`, in `num_micro` micro-batches. `frozen` is the base model under adapters, else
-    empty; `key` is the run's, folded with the step for dropout."""
+    """One optimizer step on `batch`. `frozen` is the base model under adapters, else empty; `key` is the run's."""
     tokens = jnp.sum(batch.loss_mask)
     count = jnp.maximum(tokens, 1)
-    keys = dropout_keys(model, key, state.step, rows=batch.tokens.shape[0])
 
-    def micro_loss(params: Params, part: tuple[Batch, jax.Array | None]) -> tuple[jax.Array, Metrics]:
-        return loss({**frozen, **params}, part[0], model, count, part[1])
+    def batch_loss(params: Params, rows: Batch, keys: jax.Array | None) -> tuple[jax.Array, Metrics]:
+        return loss(params, rows, spec.model, count, keys)
 
-    grads, metrics = gradients(micro_loss, state.params["policy"], (batch, keys), num_micro)
-    state, norms = apply(state, {"policy": grads}, metrics["loss"], (("policy", optimizer),))
-    state = dataclasses.replace(state, step=state.step + 1)
-    return sharding.constrain(state, mesh), metrics | one_role(norms) | {"num_tokens": tokens}
+    state, metrics = supervised_step(batch_loss, state, frozen, batch, key, spec)
+    return state, metrics | {"num_tokens": tokens}
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -70,74 +52,36 @@ def evaluate(params: Params, batch: Batch, *, model: ModelConfig) -> tuple[jax.A
     return tokens, loss(params, batch, model, jnp.maximum(tokens, 1))[1]
 
 
-class SFTTrainer:
+class SFTTrainer(SupervisedTrainer[SFTConfig]):
     """Fine-tune `config.model` on `config.data`: `.train()`, then `.save_pretrained(directory)`.
 
     Errors in the config, the data or the model are raised here, before training begins.
     """
 
     def __init__(self, config: SFTConfig, *, fresh: bool = False) -> None:
-        self.config, self._fresh = config, fresh
-        train = config.train
-        parts = setup.supervised(config, "lm")
-        self.mesh, self.tokenizer, self.model, self.key = parts.mesh, parts.tokenizer, parts.model, parts.key
+        super().__init__(config, "sft", role="policy", head="lm", fresh=fresh)
         self.data = sft_rows(config.data, self.tokenizer, config.completion_only)
-        check_metric(config, ("eval/loss", "eval/entropy"), bool(self.data.validation))
-        lengths = [len(row.tokens) for row in (*self.data.train, *self.data.validation)]
-        setup.check_context(lengths, self.model, "the longest row", "data.max_length")
-        check_sampling(config.sampling, self.model.vocab_size)
-        context = self.model.max_positions
-        longest = min(config.data.max_length, context) if train.packing else max(lengths)
-        self.width = batching.bucket(longest, context)
-        """Columns of the widest batch, and of every packed row."""
-        self.rows: Split[Any] = self.data
-        if train.packing:
-            self.rows = pack(self.data, lambda row: (row,), self.width, train.batch_size)
-        self.total_steps = num_steps(len(self.rows.train), train.batch_size, train.num_train_epochs, train.max_steps)
-        optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
-        self.static: dict[str, Any] = {
-            "model": self.model,
-            "optimizer": optimizer,
-            "num_micro": parts.num_micro,
-            "mesh": self.mesh,
-        }
-        """Static arguments of `update`."""
-        self.state, self.frozen = setup.load_state(config, parts, "policy", optimizer)
-        examples = (self.data.validation or self.data.train)[: config.logging.num_samples]
-        self.samples = Samples(examples, self.model, self.tokenizer, config.sampling, self.mesh)
-        self._results: dict[str, float] = {}
-
-    @property
-    def params(self) -> Params:
-        """The current parameters, base model and adapters."""
-        return {**self.frozen, **self.state.value.params["policy"]}
+        self.use_rows(self.data, ("eval/loss", "eval/entropy"), texts=1)
+        self.samples = Samples(self.data, config, self.model, self.tokenizer, self.mesh)
+        self.load()
 
     def describe(self) -> str:
         """Model, data and number of steps of `.train()`, and the first example as the model sees it."""
         row = self.data.train[0]
         pieces = zip(self.tokenizer.convert_ids_to_tokens(row.tokens), row.loss_mask, strict=True)
         example = "".join(f"[{piece}]" if trained else piece for piece, trained in pieces)
-        return f"{self._about()}\n{self.total_steps} steps\nfirst example, tokens to learn in brackets:\n{example}"
+        return f"{self.about()}\n{self.total_steps} steps\nfirst example, tokens to learn in brackets:\n{example}"
 
     def train(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""
-        config, size, num_rows = self.config, self.config.train.batch_size, len(self.rows.train)
-        eval_every = config.train.eval_every or -(-num_rows // size)
-        identity = setup.identity(self.rows, self.frozen)
-        with open_session(config, "sft", self.total_steps, self.state, identity, fresh=self._fresh) as session:
-            session.note(self._about())
+        with self.session() as session:
             session.resume()
             for step in session.steps():
                 batch = self.batch(step)
-                self.state.value, metrics = update(self.state.value, self.frozen, batch, self.key, **self.static)
-                metrics |= {"epoch": (step + 1) * size / num_rows}
-                evaluation = self._evaluate() if session.due(step + 1, eval_every) else {}
-                session.log(step + 1, metrics | evaluation)
-                if session.samples_due(step + 1):
-                    session.flush()
-                    session.log_samples(
-                        step + 1, self.samples.draw(self.params, jax.random.fold_in(self.key, step + 1))
-                    )
+                self.state.value, metrics = update(self.state.value, self.frozen, batch, self.key, spec=self.spec)
+                evaluation = self._evaluate() if session.due(step + 1, self.eval_every) else {}
+                session.log(step + 1, metrics | {"epoch": self.epoch(step + 1)} | evaluation)
+                self.samples.log_if_due(session, step + 1, self.params, self.key)
                 session.save_if_due(step + 1, evaluation)
             self._results = session.finish()
             if session.restore_best():
@@ -145,32 +89,15 @@ class SFTTrainer:
             session.note(f"exported to {self.save_pretrained(session.directory / 'export')}")
         return self._results
 
-    def save_pretrained(self, directory: str | Path, *, merge_lora: bool = False) -> Path:
-        """Write the model, its config and its tokenizer in Hugging Face layout; adapters alone unless `merge_lora`."""
-        return pretrained.save(
-            directory,
-            self.model,
-            self.params,
-            self.config,
-            self.tokenizer,
-            method="sft",
-            step=int(self.state.value.step),
-            results=self._results,
-            merge_lora=merge_lora,
-        )
-
     def batch(self, step: int) -> Batch:
         """The training batch of a step, on the mesh."""
-        rows, size = self.rows.train, self.config.train.batch_size
-        order = rows_at(step, size, len(rows), self.config.seed, self.config.data.shuffle)
-        return self.collate([rows[i] for i in order])
+        return self.collate([self.rows.train[i] for i in self.order(step)])
 
     def collate(self, rows: Sequence[Any]) -> Batch:
         """A batch of these rows, on the mesh."""
         if self.config.train.packing:
             return sharding.put_rows(batching.packed(rows, self.tokenizer.pad_id, self.width), self.mesh)
-        length = batching.bucket(max(len(row.tokens) for row in rows), self.model.max_positions)
-        return sharding.put_rows(batching.batch(rows, self.tokenizer.pad_id, length), self.mesh)
+        return sharding.put_rows(batching.batch(rows, self.tokenizer.pad_id, self.padded_length(rows)), self.mesh)
 
     def eval_batches(self, rows: Sequence[Any]) -> Iterator[Batch]:
         """Batches of held-out rows, the last one filled up with rows without a loss mask."""
@@ -178,9 +105,6 @@ class SFTTrainer:
         for part in (rows[i : i + size] for i in range(0, len(rows), size)):
             blank = dataclasses.replace(part[0], loss_mask=[False] * len(part[0].tokens))
             yield self.collate([*part, *[blank] * (size - len(part))])
-
-    def _about(self) -> str:
-        return setup.describe(self.config, self.model, self.tokenizer, self.rows.report, self.mesh)
 
     def _evaluate(self) -> dict[str, float]:
         """Token-weighted means of loss and entropy over the held-out rows; empty if there are none."""

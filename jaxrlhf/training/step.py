@@ -1,14 +1,15 @@
-"""The two halves of an optimizer step: gradients summed over micro-batches, and an update that skips NaNs."""
+"""An optimizer step: gradients summed over micro-batches, and an update that skips NaNs."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jaxrlhf import sharding
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.training.optim import Optimizer
 from jaxrlhf.types import Params, TrainState
@@ -101,6 +102,34 @@ def apply(
     return dataclasses.replace(state, params=params, opt_state=opt_state), metrics
 
 
-def one_role(metrics: Metrics) -> Metrics:
-    """Metrics of `apply` for a single role, with keys without the role: grad_norm, grad_norm_clipped."""
-    return {key.rpartition("/")[2]: value for key, value in metrics.items()}
+class Spec(NamedTuple):
+    """The static arguments of a supervised update."""
+
+    model: ModelConfig
+    optimizer: Optimizer
+    num_micro: int  # micro-batches of an optimizer step
+    mesh: jax.sharding.Mesh
+    objective: Any = None  # the loss and its coefficients
+
+
+def supervised_step(
+    loss: Callable[[Params, Any, Array | None], tuple[Array, Metrics]],
+    state: TrainState,
+    frozen: Params,
+    batch: Any,
+    key: Array,
+    spec: Spec,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step of the only role of `state`. Returns the next state and the metrics of `loss` and `apply`.
+
+    `loss(params, rows, keys)` is given all parameters, some rows of `batch`, and a key for each row if the model has
+    dropout. `frozen` are the parameters that do not train; `key` is the run's, folded with the step for dropout.
+    """
+    ((role, trained),) = state.params.items()
+    keys = dropout_keys(spec.model, key, state.step, rows=jax.tree.leaves(batch)[0].shape[0])
+    grads, metrics = gradients(
+        lambda params, rows: loss({**frozen, **params}, *rows), trained, (batch, keys), spec.num_micro
+    )
+    state, applied = apply(state, {role: grads}, metrics["loss"], ((role, spec.optimizer),))
+    metrics |= {name.removeprefix(f"{role}/"): value for name, value in applied.items()}
+    return sharding.constrain(dataclasses.replace(state, step=state.step + 1), spec.mesh), metrics

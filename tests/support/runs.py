@@ -8,8 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrlhf.training.dpo import DPOTrainer
-
 
 def length_reward(prompts, completions, **columns):
     return [0.1 * len(text) for text in completions]
@@ -18,8 +16,8 @@ def length_reward(prompts, completions, **columns):
 def supervised_step(trainer: Any, step: int) -> dict[str, Any]:
     """One optimizer step of an SFT, reward or DPO trainer, as its loop makes it; its metrics."""
     update = importlib.import_module(type(trainer).__module__).update
-    batch = trainer.rows.batch_at(step) if isinstance(trainer, DPOTrainer) else trainer.batch(step)
-    trainer.state.value, metrics = update(trainer.state.value, trainer.frozen, batch, trainer.key, **trainer.static)
+    batch = trainer.batch(step)
+    trainer.state.value, metrics = update(trainer.state.value, trainer.frozen, batch, trainer.key, spec=trainer.spec)
     return metrics
 
 

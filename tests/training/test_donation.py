@@ -16,6 +16,7 @@ from jaxrlhf.training.ppo import critic as ppo_critic
 from jaxrlhf.training.ppo import update as ppo_update
 from jaxrlhf.training.reward import loss, trainer
 from jaxrlhf.training.state import State
+from jaxrlhf.training.step import Spec
 from jaxrlhf.types import Batch, Responses, Rollout
 
 B, P, R = 2, 4, 4
@@ -37,12 +38,11 @@ def supervised(method, model, lora, optimizer):
     trained, frozen = adapters.split_trainable(abstract.param_shapes(model, "float32", MESH, lora), lora.enabled)
     state = State({role: trained}, {role: optimizer}, MESH).template
     rows = Batch(array("int32", B, P + R), array("bool", B, P + R), array("bool", B, P + R))
-    static = {"model": model, "optimizer": optimizer, "num_micro": 1, "mesh": MESH}
+    spec = Spec(model, optimizer, 1, MESH, loss.objective_of(RewardConfig()) if method == "reward" else None)
     if method == "sft":
-        return program, state, (frozen, rows, KEY), static
+        return program, state, (frozen, rows, KEY), {"spec": spec}
     pairs = array("int32", B, 2, P + R), array("bool", B, 2, P + R), array("bool", B, 2), array("float32", B)
-    static |= {"objective": loss.objective_of(RewardConfig())}
-    return program, state, (frozen, Responses(*pairs), KEY), static
+    return program, state, (frozen, Responses(*pairs), KEY), {"spec": spec}
 
 
 def ppo(model, lora, optimizer):

@@ -16,8 +16,7 @@ from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted
 from jaxrlhf.plan.programs import abstract_trainer
 from jaxrlhf.training import session
 from jaxrlhf.training.dpo import reference
-from jaxrlhf.training.dpo.rows import read_rows
-from jaxrlhf.training.dpo.trainer import DPOTrainer
+from jaxrlhf.training.dpo.trainer import DPOTrainer, read_rows
 from jaxrlhf.training.dpo.update import beta_schedule, evaluation_keys
 from jaxrlhf.training.export import export
 
@@ -62,8 +61,8 @@ def test_adapters_have_the_model_under_them_as_reference(supervised, on_disk, tm
     trainer = made(options)
     base = jax.device_get(trainer.frozen)
     trainer.score_reference(lambda _: None)
-    known = trainer.rows.held_out.reference
-    np.testing.assert_allclose(trainer._logprobs(trainer.params, trainer.rows.held_out.rows).logprobs, known, rtol=1e-6)
+    known = trainer.reference[len(trainer.rows.train) :]
+    np.testing.assert_allclose(trainer._logprobs(trainer.params, trainer.rows.validation).logprobs, known, rtol=1e-6)
     assert known.ndim == 3 and trainer._evaluate()["eval/rewards/margins"] == pytest.approx(0, abs=1e-6)
     trainer.train()
     equal(trainer.frozen, base)

@@ -19,6 +19,7 @@ from jaxrlhf.data.packing import pack
 from jaxrlhf.training.dpo.update import Preferences, kto_objective, objective, score, update
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.state import State
+from jaxrlhf.training.step import Spec
 
 MODEL = tiny(num_layers=1, sliding_layers=(False,))
 MESH = sharding.make_mesh(config.Mesh())
@@ -62,10 +63,8 @@ def packed():
 def step(settings, batch, num_micro=1):
     """(gradient, metrics) of one update of a policy that begins as PARAMS."""
     state = State({"policy": jax.tree.map(jnp.copy, PARAMS)}, {"policy": PLAIN}, MESH).value
-    state, metrics = update(
-        state, {}, jax.tree.map(jnp.asarray, batch), jax.random.key(1),
-        model=MODEL, optimizer=PLAIN, settings=settings, total_steps=1, num_micro=num_micro, mesh=MESH,
-    )  # fmt: skip
+    spec = Spec(MODEL, PLAIN, num_micro, MESH, (settings, 1))
+    state, metrics = update(state, {}, jax.tree.map(jnp.asarray, batch), jax.random.key(1), spec=spec)
     moved = jax.tree.map(lambda new, old: np.asarray(old - new, np.float64), state.params["policy"], PARAMS)
     return jax.tree.map(lambda u: u / (1 - np.abs(u)), moved), jax.device_get(metrics)
 

@@ -22,6 +22,7 @@ from jaxrlhf.training.reward import trainer as reward
 from jaxrlhf.training.reward.loss import objective_of
 from jaxrlhf.training.reward.trainer import RewardTrainer
 from jaxrlhf.training.state import State
+from jaxrlhf.training.step import Spec
 
 MODEL = tiny(head="linear", num_layers=1, sliding_layers=(False,))
 MESH = sharding.make_mesh(Mesh())
@@ -65,10 +66,8 @@ def test_padding_and_micro_batches_do_not_change_an_update(loss):
         number = number if loss == "ranking" else group  # only there may responses be missing
         batch = jax.tree.map(jnp.asarray, batching.responses(made, target, 3, width, number))
         state = State({"reward": jax.tree.map(jnp.copy, params)}, {"reward": OPTIMIZER}, MESH).value
-        found.append(reward.update(
-            state, {}, batch, jax.random.key(0), model=MODEL, objective=objective, optimizer=OPTIMIZER,
-            num_micro=num_micro, mesh=MESH,
-        ))  # fmt: skip
+        spec = Spec(MODEL, OPTIMIZER, num_micro, MESH, objective)
+        found.append(reward.update(state, {}, batch, jax.random.key(0), spec=spec))
     (state, metrics), *others = found
     assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] > 1e-3
     assert any(np.abs(new - old).max() > 1e-4 for new, old in zip(

@@ -11,66 +11,59 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrlhf import sharding
 from jaxrlhf.config import DPOConfig
 from jaxrlhf.config.dpo import REFERENCE_FREE
-from jaxrlhf.data import batching
-from jaxrlhf.data.datasets import PairRow
+from jaxrlhf.data import batching, formats, kto, sources
+from jaxrlhf.data.datasets import PairRow, Split, pair_rows
+from jaxrlhf.data.labelled import LabelledRow, label_rows, labels_of_pairs
+from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import Preempted
-from jaxrlhf.rollout.sampling import check_sampling
-from jaxrlhf.training import pretrained, setup
+from jaxrlhf.training import setup
 from jaxrlhf.training.dpo import reference
-from jaxrlhf.training.dpo.rows import PreferenceRows, read_rows
-from jaxrlhf.training.dpo.update import PairLogprobs, evaluate, evaluation_keys, score, update
-from jaxrlhf.training.optim import make_optimizer
+from jaxrlhf.training.dpo.update import PairLogprobs, Preferences, evaluate, evaluation_keys, score, update
 from jaxrlhf.training.samples import Samples
-from jaxrlhf.training.session import check_metric, num_steps, open_session
-from jaxrlhf.types import Params
+from jaxrlhf.training.supervised import SupervisedTrainer
+from jaxrlhf.types import PackedPairs, Pairs, Params
 
 PROGRESS = 10.0
 """Seconds between two progress lines while the reference is scored."""
 
 
-class DPOTrainer:
+def read_rows(config: DPOConfig, tokenizer: Tokenizer) -> Split[PairRow] | Split[LabelledRow]:
+    """Preference pairs; for kto labelled responses, to which a file of pairs is converted. Raises DataError and
+    ConfigError."""
+    if config.dpo.loss != "kto":
+        return pair_rows(config.data, tokenizer)
+    rows = sources.read_rows(config.data)
+    paired = not formats.can_read(rows, "labels", config.data) and formats.can_read(rows, "pairs", config.data)
+    return (labels_of_pairs if paired else label_rows)(config.data, tokenizer)
+
+
+class DPOTrainer(SupervisedTrainer[DPOConfig]):
     """Train `config.model` on the preferences of `config.data`: `.train()`, then `.save_pretrained(folder)`.
 
     Errors in the config, the data or the model are raised here, before training begins.
     """
 
     def __init__(self, config: DPOConfig, *, fresh: bool = False) -> None:
-        self.config, self._fresh = config, fresh
-        train = config.train
-        parts = setup.supervised(config, "lm")
-        self.mesh, self.tokenizer, self.model, self.key = parts.mesh, parts.tokenizer, parts.model, parts.key
-        self.data = read_rows(config, self.tokenizer)
-        check_sampling(config.sampling, self.model.vocab_size)
-        self.rows = PreferenceRows(self.data, config, self.tokenizer, self.model, self.mesh)
-        self.width = self.rows.width
+        super().__init__(config, "dpo", role="policy", head="lm", fresh=fresh)
+        self.data: Split[Any] = read_rows(config, self.tokenizer)
+        rows = self.data
+        if config.dpo.loss == "kto":
+            limit = min(config.data.max_length, self.model.max_positions)
+            train, held_out = (kto.mismatched_pairs(part, limit) for part in (rows.train, rows.validation))
+            rows = Split(train, held_out, rows.report)
+        self.use_rows(rows, [f"eval/{key}" for key in evaluation_keys(config.dpo)], texts=2)
+        number = len(self.rows.train) + len(self.rows.validation)
+        pairs = (self._max_pairs, 2) if config.train.packing else (2,)
+        self.reference = np.zeros((number, *pairs), np.float32)
+        """Log-probs of the reference, f32 [N, 2], of packed rows [N, M, 2], for the training rows and then the held-out
+        ones; 0 until the reference is scored."""
         self.reference_known = config.dpo.loss in REFERENCE_FREE
         """True once the reference log-probs are known, or if the loss needs none."""
-        known = [f"eval/{key}" for key in evaluation_keys(config.dpo)]
-        check_metric(config, known, bool(self.rows.held_out.rows))
-        number = len(self.rows.train.rows)
-        self.total_steps = num_steps(number, train.batch_size, train.num_train_epochs, train.max_steps)
-        optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
-        self.static: dict[str, Any] = {
-            "model": self.model,
-            "optimizer": optimizer,
-            "settings": config.dpo,
-            "total_steps": self.total_steps,
-            "num_micro": parts.num_micro,
-            "mesh": self.mesh,
-        }
-        """Static arguments of `update`."""
-        self.state, self.frozen = setup.load_state(config, parts, "policy", optimizer)
-        examples = (self.data.validation or self.data.train)[: config.logging.num_samples]
-        chosen = [batching.texts(row)[0] for row in examples]
-        self.samples = Samples(chosen, self.model, self.tokenizer, config.sampling, self.mesh)
-        self._results: dict[str, float] = {}
-
-    @property
-    def params(self) -> Params:
-        """The current parameters, base model and adapters."""
-        return {**self.frozen, **self.state.value.params["policy"]}
+        self.samples = Samples(self.data, config, self.model, self.tokenizer, self.mesh)
+        self.load((config.dpo, self.total_steps))
 
     def describe(self) -> str:
         """Model, data and number of steps of `.train()`, and the first pair as the model sees it."""
@@ -80,33 +73,42 @@ class DPOTrainer:
             f"{side}: {self.tokenizer.decode(text.tokens)}"
             for side, text in zip(sides, batching.texts(first), strict=True)
         )
-        return "\n".join((self._about(), f"{self.total_steps} steps", *texts))
+        return "\n".join((self.about(), f"{self.total_steps} steps", *texts))
 
     def train(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""
-        config, size, num_rows = self.config, self.config.train.batch_size, len(self.rows.train.rows)
-        eval_every = config.train.eval_every or -(-num_rows // size)
-        with open_session(config, "dpo", self.total_steps, self.state, self._identity(), fresh=self._fresh) as session:
-            session.note(self._about())
+        with self.session(**{} if self.reference_known else {"reference": self._reference_hash}) as session:
             self.score_reference(session.note, lambda: session.run.stopping)
             session.resume()
             for step in session.steps():
-                batch = self.rows.batch_at(step)
-                self.state.value, metrics = update(self.state.value, self.frozen, batch, self.key, **self.static)
-                metrics |= {"epoch": (step + 1) * size / num_rows}
-                evaluation = self._evaluate() if session.due(step + 1, eval_every) else {}
-                session.log(step + 1, metrics | evaluation)
-                if session.samples_due(step + 1):
-                    session.flush()
-                    session.log_samples(
-                        step + 1, self.samples.draw(self.params, jax.random.fold_in(self.key, step + 1))
-                    )
+                batch = self.batch(step)
+                self.state.value, metrics = update(self.state.value, self.frozen, batch, self.key, spec=self.spec)
+                evaluation = self._evaluate() if session.due(step + 1, self.eval_every) else {}
+                session.log(step + 1, metrics | {"epoch": self.epoch(step + 1)} | evaluation)
+                self.samples.log_if_due(session, step + 1, self.params, self.key)
                 session.save_if_due(step + 1, evaluation)
             self._results = session.finish()
             if session.restore_best():
                 self._results |= self._evaluate()
             session.note(f"exported to {self.save_pretrained(session.directory / 'export')}")
         return self._results
+
+    def batch(self, step: int) -> Preferences:
+        """The training batch of a step, on the mesh."""
+        order = self.order(step)
+        return self.preferences([self.rows.train[i] for i in order], self.reference[order])
+
+    def preferences(self, rows: Sequence[Any], reference: np.ndarray) -> Preferences:
+        """A batch of these rows with their labels and their log-probs under the reference, on the mesh."""
+        return Preferences(self.collate(rows), *sharding.put_rows((reference, _desirable(rows)), self.mesh))
+
+    def collate(self, rows: Sequence[Any]) -> Pairs | PackedPairs:
+        """The texts of these rows, on the mesh."""
+        if self.config.train.packing:
+            pairs = batching.packed_pairs(rows, self.tokenizer.pad_id, self.width, self._max_pairs)
+        else:
+            pairs = batching.pairs(rows, self.tokenizer.pad_id, self.padded_length(rows))
+        return sharding.put_rows(pairs, self.mesh)
 
     def score_reference(self, note: Callable[[str], None], stopping: Callable[[], bool] = lambda: False) -> None:
         """Compute the log-probs of the reference, the model before the first step, unless they are known.
@@ -116,45 +118,24 @@ class DPOTrainer:
         """
         if self.reference_known:
             return
-        parts = [part for part in (self.rows.train, self.rows.held_out) if part.rows]
-        rows = [row for part in parts for row in part.rows]
+        parts = [part for part in (self.rows.train, self.rows.validation) if part]
+        rows = [row for part in parts for row in part]
         model = dataclasses.replace(self.model, adapters=None, remat="none")
         content = f"{self._reference_hash} {setup.fingerprint(rows)} {model}"
 
         def compute() -> np.ndarray:
-            counts = " and ".join(str(len(part.rows)) for part in parts)
             note(f"log-probs of the reference: {counts} rows, once for this model and these rows")
-            return np.concatenate(
-                [self._logprobs(self._reference, part.rows, note, stopping).logprobs for part in parts]
-            )
+            return np.concatenate([self._logprobs(self._reference, part, note, stopping).logprobs for part in parts])
 
-        logprobs = reference.cached_logprobs(
+        counts = " and ".join(str(len(part)) for part in parts)
+        self.reference = reference.cached_logprobs(
             Path(self.config.dpo.reference_folder or Path(self.config.run_dir) / "reference"),
             hashlib.sha256(content.encode()).hexdigest()[:32],
-            (len(rows), *self.rows.train.reference.shape[1:]),
+            self.reference.shape,
             compute,
             note,
         )
-        self.rows.train.reference, self.rows.held_out.reference = np.split(logprobs, [len(self.rows.train.rows)])
         self.reference_known = True
-
-    def save_pretrained(self, directory: str | Path, *, merge_lora: bool = False) -> Path:
-        """Write the model, its config and its tokenizer in Hugging Face layout; adapters alone unless `merge_lora`."""
-        return pretrained.save(
-            directory,
-            self.model,
-            self.params,
-            self.config,
-            self.tokenizer,
-            method="dpo",
-            step=int(self.state.value.step),
-            results=self._results,
-            merge_lora=merge_lora,
-        )
-
-    def _identity(self) -> dict[str, str]:
-        identity = setup.identity(self.rows.split, self.frozen)
-        return identity if self.reference_known else identity | {"reference": self._reference_hash}
 
     @property
     def _reference(self) -> Params:
@@ -164,9 +145,6 @@ class DPOTrainer:
     @functools.cached_property
     def _reference_hash(self) -> str:
         return setup.params_fingerprint(self._reference)
-
-    def _about(self) -> str:
-        return setup.describe(self.config, self.model, self.tokenizer, self.rows.split.report, self.mesh)
 
     def _logprobs(
         self,
@@ -183,7 +161,7 @@ class DPOTrainer:
                 raise Preempted("stopped before the first step; run the same command again to start over")
             batch = [rows[i] for i in order[start : start + size]]
             batch += batch[:1] * (size - len(batch))  # filled up; cut off below
-            parts.append(jax.device_get(score(params, self.rows.pairs(batch), model=self.model)))
+            parts.append(jax.device_get(score(params, self.collate(batch), model=self.model)))
             if time.monotonic() - last_note > PROGRESS:
                 last_note = time.monotonic()
                 note(f"log-probs of the reference: {start + size} of {len(rows)} rows")
@@ -192,9 +170,14 @@ class DPOTrainer:
 
     def _evaluate(self) -> dict[str, float]:
         """Loss and metrics of the held-out rows; empty if there are none."""
-        part, static = self.rows.held_out, {key: self.static[key] for key in ("settings", "total_steps")}
-        if not part.rows:
+        rows, (settings, total_steps) = self.rows.validation, self.spec.objective
+        if not rows:
             return {}
-        logprobs = self._logprobs(self.params, part.rows)
-        metrics = evaluate(logprobs, part.reference, part.desirable, self.state.value.step, **static)
+        known = self.reference[len(self.rows.train) :], _desirable(rows), self.state.value.step
+        metrics = evaluate(self._logprobs(self.params, rows), *known, settings=settings, total_steps=total_steps)
         return {f"eval/{key}": float(value) for key, value in metrics.items()}
+
+
+def _desirable(rows: Sequence[Any]) -> np.ndarray:
+    """bool [B]. kto: the label of each row; else true."""
+    return np.array([getattr(batching.texts(row)[0], "label", True) for row in rows])

@@ -1,6 +1,5 @@
 """Programs of preference training: response log-probs, the loss over them, and an optimizer step."""
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxrlhf import sharding
 from jaxrlhf.algorithms import kto, masked
 from jaxrlhf.algorithms.dpo import LOSSES, Coefs, Divergence, Logprobs, per_token, preference_loss, sft_term
 from jaxrlhf.algorithms.masked import Scalar
@@ -17,16 +15,7 @@ from jaxrlhf.algorithms.reference_free import orpo_loss, simpo_loss
 from jaxrlhf.config import DPO
 from jaxrlhf.logprobs import token_logprobs
 from jaxrlhf.models import ModelConfig, forward
-from jaxrlhf.training.optim import Optimizer
-from jaxrlhf.training.step import (
-    Metrics,
-    apply,
-    dropout_keys,
-    from_micro_batches,
-    gradients,
-    one_role,
-    to_micro_batches,
-)
+from jaxrlhf.training.step import Metrics, Spec, from_micro_batches, supervised_step, to_micro_batches
 from jaxrlhf.types import Batch, PackedPairs, Pairs, Params, TrainState
 
 
@@ -158,50 +147,33 @@ def evaluation_keys(settings: DPO) -> list[str]:
     return list(jax.eval_shape(one, scored, row, scored.valid, jax.ShapeDtypeStruct((), jnp.int32)))
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "optimizer", "settings", "total_steps", "num_micro", "mesh"),
-    donate_argnames="state",
-)
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
 def update(
-    state: TrainState,
-    frozen: Params,
-    batch: Preferences,
-    key: Array,
-    *,
-    model: ModelConfig,
-    optimizer: Optimizer,
-    settings: DPO,
-    total_steps: int,
-    num_micro: int,
-    mesh: jax.sharding.Mesh,
+    state: TrainState, frozen: Params, batch: Preferences, key: Array, *, spec: Spec
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step on `batch`, in `num_micro` micro-batches. `frozen` is the base model under adapters, else
-    empty; `key` is the run's, folded with the step for dropout."""
+    """One optimizer step on `batch`. `frozen` is the base model under adapters, else empty; `key` is the run's. The
+    objective of `spec` is the settings and the number of steps of the run."""
+    model, (settings, total_steps) = spec.model, spec.objective
     valid, labelled = batch.pairs.valid, settings.loss == "kto"
     count, (chosen_tokens, rejected_tokens) = jnp.sum(valid), _tokens(batch.pairs)
-    keys, beta = dropout_keys(model, key, state.step, rows=valid.shape[0]), _beta(state.step, settings, total_steps)
-    kl = jnp.float32(0)
+    beta, kl = _beta(state.step, settings, total_steps), jnp.float32(0)
     if labelled:
-        policy, others = {**frozen, **state.params["policy"]}, to_micro_batches(batch.pairs.rejected, num_micro)
+        policy, others = {**frozen, **state.params["policy"]}, to_micro_batches(batch.pairs.rejected, spec.num_micro)
         scored = jax.lax.map(lambda part: _logprobs(policy, part, model, None), others)
         kl = kto.kl_baseline(from_micro_batches(scored), batch.reference[:, 1], valid)
 
-    def micro_loss(params: Params, rows: tuple[Preferences, Array | None]) -> tuple[Array, Metrics]:
-        part, policy = rows[0], {**frozen, **params}
+    def loss(policy: Params, part: Preferences, keys: Array | None) -> tuple[Array, Metrics]:
         if settings.loss == "kto":
             assert isinstance(part.pairs, Pairs)
-            logprobs = _logprobs(policy, part.pairs.chosen, model, rows[1])
+            logprobs = _logprobs(policy, part.pairs.chosen, model, keys)
             return kto_objective(logprobs, part.reference[:, 0], part.desirable, kl, count, beta, settings)
-        scored = pair_logprobs(policy, part.pairs, model, rows[1])
+        scored = pair_logprobs(policy, part.pairs, model, keys)
         return objective(scored, part.reference, count, chosen_tokens, beta, settings)
 
-    grads, metrics = gradients(micro_loss, state.params["policy"], (batch, keys), num_micro)
+    state, metrics = supervised_step(loss, state, frozen, batch, key, spec)
     metrics: Metrics = kto.finalize_metrics(metrics) | {"kl": kl} if labelled else metrics
-    state, norms = apply(state, {"policy": grads}, metrics["loss"], (("policy", optimizer),))
-    state = dataclasses.replace(state, step=state.step + 1)
     tokens = chosen_tokens if labelled else chosen_tokens + rejected_tokens
-    return sharding.constrain(state, mesh), metrics | one_role(norms) | {"num_tokens": tokens, "beta": beta}
+    return state, metrics | {"num_tokens": tokens, "beta": beta}
 
 
 def _beta(step: Array, settings: DPO, total_steps: int) -> Array:

@@ -1,10 +1,8 @@
 """Reward models, trained on preferences, rankings, labels or scores."""
 
-import dataclasses
 import functools
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,56 +14,38 @@ from jaxrlhf.config import RewardConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import Split, pair_rows
 from jaxrlhf.data.labelled import label_rows, ranking_rows, score_rows
-from jaxrlhf.data.loader import rows_at
-from jaxrlhf.data.packing import PackedRow, pack
+from jaxrlhf.data.packing import PackedRow
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import NumericsError
 from jaxrlhf.evaluation.reward_metrics import KEYS, HeldOut, evaluation, summary
 from jaxrlhf.files import write_whole
 from jaxrlhf.models import ModelConfig
-from jaxrlhf.training import pretrained, setup
-from jaxrlhf.training.optim import Optimizer, make_optimizer
 from jaxrlhf.training.reward.loss import Objective, objective_of, response_loss, response_scores
-from jaxrlhf.training.session import Session, check_metric, num_steps, open_session
-from jaxrlhf.training.step import Metrics, apply, dropout_keys, gradients, one_role
+from jaxrlhf.training.session import Session
+from jaxrlhf.training.step import Metrics, Spec, supervised_step
+from jaxrlhf.training.supervised import SupervisedTrainer
 from jaxrlhf.types import PackedPairs, Params, Responses, TrainState
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "objective", "optimizer", "num_micro", "mesh"), donate_argnames="state"
-)
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
 def update(
-    state: TrainState,
-    frozen: Params,
-    batch: Responses | PackedPairs,
-    key: jax.Array,
-    *,
-    model: ModelConfig,
-    objective: Objective,
-    optimizer: Optimizer,
-    num_micro: int,
-    mesh: jax.sharding.Mesh,
+    state: TrainState, frozen: Params, batch: Responses | PackedPairs, key: jax.Array, *, spec: Spec
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step on `batch`, in `num_micro` micro-batches. `frozen` is the trunk if it is frozen or under
-    adapters; `key` is the run's, folded with the step for dropout."""
+    """One optimizer step on `batch`. `frozen` is the trunk if it is frozen or under adapters; `key` is the run's."""
     count = jnp.sum(batch.real[..., 0])
-    row_keys = dropout_keys(model, key, state.step, rows=batch.real.shape[0])
 
-    def loss(params: Params, rows: tuple[Responses | PackedPairs, jax.Array | None]) -> tuple[jax.Array, Metrics]:
-        part, keys = rows
-        scores = response_scores({**frozen, **params}, part, model, keys)
-        value, metrics = response_loss(scores, part.real, part.target, count, objective)
+    def loss(params: Params, rows: Responses | PackedPairs, keys: jax.Array | None) -> tuple[jax.Array, Metrics]:
+        scores = response_scores(params, rows, spec.model, keys)
+        value, metrics = response_loss(scores, rows.real, rows.target, count, spec.objective)
         extremes = {
-            "max_reward_max": jnp.where(part.real, scores, -jnp.inf).max(),
-            "min_reward_max": jnp.where(part.real, -scores, -jnp.inf).max(),
+            "max_reward_max": jnp.where(rows.real, scores, -jnp.inf).max(),
+            "min_reward_max": jnp.where(rows.real, -scores, -jnp.inf).max(),
         }
         return value, metrics | extremes
 
-    grads, metrics = gradients(loss, state.params["reward"], (batch, row_keys), num_micro)
+    state, metrics = supervised_step(loss, state, frozen, batch, key, spec)
     metrics["max_reward"], metrics["min_reward"] = metrics.pop("max_reward_max"), -metrics.pop("min_reward_max")
-    state, norms = apply(state, {"reward": grads}, metrics["loss"], (("reward", optimizer),))
-    state = dataclasses.replace(state, step=state.step + 1)
-    return sharding.constrain(state, mesh), metrics | one_role(norms)
+    return state, metrics
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -78,49 +58,21 @@ TARGETS = {"pairwise": "margin", "ties": "tied", "classification": "label", "reg
 """The field of a row that a loss trains on, as `Responses.target`."""
 
 
-class RewardTrainer:
+class RewardTrainer(SupervisedTrainer[RewardConfig]):
     """Train a reward model from `config.model` on the rows of `config.data`: `.train()`, `.save_pretrained(folder)`.
 
     Errors in the config, the data or the model are raised here, before training begins.
     """
 
     def __init__(self, config: RewardConfig, *, fresh: bool = False) -> None:
-        self.config, self._fresh = config, fresh
-        train = config.train
-        parts = setup.supervised(config, config.head)
-        self.mesh, self.tokenizer, self.model, self.key = parts.mesh, parts.tokenizer, parts.model, parts.key
+        super().__init__(config, "reward", role="reward", head=config.head, fresh=fresh)
         self.data = _rows(config, self.tokenizer)
-        self._objective = objective_of(config)
-        check_metric(config, _evaluation_keys(self._objective), bool(self.data.validation))
-        rows = (*self.data.train, *self.data.validation)
-        lengths = [len(text.tokens) for row in rows for text in batching.texts(row)]
-        setup.check_context(lengths, self.model, "the longest row", "data.max_length")
-        self._group = max(len(batching.texts(row)) for row in rows)
-        context = self.model.max_positions  # limits a text; a packed row, whose positions restart, may be longer
-        self._width = 2 * batching.bucket(min(config.data.max_length, context), context)
-        self.rows: Split[Any] = self.data
-        if train.packing:
-            self.rows = pack(self.data, batching.texts, self._width, train.batch_size)
-            self._max_pairs = max(len(row.lengths) // 2 for row in (*self.rows.train, *self.rows.validation))
-        self.total_steps = num_steps(len(self.rows.train), train.batch_size, train.num_train_epochs, train.max_steps)
-        optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
-        self.static: dict[str, Any] = {
-            "model": self.model,
-            "objective": self._objective,
-            "optimizer": optimizer,
-            "num_micro": parts.num_micro,
-            "mesh": self.mesh,
-        }
-        """Static arguments of `update`."""
-        self.state, self.frozen = setup.load_state(config, parts, "reward", optimizer, frozen_trunk=config.frozen_trunk)
-        self._results: dict[str, float] = {}
+        objective = objective_of(config)
+        self.use_rows(self.data, _evaluation_keys(objective), texts=2)
+        self._group = max(len(batching.texts(row)) for row in (*self.data.train, *self.data.validation))
+        self.load(objective, frozen_trunk=config.frozen_trunk)
         self.evaluation: dict[str, Any] = {}
         """The newest evaluation in full; empty before the first."""
-
-    @property
-    def params(self) -> Params:
-        """The current parameters, trunk and head."""
-        return {**self.frozen, **self.state.value.params["reward"]}
 
     def describe(self) -> str:
         """Model, data and number of steps of `.train()`, and the first row as the model sees it."""
@@ -128,22 +80,17 @@ class RewardTrainer:
         names = {1: ["response"], 2: ["chosen", "rejected"]}.get(len(first))
         names = names or [f"rank {k + 1}" for k in range(len(first))]
         texts = (f"{name}: {self.tokenizer.decode(text.tokens)}" for name, text in zip(names, first, strict=True))
-        return "\n".join((self._about(), f"{self.total_steps} steps", *texts))
+        return "\n".join((self.about(), f"{self.total_steps} steps", *texts))
 
     def train(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""
-        config, size, num_rows = self.config, self.config.train.batch_size, len(self.rows.train)
-        eval_every = config.train.eval_every or -(-num_rows // size)
-        identity = setup.identity(self.rows, self.frozen)
-        with open_session(config, "reward", self.total_steps, self.state, identity, fresh=self._fresh) as session:
-            session.note(self._about())
+        with self.session() as session:
             session.resume()
             for step in session.steps():
                 batch = self.batch(step)
-                self.state.value, metrics = update(self.state.value, self.frozen, batch, self.key, **self.static)
-                metrics |= {"epoch": (step + 1) * size / num_rows}
-                evaluation = self._evaluate() if session.due(step + 1, eval_every) else {}
-                session.log(step + 1, metrics | evaluation)
+                self.state.value, metrics = update(self.state.value, self.frozen, batch, self.key, spec=self.spec)
+                evaluation = self._evaluate() if session.due(step + 1, self.eval_every) else {}
+                session.log(step + 1, metrics | {"epoch": self.epoch(step + 1)} | evaluation)
                 session.save_if_due(step + 1, evaluation)
             self._results = session.finish()
             if session.restore_best():
@@ -152,35 +99,18 @@ class RewardTrainer:
             session.note(f"exported to {self.save_pretrained(session.directory / 'export')}")
         return self._results
 
-    def save_pretrained(self, directory: str | Path, *, merge_lora: bool = False) -> Path:
-        """Write the reward model as a sequence classification model in Hugging Face layout; only adapters and head of a
-        LoRA run unless `merge_lora`."""
-        return pretrained.save(
-            directory,
-            self.model,
-            self.params,
-            self.config,
-            self.tokenizer,
-            method="reward",
-            step=int(self.state.value.step),
-            results=self._results,
-            merge_lora=merge_lora,
-        )
-
     def batch(self, step: int) -> Responses | PackedPairs:
         """The training batch of a step, on the mesh."""
-        rows, size = self.rows.train, self.config.train.batch_size
-        order = rows_at(step, size, len(rows), self.config.seed, self.config.data.shuffle)
-        return self.collate([rows[i] for i in order])
+        return self.collate([self.rows.train[i] for i in self.order(step)])
 
     def collate(self, rows: Sequence[Any]) -> Responses | PackedPairs:
         """A batch of these rows, on the mesh."""
         if self.config.train.packing:
-            pairs = batching.packed_pairs(rows, self.tokenizer.pad_id, self._width, self._max_pairs)
+            pairs = batching.packed_pairs(rows, self.tokenizer.pad_id, self.width, self._max_pairs)
             return sharding.put_rows(pairs, self.mesh)
-        longest = max(len(text.tokens) for row in rows for text in batching.texts(row))
-        length, field = batching.bucket(longest, self.model.max_positions), TARGETS.get(self.config.loss)
+        field = TARGETS.get(self.config.loss)
         targets = [float(getattr(row, field)) if field else 0.0 for row in rows]
+        length = self.padded_length(rows)
         responses = batching.responses(rows, targets, self.tokenizer.pad_id, length, self._group)
         return sharding.put_rows(responses, self.mesh)
 
@@ -189,9 +119,6 @@ class RewardTrainer:
         size = self.config.train.eval_batch_size
         for part in (rows[i : i + size] for i in range(0, len(rows), size)):
             yield self.collate([*part, *[part[0]] * (size - len(part))])
-
-    def _about(self) -> str:
-        return setup.describe(self.config, self.model, self.tokenizer, self.rows.report, self.mesh)
 
     def _evaluate(self) -> dict[str, float]:
         """Metrics of the held-out rows; empty if there are none. Raises NumericsError for scores that are not
@@ -212,7 +139,7 @@ class RewardTrainer:
                 "the reward model's scores of held-out rows are not finite; start over with --fresh and a lower "
                 "optim.learning_rate"
             )
-        metrics = response_loss(scores, real, target, len(scores), self._objective)[1]
+        metrics = response_loss(scores, real, target, len(scores), self.spec.objective)[1]
         lengths = [lengths for row in rows for lengths in _response_lengths(row, self._group)]
         held_out = HeldOut(*map(np.asarray, (scores, real, target, lengths)))
         self.evaluation = evaluation(held_out, self.config.loss)

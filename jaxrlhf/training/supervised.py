@@ -1,0 +1,129 @@
+"""The base class of the SFT, reward and DPO trainers: setup, batches, session and export."""
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from jaxrlhf import sharding, weights
+from jaxrlhf.config import DPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.data import batching
+from jaxrlhf.data.datasets import Split
+from jaxrlhf.data.loader import rows_at
+from jaxrlhf.data.packing import pack
+from jaxrlhf.training import pretrained, setup
+from jaxrlhf.training.abstract import build
+from jaxrlhf.training.adapters import add_adapters, split_trainable
+from jaxrlhf.training.optim import make_optimizer
+from jaxrlhf.training.session import Session, check_metric, num_steps, open_session
+from jaxrlhf.training.state import State
+from jaxrlhf.training.step import Spec
+from jaxrlhf.types import Params
+
+Config = TypeVar("Config", SFTConfig, RewardConfig, DPOConfig)
+
+
+class SupervisedTrainer(Generic[Config]):
+    """Mesh, tokenizer and model of a run of `method`; a subclass adds rows, parameters and its `train`.
+
+    `role` is the model that trains. Raises ConfigError for batches that the mesh cannot split.
+    """
+
+    def __init__(
+        self, config: Config, method: str, *, role: Literal["policy", "reward"], head: str, fresh: bool
+    ) -> None:
+        self.config, self.method, self.role, self._fresh = config, method, role, fresh
+        train, self.mesh = config.train, sharding.make_mesh(config.mesh)
+        micro = train.micro_batch_size or train.batch_size
+        sharding.check_rows(micro, self.mesh, "train.micro_batch_size, or train.batch_size without it")
+        sharding.check_rows(train.eval_batch_size, self.mesh, "train.eval_batch_size")
+        self._num_micro = train.batch_size // micro
+        self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
+        self.model = setup.model_config(config.model, self.tokenizer, head, config.lora)
+        self._init_key, self.key, _, self._lora_key = setup.keys(config.seed)
+        self._results: dict[str, float] = {}
+
+    def use_rows(self, rows: Split[Any], evaluations: Collection[str], *, texts: int) -> None:
+        """Train on `rows`, packed if `train.packing`. `evaluations` are the metrics of held-out rows, `texts` the
+        number of texts in a row of a batch. Raises ConfigError for texts longer than the model's context."""
+        train = self.config.train
+        check_metric(self.config, evaluations, bool(rows.validation))
+        longest = max(map(batching.row_length, (*rows.train, *rows.validation)))
+        setup.check_context([longest], self.model, "the longest row", "data.max_length")
+        context = self.model.max_positions  # limits a text; a packed row, whose positions restart, may be longer
+        limit = min(self.config.data.max_length, context) if train.packing else longest
+        self.width = texts * batching.bucket(limit, context)
+        """Columns of all texts of the longest row together, or of every packed row."""
+        if train.packing:
+            rows = pack(rows, batching.texts, self.width, train.batch_size)
+            self._max_pairs = max(len(row.lengths) // 2 for row in (*rows.train, *rows.validation))
+        self.rows = rows
+        number = len(rows.train)
+        self.total_steps = num_steps(number, train.batch_size, train.num_train_epochs, train.max_steps)
+        self.eval_every = train.eval_every or -(-number // train.batch_size)
+
+    def load(self, objective: Any = None, *, frozen_trunk: bool = False) -> None:
+        """Read or initialise the parameters, and split them into `state` and `frozen`."""
+        config = self.config
+        optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
+        self.spec = Spec(self.model, optimizer, self._num_micro, self.mesh, objective)
+        params = setup.load_model(
+            config.model,
+            tokenizer=self.tokenizer,
+            mesh=self.mesh,
+            key=self._init_key,
+            head=self.model.head,
+            dtype=setup.param_dtype(config),
+        )
+        params = build(lambda p: add_adapters(p, self.model, config.lora, self._lora_key), self.mesh, params)
+        trained, self.frozen = split_trainable(params, frozen_trunk or config.lora.enabled)
+        self.state = State({self.role: trained}, {self.role: optimizer}, self.mesh)
+
+    @property
+    def params(self) -> Params:
+        """The current parameters, frozen ones included."""
+        return {**self.frozen, **self.state.value.params[self.role]}
+
+    def about(self) -> str:
+        """Model, precision, devices, tokenizer and data, one line each."""
+        return setup.describe(self.config, self.model, self.tokenizer, self.rows.report, self.mesh)
+
+    @contextlib.contextmanager
+    def session(self, **identity: str) -> Iterator[Session]:
+        """The run while it is open. `identity` adds hashes to those of the rows and the frozen parameters."""
+        hashes = {
+            "data": setup.fingerprint((*self.rows.train, *self.rows.validation)),
+            "frozen parameters": setup.params_fingerprint(self.frozen),
+        }
+        arguments = self.config, self.method, self.total_steps, self.state, hashes | identity
+        with open_session(*arguments, fresh=self._fresh) as session:
+            session.note(self.about())
+            yield session
+
+    def order(self, step: int) -> list[int]:
+        """The numbers of the rows that a step trains on."""
+        config = self.config
+        return rows_at(step, config.train.batch_size, len(self.rows.train), config.seed, config.data.shuffle).tolist()
+
+    def epoch(self, step: int) -> float:
+        """Passes over the rows after `step` steps."""
+        return step * self.config.train.batch_size / len(self.rows.train)
+
+    def padded_length(self, rows: Sequence[Any]) -> int:
+        """Columns of a batch of these rows, unless they are packed."""
+        return batching.bucket(max(map(batching.row_length, rows)), self.model.max_positions)
+
+    def save_pretrained(self, directory: str | Path, *, merge_lora: bool = False) -> Path:
+        """Write the model, its config and its tokenizer in Hugging Face layout; only what trains of a LoRA run unless
+        `merge_lora`. A reward model is written as a sequence classification model."""
+        return pretrained.save(
+            directory,
+            self.model,
+            self.params,
+            self.config,
+            self.tokenizer,
+            method=self.method,
+            step=int(self.state.value.step),
+            results=self._results,
+            merge_lora=merge_lora,
+        )
