@@ -27,8 +27,6 @@ def gae(
     and values are never read. After the last real token A is 0 and V is `bootstrap`: 0 for a finished response, the
     value of the next state for a truncated one. Both results are 0 outside the mask.
     """
-    chex.assert_rank(rewards, 2)
-    chex.assert_equal_shape([rewards, values, mask])
     chex.assert_shape(bootstrap, rewards.shape[:1])
 
     def step(carry, column):
@@ -60,7 +58,6 @@ def whiten(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], shift_mean: b
     Call it on the whole batch, not on a micro-batch or one device's shard. As in TRL, the variance is the unbiased one
     (divided by n - 1) plus 1e-8. The variance of a single real token is taken as 0.
     """
-    chex.assert_equal_shape([x, mask])
     n = jnp.sum(mask)
     mean = masked.total(x, mask) / jnp.maximum(n, 1)
     centred = masked.keep(x - mean, mask)

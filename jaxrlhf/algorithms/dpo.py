@@ -71,7 +71,6 @@ def divergence_scores(log_ratio: Float[Array, "*shape"], divergence: Divergence)
 
 def ratios(logprobs: Logprobs, mask: Bool[Array, " B"], divergence: Divergence) -> Scores:
     """Scores of whole responses."""
-    chex.assert_rank(mask, 1)
     chex.assert_equal_shape([*logprobs, mask])
     return (
         divergence_scores(logprobs.chosen - logprobs.ref_chosen, divergence),
@@ -87,8 +86,6 @@ def per_token(logprobs: Logprobs, mask: Bool[Array, " B"], divergence: Divergenc
 
 def ranked(x: Float[Array, " B"], mask: Bool[Array, " B"]) -> Float[Array, " B"]:
     """The real entries of `x` in ascending order, at the true places of the mask; 0 elsewhere."""
-    chex.assert_rank(x, 1)
-    chex.assert_equal_shape([x, mask])
     return masked.keep(jnp.sort(jnp.where(mask, x, jnp.inf))[jnp.cumsum(mask) - 1], mask)
 
 
@@ -237,7 +234,6 @@ def preference_loss(
     `mask` marks the rows that are pairs, and `count` is the number of pairs of the whole optimizer batch. Loss and
     gradient are finite for finite log-probs and coefficients in their ranges.
     """
-    chex.assert_rank(mask, 1)
     chex.assert_equal_shape([*logprobs, mask])
     kept = Logprobs(*(jnp.where(mask, values, 0) for values in logprobs))
     chosen, rejected = loss.scores(kept, mask, divergence)
@@ -248,8 +244,6 @@ def preference_loss(
 
 def pair_metrics(rewards: Scores, logprobs: Scores, mask: Bool[Array, " B"], count: Scalar) -> Metrics:
     """Means over the pairs of (chosen, rejected) rewards and log-probs. A tie counts as a wrong prediction."""
-    chex.assert_rank(mask, 1)
-    chex.assert_equal_shape([*rewards, *logprobs, mask])
     rewards = masked.keep(rewards[0], mask), masked.keep(rewards[1], mask)
     return {
         "rewards/chosen": jnp.sum(rewards[0]) / count,
@@ -267,5 +261,4 @@ def sft_term(chosen: Float[Array, " B"], mask: Bool[Array, " B"], tokens: Scalar
     To be multiplied by a coefficient and added to the loss, as in CPO and ORPO. `tokens` is the number of tokens in the
     chosen responses of the whole optimizer batch.
     """
-    chex.assert_rank(chosen, 1)
     return -masked.total(chosen, mask) / tokens

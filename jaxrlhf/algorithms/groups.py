@@ -50,7 +50,6 @@ def gpg(scores: Float[Array, " B"], group: Int[Array, " B"]) -> Float[Array, " B
 
 def remax(scores: Float[Array, " B"], greedy_scores: Float[Array, " B"]) -> Float[Array, " B"]:
     """ReMax: score - score of the greedy response to the same prompt (https://arxiv.org/abs/2310.10505, alg. 1)."""
-    chex.assert_rank(scores, 1)
     chex.assert_equal_shape([scores, greedy_scores])
     return scores - greedy_scores
 
@@ -60,7 +59,6 @@ def reinforce_pp(rewards: Float[Array, "B R"], mask: Bool[Array, "B R"], gamma: 
 
     `rewards` are those of `ppo.token_rewards`: for gamma = 1 the reward to go is score - kl_coef (KL from t on).
     """
-    chex.assert_rank(rewards, 2)
     return whiten(reward_to_go(rewards, mask, jnp.zeros_like(rewards[:, 0]), gamma), mask, shift_mean=True)
 
 
@@ -82,7 +80,6 @@ def zero_variance(scores: Float[Array, " B"], group: Int[Array, " B"]) -> Bool[A
 
     These are the groups that dynamic sampling replaces (https://arxiv.org/abs/2503.14476, 3.2).
     """
-    chex.assert_rank(scores, 1)
     chex.assert_equal_shape([scores, group])
     return ~jnp.any(_same(group) & (scores[:, None] != scores), axis=1)
 
@@ -108,7 +105,6 @@ def _same(group: Int[Array, " B"]) -> Bool[Array, "B B"]:
 
 def _differences(scores: Float[Array, " B"], group: Int[Array, " B"]) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
     """(sum over the group of score - the other's score, size of the group): exactly 0 if all scores are equal."""
-    chex.assert_rank(scores, 1)
     chex.assert_equal_shape([scores, group])
     same = _same(group)
     return jnp.sum(jnp.where(same, scores[:, None] - scores, 0.0), axis=1), jnp.sum(same, axis=1)

@@ -62,8 +62,6 @@ def gspo_loss(
     all tokens of a response, loss and gradient are those of eq. 5. Clip fractions count the tokens of clipped
     sequences; the other metrics are computed from token ratios.
     """
-    chex.assert_rank(logprobs, 2)
-    chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask, weights])
     log_ratio = masked.keep(logprobs, mask) - masked.keep(old_logprobs, mask)
     mean = jnp.sum(log_ratio, axis=1, keepdims=True) / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
     # Passed as a log-ratio, not added to old_logprobs: the rounding would matter for clip ranges of 3e-4.
@@ -88,8 +86,7 @@ def cispo_loss(
     Source: https://arxiv.org/abs/2506.13585, eq. 4. sg stops the gradient. The paper has no lower bound: low = 1. Clip
     fractions count the tokens whose rho is out of range, whatever their advantage; `clip.dual` is not used.
     """
-    chex.assert_rank(logprobs, 2)
-    chex.assert_equal_shape([logprobs, old_logprobs, mask, weights])
+    chex.assert_equal_shape([logprobs, weights])
     log_ratio = jax.lax.stop_gradient(masked.keep(logprobs, mask) - masked.keep(old_logprobs, mask))
     lower, upper = jnp.log(1 - clip.low), jnp.log(1 + clip.high)
     importance = jnp.exp(jnp.clip(log_ratio, lower, upper))
@@ -113,8 +110,6 @@ def reinforce_loss(
 
     Its gradient is that of the expected reward; its value has no meaning.
     """
-    chex.assert_rank(logprobs, 2)
-    chex.assert_equal_shape([logprobs, advantages, mask, weights])
     advantages, weights = masked.keep(advantages, mask), masked.keep(weights, mask)
     loss = -jnp.sum(weights * advantages * masked.keep(logprobs, mask)) / count
     return loss, {"loss/policy_avg": loss}

@@ -55,8 +55,6 @@ def kl_loss(
     KL of later tokens is not included (it is for a KL in the reward). `count` is the number of real tokens of the whole
     optimizer batch; `weights` are extra token weights (None: 1).
     """
-    chex.assert_rank(logprobs, 2)
-    chex.assert_equal_shape([logprobs, old_logprobs, ref_logprobs, mask])
     logprobs, old_logprobs, ref_logprobs = (masked.keep(x, mask) for x in (logprobs, old_logprobs, ref_logprobs))
     if estimator == "k2":
         terms = k2(logprobs, ref_logprobs)

@@ -17,8 +17,6 @@ def kl_baseline(
     Call it on the WHOLE optimizer batch: the estimate of a micro-batch is another, noisier number. 0 if the mask is
     empty.
     """
-    chex.assert_rank(logprobs, 1)
-    chex.assert_equal_shape([logprobs, ref_logprobs, mask])
     mean = masked.total(logprobs - ref_logprobs, mask) / jnp.maximum(jnp.sum(mask), 1)
     return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
 
@@ -44,8 +42,6 @@ def kto_loss(
     of APO-zero (https://arxiv.org/abs/2408.06266). Finite for finite log-probs, also if all responses have one label.
     Metrics add up over micro-batches like the loss; pass their sum to `finalize_metrics`.
     """
-    chex.assert_rank(logprobs, 1)
-    chex.assert_equal_shape([logprobs, ref_logprobs, desirable, mask])
     logprobs, ref_logprobs = masked.keep(logprobs, mask), masked.keep(ref_logprobs, mask)
     log_ratio = logprobs - ref_logprobs
     sign = jnp.where(desirable, 1.0, -1.0)

@@ -30,7 +30,6 @@ def token_rewards(
     real tokens is dropped. `kl_coef` is 0 if the KL is in the loss (`kl.kl_loss`).
     """
     chex.assert_shape(scores, mask.shape[:1])
-    chex.assert_equal_shape([old_logprobs, ref_logprobs, mask])
     penalty = kl_coef * k1(masked.keep(old_logprobs, mask), masked.keep(ref_logprobs, mask))
     rewards = jnp.where(masked.last(mask), scores[:, None], 0.0) - penalty
     return rewards if token_scores is None else rewards + masked.keep(token_scores, mask)
@@ -62,8 +61,6 @@ def policy_loss(
     `count` is the number of real tokens of the whole optimizer batch. Metrics add up over micro-batches like the loss;
     pass their sum to `finalize_metrics`.
     """
-    chex.assert_rank(logprobs, 2)
-    chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
     log_ratio = masked.keep(logprobs, mask) - masked.keep(old_logprobs, mask)
     advantages = masked.keep(advantages, mask)
     upper, lower = 1 + clip.high, 1 - clip.low
@@ -87,8 +84,6 @@ def policy_loss(
 
 def ratio_metrics(log_ratio: Float[Array, "B R"], mask: Bool[Array, "B R"], count: Scalar, clip: Clip) -> Metrics:
     """Distance of pi from pi_old, without a gradient. `log_ratio` is 0 outside the mask."""
-    chex.assert_rank(log_ratio, 2)
-    chex.assert_equal_shape([log_ratio, mask])
     log_ratio = jax.lax.stop_gradient(jnp.clip(log_ratio, -clip.log_ratio, clip.log_ratio))
     return {
         "policy/approxkl_avg": 0.5 * jnp.sum(jnp.square(log_ratio)) / count,
@@ -112,8 +107,6 @@ def value_loss(
 
     Without a clip range, only the first of the two.
     """
-    chex.assert_rank(values, 2)
-    chex.assert_equal_shape([values, old_values, returns, mask])
     values, old_values, returns = (masked.keep(x, mask) for x in (values, old_values, returns))
     if cliprange_value is None:
         loss = 0.5 * jnp.sum(jnp.square(values - returns)) / count
@@ -150,7 +143,6 @@ def rollout_metrics(
     rlhf_reward is the objective score - kl_coef KL, wherever the KL enters; non_score_reward is the part of the rewards
     that is KL penalty: 0 if the KL is in the loss.
     """
-    chex.assert_equal_shape([old_logprobs, ref_logprobs, mask])
     kept = masked.keep(old_logprobs, mask), masked.keep(ref_logprobs, mask)
     kl = jnp.mean(jnp.sum(k1(*kept), axis=1))
     return response_metrics(scores, mask, finished) | {

@@ -4,7 +4,6 @@ Arguments of both: `chosen` and `rejected` are log-probs summed over the tokens 
 that are pairs, and `count` is the number of pairs of the whole optimizer batch. The average of an empty response is 0.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -66,8 +65,6 @@ def orpo_loss(
 
 
 def _averages(logprobs: Float[Array, " B"], tokens: Int[Array, " B"], mask: Bool[Array, " B"]) -> Float[Array, " B"]:
-    chex.assert_rank(logprobs, 1)
-    chex.assert_equal_shape([logprobs, tokens, mask])
     return masked.keep(logprobs, mask) / jnp.maximum(jnp.where(mask, tokens, 0), 1)
 
 

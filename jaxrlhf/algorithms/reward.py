@@ -34,7 +34,6 @@ def pairwise_loss(
     smoothing e, the swapped pair has weight e and the pair itself 1 - e. A tie counts as a wrong prediction, so a
     constant model has accuracy 0.
     """
-    chex.assert_equal_shape([chosen, rejected, mask])
     margin = masked.keep(chosen - rejected, mask)
     beyond = margin if margins is None else margin - masked.keep(margins, mask)
     loss = masked.total(smoothed(beyond, label_smoothing), mask) / count
@@ -53,7 +52,6 @@ def centring_term(
 
     To be multiplied by a coefficient and added to the loss. Pairs alone leave the level of the scores undetermined.
     """
-    chex.assert_equal_shape([chosen, rejected, mask])
     return jnp.sum(jnp.square(masked.keep(chosen + rejected, mask))) / count
 
 
@@ -73,7 +71,6 @@ def ties_loss(
     above 0 if there are ties: at 0 their probability is 0 and the loss infinite. Accuracy and margin are sums over the
     pairs without a tie, divided by the number of all pairs; `ties` is the share of tied pairs.
     """
-    chex.assert_equal_shape([chosen, rejected, tied, mask])
     margin = masked.keep(chosen - rejected, mask)
     tied = tied & mask
     band = 2 * nu + jnp.log(-jnp.expm1(-2 * nu))  # log(exp(2 nu) - 1), without overflow of exp(2 nu)
@@ -98,8 +95,6 @@ def ranking_loss(
     of rankings with two or more of them (shorter ones have no loss). With two responses this is `pairwise_loss`.
     Accuracy is the share of a ranking's pairs that are in order.
     """
-    chex.assert_rank(scores, 2)
-    chex.assert_equal_shape([scores, mask])
     columns = jnp.arange(scores.shape[1])
     later = columns[None, :] > columns[:, None]
     kept = masked.keep(scores, mask)
@@ -127,7 +122,6 @@ def classification_loss(
 
     The score is the difference of the logits of good and bad.
     """
-    chex.assert_equal_shape([scores, good, mask])
     kept = masked.keep(scores, mask)
     losses = optax.sigmoid_binary_cross_entropy(kept, good.astype(kept.dtype))
     loss = masked.total(losses, mask) / count
@@ -142,7 +136,6 @@ def regression_loss(
     scores: Float[Array, "*shape"], targets: Float[Array, "*shape"], mask: Bool[Array, "*shape"], count: Scalar
 ) -> tuple[Float[Array, ""], Metrics]:
     """Mean squared error: 1/count sum (score - target)^2 (https://arxiv.org/abs/2311.09528)."""
-    chex.assert_equal_shape([scores, targets, mask])
     kept = masked.keep(scores, mask)
     error = kept - masked.keep(targets, mask)
     loss = jnp.sum(jnp.square(error)) / count

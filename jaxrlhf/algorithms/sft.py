@@ -1,6 +1,5 @@
 """Supervised fine-tuning."""
 
-import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -16,7 +15,5 @@ def sft_loss(
     `count` is the number of tokens in the loss masks of the whole optimizer batch, so every token has the same weight,
     whatever the length of its row. Column t of every argument belongs to the same predicted token.
     """
-    chex.assert_rank(logprobs, 2)
-    chex.assert_equal_shape([logprobs, entropy, loss_mask])
     loss = -jnp.sum(masked.keep(logprobs, loss_mask)) / count
     return loss, {"loss": loss, "entropy": masked.total(entropy, loss_mask) / count}

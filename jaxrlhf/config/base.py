@@ -27,7 +27,9 @@ DType = Literal["auto", "float32", "bfloat16"]
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def section(cls: type[T]) -> type[T]:
     """Make `cls` a frozen, keyword-only dataclass that is validated by pydantic and rejects unknown keys."""
-    wrap = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+    wrap = pydantic.dataclasses.dataclass(
+        frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    )
     return wrap(cls)  # type: ignore[return-value]
 
 

@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jaxrlhf.config.base import Bool, FlipProbability, Fraction, NonNegative, Positive, Seed, section
-from jaxrlhf.config.model import LoRA, ModelSource, TokenizerSource
-from jaxrlhf.config.sections import Checkpoint, Data, Logging, Mesh, Optim, Sampling, Train
-from jaxrlhf.config.sft import check_supervised
+from jaxrlhf.config.base import Bool, FlipProbability, Fraction, NonNegative, Positive, section
+from jaxrlhf.config.model import ModelSource
+from jaxrlhf.config.sections import Sampling
+from jaxrlhf.config.sft import SupervisedConfig
 
 REFERENCE_FREE = ("simpo", "orpo", "cpo")
 _LOG_RATIO_LOSSES = (
@@ -129,29 +129,19 @@ class DPO:
 
 
 @section
-class DPOConfig:
+class DPOConfig(SupervisedConfig):
     """DPO and related losses: training on preferences without a reward model."""
 
+    method = "dpo"
     run_dir: str = "runs/dpo"
-    """Output directory: checkpoints, metrics and the exported model."""
-    seed: Seed = 0
-    """Random seed."""
     model: ModelSource = ModelSource()
     """The reference model is a frozen copy of it."""
-    lora: LoRA = LoRA()
-    tokenizer: TokenizerSource = TokenizerSource()
-    data: Data = Data()
     dpo: DPO = DPO()
-    train: Train = Train()
-    optim: Optim = Optim()
     sampling: Sampling = Sampling()
     """Used for the samples printed during training."""
-    mesh: Mesh = Mesh()
-    logging: Logging = Logging()
-    checkpoint: Checkpoint = Checkpoint()
 
     def __post_init__(self) -> None:
-        check_supervised(self.train, self.optim)
+        super().__post_init__()
         loss, train = self.dpo.loss, self.train
         if loss.startswith("aot") and (train.micro_batch_size or train.batch_size) != train.batch_size:
             raise ValueError(

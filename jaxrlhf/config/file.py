@@ -16,13 +16,7 @@ from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTCo
 from jaxrlhf.config.reader import ConfigReader
 from jaxrlhf.errors import ConfigError
 
-METHODS: dict[str, type] = {
-    "sft": SFTConfig,
-    "reward": RewardConfig,
-    "dpo": DPOConfig,
-    "ppo": PPOConfig,
-    "grpo": GRPOConfig,
-}
+METHODS: dict[str, type] = {cls.method: cls for cls in (SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig)}
 
 
 def load_config(

@@ -1,7 +1,7 @@
 """Sections, options and checks that the configs of the on-policy methods, PPO and GRPO, share."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import field_validator
 
@@ -17,14 +17,12 @@ from jaxrlhf.config.base import (
     Positive,
     PositiveFraction,
     Real,
-    Seed,
     check_divides,
     default_of,
     section,
 )
-from jaxrlhf.config.model import LoRA, ModelSource, TokenizerSource
 from jaxrlhf.config.reward_source import RewardSource
-from jaxrlhf.config.sections import Checkpoint, Data, Generation, Logging, Mesh, Optim, Sampling
+from jaxrlhf.config.sections import BaseConfig, Generation, Sampling
 
 
 @section
@@ -163,30 +161,17 @@ WRONG_KL = {
 
 
 @section
-class OnPolicyConfig:
+class OnPolicyConfig(BaseConfig):
     """What the configs of PPO and GRPO share. A subclass has a section named `method`, and its own default of
     `optim`, of which a config file may set a part."""
 
-    method: ClassVar[Literal["ppo", "grpo"]]
-    run_dir: str = "runs"
-    """Output directory: checkpoints, metrics and the exported model."""
-    seed: Seed = 0
-    """Random seed."""
-    model: ModelSource = ModelSource()
-    lora: LoRA = LoRA()
-    tokenizer: TokenizerSource = TokenizerSource()
     reference: Reference = Reference()
-    data: Data = Data()
     reward: RewardSource = RewardSource()
     scores: Scores = Scores()
     sampling: Sampling = Sampling()
     rollout: Generation = Generation()
-    optim: Optim = Optim()
     validation: Validation = Validation()
     alarms: Alarms = Alarms()
-    mesh: Mesh = Mesh()
-    logging: Logging = Logging()
-    checkpoint: Checkpoint = Checkpoint()
 
     @property
     def settings(self) -> OnPolicy:

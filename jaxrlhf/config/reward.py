@@ -2,10 +2,8 @@
 
 from typing import Literal
 
-from jaxrlhf.config.base import Bool, FlipProbability, NonNegative, Positive, Seed, default_of, section
-from jaxrlhf.config.model import LoRA, ModelSource, TokenizerSource
-from jaxrlhf.config.sections import Checkpoint, Data, Logging, Mesh, Optim, Train
-from jaxrlhf.config.sft import check_supervised
+from jaxrlhf.config.base import Bool, FlipProbability, NonNegative, Positive, default_of, section
+from jaxrlhf.config.sft import SupervisedConfig
 
 _LOSSES_USING = {
     "label_smoothing": ("pairwise",),
@@ -16,15 +14,11 @@ _LOSSES_USING = {
 
 
 @section
-class RewardConfig:
+class RewardConfig(SupervisedConfig):
     """Reward model training on preference pairs, rankings, labels or scores."""
 
+    method = "reward"
     run_dir: str = "runs/reward"
-    """Output directory: checkpoints, metrics and the exported model."""
-    seed: Seed = 0
-    """Random seed."""
-    model: ModelSource = ModelSource()
-    lora: LoRA = LoRA()
     head: Literal["linear", "mlp"] = "linear"
     """Scalar head on the last token's hidden state."""
     frozen_trunk: Bool = False
@@ -42,16 +36,9 @@ class RewardConfig:
     """pairwise and ties: coefficient of the penalty (chosen + rejected)^2, which centres the scores around 0."""
     nu: Positive = 0.5
     """ties: score differences within [-nu, nu] count as ties."""
-    tokenizer: TokenizerSource = TokenizerSource()
-    data: Data = Data()
-    train: Train = Train()
-    optim: Optim = Optim()
-    mesh: Mesh = Mesh()
-    logging: Logging = Logging()
-    checkpoint: Checkpoint = Checkpoint()
 
     def __post_init__(self) -> None:
-        check_supervised(self.train, self.optim)
+        super().__post_init__()
         if self.frozen_trunk and self.lora.enabled:
             raise ValueError(
                 "frozen_trunk is true and lora.enabled too, but adapters would train the trunk; choose one"

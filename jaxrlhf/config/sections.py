@@ -1,6 +1,6 @@
 """Sections shared by several methods. The text under each field is its help in `jaxrlhf new` and `--help`."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,8 +13,10 @@ from jaxrlhf.config.base import (
     NonNegative,
     Positive,
     PositiveFraction,
+    Seed,
     section,
 )
+from jaxrlhf.config.model import LoRA, ModelSource, TokenizerSource
 
 
 @section
@@ -219,3 +221,22 @@ class Generation:
     slots: Natural = 0
     """Number of rows decoded concurrently; a finished row is replaced by the next prompt (continuous batching). 0: the
     whole batch. Fewer slots use less memory, and less time if response lengths vary a lot."""
+
+
+@section
+class BaseConfig:
+    """What the configs of all methods have. A subclass sets `method` and the default of `run_dir`."""
+
+    method: ClassVar[str]
+    run_dir: str = "runs"
+    """Output directory: checkpoints, metrics and the exported model."""
+    seed: Seed = 0
+    """Random seed."""
+    model: ModelSource = ModelSource()
+    lora: LoRA = LoRA()
+    tokenizer: TokenizerSource = TokenizerSource()
+    data: Data = Data()
+    optim: Optim = Optim()
+    mesh: Mesh = Mesh()
+    logging: Logging = Logging()
+    checkpoint: Checkpoint = Checkpoint()

@@ -1,8 +1,6 @@
 """Configs as YAML text: `dump` writes a run's config, `render_new` the commented template of `jaxrlhf new`."""
 
-import ast
 import dataclasses
-import functools
 import inspect
 import textwrap
 import typing
@@ -10,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from jaxrlhf.config import RewardSource, dpo, grpo, model, on_policy, ppo, reward, reward_source, sections, sft
+from jaxrlhf.config import RewardSource
 from jaxrlhf.config.base import default_of
 from jaxrlhf.config.schema import element_class
 from jaxrlhf.config.yaml12 import Dumper
@@ -77,18 +75,5 @@ def _comment(text: str, indent: str) -> list[str]:
 
 def field_doc(cls: type, name: str) -> str:
     """The docstring under a field of a config class, or of the base class that it comes from; "" if there is none."""
-    return next((doc for base in cls.__mro__ if (doc := field_docs().get((base.__name__, name)))), "")
-
-
-@functools.cache
-def field_docs() -> dict[tuple[str, str], str]:
-    """The docstring under each field of the config classes, by (class, field)."""
-    docs: dict[tuple[str, str], str] = {}
-    modules = (dpo, grpo, model, on_policy, ppo, reward, reward_source, sections, sft)
-    nodes = [node for module in modules for node in ast.parse(inspect.getsource(module)).body]
-    for cls in (node for node in nodes if isinstance(node, ast.ClassDef)):
-        for field, text in zip(cls.body, cls.body[1:], strict=False):
-            match field, text:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
-                    docs[cls.name, name] = " ".join(doc.split())
-    return docs
+    fields = (vars(base).get("__pydantic_fields__", {}).get(name) for base in cls.__mro__)
+    return next((" ".join(field.description.split()) for field in fields if field and field.description), "")

@@ -60,7 +60,6 @@ def export(run: Path, target: Path, role: Literal["policy", "critic"] = "policy"
         params,
         dataclasses.replace(settings, model=source),
         tokenizer,
-        method=method,
         step=step,
         results=records.get(step, {}),
         merge_lora=merge_lora,

@@ -18,7 +18,6 @@ def save(
     config: RunConfig,
     tokenizer: Tokenizer,
     *,
-    method: str,
     step: int,
     results: dict[str, float],
     merge_lora: bool = False,
@@ -31,7 +30,7 @@ def save(
     if isinstance(config, RewardConfig) and config.loss == "classification" and model.num_labels == 1:
         model, params = with_two_labels(model, params)
     card = {
-        "method": method,
+        "method": config.method,
         "base_model": config.model.path,
         "dataset": config.data.path,
         "steps": step,

@@ -31,14 +31,13 @@ class Session:
         self,
         run: runs.Run,
         config: RunConfig,
-        method: str,
         total_steps: int,
         state: State,
         identity: dict[str, str],
     ) -> None:
         self.directory, self.config, self.total_steps = run.directory, config, total_steps
         self._state = state
-        self.logger = metrics.Logger(run.directory, config.logging, method, total_steps)
+        self.logger = metrics.Logger(run.directory, config.logging, config.method, total_steps)
         self.note = self.logger.note
         self.best, self.metric = best_of(config), metric_of(config)
         self.watch: Callable[[Metrics], tuple[Metrics, list[str]]] | None = None
@@ -189,15 +188,15 @@ class Session:
 
 @contextlib.contextmanager
 def open_session(
-    config: RunConfig, method: str, total_steps: int, state: State, identity: dict[str, str], *, fresh: bool
+    config: RunConfig, total_steps: int, state: State, identity: dict[str, str], *, fresh: bool
 ) -> Iterator[Session]:
-    """Open the run directory of `config` for `method`; at the end of the block pending saves finish and the lock goes.
+    """Open the run directory of `config`; at the end of the block pending saves finish and the lock goes.
 
     `identity` maps the name of each thing that the config does not pin down (data, frozen parameters) to a hash of its
     content: a run does not resume with another.
     """
-    with runs.open_run(config, method, fresh) as run:
-        session = Session(run, config, method, total_steps, state, identity)
+    with runs.open_run(config, config.method, fresh) as run:
+        session = Session(run, config, total_steps, state, identity)
         try:
             with compilation.announce(session.note):
                 yield session

@@ -59,7 +59,7 @@ class SFTTrainer(SupervisedTrainer[SFTConfig]):
     """
 
     def __init__(self, config: SFTConfig, *, fresh: bool = False) -> None:
-        super().__init__(config, "sft", role="policy", head="lm", fresh=fresh)
+        super().__init__(config, role="policy", head="lm", fresh=fresh)
         self.data = sft_rows(config.data, self.tokenizer, config.completion_only)
         self.use_rows(self.data, ("eval/loss", "eval/entropy"), texts=1)
         self.samples = Samples(self.data, config, self.model, self.tokenizer, self.mesh)

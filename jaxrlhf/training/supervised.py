@@ -24,15 +24,13 @@ Config = TypeVar("Config", SFTConfig, RewardConfig, DPOConfig)
 
 
 class SupervisedTrainer(Generic[Config]):
-    """Mesh, tokenizer and model of a run of `method`; a subclass adds rows, parameters and its `train`.
+    """Mesh, tokenizer and model of a run; a subclass adds rows, parameters and its `train`.
 
     `role` is the model that trains. Raises ConfigError for batches that the mesh cannot split.
     """
 
-    def __init__(
-        self, config: Config, method: str, *, role: Literal["policy", "reward"], head: str, fresh: bool
-    ) -> None:
-        self.config, self.method, self.role, self._fresh = config, method, role, fresh
+    def __init__(self, config: Config, *, role: Literal["policy", "reward"], head: str, fresh: bool) -> None:
+        self.config, self.role, self._fresh = config, role, fresh
         train, self.mesh = config.train, sharding.make_mesh(config.mesh)
         micro = train.micro_batch_size or train.batch_size
         sharding.check_rows(micro, self.mesh, "train.micro_batch_size, or train.batch_size without it")
@@ -91,12 +89,11 @@ class SupervisedTrainer(Generic[Config]):
     @contextlib.contextmanager
     def session(self, **identity: str) -> Iterator[Session]:
         """The run while it is open. `identity` adds hashes to those of the rows and the frozen parameters."""
-        hashes = {
+        identity |= {
             "data": setup.fingerprint((*self.rows.train, *self.rows.validation)),
             "frozen parameters": setup.params_fingerprint(self.frozen),
         }
-        arguments = self.config, self.method, self.total_steps, self.state, hashes | identity
-        with open_session(*arguments, fresh=self._fresh) as session:
+        with open_session(self.config, self.total_steps, self.state, identity, fresh=self._fresh) as session:
             session.note(self.about())
             yield session
 
@@ -122,7 +119,6 @@ class SupervisedTrainer(Generic[Config]):
             self.params,
             self.config,
             self.tokenizer,
-            method=self.method,
             step=int(self.state.value.step),
             results=self._results,
             merge_lora=merge_lora,

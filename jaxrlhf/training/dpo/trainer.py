@@ -47,7 +47,7 @@ class DPOTrainer(SupervisedTrainer[DPOConfig]):
     """
 
     def __init__(self, config: DPOConfig, *, fresh: bool = False) -> None:
-        super().__init__(config, "dpo", role="policy", head="lm", fresh=fresh)
+        super().__init__(config, role="policy", head="lm", fresh=fresh)
         self.data: Split[Any] = read_rows(config, self.tokenizer)
         rows = self.data
         if config.dpo.loss == "kto":

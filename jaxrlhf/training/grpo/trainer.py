@@ -130,7 +130,6 @@ class GRPOTrainer:
             self.params,
             self.config,
             self.tokenizer,
-            method="grpo",
             step=int(self.state.value.step),
             results=self.run.results,
             merge_lora=merge_lora,

@@ -150,7 +150,7 @@ class OnPolicyRun:
             )
         self.check_reward()
         identity = self._identity(reference_hash)
-        with open_session(self.config, self.method, self.total_steps, state, identity, fresh=self._fresh) as session:
+        with open_session(self.config, self.total_steps, state, identity, fresh=self._fresh) as session:
             for line in (self._about(), *self.human_workload()):
                 session.note(line)
             self.scorer.pause_while_asking(session.logger.paused)

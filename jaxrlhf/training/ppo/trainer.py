@@ -149,7 +149,6 @@ class PPOTrainer:
             params,
             dataclasses.replace(self.config, model=source),
             self.tokenizer,
-            method="ppo",
             step=int(self.state.value.step),
             results=self.run.results,
             merge_lora=merge_lora,

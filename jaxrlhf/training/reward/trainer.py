@@ -65,7 +65,7 @@ class RewardTrainer(SupervisedTrainer[RewardConfig]):
     """
 
     def __init__(self, config: RewardConfig, *, fresh: bool = False) -> None:
-        super().__init__(config, "reward", role="reward", head=config.head, fresh=fresh)
+        super().__init__(config, role="reward", head=config.head, fresh=fresh)
         self.data = _rows(config, self.tokenizer)
         objective = objective_of(config)
         self.use_rows(self.data, _evaluation_keys(objective), texts=2)
