@@ -51,6 +51,16 @@ def check_divides(key: str, value: int, of: str, total: int) -> None:
         raise ValueError(f"{key} ({value}) must divide {of}; {nearest} would")
 
 
+def check_used(config: Any, users: dict[str, tuple[str, ...]], choice: str, where: str) -> None:
+    """Raise ValueError for an option of `config` that is set although its `users` are choices other than `choice`."""
+    for key, choices in users.items():
+        value = getattr(config, key)
+        if choice not in choices and value != default_of(type(config), key):
+            raise ValueError(
+                f"{key} ({value!r}) has no meaning {where}, only with {' or '.join(choices)}; leave it out"
+            )
+
+
 def default_of(cls: type, name: str) -> Any:
     """The default of a section's field."""
     return cls.__pydantic_fields__[name].get_default(call_default_factory=True)  # type: ignore[attr-defined]

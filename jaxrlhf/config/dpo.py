@@ -1,7 +1,7 @@
 """Config of DPO and related preference losses."""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -11,7 +11,7 @@ from jaxrlhf.config.sections import Sampling
 from jaxrlhf.config.sft import SupervisedConfig
 
 REFERENCE_FREE = ("simpo", "orpo", "cpo")
-_LOG_RATIO_LOSSES = (
+_LogRatioLoss = Literal[
     "sigmoid",
     "robust",
     "hinge",
@@ -21,7 +21,8 @@ _LOG_RATIO_LOSSES = (
     "apo_zero",
     "apo_down",
     "discopop",
-)
+]
+_LOG_RATIO_LOSSES = get_args(_LogRatioLoss)
 _DIVERGENCE_LOSSES = (*_LOG_RATIO_LOSSES, "sigmoid_norm", "ipo", "aot_unpaired")
 _LOSSES_USING = {
     "label_smoothing": ("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired", "simpo", "cpo"),
@@ -41,25 +42,9 @@ _LOSSES_USING = {
 class DPO:
     """The preference loss. Losses and options have TRL's names where they mean the same."""
 
-    loss: Literal[
-        "sigmoid",
-        "sigmoid_norm",
-        "robust",
-        "hinge",
-        "ipo",
-        "exo_pair",
-        "nca_pair",
-        "sppo_hard",
-        "aot",
-        "aot_unpaired",
-        "apo_zero",
-        "apo_down",
-        "discopop",
-        "simpo",
-        "orpo",
-        "cpo",
-        "kto",
-    ] = "sigmoid"
+    loss: Literal[_LogRatioLoss, "sigmoid_norm", "ipo", "aot", "aot_unpaired", "simpo", "orpo", "cpo", "kto"] = (
+        "sigmoid"
+    )
     """Type of loss; docs/preferences.md describes each. sigmoid is DPO. simpo, orpo and cpo use no reference model. kto
     trains on rows (prompt, completion, label); of pairs, it uses chosen responses as desirable and rejected ones as
     undesirable."""

@@ -33,14 +33,6 @@ class Location(NamedTuple):
 _OVERRIDE = Location("override")
 
 
-class _ListElement(NamedTuple):
-    """A key inside an element of a list of sections."""
-
-    element: str  # e.g. "reward.components.1"
-    cls: type  # e.g. Component
-    key: str  # e.g. "weight"
-
-
 class ConfigReader:
     """Reads one config and collects the locations of its keys and all problems."""
 
@@ -162,23 +154,19 @@ class ConfigReader:
         if key in self.annotations:  # a dotted key as one word of the file
             section, _, name = key.rpartition(".")
             return f"'{key}' is written as '{name}:' below '{section}:' in a file"
-        known = list(self.annotations)
-        if inner := self._in_list_element(key):
-            known = [f"{inner.element}.{name}" for name, _ in keys(inner.cls)]
-        return f"unknown key '{key}'{did_you_mean(key, known)}"
+        return f"unknown key '{key}'{did_you_mean(key, list(self._known(key)))}"
 
-    def _in_list_element(self, key: str) -> _ListElement | None:
+    def _known(self, key: str) -> dict[str, Any]:
+        """The dotted keys of the config, or of the list element that `key` is in, with their annotations."""
         for name, annotation in self.annotations.items():
             cls = element_class(annotation)
-            if cls and (match := re.fullmatch(rf"({re.escape(name)}\.\d+)\.(.+)", key)):
-                return _ListElement(match[1], cls, match[2])
-        return None
+            if cls and (match := re.match(rf"{re.escape(name)}\.\d+\.", key)):
+                return dict(keys(cls, match[0]))
+        return self.annotations
 
     def _annotation(self, key: str) -> Any:
         """The annotation of a dotted key, which may be inside a list element or a mapping; None if unknown."""
-        annotations = self.annotations
-        if inner := self._in_list_element(key):
-            key, annotations = inner.key, dict(keys(inner.cls))
+        annotations = self._known(key)
         if key in annotations:
             return annotations[key]
         parent = annotations.get(key.rpartition(".")[0])

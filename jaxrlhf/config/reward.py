@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from jaxrlhf.config.base import Bool, FlipProbability, NonNegative, Positive, default_of, section
+from jaxrlhf.config.base import Bool, FlipProbability, NonNegative, Positive, check_used, section
 from jaxrlhf.config.sft import SupervisedConfig
 
 _LOSSES_USING = {
@@ -43,13 +43,7 @@ class RewardConfig(SupervisedConfig):
             raise ValueError(
                 "frozen_trunk is true and lora.enabled too, but adapters would train the trunk; choose one"
             )
-        for key, losses in _LOSSES_USING.items():
-            value = getattr(self, key)
-            if value != default_of(type(self), key) and self.loss not in losses:
-                raise ValueError(
-                    f"{key} ({value!r}) has no meaning with loss: {self.loss}, only with {' or '.join(losses)}; "
-                    "leave it out"
-                )
+        check_used(self, _LOSSES_USING, self.loss, f"with loss: {self.loss}")
         if self.train.packing and (self.loss != "pairwise" or self.margins):
             conflict = "margins is true" if self.margins else f"loss is {self.loss}"
             raise ValueError(

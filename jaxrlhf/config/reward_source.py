@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from jaxrlhf.config.base import Bool, Count, DType, NonNegative, Positive, Real, default_of, section
+from jaxrlhf.config.base import Bool, Count, DType, NonNegative, Positive, Real, check_used, section
 
 _RESERVED_SUFFIXES = ("_truncated", "_unanswered", "_spread")  # of metric keys that are logged per component
 _KINDS_USING = {
@@ -91,13 +91,7 @@ class Component:
             raise ValueError(f"function is '{self.function}'; write it as path.py:name or package.module:name")
         if self.url and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url is '{self.url}'; it must begin with http:// or https://")
-        for key, users in _KINDS_USING.items():
-            value = getattr(self, key)
-            if value != default_of(type(self), key) and kind not in users:
-                raise ValueError(
-                    f"{key} ({value!r}) has no meaning for a component with {kind}, only with {' or '.join(users)}; "
-                    "leave it out"
-                )
+        check_used(self, _KINDS_USING, kind, f"for a component with {kind}")
         if (self.on_error == "value") != (self.error_value is not None):
             raise ValueError(
                 f"on_error is '{self.on_error}' and error_value is {self.error_value}: on_error: value needs an "

@@ -6,10 +6,6 @@ from typing import Any
 import jax
 
 from jaxrlhf import sharding
-from jaxrlhf.config import LoRA
-from jaxrlhf.models import ModelConfig, init
-from jaxrlhf.training.adapters import add_adapters
-from jaxrlhf.types import Params
 
 
 def is_abstract(tree: Any) -> bool:
@@ -20,12 +16,6 @@ def is_abstract(tree: Any) -> bool:
 def build(make: Callable[..., Any], mesh: jax.sharding.Mesh, *args: Any) -> Any:
     """`make(*args)`; where the arguments are shapes, the shapes of the result with their shardings."""
     return abstract_call(make, mesh, *args) if is_abstract(args) else make(*args)
-
-
-def param_shapes(model: ModelConfig, dtype: str, mesh: jax.sharding.Mesh, lora: LoRA) -> Params:
-    """Shapes, dtypes and shardings of a model's parameters stored in `dtype`, adapters included."""
-    key = jax.random.key(0)
-    return abstract_call(lambda: add_adapters(init(model, key, dtype=dtype), model, lora, key), mesh)
 
 
 def abstract_call(make: Callable[..., Any], mesh: jax.sharding.Mesh, *args: Any) -> Any:

@@ -8,7 +8,7 @@ import jax
 from jaxrlhf import lora as lora_params
 from jaxrlhf.config import LoRA
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.models import Adapters, Bits, ModelConfig
+from jaxrlhf.models import Adapters, ModelConfig
 from jaxrlhf.types import Params
 from jaxrlhf.weights import peft
 
@@ -38,7 +38,7 @@ def quantize(params: Params, lora: LoRA) -> Params:
     """The base model as `lora.quantize` stores it; unchanged if it is quantized already."""
     if lora.quantize == "none" or "codes" in params["layers"]["mlp"]["up"]:
         return params
-    return _quantize(params, lora.quantize, lora.double_quant)
+    return jax.jit(lora_params.pack, static_argnames=("bits", "double"))(params, lora.quantize, lora.double_quant)
 
 
 def split_trainable(params: Params, frozen_trunk: bool) -> tuple[Params, Params]:
@@ -48,11 +48,6 @@ def split_trainable(params: Params, frozen_trunk: bool) -> tuple[Params, Params]
         return params, {}
     trainable = {k: v for k, v in params.items() if k in ("lora", "score")}
     return trainable, {k: v for k, v in params.items() if k not in trainable}
-
-
-@functools.partial(jax.jit, static_argnames=("bits", "double"))
-def _quantize(params: Params, bits: Bits, double: bool) -> Params:
-    return lora_params.pack(params, bits, double)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "lora"))

@@ -114,17 +114,14 @@ def param_dtype(config: RunConfig) -> DType:
     return runtime.resolve_dtype(config.model.compute_dtype, jax.default_backend())
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "mesh"))
 def cast_copy(params: Params, dtype: str, mesh: jax.sharding.Mesh) -> Params:
     """A copy with kernels and embeddings in `dtype`; never an alias, because buffers of what trains are donated.
 
     Norms and biases keep their dtype: they enter the forward pass unrounded, so a bfloat16 copy of a model that
     computes in bfloat16 gives exactly the same results.
     """
-    return _cast_copy(params, dtype=dtype, mesh=mesh)
 
-
-@functools.partial(jax.jit, static_argnames=("dtype", "mesh"))
-def _cast_copy(params: Params, *, dtype: str, mesh: jax.sharding.Mesh) -> Params:
     def cast(keys: Any, x: jax.Array) -> jax.Array:
         return jnp.array(x, dtype if sharding.path_of(keys).endswith(("kernel", "embedding")) else x.dtype, copy=True)
 

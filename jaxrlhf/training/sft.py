@@ -22,7 +22,7 @@ from jaxrlhf.types import Batch, Params, TrainState
 
 
 def loss(
-    params: Params, batch: Batch, model: ModelConfig, count: jax.Array, keys: jax.Array | None = None
+    params: Params, batch: Batch, keys: jax.Array | None, *, model: ModelConfig, count: jax.Array
 ) -> tuple[jax.Array, Metrics]:
     """Cross-entropy of the tokens under `loss_mask`, summed and divided by `count`; `keys` [B] are for dropout."""
     hidden = forward(params, model, batch.tokens, batch.mask, batch.positions, batch.segments, keys)
@@ -36,12 +36,8 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on `batch`. `frozen` is the base model under adapters, else empty; `key` is the run's."""
     tokens = jnp.sum(batch.loss_mask)
-    count = jnp.maximum(tokens, 1)
-
-    def batch_loss(params: Params, rows: Batch, keys: jax.Array | None) -> tuple[jax.Array, Metrics]:
-        return loss(params, rows, spec.model, count, keys)
-
-    state, metrics = supervised_step(batch_loss, state, frozen, batch, key, spec)
+    mean_loss = functools.partial(loss, model=spec.model, count=jnp.maximum(tokens, 1))
+    state, metrics = supervised_step(mean_loss, state, frozen, batch, key, spec)
     return state, metrics | {"num_tokens": tokens}
 
 
@@ -49,7 +45,7 @@ def update(
 def evaluate(params: Params, batch: Batch, *, model: ModelConfig) -> tuple[jax.Array, Metrics]:
     """Number of tokens of a held-out batch, and its mean loss and entropy."""
     tokens = jnp.sum(batch.loss_mask)
-    return tokens, loss(params, batch, model, jnp.maximum(tokens, 1))[1]
+    return tokens, loss(params, batch, None, model=model, count=jnp.maximum(tokens, 1))[1]
 
 
 class SFTTrainer(SupervisedTrainer[SFTConfig]):

@@ -8,7 +8,7 @@ import jax
 import pytest
 from support.tiny import tiny
 
-from jaxrlhf import sharding
+from jaxrlhf import models, sharding
 from jaxrlhf.config import PPO, LoRA, Mesh, Optim, PPOConfig, RewardConfig
 from jaxrlhf.training import abstract, adapters, sft
 from jaxrlhf.training.optim import make_optimizer
@@ -32,10 +32,15 @@ def array(dtype, *shape):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+def param_shapes(model, lora):
+    """Shapes of the parameters in float32 with their adapters."""
+    return abstract.abstract_call(lambda: adapters.add_adapters(models.init(model, KEY), model, lora, KEY), MESH)
+
+
 def supervised(method, model, lora, optimizer):
     """(program, state, other arguments, static ones) of a step on B rows."""
     role, program = {"sft": ("policy", sft.update), "reward": ("reward", trainer.update)}[method]
-    trained, frozen = adapters.split_trainable(abstract.param_shapes(model, "float32", MESH, lora), lora.enabled)
+    trained, frozen = adapters.split_trainable(param_shapes(model, lora), lora.enabled)
     state = State({role: trained}, {role: optimizer}, MESH).template
     rows = Batch(array("int32", B, P + R), array("bool", B, P + R), array("bool", B, P + R))
     spec = Spec(model, optimizer, 1, MESH, loss.objective_of(RewardConfig()) if method == "reward" else None)
@@ -47,7 +52,7 @@ def supervised(method, model, lora, optimizer):
 
 def ppo(model, lora, optimizer):
     config = PPOConfig(ppo=PPO(batch_size=B, num_mini_batches=2, num_ppo_epochs=2), lora=lora)
-    policy = abstract.param_shapes(model, "float32", MESH, lora)
+    policy = param_shapes(model, lora)
     trained, base = adapters.split_trainable(policy, lora.enabled)
     value = ppo_critic.critic_model(config, model, None)
     critic, trunk = jax.eval_shape(
