@@ -84,7 +84,7 @@ class Trial:
         split = datasets.prompt_rows(head, self.tokenizer)
         self.rows = [split.train[i % len(split.train)] for i in range(ROWS)]
         longest = max(len(row.tokens) for row in split.train) + self.config.sampling.response_length
-        setup.check_context([longest], self.model, "the longest prompt with its response", LOWER)
+        setup.check_context(longest, self.model, "the longest prompt with its response", LOWER)
         return True, f"{split.report}\nfirst prompt: {quoted(self.rows[0].text, 200)}"
 
     def round_trip(self) -> Outcome:

@@ -128,10 +128,9 @@ def _critic(
 
 def _initial_params(settings: Any, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, head: str) -> Params:
     """The initial parameters of a run; a randomly initialised head differs."""
-    key, dtype = setup.keys(settings.seed)[0], setup.param_dtype(settings)
     source = dataclasses.replace(settings.model, merged_path="")  # the run has written it
-    params = setup.load_model(source, tokenizer=tokenizer, mesh=mesh, key=key, head=head, dtype=dtype)
-    return quantize(params, settings.lora)
+    settings = dataclasses.replace(settings, model=source)
+    return quantize(setup.load_model(settings, tokenizer, mesh, head), settings.lora)
 
 
 def _checked(params: Params, identity: Identity, name: str) -> Params:

@@ -65,30 +65,22 @@ def with_attention(model: ModelConfig, source: ModelSource) -> ModelConfig:
     return dataclasses.replace(model, attention=kind)
 
 
-def load_model(
-    source: ModelSource,
-    *,
-    tokenizer: Tokenizer,
-    mesh: jax.sharding.Mesh,
-    key: jax.Array,
-    head: str | None,
-    dtype: DType,
-) -> Params:
-    """The parameters of a model on the mesh, with rows for the tokens that the tokenizer has added.
+def load_model(config: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, head: str | None) -> Params:
+    """The initial parameters of a run on the mesh, with rows for the tokens that the tokenizer has added.
 
-    `dtype` is that of the parameters ("auto": the compute dtype). Inside `weights.abstract_weights()` nothing is
-    loaded, and they are shapes. Raises DataError if the tokenizer has more tokens than the model has rows.
+    Inside `weights.abstract_weights()` nothing is loaded, and they are shapes. Raises DataError if the tokenizer has
+    more tokens than the model has rows.
     """
-    compute = runtime.resolve_dtype(source.compute_dtype, jax.default_backend())
+    source = config.model
     model, params = weights.load(
         source.path,
         revision=source.revision,
-        dtype=compute if dtype == "auto" else dtype,
-        compute_dtype=compute,
+        dtype=param_dtype(config),
+        compute_dtype=runtime.resolve_dtype(source.compute_dtype, jax.default_backend()),
         head=head,
         remat=runtime.resolve_remat(source.remat, jax.default_backend()),
         init=source.init,
-        key=key,
+        key=keys(config.seed)[0],
         mesh=mesh,
     )
     if tokenizer.added and tokenizer.size > model.vocab_size:
@@ -141,12 +133,11 @@ def params_fingerprint(params: Any) -> str:
     return hashlib.sha256(repr(sorted(digests(leaves_by_name(params)).items())).encode()).hexdigest()
 
 
-def check_context(lengths: Sequence[int], model: ModelConfig, what: str, lower: str) -> None:
-    """Raise ConfigError if rows are longer than the model's context; `what` names them, `lower` the keys to lower."""
-    longest = max(lengths)
-    if longest > model.max_positions:
+def check_context(length: int, model: ModelConfig, what: str, lower: str) -> None:
+    """Raise ConfigError if `length` tokens exceed the model's context; `what` they are, `lower` the keys to lower."""
+    if length > model.max_positions:
         raise ConfigError(
-            f"{what} comes to {longest} tokens but the model's context is {model.max_positions}; lower {lower}"
+            f"{what} comes to {length} tokens but the model's context is {model.max_positions}; lower {lower}"
         )
 
 

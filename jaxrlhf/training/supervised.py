@@ -38,7 +38,7 @@ class SupervisedTrainer(Generic[Config]):
         self._num_micro = train.batch_size // micro
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.model = setup.model_config(config.model, self.tokenizer, head, config.lora)
-        self._init_key, self.key, _, self._lora_key = setup.keys(config.seed)
+        _, self.key, _, self._lora_key = setup.keys(config.seed)
         self._results: dict[str, float] = {}
 
     def use_rows(self, rows: Split[Any], evaluations: Collection[str], *, texts: int) -> None:
@@ -47,7 +47,7 @@ class SupervisedTrainer(Generic[Config]):
         train = self.config.train
         check_metric(self.config, evaluations, bool(rows.validation))
         longest = max(map(batching.row_length, (*rows.train, *rows.validation)))
-        setup.check_context([longest], self.model, "the longest row", "data.max_length")
+        setup.check_context(longest, self.model, "the longest row", "data.max_length")
         context = self.model.max_positions  # limits a text; a packed row, whose positions restart, may be longer
         limit = min(self.config.data.max_length, context) if train.packing else longest
         self.width = texts * batching.bucket(limit, context)
@@ -65,14 +65,7 @@ class SupervisedTrainer(Generic[Config]):
         config = self.config
         optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
         self.spec = Spec(self.model, optimizer, self._num_micro, self.mesh, objective)
-        params = setup.load_model(
-            config.model,
-            tokenizer=self.tokenizer,
-            mesh=self.mesh,
-            key=self._init_key,
-            head=self.model.head,
-            dtype=setup.param_dtype(config),
-        )
+        params = setup.load_model(config, self.tokenizer, self.mesh, self.model.head)
         params = build(lambda p: add_adapters(p, self.model, config.lora, self._lora_key), self.mesh, params)
         trained, self.frozen = split_trainable(params, frozen_trunk or config.lora.enabled)
         self.state = State({self.role: trained}, {self.role: optimizer}, self.mesh)

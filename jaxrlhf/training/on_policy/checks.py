@@ -27,7 +27,7 @@ def check_models_context(models: Sequence[RewardModel], longest: int, response_l
     """Raise ConfigError for a reward model whose context the longest prompt (0: unknown) and its response exceed."""
     for model in models if longest else []:
         what = f"for the reward model {model.path}, the longest prompt with its response"
-        setup.check_context([longest + response_length], model.model_config, what, LOWER)
+        setup.check_context(longest + response_length, model.model_config, what, LOWER)
 
 
 def check_step(

@@ -71,7 +71,7 @@ class OnPolicyRun:
         if config.sampling.greedy:
             raise ConfigError(f"sampling.greedy is true, but {method} needs random samples; leave it false")
         self.mesh = sharding.make_mesh(config.mesh)
-        self._init_key, self.run_key, *role_keys = setup.keys(config.seed)
+        _, self.run_key, *role_keys = setup.keys(config.seed)
         self.role_keys = role_keys[0], role_keys[1]
         """Keys for the critic and for adapters."""
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
@@ -112,14 +112,7 @@ class OnPolicyRun:
         """
         self.check_reward()  # before anything large is read
         config = self.config
-        policy = setup.load_model(
-            config.model,
-            tokenizer=self.tokenizer,
-            mesh=self.mesh,
-            key=self._init_key,
-            head="lm",
-            dtype=setup.param_dtype(config),
-        )
+        policy = setup.load_model(config, self.tokenizer, self.mesh, "lm")
         folder = weights.resolve(config.model.path, config.model.revision, weights=False)
         base, merged = weights.base_and_adapters(folder)
         if config.lora.enabled and not merged:

@@ -107,7 +107,7 @@ class Sampler:
 
     def _check_context(self, longest: int) -> None:
         length = longest + self.sampling.response_length
-        setup.check_context([length], self.model, "the longest prompt with its response", LOWER)
+        setup.check_context(length, self.model, "the longest prompt with its response", LOWER)
 
 
 def occurrences(rows: Sequence[PromptRow]) -> list[int]:
