@@ -1,7 +1,6 @@
 """A training run while it is open: its directory, log, checkpoints, evaluation schedule and requests to stop."""
 
 import contextlib
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal
 
@@ -244,9 +243,3 @@ def check_metric(config: SFTConfig | RewardConfig | DPOConfig, known: Collection
             f"train.metric: no evaluation here gives '{metric}'{did_you_mean(metric, sorted(known))}; there are "
             f"{', '.join(sorted(known))}"
         )
-
-
-def num_steps(num_rows: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
-    """Optimizer steps for `epochs` passes over the rows, the last batch filled up from the next epoch."""
-    steps = max(1, math.ceil(num_rows * epochs / batch_size))
-    return min(steps, max_steps) if max_steps else steps

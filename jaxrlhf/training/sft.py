@@ -61,12 +61,11 @@ class SFTTrainer(SupervisedTrainer[SFTConfig]):
         self.samples = Samples(self.data, config, self.model, self.tokenizer, self.mesh)
         self.load()
 
-    def describe(self) -> str:
-        """Model, data and number of steps of `.train()`, and the first example as the model sees it."""
+    def _first_row(self) -> list[str]:
         row = self.data.train[0]
         pieces = zip(self.tokenizer.convert_ids_to_tokens(row.tokens), row.loss_mask, strict=True)
         example = "".join(f"[{piece}]" if trained else piece for piece, trained in pieces)
-        return f"{self.about()}\n{self.total_steps} steps\nfirst example, tokens to learn in brackets:\n{example}"
+        return ["first example, tokens to learn in brackets:", example]
 
     def train(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""

@@ -1,6 +1,7 @@
 """The base class of the SFT, reward and DPO trainers: setup, batches, session and export."""
 
 import contextlib
+import math
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -15,7 +16,7 @@ from jaxrlhf.training import pretrained, setup
 from jaxrlhf.training.abstract import build
 from jaxrlhf.training.adapters import add_adapters, split_trainable
 from jaxrlhf.training.optim import make_optimizer
-from jaxrlhf.training.session import Session, check_metric, num_steps, open_session
+from jaxrlhf.training.session import Session, check_metric, open_session
 from jaxrlhf.training.state import State
 from jaxrlhf.training.step import Spec
 from jaxrlhf.types import Params
@@ -56,9 +57,10 @@ class SupervisedTrainer(Generic[Config]):
             rows = pack(rows, batching.texts, self.width, train.batch_size)
             self._max_pairs = max(len(row.lengths) // 2 for row in (*rows.train, *rows.validation))
         self.rows = rows
-        number = len(rows.train)
-        self.total_steps = num_steps(number, train.batch_size, train.num_train_epochs, train.max_steps)
-        self.eval_every = train.eval_every or -(-number // train.batch_size)
+        steps = max(1, math.ceil(len(rows.train) * train.num_train_epochs / train.batch_size))
+        self.total_steps = min(steps, train.max_steps or steps)
+        """Optimizer steps of `.train()`; the last batch is filled up from the next epoch."""
+        self.eval_every = train.eval_every or math.ceil(len(rows.train) / train.batch_size)
 
     def load(self, objective: Any = None, *, frozen_trunk: bool = False) -> None:
         """Read or initialise the parameters, and split them into `state` and `frozen`."""
@@ -74,6 +76,13 @@ class SupervisedTrainer(Generic[Config]):
     def params(self) -> Params:
         """The current parameters, frozen ones included."""
         return {**self.frozen, **self.state.value.params[self.role]}
+
+    def describe(self) -> str:
+        """Model, data and number of steps of `.train()`, and the first row as the model sees it."""
+        return "\n".join((self.about(), f"{self.total_steps} steps", *self._first_row()))
+
+    def _first_row(self) -> list[str]:
+        raise NotImplementedError
 
     def about(self) -> str:
         """Model, precision, devices, tokenizer and data, one line each."""

@@ -65,15 +65,11 @@ class DPOTrainer(SupervisedTrainer[DPOConfig]):
         self.samples = Samples(self.data, config, self.model, self.tokenizer, self.mesh)
         self.load((config.dpo, self.total_steps))
 
-    def describe(self) -> str:
-        """Model, data and number of steps of `.train()`, and the first pair as the model sees it."""
+    def _first_row(self) -> list[str]:
         first = self.data.train[0]
         sides = ("chosen", "rejected") if isinstance(first, PairRow) else (("good" if first.label else "bad"),)
-        texts = (
-            f"{side}: {self.tokenizer.decode(text.tokens)}"
-            for side, text in zip(sides, batching.texts(first), strict=True)
-        )
-        return "\n".join((self.about(), f"{self.total_steps} steps", *texts))
+        texts = zip(sides, batching.texts(first), strict=True)
+        return [f"{side}: {self.tokenizer.decode(text.tokens)}" for side, text in texts]
 
     def train(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""

@@ -74,13 +74,11 @@ class RewardTrainer(SupervisedTrainer[RewardConfig]):
         self.evaluation: dict[str, Any] = {}
         """The newest evaluation in full; empty before the first."""
 
-    def describe(self) -> str:
-        """Model, data and number of steps of `.train()`, and the first row as the model sees it."""
+    def _first_row(self) -> list[str]:
         first = batching.texts(self.data.train[0])
         names = {1: ["response"], 2: ["chosen", "rejected"]}.get(len(first))
         names = names or [f"rank {k + 1}" for k in range(len(first))]
-        texts = (f"{name}: {self.tokenizer.decode(text.tokens)}" for name, text in zip(names, first, strict=True))
-        return "\n".join((self.about(), f"{self.total_steps} steps", *texts))
+        return [f"{name}: {self.tokenizer.decode(text.tokens)}" for name, text in zip(names, first, strict=True)]
 
     def train(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""
@@ -159,13 +157,10 @@ class RewardTrainer(SupervisedTrainer[RewardConfig]):
 
 def _rows(config: RewardConfig, tokenizer: Tokenizer) -> Split[Any]:
     """The rows that the loss trains on. Raises DataError and ConfigError."""
-    if config.loss == "ranking":
-        return ranking_rows(config.data, tokenizer)
-    if config.loss == "classification":
-        return label_rows(config.data, tokenizer)
-    if config.loss == "regression":
-        return score_rows(config.data, tokenizer)
-    return pair_rows(config.data, tokenizer, margins=config.margins, ties=config.loss == "ties")
+    if config.loss in ("pairwise", "ties"):
+        return pair_rows(config.data, tokenizer, margins=config.margins, ties=config.loss == "ties")
+    read = {"ranking": ranking_rows, "classification": label_rows, "regression": score_rows}[config.loss]
+    return read(config.data, tokenizer)
 
 
 def _evaluation_keys(objective: Objective) -> list[str]:
