@@ -22,6 +22,7 @@ _LogRatioLoss = Literal[
     "apo_down",
     "discopop",
 ]
+Loss = Literal[_LogRatioLoss, "sigmoid_norm", "ipo", "aot", "aot_unpaired", "simpo", "orpo", "cpo", "kto"]
 _LOG_RATIO_LOSSES = get_args(_LogRatioLoss)
 _DIVERGENCE_LOSSES = (*_LOG_RATIO_LOSSES, "sigmoid_norm", "ipo", "aot_unpaired")
 _LOSSES_USING = {
@@ -42,9 +43,7 @@ _LOSSES_USING = {
 class DPO:
     """The preference loss. Losses and options have TRL's names where they mean the same."""
 
-    loss: Literal[_LogRatioLoss, "sigmoid_norm", "ipo", "aot", "aot_unpaired", "simpo", "orpo", "cpo", "kto"] = (
-        "sigmoid"
-    )
+    loss: Loss = "sigmoid"
     """Type of loss; docs/preferences.md describes each. sigmoid is DPO. simpo, orpo and cpo use no reference model. kto
     trains on rows (prompt, completion, label); of pairs, it uses chosen responses as desirable and rejected ones as
     undesirable."""

@@ -179,10 +179,8 @@ class Session:
 
     def close(self) -> None:
         """Wait for pending saves and close the files."""
-        try:
+        with contextlib.closing(self.logger):
             self._checkpoints.close()
-        finally:
-            self.logger.close()
 
 
 @contextlib.contextmanager
@@ -194,14 +192,13 @@ def open_session(
     `identity` maps the name of each thing that the config does not pin down (data, frozen parameters) to a hash of its
     content: a run does not resume with another.
     """
-    with runs.open_run(config, config.method, fresh) as run:
-        session = Session(run, config, total_steps, state, identity)
-        try:
-            with compilation.announce(session.note):
-                yield session
-            session.flush()
-        finally:
-            session.close()
+    with (
+        runs.open_run(config, config.method, fresh) as run,
+        contextlib.closing(Session(run, config, total_steps, state, identity)) as session,
+    ):
+        with compilation.announce(session.note):
+            yield session
+        session.flush()
 
 
 def best_of(config: RunConfig) -> Best:
