@@ -156,9 +156,11 @@ def _answer_held_out(ppo: config.PPOConfig, models: dict[str, str]) -> list[dict
     rows: dict[str, dict[str, Any]] = {}
     data = str(Path(ppo.data.path).with_name("held_out.jsonl"))
     no_reward = {"critic.init": "policy", "reward": config.RewardSource()}
+    all_at_once = {"rollout.slots": HELD_OUT}  # a single program to compile
     for name, path in models.items():
-        changes = {"model.path": path, "data.path": data, "sampling.temperature": EVAL_TEMPERATURE, **no_reward}
-        result = evaluate(config.replace(ppo, **changes), num_prompts=HELD_OUT, num_completions=1, function=task.truth)
+        changes = {"model.path": path, "data.path": data, "sampling.temperature": EVAL_TEMPERATURE}
+        evaluated = config.replace(ppo, **changes, **no_reward, **all_at_once)
+        result = evaluate(evaluated, num_prompts=HELD_OUT, num_completions=1, function=task.truth)
         for item in result["prompts"]:
             prompt, text = item["prompt"], item["completions"][0]["text"]
             row = rows.setdefault(prompt, {"prompt": prompt, "category": task.category(prompt)})

@@ -16,7 +16,7 @@ from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
 from jaxrlhf.errors import DataError
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
-from jaxrlhf.rollout import engine
+from jaxrlhf.rollout import decode, engine
 from jaxrlhf.rollout.decode import Decoding
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.rollout.queue import PromptQueue
@@ -95,13 +95,17 @@ def generate(
 ) -> Rollout:
     """Generate `count` responses to each row, those of a row next to each other, as host arrays.
 
-    `columns` is the minimum width of the prompts; calls with equal widths share their compiled programs.
+    `columns` is the minimum width of the prompts; calls with equal widths share their compiled programs. If all
+    responses fit in `rollout.slots`, a single program generates them together.
     """
-    prompts = batching.prompts(rows, tokenizer.pad_id, prompt_columns(config, model, rows))
-    slots = config.rollout.slots or config.ppo.batch_size
-    decoding = Decoding(model, config.sampling, tokenizer.stop_ids, tokenizer.pad_id)
-    queue = PromptQueue(prompts, slots, count, columns)
-    return engine.generate_in_slots(params, decoding, queue, jax.random.key(config.seed))
+    width, responses = prompt_columns(config, model, rows), len(rows) * count
+    prompts = batching.prompts(rows, tokenizer.pad_id, width)
+    key, stops = jax.random.key(config.seed), (tokenizer.stop_ids, tokenizer.pad_id)
+    if responses <= config.rollout.slots:
+        engine.check_slots(model, responses, width + config.sampling.response_length)
+        return jax.device_get(decode.generate(params, model, prompts, key, config.sampling, *stops, group=count))
+    queue = PromptQueue(prompts, config.rollout.slots or config.ppo.batch_size, count, columns)
+    return engine.generate_in_slots(params, Decoding(model, config.sampling, *stops), queue, key)
 
 
 def prompt_columns(config: PPOConfig, model: ModelConfig, rows: Sequence[PromptRow]) -> int:

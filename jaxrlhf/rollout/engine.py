@@ -44,7 +44,7 @@ def generate_in_slots(
     """
     sampling = decoding.sampling
     check_slots(decoding.model, queue.slots, queue.columns + sampling.response_length, mesh)
-    state = empty_slots(decoding, queue.slots, queue.columns)
+    state = _empty_slots(decoding, queue.slots, queue.columns)
     if mesh is not None:
         sharding.check_rows(queue.slots, mesh, "rollout.slots")
         state = jax.device_put(state, _shardings(state, mesh))
@@ -67,8 +67,9 @@ def generate_in_slots(
         else:
             enough = table.size - (smaller if table.busy > smaller and may_shrink else 0)
         state = _advance(params, decoding, state, np.int32(enough))
-        on_host = jax.device_get({name: getattr(state, name) for name in ("busy", *names)})
-        ended, ended_rows = table.release(on_host["busy"])
+        on_host = jax.device_get({name: getattr(state, name) for name in names})
+        busy = ~on_host["ended"] & (on_host["count"] < sampling.response_length)
+        ended, ended_rows = table.release(busy)
         for name in names:
             results[name][ended_rows] = on_host[name][ended]
     return as_rollout(np, queue.prompts, queue.group, **results)
@@ -112,6 +113,9 @@ def check_slots(model: ModelConfig, slots: int, columns: int, mesh: jax.sharding
 
 def _shardings(slots: Slots, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(lambda x: NamedSharding(mesh, sharding.ROWS if x.ndim else P()), slots)
+
+
+_empty_slots = jax.jit(empty_slots, static_argnames=("decoding", "batch", "prompt_columns"))
 
 
 @partial(jax.jit, static_argnames="decoding", donate_argnames="slots")

@@ -100,6 +100,7 @@ def test_a_completion_depends_on_the_seed_and_not_on_the_batch(config, result):
     for other in (
         dataclasses.replace(config, ppo=PPO(batch_size=64)),
         dataclasses.replace(config, rollout=Generation(slots=2)),
+        dataclasses.replace(config, rollout=Generation(slots=12)),  # all of them at once
     ):
         again = completions.evaluate(other, num_prompts=4, num_completions=3, function=vowels)
         assert again["prompts"] == result["prompts"]

@@ -131,15 +131,15 @@ class RewardTrainer(SupervisedTrainer[RewardConfig]):
             real, target = np.asarray(batch.real)[:count], np.asarray(batch.target)[:count]
             valid = real[..., 0]
             parts.append((scores[valid], real[valid], target[valid]))
-        scores, real, target = (jnp.concatenate(part) for part in zip(*parts, strict=True))
-        if not jnp.isfinite(scores).all():
+        scores, real, target = (np.concatenate(part) for part in zip(*parts, strict=True))
+        if not np.isfinite(scores).all():
             raise NumericsError(
                 "the reward model's scores of held-out rows are not finite; start over with --fresh and a lower "
                 "optim.learning_rate"
             )
-        metrics = response_loss(scores, real, target, len(scores), self.spec.objective)[1]
+        metrics = response_loss(*map(jnp.asarray, (scores, real, target)), len(scores), self.spec.objective)[1]
         lengths = [lengths for row in rows for lengths in _response_lengths(row, self._group)]
-        held_out = HeldOut(*map(np.asarray, (scores, real, target, lengths)))
+        held_out = HeldOut(scores, real, target, np.asarray(lengths))
         self.evaluation = evaluation(held_out, self.config.loss)
         metrics |= {key: self.evaluation[key] for key in KEYS[self.config.loss]}
         return {f"eval/{key}": float(value) for key, value in metrics.items()}
