@@ -1,6 +1,9 @@
 """Sections for the model, its adapters and its tokenizer."""
 
-from typing import Literal
+import datetime
+from typing import Any, Literal
+
+from pydantic import Field
 
 from jaxrlhf.config.base import Bool, Count, DType, FractionBelowOne, Natural, Positive, section
 
@@ -73,6 +76,10 @@ class LoRA:
             )
 
 
+_TEMPLATE_SETS = ("messages", "tools", "add_generation_prompt", "chat_template", "conversations")
+_TEMPLATE_SETS += ("return_assistant_tokens_mask", "continue_final_message")
+
+
 @section
 class TokenizerSource:
     """The tokenizer, its chat template and special tokens."""
@@ -82,8 +89,28 @@ class TokenizerSource:
     chat_template: str = "auto"
     """auto: the tokenizer's own template, if it has one. none: plain text. chatml: ChatML, for a tokenizer without a
     template. Otherwise the path of a .jinja file."""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, for every rendering: `{enable_thinking: false}` for Qwen3, for example. An
+    exported model has them as defaults of its template."""
+    template_date: str = ""
+    """The date (YYYY-MM-DD) that a chat template writes as today's. Empty: the date on which the run was started,
+    also after a resume."""
+    train_empty_thinking: Bool = False
+    """Train on the empty thought (`<think></think>`) that some templates put before an answer without reasoning."""
     pad_token: str | None = None
     """Padding token. None: the tokenizer's own, else a reserved token, else eos (padding is masked by position, so
     sharing eos is safe)."""
     eos_token: str | None = None
     """End-of-sequence token. None: the tokenizer's own."""
+
+    def __post_init__(self) -> None:
+        for name in self.template_kwargs:
+            if not name.isidentifier() or name in _TEMPLATE_SETS:
+                reason = "is set by every rendering" if name in _TEMPLATE_SETS else "is not the name of a variable"
+                raise ValueError(f"tokenizer.template_kwargs: {name!r} {reason}; leave it out")
+        try:
+            parsed = datetime.date.fromisoformat(self.template_date) if self.template_date else None
+        except ValueError:
+            parsed = None
+        if self.template_date and str(parsed) != self.template_date:
+            raise ValueError(f"tokenizer.template_date is {self.template_date!r}; expected YYYY-MM-DD, or nothing")

@@ -14,6 +14,7 @@ from jaxrlhf.data.examples import Content, Example, to_examples
 from jaxrlhf.data.file_readers import SourceLocation
 from jaxrlhf.data.formats import Task, recognise
 from jaxrlhf.data.held_out import Usable
+from jaxrlhf.data.omissions import Omissions
 from jaxrlhf.data.sources import Rows, read_rows, read_validation_rows
 from jaxrlhf.data.tokenise import RenderedExample, TokenisedExample, drop_reason, render, tokenise, truncate
 from jaxrlhf.data.tokenizer import ESCAPE, Tokenizer
@@ -241,6 +242,7 @@ def _prepare(
     notes: Counter[str] = Counter()
     examples: list[tuple[int, Example]] = []
     rendered: list[RenderedExample] = []
+    omissions = Omissions(tokenizer)
     for i, location in enumerate(rows.locations):
         found, reason = to_examples(rows, i, row_format, config, tokenizer.has_chat, escape, notes)
         if reason:
@@ -256,6 +258,7 @@ def _prepare(
             except DataError as error:
                 raise DataError(f"data {location}: {error}") from error
             examples.append((i, example))
+            omissions.add(example, rendered[-1], location.short)
     if task == "prompts":
         rows = row_format.reward_columns(rows)
     kept: list[Usable[T]] = []
@@ -285,4 +288,5 @@ def _prepare(
             report.notes.append(f"{count} rows have no common beginning, so their prompt is empty")
     if escaped := sum(example.has_escapes for example in rendered):
         report.notes.append(f"{escaped} rows spell control tokens of the tokenizer; they are read as ordinary text")
+    report.notes += omissions.notes()
     return kept, report

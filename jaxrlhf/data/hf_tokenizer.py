@@ -1,4 +1,4 @@
-"""Load a transformers tokenizer, its chat template and the stop tokens of its model: no remote code, no torch, and no
+"""Load a transformers tokenizer and the stop tokens of its model: no remote code, no torch, and no
 network for a folder."""
 
 import json
@@ -7,13 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.config import TokenizerSource
 from jaxrlhf.errors import DataError
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 FILES += ("merges.txt", "tokenizer.model", "chat_template.jinja")
 
@@ -42,28 +37,6 @@ def from_pretrained(name: str, revision: str | None) -> Any:
             f"tokenizer {name}: it has no tokenizer.json; save it once as a fast tokenizer with transformers"
         )
     return hf
-
-
-def select_chat_template(hf: Any, source: TokenizerSource) -> str | None:
-    """Return the chat template that `source` selects, None for plain text. Raises DataError."""
-    choice = source.chat_template
-    if choice in ("none", "chatml"):
-        return CHATML if choice == "chatml" else None
-    if choice != "auto":
-        try:
-            return Path(choice).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"tokenizer.chat_template: {choice!r} is not auto, none, chatml or a readable .jinja file ({error})"
-            ) from error
-    if isinstance(hf.chat_template, dict):
-        if "default" not in hf.chat_template:
-            raise DataError(
-                f"the tokenizer has several chat templates ({', '.join(hf.chat_template)}) and none called default; "
-                "save the one to use as a .jinja file and give its path as tokenizer.chat_template"
-            )
-        return hf.chat_template["default"]
-    return hf.chat_template
 
 
 def generation_stops(folder: Path, name: str, revision: str | None) -> list[int]:

@@ -1,16 +1,21 @@
 """Examples to token ids: plain text or chat template, BOS and end tokens, loss masks, truncation.
 
-Prompt and completion are encoded separately, as in generation: the tokens of a prompt never depend on its completion.
+The tokens of a prompt never depend on its completion. Otherwise a conversation has the tokens of its rendering encoded
+as a whole. They differ only where a token would reach over the place at which generation continues the prompt: the text
+is then encoded in two pieces.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from jaxrlhf.config import Data
 from jaxrlhf.data import chat
-from jaxrlhf.data.examples import Content, Example, Message
+from jaxrlhf.data.examples import Content, Example
 from jaxrlhf.data.formats import Task
-from jaxrlhf.data.tokenizer import ESCAPE, Tokenizer
+from jaxrlhf.data.messages import Message
+from jaxrlhf.data.tokenizer import ESCAPE, Encoding, Tokenizer
 from jaxrlhf.errors import DataError
 
 _COMPLETIONS = {
@@ -18,6 +23,7 @@ _COMPLETIONS = {
     "pairs": 2,
     "rankings": None,
 }  # that a task reads (None: all); others read one
+_BATCH = 1024  # examples whose encodings, which are larger than their ids, are in memory at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +35,14 @@ class RenderedExample:
     """
 
     prompt: str
-    completions: list[list[chat.Chunk]]
+    completions: list[chat.Turns]
     plain: bool
     whole: bool
 
     @property
     def has_escapes(self) -> bool:
         """The data spells a control token, which is read as ordinary text."""
-        return ESCAPE in self.prompt or any(ESCAPE in text for chunks in self.completions for text, _ in chunks)
+        return ESCAPE in self.prompt or any(ESCAPE in turns.text for turns in self.completions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +105,11 @@ def drop_reason(example: Example, task: Task, has_bos: bool) -> str:
 
 
 def _is_empty(content: Content) -> bool:
-    return not (content if isinstance(content, str) else "".join(turn["content"] for turn in content)).strip()
+    if isinstance(content, str):
+        return not content.strip()
+    return not any(
+        turn["content"].strip() or turn.get("reasoning_content") or turn.get("tool_calls") for turn in content
+    )
 
 
 def _ends_with_assistant(turns: list[Message]) -> bool:
@@ -114,10 +124,9 @@ def render(example: Example, task: Task, tokenizer: Tokenizer) -> RenderedExampl
     """Render an example without a `drop_reason`. Raises DataError for a conversation that cannot be rendered."""
     prompt, completions = example.prompt, example.completions[: _COMPLETIONS.get(task, 1)]
     if isinstance(prompt, str):
-        chunks = [[(str(completion), True)] for completion in completions]
-        return RenderedExample(prompt, chunks, plain=True, whole=False)
+        return RenderedExample(prompt, [_text(str(text)) for text in completions], plain=True, whole=False)
     if prompt is None and isinstance(example.completions[0], str):
-        return RenderedExample("", [[(example.completions[0], True)]], plain=True, whole=True)
+        return RenderedExample("", [_text(example.completions[0])], plain=True, whole=True)
     if not tokenizer.has_chat:
         raise DataError(
             "the rows are conversations and the tokenizer has no chat template; set tokenizer.chat_template to chatml "
@@ -125,46 +134,116 @@ def render(example: Example, task: Task, tokenizer: Tokenizer) -> RenderedExampl
         )
     conversations = [completion for completion in completions if isinstance(completion, list)]
     if prompt is None:
-        chunks = [chat.render_conversation(tokenizer, conversations[0], example.tools)]
-        return RenderedExample("", chunks, plain=False, whole=True)
+        turns = chat.render_conversation(tokenizer, conversations[0], example.tools)
+        return RenderedExample("", [turns], plain=False, whole=True)
     rendered_prompt = tokenizer.render(prompt, generation=True, tools=example.tools)
-    chunks = [
+    continued = [
         chat.render_completion(tokenizer, prompt, rendered_prompt, turns, example.tools) for turns in conversations
     ]
-    return RenderedExample(rendered_prompt, chunks, plain=False, whole=False)
+    return RenderedExample(rendered_prompt, continued, plain=False, whole=False)
+
+
+def _text(text: str) -> chat.Turns:
+    return chat.Turns(text, [(0, len(text))], [])
 
 
 def tokenise(examples: Sequence[RenderedExample], tokenizer: Tokenizer) -> list[TokenisedExample]:
-    """Encode all examples in one call of the tokenizer."""
-    texts: list[str] = []
-    continues: list[bool] = []
-    for example in examples:
-        texts.append(example.prompt)
-        continues.append(False)
-        for chunks in example.completions:
-            texts += [text for text, _ in chunks]
-            continues += [bool(example.prompt) or i > 0 for i in range(len(chunks))]
-    ids = iter(tokenizer.encode_batch(texts, continues))
-    return [
-        _add_special_tokens(e, next(ids), [[next(ids) for _ in chunks] for chunks in e.completions], tokenizer)
-        for e in examples
+    """Encode examples, many in one call of the tokenizer."""
+    tokenised = []
+    for start in range(0, len(examples), _BATCH):
+        batch = examples[start : start + _BATCH]
+        prompts = tokenizer.encode_batch([example.prompt for example in batch])
+        pieces = iter(_encode([_Piece.of(e, turns, tokenizer) for e in batch for turns in e.completions], tokenizer))
+        for example, prompt in zip(batch, prompts, strict=True):
+            tokenised.append(
+                _add_special_tokens(example, prompt, [next(pieces) for _ in example.completions], tokenizer)
+            )
+    return tokenised
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Text to encode after a prompt.
+
+    context: the end of the prompt that decides how, its last control token and what follows; "" for plain text.
+    cuts: the characters of context and text before which the ids must be those of the text before alone.
+    """
+
+    context: str
+    turns: chat.Turns
+    cuts: list[int]
+    continues: bool
+
+    @classmethod
+    def of(cls, example: RenderedExample, turns: chat.Turns, tokenizer: Tokenizer) -> "_Piece":
+        context = "" if example.plain else tokenizer.last_segment(example.prompt)
+        cuts = [len(context)] * bool(context) + [len(context) + cut for cut in turns.cuts]
+        return cls(context, turns, cuts, continues=example.plain and bool(example.prompt))
+
+
+def _encode(pieces: list[_Piece], tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
+    """Ids and loss mask of each piece, without its context."""
+    texts = [piece.context + piece.turns.text for piece in pieces]
+    encodings = tokenizer.encode_with_offsets(texts, [piece.continues for piece in pieces])
+    contexts = [
+        [tokenizer.last_segment(text[:cut]) for cut in piece.cuts] for text, piece in zip(texts, pieces, strict=True)
     ]
+    distinct = list(dict.fromkeys(context for of_piece in contexts for context in of_piece))
+    ids_of = dict(zip(distinct, tokenizer.encode_batch(distinct), strict=True))
+    result = []
+    for piece, text, before, encoding in zip(pieces, texts, contexts, encodings, strict=True):
+        tokens = {
+            0: 0,
+            **{cut: _aligned(encoding, cut, c, ids_of[c]) for cut, c in zip(piece.cuts, before, strict=True)},
+        }
+        if broken := [cut for cut, token in tokens.items() if token is None]:
+            encoding, tokens = _encode_cut(text, broken, piece, tokenizer)
+        size, mask = len(piece.context), [False] * len(encoding.ids)
+        for begin, end in piece.turns.learnt:
+            first, last = tokens.get(begin + size), bisect_left(encoding.starts, end + size)
+            if first is None:
+                first = bisect_left(encoding.ends, begin + size + 1)
+            mask[first:last] = [True] * (last - first)
+        skip = tokens[size]
+        result.append((encoding.ids[skip:], mask[skip:]))
+    return result
+
+
+def _aligned(encoding: Encoding, cut: int, context: str, ids: list[int]) -> int | None:
+    """The number of tokens before character `cut`, if they end with the `ids` that its `context` has alone."""
+    position = cut - len(context)
+    start = bisect_left(encoding.ends, position + 1) if position else 0
+    stop = start + len(ids)
+    reaches_over = any(begin < cut for begin in encoding.starts[stop : stop + 1])
+    return None if reaches_over or encoding.ids[start:stop] != ids else stop
+
+
+def _encode_cut(
+    text: str, cuts: list[int], piece: _Piece, tokenizer: Tokenizer
+) -> tuple[Encoding, dict[int, int | None]]:
+    """Encode the text in pieces that end at `cuts`; also return the number of tokens before each cut of the piece."""
+    parts = [text[begin:end] for begin, end in pairwise([0, *cuts, len(text)])]
+    encoded = tokenizer.encode_with_offsets(parts, [False] + [True] * len(cuts))
+    ids, starts, ends = [], [], []
+    for offset, part in zip([0, *cuts], encoded, strict=True):
+        ids += part.ids
+        starts += [offset + start for start in part.starts]
+        ends += [offset + end for end in part.ends]
+    return Encoding(ids, starts, ends), {cut: bisect_left(starts, cut) for cut in (0, *piece.cuts)}
 
 
 def _add_special_tokens(
-    example: RenderedExample, prompt: list[int], chunk_ids: list[list[list[int]]], tokenizer: Tokenizer
+    example: RenderedExample, prompt: list[int], encoded: list[tuple[list[int], list[bool]]], tokenizer: Tokenizer
 ) -> TokenisedExample:
-    """Join the ids of the chunks of each completion and add BOS and EOS where they are due."""
+    """Add BOS and EOS where they are due."""
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
-    start = prompt or (chunk_ids[0][0] if chunk_ids else [])
+    start = prompt or (encoded[0][0] if encoded else [])
     needs_bos = tokenizer.adds_bos or not (prompt or example.whole)
     if example.plain and bos is not None and start[:1] != [bos] and needs_bos:
         prompt = [bos, *prompt]
     needs_eos = example.plain or not tokenizer.turn_end
     completions = []
-    for chunks, ids_of_chunks in zip(example.completions, chunk_ids, strict=True):
-        ids = [i for chunk in ids_of_chunks for i in chunk]
-        loss_mask = [loss for (_, loss), chunk in zip(chunks, ids_of_chunks, strict=True) for _ in chunk]
+    for ids, loss_mask in encoded:
         if needs_eos and ids[-1:] != [eos]:  # with data.control_tokens the text may contain its EOS
             ids, loss_mask = [*ids, eos], [*loss_mask, True]
         completions.append((ids, loss_mask))

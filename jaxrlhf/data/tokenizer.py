@@ -7,18 +7,31 @@ text, and `encode_batch` encodes marked spellings character by character. The ma
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxrlhf.config import TokenizerSource
-from jaxrlhf.data.hf_tokenizer import CHATML, FILES, from_pretrained, generation_stops, select_chat_template
+from jaxrlhf.data.chat_template import CHATML, ChatTemplate, select_chat_template
+from jaxrlhf.data.hf_tokenizer import FILES, from_pretrained, generation_stops
 from jaxrlhf.errors import DataError
 
 Objects = list[dict[str, Any]]
+Span = tuple[int, int]
 ESCAPE = "\ufdd0"
+_MORE_TEMPLATES = "additional_chat_templates"
+_JSON_ESCAPE = "\\ufdd0"
 _BATCH = 8192  # texts per call of the backend, whose encodings take much more memory than lists of ids
 _CONTEXT = 8  # preceding ids that decide whether a continuation starts with a space
+
+
+class Encoding(NamedTuple):
+    """Ids of a text, and the characters [start, end) that each stands for."""
+
+    ids: list[int]
+    starts: list[int]
+    ends: list[int]
 
 
 class Tokenizer:
@@ -31,22 +44,35 @@ class Tokenizer:
     notes: the decisions, as lines to print.             origin: folder to copy on `save`, None if anything changed.
     """
 
-    def __init__(self, hf: Any, pad_id: int, stop_ids: Sequence[int], added: int, origin: Path | None) -> None:
+    def __init__(
+        self,
+        hf: Any,
+        source: TokenizerSource,
+        pad_id: int,
+        stop_ids: Sequence[int],
+        added: int,
+        origin: Path | None,
+    ) -> None:
         self._hf, self._backend, self._origin = hf, hf.backend_tokenizer, origin
+        self._template = ChatTemplate(hf, source) if hf.chat_template else None
+        self.train_empty_thinking = source.train_empty_thinking
         self._backend.no_truncation()
         self._backend.no_padding()
         special = [str(token) for token in hf.added_tokens_decoder.values() if token.special]
         self.control_tokens = {text: hf.convert_tokens_to_ids(text) for text in {*special, *hf.all_special_tokens}}
-        spellings = "|".join(re.escape(text) for text in sorted(self.control_tokens, key=len, reverse=True))
-        self._control = re.compile(f"(?<!{ESCAPE})(?:{spellings or '(?!)'})")
+        by_length = sorted(self.control_tokens, key=len, reverse=True)
+        self._spellings = "|".join(map(re.escape, by_length)) or "(?!)"
+        self._control = re.compile(f"(?<!{ESCAPE})(?:{self._spellings})")
         self.pad_id, self.added = pad_id, added
         self.eos_id: int = hf.eos_token_id
         self.bos_id: int | None = hf.bos_token_id
         self.adds_bos = self.bos_id is not None and self._backend.encode("a").ids[:1] == [self.bos_id]
         self.size = max(len(hf), *(i + 1 for i in hf.added_tokens_decoder), 0)
         self._anchor, self._anchor_size = self._leading_space_anchor()
-        self.has_chat = bool(hf.chat_template)
-        self.marks_generation = self.has_chat and bool(re.search(r"\{%-?\s*generation\s*-?%\}", hf.chat_template))
+        self._spaces_segments = bool(self._anchor) and self._spaces_after_control_tokens()
+        self.has_chat = self._template is not None
+        self.marks_generation = self._template is not None and self._template.marks_generation
+        self.template_digest = self._template.digest if self._template else ""
         self.turn_end = self._find_turn_end_token() if self.has_chat else ""
         stops = [self.eos_id, self.control_tokens.get(self.turn_end), *stop_ids]
         self.stop_ids = tuple(dict.fromkeys(i for i in stops if i is not None and i < self.size))
@@ -73,33 +99,70 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], continues: Sequence[bool] = ()) -> list[list[int]]:
         """Encode texts; unescaped control tokens become their ids. A text that `continues` the one before it gets no
         leading space, which some tokenizers put before the first word."""
-        prefixes = [self._anchor if c else "" for c in continues] or [""] * len(texts)
-        unescaped = [i for i, text in enumerate(texts) if ESCAPE not in text]
-        ids = dict(zip(unescaped, self._encode([prefixes[i] + texts[i] for i in unescaped], False), strict=True))
-        for i, text in enumerate(texts):
-            if i not in ids:
-                ids[i] = self._encode_escaped(prefixes[i] + text)
-        return [ids[i][self._anchor_size :] if prefixes[i] else ids[i] for i in range(len(texts))]
+        return [ids for ids, _ in self._encode_escaped(texts, continues)]
 
-    def _encode(self, texts: list[str], control_as_text: bool) -> list[list[int]]:
+    def encode_with_offsets(self, texts: Sequence[str], continues: Sequence[bool] = ()) -> list[Encoding]:
+        """`encode_batch`, with the characters of the escaped text that each token stands for."""
+        return [
+            Encoding(ids, [start for start, _ in offsets], [end for _, end in offsets])
+            for ids, offsets in self._encode_escaped(texts, continues, offsets=True)
+        ]
+
+    def _encode_escaped(
+        self, texts: Sequence[str], continues: Sequence[bool], *, offsets: bool = False
+    ) -> Iterator[tuple[list[int], list[Span]]]:
+        """(ids, character spans if asked for) of each text."""
+        for first in range(0, len(texts), _BATCH):
+            batch = texts[first : first + _BATCH]
+            continued = [*continues[first : first + _BATCH]] or [False] * len(batch)
+            whole = [i for i, text in enumerate(batch) if ESCAPE not in text]
+            encoded = iter(self._encode([batch[i] for i in whole], [continued[i] for i in whole], offsets=offsets))
+            for text, continues_text in zip(batch, continued, strict=True):
+                yield self._encode_segments(text, continues_text) if ESCAPE in text else next(encoded)
+
+    def _encode(
+        self, texts: list[str], continues: list[bool], *, control_as_text: bool = False, offsets: bool = False
+    ) -> Iterator[tuple[list[int], list[Span]]]:
+        """(ids, character spans if asked for) of texts without escapes."""
         self._backend.encode_special_tokens = control_as_text
-        batches = (texts[i : i + _BATCH] for i in range(0, len(texts), _BATCH))
-        return [e.ids for batch in batches for e in self._backend.encode_batch_fast(batch, add_special_tokens=False)]
+        prefixes = [self._anchor if c else "" for c in continues]
+        texts = [prefix + text for prefix, text in zip(prefixes, texts, strict=True)]
+        encode = self._backend.encode_batch if offsets else self._backend.encode_batch_fast
+        for prefix, encoding in zip(prefixes, encode(texts, add_special_tokens=False), strict=True):
+            skip, size = (self._anchor_size, len(prefix)) if prefix else (0, 0)
+            spans = [(start - size, end - size) for start, end in encoding.offsets[skip:]] if offsets else []
+            yield encoding.ids[skip:], spans
 
-    def _encode_escaped(self, text: str) -> list[int]:
-        """Encode unescaped control tokens as their ids and everything between them as ordinary text."""
-        ids, start = [], 0
-        for match in self._control.finditer(text):
-            ids += self._encode([text[start : match.start()].replace(ESCAPE, "")], True)[0]
-            ids.append(self.control_tokens[match[0]])
-            start = match.end()
-        return ids + self._encode([text[start:].replace(ESCAPE, "")], True)[0]
+    def _encode_segments(self, text: str, continues: bool) -> tuple[list[int], list[Span]]:
+        """Encode unescaped control tokens as their ids and the segments between them as ordinary text."""
+        ids, offsets, start = [], [], 0
+        for match in [*self._control.finditer(text), None]:
+            segment = text[start : match.start() if match else len(text)]
+            kept = [start + i for i, character in enumerate(segment) if character != ESCAPE]
+            continued = not self._spaces_segments if start else continues
+            new, spans = next(
+                self._encode([segment.replace(ESCAPE, "")], [continued], control_as_text=True, offsets=True)
+            )
+            ids += new
+            offsets += [(kept[a], kept[b - 1] + 1 if b > a else kept[a]) for a, b in spans]
+            if match:
+                ids.append(self.control_tokens[match[0]])
+                offsets.append(match.span())
+                start = match.end()
+        return ids, offsets
 
     def _leading_space_anchor(self) -> tuple[str, int]:
         """Return a text (and its number of ids) that is put before a continuation and cut off after encoding, so that
         no leading space is added; ("", 0) if the tokenizer adds none."""
-        alone, line, both = self._encode(["a", "\n", "\na"], False)
+        self._anchor = ""
+        alone, line, both = self.encode_batch(["a", "\n", "\na"])
         return ("\n", len(line)) if both[: len(line)] == line and both[len(line) :] != alone else ("", 0)
+
+    def _spaces_after_control_tokens(self) -> bool:
+        """Return True if a leading space is also put before the first word after a control token."""
+        control = self.convert_ids_to_tokens([self.eos_id])[0]
+        (_, *after), alone = self.encode_batch([f"{control}a", "a"])
+        return after == alone
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         """Decode without control tokens. Give the preceding ids as `after` to keep a leading space, which some
@@ -125,35 +188,36 @@ class Tokenizer:
         return self._render(messages, tools, return_assistant_tokens_mask=True)
 
     def _render(self, messages: Objects, tools: Objects | None, **options: Any) -> tuple[str, list[tuple[int, int]]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        assert self.has_chat
-        names: dict[str, Any] = {k: v for k, v in self._hf.special_tokens_map.items() if isinstance(v, str)}
-        try:
-            rendered, spans = render_jinja_template(  # type: ignore[misc]
-                conversations=[self._escape_all([{k: v for k, v in m.items() if k != "train"} for m in messages])],
-                tools=self._escape_all(tools),
-                chat_template=self._hf.chat_template,
-                **options,
-                **names,
-            )
-        except Exception as error:  # a template is a program and can raise anything
-            raise DataError(
-                f"the chat template fails on a conversation ({error}); give another one in tokenizer.chat_template"
-            ) from error
-        return rendered[0], list(spans[0]) if spans else []  # type: ignore[arg-type]
+        assert self._template
+        turns = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+        text, spans = self._template.render(self._escape_all(turns), self._escape_all(tools), **options)
+        if _JSON_ESCAPE in text:  # a template that limits JSON to ASCII has rewritten the mark
+            found = [match.start() for match in re.finditer(f"\\{_JSON_ESCAPE}(?={self._spellings})", text)]
+            shifts = [[(len(_JSON_ESCAPE) - 1) * bisect_left(found, edge) for edge in span] for span in spans]
+            spans = [(begin - a, end - b) for (begin, end), (a, b) in zip(spans, shifts, strict=True)]
+            text = re.sub(f"\\{_JSON_ESCAPE}(?={self._spellings})", ESCAPE, text)
+        return text, spans
 
     def _escape_all(self, value: Any) -> Any:
         if isinstance(value, str):
             return self.escape(value)
         if isinstance(value, dict):
-            return {key: self._escape_all(item) for key, item in value.items()}
+            return {self._escape_all(key): self._escape_all(item) for key, item in value.items()}
         return [self._escape_all(item) for item in value] if isinstance(value, list) else value
 
     def find_turn_end(self, text: str, start: int) -> int | None:
         """Find the first end-of-turn token in rendered `text` from `start` on and return the index after it."""
         match = re.compile(f"(?<!{ESCAPE}){re.escape(self.turn_end)}").search(text, start)
         return match.end() if match else None
+
+    def control_spans(self, text: str, start: int = 0) -> list[Span]:
+        """The characters of the control tokens in rendered `text` from `start` on."""
+        return [match.span() for match in self._control.finditer(text, start)]
+
+    def last_segment(self, text: str) -> str:
+        """The last control token of rendered `text` and what follows it, which decide how text after it is encoded."""
+        spans = self.control_spans(text)
+        return text[spans[-1][0] :] if spans else text
 
     def _find_turn_end_token(self) -> str:
         content = "\ufdd1"
@@ -183,15 +247,23 @@ class Tokenizer:
         return (*lines, f"new tokens: {self.added}") if self.added else tuple(lines)
 
     def save(self, directory: Path | str) -> None:
-        """Write the tokenizer to a folder; an unchanged one is copied byte for byte."""
+        """Write the tokenizer to a folder; an unchanged one is copied byte for byte. Template arguments become
+        defaults of its chat template."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         if self._origin is not None:
             for name in FILES:
                 if (self._origin / name).exists():
                     shutil.copyfile(self._origin / name, directory / name)
+            if (self._origin / _MORE_TEMPLATES).is_dir():
+                shutil.copytree(self._origin / _MORE_TEMPLATES, directory / _MORE_TEMPLATES, dirs_exist_ok=True)
             return
-        self._hf.save_pretrained(directory)
+        template = self._hf.chat_template
+        try:
+            self._hf.chat_template = self._template.with_defaults() if self._template else None
+            self._hf.save_pretrained(directory)
+        finally:
+            self._hf.chat_template = template
         path = directory / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         for key in ("is_local", "local_files_only"):  # describe this machine, not the tokenizer
@@ -215,6 +287,7 @@ def load_tokenizer(path: Path | str, source: TokenizerSource, revision: str | No
     original_pad, original_size = hf.pad_token, len(hf)
     template = select_chat_template(hf, source)
     changed = template != hf.chat_template or source.eos_token is not None or source.pad_token is not None
+    changed |= bool(source.template_kwargs)
     hf.chat_template = template
     if template == CHATML:
         hf.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
@@ -234,7 +307,7 @@ def load_tokenizer(path: Path | str, source: TokenizerSource, revision: str | No
     stops = generation_stops(Path(path).expanduser(), str(path), revision)
     origin = Path(source.path or path).expanduser()
     added = len(hf) - original_size
-    return Tokenizer(hf, hf.pad_token_id, stops, added, origin if origin.is_dir() and not changed else None)
+    return Tokenizer(hf, source, hf.pad_token_id, stops, added, origin if origin.is_dir() and not changed else None)
 
 
 def _spare_token(specials: list[str]) -> str | None:

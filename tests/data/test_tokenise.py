@@ -64,7 +64,7 @@ CHAT = [
     (MARKED, "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n[two<|im_end|>]\n"
      "<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\n[four<|im_end|>]"),
     (FORGETFUL, "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n[two<|im_end|>]\n"
-     "<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\n[<think>\n</think>\nfour<|im_end|>]"),
+     "<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\n<think>\n</think>\n[four<|im_end|>]"),
     (NO_TERMINATOR, "user: one\nassistant: [two\n]user: three\nassistant: [four\n<|im_end|>]"),
 ]  # fmt: skip
 
