@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from jaxrlhf.config import Component, RewardSource
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.rewards.component import ComponentScores, RewardComponent, open_source
-from jaxrlhf.rewards.sources.ensemble import combine_scores
 from jaxrlhf.rewards.sources.human import Human
 from jaxrlhf.rewards.sources.model import Messages, RewardModel
 from jaxrlhf.rewards.sources.protocol import ScoreRequest
@@ -231,6 +231,20 @@ class Scorer:
 
     def _may_be_unscored(self, name: str) -> bool:
         return name not in self.models or self.components[name].config.on_error == "skip"
+
+
+def combine_scores(
+    scores: Float[np.ndarray, "K *shape"], combine: str, spread_coef: float
+) -> Float[np.ndarray, "*shape"]:
+    """Mean, minimum, or mean minus `spread_coef` standard deviations over the K models of an ensemble.
+
+    The latter two are the worst-case and the uncertainty-weighted objective of https://arxiv.org/abs/2310.02743, which
+    uses the variance; the standard deviation has the unit of the scores.
+    """
+    if combine == "min":
+        return scores.min(axis=0)
+    mean = scores.mean(axis=0)
+    return mean - np.float32(spread_coef) * scores.std(axis=0) if combine == "mean_minus_std" else mean
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -91,7 +91,7 @@ def test_any_number_of_components_add_up_to_a_number_worked_out_by_hand(score, f
     assert set(scored.components) == {f"{n}{s}" for n in ("good", "again", "matches") for s in ("", "_unanswered")}
 
 
-def test_what_is_logged_of_each_component(score, functions, make_rollout, policy_tokenizer):
+def test_metrics_of_each_component(score, functions, make_rollout, policy_tokenizer):
     metrics = score(function=f"{functions}:good").metrics
     assert metrics["rewards/good/mean"] == pytest.approx(34 / 3)
     assert metrics["rewards/good/std"] == pytest.approx(np.std([6, 27, 1]))
@@ -122,9 +122,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("kind", FAILURES)
-def test_every_failure_is_a_message_and_the_run_goes_on_by_its_policy(
-    kind, functions, policy_tokenizer, make_rollout, talk
-):
+def test_every_failure_gives_a_note_and_is_handled_by_on_error(kind, functions, policy_tokenizer, make_rollout, talk):
     message, count = FAILURES[kind]
     where = rf"reward .*mine.py:{kind} \(step 5\) "
     asked = talk.prompts, talk.completions, make_rollout(policy_tokenizer), {}, 5
@@ -154,7 +152,7 @@ def test_every_failure_is_a_message_and_the_run_goes_on_by_its_policy(
                 raise RewardError(note)
 
 
-def test_a_passed_function_fails_by_policy_too(policy_tokenizer, make_rollout, talk):
+def test_on_error_holds_for_a_passed_function(policy_tokenizer, make_rollout, talk):
     def late(completions):
         time.sleep(3)
 
@@ -324,7 +322,7 @@ def test_columns_and_the_step_reach_the_function(policy_tokenizer, make_rollout,
         scorer.check(talk.prompts, {"other": [1, 2, 3]})
 
 
-def test_columns_that_cannot_travel_are_refused_at_the_door(policy_tokenizer, functions, talk):
+def test_columns_that_are_not_json_are_refused_before_generation(policy_tokenizer, functions, talk):
     column = {"image": [b"png"] * 3}
     Scorer(RewardSource(function=f"{functions}:good"), policy_tokenizer).check(talk.prompts, column)
     server = Scorer(RewardSource(components=({"url": "http://127.0.0.1:9/"},)), policy_tokenizer)  # type: ignore[arg-type]

@@ -39,7 +39,7 @@ def test_expressions(said, score):
     assert countdown([said], target=[24], nums=[[6, 6, 2, 8]]) == [score]
 
 
-def test_rows_without_a_problem_have_no_opinion():
+def test_rows_without_a_problem_are_unscored():
     assert countdown(["1"] * 3, target=[None, 1, 1], nums=[[1], None, [1]]) == [None, None, 1]
 
 
@@ -61,7 +61,7 @@ TREES = st.recursive(
 
 
 @given(TREES)
-def test_as_python_works_it_out(text):
+def test_values_are_those_of_python(text):
     try:
         expected = eval(re.sub(r"\d+", r"Fraction(\g<0>)", text), {"Fraction": Fraction})
     except ZeroDivisionError:
@@ -74,5 +74,5 @@ def test_as_python_works_it_out(text):
 
 
 @given(st.text(max_size=40))
-def test_any_text_is_survived(text):
+def test_any_text_gets_a_score(text):
     assert countdown([text], target=[10**9], nums=[[1]]) == [0]

@@ -59,7 +59,7 @@ def ask(url, request=ASKED, timeout=10.0):
     return Endpoint(url, timeout=timeout, sleep=pauses.append)(request), pauses
 
 
-def test_it_is_sent_everything_and_its_scores_are_read(serve):
+def test_the_request_has_all_fields_and_the_scores_are_read(serve):
     url, seen = serve(lambda body: (200, json.dumps({"scores": [len(c) for c in body["completions"]]})))
     answer, pauses = ask(url)
     assert answer.values == [3, 7]
@@ -73,7 +73,7 @@ def test_it_is_sent_everything_and_its_scores_are_read(serve):
     }
 
 
-def test_a_server_in_trouble_is_asked_again_with_growing_pauses(serve):
+def test_server_errors_are_retried_with_growing_pauses(serve):
     url, seen = serve((500, "no"), (None, ""), (429, ""), (200, '{"scores": [1, null]}'))
     answer, pauses = ask(url)
     assert answer.values == [1, None]
@@ -81,7 +81,7 @@ def test_a_server_in_trouble_is_asked_again_with_growing_pauses(serve):
     assert pauses == [0.25, 0.5, 1.0]
 
 
-def test_and_not_for_ever(serve):
+def test_retries_are_limited(serve):
     url, seen = serve((503, "over\x1b[31mloaded"))
     with pytest.raises(
         RewardError, match=r"\(step 3\) answered 503 .*: 'over\\x1b.*loaded' \(4 attempts\); first comp"
@@ -110,7 +110,7 @@ def test_any_other_answer_is_an_error_at_once(serve, answer, message):
     assert len(seen) == 1
 
 
-def test_values_are_checked_like_a_functions(serve):
+def test_values_are_validated_like_those_of_a_function(serve):
     url, _ = serve((200, '{"scores": [NaN, "x"]}'))
     answer, _ = ask(url)
     assert answer.values == [None, None]
@@ -125,7 +125,7 @@ def test_scores_per_token(serve):
     assert seen[0][2]["tokens"] == [["o", "ne"], ["two two"]]
 
 
-def test_slow_is_late(serve):
+def test_a_slow_answer_times_out(serve):
     url, _ = serve(lambda body: (time.sleep(3), (200, '{"scores": [1, 2]}'))[1])
     started = time.monotonic()
     with pytest.raises(RewardError, match=r"did not answer 2 completions within 0.4 s|cannot be reached: timed out"):
@@ -133,12 +133,12 @@ def test_slow_is_late(serve):
     assert time.monotonic() - started < 1.5
 
 
-def test_nobody_there():
+def test_a_refused_connection_is_an_error():
     with pytest.raises(RewardError, match=r"cannot be reached: .*refused \(4 attempts\)"):
         ask("http://127.0.0.1:9/score")
 
 
-def test_an_answer_has_a_largest_size(serve, monkeypatch):
+def test_an_answer_that_is_too_large_is_refused(serve, monkeypatch):
     monkeypatch.setattr(endpoint, "LARGEST", 1 << 20)
     url, _ = serve((200, '{"scores": [' + " " * (1 << 20) + "1, 2]}"))
     with pytest.raises(RewardError, match="answered with more than 1 MiB"):

@@ -6,8 +6,7 @@ import pytest
 
 from jaxrlhf import weights
 from jaxrlhf.config import Component, RewardSource
-from jaxrlhf.rewards.compose import Scorer
-from jaxrlhf.rewards.sources.ensemble import combine_scores
+from jaxrlhf.rewards.compose import Scorer, combine_scores
 
 SCORES = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
 
@@ -79,6 +78,6 @@ def test_an_ensemble_is_unscored_where_a_member_is(folders, policy_tokenizer, ma
         ({"model": "m", "name": "a_spread"}, "_spread"),
     ],
 )
-def test_what_makes_no_ensemble_is_refused(options, words):
+def test_invalid_ensembles_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         Component(**options)

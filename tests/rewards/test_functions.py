@@ -73,7 +73,7 @@ def test_jax_arrays_are_accepted():
     assert call(lambda completions: list(jnp.arange(3.0))) == [0, 1, 2]
 
 
-def test_no_opinion_is_an_answer():
+def test_none_means_unscored():
     assert call(lambda completions: [None, 2, None]) == [None, 2, None]
 
 
@@ -94,13 +94,13 @@ def test_no_opinion_is_an_answer():
         (iter([1, 2, 3]), "returned a list_iterator"),
     ],
 )
-def test_anything_else_is_refused_with_what_and_where(answer, message):
+def test_other_values_are_refused_with_value_and_completion(answer, message):
     with pytest.raises(RewardError, match=message) as caught:
         call(lambda completions: answer, step=14)
     assert caught.value.exit_code == 5
 
 
-def test_a_raise_names_the_persons_own_line(write):
+def test_an_exception_is_located_in_the_users_file(write):
     path = write(
         """
         import json
@@ -116,7 +116,7 @@ def test_a_raise_names_the_persons_own_line(write):
         load(f"{path}:f")(request())
 
 
-def test_leaving_the_program_is_a_raise_and_ctrl_c_is_not():
+def test_system_exit_is_an_error_and_ctrl_c_is_passed_on():
     def leave(completions):
         raise SystemExit(3)
 
@@ -197,7 +197,7 @@ def test_async_functions_are_awaited_with_and_without_a_loop():
     assert call(slow, timeout=5) == [3, 7, 5]
 
 
-def test_a_late_function_is_reported_and_left_to_itself():
+def test_a_late_function_is_reported_and_left_running():
     import threading
 
     done = threading.Event()

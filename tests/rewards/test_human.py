@@ -59,7 +59,7 @@ def test_the_best_of_a_prompts_completions_is_picked(tmp_path):
         Human("score", file, Person())(ASKED)
 
 
-def test_what_a_model_wrote_cannot_touch_the_terminal(tmp_path):
+def test_control_characters_of_completions_are_escaped(tmp_path):
     person = Person("1", "1", "1")
     Human("score", None, person)(ASKED)
     shown = "".join(person.asked)
@@ -67,7 +67,7 @@ def test_what_a_model_wrote_cannot_touch_the_terminal(tmp_path):
     assert r"red \x1b[31m\x07" in shown
 
 
-def test_answers_survive_leaving_and_a_line_cut_short(tmp_path):
+def test_answers_survive_ctrl_d_and_a_line_cut_short(tmp_path):
     file = tmp_path / "human.jsonl"
     with pytest.raises(RewardError, match=r"human \(step 2\): the person left \(Ctrl-D\). Answers are kept"):
         Human("score", file, Person("4"))(ASKED._replace(step=2))
@@ -85,7 +85,7 @@ def test_without_a_file_every_run_asks(tmp_path):
         assert Human("score", None, person)(ASKED).values == [1, 2, 3, 1]
 
 
-def test_others_leave_the_terminal_alone_meanwhile():
+def test_other_output_pauses_while_a_person_is_asked():
     events = []
 
     @contextlib.contextmanager

@@ -44,7 +44,7 @@ def test_same_and_other():
             assert same_language([SENTENCES[a][0]], [SENTENCES[b][0]]) == [float(a == b)], (a, b)
 
 
-def test_what_cannot_be_told_is_no_opinion():
+def test_undetected_languages_are_unscored():
     english, german, russian = (SENTENCES[name][0] for name in ("en", "de", "cyrillic"))
     unknown = "Tere hommikust, sõbrad, kuidas läheb"  # Estonian
     assert language(unknown) == "latin"

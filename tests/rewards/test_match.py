@@ -70,7 +70,7 @@ def test_any_fraction_is_read_back(value):
 
 
 @given(st.text())
-def test_any_text_is_survived(text):
+def test_any_text_gets_a_score(text):
     number(text)
     assert exact_match([text], answer=[text]) == [1]
 
@@ -83,7 +83,7 @@ def test_texts():
     assert exact_match(long, column="key", after="Answer:", key=["A B"] * 3) == [1, 0, 1]
 
 
-def test_school_mathematics_answers_itself(shared_data):
+def test_gsm8k_solutions_match_their_own_answers(shared_data):
     lines = (shared_data / "math" / "gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines()
     answers = [json.loads(line)["answer"] for line in lines]
     finals = [answer.rpartition("#### ")[2] for answer in answers]
@@ -196,7 +196,7 @@ def test_the_letter_that_is_right():
 
 
 @given(st.text(alphabet=st.sampled_from("ABb answeris:().*\n"), max_size=30))
-def test_nothing_chooses_two_letters(text):
+def test_two_chosen_letters_score_0(text):
     assert sum(filter(None, multiple_choice([text] * 4, answer=[*"ABCD"]))) <= 1
 
 

@@ -85,7 +85,7 @@ def test_one_process_serves_all_calls_until_one_fails(write):
 
 @LINUX
 @pytest.mark.parametrize("way", ["time.sleep(60)", "re.match(r'(a+)+$', 'a' * 50 + 'b')"], ids=["asleep", "in C"])
-def test_one_that_hangs_is_killed_with_all_it_started(write, way, tmp_path):
+def test_a_function_that_times_out_is_killed_with_its_children(write, way, tmp_path):
     path = write(
         f"""
         import re, subprocess, sys, time
@@ -107,7 +107,7 @@ def test_one_that_hangs_is_killed_with_all_it_started(write, way, tmp_path):
 
 @LINUX
 @pytest.mark.parametrize("busy", [False, True])
-def test_it_does_not_outlive_its_parent(write, busy):
+def test_the_process_ends_with_its_parent(write, busy):
     """Though the parent is killed outright, and though C code holds Python's lock."""
     path = write(
         """
@@ -138,7 +138,7 @@ input()
     assert gone(pid)
 
 
-def test_what_it_prints_is_ours_to_see_and_harms_nothing(write, capfd):
+def test_what_the_function_prints_goes_to_standard_error(write, capfd):
     path = write(
         """
         import os, subprocess, sys
@@ -160,7 +160,7 @@ def test_what_it_prints_is_ours_to_see_and_harms_nothing(write, capfd):
     assert err.splitlines() == ["loaded", '{"values": [9, 9]}', "raw", "from a child", "to stderr"]
 
 
-def test_it_starts_light_and_sees_no_accelerator(write):
+def test_the_process_imports_nothing_heavy_and_sees_no_accelerator(write):
     path = write(
         """
         import os, sys
@@ -188,7 +188,7 @@ def test_an_async_function_is_awaited(write):
     assert Worker(f"{path}:f", timeout=20)(ASKED).values == [3, 7]
 
 
-def test_more_than_a_pipe_holds_goes_both_ways(write):
+def test_messages_larger_than_a_pipe_pass_both_ways(write):
     path = write("def f(completions):\n    return [[float(len(c))] * 1 for c in completions]\n")
     worker = Worker(f"{path}:f", timeout=20)
     count = 20_000
@@ -198,7 +198,7 @@ def test_more_than_a_pipe_holds_goes_both_ways(write):
 
 
 @pytest.mark.parametrize("value", [datetime.date(2020, 1, 1), b"png", {1, 2}, {"a": {(1, 2): 3}}])
-def test_a_column_that_cannot_travel_is_named(write, value):
+def test_a_column_that_is_not_json_is_named(write, value):
     worker = Worker(f"{write('def f(completions, **columns): return [1, 1]')}:f", timeout=20)
     with pytest.raises(
         RewardError, match=r"\(step 3\) is to get column 'when', whose value 1 cannot be written as JSON"
@@ -217,7 +217,7 @@ def test_a_column_that_cannot_travel_is_named(write, value):
         ("def f(completions, high=3): pass", ConfigError, r"has no option 'hihg'; did you mean 'high'"),
     ],
 )
-def test_what_cannot_be_loaded_is_explained_at_the_door(write, text, error, message):
+def test_errors_of_loading_name_file_and_cause(write, text, error, message):
     with pytest.raises(error, match=message):
         Worker(f"{write(text)}:f", options={"hihg": 1}, timeout=20)
 

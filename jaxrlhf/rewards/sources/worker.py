@@ -43,7 +43,7 @@ class Worker:
             self._options = json.dumps(dict(options or {}))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"reward {spec}: its options cannot be written as JSON: {error}") from error
-        self._process = self._start()
+        self._start()
 
     @property
     def pid(self) -> int:
@@ -56,7 +56,7 @@ class Worker:
         """Raises RewardError if the function raises, times out or crashes."""
         prefix = request.error_prefix(self.name)
         if self._process.poll() is not None:
-            self._process = self._start()
+            self._start()
         self.signature.check(request.columns, prefix, per_token=request.tokens is not None)
         columns = {name: values for name, values in request.columns.items() if self.signature.wants(name)}
         line = to_json_line(request._replace(columns=columns), prefix)
@@ -73,7 +73,8 @@ class Worker:
             raise RewardError(reply["error"])
         return SourceScores(**reply)
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> None:
+        """Start the process and read the function's signature."""
         arguments = [json.dumps(sys.path), self.name, self._options, str(os.getpid())]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-u", "-c", _PROGRAM, *arguments],
@@ -105,7 +106,6 @@ class Worker:
             _kill(self._process)
             raise (ConfigError if reply["in_config"] else RewardError)(reply["error"])
         self.signature = Signature(**reply)
-        return self._process
 
     def _exchange(self, line: bytes, seconds: float) -> dict[str, Any]:
         """Send a line and read one. Raises TimeoutError, or EOFError if the process has ended; any error kills it."""

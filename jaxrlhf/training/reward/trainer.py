@@ -137,7 +137,8 @@ class RewardTrainer(SupervisedTrainer[RewardConfig]):
                 "the reward model's scores of held-out rows are not finite; start over with --fresh and a lower "
                 "optim.learning_rate"
             )
-        metrics = response_loss(*map(jnp.asarray, (scores, real, target)), len(scores), self.spec.objective)[1]
+        arrays = jnp.asarray(scores), jnp.asarray(real), jnp.asarray(target)
+        metrics = response_loss(*arrays, len(scores), self.spec.objective)[1]
         lengths = [lengths for row in rows for lengths in _response_lengths(row, self._group)]
         held_out = HeldOut(scores, real, target, np.asarray(lengths))
         self.evaluation = evaluation(held_out, self.config.loss)
