@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from jaxrlhf.data.messages import Message
 from jaxrlhf.errors import DataError
 
-_ASSISTANT = re.compile(r"(?:^|\n)\s*(?:#+ *)?(?:Assistant|AI|Bot|Chatbot|Agent|Model|Response|Answer|Output|TL;DR) *:")
+_ASSISTANT = re.compile(
+    r"(?:^|\n)\s*(?:#+ *)?(?:Assistant|AI|Bot|Chatbot|Agent|Model|Response|Answer|Output|TL;DR) *:"
+    r"|<\|im_start\|>assistant\n|<\|assistant\|>\n?|\[/INST\]|<start_of_turn>model\n"
+    r"|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n"
+)
 
 
 def common_beginning(texts: Sequence[str]) -> str:
@@ -17,7 +21,7 @@ def common_beginning(texts: Sequence[str]) -> str:
 
 
 def has_answer_mark(text: str) -> bool:
-    """`text` has a line that begins with "Assistant:" or similar."""
+    """`text` has a line that begins with "Assistant:", or a chat template's beginning of an answer."""
     return _ASSISTANT.search(text) is not None
 
 

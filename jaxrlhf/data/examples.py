@@ -72,11 +72,13 @@ def _select(example: Example, scores: Scores, found: Format, notes: Counter[str]
             return [], "it is labelled bad"
         return [replace(example, scores=(ranked[0][0],))], ""
     few = 1 if found.task in ("sft", "scores") else 2
-    if len(judged) < min(few, len(completions)):
+    if len(completions) < few:
+        return [], "fewer than two responses" if few == 2 else "no responses"
+    if len(judged) < few:
         return [], "it is not judged"
     if found.task == "scores":
         return [replace(example, completions=(content,), scores=(score,)) for score, content in judged], ""
-    if found.task == "pairs" and len(ranked) > 1:
+    if found.task == "pairs":
         best, worst = ranked[0], ranked[-1]
         ranked = [best, worst] if best[0] > worst[0] else [judged[0], judged[1]]
     if found.task == "rankings":
@@ -134,7 +136,10 @@ def _read(
         case "common_beginning":
             texts = [content for content in contents if isinstance(content, str)]
             if len(texts) < len(contents):
-                raise DataError(f"{where}: {', '.join(found.responses)} have no messages before the assistant's answer")
+                raise DataError(
+                    f"{where}: {', '.join(found.responses)} have no messages before the assistant's answer; "
+                    "name the column of the prompt in data.columns, {prompt: name in the file}"
+                )
             prompt, *texts = split_texts(texts)
             return Example(escape(prompt), tuple(map(escape, texts)))
         case "template":
@@ -163,8 +168,13 @@ def _read(
 def _whole(content: Content, system: str, found: Format, escape: Callable[[str], str], where: str) -> Example:
     """A text, or a conversation: as a whole, split before its last answer, or its prompt alone."""
     kind = "text" if found.layout.name == "text" else "messages"
+    column = found.responses[0]
     if isinstance(content, str) != (kind == "text"):
-        raise DataError(f"{where}: column {found.responses[0]!r} should hold {kind}")
+        other = "messages" if kind == "text" else "text"
+        raise DataError(
+            f"{where}: column {column!r} should hold {kind}; if it is meant to hold {other}, say so in data.columns, "
+            f"{{{other}: {column}}}"
+        )
     if isinstance(content, str):
         return Example(None, (escape(content),))
     turns = _with_system(content, system)

@@ -11,7 +11,7 @@ from jaxrlhf.data import labels
 from jaxrlhf.data.dialogues import common_beginning, has_answer_mark
 from jaxrlhf.data.labels import Judge
 from jaxrlhf.data.layouts import LAYOUTS, Layout, Style
-from jaxrlhf.data.messages import is_conversation, parse, read_content
+from jaxrlhf.data.messages import parse, roles
 from jaxrlhf.data.sources import Rows
 from jaxrlhf.errors import DataError
 
@@ -158,7 +158,7 @@ def _candidates(rows: Rows, task: Task, config: Data) -> list[Format]:
         return singles or pairs
     if task == "prompts":
         whole = [f for f in formats if f.style == "whole" or _is_whole(f, rows)]
-        if whole and not isinstance(_content(rows, "prompt"), list):  # a text beside conversations repeats their prompt
+        if whole and not roles(rows.first("prompt")):  # a text beside conversations repeats their prompt
             return whole[:1]
         formats = sorted((f for f in formats if f not in whole), key=lambda f: bool(f.responses))
         return list({(f.prompt, f.style): f for f in formats}.values())  # one of those that write the same prompt
@@ -183,7 +183,7 @@ def _bind(layout: Layout, rows: Rows, task: Task, config: Data) -> list[Format]:
         found = Format(layout, task, prompt, response, verdict, layout.style, layout.judge, matched)
         if config.template:
             formats.append(replace(found, style="template"))
-        else:
+        elif not (layout.judge is labels.unless_tied and prompt and _is_whole(found, rows)):
             formats.append(_with_system_and_tools(found, rows))
     return [judged for found in formats if (judged := _judged(found, rows, config))]
 
@@ -216,11 +216,9 @@ def _is_label(name: str, rows: Rows, found: Format) -> bool:
 
 def _with_system_and_tools(found: Format, rows: Rows) -> Format:
     """`found` with the columns of system prompt and tools, and its style for the values in its columns."""
-    if _is_whole(found, rows):
-        found = replace(found, prompt=(), style="common_beginning")
     if found.style in ("post", "request") or (found.layout.many and not found.prompt):
         return found
-    conversation = isinstance(_content(rows, (found.prompt or found.responses)[0]), list)
+    conversation = bool(roles(rows.first((found.prompt or found.responses)[0])))
     if not (conversation or found.prompt):
         return found
     system = next((name for name in ("system", "system_prompt") if isinstance(rows.first(name), str)), "")
@@ -232,18 +230,12 @@ def _with_system_and_tools(found: Format, rows: Rows) -> Format:
 
 def _is_whole(found: Format, rows: Rows) -> bool:
     """The two responses are whole conversations, which contain the prompt, whatever other columns there are."""
-    return len(found.responses) == 2 and is_conversation(_content(rows, found.responses[0]))
+    return len(found.responses) == 2 and roles(rows.first(found.responses[0]))[:1] not in ([], ["assistant"], ["tool"])
 
 
 def _is_prompt(found: Format, rows: Rows) -> bool:
     """The conversation does not end with an answer: beside chosen and rejected it is their prompt."""
-    turns = _content(rows, found.responses[0]) if found.style == "whole" else None
-    return isinstance(turns, list) and bool(turns) and turns[-1]["role"] != "assistant"
-
-
-def _content(rows: Rows, column: str) -> Any:
-    """The first value of a column, as text or messages."""
-    return read_content(rows.first(column), f"data {rows.source}: column {column!r}")
+    return found.style == "whole" and roles(rows.first(found.responses[0]))[-1:] not in ([], ["assistant"])
 
 
 def _is_meant(name: str, rows: Rows) -> bool:

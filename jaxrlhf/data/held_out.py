@@ -32,8 +32,8 @@ def usable(number: int, example: Example, row: T) -> Usable[T]:
         (content,) = completions
         answers = [i for i, turn in enumerate(content) if not isinstance(turn, str) and turn["role"] == "assistant"]
         prompt = content[: answers[0]] if answers else content
-    key = json.dumps(prompt, sort_keys=True)
-    return Usable(number, key, f"{key} {json.dumps([completions, example.scores], sort_keys=True)}", row)
+    key = json.dumps(prompt, sort_keys=True, default=str)
+    return Usable(number, key, f"{key} {json.dumps([completions, example.scores], sort_keys=True, default=str)}", row)
 
 
 def split(rows: Sequence[Usable[T]], total: int, config: Data) -> tuple[list[Usable[T]], list[Usable[T]]]:

@@ -61,6 +61,16 @@ def read_content(value: Any, where: str) -> str | list[Message] | None:
     return turns
 
 
+def roles(value: Any) -> list[str]:
+    """The role of each message that `value` is or spells, unchecked; [] for anything else."""
+    value = parse(value)
+    items = [value] if isinstance(value, dict) else value if isinstance(value, list) else []
+    if not items or not all(map(_is_message, items)):
+        return []
+    speakers = [str(item.get("role") or item.get("from")).lower() for item in items]
+    return [_ROLES.get(speaker, "assistant" if speaker in _CALLS else speaker) for speaker in speakers]
+
+
 def is_conversation(value: str | list[Message] | None) -> bool:
     """`value` is a list of messages that does not begin with an answer or its tools, so that it has a prompt."""
     return isinstance(value, list) and bool(value) and value[0]["role"] not in ("assistant", "tool")

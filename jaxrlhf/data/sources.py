@@ -38,7 +38,13 @@ class Rows:
 
     def first(self, column: str) -> Any:
         """The first of `values`; None if there is none."""
-        return next((row[column] for row in self.rows if row.get(column) not in _EMPTY), None)
+        return self._firsts.get(column)
+
+    @cached_property
+    def _firsts(self) -> dict[str, Any]:
+        return {
+            name: next((row[name] for row in self.rows if row.get(name) not in _EMPTY), None) for name in self.columns
+        }
 
 
 def read_rows(config: Data, path: str | None = None) -> Rows:
