@@ -17,7 +17,7 @@ from jaxrlhf.data.labelled import label_rows, ranking_rows, score_rows
 from jaxrlhf.data.layouts import LAYOUTS
 from jaxrlhf.data.sources import Rows, read_rows
 from jaxrlhf.errors import ConfigError, DataError
-from jaxrlhf.training.dpo.rows import read_rows as preference_rows
+from jaxrlhf.training.dpo.trainer import read_rows as preference_rows
 
 PROMPTS = (QUESTION, "2 + 3 = ", "2 and 3", "2 apples", "Who has 5?")
 ROWS = [(layout.name, i) for layout in LAYOUTS for i in range(len(EXAMPLES[layout.name]))]
