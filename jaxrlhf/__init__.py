@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
     from jaxrlhf.data.tokenizer import load_tokenizer
     from jaxrlhf.models import ModelConfig
+    from jaxrlhf.rewards.sources.model import score
     from jaxrlhf.rollout.decode import generate
     from jaxrlhf.rollout.inference_copy import inference_copy
     from jaxrlhf.training.dpo.trainer import DPOTrainer
@@ -39,6 +40,7 @@ __all__ = [
     "inference_copy",
     "load",
     "load_tokenizer",
+    "score",
 ]
 
 _HOMES = {
@@ -58,6 +60,7 @@ _HOMES = {
     "inference_copy": "jaxrlhf.rollout.inference_copy",
     "load": "jaxrlhf.weights",
     "load_tokenizer": "jaxrlhf.data.tokenizer",
+    "score": "jaxrlhf.rewards.sources.model",
 }
 
 

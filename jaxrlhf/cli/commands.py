@@ -171,6 +171,15 @@ COMMANDS: dict[str, Command] = {
         {"model": {**_MODEL, "metavar": "A"}, "other": {**_MODEL, "metavar": "B"}, **_EVALUATION},
         overrides=True,
     ),
+    "convert-rm": Command(
+        models.convert_rm,
+        "convert a head in a torch file (StrictBot's rm.pt) and its base model to a reward model; needs torch",
+        {
+            "file": {"metavar": "RM.pt", "help": "state dict of the head: head.net.N.weight and head.net.N.bias"},
+            "base": {"metavar": "BASE", "help": "model folder or hub id of the model that the head was trained on"},
+            "directory": {"metavar": "DIR", "help": "output folder"},
+        },
+    ),
     "plot": Command(
         training.plot,
         "plot a run's metrics (PNG) and write them as CSV",

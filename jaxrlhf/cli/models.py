@@ -200,7 +200,7 @@ def export(options: Options, overrides: Overrides) -> None:
         raise StorageError(f"{target} exists and is not empty; give a new folder")
     runtime.configure()
     from jaxrlhf import runs
-    from jaxrlhf.training import export
+    from jaxrlhf.training import export, pretrained
 
     if not is_run:
         print(export.merge(run, target))
@@ -224,6 +224,18 @@ def export(options: Options, overrides: Overrides) -> None:
             target.rmdir()
         os.replace(partial, target)
     print(target)
+    if method == "reward" and (note := pretrained.padding_note(target)):
+        print(f"note: {note}", file=sys.stderr)
+
+
+def convert_rm(options: Options, overrides: Overrides) -> None:
+    runtime.configure()
+    from jaxrlhf.weights import rm_pt
+
+    folder, unused = rm_pt.convert(Path(options.file), options.base, Path(options.directory))
+    if unused:
+        print(f"note: names in {options.file} that were not used: {', '.join(unused)}", file=sys.stderr)
+    print(folder)
 
 
 def overrides_from_run(

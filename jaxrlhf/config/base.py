@@ -21,6 +21,10 @@ PositiveFraction = Annotated[float, Field(strict=True, gt=0, le=1)]
 FractionBelowOne = Annotated[float, Field(strict=True, ge=0, lt=1)]
 FlipProbability = Annotated[float, Field(strict=True, ge=0, lt=0.5)]
 AboveOne = Annotated[float, Field(strict=True, gt=1)]
+AutoBool = Annotated[
+    Literal["auto", "true", "false"],
+    pydantic.BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool) else value),
+]
 DType = Literal["auto", "float32", "bfloat16"]
 
 

@@ -99,7 +99,7 @@ class TokenizerSource:
     """Train on the empty thought (`<think></think>`) that some templates put before an answer without reasoning."""
     pad_token: str | None = None
     """Padding token. None: the tokenizer's own, else a reserved token, else eos (padding is masked by position, so
-    sharing eos is safe)."""
+    sharing eos is safe; an exported reward model gets another one, for transformers)."""
     eos_token: str | None = None
     """End-of-sequence token. None: the tokenizer's own."""
 

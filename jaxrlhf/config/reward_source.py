@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from jaxrlhf.config.base import Bool, Count, DType, NonNegative, Positive, Real, check_used, section
+from jaxrlhf.config.base import AutoBool, Bool, Count, DType, NonNegative, Positive, Real, check_used, section
 
 _RESERVED_SUFFIXES = ("_truncated", "_unanswered", "_spread")  # of metric keys that are logged per component
 _KINDS_USING = {
@@ -14,6 +14,7 @@ _KINDS_USING = {
     "dtype": ("model",),
     "micro_batch_size": ("model",),
     "max_length": ("model",),
+    "add_eos": ("model",),
     "ensemble": ("model",),
     "options": ("function",),
     "timeout": ("function", "url"),
@@ -57,6 +58,9 @@ class Component:
     """model: rows per forward pass."""
     max_length: Count | None = None
     """model: maximum number of tokens; only the last ones are read. None: the model's context length."""
+    add_eos: AutoBool = "auto"
+    """model: end token after the completion. true: always. false: never. auto: after a completion that ended by
+    itself, as in training; never for a model of `jaxrlhf convert-rm`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """function: additional keyword arguments."""
     ensemble: tuple[str, ...] = ()
@@ -105,6 +109,11 @@ class Component:
             )
         if len({self.model, *self.ensemble}) <= len(self.ensemble):
             raise ValueError("ensemble names a model twice; list each model once")
+        if self.add_eos != "auto" and (self.per_token or self.template):
+            raise ValueError(
+                f"add_eos is {self.add_eos}, but with {'per_token' if self.per_token else 'template'} the text ends as "
+                "it is given; leave add_eos out"
+            )
         if self.per_token and self.template:
             raise ValueError(
                 "per_token and template do not go together: scores per token are for the response's own tokens; leave "
@@ -148,6 +157,9 @@ class RewardSource:
     """Factor of the reward model's score in the sum."""
     model_dtype: DType = "auto"
     """Dtype in which the reward model's parameters are stored."""
+    add_eos: AutoBool = "auto"
+    """End token after the completion, for the reward model. true: always. false: never. auto: after a completion that
+    ended by itself, as in training; never for a model of `jaxrlhf convert-rm`."""
     function: str = ""
     """Reward function, `path.py:name` or `package.module:name`: def reward(prompts, completions, **columns) ->
     list[float | None]."""
@@ -180,6 +192,7 @@ class RewardSource:
                     weight=self.model_weight,
                     dtype=self.model_dtype,
                     micro_batch_size=self.micro_batch_size,
+                    add_eos=self.add_eos,
                 )
             )
         if self.function or (passed and not any(component.function == "passed" for component in enabled)):

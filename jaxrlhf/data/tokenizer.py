@@ -4,6 +4,7 @@ Text of a data set must not produce control tokens. `escape` puts a mark before 
 text, and `encode_batch` encodes marked spellings character by character. The mark is U+FDD0, a Unicode noncharacter.
 """
 
+import copy
 import json
 import re
 import shutil
@@ -40,6 +41,7 @@ class Tokenizer:
     bos_id: starts an empty prompt, None if there is none; starts every plain text if `adds_bos`.
     eos_id: ends every plain text and completion.        pad_id: fills padding, which masks exclude.
     stop_ids: each of them ends a response.              turn_end: text that ends an assistant turn, "" if none.
+    end_ids: `eos_id` and the token of `turn_end`, which end plain texts and turns.
     size: the largest id plus one.                       added: number of new tokens, which have the last ids.
     notes: the decisions, as lines to print.             origin: folder to copy on `save`, None if anything changed.
     """
@@ -52,8 +54,11 @@ class Tokenizer:
         stop_ids: Sequence[int],
         added: int,
         origin: Path | None,
+        *,
+        stores_pad: bool = True,
     ) -> None:
-        self._hf, self._backend, self._origin = hf, hf.backend_tokenizer, origin
+        self._hf, self._backend, self._source, self._origin = hf, hf.backend_tokenizer, source, origin
+        self._stores_pad = stores_pad  # False: the files of `origin` name no pad token
         self._template = ChatTemplate(hf, source) if hf.chat_template else None
         self.train_empty_thinking = source.train_empty_thinking
         self._backend.no_truncation()
@@ -74,8 +79,9 @@ class Tokenizer:
         self.marks_generation = self._template is not None and self._template.marks_generation
         self.template_digest = self._template.digest if self._template else ""
         self.turn_end = self._find_turn_end_token() if self.has_chat else ""
-        stops = [self.eos_id, self.control_tokens.get(self.turn_end), *stop_ids]
-        self.stop_ids = tuple(dict.fromkeys(i for i in stops if i is not None and i < self.size))
+        self.end_ids = {self.eos_id, self.control_tokens.get(self.turn_end, self.eos_id)}
+        stops = [self.eos_id, *self.end_ids, *stop_ids]
+        self.stop_ids = tuple(dict.fromkeys(i for i in stops if i < self.size))
         self.notes = self._decisions()
 
     def escape(self, text: str) -> str:
@@ -246,6 +252,26 @@ class Tokenizer:
         ]
         return (*lines, f"new tokens: {self.added}") if self.added else tuple(lines)
 
+    def with_pad_token(self, rows: int | None = None) -> "Tokenizer":
+        """A tokenizer whose files name a pad token that is in none of `end_ids`.
+
+        Sequence classifiers of transformers read the score at the last token that is not the pad token. It is the own
+        one if possible, else a reserved token, else a new token with the next id. If there is none with an id below
+        `rows`, the result is this tokenizer.
+        """
+        if self.pad_id not in self.end_ids and self._stores_pad:
+            return self
+        hf = copy.deepcopy(self._hf)
+        spare = [token for token, i in self.control_tokens.items() if i not in self.end_ids]
+        if self.pad_id in self.end_ids:
+            vocabulary = hf.get_vocab()
+            new = next(token for token in ("<|pad|>", "<|padding|>", f"<|pad_{self.size}|>") if token not in vocabulary)
+            hf.add_special_tokens({"pad_token": _spare_token(spare) or new})
+        if rows is not None and hf.pad_token_id >= rows:
+            return self
+        added = self.added + len(hf) - len(self._hf)
+        return Tokenizer(hf, self._source, hf.pad_token_id, self.stop_ids, added, None)
+
     def save(self, directory: Path | str) -> None:
         """Write the tokenizer to a folder; an unchanged one is copied byte for byte. Template arguments become
         defaults of its chat template."""
@@ -305,9 +331,12 @@ def load_tokenizer(path: Path | str, source: TokenizerSource, revision: str | No
         )
     hf.pad_token = source.pad_token or original_pad or _spare_token(specials) or hf.eos_token
     stops = generation_stops(Path(path).expanduser(), str(path), revision)
-    origin = Path(source.path or path).expanduser()
+    folder = Path(source.path or path).expanduser()
+    origin = folder if folder.is_dir() and not changed else None
     added = len(hf) - original_size
-    return Tokenizer(hf, source, hf.pad_token_id, stops, added, origin if origin.is_dir() and not changed else None)
+    return Tokenizer(
+        hf, source, hf.pad_token_id, stops, added, origin, stores_pad=origin is None or original_pad is not None
+    )
 
 
 def _spare_token(specials: list[str]) -> str | None:

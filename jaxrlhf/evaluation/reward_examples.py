@@ -1,6 +1,7 @@
 """Evaluation of a reward model on examples with known preferences or labels: a verdict for each, and their metrics."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +33,9 @@ def judge(config: RewardConfig) -> dict[str, Any]:
     """Score the rows of `config.data` with the reward model `config.model`, tokenised as in training.
 
     Rows are {prompt, good, bad}, any preference format, or {prompt, completion, label}; a column `name` names a row.
-    Scores of a model with two labels are log-odds. Returns a JSON object with the `examples`, their scores and whether
-    these are right, and the `evaluation` of all of them (`reward_metrics`). Raises DataError, also for a score that is
-    not finite.
+    Scores of a model with two labels are log-odds, and the verdicts also have the probability of label 1 and the class
+    that it means, good or bad. Returns a JSON object with the `examples`, their scores and whether these are right, and
+    the `evaluation` of all of them (`reward_metrics`). Raises DataError, also for a score that is not finite.
     """
     source, data = config.model, config.data
     model = RewardModel(
@@ -56,7 +57,7 @@ def judge(config: RewardConfig) -> dict[str, Any]:
         return _Case(
             name=str(row.get("name") or place.short),
             prompt="" if example.prompt is None else prompt_text(example.prompt),
-            sequences=[ids for ids, _ in sequences],
+            sequences=[model.ended(ids) for ids, _ in sequences],
             lengths=[sum(mask) for _, mask in sequences],
             label=bool(example.scores[0]) if labelled else True,
         )
@@ -64,7 +65,8 @@ def judge(config: RewardConfig) -> dict[str, Any]:
     split = train_validation_split(data, model.tokenizer, "labels" if labelled else "pairs", to_case)
     cases = split.train
     scores = model.score_ids([ids for case in cases for ids in case.sequences])[0].astype(np.float64)
-    if model.model_config.num_labels == 2:
+    two_labels = model.model_config.num_labels == 2
+    if two_labels:
         probability = np.clip(scores, 1e-7, 1 - 1e-7)
         scores = np.log(probability) - np.log1p(-probability)
     scores = scores.reshape(len(cases), -1)
@@ -79,7 +81,9 @@ def judge(config: RewardConfig) -> dict[str, Any]:
         "examples_from": data.path,
         "data": str(split.report).splitlines(),
         "evaluation": evaluation(held_out, "classification" if labelled else "pairwise"),
-        "examples": [_verdict(case, row.tolist(), labelled) for case, row in zip(cases, scores, strict=True)],
+        "examples": [
+            _verdict(case, row.tolist(), labelled, two_labels) for case, row in zip(cases, scores, strict=True)
+        ],
     }
 
 
@@ -88,9 +92,9 @@ def table(result: dict[str, Any], width: int = 100) -> str:
     examples, lines = result["examples"], []
     for example in examples[:SHOWN]:
         if "label" in example:
-            scores = f"{'good' if example['label'] else 'bad':<4} {example['score']:>9.3f}"
+            scores = f"{'good' if example['label'] else 'bad':<4} {_score(example, 'score')}"
         else:
-            scores = f"good {example['good']:>9.3f}  bad {example['bad']:>9.3f}"
+            scores = f"good {_score(example, 'good')}  bad {_score(example, 'bad')}"
         title = " ".join(f"{example['name']}: {example['prompt']}".split())
         line = f"{'right' if example['right'] else 'WRONG'}  {scores}  {title}"
         lines.append(line if len(line) <= width else line[: width - 3] + "...")
@@ -102,8 +106,20 @@ def table(result: dict[str, Any], width: int = 100) -> str:
     return "\n".join([*lines, *summary(result["evaluation"]), *dropped])
 
 
-def _verdict(case: _Case, scores: list[float], labelled: bool) -> dict[str, Any]:
-    verdict: dict[str, Any] = {"name": case.name, "prompt": case.prompt}
+def _score(example: dict[str, Any], name: str) -> str:
+    """A score of an example, of a model with two labels followed by the probability of label 1 and its class."""
+    text = f"{example[name]:>9.3f}"
+    if "probability" in example:
+        text += f" (p {example['probability'][name]:.3f}, {example['class'][name]})"
+    return text
+
+
+def _verdict(case: _Case, scores: list[float], labelled: bool, two_labels: bool) -> dict[str, Any]:
+    named = dict(zip(["score"] if labelled else ["good", "bad"], scores, strict=True))
+    verdict: dict[str, Any] = {"name": case.name, "prompt": case.prompt, **named}
+    if two_labels:
+        verdict["probability"] = {name: 1 / (1 + math.exp(-odds)) for name, odds in named.items()}
+        verdict["class"] = {name: "good" if odds > 0 else "bad" for name, odds in named.items()}
     if labelled:
-        return verdict | {"label": case.label, "score": scores[0], "right": (scores[0] > 0) == case.label}
-    return verdict | {"good": scores[0], "bad": scores[1], "right": scores[0] > scores[1]}
+        return verdict | {"label": case.label, "right": (scores[0] > 0) == case.label}
+    return verdict | {"right": scores[0] > scores[1]}

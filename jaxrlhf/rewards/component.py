@@ -1,5 +1,6 @@
 """A component of the reward: opens its source, checks it against the data, and turns its scores into arrays."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ def open_source(
             dtype=config.dtype,
             micro_batch_size=config.micro_batch_size,
             max_length=config.max_length,
+            add_eos=config.add_eos,
             mesh=mesh,
         )
     if config.function == "passed":
@@ -159,13 +161,10 @@ class RewardComponent:
         if self.config.template:
             texts = template.fill(self.config.template, request, model.tokenizer.escape)
             scores, truncated = model.score_formatted(texts)
-        elif not self.shares_tokenizer:
-            finished = np.asarray(rollout.finished).tolist()
-            scores, truncated = model.score_texts(request.prompts, request.completions, finished, messages)
         elif self.per_token:
             scores, truncated = model.score_tokens(rollout)
         else:
-            scores, truncated = model.score_rollout(rollout)
+            scores, truncated = self._sequence_scores(model, request, rollout, messages)
         mask = np.asarray(rollout.response_mask)
         values: list[Any] = [row[real] for row, real in zip(scores, mask, strict=True)] if self.per_token else [*scores]
         failed = [i for i, value in enumerate(values) if not np.isfinite(value).all()]
@@ -177,6 +176,22 @@ class RewardComponent:
         for i in failed:
             values[i] = None
         return SourceScores(values, failed, problem), truncated
+
+    def _sequence_scores(
+        self, model: RewardModel, request: ScoreRequest, rollout: Rollout, messages: Sequence[Messages | None] | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(scores f32 [B], truncated bool [B]): of the rollout's ids if they mean the same to the model and it has rows
+        for them, else of the text."""
+        fits = model.has_rows(rollout) & self.shares_tokenizer
+        if fits.all():
+            return model.score_rollout(rollout)
+        finished = np.asarray(rollout.finished).tolist()
+        scores, truncated = model.score_texts(request.prompts, request.completions, finished, messages)
+        if not fits.any():
+            return scores, truncated
+        known = dataclasses.replace(rollout, tokens=np.where(fits[:, None], rollout.tokens, 0))
+        scores_of_ids, truncated_ids = model.score_rollout(known)
+        return np.where(fits, scores_of_ids, scores), np.where(fits, truncated_ids, truncated)
 
     def _to_arrays(self, scores: SourceScores, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(values f32 [B], or [B, R] per token, failed ones by `on_error`; unscored bool [B])."""

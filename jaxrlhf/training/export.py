@@ -74,6 +74,7 @@ def merge(folder: Path, target: Path) -> Path:
         raise DataError(f"{folder} holds a whole model, and no adapters to merge")
     model, params = weights.load(folder)
     tokenizer = load_tokenizer(weights.tokenizer_folder(folder), config.TokenizerSource())
+    model, params, tokenizer = pretrained.with_pad_token(model, params, tokenizer, may_grow=True)
     facts = {"method": "merge", "base_model": str(base), "adapters": str(adapters)}
     return weights.export(target, model, params, source=base, tokenizer=tokenizer, facts=facts)
 

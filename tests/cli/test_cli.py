@@ -401,3 +401,9 @@ def test_two_models_are_asked_as_the_one_with_a_reward_was_trained(tmp_path, mon
     assert [(config.reward.function, config.sampling.top_k) for config in seen] == [("r.py:f", 0)] * 2 + [
         ("r.py:f", 5)
     ] * 2
+
+
+def test_convert_rm_says_what_to_install_without_torch(monkeypatch, capsys, tmp_path, tiny_model):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["convert-rm", "rm.pt", str(tiny_model), str(tmp_path / "out")]) == 3
+    assert "torch, which is not installed: run `pip install torch`" in capsys.readouterr().err

@@ -35,6 +35,13 @@ def test_renormalising_needs_a_filter():
         ({"model": "m", "name": "a/b"}, "name is 'a/b'; use letters"),
         ({"model": "m", "name": "x_unanswered"}, "no ending that is reserved for metrics"),
         ({"model": "m", "options": {"a": 1}}, r"options \({'a': 1}\) has no meaning for a component with model, only"),
+        ({"function": "a:b", "add_eos": "false"}, r"add_eos \('false'\) has no meaning .* only with model"),
+        (
+            {"model": "m", "add_eos": False, "template": "{response}"},
+            "add_eos is false, but with template the text ends",
+        ),
+        ({"model": "m", "add_eos": True, "per_token": True}, "add_eos is true, but with per_token the text ends"),
+        ({"model": "m", "add_eos": "maybe"}, "Input should be 'auto', 'true' or 'false'"),
         ({"model": "m", "timeout": 3.0}, r"timeout \(3.0\) has no meaning .* only with function or url"),
         ({"url": "http://x", "micro_batch_size": 3}, "micro_batch_size .* only with model"),
         ({"human": "score", "per_token": True}, "per_token .* only with model or function or url"),
@@ -91,3 +98,8 @@ def test_ppo_has_the_defaults_of_the_n_implementation_details():
     assert config.optim.eps == 1e-5 and config.optim.schedule == "linear" and config.optim.final_lr_fraction == 0
     assert (ppo.gamma, ppo.lam, ppo.num_ppo_epochs, ppo.vf_coef) == (1, 0.95, 4, 0.1)
     assert (ppo.cliprange, ppo.cliprange_value, ppo.cliprange_high, ppo.kl_estimator) == (0.2, 0.2, None, "k1")
+
+
+def test_add_eos_may_be_a_boolean():
+    assert RewardSource(model="m", add_eos=False).parts()[0].add_eos == "false"  # type: ignore[arg-type]
+    assert RewardSource(model="m").parts()[0].add_eos == "auto"

@@ -217,3 +217,33 @@ def test_stories(shared_data):
     made = load_tokenizer(shared_data / "models" / "stories260K", TokenizerSource())
     assert (made.size, made.bos_id, made.eos_id, set(made.stop_ids), made.adds_bos) == (512, 1, 2, {1, 2}, True)
     assert made.decode(made.encode("Once upon a time")) == "Once upon a time"
+
+
+@pytest.mark.parametrize("kind", ["base", "sp"])
+def test_a_pad_token_that_ends_no_text(kind, request, tmp_path):
+    """A new one where there is none: the ids of all texts stay, and the files name it."""
+    made = request.getfixturevalue(kind)
+    padded = made.with_pad_token()
+    assert (padded.pad_id, padded.size, padded.added) == (made.size, made.size + 1, 1)
+    assert made.pad_id == made.eos_id and made.with_pad_token(rows=made.size) is made
+    assert made.with_pad_token(rows=made.size + 1).pad_id == made.size
+    padded.save(tmp_path)
+    again = load_tokenizer(tmp_path, TokenizerSource())
+    assert again.pad_id == padded.pad_id and again.with_pad_token() is again
+    for text in ("the quick brown fox, ü", " pad <pad>", ""):
+        assert again.encode(text) == made.encode(text)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == "<|pad|>"
+
+
+def test_a_pad_token_that_is_there_is_used(chat_folder, tmp_path):
+    own = load_tokenizer(chat_folder(TEMPLATE), TokenizerSource())
+    assert own.pad_id not in own.end_ids and own.with_pad_token() is own
+    folder = chat_folder(TEMPLATE)
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # a reserved token, which the files do not name as pad
+        text = (folder / name).read_text().replace("<|fin_retuning|>", "<|reserved_0|>")
+        (folder / name).write_text(text.replace(', "pad_token": "<|endoftext|>"', ""))
+    spare = load_tokenizer(folder, TokenizerSource())
+    padded = spare.with_pad_token(rows=spare.size)
+    assert (padded.pad_id, padded.size) == (spare.control_tokens["<|reserved_0|>"], spare.size)
+    padded.save(tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == "<|reserved_0|>"

@@ -1,5 +1,6 @@
 """Verdicts of a reward model on examples, against scores of each row computed separately."""
 
+import dataclasses
 import json
 
 import jax
@@ -67,3 +68,24 @@ def test_labelled_and_preferred_rows(folder, tmp_path):
 def test_one_of_prompts_and_examples(folder, capsys):
     assert main(["evaluate", str(folder)]) == 3
     assert "--examples FILE, for a reward model" in capsys.readouterr().err
+
+
+def test_two_labels_show_probability_and_class(tiny_model, tmp_path):
+    model, params = weights.load(tiny_model, init="random", key=jax.random.key(1), head="linear")
+    kernel = jax.random.normal(jax.random.key(2), (model.hidden_size, 2))
+    two = dataclasses.replace(model, num_labels=2)
+    folder = weights.export(tmp_path / "m", two, params | {"score": {"kernel": kernel}}, source=tiny_model)
+    words, file = ["a cat.", "no!", "yes"], tmp_path / "e.jsonl"
+
+    def result(rows):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return judge(RewardConfig(model={"path": str(folder)}, data={"path": str(file)}))
+
+    single = result([{"prompt": p, "completion": w, "label": True} for p, w in zip(PROMPTS, words, strict=True)])
+    wanted = scored(folder, [p + w for p, w in zip(PROMPTS, words, strict=True)])
+    assert [e["probability"]["score"] for e in single["examples"]] == pytest.approx(wanted.tolist(), rel=1e-4)
+    assert [e["class"]["score"] for e in single["examples"]] == ["good" if p > 0.5 else "bad" for p in wanted]
+    pair = result([{"prompt": PROMPTS[0], "chosen": words[0], "rejected": words[1]}])
+    both = scored(folder, [PROMPTS[0] + word for word in words[:2]])
+    classes = [f"(p {p:.3f}, {'good' if p > 0.5 else 'bad'})" for p in both]
+    assert all(text in table(pair).splitlines()[0] for text in classes)

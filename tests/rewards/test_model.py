@@ -1,5 +1,6 @@
 """Reward models: scores do not depend on micro-batches, padding or the way the text arrives."""
 
+import copy
 import dataclasses
 import shutil
 
@@ -8,13 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxrlhf
 from jaxrlhf import sharding, weights
-from jaxrlhf.config import Mesh
+from jaxrlhf.config import Component, Mesh, TokenizerSource
 from jaxrlhf.data.batching import bucket
-from jaxrlhf.errors import DataError
+from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.errors import ConfigError, DataError
 from jaxrlhf.models import forward
+from jaxrlhf.rewards.component import RewardComponent
 from jaxrlhf.rewards.sources import model
 from jaxrlhf.rewards.sources.model import RewardModel
+from jaxrlhf.rewards.sources.protocol import ScoreRequest
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +149,62 @@ def test_a_conversation_keeps_its_turns(judge, reward_folder, tmp_path, policy_t
     alone, _ = judge.score_texts(["why"], ["so"], [False], [TURNS[1:2]])
     plain, _ = judge.score_texts(["why"], ["so"], [False])
     assert alone == plain, "a single user turn is the prompt itself"
+
+
+def test_an_end_token_follows_by_add_eos(reward_folder, judge, policy_tokenizer, make_rollout, talk):
+    """Of text and of the rollout's own ids alike."""
+    texts = [prompt + completion for prompt, completion in zip(talk.prompts, talk.completions, strict=True)]
+    rows = {
+        add_eos: [policy_tokenizer.encode(text) + [2] * n for text in texts]
+        for add_eos, n in (("true", 1), ("false", 0))
+    }
+    for add_eos in ("true", "false"):
+        asked = RewardModel(str(reward_folder), dtype="float32", micro_batch_size=4, add_eos=add_eos)
+        wanted = expected(judge, rows[add_eos])
+        np.testing.assert_allclose(asked.score_texts(*talk)[0], wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(asked.score_rollout(make_rollout(policy_tokenizer))[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_chat_format_ends_its_turns_itself(reward_folder, tmp_path):
+    folder = shutil.copytree(reward_folder, tmp_path / "chat")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}</s>{% endfor %}")
+    with pytest.raises(ConfigError, match="add_eos is false, but reward model .* has a chat format"):
+        RewardModel(str(folder), micro_batch_size=1, add_eos="false")
+
+
+def test_ids_without_a_row_are_refused_and_the_text_is_scored_instead(judge, policy_tokenizer, make_rollout, talk):
+    made, rows = make_rollout(policy_tokenizer), judge.model_config.vocab_size
+    last = np.flatnonzero(made.mask[1])[-1]
+    tokens = np.array(made.tokens)
+    tokens[1, last] = rows
+    beyond = dataclasses.replace(made, tokens=tokens)
+    assert judge.has_rows(beyond).tolist() == [True, False, True]
+    with pytest.raises(DataError, match=rf"has rows for {rows} tokens, and none for token {rows}"):
+        judge.score_rollout(beyond)
+    with pytest.raises(DataError, match="per_token: false"):
+        judge.score_tokens(beyond)
+    component = RewardComponent(Component(model=judge.path), judge, policy_tokenizer)
+    found = component.score(ScoreRequest(talk.prompts, talk.completions, {}), beyond, None)
+    np.testing.assert_allclose(found.values, judge.score_texts(*talk)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_with_one_more_token_for_padding_shares_the_tokenizer(judge, policy_tokenizer, monkeypatch):
+    hf = copy.deepcopy(policy_tokenizer._hf)
+    hf.add_special_tokens({"pad_token": "<|pad|>"})
+    larger = Tokenizer(hf, TokenizerSource(), hf.pad_token_id, (), 1, None)
+    monkeypatch.setattr(judge, "tokenizer", larger)
+    assert larger.size == policy_tokenizer.size + 1 and judge.shares_tokenizer(policy_tokenizer)
+    monkeypatch.setattr(judge, "tokenizer", policy_tokenizer)
+    assert not judge.shares_tokenizer(larger)
+
+
+def test_scores_from_python(reward_folder, judge, policy_tokenizer, talk):
+    found = jaxrlhf.score(reward_folder, talk.prompts, talk.completions, finished=talk.finished)
+    np.testing.assert_allclose(found, judge.score_texts(*talk)[0], rtol=1e-4, atol=1e-5)
+    conversations = [[{"role": "user", "content": prompt}] for prompt in talk.prompts]
+    again = jaxrlhf.score(str(reward_folder), conversations, talk.completions, finished=talk.finished)
+    np.testing.assert_array_equal(again, found)
+    with pytest.raises(ConfigError, match="3 prompts, 2 completions"):
+        jaxrlhf.score(reward_folder, talk.prompts, talk.completions[:2])
+    with pytest.warns(UserWarning, match="1 of 1 texts are longer than the 64 tokens"):
+        jaxrlhf.score(reward_folder, ["a"], ["b" * 100])

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import unicodedata
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ import numpy as np
 
 from jaxrlhf import runtime, sharding, weights
 from jaxrlhf.config import DType, TokenizerSource
+from jaxrlhf.config.base import AutoBool
 from jaxrlhf.data.batching import bucket
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
-from jaxrlhf.errors import DataError, quoted
+from jaxrlhf.errors import ConfigError, DataError, quoted
 from jaxrlhf.logprobs import last_token_scores
 from jaxrlhf.models import ModelConfig, forward, scalar_head
 from jaxrlhf.types import Params, Rollout
-from jaxrlhf.weights import peft
+from jaxrlhf.weights import peft, safetensors
+from jaxrlhf.weights.families import ADD_EOS
+from jaxrlhf.weights.hub import CONFIG
 
 Messages = list[dict[str, Any]]
 READABLE = 0.9
@@ -50,6 +54,7 @@ class RewardModel:
         dtype: DType = "auto",
         micro_batch_size: int,
         max_length: int | None = None,
+        add_eos: AutoBool = "auto",
         mesh: jax.sharding.Mesh | None = None,
     ) -> None:
         self.path, self.revision, self.mesh = path, revision, mesh
@@ -63,8 +68,21 @@ class RewardModel:
         self.tokenizer = load_tokenizer(weights.tokenizer_folder(path, revision), TokenizerSource())
         check_vocab(self.tokenizer, self.model_config.vocab_size)
         self.max_length = min(self.model_config.max_positions, max_length or self.model_config.max_positions)
+        self._add_eos = self._end_option(add_eos)
         shards = sharding.row_shards(mesh) if mesh else 1
         self.micro_batch_size = -(-micro_batch_size // shards) * shards
+
+    def _end_option(self, add_eos: AutoBool) -> bool | None:
+        """Whether an end token follows every completion; None: those that ended by themselves."""
+        if add_eos == "auto":
+            folder, _ = weights.base_and_adapters(weights.resolve(self.path, self.revision, weights=False))
+            return safetensors.read_json(folder / CONFIG).get(ADD_EOS)
+        if self.tokenizer.has_chat:
+            raise ConfigError(
+                f"add_eos is {add_eos}, but reward model {self.path} has a chat format, which ends the turns itself; "
+                "leave add_eos out, or give the whole text as `template`"
+            )
+        return add_eos == "true"
 
     @functools.cached_property
     def _loaded(self) -> tuple[ModelConfig, Params]:
@@ -117,10 +135,10 @@ class RewardModel:
             )
 
     def shares_tokenizer(self, tokenizer: Tokenizer) -> bool:
-        """True if the token ids of `tokenizer` mean the same to this model."""
+        """True if the token ids of `tokenizer` mean the same to this model, which may have more (for padding)."""
         own, size = self.tokenizer, tokenizer.size
         return (
-            own.size == size
+            own.size >= size
             and own.encode(_PROBE) == tokenizer.encode(_PROBE)
             and own.convert_ids_to_tokens(range(size)) == tokenizer.convert_ids_to_tokens(range(size))
         )
@@ -128,8 +146,22 @@ class RewardModel:
     def score_rollout(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
         """(scores f32 [B], truncated bool [B]) of a rollout's token ids, at the last real token."""
         return self.score_ids(
-            [row[real].tolist() for row, real in zip(*map(np.asarray, (rollout.tokens, rollout.mask)), strict=True)]
+            [
+                self.ended(row[real].tolist())
+                for row, real in zip(*map(np.asarray, (rollout.tokens, rollout.mask)), strict=True)
+            ]
         )
+
+    def has_rows(self, rollout: Rollout) -> np.ndarray:
+        """bool [B]: the embedding has a row for every token id. A policy with more rows can sample ids beyond it."""
+        return np.where(rollout.mask, rollout.tokens, 0).max(axis=1) < self.model_config.vocab_size
+
+    def ended(self, ids: list[int]) -> list[int]:
+        """Token ids of a prompt and a completion with or without a final end token, by `add_eos`."""
+        at_end = bool(ids) and ids[-1] in self.tokenizer.stop_ids
+        if self._add_eos is None or self._add_eos == at_end:
+            return ids
+        return [*ids, self.tokenizer.eos_id] if self._add_eos else ids[:-1]
 
     def score_tokens(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
         """(scores f32 [B, R], truncated bool [B]) of a rollout's token ids: the score after each response token.
@@ -156,7 +188,7 @@ class RewardModel:
 
         A model with a chat format reads the prompt's `messages` (or the prompt as one user message), then the
         completion as an assistant message. Another model reads prompt and completion as one plain text, several
-        messages as a transcript, followed by its end token if the completion is `finished`.
+        messages as a transcript, followed by its end token if the completion is `finished` (or by `add_eos`).
         """
         rows = []
         conversations = messages or [None] * len(prompts)
@@ -167,6 +199,7 @@ class RewardModel:
                 rows.append(self.tokenizer.render_chat([*turns, answer], generation=False))
             else:
                 text = (transcript(turns) if turns and len(turns) > 1 else prompt) + completion
+                ended = ended if self._add_eos is None else self._add_eos
                 rows.append(
                     (self.tokenizer.encode_prompt(text) if text else []) + [self.tokenizer.eos_id] * bool(ended)
                 )
@@ -180,7 +213,7 @@ class RewardModel:
         return self.score_ids([[*first, *ids] for ids in self.tokenizer.encode_batch(texts)])  # type: ignore[list-item]
 
     def score_ids(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """(scores f32 [B], truncated bool [B]) of token ids of this model."""
+        """(scores f32 [B], truncated bool [B]) of token ids of this model. Raises DataError for ids without a row."""
         scores, truncated = self._run(rows, sequence_scores_jit)
         return np.array(scores, np.float32), truncated
 
@@ -194,6 +227,13 @@ class RewardModel:
         Rows are sorted by length into micro-batches. A row longer than the context loses its beginning, because the
         response is at its end.
         """
+        size = self.model_config.vocab_size
+        largest = max((max(row) for row in rows if row), default=0)
+        if largest >= size:
+            raise DataError(
+                f"reward model {self.path} has rows for {size} tokens, and none for token {largest}; use a reward "
+                "model with as many rows as the policy, and per_token: false for one with fewer"
+            )
         truncated = np.array([len(row) > self.max_length for row in rows])
         rows = [row[-self.max_length :] or [self.tokenizer.eos_id] for row in rows]
         order = np.argsort([len(row) for row in rows], kind="stable")
@@ -216,6 +256,50 @@ class RewardModel:
         for i, row in enumerate(rows):
             tokens[i, : len(row)], mask[i, : len(row)] = row, True
         return sharding.put_rows((tokens, mask), self.mesh) if self.mesh else (tokens, mask)
+
+
+def score(
+    model: str | Path,
+    prompts: Sequence[str | Messages],
+    completions: Sequence[str],
+    *,
+    finished: Sequence[bool] | None = None,
+    add_eos: AutoBool = "auto",
+    dtype: DType = "auto",
+    micro_batch_size: int = 16,
+) -> np.ndarray:
+    """Score completions with a reward model: f32 [N], one number per completion.
+
+    model: folder, run directory or hub id of a sequence classification model. With one label the score is its output,
+        with two it is the probability of label 1.
+    prompts: texts, or conversations as lists of messages.
+    finished: bool per completion, True if it ended by itself and was not cut off; None: all are finished.
+    add_eos: as `reward.add_eos`.
+    dtype: of the parameters and matrix products; "auto": float32 on a CPU, else bfloat16.
+    micro_batch_size: rows per forward pass.
+    A text longer than the model's context loses its beginning, with a warning. Raises ConfigError if the arguments
+    differ in length, DataError for a model that cannot be used and for a score that is not finite.
+    """
+    finished = [True] * len(completions) if finished is None else finished
+    if not len(prompts) == len(completions) == len(finished):
+        raise ConfigError(
+            f"score: {len(prompts)} prompts, {len(completions)} completions and {len(finished)} values of `finished`; "
+            "give one of each per completion"
+        )
+    judge = RewardModel(str(model), dtype=dtype, micro_batch_size=micro_batch_size, add_eos=add_eos)
+    texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
+    messages = [None if isinstance(prompt, str) else prompt for prompt in prompts]
+    scores, truncated = judge.score_texts(texts, completions, finished, messages)
+    if truncated.any():
+        warnings.warn(
+            f"{truncated.sum()} of {len(scores)} texts are longer than the {judge.max_length} tokens of the reward "
+            "model's context and lost their beginning",
+            stacklevel=2,
+        )
+    if len(unusable := np.flatnonzero(~np.isfinite(scores))):
+        i = unusable[0]
+        raise DataError(f"reward model {model} gives {scores[i]} for completion {i}: {quoted(completions[i])}")
+    return scores
 
 
 def transcript(messages: Messages) -> str:

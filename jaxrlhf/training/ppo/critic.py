@@ -21,13 +21,13 @@ Trunk = Literal["own", "shared", "reference", "frozen"]
 
 
 def critic_model(config: PPOConfig, policy: ModelConfig, reward: ModelConfig | None) -> ModelConfig:
-    """The critic of a run, from the policy or the reward model. Raises ConfigError if the reward model has another
-    vocabulary size than the policy."""
+    """The critic of a run, from the policy or the reward model. Raises ConfigError if the reward model has fewer
+    token rows than the policy."""
     model = policy
     if config.critic.init == "reward":
         assert reward is not None
         model = reward
-        if model.vocab_size != policy.vocab_size:
+        if model.vocab_size < policy.vocab_size:
             raise ConfigError(
                 f"critic.init is 'reward' but the reward model has {model.vocab_size} token rows and the policy "
                 f"{policy.vocab_size}; use critic.init: policy"

@@ -94,7 +94,10 @@ class RewardTrainer(SupervisedTrainer[RewardConfig]):
             if session.restore_best():
                 self._results |= self._evaluate()
             self._write_evaluation(session)
-            session.note(f"exported to {self.save_pretrained(session.directory / 'export')}")
+            folder = self.save_pretrained(session.directory / "export")
+            session.note(f"exported to {folder}")
+            if note := pretrained.padding_note(folder):
+                session.note(note)
         return self._results
 
     def batch(self, step: int) -> Responses | PackedPairs:

@@ -14,8 +14,11 @@ from jaxrlhf.weights.families import gpt2, llama
 from jaxrlhf.weights.families.base import Family, TensorNames
 from jaxrlhf.weights.fields import Fields
 
-__all__ = ["FAMILIES", "parse", "render", "tensor_names"]
+__all__ = ["ADD_EOS", "FAMILIES", "parse", "render", "tensor_names"]
 
+ADD_EOS = "score_add_eos"
+"""Key of a reward model's config.json: whether an end token follows every completion that it reads. Absent: those that
+ended by themselves. It is not kept when the model is written again, because it belongs to the stored head."""
 FAMILIES = gpt2.FAMILIES | llama.FAMILIES
 
 
@@ -85,6 +88,7 @@ def render(model: ModelConfig, original: dict, stored_dtype: str | None = None) 
         if changed.keys() & {"rope_theta", "rope_scaling"}:
             changed |= {key: rendered[key] for key in ("rope_theta", "rope_scaling")}
             dropped |= {"rope_parameters", "original_max_position_embeddings"}
+        dropped |= {ADD_EOS}
         if "id2label" in changed:
             dropped |= {"num_labels", "problem_type"}
         config = {key: value for key, value in original.items() if key not in dropped} | changed

@@ -1,17 +1,13 @@
-"""Convert StrictBot's rm.pt to a jaxrlhf reward model: its MLP head on a base model.
+"""Conversion of StrictBot's rm.pt to a reward model: its MLP head on a base model.
 
-    python scripts/convert_rm_pt.py RM.pt BASE TARGET   (needs torch: the `parity` extra)
-
-RM.pt is a torch state dict with the layers of the head as `head.net.N.weight` and `.bias`, or `reward_head.net.N`:
-in -> 512 -> 256 -> 1 with ReLU between them, on the last real token. BASE is the frozen model that the head was trained
-on, a folder or a hub id; only the head is taken from RM.pt. TARGET is a new folder for `reward.model`. Missing and
-unexpected names are listed; a file with anything but tensors is refused without unpickling it.
+The file is a torch state dict with the layers of the head as `head.net.N.weight` and `.bias`, or `reward_head.net.N`:
+in -> 512 -> 256 -> 1 with ReLU between them, on the last token of prompt and completion, as plain text without an end
+token.
 """
 
-import argparse
+import json
 import pickle
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +15,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import weights
 from jaxrlhf.config import TokenizerSource
 from jaxrlhf.data.tokenizer import load_tokenizer
-from jaxrlhf.errors import DataError, JaxrlhfError
+from jaxrlhf.errors import ConfigError, DataError
 from jaxrlhf.models.heads import MLP_SIZES
 from jaxrlhf.types import Params
+from jaxrlhf.weights import safetensors
+from jaxrlhf.weights.export import export
+from jaxrlhf.weights.families import ADD_EOS
+from jaxrlhf.weights.hub import CONFIG, base_and_adapters, resolve, tokenizer_folder
+from jaxrlhf.weights.loading import load, load_config
 
 _LAYER = re.compile(r"(?:reward_)?head\.net\.(\d+)\.(weight|bias)")
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """Read the tensors of a torch file. Raises DataError if it holds anything else."""
-    import torch  # pyright: ignore[reportMissingImports]
-
+    """Read the tensors of a torch file. Raises DataError if it holds anything else, which is not unpickled, ConfigError
+    if torch is not installed."""
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ConfigError(
+            "convert-rm reads a file of torch, which is not installed: run `pip install torch`, or convert the file on "
+            "a computer that has it"
+        ) from error
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -72,33 +78,17 @@ def head(state: dict[str, np.ndarray], hidden: int) -> tuple[Params, list[str]]:
 
 
 def convert(file: Path, base: str, target: Path) -> tuple[Path, list[str]]:
-    """Write the reward model to `target`; return (that folder, names of `file` that were not used)."""
-    score, unexpected = head(read(file), weights.load_config(base).hidden_size)
-    model, params = weights.load(base, head="mlp", key=jax.random.key(0))
-    tokenizer = load_tokenizer(weights.tokenizer_folder(base), TokenizerSource())
-    folder = weights.resolve(base)
+    """Write the reward model to `target`; return (that folder, names of `file` that were not used).
+
+    `base` is the frozen model that the head was trained on; only the head is taken from `file`. The reward model reads
+    plain text without an end token, as the head did in training. Raises DataError if `file` or `base` cannot be used.
+    """
+    score, unused = head(read(file), load_config(base).hidden_size)
+    model, params = load(base, head="mlp", key=jax.random.key(0))
+    tokenizer = load_tokenizer(tokenizer_folder(base), TokenizerSource(chat_template="none"))
+    source, _ = base_and_adapters(resolve(base))
     facts = {"method": "reward", "base_model": base}
-    return weights.export(
-        target, model, {**params, "score": score}, source=folder, tokenizer=tokenizer, facts=facts
-    ), unexpected
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", metavar="RM.pt", type=Path)
-    parser.add_argument("base", metavar="BASE")
-    parser.add_argument("target", metavar="TARGET", type=Path)
-    options = parser.parse_args()
-    try:
-        folder, unexpected = convert(options.file, options.base, options.target)
-    except JaxrlhfError as error:
-        print(f"{options.file}: {error}", file=sys.stderr)
-        return error.exit_code
-    if unexpected:
-        print(f"unexpected names, not used: {', '.join(unexpected)}")
-    print(folder)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    folder = export(target, model, {**params, "score": score}, source=source, tokenizer=tokenizer, facts=facts)
+    config = safetensors.read_json(folder / CONFIG) | {ADD_EOS: False}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return folder, unused
