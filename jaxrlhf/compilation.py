@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxrlhf.sharding import with_shardings
+
 SLOW = 0.5
 """Seconds of tracing, lowering and compiling after which a program is announced."""
 
@@ -30,11 +32,7 @@ def compile_shapes(program: Any, *args: Any, **kwargs: Any) -> Compiled:
     traced = program.trace(*args, **kwargs)
     lowered = traced.lower()
     compiled = lowered.compile()
-    outputs = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        lowered.out_info,
-        compiled.output_shardings,
-    )
+    outputs = with_shardings(lowered.out_info, compiled.output_shardings)
     return Compiled(program.__name__.lstrip("_"), traced.jaxpr, compiled.memory_analysis(), outputs)
 
 

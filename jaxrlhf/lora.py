@@ -7,8 +7,6 @@ model, and the base model without any is the reference. `models.forward` runs ba
 them up for decoding and export.
 """
 
-import functools
-import operator
 from collections.abc import Iterable
 
 import jax
@@ -18,7 +16,7 @@ from jax import Array
 from jaxrlhf import models
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.models.layers import dora_gain
-from jaxrlhf.types import Params
+from jaxrlhf.types import Params, leaf_at, set_leaf
 
 Module = tuple[str, ...]  # path within a layer: ("attention", "q")
 
@@ -30,12 +28,12 @@ def init(model: ModelConfig, base: Params, modules: Iterable[Module], key: Array
     of `model.adapters.tokens` are those of `base`. Runs under jit and eval_shape.
     """
     assert model.adapters is not None
-    first, last = model.adapters.layers or (0, model.num_layers)
+    first, last = model.adapted_layers
     rank, tree = model.adapters.rank, {}
     base = unpack(base)
     modules = sorted(modules)
     for module, module_key in zip(modules, jax.random.split(key, len(modules)), strict=True):
-        kernel = functools.reduce(operator.getitem, module, base["layers"])["kernel"][first:last]
+        kernel = leaf_at(base["layers"], module)["kernel"][first:last]
         count, inputs, outputs = kernel.shape
         bound = inputs**-0.5
         adapter = {
@@ -44,7 +42,7 @@ def init(model: ModelConfig, base: Params, modules: Iterable[Module], key: Array
         }
         if magnitudes:
             adapter["magnitude"] = jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=1))
-        _put(tree, module, adapter)
+        set_leaf(tree, module, adapter)
     adapters = {"layers": tree}
     if tokens := model.adapters.tokens:
         ids = jnp.array(tokens)
@@ -63,7 +61,7 @@ def merge(params: Params, model: ModelConfig) -> Params:
     if "lora" not in params:
         return params
     assert model.adapters is not None
-    first, last = model.adapters.layers or (0, model.num_layers)
+    first, last = model.adapted_layers
     scale = model.adapters.scale
 
     def merge_module(layer: Params, adapter: Params) -> Params:
@@ -122,9 +120,3 @@ def modules_of(tree: Params, prefix: Module = ()) -> list[Module]:
     if "a" in tree or "kernel" in tree:
         return [prefix]
     return [m for name, value in tree.items() if isinstance(value, dict) for m in modules_of(value, (*prefix, name))]
-
-
-def _put(tree: Params, path: Module, value: Params) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value

@@ -7,6 +7,7 @@ Gradients and Adam's moments are sharded like their parameters, because their pa
 
 import math
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -74,9 +75,8 @@ def spec(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
     return P(*axes)
 
 
-def path_of(keys: tuple[Any, ...]) -> str:
-    """Format a pytree path as 'policy/layers/attention/q/kernel'."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
+path_of = partial(jax.tree_util.keystr, simple=True, separator="/")
+"""Format a pytree path as 'policy/layers/attention/q/kernel'."""
 
 
 def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -115,7 +115,7 @@ def put_rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def rows_shape(array: Any, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
     """ShapeDtypeStruct of the result of `put_rows` for this array."""
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, ROWS))
+    return with_shardings(array, NamedSharding(mesh, ROWS))
 
 
 def put_whole(tree: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -151,11 +151,6 @@ def _with_memory_kind(tree: Any, kind: str) -> Any:
         return jax.device_put(x, target) if isinstance(x, Array) else with_shardings(x, target)
 
     return jax.tree.map(move, tree)
-
-
-def abstract(tree: Any) -> Any:
-    """ShapeDtypeStructs with the shapes, dtypes and shardings of the arrays of `tree`."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def check_host_memory(mesh: jax.sharding.Mesh, what: str) -> None:

@@ -9,6 +9,8 @@ Every class is a frozen dataclass and a pytree of arrays. Shapes are comments, n
 classes with tracers, ShapeDtypeStructs and shardings in place of arrays.
 """
 
+import functools
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,18 @@ from jax import Array
 
 Params = dict[str, Any]
 """A plain nested dict of arrays."""
+
+
+def leaf_at(tree: Params, path: tuple[str, ...]) -> Any:
+    """The leaf or branch of a nested dict at `path`."""
+    return functools.reduce(operator.getitem, path, tree)
+
+
+def set_leaf(tree: Params, path: tuple[str, ...], value: Any) -> None:
+    """Put `value` into a nested dict at `path`."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
 
 
 @jax.tree_util.register_dataclass

@@ -65,7 +65,6 @@ class Checkpoints:
         self._pending: tuple[int, Any] | None = None
         self._failures = 0
         self._last_failure = ""
-        self._cleaned = False
 
     @property
     def steps(self) -> list[int]:
@@ -126,10 +125,6 @@ class Checkpoints:
         else:
             self._failures = 0
             self._prune()
-
-    def close(self) -> None:
-        """Wait for the background save."""
-        self.wait()
 
     def restore(self, template: State) -> tuple[int, State, dict] | None:
         """Restore the newest intact checkpoint: (step, state, extra), or None if there has never been one.
@@ -207,7 +202,7 @@ class Checkpoints:
 
     def _on_failure(self, step: int, error: Exception) -> None:
         """Remove partial files and warn, or stop the run after MAX_FAILURES."""
-        self._remove_temporary(again=True)
+        self._remove_temporary()
         self._failures += 1
         self._last_failure = f"checkpoint {step} was not saved in {self.directory}: {storage.reason(error)}"
         if self._failures >= MAX_FAILURES:
@@ -217,12 +212,10 @@ class Checkpoints:
             ) from error
         _log.warning("%s. Training continues (failure %d of %d)", self._last_failure, self._failures, MAX_FAILURES)
 
-    def _remove_temporary(self, again: bool = False) -> None:
+    def _remove_temporary(self) -> None:
         """Remove temporary folders. Called only when saving, as a reader must not disturb a run that is saving."""
-        if again or not self._cleaned:
-            for path in self.directory.glob(f"*{TEMPORARY}"):
-                shutil.rmtree(path, ignore_errors=True)
-        self._cleaned = True
+        for path in self.directory.glob(f"*{TEMPORARY}"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _prune(self) -> None:
         kept = {*self.steps[-self._keep :], self.best_step}

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.checkpoint.digest import check_leaves, digests, first_few, leaves_by_name, path_name, shape_of, with_seal
 from jaxrlhf.errors import StorageError, first_line
+from jaxrlhf.types import set_leaf
 
 State = TypeVar("State")
 FORMAT = 1
@@ -85,9 +86,7 @@ def stored_shapes(directory: Path, step: int, branch: str) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, digest in read_record(directory, step)["leaves"].items():
         if name.startswith(f"{branch}."):
-            *parents, last = name.split(".")
-            node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)
-            node[last] = shape_of(digest)
+            set_leaf(tree, tuple(name.split(".")), shape_of(digest))
     return tree
 
 

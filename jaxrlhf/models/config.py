@@ -78,6 +78,11 @@ class ModelConfig:
     attention: Literal["plain", "cudnn"] = "plain"  # for whole sequences; with a key-value cache always plain
     adapters: Adapters | None = None
 
+    @property
+    def adapted_layers(self) -> tuple[int, int]:
+        """(first, last + 1) layer with adapters."""
+        return (self.adapters and self.adapters.layers) or (0, self.num_layers)
+
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads ({self.num_kv_heads}) must divide num_heads ({self.num_heads})")

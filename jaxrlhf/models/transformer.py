@@ -85,7 +85,7 @@ def forward(
 def _adapters_of_all_layers(params: Params, model: ModelConfig) -> Params:
     """Stacked adapters, padded for layers without adapters: with zeros and a magnitude of NaN, which have no effect."""
     adapters = params.get("lora", {}).get("layers", {})
-    first, last = (model.adapters and model.adapters.layers) or (0, model.num_layers)
+    first, last = model.adapted_layers
     padding = first, model.num_layers - last
     if padding == (0, 0):
         return adapters

@@ -72,7 +72,7 @@ def convert(params: Params, model: ModelConfig, inference: ModelConfig) -> Param
 def _merge_by_layer(params: Params, model: ModelConfig) -> Params:
     """`lora.merge` and `unstack` one layer at a time: a stack of all merged kernels would double the memory."""
     adapters = params.get("lora", {})
-    first, last = (model.adapters and model.adapters.layers) or (0, model.num_layers)
+    first, last = model.adapted_layers
     layer_adapters = model.adapters and dataclasses.replace(model.adapters, layers=None, tokens=())
     layer_model = dataclasses.replace(
         model, num_layers=1, sliding_layers=model.sliding_layers[:1], adapters=layer_adapters

@@ -180,7 +180,7 @@ class Session:
     def close(self) -> None:
         """Wait for pending saves and close the files."""
         with contextlib.closing(self.logger):
-            self._checkpoints.close()
+            self._checkpoints.wait()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrlhf.errors import DataError
 from jaxrlhf.models import ModelConfig
-from jaxrlhf.types import Params
+from jaxrlhf.types import Params, leaf_at, set_leaf
 from jaxrlhf.weights import safetensors, writer
 from jaxrlhf.weights.families import tensor_names
 from jaxrlhf.weights.names import Tensor, tensors
@@ -27,20 +27,6 @@ from jaxrlhf.weights.safetensors import Entry
 # Constants that older versions of transformers stored with the weights: causal masks and rotary frequencies
 _BUFFER = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 LM_HEAD = "lm_head.weight"
-
-
-def leaf_at(tree: Params, path: tuple[str, ...]) -> Any:
-    """The leaf of a nested dict at `path`."""
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def set_leaf(tree: Params, path: tuple[str, ...], value: Any) -> None:
-    """Put `value` into a nested dict at `path`."""
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
 
 
 def shape_of(tensor: Tensor, leaf: Any) -> tuple[int, ...]:
@@ -117,7 +103,8 @@ def fill(
             entry = entries[tensor.name]
             if not entry.nbytes <= buffer.nbytes <= 2 * entry.nbytes:
                 buffer = safetensors.allocate(entry.nbytes)
-            leaf = _insert(leaf, tensor, safetensors.read(entry, buffer), leaf_dtype, leaf_sharding)
+            piece = _to_device(safetensors.read(entry, buffer), tensor, leaf_sharding)
+            leaf = _insert(leaf, piece, tensor.layer or 0, tensor.transpose, leaf_dtype, leaf_sharding)
             leaf.block_until_ready()  # `buffer` is overwritten next
         set_leaf(params, path, leaf)
     return params
@@ -147,24 +134,12 @@ def _stored_dtype(leaf_tensors: list[Tensor], entries: dict[str, Entry]) -> np.d
     return np.dtype(jnp.bfloat16 if all_bfloat16 else np.float32)
 
 
-def _insert(
-    leaf: Array | None, tensor: Tensor, array: np.ndarray, dtype: np.dtype, sharding: NamedSharding | None
-) -> Array:
-    """Write a tensor into its layer of `leaf`, or return it as a new leaf if it has no layer."""
+def _to_device(array: np.ndarray, tensor: Tensor, leaf_sharding: NamedSharding | None) -> Array:
+    """Copy the part of a stored tensor that `tensor` is to its device, or its shards to theirs, split like the leaf."""
     index, count = tensor.part
-    if count > 1:
-        array = np.split(array, count, axis=0 if tensor.transpose else -1)[index]
+    array = np.split(array, count, axis=0 if tensor.transpose else -1)[index]
     if array.dtype == np.float64:  # jax does not accept it
         array = array.astype(np.float32)
-    piece = _to_device(array, tensor, sharding)
-    if leaf is None:
-        return _new_leaf(piece, dtype, tensor.transpose, sharding)
-    assert tensor.layer is not None
-    return _insert_layer(leaf, piece, tensor.layer, tensor.transpose, sharding)
-
-
-def _to_device(array: np.ndarray, tensor: Tensor, leaf_sharding: NamedSharding | None) -> Array:
-    """Copy a tensor to its device, or its shards to theirs, split like the leaf."""
     if leaf_sharding is None:
         return jax.device_put(array)
     stacked = int(tensor.layer is not None)
@@ -173,18 +148,15 @@ def _to_device(array: np.ndarray, tensor: Tensor, leaf_sharding: NamedSharding |
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-@partial(jax.jit, static_argnames=("dtype", "transpose", "sharding"))
-def _new_leaf(piece: Array, dtype: np.dtype, transpose: bool, sharding: NamedSharding | None) -> Array:
-    # Always copy: memory that jax does not own could not be donated to an update
-    leaf = jnp.copy((piece.T if transpose else piece).astype(dtype))
-    return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
-
-
-@partial(jax.jit, donate_argnums=0, static_argnames=("transpose", "sharding"))
-def _insert_layer(leaf: Array, piece: Array, layer: int, transpose: bool, sharding: NamedSharding | None) -> Array:
-    piece = (piece.T if transpose else piece).astype(leaf.dtype)
-    leaf = jax.lax.dynamic_update_index_in_dim(leaf, piece, layer, 0)
-    return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
+@partial(jax.jit, donate_argnums=0, static_argnames=("transpose", "dtype", "sharding"))
+def _insert(
+    leaf: Array | None, piece: Array, layer: int, transpose: bool, dtype: np.dtype, sharding: NamedSharding | None
+) -> Array:
+    """Write a tensor into its layer of `leaf`, or make it the leaf if there is none."""
+    piece = (piece.T if transpose else piece).astype(dtype)
+    # copied even if it is the leaf: memory that jax does not own could not be donated to an update
+    whole = jnp.copy(piece) if leaf is None else jax.lax.dynamic_update_index_in_dim(leaf, piece, layer, 0)
+    return whole if sharding is None else jax.lax.with_sharding_constraint(whole, sharding)
 
 
 def sources(model: ModelConfig, params: Params, dtype: str | None) -> list[writer.Source]:

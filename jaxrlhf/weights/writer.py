@@ -1,7 +1,6 @@
 """Writer of the safetensors format: sharded, one tensor in memory at a time."""
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,17 +15,10 @@ _DTYPE_NAMES = {dtype: name for name, dtype in safetensors.DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(safetensors.TensorInfo):
     """A tensor to write; `read` is called once, when the tensor is written."""
 
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write(folder: Path, sources: Iterable[Source], max_shard_size: int) -> None:

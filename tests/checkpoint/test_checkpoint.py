@@ -57,7 +57,7 @@ def test_everything_comes_back(tmp_path, synchronous):
     extra = {"position": [3, 0.1, "é"], "nested": {"none": None, "large": 2**60}}
     checkpoints.save(3, state_of(3), extra)
     assert (checkpoints.steps == [3]) or not synchronous
-    checkpoints.close()
+    checkpoints.wait()
     reopened = Checkpoints(tmp_path / "c", keep=2, synchronous=synchronous)
     step, state, found = reopened.restore(jax.eval_shape(lambda: state_of(0)))
     assert step == 3 and found == extra and checkpoint.exists(tmp_path / "c")
@@ -83,7 +83,7 @@ def test_donating_the_state_after_an_async_save_is_safe(tmp_path):
     for _ in range(5):
         state = update(state)
     jax.block_until_ready(state)
-    checkpoints.close()
+    checkpoints.wait()
     _, found, _ = checkpoints.restore(state)
     assert digests(leaves_by_name(found)) == expected
 
