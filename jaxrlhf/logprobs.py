@@ -8,6 +8,7 @@ each row of the head's gradient is written once. No array of shape [B, R, V] eve
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -146,16 +147,8 @@ def _chunks(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_logprobs(
-    chunks: _Chunks,
-    weight: Array,
-    rows: Array | None,
-    hidden: Array,
-    targets: Array,
-    support: Array | None,
-    temperature: Array,
-) -> tuple[Array, Array]:
-    return _forward(chunks, weight, rows, hidden, targets, support, temperature)[0]
+def _token_logprobs(chunks: _Chunks, *arrays: Any) -> tuple[Array, Array]:
+    return _forward(chunks, *arrays)[0]
 
 
 def _forward(chunks, weight, rows, hidden, targets, support, temperature):

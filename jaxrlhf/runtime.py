@@ -115,25 +115,22 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 def resolve_dtype(requested: Literal["auto", "float32", "bfloat16"], backend: str) -> Literal["float32", "bfloat16"]:
     """Resolve auto: float32 on a CPU, as few CPUs multiply bfloat16 faster, else bfloat16."""
-    if requested != "auto":
-        return requested
-    return "float32" if backend == "cpu" else "bfloat16"
+    auto = "float32" if backend == "cpu" else "bfloat16"
+    return auto if requested == "auto" else requested
 
 
 def resolve_remat(requested: Literal["auto", "none", "full", "dots"], backend: str) -> Literal["none", "full", "dots"]:
     """Resolve auto: full on a CPU (as fast in float32, faster in bfloat16), else none."""
-    if requested != "auto":
-        return requested
-    return "full" if backend == "cpu" else "none"
+    auto = "full" if backend == "cpu" else "none"
+    return auto if requested == "auto" else requested
 
 
 def resolve_attention(
     requested: Literal["auto", "plain", "cudnn"], backend: str, dtype: str
 ) -> Literal["plain", "cudnn"]:
     """Resolve auto: cudnn for bfloat16 on an NVIDIA GPU (the caller still tries it out), else plain."""
-    if requested != "auto":
-        return requested
-    return "cudnn" if backend in ("gpu", "cuda") and dtype == "bfloat16" else "plain"
+    auto = "cudnn" if backend in ("gpu", "cuda") and dtype == "bfloat16" else "plain"
+    return auto if requested == "auto" else requested
 
 
 def logits_alive(backend: str) -> int:

@@ -5,25 +5,3 @@ from jaxrlhf.models.config import Adapters, ModelConfig, Rope
 from jaxrlhf.models.heads import init_head, label_logits, lm_logits, lm_weight, log_odds, scalar_head, with_two_labels
 from jaxrlhf.models.packed import Bits, pack, unpack
 from jaxrlhf.models.transformer import empty_cache, forward, forward_cached, init, unstack
-
-__all__ = [
-    "Adapters",
-    "Bits",
-    "ModelConfig",
-    "Rope",
-    "cudnn_trouble",
-    "empty_cache",
-    "forward",
-    "forward_cached",
-    "init",
-    "init_head",
-    "label_logits",
-    "lm_logits",
-    "lm_weight",
-    "log_odds",
-    "pack",
-    "scalar_head",
-    "unpack",
-    "unstack",
-    "with_two_labels",
-]

@@ -111,11 +111,8 @@ def empty_cache(model: ModelConfig, batch: int, slots: int) -> KVCache:
 
 def unstack(params: Params, model: ModelConfig) -> Params:
     """Parameters with "layers" a tuple of one tree per layer. Call it inside jit but outside the decode loop."""
-
-    def layer(index: int) -> Params:
-        return jax.tree.map(lambda leaf: leaf[index], params["layers"])
-
-    return {**params, "layers": tuple(layer(i) for i in range(model.num_layers))}
+    layers = range(model.num_layers)
+    return {**params, "layers": tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in layers)}
 
 
 def forward_cached(

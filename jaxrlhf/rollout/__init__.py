@@ -1,5 +1,3 @@
 """Sampling responses from a policy."""
 
 from jaxrlhf.rollout.decode import generate
-
-__all__ = ["generate"]

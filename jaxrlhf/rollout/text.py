@@ -1,7 +1,7 @@
 """Text of a rollout, for reward functions and logs."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -12,15 +12,12 @@ from jaxrlhf.types import Rollout
 
 def response_ids(rollout: Rollout) -> list[list[int]]:
     """Token ids of each response, without the stop token that ended it."""
-    tokens, mask, finished = jax.device_get((rollout.tokens, rollout.response_mask, rollout.finished))
-    rows = zip(tokens[:, -mask.shape[1] :], mask, finished, strict=True)
-    return [row[real][: -1 if ended else None].tolist() for row, real, ended in rows]
+    return [response for _, response, _ in _token_ids(rollout)]
 
 
 def response_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
     """Text that each response adds to its prompt, without control tokens."""
-    rows = zip(response_ids(rollout), _prompt_ids(rollout), strict=True)
-    return [tokenizer.decode(ids, after=prompt) for ids, prompt in rows]
+    return [tokenizer.decode(response, after=prompt) for prompt, response, _ in _token_ids(rollout)]
 
 
 def decode_completions(
@@ -36,8 +33,8 @@ def decode_completions(
         return rollout, texts
     rollout = jax.device_get(rollout)
     mask, finished = rollout.response_mask.copy(), rollout.finished.copy()
-    rows = list(zip(response_ids(rollout), _prompt_ids(rollout), texts, strict=True))
-    for i, (ids, prompt, text) in enumerate(rows):
+    for i, (prompt, ids, _) in enumerate(_token_ids(rollout)):
+        text = texts[i]
         starts = [text.find(string) for string in stop_strings if string in text]
         if not starts:
             continue
@@ -65,15 +62,19 @@ def decode_completions(
 
 def token_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[list[str]]:
     """Text that each response token adds, including the stop token (no text). Part of a character reads as U+FFFD."""
-    tokens, mask = jax.device_get((rollout.tokens, rollout.response_mask))
     texts = []
-    for prompt, row, real in zip(_prompt_ids(rollout), tokens[:, -mask.shape[1] :], mask, strict=True):
-        ids = prompt + row[real].tolist()
+    for prompt, response, stop in _token_ids(rollout):
+        ids = prompt + response + stop
         texts.append([tokenizer.decode(ids[i : i + 1], after=ids[:i]) for i in range(len(prompt), len(ids))])
     return texts
 
 
-def _prompt_ids(rollout: Rollout) -> list[list[int]]:
-    tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
-    width = tokens.shape[1] - rollout.response_mask.shape[1]
-    return [row[real].tolist() for row, real in zip(tokens[:, :width], mask[:, :width], strict=True)]
+def _token_ids(rollout: Rollout) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    """Token ids of each row: (prompt, response, the stop token that ended it or none)."""
+    rollout = jax.device_get(rollout)
+    width = rollout.tokens.shape[1] - rollout.response_mask.shape[1]
+    for i, tokens in enumerate(rollout.tokens):
+        prompt = tokens[:width][rollout.mask[i, :width]].tolist()
+        response = tokens[width:][rollout.response_mask[i]].tolist()
+        end = len(response) - int(rollout.finished[i])
+        yield prompt, response[:end], response[end:]

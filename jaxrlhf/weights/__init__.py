@@ -3,15 +3,3 @@
 from jaxrlhf.weights.export import export
 from jaxrlhf.weights.hub import base_and_adapters, resolve, tokenizer_folder
 from jaxrlhf.weights.loading import abstract_weights, load, load_config, open_tokenizer, resize_embeddings
-
-__all__ = [
-    "abstract_weights",
-    "base_and_adapters",
-    "export",
-    "load",
-    "load_config",
-    "open_tokenizer",
-    "resize_embeddings",
-    "resolve",
-    "tokenizer_folder",
-]

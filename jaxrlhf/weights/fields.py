@@ -1,5 +1,6 @@
 """Checked reading of values from a config.json; every error names the file, the key and the value."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -31,47 +32,36 @@ class Fields:
 
     def integer(self, key: str, default: int | None = None) -> int:
         """A whole number of at least 1."""
-        value = self._get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.refuse(key, "a whole number of at least 1")
-        return value
+        return self._get(key, default, lambda v: type(v) is int and v >= 1, "a whole number of at least 1")
 
     def number(self, key: str, default: float | None = None, least: float | None = None) -> float:
         """A finite number above 0, or of at least `least`."""
-        value = self._get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value < float("inf"):
-            self.refuse(key, "a number")
-        if value <= 0 if least is None else value < least:
-            self.refuse(key, "a number above 0" if least is None else f"a number of at least {least}")
-        return float(value)
+        expected = "a number above 0" if least is None else f"a number of at least {least}"
+        self._get(key, default, lambda v: type(v) in (int, float) and v < float("inf"), "a number")
+        return float(self._get(key, default, lambda v: v > 0 if least is None else v >= least, expected))
 
     def boolean(self, key: str, default: bool) -> bool:
-        value = self._get(key, default)
-        if not isinstance(value, bool):
-            self.refuse(key, "true or false")
-        return value
+        return self._get(key, default, lambda v: isinstance(v, bool), "true or false")
 
     def choice(self, key: str, allowed: tuple[str, ...], default: str | None = None) -> str | None:
         """One of `allowed`; an absent key gives the default."""
-        value = self.values.get(key)
-        if value is not None and value not in allowed:
-            self.refuse(key, f"one of {', '.join(allowed)}")
-        return default if value is None else value
+        return self._get(key, default, lambda v: v is default or v in allowed, f"one of {', '.join(allowed)}")
 
     def strings(self, key: str) -> list[str]:
         """A list of strings, empty if the key is absent."""
-        value = self._get(key, [])
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            self.refuse(key, "a list of strings")
-        return value
+
+        def is_strings(value: Any) -> bool:
+            return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+        return self._get(key, [], is_strings, "a list of strings")
 
     def mapping(self, key: str) -> dict[str, Any]:
         """A JSON object, empty if the key is absent."""
-        value = self._get(key, {})
-        if not isinstance(value, dict):
-            self.refuse(key, "a JSON object")
-        return value
+        return self._get(key, {}, lambda v: isinstance(v, dict), "a JSON object")
 
-    def _get(self, key: str, default: Any) -> Any:
+    def _get(self, key: str, default: Any, is_valid: Callable[[Any], bool], expected: str) -> Any:
         value = self.values.get(key)
-        return default if value is None else value
+        value = default if value is None else value
+        if not is_valid(value):
+            self.refuse(key, expected)
+        return value

@@ -40,36 +40,24 @@ def parse_rope(fields: Fields, max_positions: int) -> Rope:
         if place.number("partial_rotary_factor", 1.0) != 1.0:
             place.refuse("partial_rotary_factor", "1.0: rotating only a part of each head is not supported")
     theta = scaling.number("rope_theta", fields.number("rope_theta", 10000.0))
-    if kind == "default":
-        return Rope(theta=theta)
-    if kind == "linear":
-        return Rope(theta=theta, kind="linear", factor=scaling.number("factor"))
-    original = _original_length(fields, scaling, max_positions)
-    if kind == "llama3":
-        low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
-        if high <= low:
-            scaling.refuse("high_freq_factor", f"more than low_freq_factor ({low})")
-        return Rope(
-            theta=theta,
-            kind="llama3",
-            factor=scaling.number("factor"),
-            original_max_positions=original,
-            low_freq_factor=low,
-            high_freq_factor=high,
-        )
-    if theta <= 1:
-        raise DataError(f"{fields.where}: yarn needs rope_theta above 1, not {theta}")
-    optional = ("attention_factor", "mscale", "mscale_all_dim")
-    return Rope(
-        theta=theta,
-        kind="yarn",
-        factor=scaling.number("factor", max_positions / original),
-        original_max_positions=original,
-        beta_fast=scaling.number("beta_fast", 32.0),
-        beta_slow=scaling.number("beta_slow", 1.0),
-        truncate=scaling.boolean("truncate", True),
-        **{key: scaling.number(key, least=0.0) for key in optional if scaling.has(key)},
-    )
+    original = _original_length(fields, scaling, max_positions) if _ORIGINAL in _OPTIONS[kind] else 0
+    values: dict[str, Any] = {}
+    match kind:
+        case "linear":
+            values = {"factor": scaling.number("factor")}
+        case "llama3":
+            values = {key: scaling.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
+            if values["high_freq_factor"] <= values["low_freq_factor"]:
+                scaling.refuse("high_freq_factor", f"more than low_freq_factor ({values['low_freq_factor']})")
+        case "yarn":
+            if theta <= 1:
+                raise DataError(f"{fields.where}: yarn needs rope_theta above 1, not {theta}")
+            values = {"factor": scaling.number("factor", max_positions / original)}
+            values["truncate"] = scaling.boolean("truncate", True)
+            for key in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
+                if scaling.has(key):
+                    values[key] = scaling.number(key, least=None if key.startswith("beta") else 0.0)
+    return Rope(theta=theta, kind=kind, original_max_positions=original, **values)
 
 
 def _original_length(fields: Fields, scaling: Fields, max_positions: int) -> int:

@@ -14,8 +14,6 @@ from jaxrlhf.weights.families import gpt2, llama
 from jaxrlhf.weights.families.base import Family, TensorNames
 from jaxrlhf.weights.fields import Fields
 
-__all__ = ["ADD_EOS", "FAMILIES", "parse", "render", "tensor_names"]
-
 ADD_EOS = "score_add_eos"
 """Key of a reward model's config.json: whether an end token follows every completion that it reads. Absent: those that
 ended by themselves. It is not kept when the model is written again, because it belongs to the stored head."""
