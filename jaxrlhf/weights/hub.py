@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from jaxrlhf.data import tokenizer
-from jaxrlhf.errors import DataError
+from jaxrlhf.errors import DataError, first_line
 from jaxrlhf.weights import peft, safetensors
 
 CONFIG = "config.json"
@@ -116,7 +116,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     except Exception as error:  # network and disk errors of several libraries
         raise DataError(
             f"'{name}': there is no such folder here, the hub's cache does not hold it{at}, and the hub could not be "
-            f"asked ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}). "
+            f"asked ({type(error).__name__}: {first_line(error)}). "
             "Check the network (and HF_HUB_OFFLINE), or give the path of a local folder"
         ) from error
     if peft.is_adapter(folder):
