@@ -27,7 +27,7 @@ def test_no_limit_leaves_what_the_computer_has(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is read from /proc")
-def test_small_pieces_that_were_freed_are_given_back():
+def test_freed_small_blocks_are_returned_to_the_system():
     def held() -> int:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * 4096

@@ -73,14 +73,14 @@ def test_nothing_to_set_means_nothing_to_say(monkeypatch):
         ({}, None),
     ],
 )
-def test_a_containers_share_of_the_processors(files, expected, tmp_path):
+def test_cpu_quota_of_a_container(files, expected, tmp_path):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     assert runtime.cpu_quota(tmp_path) == expected
 
 
-def test_threads_follow_the_share_only_where_it_is_less(monkeypatch):
+def test_threads_are_limited_only_by_a_quota_below_the_processors(monkeypatch):
     monkeypatch.setattr(runtime, "_processors", lambda: 8)
     for quota, expected in ((2, {"PJRT_NPROC": "2"}), (8, {}), (None, {})):
         monkeypatch.setattr(runtime, "cpu_quota", lambda quota=quota: quota)
@@ -109,5 +109,5 @@ def test_a_command_that_computes_starts_again_with_huge_pages():
     ("requested", "backend", "dtype"),
     [("auto", "cpu", "float32"), ("auto", "gpu", "bfloat16"), ("bfloat16", "cpu", "bfloat16")],
 )
-def test_auto_is_the_dtype_that_the_device_is_fast_at(requested, backend, dtype):
+def test_auto_dtype_by_backend(requested, backend, dtype):
     assert runtime.resolve_dtype(requested, backend) == dtype

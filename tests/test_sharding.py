@@ -18,7 +18,7 @@ def abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def test_mesh_takes_what_is_left_for_data():
+def test_the_data_axis_takes_the_remaining_devices():
     assert dict(mesh(data=0, fsdp=2).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     assert mesh().size == 1
 

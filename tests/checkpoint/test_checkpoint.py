@@ -51,7 +51,7 @@ def filled(directory, steps, **options):
 
 
 @pytest.mark.parametrize("synchronous", [True, False])
-def test_everything_comes_back(tmp_path, synchronous):
+def test_restore_returns_what_was_saved(tmp_path, synchronous):
     checkpoints = Checkpoints(tmp_path / "c", keep=2, synchronous=synchronous)
     assert checkpoints.restore(state_of(0)) is None and not checkpoint.exists(tmp_path / "c")
     extra = {"position": [3, 0.1, "é"], "nested": {"none": None, "large": 2**60}}
@@ -149,13 +149,13 @@ def test_a_flipped_bit_in_array_data_is_found(tmp_path):
     assert checkpoints.restore(state_of(0))[0] == 5
 
 
-def test_a_checkpoint_under_a_wrong_step_is_not_believed(tmp_path):
+def test_a_checkpoint_under_a_wrong_step_is_damaged(tmp_path):
     checkpoints = filled(tmp_path, [5, 10])
     os.rename(tmp_path / "10", tmp_path / "99")
     assert checkpoints.restore(state_of(0))[0] == 5
 
 
-def test_all_damaged_is_never_a_fresh_start(tmp_path):
+def test_restore_raises_if_every_checkpoint_is_damaged(tmp_path):
     checkpoints = filled(tmp_path, [5, 10])
     for step in (5, 10):
         (tmp_path / str(step) / "record" / "data.json").write_text("{")
@@ -189,7 +189,7 @@ def full_disk(size):
 
 
 @pytest.mark.parametrize("synchronous", [True, False])
-def test_failed_saves_cost_nothing_until_the_third(tmp_path, synchronous, caplog, capfd):
+def test_the_third_failed_save_in_a_row_raises(tmp_path, synchronous, caplog, capfd):
     state = {"w": jax.random.normal(jax.random.key(0), (300, 300))}
     checkpoints = Checkpoints(tmp_path, keep=2, synchronous=synchronous)
     checkpoints.save(1, state, {}, block=True)
@@ -211,19 +211,19 @@ def test_failed_saves_cost_nothing_until_the_third(tmp_path, synchronous, caplog
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_save_that_the_caller_relies_on_raises(tmp_path):
+def test_a_failed_blocking_save_raises(tmp_path):
     checkpoints = filled(tmp_path, [1])
     with full_disk(10), pytest.raises(StorageError, match="checkpoint 2 was not saved"):
         checkpoints.save(2, state_of(2), {}, block=True)
 
 
-def test_no_space_is_seen_before_writing(tmp_path, monkeypatch, caplog):
+def test_too_little_disk_space_is_noticed_before_writing(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     Checkpoints(tmp_path, keep=1, synchronous=True).save(1, state_of(1), {})
     assert "the disk has 0 MB free" in caplog.text and os.listdir(tmp_path) == []
 
 
-def test_leftovers_go_when_the_run_saves_again_and_a_reader_leaves_them(tmp_path):
+def test_temporary_folders_are_removed_by_a_save_and_kept_by_a_reader(tmp_path):
     checkpoints = filled(tmp_path, [1])
     (tmp_path / f"2{checkpoint.TEMPORARY}").mkdir()
     reader = Checkpoints(tmp_path, keep=1, synchronous=True)

@@ -10,7 +10,7 @@ from jaxrlhf.errors import StorageError
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint8", "bool"])
-def test_every_single_element_counts(dtype):
+def test_changing_any_element_changes_the_digest(dtype):
     start = (np.arange(24).reshape(2, 3, 4) % 2).astype(jnp.dtype(dtype))
     seen = {digests({"x": jnp.asarray(start)})["x"]}
     for position in np.ndindex(start.shape):
@@ -20,7 +20,7 @@ def test_every_single_element_counts(dtype):
     assert len(seen) == 1 + start.size
 
 
-def test_every_bit_of_a_float_counts():
+def test_changing_any_bit_of_a_float_changes_the_digest():
     start = np.float32([1.5, -2.25])
     seen = {digests({"x": jnp.asarray(start)})["x"]}
     for bit in range(32):
@@ -55,7 +55,7 @@ def test_seal_covers_keys_and_values():
         with_seal({"a": object()})
 
 
-def test_difference_is_told_by_name():
+def test_differing_leaves_are_named():
     stored = digests({"w": jnp.ones((2, 3)), "mu.w": jnp.ones((2, 3)), "b": jnp.ones(4)})
     template = {"w": jnp.ones((2, 5)), "trace.w": jnp.ones((2, 3)), "b": jnp.ones(4, jnp.bfloat16)}
     with pytest.raises(StorageError, match="another model or optimizer") as caught:

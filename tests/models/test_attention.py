@@ -50,7 +50,7 @@ def test_what_cudnn_is_asked_for_is_our_attention():
         np.testing.assert_allclose(found, wanted, atol=2e-6)
 
 
-def test_the_program_for_a_card_calls_cudnn_forward_and_backward(monkeypatch):
+def test_the_program_for_a_gpu_calls_cudnn_forward_and_backward(monkeypatch):
     """Lowered for CUDA on this computer, whatever it has; nothing runs."""
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91100)
     q, k, v, mask = padded()
@@ -64,7 +64,7 @@ def test_shapes_without_a_kernel_are_known(shape, fits):
     assert attention.fits_cudnn(jnp.zeros(shape)) is fits
 
 
-def test_without_a_card_cudnn_is_refused_and_auto_goes_on(make, monkeypatch):
+def test_without_a_gpu_cudnn_is_refused_and_auto_is_plain(make, monkeypatch):
     model = make(head_dim=8, dtype="bfloat16")
     assert with_attention(model, ModelSource()).attention == "plain"
     with pytest.raises(ConfigError, match="model.attention is cudnn, which cannot be used: .*Use plain, or auto"):

@@ -30,7 +30,7 @@ def digest(gradient: np.ndarray) -> np.ndarray:
     return np.array([np.linalg.norm(flat), *(flat @ direction for direction in directions)])
 
 
-def test_language_model_is_transformers(language_model, padded):
+def test_language_model_matches_transformers(language_model, padded):
     model, golden = language_model.model, language_model.golden
     rows = [row[:length] for row, length in zip(golden["tokens"], golden["lengths"], strict=True)]
     prompts = [row[len(row) - n :] for row, n in zip(golden["prompts"], golden["prompt_lengths"], strict=True)]
@@ -66,7 +66,7 @@ def test_language_model_is_transformers(language_model, padded):
         np.testing.assert_allclose(digest(value), theirs, atol=1e-4 * theirs[0], rtol=0, err_msg=key)
 
 
-def test_classifier_is_transformers(classifier, padded):
+def test_classifier_matches_transformers(classifier, padded):
     model, params, golden = classifier.model, classifier.params, classifier.golden
     rows = [row[:length] for row, length in zip(golden["tokens"], golden["lengths"], strict=True)]
     tokens, mask = padded(rows, "right", golden["tokens"].shape[1])
@@ -79,7 +79,7 @@ def test_classifier_is_transformers(classifier, padded):
 
 
 @pytest.mark.parametrize("name", ["gpt2-dora-rslora", "llama-lora"])
-def test_adapters_are_pefts(name, padded, tmp_path):
+def test_adapters_match_peft(name, padded, tmp_path):
     """Merged as they are read, and beside their base. Rows of tokens are in them, with a tied head and without."""
     shutil.copytree(FIXTURES / "adapters" / name, tmp_path / name)
     file = tmp_path / name / peft.CONFIG

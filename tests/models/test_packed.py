@@ -31,7 +31,7 @@ def test_the_levels_are_those_that_the_paper_derives():
 
 
 @pytest.mark.parametrize(("bits", "double"), KINDS)
-def test_what_is_lost_is_bounded(kernel, bits, double):
+def test_the_quantisation_error_is_bounded(kernel, bits, double):
     packed = m.pack(kernel, bits, double)
     error = np.abs(np.asarray(m.unpack(packed) - kernel))
     largest = np.abs(np.asarray(kernel))

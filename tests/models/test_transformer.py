@@ -127,7 +127,7 @@ def test_padding_changes_nothing(model, big_weights, padded):
         np.testing.assert_allclose(hidden, jnp.concatenate(alone), atol=2e-5)
 
 
-def test_a_row_with_nothing_in_it_stays_finite(model, big_weights):
+def test_a_row_without_real_tokens_stays_finite(model, big_weights):
     tokens = jnp.zeros((2, 4), jnp.int32)
     mask = jnp.array([[True] * 4, [False] * 4])
     value, gradient = quick(jax.value_and_grad(loss_of(model, tokens, mask)))(big_weights(model))
@@ -135,7 +135,7 @@ def test_a_row_with_nothing_in_it_stays_finite(model, big_weights):
     chex.assert_tree_all_finite(gradient)
 
 
-def test_decoding_with_a_cache_is_the_whole_pass(model, big_weights, padded):
+def test_decoding_with_a_cache_equals_forward(model, big_weights, padded):
     generator = np.random.default_rng(1)
     params = big_weights(model)
     tokens, mask = padded([generator.integers(0, 32, length).astype(np.int32) for length in (10, 7)], "left", 11)
@@ -242,6 +242,6 @@ def test_a_window_as_long_as_the_sequence_is_no_window(make, big_weights):
 @pytest.mark.parametrize(
     "changes", [{"num_kv_heads": 3}, {"sliding_layers": (False,)}, {"head_dim": 5, "rope": Rope(theta=10.0)}]
 )
-def test_impossible_models_are_refused(make, changes):
+def test_inconsistent_configs_are_refused(make, changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         make(**changes)

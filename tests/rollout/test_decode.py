@@ -114,7 +114,7 @@ FILTERED = [
 
 
 @pytest.mark.parametrize("sampling", FILTERED, ids=["top_k", "top_p", "min_length"])
-def test_the_support_travels_with_the_rollout(key, sampling):
+def test_the_rollout_contains_the_support(key, sampling):
     """Unpacked, it renormalises the model's own distribution to the sampler's, by brute force and in training."""
     params, prompts = weights(LLAMA), prompts_of([3, 6, 1, 4])
     rollout = generate(params, LLAMA, prompts, key, sampling, STOPS, PAD)
@@ -212,7 +212,7 @@ def test_no_stop_token_before_the_minimum_length(key):
     assert (response[:, :4] == 10).all() and (lengths >= 5).all() and (lengths == 5).any()
 
 
-def test_the_loop_leaves_when_every_row_has_ended(key, monkeypatch):
+def test_decoding_stops_when_every_row_has_ended(key, monkeypatch):
     steps = []
 
     def counted(*arguments):
@@ -274,7 +274,7 @@ def test_bfloat16_decodes_and_keeps_float32_logprobs(key):
     np.testing.assert_allclose(np.where(rollout.response_mask, exact, 0), rollout.logprobs, atol=0.1)
 
 
-def test_a_group_is_its_prompt_answered_several_times(key):
+def test_a_group_equals_repeated_prompts(key):
     """Read once or written out: the same rows, drawn with the same keys."""
     params, prompts, sampling = weights(LLAMA), prompts_of([3, 6, 1], draws=[0, 2, 1]), Sampling(response_length=8)
     shared = generate(params, LLAMA, prompts, key, sampling, STOPS, PAD, 3)
@@ -286,7 +286,7 @@ def test_a_group_is_its_prompt_answered_several_times(key):
     assert len({tuple(row) for row in np.asarray(shared.tokens[:3])}) == 3
 
 
-def test_trimming_takes_columns_that_no_row_has_reached(key):
+def test_trim_drops_unused_columns(key):
     params = weights(LLAMA)
     long = generate(params, LLAMA, prompts_of([3, 4]), key, Sampling(response_length=32), tuple(range(9)), PAD)
     longest = int(long.response_mask.sum(1).max())

@@ -52,7 +52,7 @@ def same(rollout, other):
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8, 11, 100])
-def test_slots_change_nothing(decoder, key, slots):
+def test_responses_do_not_depend_on_the_number_of_slots(decoder, key, slots):
     model, params = decoder
     expected = generate(params, model, PROMPTS, key, SAMPLING, STOPS, PAD)
     lengths = np.asarray(expected.response_mask).sum(1)
@@ -61,13 +61,13 @@ def test_slots_change_nothing(decoder, key, slots):
 
 
 @pytest.mark.parametrize("slots", [2, 3, 7, 33])
-def test_groups_share_a_prefill_and_change_nothing(decoder, key, slots):
+def test_groups_share_a_prefill_without_changing_responses(decoder, key, slots):
     model, params = decoder
     expected = generate(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, 3)
     same(in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=slots, group=3), expected)
 
 
-def test_a_group_reads_its_prompt_once(decoder, key, monkeypatch):
+def test_each_prompt_of_a_group_is_prefilled_once(decoder, key, monkeypatch):
     model, params = decoder
     read, admit = [], engine._admit
     monkeypatch.setattr(engine, "_admit", lambda *a: read.append(a[3].tokens.shape) or admit(*a))
@@ -75,7 +75,7 @@ def test_a_group_reads_its_prompt_once(decoder, key, monkeypatch):
     assert sum(shape[0] for shape in read) == len(PROMPTS.index)
 
 
-def test_the_support_comes_along(decoder, key):
+def test_slots_return_the_support(decoder, key):
     model, params = decoder
     sampling = dataclasses.replace(SAMPLING, top_k=4, min_length=3, renormalise_logprobs=True)
     expected = generate(params, model, PROMPTS, key, sampling, STOPS, PAD)
@@ -96,7 +96,7 @@ def test_programs_are_compiled_once_for_all_refills(decoder, key):
     assert (engine._admit._cache_size(), engine._advance._cache_size(), engine._select._cache_size()) == before
 
 
-def test_a_mesh_spreads_the_slots(decoder, key):
+def test_slots_are_sharded_over_a_mesh(decoder, key):
     model, params = decoder
     mesh = sharding.make_mesh(Mesh(data=4))
     expected = generate(params, model, PROMPTS, key, SAMPLING, STOPS, PAD)

@@ -32,7 +32,7 @@ def rollout_of(tokenizer, prompt, responses, width):
     )
 
 
-def test_a_reward_sees_the_response_as_it_was_cut_and_training_learns_no_more(tokenizer):
+def test_completions_and_masks_are_cut_at_the_stop_string(tokenizer):
     """The text ends before the stop string, what is learnt with the token that completes it; padding follows."""
     rollout = rollout_of(tokenizer, "ask: ", ["one\n\ntwo", "three</s>", "four"], 8)
     cut, texts = decode_completions(rollout, tokenizer, ("\n\n",))

@@ -37,7 +37,7 @@ def front(text: str) -> dict:
     return yaml.safe_load(matter)
 
 
-def test_the_facts_of_a_run():
+def test_card_contains_the_facts_of_a_run():
     facts = {
         "method": "ppo",
         "base_model": "org/base-1.5B",
@@ -70,7 +70,7 @@ def test_the_facts_of_a_run():
     assert is_ours(text)
 
 
-def test_no_fact_leaves_its_place():
+def test_facts_are_escaped():
     hostile = "x`y```\n````\n---\n# Head\n<script>alert(1)</script> | a | [b](c)\n- jaxrlhf"
     facts = dict.fromkeys(("method", "base_model", "dataset", "license", "command", "other"), hostile)
     text = card(MODEL, {}, facts | {"metrics": {hostile: hostile}, "notes": [hostile], "config": {hostile: hostile}})
@@ -90,7 +90,7 @@ def test_a_base_model_that_is_a_path_is_not_claimed_to_be_on_the_hub(tmp_path, m
         assert "base_model" not in front(text)
 
 
-def test_how_a_score_is_read():
+def test_card_says_how_to_read_the_score():
     assert front(card(REWARD, {"pad_token_id": 0}, {}))["pipeline_tag"] == "text-classification"
     assert "single output" in card(REWARD, {"pad_token_id": 0, "eos_token_id": 2}, {})
     assert "before the end token" not in card(REWARD, {"pad_token_id": 0, "eos_token_id": 2}, {})
@@ -98,7 +98,7 @@ def test_how_a_score_is_read():
     assert "one text at a time" in card(REWARD, {}, {})
 
 
-def test_other_cards_are_not_ours():
+def test_cards_of_other_programs_are_recognised():
     assert not is_ours("")
     assert not is_ours("# jaxrlhf\n- jaxrlhf\n")
     assert not is_ours("---\ntags:\n- other\n---\n- jaxrlhf\n---\n")

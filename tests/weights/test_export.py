@@ -53,7 +53,7 @@ def extremes(folder: Path, target: Path, dtype: str) -> Path:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_untouched_model_comes_out_bit_for_bit(name, tmp_path):
+def test_an_unchanged_model_is_exported_bit_for_bit(name, tmp_path):
     folder = FOLDERS / name
     out = weights.export(tmp_path / "out", *weights.load(folder), source=folder)
     assert tensors(out) == tensors(folder)
@@ -165,7 +165,7 @@ def test_a_reward_model_is_a_sequence_classifier(pretrained, tmp_path):
         np.testing.assert_array_equal(read["score"]["kernel"], params["score"]["kernel"])
 
 
-def test_an_mlp_head_comes_back_and_the_card_says_what_it_is(tmp_path):
+def test_an_mlp_head_round_trips_and_is_named_in_the_card(tmp_path):
     model, params = weights.load(FOLDERS / "gpt2", head="mlp", key=jax.random.key(2))
     out = weights.export(tmp_path / "out", model, params, source=FOLDERS / "gpt2")
     assert {n for n in tensors(out) if n.startswith("score")} == {
@@ -277,7 +277,7 @@ def test_a_killed_export_leaves_what_was_there(small, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_disk_that_is_too_small_is_noticed_first(small, tmp_path, monkeypatch):
+def test_an_export_larger_than_the_disk_is_refused_before_writing(small, tmp_path, monkeypatch):
     full = type("usage", (), {"free": 1000})
     monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: full)
     with pytest.raises(StorageError, match="1,000 free"):
@@ -293,7 +293,7 @@ def test_shard_sizes(size, count):
 
 
 @pytest.mark.parametrize("size", ["", "GB", "-1GB", "0", "5 XB", "5GB5", None])
-def test_shard_sizes_that_are_none(size):
+def test_invalid_shard_sizes_are_refused(size):
     with pytest.raises(ConfigError, match="max_shard_size"):
         exporting._bytes(size)
 

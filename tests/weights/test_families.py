@@ -134,7 +134,7 @@ def test_defaults_of_keys_that_old_files_lack():
     assert parse(qwen3).head_dim == 128 and parse(qwen3, head_dim=20).head_dim == 20
 
 
-def test_which_layers_of_qwen2_slide():
+def test_sliding_layers_of_qwen2():
     on = {"use_sliding_window": True, "sliding_window": 8}
     off = parse(QWEN2, sliding_window=8, max_window_layers=0)
     assert off.sliding_window is None and off.sliding_layers == (False, False)
@@ -220,7 +220,7 @@ def test_rendering_what_was_read_changes_nothing(original):
     assert families.render(computed, original) == original
 
 
-def test_a_new_file_says_the_same(original):
+def test_a_rendered_config_parses_to_the_same_model(original):
     model = families.parse(original, "config.json")
     assert families.parse(families.render(model, {}), "config.json") == model
 

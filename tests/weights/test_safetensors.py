@@ -55,7 +55,7 @@ def test_reads_what_the_reference_library_writes(tmp_path):
         np.testing.assert_array_equal(found, array)
 
 
-def test_writes_the_very_bytes_of_the_reference_library(tmp_path):
+def test_writes_the_same_bytes_as_the_reference_library(tmp_path):
     tensors = {k: v for k, v in arrays().items() if v.dtype == np.float32}
     writer.write_file(tmp_path / "ours.safetensors", sources(tensors))
     safetensors.numpy.save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
@@ -93,7 +93,7 @@ def test_one_shard_has_no_index(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_a_sound_file_is_accepted(tmp_path):
+def test_a_valid_file_is_accepted(tmp_path):
     entries = ours.scan(raw_file(tmp_path / "x.safetensors", GOOD))
     assert {k: (v.dtype, v.shape) for k, v in entries.items()} == {
         "a": (np.float32, (2, 3)),
@@ -137,14 +137,14 @@ def changed(**fields) -> dict:
         ('{"a": ' + "9" * 10_000 + "}", "not valid JSON"),
     ],
 )
-def test_unsound_headers_are_refused(tmp_path, header, says):
+def test_invalid_headers_are_refused(tmp_path, header, says):
     file = raw_file(tmp_path / "x.safetensors", header)
     with pytest.raises(DataError, match=says) as caught:
         ours.scan(file)
     assert str(file) in str(caught.value)
 
 
-def test_lengths_that_lie_are_refused_before_anything_is_allocated(tmp_path):
+def test_wrong_header_lengths_are_refused_before_allocation(tmp_path):
     for length in (10_000, 1 << 62, (1 << 64) - 1):
         with pytest.raises(DataError, match="cut short"):
             ours.scan(raw_file(tmp_path / "x.safetensors", GOOD, length=length))
