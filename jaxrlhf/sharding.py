@@ -25,19 +25,18 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))
 HOST = "pinned_host"  # memory kind for offloading: host memory that devices can access
 
-# First match wins; a leading None is the stacked layer axis. A packed kernel (models/packed.py) is sharded like the
-# kernel itself.
+# By the end of the path; a leading None is the stacked layer axis. A packed kernel (models/packed.py) is sharded like
+# the kernel itself. Other arrays are replicated: norms, other biases, scalar heads, counters.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(^|/)embed/embedding$", P("tensor", "fsdp")),
-    (r"(^|/)positions/embedding$", P(None, "fsdp")),
-    (r"(^|/)attention/[qkv]/(kernel|codes|scale|step)$", P(None, "fsdp", "tensor")),
-    (r"(^|/)attention/[qkv]/bias$", P(None, "tensor")),
-    (r"(^|/)attention/o/(kernel|codes|scale|step)$", P(None, "tensor", "fsdp")),
-    (r"(^|/)mlp/(gate|up)/(kernel|codes|scale|step)$", P(None, "fsdp", "tensor")),
-    (r"(^|/)mlp/(gate|up)/bias$", P(None, "tensor")),
-    (r"(^|/)mlp/down/(kernel|codes|scale|step)$", P(None, "tensor", "fsdp")),
-    (r"(^|/)lm_head/kernel$", P("fsdp", "tensor")),
-    (r"", P()),  # norms, other biases, scalar heads, counters: replicated
+    (r"embed/embedding", P("tensor", "fsdp")),
+    (r"positions/embedding", P(None, "fsdp")),
+    (r"attention/[qkv]/(kernel|codes|scale|step)", P(None, "fsdp", "tensor")),
+    (r"attention/[qkv]/bias", P(None, "tensor")),
+    (r"attention/o/(kernel|codes|scale|step)", P(None, "tensor", "fsdp")),
+    (r"mlp/(gate|up)/(kernel|codes|scale|step)", P(None, "fsdp", "tensor")),
+    (r"mlp/(gate|up)/bias", P(None, "tensor")),
+    (r"mlp/down/(kernel|codes|scale|step)", P(None, "tensor", "fsdp")),
+    (r"lm_head/kernel", P("fsdp", "tensor")),
 )
 
 
@@ -66,7 +65,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
     Axes of size 1 and trailing Nones are left out, as in XLA's own output shardings: the shardings of an update's
     output and input must compare equal, or every function that takes the state compiles twice.
     """
-    rule = next(spec for pattern, spec in RULES if re.search(pattern, path))
+    rule = next((spec for pattern, spec in RULES if re.search(f"(^|/){pattern}$", path)), P())
     if len(rule) > len(shape):
         return P()
     axes = [a if a and mesh.shape[a] > 1 and shape[d] % mesh.shape[a] == 0 else None for d, a in enumerate(rule)]
