@@ -210,6 +210,10 @@ class GRPOConfig(OnPolicyConfig):
     """GRPO's defaults are learning_rate 1e-6 and eps 1e-5; an `Optim` created in Python has those of `Optim`."""
     grpo: GRPO = GRPO()
 
+    @property
+    def kl_option(self) -> str:
+        return "grpo.beta" if self.grpo.recipe.loss == "dpo" else super().kl_option
+
     def __post_init__(self) -> None:
         super().__post_init__()
         grpo = self.grpo

@@ -178,6 +178,11 @@ class OnPolicyConfig(BaseConfig):
         """The section `ppo` or `grpo`."""
         return getattr(self, self.method)
 
+    @property
+    def kl_option(self) -> str:
+        """The option that keeps the policy near its reference."""
+        return f"{self.method}.kl_coef"
+
     @field_validator("optim", mode="before")
     @classmethod
     def _optim_defaults(cls, optim: Any) -> Any:

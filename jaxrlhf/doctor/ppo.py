@@ -138,9 +138,9 @@ class Trial:
             end = ids[len(ids) // 2]
             stops, note = {*stops, end}, f"; no response ended, so {self._name(end)} was used as a stop token"
             sampling = dataclasses.replace(trainer.config.sampling, stop_token_ids=tuple(stops))
-            engine = trainer.config.rollout
-            sampler = Sampler(sampling, engine, trainer.model, self.tokenizer, trainer.mesh, 0, ROWS)
-            rollout = sampler.generate(trainer.params, self.rows, trainer.run.key(0, 0))[0]
+            config = dataclasses.replace(trainer.config, sampling=sampling)
+            sampler = Sampler(config, trainer.model, self.tokenizer, trainer.mesh, 0)
+            rollout = sampler.generate(trainer.params, self.rows, trainer.key(0, 0))[0]
         mistake, drawing = check_masks(jax.device_get(rollout), self.rows, stops, self.tokenizer)
         return not mistake, "\n".join([mistake or f"correct in {ROWS} rows{note}; one of them:", *drawing])
 
@@ -171,8 +171,7 @@ class Trial:
         rollout, texts = decode_completions(
             jax.tree.map(lambda x: x[:2], rollout), self.tokenizer, self.config.sampling.stop_strings
         )
-        prompts, messages = [row.text for row in rows], [row.messages for row in rows]
-        scores = scorer.score(prompts, texts, rollout, datasets.columns(rows), messages=messages).totals
+        scores = scorer.score_rows(rows, texts, rollout).totals
         lines = [f"{score:.4g} for {quoted(text)}" for score, text in zip(scores, texts, strict=True)]
         return bool(np.all(np.isfinite(scores))), "\n".join(["scores of two completions", *lines])
 

@@ -11,7 +11,7 @@ import jax
 from jaxrlhf import runtime, weights
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data import batching
-from jaxrlhf.data.datasets import PromptRow, columns, prompt_rows
+from jaxrlhf.data.datasets import PromptRow, prompt_rows
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
 from jaxrlhf.errors import DataError
 from jaxrlhf.models import ModelConfig
@@ -59,7 +59,7 @@ def open_scorer(
     Raises what Scorer raises.
     """
     scorer = Scorer(config.reward, tokenizer, function, directory=directory)
-    scorer.check([row.text for row in rows], columns(rows), [row.messages for row in rows])
+    scorer.check_rows(rows)
     return scorer
 
 
@@ -135,8 +135,7 @@ def score_completions(
         ]
         if scorer is not None:
             repeated = [row for row in batch for _ in range(count)]
-            data_columns, messages = columns(repeated), [row.messages for row in repeated]
-            scored = scorer.score([row.text for row in repeated], texts, part, data_columns, messages=messages)
+            scored = scorer.score_rows(repeated, texts, part)
             for note in scored.notes:
                 warnings.warn(note, stacklevel=2)
             for i, completion in enumerate(completions):

@@ -137,7 +137,7 @@ def _supervised_phases(trainer: SFTTrainer | RewardTrainer | DPOTrainer, found: 
 
 def _on_policy_phases(trainer: PPOTrainer | GRPOTrainer, found: Programs) -> Iterator[Phase]:
     config, state, sampler = trainer.config, trainer.state.template, trainer.sampler
-    settings, length = trainer.run.settings, config.sampling.response_length
+    settings, length = config.settings, config.sampling.response_length
     batch = settings.batch_size
     shares = sharding.row_shards(trainer.mesh)
     reward_models = [model.params for model in trainer.scorer.models.values()]

@@ -22,7 +22,7 @@ from jaxrlhf.training.dpo import update as dpo_update
 from jaxrlhf.training.dpo.trainer import DPOTrainer
 from jaxrlhf.training.grpo import update as grpo_update
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
-from jaxrlhf.training.on_policy.policy import without_moments
+from jaxrlhf.training.on_policy.update import without_moments
 from jaxrlhf.training.ppo import update as ppo_update
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.reward import trainer as reward
@@ -113,7 +113,7 @@ def _compile_samples(samples: Samples, params: Params, key: jax.Array, compile_p
 def _compile_on_policy(trainer: PPOTrainer | GRPOTrainer, compile_program: Callable[..., Any]) -> None:
     if not trainer.data:
         raise ConfigError("data.path is empty: how long prompts are decides what an update needs; give a file of them")
-    sampling, size = trainer.config.sampling, trainer.run.settings.batch_size
+    sampling, size = trainer.config.sampling, trainer.config.settings.batch_size
     state, frozen = trainer.state.template, trainer.frozen
     rows = batching.longest(trainer.data.train, size)
     policy = {**frozen["policy"], **state.params["policy"]}

@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxrlhf.config import Component, RewardSource
+from jaxrlhf.data import datasets
+from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.rewards.component import ComponentScores, RewardComponent, open_source
@@ -155,6 +157,17 @@ class Scorer:
         """
         for component in self.components.values():
             component.check(prompts, columns, messages)
+
+    def check_rows(self, rows: Sequence[PromptRow]) -> None:
+        """`check` for the prompts of rows of a data set."""
+        self.check([row.text for row in rows], datasets.columns(rows), [row.messages for row in rows])
+
+    def score_rows(
+        self, rows: Sequence[PromptRow], completions: Sequence[str], rollout: Rollout, step: int | None = None
+    ) -> Scored:
+        """`score` a completion of each row's prompt."""
+        messages = [row.messages for row in rows]
+        return self.score([row.text for row in rows], completions, rollout, datasets.columns(rows), step, messages)
 
     def score(
         self,

@@ -51,7 +51,7 @@ class Case:
     def state(self):
         params = {"policy": setup.cast_copy(self.policy, "float32", self.spec.mesh), "critic": self.critic()}
         more = {}
-        if self.spec.sync_every:
+        if self.spec.reference.sync_every:
             more["reference"] = setup.cast_copy(self.frozen["reference"], "float32", self.spec.mesh)
         if self.spec.ppo.replay:
             empty = ppo_replay.empty_replay(self.config, self.spec, (P, R))
@@ -111,9 +111,8 @@ def case(
         temperature=0.7,
         trunk=ppo_critic.trunk_of(config),
         mesh=sharding.make_mesh(mesh or Mesh()),
+        reference=config.reference,
         warmup_updates=config.critic.warmup_updates,
-        sync_every=config.reference.sync_every,
-        sync_alpha=config.reference.sync_alpha,
     )
     decoder, copy = inference_copy(model, policy, rollout_dtype or model.dtype)
     rollout = generate(copy, decoder, prompts(), jax.random.key(2), sampling, STOPS, PAD)

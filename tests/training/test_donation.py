@@ -67,6 +67,7 @@ def ppo(model, lora, optimizer):
         temperature=1.0,
         trunk="own",
         mesh=MESH,
+        reference=config.reference,
     )
     state = State({"policy": trained, "critic": critic}, optimizers, MESH, 0.1).template
     frozen = {"policy": base, "reference": base or policy, "critic": trunk}

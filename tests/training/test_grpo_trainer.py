@@ -59,9 +59,9 @@ def test_a_stopped_run_with_refills_goes_on_bit_for_bit_and_is_exported(grpo, tm
 
 def test_a_refill_replaces_flat_groups_whole_and_leaves_the_others_where_they_are(grpo):
     trainer = GRPOTrainer(config.GRPOConfig(**grpo), reward=coarse)
-    run, rows = trainer.run, trainer.run.prompts(0)
-    plain = run.generate_and_score(trainer.params, rows, 0)
-    filled = rollouts.rollout_with_refills(run, trainer.params, rows, 0, None, 3)
+    rows = trainer.prompts(0)
+    plain = trainer.generate_and_score(rows, 0)
+    filled = rollouts.rollout_with_refills(trainer, rows, 0, None, 3)
     before, after = (set(rollouts.zero_variance_groups(answers, 2).tolist()) for answers in (plain, filled))
     assert before and after < before
     assert filled.metrics["groups/replaced"] == len(before) - len(after)
@@ -94,8 +94,7 @@ def test_the_baseline_of_remax_is_the_greedy_response(grpo):
     remax = config.GRPO(method="remax", batch_size=8, num_generations=2)
     scores = config.Scores(missing_eos_penalty=1.0)
     trainer = GRPOTrainer(config.GRPOConfig(**grpo | {"grpo": remax, "scores": scores}), reward=length_reward)
-    run = trainer.run
-    answers = rollouts.rollout_with_greedy(run, trainer.params, run.prompts(0), 0, None)
+    answers = rollouts.rollout_with_greedy(trainer, trainer.prompts(0), 0, None)
     greedy, worth = answers.greedy
     length = greedy.response_mask.shape[1]
     hidden = models.forward(trainer.params, trainer.model, greedy.tokens, greedy.mask)[:, -length - 1 : -1]

@@ -9,7 +9,7 @@ import pytest
 from support.ppo_case import B, R, case, close
 
 from jaxrlhf import sharding
-from jaxrlhf.config import GRPO, Mesh, Optim
+from jaxrlhf.config import GRPO, Mesh, Optim, Reference
 from jaxrlhf.config.grpo import RECIPES
 from jaxrlhf.training import setup
 from jaxrlhf.training.grpo import update as grpo_update
@@ -33,7 +33,16 @@ def problem():
 def run(problem, grpo, scores=SCORES, *, rollout=None, key=KEY, mesh=None, rejected=()):
     """(the policy after the update, what was compared, metrics)."""
     mesh = mesh or problem.spec.mesh
-    roles = grpo_update.GRPOSpec(problem.spec.policy, OPTIMIZERS, grpo, R, 0.7, mesh, 0, 1.0, rejected)
+    roles = grpo_update.GRPOSpec(
+        policy=problem.spec.policy,
+        optimizers=OPTIMIZERS,
+        temperature=0.7,
+        mesh=mesh,
+        reference=Reference(),
+        grpo=grpo,
+        response_length=R,
+        rejected=rejected,
+    )
     policy, reference = problem.policy, problem.frozen["reference"]
     rollout = rollout or problem.rollout
     if mesh.size > 1:

@@ -96,7 +96,7 @@ def test_the_reference_is_the_policy_without_a_value_head_and_the_value_model_is
 def test_validation_answers_greedily_too_whatever_the_key(ppo):
     options = ppo | {"data": config.replace(ppo["data"], validation_fraction=0.25)}
     trainer = PPOTrainer(config.PPOConfig(**options), reward=zero)
-    validator, params, said = trainer.run.validator, trainer.sampler.inference_copy(trainer.params), []
+    validator, params, said = trainer.validator, trainer.sampler.inference_copy(trainer.params), []
     for seed in (0, 1):
         validator._key = jax.random.key(seed)
         said.append(validator._generate(params, greedy=True)[1])

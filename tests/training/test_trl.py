@@ -16,7 +16,7 @@ from support import recorded
 import jaxrlhf
 from jaxrlhf import sharding
 from jaxrlhf.algorithms.scores import no_stats, shaped
-from jaxrlhf.config import PPO, Mesh, Optim, Scores
+from jaxrlhf.config import PPO, Mesh, Optim, Reference, Scores
 from jaxrlhf.logprobs import last_token_scores
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.ppo import update as ppo_update
@@ -86,6 +86,7 @@ def run(case, folder=None, **changes):
         temperature=case.temperature,
         trunk="own",
         mesh=mesh,
+        reference=Reference(),
     )
     frozen = {"policy": {}, "reference": jax.tree.map(lambda x: case.about["reference"] * x, params), "critic": {}}
     begin = {"policy": params, "critic": critic_params}

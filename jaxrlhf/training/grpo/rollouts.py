@@ -10,18 +10,18 @@ import numpy as np
 from jaxrlhf import sharding
 from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.rewards.compose import Scored
-from jaxrlhf.training.on_policy.policy import pad_rollout
-from jaxrlhf.training.on_policy.run import OnPolicyRun, ScoredRollout
+from jaxrlhf.training.on_policy.rollout import ScoredRollout, pad_rollout
+from jaxrlhf.training.on_policy.trainer import OnPolicyTrainer
 from jaxrlhf.training.session import Session
-from jaxrlhf.types import Params, Rollout
+from jaxrlhf.types import Rollout
 
 REFILL_SEED = 2**32  # added to the run's seed: above every seed, so the prompts of refills have an order of their own
-FIRST_REFILL = 2  # `use` of `OnPolicyRun.key`
+FIRST_REFILL = 2  # `use` of `OnPolicyTrainer.key`
 GREEDY = 1  # greedy decoding draws no random number with it
 
 
 def rollout_with_refills(
-    run: OnPolicyRun, policy: Params, rows: Sequence[PromptRow], step: int, session: Session | None, refills: int
+    trainer: OnPolicyTrainer, rows: Sequence[PromptRow], step: int, session: Session | None, refills: int
 ) -> ScoredRollout:
     """Scored responses to `rows`, where zero-variance groups are replaced by other groups from up to `refills` further
     rollouts (dynamic sampling, https://arxiv.org/abs/2503.14476).
@@ -29,17 +29,18 @@ def rollout_with_refills(
     Prompts of refills come in an order of their own, so each prompt of the run still comes once per epoch. Metrics of
     the reward are those of the first rollout: the others are a selection.
     """
-    batch = run.generate_and_score(policy, rows, step, session)
+    group = trainer.config.settings.group
+    batch = trainer.generate_and_score(rows, step, session)
     replaced = rollouts = 0
     for number in range(refills):
-        wanted = zero_variance_groups(batch, run.group)
+        wanted = zero_variance_groups(batch, group)
         if not len(wanted):
             break
-        more_rows = run.prompts(step * refills + number, run.config.seed + REFILL_SEED)
-        more = run.generate_and_score(policy, more_rows, step, session, use=FIRST_REFILL + number)
-        groups = np.arange(len(more_rows) // run.group)
-        usable = np.setdiff1d(groups, zero_variance_groups(more, run.group))[: len(wanted)]
-        batch = _replace_groups(run, batch, wanted[: len(usable)], more, usable)
+        more_rows = trainer.prompts(step * refills + number, trainer.config.seed + REFILL_SEED)
+        more = trainer.generate_and_score(more_rows, step, session, use=FIRST_REFILL + number)
+        groups = np.arange(len(more_rows) // group)
+        usable = np.setdiff1d(groups, zero_variance_groups(more, group))[: len(wanted)]
+        batch = _replace_groups(trainer, batch, wanted[: len(usable)], more, usable)
         replaced, rollouts = replaced + len(usable), rollouts + 1
     return batch._replace(metrics=batch.metrics | {"groups/refills": rollouts, "groups/replaced": replaced})
 
@@ -62,19 +63,20 @@ def isolate_unscored(batch: ScoredRollout, mesh: jax.sharding.Mesh) -> Rollout:
 
 
 def rollout_with_greedy(
-    run: OnPolicyRun, policy: Params, rows: Sequence[PromptRow], step: int, session: Session | None
+    trainer: OnPolicyTrainer, rows: Sequence[PromptRow], step: int, session: Session | None
 ) -> ScoredRollout:
     """Scored responses to `rows`, and the scored greedy response to each prompt, generated once per prompt (ReMax)."""
-    batch = run.generate_and_score(policy, rows, step, session)
-    prompts = rows[:: run.group]
-    padding = -len(prompts) % sharding.row_shards(run.mesh)  # so many that devices split them evenly
+    group = trainer.config.settings.group
+    batch = trainer.generate_and_score(rows, step, session)
+    prompts = rows[::group]
+    padding = -len(prompts) % sharding.row_shards(trainer.mesh)  # so many that devices split them evenly
     padded = [*prompts, *[prompts[-1]] * padding]
-    greedy = run.generate_and_score(policy, padded, step, session, use=GREEDY, greedy=True)
-    of_row = np.repeat(np.arange(len(prompts)), run.group)
+    greedy = trainer.generate_and_score(padded, step, session, use=GREEDY, greedy=True)
+    of_row = np.repeat(np.arange(len(prompts)), group)
     rollout = jax.tree.map(lambda x: x[of_row], jax.device_get(greedy.rollout))
     scores = greedy.scored.totals[of_row]
     return batch._replace(
-        greedy=(sharding.put_rows(rollout, run.mesh), scores),
+        greedy=(sharding.put_rows(rollout, trainer.mesh), scores),
         metrics=_add_timings(batch, greedy) | {"objective/greedy_scores": float(np.mean(scores))},
     )
 
@@ -86,10 +88,10 @@ def _add_timings(batch: ScoredRollout, more: ScoredRollout) -> dict[str, Any]:
 
 
 def _replace_groups(
-    run: OnPolicyRun, batch: ScoredRollout, old: np.ndarray, more: ScoredRollout, new: np.ndarray
+    trainer: OnPolicyTrainer, batch: ScoredRollout, old: np.ndarray, more: ScoredRollout, new: np.ndarray
 ) -> ScoredRollout:
     """`batch` with its groups `old` replaced by the groups `new` of `more`."""
-    group, count = run.group, len(batch.rows)
+    group, count = trainer.config.settings.group, len(batch.rows)
     source = np.arange(count)  # of each row, in the concatenation of both
     for to, start in zip(old, new, strict=True):
         source[to * group : (to + 1) * group] = count + start * group + np.arange(group)
@@ -98,7 +100,7 @@ def _replace_groups(
         for part in (batch, more)
     ]
     width = max(p for p, _ in widths), max(r for _, r in widths)
-    pad_id, mesh = run.tokenizer.pad_id, run.mesh
+    pad_id, mesh = trainer.tokenizer.pad_id, trainer.mesh
     rollouts = [jax.device_get(pad_rollout(part.rollout, None, width, pad_id, mesh)[0]) for part in (batch, more)]
 
     def merge(first: Any, second: Any) -> np.ndarray:

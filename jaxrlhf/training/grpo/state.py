@@ -7,64 +7,51 @@ from jaxrlhf.algorithms.scores import no_stats
 from jaxrlhf.config import GRPOConfig
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.training.abstract import build, is_abstract
-from jaxrlhf.training.adapters import add_adapters, split_trainable
+from jaxrlhf.rewards.compose import Scorer
+from jaxrlhf.training.abstract import is_abstract
 from jaxrlhf.training.grpo.update import GRPOSpec
-from jaxrlhf.training.on_policy.policy import reference_dtype
+from jaxrlhf.training.on_policy.policy import initial_policy, load_policy
 from jaxrlhf.training.on_policy.sampler import Sampler
 from jaxrlhf.training.optim import make_optimizer
-from jaxrlhf.training.setup import cast_copy, params_fingerprint
 from jaxrlhf.training.state import State
 from jaxrlhf.types import Params
 
 
 def initial_state(
-    config: GRPOConfig, sampler: Sampler, policy: Params, updates: int, lora_key: Array
+    config: GRPOConfig, sampler: Sampler, scorer: Scorer, updates: int, keys: Array
 ) -> tuple[State, dict[str, Params], GRPOSpec, str]:
-    """(state, frozen parameters by role, spec, hash of the reference) of a run of so many `updates`.
+    """Load the models; returns (state, frozen parameters by role, spec, hash of the reference) of a run of so many
+    `updates`. With adapters, the base model is the reference; there is none where nothing uses one.
 
-    Takes over `policy`; with adapters, its base model is the reference. There is no reference where nothing uses one.
+    `keys` are those of `setup.keys`. Raises ConfigError for what models and devices cannot do.
     """
-    grpo, model, mesh = config.grpo, sampler.model, sampler.mesh
-
-    def initial_params(policy: Params) -> tuple[Params, dict[str, Params], Params | None]:
-        trained, base = split_trainable(add_adapters(policy, model, config.lora, lora_key), config.lora.enabled)
-        if not grpo.has_reference:
-            return trained, {"policy": base}, None
-        reference = base or cast_copy(policy, reference_dtype(config.reference, model), mesh)
-        if not config.reference.sync_every:
-            return trained, {"policy": base, "reference": reference}, None
-        moving = cast_copy(trained, "float32", mesh) if base else reference
-        return trained, {"policy": base, "reference": base}, moving
-
-    trained, frozen, moving = build(initial_params, mesh, policy)
-    hashed = frozen["policy"] or {**frozen.get("reference", {}), **(moving or {})}
-    digest = "" if is_abstract(trained) else params_fingerprint(hashed)
-    if config.reference.offload and not is_abstract(trained):
-        frozen["reference"] = sharding.to_host(frozen["reference"])
+    grpo, mesh = config.grpo, sampler.mesh
+    policy = load_policy(config, sampler, scorer)
+    start = initial_policy(config, sampler, policy, keys[3], has_reference=grpo.has_reference)
     steps = updates * grpo.num_iterations * grpo.num_mini_batches
     optimizers = {"policy": make_optimizer(config.optim, config.optim.learning_rate, steps)}
     spec = GRPOSpec(
-        policy=model,
+        policy=sampler.model,
         optimizers=tuple(optimizers.items()),
         grpo=grpo,
         response_length=config.sampling.response_length,
         temperature=config.sampling.temperature,
         mesh=mesh,
-        sync_every=config.reference.sync_every,
-        sync_alpha=config.reference.sync_alpha,
+        reference=config.reference,
         rejected=_rejected_tokens(config, sampler.tokenizer),
     )
     state = State(
-        {"policy": trained},
+        {"policy": start.trained},
         optimizers,
         mesh,
         grpo.kl_weight,
         config.optim.offload,
         score_stats=sharding.put_whole(no_stats(), mesh),
-        reference=moving,
+        reference=start.moving,
     )
-    return state, frozen, spec, digest
+    if not is_abstract(policy):
+        sampler.check_memory()
+    return state, start.frozen, spec, start.digest
 
 
 def _rejected_tokens(config: GRPOConfig, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -14,33 +14,26 @@ from jaxrlhf.algorithms.grpo import token_weights
 from jaxrlhf.algorithms.kl import k1, k3
 from jaxrlhf.algorithms.ppo import finalize_metrics, response_metrics, token_rewards
 from jaxrlhf.config import GRPO
-from jaxrlhf.models import ModelConfig
 from jaxrlhf.training.grpo.loss import preference, surrogate
-from jaxrlhf.training.on_policy.policy import (
-    policy_params,
-    reference_params,
+from jaxrlhf.training.on_policy.policy import policy_params, reference_params
+from jaxrlhf.training.on_policy.update import (
+    UpdateSpec,
     sampler_gap,
     sampler_weights,
     sequence_logprobs,
+    shuffled_rows,
     sync_reference,
 )
-from jaxrlhf.training.optim import Optimizer
 from jaxrlhf.training.step import Metrics, apply, from_micro_batches, gradients, to_micro_batches
 from jaxrlhf.types import GroupExperience, Params, Rollout, TrainState
 
 
-@dataclass(frozen=True)
-class GRPOSpec:
+@dataclass(frozen=True, kw_only=True)
+class GRPOSpec(UpdateSpec):
     """Static arguments of `annotate` and `update`."""
 
-    policy: ModelConfig
-    optimizers: tuple[tuple[str, Optimizer], ...]
     grpo: GRPO
     response_length: int
-    temperature: float
-    mesh: jax.sharding.Mesh
-    sync_every: int  # updates between moves of the reference; 0: it is fixed
-    sync_alpha: float
     rejected: tuple[int, ...] = ()  # the tokens of grpo.rejected_text
 
     @property
@@ -257,8 +250,7 @@ def update(
             "val/log_ratio_max": jnp.max(jnp.abs(logprobs - old)),
         }
 
-    keys = jax.random.split(key, grpo.num_iterations)
-    orders = jax.vmap(lambda k: jax.random.permutation(k, items))(keys).reshape(-1, each)
+    orders = shuffled_rows(key, grpo.num_iterations, items, grpo.num_mini_batches)
     state, stacked = jax.lax.scan(mini_batch, state, orders)
     of_old = "objective/", "val/sampler"  # those of the first step, where pi is pi_old
     metrics = {k: v[0] if k.startswith(of_old) else jnp.mean(v, axis=0) for k, v in stacked.items()}
@@ -267,9 +259,7 @@ def update(
     if not paired:
         metrics["val/first_log_ratio_max"] = stacked["val/log_ratio_max"][0]
         metrics["val/log_ratio_max"] = jnp.max(stacked["val/log_ratio_max"])
-    state = dataclasses.replace(
-        state, step=number + 1, reference=sync_reference(state, number, spec.sync_every, spec.sync_alpha)
-    )
+    state = dataclasses.replace(state, step=number + 1, reference=sync_reference(state, number, spec.reference))
     return sharding.constrain(state, spec.mesh), metrics
 
 

@@ -6,41 +6,25 @@ from collections.abc import Sequence
 import jax
 
 from jaxrlhf import sharding
-from jaxrlhf.config import GRPO, PPO, GRPOConfig, PPOConfig
+from jaxrlhf.config import GRPO, GRPOConfig, PPOConfig
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.rewards.sources.model import RewardModel
-from jaxrlhf.training import setup
-from jaxrlhf.training.on_policy.sampler import LOWER
 
 
-def check_run(method: str, config: PPOConfig | GRPOConfig, settings: PPO | GRPO, mesh: jax.sharding.Mesh) -> None:
+def check_run(config: PPOConfig | GRPOConfig, mesh: jax.sharding.Mesh) -> None:
     """Raise ConfigError for options that the devices do not support."""
     for section in ("optim", "reference"):
         if getattr(config, section).offload:
             sharding.check_host_memory(mesh, f"{section}.offload")
-    size = settings.batch_size
+    method, settings, size = config.method, config.settings, config.settings.batch_size
     sharding.check_rows(settings.micro_rows(size), mesh, f"{method}.micro_batch_size, or a mini-batch,")
     sharding.check_rows(settings.annotation_rows(size), mesh, f"{method}.local_rollout_forward_batch_size")
 
 
-def check_models_context(models: Sequence[RewardModel], longest: int, response_length: int) -> None:
-    """Raise ConfigError for a reward model whose context the longest prompt (0: unknown) and its response exceed."""
-    for model in models if longest else []:
-        what = f"for the reward model {model.path}, the longest prompt with its response"
-        setup.check_context(longest + response_length, model.model_config, what, LOWER)
-
-
 def check_step(
-    method: str,
-    config: PPOConfig | GRPOConfig,
-    settings: PPO | GRPO,
-    mesh: jax.sharding.Mesh,
-    group: int,
-    prompts: Sequence[str],
-    step: int,
-    updates: int,
+    config: PPOConfig | GRPOConfig, mesh: jax.sharding.Mesh, prompts: Sequence[str], step: int, updates: int
 ) -> None:
-    """Raise ConfigError for prompts that update number `step` cannot take, with `group` responses to each."""
+    """Raise ConfigError for prompts that update number `step`, of a run of so many `updates`, cannot take."""
+    method, settings, group = config.method, config.settings, config.settings.group
     if isinstance(prompts, str):
         raise ConfigError(f"{method}_step got one text; it takes a list of prompts")
     paired = isinstance(settings, GRPO) and settings.recipe.loss == "dpo"
@@ -50,8 +34,7 @@ def check_step(
         raise ConfigError(f"{method}_step got {len(prompts)} prompts; it needs a positive multiple of {multiple}")
     rows = len(prompts) * group
     sharding.check_rows(settings.micro_rows(rows), mesh, f"{method}_step: rows of a forward pass")
-    trained = settings.trained_rows(rows) if isinstance(settings, GRPO) else rows
-    if trained % settings.annotation_rows(rows):
+    if settings.trained_rows(rows) % settings.annotation_rows(rows):
         raise ConfigError(
             f"{method}_step got {len(prompts)} prompts; {method}.local_rollout_forward_batch_size is "
             f"{settings.local_rollout_forward_batch_size}, which does not divide them"

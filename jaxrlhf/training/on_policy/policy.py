@@ -1,19 +1,84 @@
-"""Policy and reference of on-policy training: parameters, log-probs, reference updates, sampler correction, padding."""
+"""Policy and reference of an on-policy run: loading, initial and current parameters."""
 
-import dataclasses
-from typing import Any, Literal
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import Array
 
-from jaxrlhf import sharding
-from jaxrlhf.algorithms import masked
-from jaxrlhf.config import Reference
-from jaxrlhf.logprobs import response_states, token_logprobs
+from jaxrlhf import sharding, weights
+from jaxrlhf.config import GRPOConfig, PPOConfig, Reference
 from jaxrlhf.models import ModelConfig
-from jaxrlhf.types import Params, Rollout, TrainState
+from jaxrlhf.rewards.compose import Scorer
+from jaxrlhf.training import setup
+from jaxrlhf.training.abstract import build, is_abstract
+from jaxrlhf.training.adapters import add_adapters, split_trainable
+from jaxrlhf.training.on_policy.sampler import LOWER, Sampler
+from jaxrlhf.types import Params, TrainState
+
+
+class InitialPolicy(NamedTuple):
+    """Parameters at the start of a run."""
+
+    trained: Params
+    frozen: dict[str, Params]  # the base model under adapters ("policy"), the part of the reference that does not move
+    reference: Params | None  # the whole reference; None if nothing uses one
+    moving: Params | None  # the part of the reference that moves (`reference.sync_every`)
+    digest: str  # hash of the reference, or of the base model without one; "" for shapes
+
+
+def load_policy(
+    config: PPOConfig | GRPOConfig, sampler: Sampler, scorer: Scorer, *, critic_from_reward: bool = False
+) -> Params:
+    """Load the policy and the reward models; returns the policy's parameters.
+
+    A reward model that is adapters over the same base model shares its arrays, except for one whose adapters a critic
+    trains. Raises ConfigError, before it reads weights, for a reward model whose context the longest prompt and its
+    response exceed.
+    """
+    for model in scorer.models_reading_rollouts(critic_from_reward) if sampler.longest else []:
+        what = f"for the reward model {model.path}, the longest prompt with its response"
+        length = sampler.longest + config.sampling.response_length
+        setup.check_context(length, model.model_config, what, LOWER)
+    policy = setup.load_model(config, sampler.tokenizer, sampler.mesh, "lm")
+    folder = weights.resolve(config.model.path, config.model.revision, weights=False)
+    base, merged = weights.base_and_adapters(folder)
+    if config.lora.enabled and not merged:
+        for model in scorer.models.values():
+            if not (critic_from_reward and model is scorer.model):
+                model.share_base_params(base, policy)
+    scorer.load()
+    return policy
+
+
+def initial_policy(
+    config: PPOConfig | GRPOConfig, sampler: Sampler, policy: Params, lora_key: jax.Array, *, has_reference: bool = True
+) -> InitialPolicy:
+    """The initial policy and its reference. Takes over `policy`; with adapters, its base model is the reference."""
+    model, mesh, lora = sampler.model, sampler.mesh, config.lora
+
+    def make(policy: Params) -> tuple[Params, dict[str, Params], Params | None, Params | None]:
+        trained, base = split_trainable(add_adapters(policy, model, lora, lora_key), lora.enabled)
+        if not has_reference:
+            return trained, {"policy": base}, None, None
+        reference = base or setup.cast_copy(policy, reference_dtype(config.reference, model), mesh)
+        if not config.reference.sync_every:
+            return trained, {"policy": base, "reference": reference}, reference, None
+        moving = setup.cast_copy(trained, "float32", mesh) if base else reference
+        return trained, {"policy": base, "reference": base}, reference, moving
+
+    trained, frozen, reference, moving = build(make, mesh, policy)
+    if is_abstract(trained):
+        return InitialPolicy(trained, frozen, reference, moving, digest="")
+    digest = setup.params_fingerprint(reference or frozen["policy"])
+    if config.reference.offload:
+        frozen["reference"] = reference = sharding.to_host(reference)
+    return InitialPolicy(trained, frozen, reference, moving, digest)
+
+
+def reference_dtype(reference: Reference, policy: ModelConfig) -> str:
+    """Storage dtype of the reference. A moving average stays in float32, because small steps would be rounded away."""
+    if reference.dtype != "auto":
+        return reference.dtype
+    return "float32" if reference.sync_every and reference.sync_alpha < 1 else policy.dtype
 
 
 def policy_params(params: dict[str, Params], frozen: dict[str, Params]) -> Params:
@@ -24,96 +89,3 @@ def policy_params(params: dict[str, Params], frozen: dict[str, Params]) -> Param
 def reference_params(state: TrainState, frozen: dict[str, Params]) -> Params:
     """The reference's current parameters: the part that moves (`reference.sync_every`) laid over the frozen part."""
     return {**frozen["reference"], **(state.reference or {})}
-
-
-def reference_dtype(reference: Reference, policy: ModelConfig) -> str:
-    """Storage dtype of the reference. A moving average stays in float32, because small steps would be rounded away."""
-    if reference.dtype != "auto":
-        return reference.dtype
-    return "float32" if reference.sync_every and reference.sync_alpha < 1 else policy.dtype
-
-
-def sync_reference(state: TrainState, update: Array, sync_every: int, sync_alpha: float) -> Params | None:
-    """The moving reference after update number `update` (from 0): every `sync_every` updates it becomes
-    (1 - alpha) * reference + alpha * policy."""
-    if state.reference is None:
-        return None
-    alpha = jnp.where((update + 1) % sync_every == 0, sync_alpha, 0.0)
-
-    def move(old: Array, new: Array) -> Array:
-        return jnp.where(alpha == 1, new, (1 - alpha) * old + alpha * new).astype(old.dtype)
-
-    return jax.tree.map(move, state.reference, state.params["policy"])
-
-
-def sequence_logprobs(
-    params: Params,
-    model: ModelConfig,
-    rollout: Rollout,
-    temperature: float,
-    *,
-    hidden: Array | None = None,
-    entropy_gradient: bool = False,
-) -> tuple[Array, Array]:
-    """Log-probs and entropy of every response token, each f32 [B, R], 0 outside the response mask.
-
-    The one function for the old, new and reference policy. `hidden` [B, R + 1, D] are `response_states`, if they are
-    known. Normalised over the rollout's `support` if it has one, else over the whole vocabulary.
-    """
-    if hidden is None:
-        hidden = response_states(params, model, rollout)
-    mask = rollout.response_mask
-    targets = rollout.tokens[:, -mask.shape[1] :]
-    logprobs, entropy = token_logprobs(
-        params, model, hidden[:, :-1], targets, temperature, rollout.support, entropy_gradient
-    )
-    return masked.keep(logprobs, mask), masked.keep(entropy, mask)
-
-
-def sampler_gap(rollout: Rollout, logprobs: Array) -> Array:
-    """log pi_old - log pi_sampler of every response token, f32 [B, R]; 0 outside the mask."""
-    return masked.keep(logprobs, rollout.response_mask) - masked.keep(rollout.logprobs, rollout.response_mask)
-
-
-def sampler_weights(
-    gap: Array, mask: Array, correction: Literal["truncate", "mask"], cap: float
-) -> tuple[Array, Array]:
-    """Importance weights exp(gap) for a sampler that differs from pi_old.
-
-    Returns the weights f32 [B, R], capped per token (`truncate`) or 0 for whole responses outside [1 / cap, cap]
-    (`mask`), and which tokens were capped or dropped, bool [B, R].
-    """
-    if correction == "truncate":
-        weights = jnp.minimum(jnp.exp(jnp.minimum(gap, jnp.log(cap))), cap)
-        cut = gap > jnp.log(cap)
-    else:
-        cut = jnp.broadcast_to(jnp.abs(jnp.sum(gap, axis=1, keepdims=True)) > jnp.log(cap), mask.shape)
-        weights = jnp.where(cut, 0.0, 1.0)
-    return masked.keep(weights, mask), cut & mask
-
-
-def without_moments(state: TrainState) -> TrainState:
-    """The state as annotation reads it, wherever the optimizer's moments are."""
-    return dataclasses.replace(state, opt_state={})
-
-
-def pad_rollout(
-    rollout: Rollout, token_scores: np.ndarray | None, width: tuple[int, int], pad_id: int, mesh: jax.sharding.Mesh
-) -> tuple[Rollout, np.ndarray | None]:
-    """The rollout, and the scores of its tokens [B, R], padded to `width` (P, R)."""
-    (prompt, response), rollout = width, jax.device_get(rollout)
-    left = prompt - (rollout.tokens.shape[1] - rollout.response_mask.shape[1])
-    right = response - rollout.response_mask.shape[1]
-
-    def pad(x: Any, before: int = 0, value: int = 0) -> Any:
-        return np.pad(x, [(0, 0), (before, right), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
-
-    padded = dataclasses.replace(
-        rollout,
-        tokens=pad(rollout.tokens, left, pad_id),
-        mask=pad(rollout.mask, left),
-        response_mask=pad(rollout.response_mask),
-        logprobs=pad(rollout.logprobs),
-        support=None if rollout.support is None else pad(rollout.support),
-    )
-    return sharding.put_rows(padded, mesh), None if token_scores is None else pad(token_scores)

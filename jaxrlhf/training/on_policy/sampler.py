@@ -8,7 +8,7 @@ import jax
 from jax import Array
 
 from jaxrlhf import memory, sharding
-from jaxrlhf.config import Generation, Sampling
+from jaxrlhf.config import GRPOConfig, PPOConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.data.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ LOWER = "data.max_prompt_length or sampling.response_length"
 
 
 class Sampler:
-    """Generates `batch` responses at a time, `group` of them to each prompt. `longest` is the number of tokens of the
+    """Generates the responses of an update, a group of them to each prompt. `longest` is the number of tokens of the
     longest known prompt (0: none is known).
 
     Raises ConfigError for what the model cannot do: prompts and responses beyond its context, filters beyond its
@@ -35,29 +35,26 @@ class Sampler:
 
     def __init__(
         self,
-        sampling: Sampling,
-        generation: Generation,
+        config: PPOConfig | GRPOConfig,
         model: ModelConfig,
         tokenizer: Tokenizer,
         mesh: jax.sharding.Mesh,
         longest: int,
-        batch: int,
-        group: int = 1,
     ) -> None:
-        self.sampling, self.model, self.tokenizer, self.mesh = sampling, model, tokenizer, mesh
-        self.batch, self._group = batch, group
-        dtype: RolloutDType = model.dtype if generation.dtype == "auto" else generation.dtype
+        self.sampling, self.model, self.tokenizer, self.mesh = config.sampling, model, tokenizer, mesh
+        self.batch, self._group, self.longest = config.settings.batch_size, config.settings.group, longest
+        dtype: RolloutDType = model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
         self._dtype: RolloutDType = dtype
         self.decoder = inference_model(model, dtype)
         """The model that decodes."""
         self.columns = 0
         """Prompt columns that fit every known prompt, so that few programs are compiled."""
-        check_sampling(sampling, model.vocab_size)
+        check_sampling(config.sampling, model.vocab_size)
         if longest:
             self._check_context(longest)
-            self.columns = batching.bucket(longest, model.max_positions - sampling.response_length)
-        self.slots = generation.slots
-        if 0 < self.slots < batch:
+            self.columns = batching.bucket(longest, model.max_positions - config.sampling.response_length)
+        self.slots = config.rollout.slots
+        if 0 < self.slots < self.batch:
             sharding.check_rows(self.slots, mesh, "rollout.slots")
 
     def check_memory(self) -> None:
@@ -73,24 +70,35 @@ class Sampler:
         self, params: Params, rows: Sequence[PromptRow], key: Array, *, greedy: bool = False
     ) -> tuple[Rollout, list[str]]:
         """A response to each row's prompt, all at once or in `rollout.slots`: the rollout and its completions."""
-        group, slots = 1 if greedy else self.shared(len(rows)), self.slots or len(rows)
-        prompts = self.prompts(rows, group)
+        group, slots = 1 if greedy else self.shared(len(rows)), self.slots if self.slots < len(rows) else 0
         decoder_params = self.inference_copy(params)
-        sampling = dataclasses.replace(self.sampling, greedy=greedy)
-        stop_ids, pad_id = self.tokenizer.stop_ids, self.tokenizer.pad_id
-        if slots < len(rows):
-            decoding = Decoding(self.decoder, sampling, stop_ids, pad_id)
-            queue = PromptQueue(prompts, slots, group, self.columns)
-            rollout = engine.generate_in_slots(decoder_params, decoding, queue, key, self.mesh)
-            rollout = sharding.put_rows(rollout, self.mesh)
-        else:
-            rollout = generate(decoder_params, self.decoder, prompts, key, sampling, stop_ids, pad_id, group)
-        rollout, completions = decode_completions(rollout, self.tokenizer, self.sampling.stop_strings)
+        rollout, completions = self.decode(decoder_params, rows, key, slots=slots, group=group, greedy=greedy)
         del decoder_params  # before its memory is given back
         memory.release_free_memory()
-        if self.sampling.stop_strings:
+        if slots or self.sampling.stop_strings:
             rollout = sharding.put_rows(rollout, self.mesh)
         return trim(rollout), completions
+
+    def decode(
+        self,
+        decoder_params: Params,
+        rows: Sequence[PromptRow],
+        key: Array,
+        *,
+        slots: int,
+        group: int = 1,
+        greedy: bool = False,
+    ) -> tuple[Rollout, list[str]]:
+        """`generate` with an inference copy, in `slots` (0: all at once). The arrays of the rollout are on the host if
+        there are slots or stop strings."""
+        prompts, sampling = self.prompts(rows, group), dataclasses.replace(self.sampling, greedy=greedy)
+        options = sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
+        if slots:
+            queue = PromptQueue(prompts, slots, group, self.columns)
+            rollout = engine.generate_in_slots(decoder_params, Decoding(self.decoder, *options), queue, key, self.mesh)
+        else:
+            rollout = generate(decoder_params, self.decoder, prompts, key, *options, group)
+        return decode_completions(rollout, self.tokenizer, self.sampling.stop_strings)
 
     def shared(self, rows: int) -> int:
         """The number of rows that share one prefill of their prompt: a group, if the mesh can split groups evenly."""

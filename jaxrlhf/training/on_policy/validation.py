@@ -3,7 +3,6 @@
 Every validation uses the same random keys, so that only the policy changes between them.
 """
 
-import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -19,18 +18,14 @@ from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.kl import k1
 from jaxrlhf.config import GRPOConfig, PPOConfig, RewardSource
 from jaxrlhf.config.spelling import did_you_mean
-from jaxrlhf.data.datasets import PromptRow, columns
+from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.files import write_whole
 from jaxrlhf.metrics.keys import METRICS
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
-from jaxrlhf.rollout import engine
-from jaxrlhf.rollout.decode import Decoding
-from jaxrlhf.rollout.queue import PromptQueue
-from jaxrlhf.rollout.text import decode_completions
-from jaxrlhf.training.on_policy.policy import sequence_logprobs
 from jaxrlhf.training.on_policy.sampler import Sampler
+from jaxrlhf.training.on_policy.update import sequence_logprobs
 from jaxrlhf.training.session import Metrics, Session
 from jaxrlhf.training.step import from_micro_batches, to_micro_batches
 from jaxrlhf.types import Params, Rollout
@@ -42,21 +37,21 @@ BASELINE = "validation.json"  # scores of the initial policy
 
 
 class Validator:
-    """Completes and scores the first `validation.max_prompts` of the held-out prompts, `micro_rows` rows in a forward
-    pass; does nothing if there are none. Raises ConfigError for a `validation.metric` that is not recorded."""
+    """Completes and scores the first `validation.max_prompts` of the held-out prompts; does nothing if there are none.
+    Raises ConfigError for a `validation.metric` that is not recorded."""
 
     def __init__(
         self,
         config: PPOConfig | GRPOConfig,
         rows: Sequence[PromptRow],
-        micro_rows: int,
         sampler: Sampler,
         scorer: Scorer,
         key: Array,
     ) -> None:
         self.config, self._settings = config, config.validation
         self.rows = rows[: self._settings.max_prompts]
-        self._sampler, self._scorer, self._micro_rows = sampler, scorer, micro_rows
+        self._sampler, self._scorer = sampler, scorer
+        self._micro_rows = config.settings.annotation_rows(sampler.batch)  # rows of a forward pass
         self._key = jax.random.fold_in(key, VALIDATION)
         self._second: Scorer | None = None
         self._baseline: dict[str, Any] = {}
@@ -173,17 +168,13 @@ class Validator:
         """Responses to all held-out prompts as host arrays, filled up with the last prompt to whole forward passes, and
         the completions."""
         rows = [*self.rows, *[self.rows[-1]] * (-len(self.rows) % self._micro_rows)]
-        sampler, sampling = self._sampler, dataclasses.replace(self.config.sampling, greedy=greedy)
-        decoding = Decoding(sampler.decoder, sampling, sampler.tokenizer.stop_ids, sampler.tokenizer.pad_id)
-        queue = PromptQueue(sampler.prompts(rows), sampler.slots or sampler.batch, columns=sampler.columns)
-        rollout = engine.generate_in_slots(decoder_params, decoding, queue, self._key, sampler.mesh)
-        rollout, completions = decode_completions(rollout, sampler.tokenizer, sampling.stop_strings)
+        slots = self._sampler.slots or self._sampler.batch
+        rollout, completions = self._sampler.decode(decoder_params, rows, self._key, slots=slots, greedy=greedy)
         return rollout, completions[: len(self.rows)]
 
     def _score(self, session: Session, scorer: Scorer, completions: list[str], rollout: Rollout) -> np.ndarray:
         rollout = jax.tree.map(lambda x: x[: len(self.rows)], rollout)
-        prompts, messages = [row.text for row in self.rows], [row.messages for row in self.rows]
-        scored = scorer.score(prompts, completions, rollout, columns(self.rows), messages=messages)
+        scored = scorer.score_rows(self.rows, completions, rollout)
         for note in scored.notes:
             session.note(f"validation: {note}")
         return scored.totals

@@ -11,6 +11,7 @@ from jaxrlhf import sharding
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import ModelConfig, init_head
+from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.training.adapters import add_adapters, split_trainable, with_adapters
 from jaxrlhf.training.on_policy.policy import policy_params
 from jaxrlhf.training.setup import cast_copy, with_attention
@@ -18,6 +19,20 @@ from jaxrlhf.types import Params
 
 Trunk = Literal["own", "shared", "reference", "frozen"]
 """The critic's trunk: its own (trained), shared with the policy, the reference's (frozen), or another frozen one."""
+
+
+def check_critic(config: PPOConfig, policy: ModelConfig, scorer: Scorer, updates: int) -> None:
+    """Raise ConfigError for a critic that cannot be made, as far as model descriptions tell."""
+    if config.critic.warmup_updates >= updates:
+        raise ConfigError(
+            f"critic.warmup_updates is {config.critic.warmup_updates} and the run has {updates} updates: the policy "
+            "would never train; give fewer, or raise ppo.total_episodes"
+        )
+    if config.critic.init == "reward" and not scorer.shares_tokenizer:
+        raise ConfigError(
+            "critic.init is 'reward' but the reward model reads other tokens than the policy; use 'policy'"
+        )
+    critic_model(config, policy, scorer.model and scorer.model.model_config)
 
 
 def critic_model(config: PPOConfig, policy: ModelConfig, reward: ModelConfig | None) -> ModelConfig:

@@ -9,7 +9,7 @@ from jax import Array
 
 from jaxrlhf import sharding
 from jaxrlhf.config import PPOConfig
-from jaxrlhf.training.ppo.update import PPOSpec, finish_update, update
+from jaxrlhf.training.ppo.update import PPOSpec, blank_experience, finish_update, merge_metrics, update
 from jaxrlhf.training.step import Metrics
 from jaxrlhf.types import Experience, Params, Rollout, TrainState
 
@@ -35,19 +35,9 @@ def empty_replay(config: PPOConfig, spec: PPOSpec, width: tuple[int, int]) -> Ex
         if config.sampling.renormalise_logprobs
         else None,
     )
-    return Experience(
-        rollout=rollout,
-        scores=row,
-        old_logprobs=token,
-        ref_logprobs=token,
-        values=token,
-        rewards=token,
-        advantages=token,
-        returns=token,
-        bootstrap=row,
-        features=zeros(response + 1, spec.critic.hidden_size) if spec.trunk in ("reference", "frozen") else None,
-        weights=token if config.ppo.sampler_correction != "none" else None,
-    )
+    features = zeros(response + 1, spec.critic.hidden_size) if spec.trunk in ("reference", "frozen") else None
+    weights = token if config.ppo.sampler_correction != "none" else None
+    return blank_experience(rollout, row, token, features=features, weights=weights)
 
 
 def update_with_replay(
@@ -81,16 +71,5 @@ def _finish(state: TrainState, experience: Experience, *, spec: PPOSpec) -> Trai
 
 @jax.jit
 def _merge(records: list[Metrics]) -> Metrics:
-    steps = jnp.stack([record["policy/steps"] for record in records])
-    metrics = {}
-    for key in records[0]:
-        values = jnp.stack([record[key] for record in records])
-        if key == "val/first_log_ratio_max":
-            metrics[key] = values[0]
-        elif key.endswith("_max"):
-            metrics[key] = jnp.max(values)
-        elif key in ("policy/steps", "skipped_updates"):
-            metrics[key] = jnp.sum(values)
-        else:
-            metrics[key] = jnp.sum(jnp.where(steps > 0, values * steps, 0)) / jnp.sum(steps)
-    return metrics
+    stacked = {key: jnp.stack([record[key] for record in records]) for key in records[0]}
+    return merge_metrics(stacked, stacked["policy/steps"])

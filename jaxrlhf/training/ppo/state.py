@@ -10,53 +10,39 @@ from jaxrlhf import sharding
 from jaxrlhf.algorithms.scores import no_stats
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.models import ModelConfig
+from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.training.abstract import abstract_call, build, is_abstract
-from jaxrlhf.training.adapters import add_adapters, split_trainable
-from jaxrlhf.training.on_policy.policy import reference_dtype
+from jaxrlhf.training.on_policy.policy import initial_policy, load_policy
 from jaxrlhf.training.on_policy.sampler import Sampler
 from jaxrlhf.training.optim import make_optimizer
-from jaxrlhf.training.ppo.critic import critic_model, init_critic, trunk_of
+from jaxrlhf.training.ppo.critic import check_critic, critic_model, init_critic, trunk_of
 from jaxrlhf.training.ppo.replay import empty_replay
 from jaxrlhf.training.ppo.update import PPOSpec
-from jaxrlhf.training.setup import cast_copy, params_fingerprint
 from jaxrlhf.training.state import State
 from jaxrlhf.types import Experience, Params
 
 
 def initial_state(
-    config: PPOConfig,
-    sampler: Sampler,
-    policy: Params,
-    reward: tuple[ModelConfig, Params] | None,
-    updates: int,
-    keys: tuple[Array, Array],
+    config: PPOConfig, sampler: Sampler, scorer: Scorer, updates: int, keys: Array
 ) -> tuple[State, dict[str, Params], PPOSpec, str]:
-    """(state, frozen parameters by role, spec, hash of the reference) of a run of so many `updates`.
+    """Load the models; returns (state, frozen parameters by role, spec, hash of the reference) of a run of so many
+    `updates`. With adapters, the base model is shared by policy, reference and critic.
 
-    Takes over `policy`; with adapters, its base model is shared by policy, reference and critic. `reward` is the reward
-    model, if there is one that the critic could start from; `keys` are for the critic and for adapters. Raises
-    ConfigError for what the config asks of models or devices that they cannot do.
+    `keys` are those of `setup.keys`. Raises ConfigError for what models and devices cannot do.
     """
     ppo, model, mesh = config.ppo, sampler.model, sampler.mesh
-    critic = critic_model(config, model, reward and reward[0])
+    _, _, critic_key, lora_key = keys
+    check_critic(config, model, scorer, updates)
+    policy = load_policy(config, sampler, scorer, critic_from_reward=config.critic.init == "reward")
+    reward = scorer.model
+    critic = critic_model(config, model, reward and reward.model)
+    start = initial_policy(config, sampler, policy, lora_key)
 
-    def initial_params(policy: Params, reward_params: Params | None) -> tuple[Params, Params, Params, Params | None]:
-        critic_key, lora_key = keys
-        trained, base = split_trainable(add_adapters(policy, model, config.lora, lora_key), config.lora.enabled)
-        reference = base or cast_copy(policy, reference_dtype(config.reference, model), mesh)
-        value, trunk = init_critic(config, critic, base or policy, reference, reward_params, mesh, critic_key)
-        moving = None
-        if config.reference.sync_every:
-            moving = cast_copy(trained, "float32", mesh) if base else reference
-        fixed = reference if moving is None else base
-        frozen = {"policy": base, "reference": fixed, "critic": trunk}
-        return {"policy": trained, "critic": value}, frozen, reference, moving
+    def critic_params(policy: Params, reference: Params, reward_params: Params | None) -> tuple[Params, Params]:
+        return init_critic(config, critic, policy, reference, reward_params, mesh, critic_key)
 
-    trained, frozen, reference, moving = build(initial_params, mesh, policy, reward and reward[1])
-    digest = "" if is_abstract(reference) else params_fingerprint(reference)
-    if config.reference.offload and not is_abstract(reference):
-        frozen["reference"] = sharding.to_host(reference)
+    base = start.frozen["policy"] or policy
+    value, trunk = build(critic_params, mesh, base, start.reference, reward and reward.params)
 
     def optimizer_steps(first: int) -> int:
         """Steps from update number `first` on. A rollout can be replayed only once it exists."""
@@ -77,21 +63,22 @@ def initial_state(
         temperature=config.sampling.temperature,
         trunk=trunk_of(config),
         mesh=mesh,
+        reference=config.reference,
         warmup_updates=config.critic.warmup_updates,
-        sync_every=config.reference.sync_every,
-        sync_alpha=config.reference.sync_alpha,
     )
     state = State(
-        trained,
+        {"policy": start.trained, "critic": value},
         optimizers,
         mesh,
         ppo.kl_coef,
         optim.offload,
         score_stats=sharding.put_whole(no_stats(), mesh),
-        reference=moving,
-        replay=_replay(config, spec, sampler, abstract=is_abstract(reference)) if ppo.replay else None,
+        reference=start.moving,
+        replay=_replay(config, spec, sampler, abstract=is_abstract(policy)) if ppo.replay else None,
     )
-    return state, frozen, spec, digest
+    if not is_abstract(policy):
+        sampler.check_memory()
+    return state, {**start.frozen, "critic": trunk}, spec, start.digest
 
 
 def _replay(config: PPOConfig, spec: PPOSpec, sampler: Sampler, *, abstract: bool) -> Experience:

@@ -12,20 +12,19 @@ from jaxrlhf import sharding
 from jaxrlhf.algorithms.scores import ScoreStats
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.datasets import PromptRow
-from jaxrlhf.training import pretrained
-from jaxrlhf.training.on_policy.checks import check_models_context
-from jaxrlhf.training.on_policy.policy import pad_rollout, policy_params, reference_params, without_moments
-from jaxrlhf.training.on_policy.run import OnPolicyRun, ScoredRollout
-from jaxrlhf.training.ppo import checks
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.training.on_policy.rollout import ScoredRollout, pad_rollout, shape_scores
+from jaxrlhf.training.on_policy.trainer import OnPolicyTrainer
+from jaxrlhf.training.on_policy.update import without_moments
 from jaxrlhf.training.ppo.critic import critic_params
 from jaxrlhf.training.ppo.replay import update_with_replay
 from jaxrlhf.training.ppo.state import initial_state
 from jaxrlhf.training.ppo.update import annotate, update
 from jaxrlhf.training.session import Metrics, Session
-from jaxrlhf.types import Experience, Params, Rollout
+from jaxrlhf.types import Experience, Rollout
 
 
-class PPOTrainer:
+class PPOTrainer(OnPolicyTrainer[PPOConfig]):
     """Train `config.model` to maximise a reward, with a KL penalty to its initial state.
 
     `reward(prompts, completions, **columns) -> list[float | None]` replaces `config.reward.function`. It runs in this
@@ -35,65 +34,28 @@ class PPOTrainer:
     """
 
     def __init__(
-        self,
-        config: PPOConfig,
-        reward: Callable[..., Sequence[float | None]] | None = None,
-        *,
-        fresh: bool = False,
+        self, config: PPOConfig, reward: Callable[..., Sequence[float | None]] | None = None, *, fresh: bool = False
     ) -> None:
-        self.config = config
-        self.run = run = OnPolicyRun("ppo", config, config.ppo, reward, group=1, fresh=fresh)
-        self.mesh, self.tokenizer, self.data, self.model = run.mesh, run.tokenizer, run.data, run.model
-        self.sampler, self.scorer, self.total_steps = run.sampler, run.scorer, run.total_steps
-        checks.check_run(config, self.model, self.scorer, self.total_steps)
-        from_reward = config.critic.init == "reward"
-        check_models_context(
-            self.scorer.models_reading_rollouts(from_reward), run.longest, config.sampling.response_length
+        super().__init__(config, reward, fresh=fresh)
+        self.state, self.frozen, self.spec, self.reference_hash = initial_state(
+            config, self.sampler, self.scorer, self.total_steps, self.keys
         )
-        policy = run.load(critic_source=self.scorer.model if from_reward else None)
-        reward_model = self.scorer.model and (self.scorer.model.model, self.scorer.model.params)
-        self.state, self.frozen, self.spec, self._reference_hash = initial_state(
-            config, self.sampler, policy, reward_model, self.total_steps, run.role_keys
-        )
-        run.check_memory(policy)
-
-    @property
-    def params(self) -> Params:
-        """The policy's current parameters, base model and adapters."""
-        return policy_params(self.state.value.params, self.frozen)
-
-    @property
-    def reference(self) -> Params:
-        """The reference's current parameters, on the device."""
-        return sharding.to_device(reference_params(self.state.value, self.frozen))
-
-    def describe(self) -> str:
-        """Model, data and length of `.train()`, and the first prompt as the model sees it."""
-        return self.run.describe()
 
     def train(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one; export; return the last update's metrics."""
-        run, validator = self.run, self.run.validator
-        with run.session(self.state, self._reference_hash) as session:
-            run.calibrate_scores(self.state, self.params)
-            if validator.rows:
-                validator.start(session, int(self.state.value.step), self.params, lambda: self.reference)
+        with self._open_session() as session:
             for step in session.steps():
-                if validator.should_stop_early(session):
+                if self.validator.should_stop_early(session):
                     break
                 with session.save_on_reward_error(step):
-                    batch, metrics = self._update(run.prompts(step), step, session)
-                metrics, evaluation = metrics | run.progress(batch, step), {}
-                if validator.due(step + 1, self.total_steps):
-                    evaluation = validator.run(session, step + 1, metrics, self.params, lambda: self.reference)
+                    batch, metrics = self._update(self.prompts(step), step, session)
+                metrics, evaluation = metrics | self._progress(batch, step), {}
+                if self.validator.due(step + 1, self.total_steps):
+                    evaluation = self.validator.run(session, step + 1, metrics, self.params, lambda: self.reference)
                 session.log(step + 1, metrics | evaluation)
-                run.log_samples(session, step + 1, batch)
+                self._log_samples(session, step + 1, batch)
                 session.save_if_due(step + 1, evaluation)
-            last = session.finish()
-            session.restore_best()
-            run.results = run.record_of(session, int(self.state.value.step))
-            session.note(f"exported to {self.save_pretrained(session.directory / 'export')}")
-        return last
+            return self._finish(session)
 
     def ppo_step(self, prompts: Sequence[str], **columns: Sequence[Any]) -> dict[str, Any]:
         """One update on `prompts`: generate, score, annotate, train. `columns` go to the reward function, one value per
@@ -103,17 +65,12 @@ class PPOTrainer:
         the update by its logged name. The number of prompts must be a multiple of `ppo.num_mini_batches` (and of the
         micro-batch size, if one is set); each new number compiles once.
         """
-        checks.check_step(self.config, prompts)
-        step = int(self.state.value.step)
-        rows = self.run.prompts_of(prompts, columns, step)
-        self.run.calibrate_scores(self.state, self.params)
-        batch, metrics = self._update(rows, step)
-        result = self.run.step_result(batch, metrics)
+        ppo = self.config.ppo
+        if ppo.replay and len(prompts) != ppo.batch_size:
+            raise ConfigError(f"ppo_step got {len(prompts)} prompts; with ppo.replay it needs {ppo.batch_size}")
+        batch, metrics = self._update(*self._start_step(prompts, columns))
+        result = batch.result(metrics)
         return result | {"value_loss": result["loss/value_avg"]}
-
-    def generate(self, rows: Sequence[PromptRow], step: int) -> tuple[Rollout, list[str]]:
-        """Responses of the current policy and their completions; `step` picks the random keys."""
-        return self.sampler.generate(self.params, rows, self.run.key(step, 0))
 
     def learn(
         self, rollout: Rollout, scores: np.ndarray, step: int, token_scores: np.ndarray | None = None
@@ -124,7 +81,7 @@ class PPOTrainer:
         state = dataclasses.replace(self.state.ready, score_stats=stats)
         frozen = {role: self.frozen[role] for role in ("policy", "critic")}  # annotation has used the reference
         train = update_with_replay if self.config.ppo.replay else update
-        self.state.value, after = train(state, frozen, experience, self.run.key(step, 1), spec=self.spec)
+        self.state.value, after = train(state, frozen, experience, self.key(step, 1), spec=self.spec)
         rate = after.pop("policy/learning_rate")
         return experience, metrics | after | {
             "learning_rate": rate,
@@ -136,29 +93,21 @@ class PPOTrainer:
     ) -> Path:
         """Write the policy, or the critic as a model that scores text, with its tokenizer in Hugging Face layout;
         adapters alone unless `merge_lora`."""
-        model, params, source = self.model, self.params, self.config.model
-        if role == "critic":
-            model, params = self.spec.critic, critic_params(self.state.value.params, self.frozen, self.spec.trunk)
-            if self.config.critic.init == "reward":
-                assert self.scorer.model is not None
-                reward = self.scorer.model
-                source = dataclasses.replace(source, path=reward.path, revision=reward.revision, merged_path="")
-        return pretrained.save(
-            directory,
-            model,
-            params,
-            dataclasses.replace(self.config, model=source),
-            self.tokenizer,
-            step=int(self.state.value.step),
-            results=self.run.results,
-            merge_lora=merge_lora,
-        )
+        if role == "policy":
+            return super().save_pretrained(directory, merge_lora=merge_lora)
+        config, reward = self.config, self.scorer.model
+        if config.critic.init == "reward":
+            assert reward is not None
+            source = dataclasses.replace(config.model, path=reward.path, revision=reward.revision, merged_path="")
+            config = dataclasses.replace(config, model=source)
+        params = critic_params(self.state.value.params, self.frozen, self.spec.trunk)
+        return self._save(directory, self.spec.critic, params, config, merge_lora)
 
     def _update(
         self, rows: Sequence[PromptRow], step: int, session: Session | None = None
     ) -> tuple[ScoredRollout, Metrics]:
         """Update number `step` on a response to each prompt."""
-        batch = self.run.generate_and_score(self.params, rows, step, session)
+        batch = self.generate_and_score(rows, step, session)
         _, metrics = self.learn(batch.rollout, batch.scored.scores, step, batch.scored.token_scores)
         return batch, metrics | batch.scored.metrics
 
@@ -166,15 +115,14 @@ class PPOTrainer:
         self, rollout: Rollout, scores: np.ndarray, token_scores: np.ndarray | None
     ) -> tuple[Experience, ScoreStats, Metrics]:
         """The experience of a rollout, the statistics with its scores, and metrics."""
-        config = self.config
+        config, state = self.config, without_moments(self.state.value)
         if config.ppo.replay:
             width = self.sampler.columns, config.sampling.response_length
             rollout, token_scores = pad_rollout(rollout, token_scores, width, self.tokenizer.pad_id, self.mesh)
-        state = without_moments(self.state.value)
-        final_scores, stats = self.run.shape_scores(rollout, scores, state.score_stats)
+        final_scores, stats = shape_scores(config, self.mesh, rollout, scores, state.score_stats)
         if token_scores is not None:
             token_scores = sharding.put_rows(np.asarray(token_scores, np.float32), self.mesh)
-        frozen = {**self.frozen, "reference": sharding.to_device(self.frozen["reference"])}
+        frozen = {role: sharding.to_device(part) for role, part in self.frozen.items()}
         experience, metrics = annotate(state, frozen, rollout, final_scores, token_scores, spec=self.spec)
         if config.reference.offload:  # it leaves the device before moments and gradients come
             jax.block_until_ready(experience)

@@ -17,15 +17,15 @@ from jaxrlhf.algorithms.ppo import Clip, finalize_metrics, policy_loss, rollout_
 from jaxrlhf.config import PPO
 from jaxrlhf.logprobs import response_states
 from jaxrlhf.models import ModelConfig, scalar_head
-from jaxrlhf.training.on_policy.policy import (
-    policy_params,
-    reference_params,
+from jaxrlhf.training.on_policy.policy import policy_params, reference_params
+from jaxrlhf.training.on_policy.update import (
+    UpdateSpec,
     sampler_gap,
     sampler_weights,
     sequence_logprobs,
+    shuffled_rows,
     sync_reference,
 )
-from jaxrlhf.training.optim import Optimizer
 from jaxrlhf.training.ppo.critic import Trunk
 from jaxrlhf.training.step import Metrics, apply, from_micro_batches, gradients, to_micro_batches
 from jaxrlhf.types import Experience, Params, Rollout, TrainState
@@ -33,20 +33,14 @@ from jaxrlhf.types import Experience, Params, Rollout, TrainState
 QUANTILES = (0.01, 0.5, 0.99)  # of the ratio pi_old / pi_sampler
 
 
-@dataclass(frozen=True)
-class PPOSpec:
+@dataclass(frozen=True, kw_only=True)
+class PPOSpec(UpdateSpec):
     """Static arguments of `annotate` and `update`."""
 
-    policy: ModelConfig
     critic: ModelConfig
-    optimizers: tuple[tuple[str, Optimizer], ...]
     ppo: PPO
-    temperature: float
     trunk: Trunk
-    mesh: jax.sharding.Mesh
     warmup_updates: int = 0  # updates that train the critic alone
-    sync_every: int = 0  # updates between moves of the reference; 0: it is fixed
-    sync_alpha: float = 1.0
 
     def one_step(self, batch: int) -> bool:
         """Return True if the update is one forward pass and optimizer step, where pi_old = stop_gradient(pi).
@@ -117,8 +111,16 @@ def annotate(
 
     parts = jax.lax.map(forward, to_micro_batches(rollout, batch // spec.ppo.annotation_rows(batch)))
     ref_logprobs, features, predictions = from_micro_batches(parts)
+    experience = blank_experience(rollout, scores, ref_logprobs, token_scores=token_scores, features=features)
+    if predictions is None:
+        return experience, {}
+    return fill_experience(experience, predictions, state.kl_coef, spec.ppo)
+
+
+def blank_experience(rollout: Rollout, scores: Array, ref_logprobs: Array, **known: Array | None) -> Experience:
+    """An experience in which all that `fill_experience` computes is 0."""
     blank = jnp.zeros_like(ref_logprobs)
-    experience = Experience(
+    return Experience(
         rollout=rollout,
         scores=scores,
         old_logprobs=blank,
@@ -128,12 +130,8 @@ def annotate(
         advantages=blank,
         returns=blank,
         bootstrap=jnp.zeros_like(scores),
-        token_scores=token_scores,
-        features=features,
+        **known,
     )
-    if predictions is None:
-        return experience, {}
-    return fill_experience(experience, predictions, state.kl_coef, spec.ppo)
 
 
 def fill_experience(
@@ -222,8 +220,7 @@ def update(
     before; its mini-batches that are too far are skipped alone.
     """
     ppo, batch = spec.ppo, experience.scores.shape[0]
-    rows_each = batch // ppo.num_mini_batches
-    num_micro = rows_each // ppo.micro_rows(batch)
+    num_micro = batch // ppo.num_mini_batches // ppo.micro_rows(batch)
     replayed, kl_coef, warmup = ended is not None, state.kl_coef, state.step < spec.warmup_updates
 
     def loss(params: dict[str, Params], part: Experience, count: Array) -> tuple[Array, Metrics]:
@@ -260,6 +257,7 @@ def update(
         far = metrics["policy/kl_avg"] > ppo.target_kl if ppo.target_kl else jnp.array(False)
         accept = {"policy": ~far & ~warmup, "critic": ~far}
         state, norms = apply(state, grads, metrics.pop("loss"), spec.optimizers, accept)
+        metrics["val/first_log_ratio_max"] = metrics["val/log_ratio_max"]
         return sharding.constrain(state, spec.mesh), far, finalize_metrics(metrics) | norms
 
     def step(carry: tuple[TrainState, Array], rows: Array) -> tuple[tuple[TrainState, Array], Metrics]:
@@ -271,19 +269,32 @@ def update(
         state, far, metrics = jax.lax.cond(~ended, lambda: mini_batch(state, rows), lambda: (state, ended, zeros))
         return (state, ended | (far & (not replayed))), metrics | {"policy/steps": (~ended).astype(jnp.float32)}
 
-    keys = jax.random.split(key, ppo.num_ppo_epochs)
-    orders = jax.vmap(lambda k: jax.random.permutation(k, batch))(keys).reshape(-1, rows_each)
+    orders = shuffled_rows(key, ppo.num_ppo_epochs, batch, ppo.num_mini_batches)
     start = jnp.array(False) if ended is None else ended
     (state, ended), stacked = jax.lax.scan(step, (state, start), orders)
-    ran = stacked.pop("policy/steps")
-    metrics = {k: jnp.sum(jnp.where(ran > 0, v, 0)) / jnp.sum(ran) for k, v in stacked.items()}
-    metrics["policy/steps"] = jnp.sum(ran)
-    metrics["val/first_log_ratio_max"] = stacked["val/log_ratio_max"][0]
-    metrics["val/log_ratio_max"] = jnp.max(stacked["val/log_ratio_max"])
-    metrics["skipped_updates"] = jnp.sum(stacked["skipped_updates"])
+    metrics = merge_metrics(stacked, stacked["policy/steps"])
     if ppo.replay:
         return sharding.constrain(state, spec.mesh), metrics | {"ended": ended}
     return sharding.constrain(finish_update(state, experience, metrics.get("objective/kl"), spec), spec.mesh), metrics
+
+
+def merge_metrics(metrics: Metrics, steps: Array) -> Metrics:
+    """Merge the metrics of n parts of an update, each [n]: parts of `steps` f32 [n] optimizer steps, which may be 0.
+
+    They are means over all steps, except for maxima (`_max`), sums (steps and skipped updates) and the value of the
+    first step (`val/first_log_ratio_max`).
+    """
+
+    def merge(key: str, values: Array) -> Array:
+        if key == "val/first_log_ratio_max":
+            return values[0]
+        if key.endswith("_max"):
+            return jnp.max(values)
+        if key in ("policy/steps", "skipped_updates"):
+            return jnp.sum(values)
+        return jnp.sum(jnp.where(steps > 0, values * steps, 0)) / jnp.sum(steps)
+
+    return {key: merge(key, values) for key, values in metrics.items()}
 
 
 def finish_update(state: TrainState, experience: Experience, kl: Array | None, spec: PPOSpec) -> TrainState:
@@ -298,5 +309,5 @@ def finish_update(state: TrainState, experience: Experience, kl: Array | None, s
         state,
         step=number + 1,
         kl_coef=adaptive_kl_coef(state.kl_coef, kl, ppo.kl_target, ppo.kl_horizon, batch),
-        reference=sync_reference(state, number, spec.sync_every, spec.sync_alpha),
+        reference=sync_reference(state, number, spec.reference),
     )

@@ -1,0 +1,103 @@
+"""Rollouts with their scores, and the shaping of scores before they become rewards."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf import sharding
+from jaxrlhf.algorithms.scores import ScoreStats, shaped
+from jaxrlhf.config import GRPOConfig, PPOConfig
+from jaxrlhf.data.datasets import PromptRow
+from jaxrlhf.errors import RewardError
+from jaxrlhf.rewards.compose import Scored
+from jaxrlhf.training.session import Metrics
+from jaxrlhf.types import Rollout
+
+
+class ScoredRollout(NamedTuple):
+    """A rollout with its completions and scores."""
+
+    rows: Sequence[PromptRow]  # one for each response
+    completions: list[str]
+    rollout: Rollout
+    scored: Scored
+    metrics: Metrics  # timings
+    greedy: tuple[Rollout, np.ndarray] | None = None  # ReMax: greedy response to each prompt, score f32 [B]
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Records for the samples log."""
+        rows = zip(self.rows, self.completions, self.scored.totals, strict=True)
+        return [{"prompt": row.text, "completion": text, "score": float(score)} for row, text, score in rows]
+
+    def result(self, metrics: Metrics) -> dict[str, Any]:
+        """The result of `ppo_step` and `grpo_step`: completions, scores and `metrics` as Python numbers."""
+        numbers = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        return {
+            "generated_texts": self.completions,
+            "rewards": [float(score) for score in self.scored.totals],
+            "policy_loss": numbers["loss/policy_avg"],
+            **numbers,
+        }
+
+
+def shape_scores(
+    config: PPOConfig | GRPOConfig,
+    mesh: jax.sharding.Mesh,
+    rollout: Rollout,
+    scores: np.ndarray,
+    stats: ScoreStats,
+    *,
+    count: bool = True,
+) -> tuple[jax.Array, ScoreStats]:
+    """Raw scores f32 [B] after `config.scores` (normalisation, scale, clip, penalties), on the mesh, and the
+    statistics, to which they are added if they `count`."""
+    section = config.scores
+    if not count and section.normalise == "running":
+        section = dataclasses.replace(section, normalise="reference")  # the same formula, with fixed statistics
+    raw = sharding.put_rows(np.asarray(scores, np.float32), mesh)
+    longest = config.sampling.response_length
+    final, stats = shaped(raw, rollout.response_mask, rollout.finished, stats, config=section, longest=longest)
+    return sharding.put_rows(np.asarray(final), mesh), sharding.put_whole(jax.device_get(stats), mesh)
+
+
+def reference_stats(batches: Iterable[Scored], stats: ScoreStats) -> ScoreStats:
+    """`stats` with the scores of the reference's responses, for `scores.normalise: reference`. Raises RewardError for
+    missing scores, and if all scores are equal."""
+    for scored in batches:
+        if scored.notes:  # missing scores would count as 0
+            raise RewardError(
+                f"scores.normalise is 'reference', and its samples were not all scored: {scored.notes[0]}"
+            )
+        stats = stats.add(jnp.asarray(scored.scores))
+    if float(stats.squares) <= 1e-12 * float(stats.seen):
+        raise RewardError(
+            f"scores.normalise is 'reference', but all {int(stats.seen)} responses of the reference score "
+            f"{float(stats.mean):g}: there is no deviation to divide by; use 'running', or 'none'"
+        )
+    return stats
+
+
+def pad_rollout(
+    rollout: Rollout, token_scores: np.ndarray | None, width: tuple[int, int], pad_id: int, mesh: jax.sharding.Mesh
+) -> tuple[Rollout, np.ndarray | None]:
+    """The rollout, and the scores of its tokens [B, R], padded to `width` (P, R)."""
+    (prompt, response), rollout = width, jax.device_get(rollout)
+    left = prompt - (rollout.tokens.shape[1] - rollout.response_mask.shape[1])
+    right = response - rollout.response_mask.shape[1]
+
+    def pad(x: Any, before: int = 0, value: int = 0) -> Any:
+        return np.pad(x, [(0, 0), (before, right), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
+
+    padded = dataclasses.replace(
+        rollout,
+        tokens=pad(rollout.tokens, left, pad_id),
+        mask=pad(rollout.mask, left),
+        response_mask=pad(rollout.response_mask),
+        logprobs=pad(rollout.logprobs),
+        support=None if rollout.support is None else pad(rollout.support),
+    )
+    return sharding.put_rows(padded, mesh), None if token_scores is None else pad(token_scores)

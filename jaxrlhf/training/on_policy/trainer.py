@@ -1,0 +1,259 @@
+"""The base of the PPO and GRPO trainers: everything of a run but its loop and its update."""
+
+import contextlib
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import jax
+import numpy as np
+
+from jaxrlhf import sharding, weights
+from jaxrlhf.config import GRPOConfig, PPOConfig
+from jaxrlhf.data.datasets import PromptRow, prompt_rows, prompts_from_texts
+from jaxrlhf.data.loader import rows_at
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.models import ModelConfig
+from jaxrlhf.rewards.compose import Scored, Scorer
+from jaxrlhf.training import pretrained, setup
+from jaxrlhf.training.on_policy import checks
+from jaxrlhf.training.on_policy.alarms import Watch
+from jaxrlhf.training.on_policy.policy import policy_params, reference_params
+from jaxrlhf.training.on_policy.rollout import ScoredRollout, reference_stats
+from jaxrlhf.training.on_policy.sampler import Sampler
+from jaxrlhf.training.on_policy.validation import Validator
+from jaxrlhf.training.session import Metrics, Session, open_session
+from jaxrlhf.training.state import State
+from jaxrlhf.types import Params, Rollout
+
+Config = TypeVar("Config", PPOConfig, GRPOConfig)
+CALIBRATION = 2**31 - 1  # folded into the run's key in place of an update's number
+
+
+class OnPolicyTrainer(Generic[Config]):
+    """Prompts, sampler, reward, validation and export of an on-policy run. A subclass sets `state`, `frozen` and
+    `reference_hash`.
+
+    Raises ConfigError for contradictions of the config, the data and the model descriptions, before weights are read.
+    """
+
+    state: State
+    frozen: dict[str, Params]
+    """Parameters that do not train, by role."""
+    reference_hash: str
+
+    def __init__(
+        self, config: Config, reward: Callable[..., Sequence[float | None]] | None = None, *, fresh: bool = False
+    ) -> None:
+        self.config, self._fresh = config, fresh
+        if config.sampling.greedy:
+            raise ConfigError(f"sampling.greedy is true, but {config.method} needs random samples; leave it false")
+        self.mesh = sharding.make_mesh(config.mesh)
+        self.keys = setup.keys(config.seed)
+        self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
+        self.data = prompt_rows(config.data, self.tokenizer) if config.data.path else None
+        self.model = setup.model_config(config.model, self.tokenizer, "lm", config.lora)
+        train, held_out = (self.data.train, self.data.validation) if self.data else ([], [])
+        longest = max((len(row.tokens) for row in [*train, *held_out]), default=0)
+        self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, longest)
+        self.scorer = Scorer(config.reward, self.tokenizer, reward, mesh=self.mesh, directory=Path(config.run_dir))
+        self.total_steps = self._total_steps()
+        checks.check_run(config, self.mesh)
+        if train:
+            self.scorer.check_rows(train)
+        self.validator = Validator(config, held_out, self.sampler, self.scorer, self.keys[1])
+        self._results: dict[str, float] = {}  # the record of the exported state, for the model card
+
+    @property
+    def params(self) -> Params:
+        """The policy's current parameters, base model and adapters."""
+        return policy_params(self.state.value.params, self.frozen)
+
+    @property
+    def reference(self) -> Params | None:
+        """The reference's current parameters, on the device; None if nothing uses a reference."""
+        if "reference" not in self.frozen:
+            return None
+        return sharding.to_device(reference_params(self.state.value, self.frozen))
+
+    def describe(self) -> str:
+        """Model, data and length of `.train()`, and the first prompt as the model sees it."""
+        updates = f"{self.total_steps} updates of {self.config.settings.batch_size} completions"
+        first = ["first prompt:", self.data.train[0].text] if self.data else []
+        return "\n".join([*self._about(), updates, *first])
+
+    def save_pretrained(self, directory: str | Path, *, merge_lora: bool = False) -> Path:
+        """Write the policy with its tokenizer in Hugging Face layout; adapters alone unless `merge_lora`."""
+        return self._save(directory, self.model, self.params, self.config, merge_lora)
+
+    def generate(
+        self, rows: Sequence[PromptRow], step: int, *, use: int = 0, greedy: bool = False
+    ) -> tuple[Rollout, list[str]]:
+        """Responses of the current policy and their completions; `step` and `use` pick the random keys (see `key`)."""
+        return self.sampler.generate(self.params, rows, self.key(step, use), greedy=greedy)
+
+    def generate_and_score(
+        self,
+        rows: Sequence[PromptRow],
+        step: int,
+        session: Session | None = None,
+        *,
+        use: int = 0,
+        greedy: bool = False,
+    ) -> ScoredRollout:
+        """A scored response to each prompt; `use` picks the random key, as in `key`. Inside a `session`, the run
+        stops after either phase if it was asked to."""
+        jax.block_until_ready(self.params)  # the update before is not part of the rollout's time
+        started = time.monotonic()
+        rollout, completions = self.generate(rows, step, use=use, greedy=greedy)
+        if session:
+            session.stop_if_asked(step)
+        generated = time.monotonic()
+        scored = self.scorer.score_rows(rows, completions, rollout, step + 1)
+        for note in scored.notes:
+            session.note(note) if session else warnings.warn(note, stacklevel=4)
+        if session:
+            session.stop_if_asked(step)
+        seconds, tokens = generated - started, int(np.sum(jax.device_get(rollout.response_mask)))
+        timings = {
+            "perf/rollout_seconds": seconds,
+            "perf/reward_seconds": time.monotonic() - generated,
+            "perf/response_tokens_per_second": tokens / seconds,
+        }
+        return ScoredRollout(rows, completions, rollout, scored, timings)
+
+    def key(self, step: int, use: int) -> jax.Array:
+        """The random key of update number `step` for a use: 0 the rollout, 1 the update, from 2 on further rollouts."""
+        return jax.random.fold_in(jax.random.fold_in(self.keys[1], step), use)
+
+    def prompts(self, step: int, seed: int | None = None) -> list[PromptRow]:
+        """The prompts of update number `step`, each repeated `group` times, in the order that `seed` (default: the
+        run's) gives."""
+        assert self.data
+        rows, config, group = self.data.train, self.config, self.config.settings.group
+        number = config.settings.batch_size // group
+        order = rows_at(step, number, len(rows), config.seed if seed is None else seed, config.data.shuffle)
+        return [rows[i] for i in order for _ in range(group)]
+
+    def _start_step(self, texts: Sequence[str], columns: dict[str, Sequence[Any]]) -> tuple[list[PromptRow], int]:
+        """Prompts given in Python, each repeated for its group, and the number of the update on them. `columns` go to
+        the reward, one value per prompt. Raises ConfigError if an update cannot take so many."""
+        step = int(self.state.value.step)
+        checks.check_step(self.config, self.mesh, texts, step, self.total_steps)
+        rows = prompts_from_texts(texts, columns, self.config.data, self.tokenizer)
+        self._calibrate_scores()
+        return [row for row in rows for _ in range(self.config.settings.group)], step
+
+    @contextlib.contextmanager
+    def _open_session(self) -> Iterator[Session]:
+        """Open the run directory, restore the state from the newest checkpoint, and measure the initial policy of a
+        new run."""
+        config = self.config
+        if not self.data:
+            raise ConfigError(
+                f"data.path is empty: give a file of prompts, or call {config.method}_step with prompts of your own"
+            )
+        models = [model.params for model in self.scorer.models.values()]
+        identity = {  # hashes of what the config does not pin down
+            "prompts": setup.fingerprint(self.data.train),
+            "held-out prompts": setup.fingerprint(self.validator.rows),
+            "reference": self.reference_hash,
+            "reward model": setup.params_fingerprint(models[0] if len(models) == 1 else models or {}),
+        }
+        with open_session(config, self.total_steps, self.state, identity, fresh=self._fresh) as session:
+            for line in self._about():
+                session.note(line)
+            self.scorer.pause_while_asking(session.logger.paused)
+            session.resume()
+            rows, kl_option = config.settings.batch_size, config.kl_option
+            session.watch = Watch(config.alarms, rows, session.records(), kl_option=kl_option)
+            self._calibrate_scores()
+            if self.validator.rows:
+                step = int(self.state.value.step)
+                self.validator.start(session, step, self.params, lambda: self.reference)
+            yield session
+
+    def _calibrate_scores(self) -> None:
+        """With `scores.normalise: reference`, measure mean and deviation of the scores of the initial policy, once."""
+        config, stats, size = self.config, self.state.value.score_stats, self.config.settings.batch_size
+        if config.scores.normalise != "reference" or float(stats.seen) > 0:
+            return
+        if not self.data:
+            raise ConfigError("scores.normalise is 'reference', which answers prompts of data.path, and that is empty")
+
+        def scored() -> Iterator[Scored]:
+            for batch in range(-(-config.scores.reference_samples // size)):
+                rows = self.prompts(batch)
+                rollout, completions = self.generate(rows, CALIBRATION - batch)
+                yield self.scorer.score_rows(rows, completions, rollout)
+
+        stats = reference_stats(scored(), stats)
+        placed = sharding.put_whole(jax.device_get(stats), self.mesh)
+        self.state.value = dataclasses.replace(self.state.value, score_stats=placed)
+
+    def _progress(self, batch: ScoredRollout, step: int) -> Metrics:
+        """Timings and progress of update number `step`, for its record."""
+        return batch.metrics | {
+            "episode": (step + 1) * self.config.settings.batch_size,
+            "tokens/identical": 1 - len(set(batch.completions)) / len(batch.completions),
+        }
+
+    def _log_samples(self, session: Session, step: int, batch: ScoredRollout) -> None:
+        """Log sample completions of update number `step` (from 1): of the first, of every `logging.sample_every`-th
+        after it, and of the last."""
+        config = self.config.logging
+        if config.sample_every and ((step - 1) % config.sample_every == 0 or step == self.total_steps):
+            session.log_samples(step, batch.samples()[: config.num_samples])
+
+    def _finish(self, session: Session) -> dict[str, float]:
+        """Save the last state and export it, or the best one; returns the metrics of the last update."""
+        last = session.finish()
+        session.restore_best()
+        step = int(self.state.value.step)
+        self._results = session.record_of(step) if step else self.validator.before
+        session.note(f"exported to {self.save_pretrained(session.directory / 'export')}")
+        return last
+
+    def _save(
+        self, directory: str | Path, model: ModelConfig, params: Params, config: Config, merge_lora: bool
+    ) -> Path:
+        return pretrained.save(
+            directory,
+            model,
+            params,
+            config,
+            self.tokenizer,
+            step=int(self.state.value.step),
+            results=self._results,
+            merge_lora=merge_lora,
+        )
+
+    def _about(self) -> list[str]:
+        """Model, devices and data of the run, and how many completions a person will be asked to score, if any."""
+        config, size, total = self.config, self.config.settings.batch_size, self.total_steps
+        report = self.data.report if self.data else f"no data set: prompts come with {config.method}_step"
+        about = setup.describe(config, self.model, self.tokenizer, report, self.mesh)
+        if not self.scorer.has_human:
+            return [about]
+        parts = [f"{size} in each of {total} updates"]
+        if self.validator.rows:
+            validations = 1 + sum(self.validator.due(step, total) for step in range(1, total + 1))
+            parts.append(f"{2 * len(self.validator.rows)} in each of {validations} validations")
+        if config.scores.normalise == "reference":
+            parts.append(f"{-(-config.scores.reference_samples // size) * size} before training, for scores.normalise")
+        return [about, f"a person is asked about completions: {', '.join(parts)}; about the same one only once"]
+
+    def _total_steps(self) -> int:
+        settings = self.config.settings
+        if settings.num_train_epochs is None:
+            return -(-settings.total_episodes // settings.batch_size)
+        if not self.data:
+            raise ConfigError(
+                f"{self.config.method}.num_train_epochs counts passes over data.path, which is empty; use "
+                "total_episodes"
+            )
+        episodes = round(settings.num_train_epochs * len(self.data.train) * settings.group)
+        return max(1, -(-episodes // settings.batch_size))

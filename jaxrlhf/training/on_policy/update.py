@@ -1,0 +1,98 @@
+"""Parts of the jitted updates that PPO and GRPO share."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrlhf.algorithms import masked
+from jaxrlhf.config import Reference
+from jaxrlhf.logprobs import response_states, token_logprobs
+from jaxrlhf.models import ModelConfig
+from jaxrlhf.training.optim import Optimizer
+from jaxrlhf.types import Params, Rollout, TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateSpec:
+    """Static arguments of `annotate` and `update`."""
+
+    policy: ModelConfig
+    optimizers: tuple[tuple[str, Optimizer], ...]
+    temperature: float
+    mesh: jax.sharding.Mesh
+    reference: Reference
+
+
+def sequence_logprobs(
+    params: Params,
+    model: ModelConfig,
+    rollout: Rollout,
+    temperature: float,
+    *,
+    hidden: Array | None = None,
+    entropy_gradient: bool = False,
+) -> tuple[Array, Array]:
+    """Log-probs and entropy of every response token, each f32 [B, R], 0 outside the response mask.
+
+    The one function for the old, new and reference policy. `hidden` [B, R + 1, D] are `response_states`, if they are
+    known. Normalised over the rollout's `support` if it has one, else over the whole vocabulary.
+    """
+    if hidden is None:
+        hidden = response_states(params, model, rollout)
+    mask = rollout.response_mask
+    targets = rollout.tokens[:, -mask.shape[1] :]
+    logprobs, entropy = token_logprobs(
+        params, model, hidden[:, :-1], targets, temperature, rollout.support, entropy_gradient
+    )
+    return masked.keep(logprobs, mask), masked.keep(entropy, mask)
+
+
+def sampler_gap(rollout: Rollout, logprobs: Array) -> Array:
+    """log pi_old - log pi_sampler of every response token, f32 [B, R]; 0 outside the mask."""
+    return masked.keep(logprobs, rollout.response_mask) - masked.keep(rollout.logprobs, rollout.response_mask)
+
+
+def sampler_weights(
+    gap: Array, mask: Array, correction: Literal["truncate", "mask"], cap: float
+) -> tuple[Array, Array]:
+    """Importance weights exp(gap) for a sampler that differs from pi_old.
+
+    Returns the weights f32 [B, R], capped per token (`truncate`) or 0 for whole responses outside [1 / cap, cap]
+    (`mask`), and which tokens were capped or dropped, bool [B, R].
+    """
+    if correction == "truncate":
+        weights = jnp.minimum(jnp.exp(jnp.minimum(gap, jnp.log(cap))), cap)
+        cut = gap > jnp.log(cap)
+    else:
+        cut = jnp.broadcast_to(jnp.abs(jnp.sum(gap, axis=1, keepdims=True)) > jnp.log(cap), mask.shape)
+        weights = jnp.where(cut, 0.0, 1.0)
+    return masked.keep(weights, mask), cut & mask
+
+
+def without_moments(state: TrainState) -> TrainState:
+    """The state as annotation reads it, wherever the optimizer's moments are."""
+    return dataclasses.replace(state, opt_state={})
+
+
+def shuffled_rows(key: Array, epochs: int, rows: int, num_mini_batches: int) -> Array:
+    """The rows of each mini-batch, int32 [epochs * num_mini_batches, rows / num_mini_batches], in a new order for each
+    epoch."""
+    keys = jax.random.split(key, epochs)
+    return jax.vmap(lambda k: jax.random.permutation(k, rows))(keys).reshape(-1, rows // num_mini_batches)
+
+
+def sync_reference(state: TrainState, update: Array, config: Reference) -> Params | None:
+    """The moving reference after update number `update` (from 0): every `sync_every` updates it becomes
+    (1 - sync_alpha) * reference + sync_alpha * policy."""
+    if state.reference is None:
+        return None
+    alpha = jnp.where((update + 1) % config.sync_every == 0, config.sync_alpha, 0.0)
+
+    def move(old: Array, new: Array) -> Array:
+        return jnp.where(alpha == 1, new, (1 - alpha) * old + alpha * new).astype(old.dtype)
+
+    return jax.tree.map(move, state.reference, state.params["policy"])
