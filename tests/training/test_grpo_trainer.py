@@ -57,7 +57,7 @@ def test_a_stopped_run_with_refills_goes_on_bit_for_bit_and_is_exported(grpo, tm
     assert jaxrlhf.load(tmp_path / "exported")[0].vocab_size == whole.model.vocab_size
 
 
-def test_a_refill_replaces_flat_groups_whole_and_leaves_the_others_where_they_are(grpo):
+def test_a_refill_replaces_whole_zero_variance_groups_and_no_others(grpo):
     trainer = GRPOTrainer(config.GRPOConfig(**grpo), reward=coarse)
     rows = trainer.prompts(0)
     plain = trainer.generate_and_score(rows, 0)
@@ -109,7 +109,7 @@ def test_the_baseline_of_remax_is_the_greedy_response(grpo):
     assert np.isfinite(metrics["loss/policy_avg"])
 
 
-def test_grpo_step_answers_as_a_notebook_expects(grpo):
+def test_grpo_step_returns_completions_scores_and_metrics(grpo):
     """With a reference, which here is what lies under the adapters: there is no second copy."""
     options = {"grpo": config.GRPO(batch_size=4, num_generations=2), "lora": config.LoRA(enabled=True, rank=2)}
     trainer = GRPOTrainer(config.GRPOConfig(**grpo | options | {"data": config.Data()}), reward=length_reward)
@@ -168,7 +168,7 @@ def test_a_run_has_a_plan(grpo, tmp_path):
         ({"micro_batch_size": 3}, r"grpo.micro_batch_size \(3\) must divide a mini-batch"),
     ],
 )
-def test_contradictions_are_refused_with_the_way_out(grpo, changes, said):
+def test_contradicting_options_are_refused_with_a_remedy(grpo, changes, said):
     with pytest.raises(ValueError, match=said):
         config.GRPOConfig(**grpo | {"grpo": config.replace(grpo["grpo"], **changes)})
 
@@ -177,13 +177,13 @@ def test_contradictions_are_refused_with_the_way_out(grpo, changes, said):
     ("section", "values"),
     [("reference", {"offload": True}), ("reference", {"sync_every": 2}), ("alarms", {"kl": 10.0})],
 )
-def test_what_is_about_a_reference_is_refused_where_there_is_none(grpo, section, values):
+def test_options_of_a_reference_are_refused_without_one(grpo, section, values):
     kinds = {"reference": config.Reference, "alarms": config.Alarms}
     with pytest.raises(ValueError, match=f"{section}.* is set, and with a grpo.kl_coef of 0"):
         config.GRPOConfig(**grpo | {section: kinds[section](**values)})
 
 
-def test_a_key_that_is_given_takes_the_place_of_the_methods_own():
+def test_a_given_option_replaces_the_default_of_the_method():
     assert config.GRPO(method="dapo").clip == (0.2, 0.28) and config.GRPO(method="gspo").clip == (3e-4, 4e-4)
     assert config.GRPO(cliprange=0.1).clip == (0.1, 0.1) and config.GRPO(cliprange_high=0.3).clip == (0.2, 0.3)
     assert config.GRPO().kl_weight == 0.04 and not config.GRPO(kl_coef=0.0).has_reference

@@ -99,7 +99,7 @@ def oracle(method, problem, kl):
 
 
 @pytest.mark.parametrize("method", [name for name in RECIPES if name != "online_dpo"])
-def test_every_method_is_its_equations(problem, method):
+def test_every_method_matches_its_equations(problem, method):
     grpo = settings(method)
     params, compared, metrics = run(problem, grpo)
     mask = np.asarray(problem.rollout.response_mask)
@@ -117,7 +117,7 @@ def test_every_method_is_its_equations(problem, method):
     assert any(moved) and metrics.get("groups/count", 0) == (2 if grpo.recipe.needs_group else 0)
 
 
-def test_the_score_counts_less_the_earlier_a_token_is(problem):
+def test_gamma_discounts_the_score_for_earlier_tokens(problem):
     mask = np.asarray(problem.rollout.response_mask)
     none = settings("reinforce_pp", gamma=0.5, kl_coef=0.0)
     made = grpo_update.group_advantages(SCORES, problem.rollout, None, None, None, jnp.float32(0), none)
@@ -126,7 +126,7 @@ def test_the_score_counts_less_the_earlier_a_token_is(problem):
     close(made, np.where(mask, (worth - worth[mask].mean()) / worth[mask].std(ddof=1), 0), rtol=1e-5, atol=1e-5)
 
 
-def test_what_has_no_score_is_neither_a_baseline_nor_learnt_from(problem):
+def test_unscored_responses_are_neither_baselines_nor_trained_on(problem):
     """As in TRL's 1.8.0: its rows are nan to the means and deviations of their groups, and their advantages 0."""
     silent = np.isin(np.arange(B), [1, 4, 5, 6, 7])
     apart = dataclasses.replace(problem.rollout, index=jnp.where(silent, -1 - jnp.arange(B), problem.rollout.index))
@@ -147,7 +147,7 @@ def test_what_has_no_score_is_neither_a_baseline_nor_learnt_from(problem):
     np.testing.assert_array_equal(made.tokens[0], problem.rollout.tokens[jnp.asarray([0, 3])])
 
 
-def test_flat_groups_change_nothing(problem):
+def test_zero_variance_groups_change_nothing(problem):
     scores = SCORES.at[:G].set(0.5)
     params, compared, metrics = run(problem, settings("dapo"), jnp.full(B, 0.1))
     close(params, problem.policy, rtol=0, atol=0)
@@ -176,7 +176,7 @@ def test_neither_micro_batches_nor_padding_nor_devices_change_an_update_of_sever
     close(together, whole, atol=2e-5)
 
 
-def test_one_step_needs_no_log_probs_before_it_whatever_the_micro_batches(problem):
+def test_one_step_needs_no_old_log_probs_whatever_the_micro_batches(problem):
     """Also with weights for the sampler, which are made of the policy's own log-probs then."""
     options = {"sampler_correction": "truncate", "kl_coef": 0.1}
     whole, compared, expected = run(problem, settings("gspo", **options))
@@ -186,7 +186,7 @@ def test_one_step_needs_no_log_probs_before_it_whatever_the_micro_batches(proble
     close({k: metrics[k] for k in expected}, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_in_gspo_a_response_has_one_weight_for_the_sampler(problem):
+def test_gspo_has_one_sampler_weight_per_response(problem):
     apart = dataclasses.replace(problem.rollout, logprobs=problem.rollout.logprobs - jnp.linspace(0, 1, R))
     weights, _ = grpo_update.sampler_correction(
         apart, problem.rollout.logprobs, settings("gspo", sampler_correction="truncate", sampler_cap=1.5)
@@ -197,7 +197,7 @@ def test_in_gspo_a_response_has_one_weight_for_the_sampler(problem):
         np.testing.assert_allclose(np.asarray(weights)[row, real], expected, rtol=1e-5)
 
 
-def test_online_dpo_learns_from_the_best_and_the_worst_of_each_group_and_leaves_ties_out(problem):
+def test_online_dpo_trains_on_the_best_and_the_worst_of_each_group_except_ties(problem):
     scores = SCORES.at[:G].set(0.5)
     params, compared, metrics = run(problem, settings("online_dpo"), scores)
     np.testing.assert_array_equal(compared.rollout.tokens[1], problem.rollout.tokens[jnp.asarray([5, 6])])

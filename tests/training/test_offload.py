@@ -37,7 +37,7 @@ def make(ppo, tmp_path):
     return build
 
 
-def test_an_offloaded_run_is_the_other_run_bit_for_bit(make, tmp_path):
+def test_an_offloaded_run_equals_one_without_offloading_bit_for_bit(make, tmp_path):
     plain, offloaded = (make(offload, mesh=config.Mesh(fsdp=2, tensor=2)) for offload in (False, True))
     for trainer in (plain, offloaded):
         trainer.train()
@@ -84,7 +84,7 @@ def test_a_device_that_does_not_reach_the_hosts_memory_is_refused_before_weights
         ("reward", {"optim": config.Optim(offload=True)}, "it is for PPO"),
     ],
 )
-def test_what_would_save_nothing_is_refused(method, options, reason):
+def test_offloading_that_would_save_nothing_is_refused(method, options, reason):
     kind = {"ppo": config.PPOConfig, "sft": config.SFTConfig, "reward": config.RewardConfig}[method]
     options = ({"reference": config.Reference(offload=True)} if method == "ppo" else {}) | options
     with pytest.raises(ValueError, match=reason):

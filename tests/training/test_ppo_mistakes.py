@@ -14,7 +14,7 @@ from jaxrlhf.training.ppo.critic import critic_model, init_critic
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 
 
-def test_every_epoch_and_every_update_has_an_order_of_its_own_over_the_whole_batch(monkeypatch):
+def test_each_epoch_of_each_update_shuffles_the_whole_batch_anew(monkeypatch):
     seen, gradients = [], ppo_update.gradients
 
     def spy(loss, params, batch, parts):
@@ -34,19 +34,19 @@ def test_every_epoch_and_every_update_has_an_order_of_its_own_over_the_whole_bat
     assert len({frozenset(rows.tolist()) for rows in seen}) > 4, "mini-batches are put together anew"
 
 
-def test_later_steps_meet_another_policy_so_that_the_clip_is_not_inert():
+def test_the_ratio_differs_from_one_after_the_first_step():
     *_, metrics = case().run()
     assert metrics["val/first_log_ratio_max"] <= 1e-5 < metrics["val/log_ratio_max"]
     assert metrics["policy/approxkl_avg"] > 0 and metrics["val/ratio_var"] > 0
 
 
-def test_statistics_are_means_over_the_steps_and_not_diluted_by_mini_batches():
+def test_metrics_are_means_over_the_steps_that_ran():
     *_, metrics = case().run()  # four steps; a mean over eight places, half of them empty, would be 0.5
     assert metrics["val/ratio"] == pytest.approx(1, abs=0.2)
     assert metrics["policy/steps"] == 4
 
 
-def test_a_value_model_can_be_made_of_a_policy_with_tied_embeddings():
+def test_a_critic_can_be_initialised_from_a_policy_with_tied_embeddings():
     problem = case()
     critic = problem.state().params["critic"]
     assert MODEL.tie_embeddings and "embed" in critic and "lm_head" not in critic
@@ -76,7 +76,7 @@ def zero(prompts, completions, **columns):
     return [0.0] * len(prompts)
 
 
-def test_two_updates_draw_different_responses_and_one_draws_the_same_again(ppo):
+def test_updates_sample_different_responses_and_a_repeated_update_the_same(ppo):
     trainer = PPOTrainer(config.PPOConfig(**ppo), reward=zero)
     rows = trainer.data.train[:8]
     first, second, again = (trainer.generate(rows, step)[1] for step in (0, 1, 0))
@@ -93,7 +93,7 @@ def test_the_reference_is_the_policy_without_a_value_head_and_the_value_model_is
     assert model.head == "linear" and "score" in critic
 
 
-def test_validation_answers_greedily_too_whatever_the_key(ppo):
+def test_greedy_completions_of_a_validation_do_not_depend_on_the_key(ppo):
     options = ppo | {"data": config.replace(ppo["data"], validation_fraction=0.25)}
     trainer = PPOTrainer(config.PPOConfig(**options), reward=zero)
     validator, params, said = trainer.validator, trainer.sampler.inference_copy(trainer.params), []

@@ -23,7 +23,7 @@ def host(tree):
 
 
 @pytest.mark.parametrize("rows", [1, 2, B])
-def test_rows_of_an_annotation_pass_change_nothing(rows):
+def test_the_rows_of_an_annotation_pass_do_not_change_the_update(rows):
     expected, experience, _ = case().run()
     after, chunked, _ = case(local_rollout_forward_batch_size=rows).run()
     close(chunked, experience, atol=1e-5)
@@ -47,7 +47,7 @@ def test_micro_batches_do_not_change_an_update_with_everything_on():
     close({k: metrics[k] for k in expected}, expected, rtol=2e-3, atol=2e-5)
 
 
-def test_values_are_regressed_on_what_came_or_on_the_lambda_return():
+def test_the_value_target_is_the_reward_to_go_or_the_lambda_return():
     lam, togo = case(lam=0.5).run()[1], case(lam=0.5, value_target="reward_to_go").run()[1]
     mask = np.asarray(togo.rollout.response_mask)
     expected = np.where(mask, np.cumsum(np.asarray(togo.rewards)[:, ::-1], axis=1)[:, ::-1], 0)
@@ -82,7 +82,7 @@ def test_warm_up_trains_the_critic_alone_and_then_both():
     assert not same(second.params["policy"], one.params["policy"])
 
 
-def test_each_role_has_a_clip_of_its_own():
+def test_each_role_has_its_own_maximum_gradient_norm():
     from jaxrlhf.training.optim import make_optimizer
 
     tight = make_optimizer(Optim(eps=1e-3, max_grad_norm=1e-4), 1e-2, 100)
@@ -91,7 +91,7 @@ def test_each_role_has_a_clip_of_its_own():
     assert metrics["policy/grad_norm_clipped"] > 1e-2
 
 
-def test_a_shared_trunk_learns_from_both_losses_and_the_head_from_its_own():
+def test_a_shared_trunk_trains_on_both_losses_and_the_head_on_the_value_loss():
     problem = case(critic=Critic(trunk="shared"), kl_coef=0.0)
     state = problem.state()
     assert list(state.params["critic"]) == ["score"] and not problem.frozen["critic"]
@@ -110,7 +110,7 @@ def test_a_shared_trunk_learns_from_both_losses_and_the_head_from_its_own():
     assert critic["layers"] is after.params["policy"]["layers"] and critic["score"] is after.params["critic"]["score"]
 
 
-def test_a_shared_trunk_says_the_values_of_its_own_states():
+def test_values_of_a_shared_trunk_come_from_its_own_hidden_states():
     """At the start it is the policy's trunk: the same values as a critic of one's own that is a copy of the policy."""
     own, shared = case().run()[1], case(critic=Critic(trunk="shared")).run()[1]
     np.testing.assert_allclose(shared.values, own.values, atol=1e-5)
@@ -127,7 +127,7 @@ def test_the_adaptive_coefficient_is_in_the_state(steps):
     assert fixed.kl_coef == jnp.float32(0.1)
 
 
-def test_the_reference_moves_when_its_time_has_come():
+def test_the_reference_moves_every_sync_every_updates():
     problem = case(moving=Reference(sync_every=2))
     start = host(problem.state().reference)
     first, *_ = problem.run()
@@ -138,7 +138,7 @@ def test_the_reference_moves_when_its_time_has_come():
     assert metrics["objective/kl"] == 0  # the policy is its reference
 
 
-def test_the_reference_may_be_an_average_of_the_policy():
+def test_the_reference_may_be_a_moving_average_of_the_policy():
     problem = case(moving=Reference(sync_every=1, sync_alpha=0.25))
     start = host(problem.state().reference)
     after, *_ = problem.run()
@@ -154,7 +154,7 @@ def test_a_moving_reference_is_not_the_frozen_critics_trunk():
     assert problem.spec.trunk == "frozen" and same(problem.frozen["critic"], trunk)
 
 
-def test_a_sampler_in_fewer_bits_is_weighed_by_what_it_is_off():
+def test_truncated_importance_weights_correct_a_quantised_sampler():
     problem = case(rollout_dtype="int8", sampler_correction="truncate", sampler_cap=1.0005)
     _, experience, metrics = problem.run()
     mask = np.asarray(experience.rollout.response_mask)
@@ -168,7 +168,7 @@ def test_a_sampler_in_fewer_bits_is_weighed_by_what_it_is_off():
     np.testing.assert_allclose(metrics["val/sampler_ratio_q99"], np.quantile(ratio[mask], 0.99), rtol=1e-4)
 
 
-def test_a_sequence_mask_leaves_out_whole_responses_either_way():
+def test_a_sequence_mask_drops_responses_with_a_ratio_too_large_or_too_small():
     problem = case(rollout_dtype="int8", sampler_correction="mask", sampler_cap=1.002)
     _, experience, metrics = problem.run()
     mask = np.asarray(experience.rollout.response_mask)
@@ -179,7 +179,7 @@ def test_a_sequence_mask_leaves_out_whole_responses_either_way():
     np.testing.assert_allclose(metrics["val/sampler_corrected"], (mask & ~kept[:, None]).sum() / mask.sum(), rtol=1e-5)
 
 
-def test_replay_learns_again_from_what_it_kept():
+def test_replay_trains_again_on_kept_rollouts():
     plain = case()
     once, *_ = plain.run()
     problem = case(replay=2)
@@ -215,7 +215,7 @@ def test_the_reference_moves_to_the_policy_after_the_kept_rollouts():
     assert metrics["policy/steps"] == 8 and same(second.reference, host(second.params["policy"]))
 
 
-def test_a_kept_rollout_is_weighed_against_the_policy_that_drew_it():
+def test_the_ratio_of_a_kept_rollout_is_to_the_policy_that_sampled_it():
     """With the same rollout kept and a policy that has moved, the ratios of its rows are not 1."""
     problem = case(PPO(batch_size=B, num_ppo_epochs=1, num_mini_batches=1, replay=1))
     first, *_ = problem.run()
@@ -223,7 +223,7 @@ def test_a_kept_rollout_is_weighed_against_the_policy_that_drew_it():
     assert metrics["val/first_log_ratio_max"] <= 1e-5 < metrics["val/log_ratio_max"]
 
 
-def test_what_a_batch_was_worth_is_measured_over_real_tokens():
+def test_metrics_of_a_rollout_are_over_real_tokens():
     problem = case(gamma=0.9)
     _, experience, metrics = problem.run()
     mask = np.asarray(experience.rollout.response_mask)

@@ -22,7 +22,7 @@ MICRO = {1: case(micro_batch_size=1, **ONE), 2: case(micro_batch_size=2, **ONE),
     pad=st.sampled_from([0, *STOPS, 13, V - 1]),
     noise=st.none() | st.integers(0, 2**16),
 )
-def test_an_update_does_not_depend_on_how_its_batch_is_written_down(micro, order, pad, noise):
+def test_an_update_does_not_depend_on_the_layout_of_its_batch(micro, order, pad, noise):
     """Any cut into micro-batches, any order of the rows, any pad id (a stop token too), any tokens in the padding."""
     problem = MICRO.get(micro, PLAIN)
     rollout, rows = PLAIN.rollout, np.array(order)

@@ -31,7 +31,7 @@ EVERYTHING = {
 }
 
 
-def test_a_stopped_run_with_everything_that_has_a_memory_goes_on_bit_for_bit(ppo, tmp_path, request):
+def test_a_stopped_run_with_all_kinds_of_state_resumes_bit_for_bit(ppo, tmp_path, request):
     """Adaptive KL, running statistics, a moving reference, kept rollouts, warm-up: all in the checkpoint."""
     remembered = {"kl_coef": 0.2, "kl_target": 0.01, "kl_horizon": 50.0, "replay": 2, "target_kl": 0.5}
     options = held_out(ppo, **EVERYTHING, validation=config.Validation(eval_steps=2, max_prompts=5, keep_best=True))
@@ -55,7 +55,7 @@ def test_a_stopped_run_with_everything_that_has_a_memory_goes_on_bit_for_bit(ppo
     assert [("eval/scores" in record) for record in log] == [False, True, False, True]
 
 
-def test_scores_are_normalised_under_the_reference_once(ppo, tmp_path):
+def test_the_statistics_of_reference_scores_are_measured_once(ppo, tmp_path):
     options = ppo | {"scores": config.Scores(normalise="reference", reference_samples=16)}
     trainer = PPOTrainer(config.PPOConfig(run_dir=str(tmp_path / "run"), **options), reward=length_reward)
     trainer.train()
@@ -70,7 +70,7 @@ def test_scores_are_normalised_under_the_reference_once(ppo, tmp_path):
         PPOTrainer(nothing, reward=length_reward).ppo_step(["say red ", "say blue "])
 
 
-def test_scores_of_the_reference_that_are_all_equal_are_refused(ppo, tmp_path):
+def test_reference_scores_that_are_all_equal_are_refused(ppo, tmp_path):
     options = ppo | {"scores": config.Scores(normalise="reference", reference_samples=8)}
     settings = config.PPOConfig(run_dir=str(tmp_path / "run"), **options)
     with pytest.raises(RewardError, match="all 8 responses of the reference score 0.5: there is no deviation"):
@@ -117,7 +117,7 @@ def test_stop_strings_cut_the_response_and_finish_it(ppo):
     np.testing.assert_allclose(experience.scores, np.where(rollout.finished, 1.0, -2.0))
 
 
-def test_passes_over_the_prompts_may_say_how_long_a_run_is(ppo):
+def test_num_train_epochs_sets_the_number_of_updates(ppo):
     options = ppo | {"ppo": config.replace(ppo["ppo"], num_train_epochs=2.5)}
     trainer = PPOTrainer(config.PPOConfig(**options), reward=length_reward)
     assert trainer.total_steps == -(-round(2.5 * len(trainer.data.train)) // 8)
@@ -150,7 +150,7 @@ def test_the_best_state_is_exported_and_patience_ends_the_run(ppo, tmp_path):
     assert any(row.get("held_out") and "greedy" in row for row in shown)
 
 
-def test_validation_repeats_its_keys_and_knows_a_second_reward_model(ppo, supervised, tmp_path):
+def test_validation_repeats_its_keys_and_scores_with_a_second_reward_model(ppo, supervised, tmp_path):
     RewardTrainer(config.RewardConfig(run_dir=str(tmp_path / "rm"), **supervised)).train()
     validation = config.Validation(eval_steps=2, max_prompts=5, reward_model=str(tmp_path / "rm"))
     frozen = config.replace(ppo["optim"], learning_rate=1e-30)
@@ -199,7 +199,7 @@ def test_the_critic_is_exported_as_a_model_that_scores(ppo, tmp_path):
         ({"sampling": {"stop_strings": ("",)}}, "has an empty text, which ends every response at once"),
     ],
 )  # fmt: skip
-def test_contradictions_are_refused_with_the_way_out(ppo, changes, said):
+def test_contradicting_options_are_refused_with_a_remedy(ppo, changes, said):
     sections = {"scores": config.Scores, "reference": config.Reference, "validation": config.Validation,
                 "critic": config.Critic}  # fmt: skip
     options = dict(ppo)
@@ -221,7 +221,7 @@ def test_the_learning_rate_falls_to_its_end_at_the_last_step(ppo, tmp_path, repl
         assert optimizer.rate(trainer.state.value.opt_state[role][-1].count - 1) > 0
 
 
-def test_a_warm_up_that_never_ends_is_refused(ppo):
+def test_a_warmup_as_long_as_the_run_is_refused(ppo):
     options = ppo | {"critic": config.Critic(warmup_updates=4)}
     with pytest.raises(
         ConfigError, match="warmup_updates is 4 and the run has 4 updates: the policy would never train"
@@ -229,7 +229,7 @@ def test_a_warm_up_that_never_ends_is_refused(ppo):
         PPOTrainer(config.PPOConfig(**options), reward=length_reward)
 
 
-def test_a_run_that_was_given_up_does_not_end_well_the_second_time(ppo, tmp_path):
+def test_a_run_that_failed_on_skipped_updates_fails_again_when_resumed(ppo, tmp_path):
     options = ppo | {"optim": config.Optim(learning_rate=1e38, max_grad_norm=1e38, schedule="constant")}
     options |= {"ppo": config.replace(ppo["ppo"], total_episodes=80), "checkpoint": config.Checkpoint(save_every=2)}
     settings = config.PPOConfig(run_dir=str(tmp_path / "run"), **options)
@@ -239,7 +239,7 @@ def test_a_run_that_was_given_up_does_not_end_well_the_second_time(ppo, tmp_path
     assert len(records(tmp_path / "run")) < 8
 
 
-def test_what_only_the_data_or_the_model_can_contradict(ppo):
+def test_options_that_the_data_or_the_reward_contradicts_are_refused(ppo):
     replaying = {"ppo": config.replace(ppo["ppo"], replay=1)}
     with pytest.raises(ConfigError, match="as wide as the prompts of data.path"):
         PPOTrainer(config.PPOConfig(**ppo | replaying | {"data": config.Data()}), reward=length_reward)
@@ -251,7 +251,7 @@ def test_what_only_the_data_or_the_model_can_contradict(ppo):
             PPOTrainer(config.PPOConfig(**options), reward=length_reward)
 
 
-def test_what_models_cannot_do_is_refused_before_weights_are_read(ppo, supervised, tmp_path, monkeypatch):
+def test_options_that_the_models_contradict_are_refused_before_weights_are_read(ppo, supervised, tmp_path, monkeypatch):
     RewardTrainer(config.RewardConfig(run_dir=str(tmp_path / "rm"), **supervised)).train()
     monkeypatch.setattr(weights, "load", lambda *_, **__: pytest.fail("weights were read"))
     judge = {"reward": config.RewardSource(model=str(tmp_path / "rm"))}
@@ -286,7 +286,7 @@ def test_a_stopped_run_is_exported_without_its_data_and_its_reward(ppo, tmp_path
     assert "objective/kl" in (tmp_path / "policy" / "README.md").read_text(), "the card says what was measured"
 
 
-def test_a_person_is_told_how_often_there_will_be_a_question(ppo, monkeypatch):
+def test_the_number_of_completions_a_person_will_score_is_printed(ppo, monkeypatch):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     options = held_out(ppo, validation=config.Validation(eval_steps=2, max_prompts=3))
     options |= {"reward": config.RewardSource(components=({"human": "score"},))}
@@ -315,7 +315,7 @@ watcher = functools.partial(Watch, kl_option="ppo.kl_coef")
         ("finished", {"tokens__finished": 0.2}, "fell from 0.90 to 0.20"),
     ],
 )
-def test_an_alarm_is_marked_while_it_lasts_and_said_once(name, bad, words):
+def test_an_alarm_is_recorded_while_it_lasts_and_printed_once(name, bad, words):
     watch = watcher(config.Alarms(kl=10.0, window=2), 8, [])
     assert watch(record()) == ({f"alarm/{k}": 0.0 for k in ("kl", "entropy", "length", "finished")}, [])
     watch(record(**bad))
@@ -349,7 +349,7 @@ def test_alarms_of_a_resumed_run_remember_the_first_update():
     assert marks["alarm/entropy"] == 0
 
 
-def test_what_few_completions_show_is_no_alarm():
+def test_few_completions_raise_no_alarm():
     by_length = record(objective__score_length_correlation=1.0)
     seen = [{rows: watcher(config.Alarms(window=3), rows, [])} for rows in (2, 4)]
     said = {rows: [watch(by_length)[1] for _ in range(4)] for watches in seen for rows, watch in watches.items()}

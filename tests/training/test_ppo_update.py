@@ -51,7 +51,7 @@ def test_micro_batches_do_not_change_the_update(micro):
     close({k: metrics[k] for k in expected}, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_one_step_update_needs_no_annotation_of_the_policy_and_agrees_with_the_long_way():
+def test_a_one_step_update_without_annotation_equals_one_with_it():
     short = case(PPO(batch_size=B, num_ppo_epochs=1, num_mini_batches=1))
     long = case(PPO(batch_size=B, num_ppo_epochs=1, num_mini_batches=1, micro_batch_size=B // 2))
     assert short.spec.one_step(B) and not long.spec.one_step(B)
@@ -71,7 +71,7 @@ def test_score_lands_on_the_last_real_token_and_nowhere_else():
     np.testing.assert_allclose(experience.rewards, expected, atol=1e-6)
 
 
-def test_rewards_of_single_tokens_land_on_their_tokens():
+def test_token_scores_are_added_to_their_own_tokens():
     """Beside the score, in the objective too, and the same on the short way of an update of one step."""
     token_scores = jnp.asarray(np.random.default_rng(0).normal(size=(B, R)), jnp.float32)
     options = {"kl_coef": 0.0, "num_ppo_epochs": 1, "num_mini_batches": 1}
@@ -180,7 +180,7 @@ def test_advantages_are_whitened_over_the_whole_batch():
 
 
 @pytest.mark.parametrize("other", [STOPS[0], 13])
-def test_what_stands_in_the_padding_does_not_matter(other):
+def test_tokens_in_the_padding_do_not_matter(other):
     problem = case()
     expected, _, _ = problem.run()
     tokens = jnp.where(problem.rollout.mask, problem.rollout.tokens, other)

@@ -18,7 +18,7 @@ from jaxrlhf.training.reward.trainer import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
 
 
-def test_slots_do_not_change_what_ppo_sees(ppo):
+def test_slots_do_not_change_the_responses_of_ppo(ppo):
     """And a smaller copy of the policy changes what is sampled, but not the log-probs that training takes."""
     texts, logs = {}, {}
     for rollout in (config.Generation(), config.Generation(slots=3), config.Generation(dtype="int8")):
@@ -109,7 +109,7 @@ def test_ppo_raises_the_reward_it_is_given(ppo, tmp_path):
     assert set(sample) >= {"step", "prompt", "completion", "score"}
 
 
-def test_ppo_step_answers_as_a_notebook_expects(ppo):
+def test_ppo_step_returns_completions_scores_and_metrics(ppo):
     trainer = PPOTrainer(config.PPOConfig(**ppo), reward=length_reward)
     prompts = ["say red ", "say blue "]
     result = trainer.ppo_step(prompts)
@@ -179,7 +179,7 @@ def test_reward_columns_reach_the_function(ppo):
 
 @pytest.mark.parametrize("init", ["policy", "reward"])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_critic_menu(ppo, supervised, tmp_path, init, frozen):
+def test_the_critic_starts_from_the_policy_or_the_reward_model(ppo, supervised, tmp_path, init, frozen):
     RewardTrainer(config.RewardConfig(run_dir=str(tmp_path / "rm"), **supervised)).train()
     options = ppo | {
         "reward": config.RewardSource(model=str(tmp_path / "rm")),
@@ -195,7 +195,7 @@ def test_critic_menu(ppo, supervised, tmp_path, init, frozen):
     assert np.any(after["score"]["dense_2"]["kernel"]) and ("layers" in after) != frozen
 
 
-def test_a_prompt_that_comes_twice_in_a_batch_gets_two_answers(ppo):
+def test_a_prompt_that_comes_twice_in_a_batch_gets_two_responses(ppo):
     trainer = PPOTrainer(config.PPOConfig(**ppo), reward=length_reward)
     row = trainer.data.train[0]
     assert occurrences([row, row, trainer.data.train[1]]) == [0, 1, 0]
