@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from jaxrlhf import sharding
-from jaxrlhf.algorithms.scores import ScoreStats
 from jaxrlhf.config import GRPOConfig
 from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.training.grpo.rollouts import isolate_unscored, rollout_with_greedy, rollout_with_refills
@@ -69,9 +68,19 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
     ) -> tuple[GroupExperience, Metrics]:
         """Compute the advantages of a rollout with scores f32 [B] and train on it: update number `step`. Returns the
         experience and the metrics. `greedy` is the greedy response to each row's prompt and its score, for ReMax."""
-        experience, stats, metrics = self._annotate(rollout, scores, greedy)
+        config, state = self.config, without_moments(self.state.value)
+        columns = rollout.response_mask.shape[1]
+        if columns < len(self.spec.rejected):
+            width = rollout.tokens.shape[1] - columns, len(self.spec.rejected)
+            rollout, _ = pad_rollout(rollout, None, width, self.tokenizer.pad_id, self.mesh)
+        final_scores, stats = shape_scores(config, self.mesh, rollout, scores, state.score_stats)
+        baseline = shape_scores(config, self.mesh, *greedy, stats, count=False)[0] if greedy else None
+        frozen = {role: sharding.to_device(part) for role, part in self.frozen.items()}
+        experience, metrics = annotate(state, frozen, rollout, final_scores, baseline, spec=self.spec)
+        if config.reference.offload:  # it leaves the device before moments and gradients come
+            jax.block_until_ready(experience)
+        frozen = {"policy": self.frozen["policy"]}
         state = dataclasses.replace(self.state.ready, score_stats=stats)
-        frozen = {"policy": self.frozen["policy"]}  # annotation has used the reference
         self.state.value, after = update(state, frozen, experience, self.key(step, 1), spec=self.spec)
         rate = after.pop("policy/learning_rate")
         return experience, metrics | after | {
@@ -93,21 +102,3 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
         rollout = isolate_unscored(batch, self.mesh)
         _, metrics = self.learn(rollout, batch.scored.totals, step, batch.greedy)
         return batch, metrics | batch.scored.metrics
-
-    def _annotate(
-        self, rollout: Rollout, scores: np.ndarray, greedy: tuple[Rollout, np.ndarray] | None
-    ) -> tuple[GroupExperience, ScoreStats, Metrics]:
-        """The experience of a rollout, the statistics with its scores, and metrics."""
-        columns, state = rollout.response_mask.shape[1], without_moments(self.state.value)
-        if columns < len(self.spec.rejected):
-            width = rollout.tokens.shape[1] - columns, len(self.spec.rejected)
-            rollout, _ = pad_rollout(rollout, None, width, self.tokenizer.pad_id, self.mesh)
-        final_scores, stats = shape_scores(self.config, self.mesh, rollout, scores, state.score_stats)
-        baseline = None
-        if greedy:
-            baseline = shape_scores(self.config, self.mesh, *greedy, stats, count=False)[0]
-        frozen = {role: sharding.to_device(part) for role, part in self.frozen.items()}
-        experience, metrics = annotate(state, frozen, rollout, final_scores, baseline, spec=self.spec)
-        if self.config.reference.offload:  # it leaves the device before moments and gradients come
-            jax.block_until_ready(experience)
-        return experience, stats, metrics

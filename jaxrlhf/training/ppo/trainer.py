@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from jaxrlhf import sharding
-from jaxrlhf.algorithms.scores import ScoreStats
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.errors import ConfigError
@@ -77,10 +76,20 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
     ) -> tuple[Experience, Metrics]:
         """Annotate a rollout with scores f32 [B], and f32 [B, R] of single tokens, and train on it: update number
         `step`. Returns the experience and the metrics."""
-        experience, stats, metrics = self._annotate(rollout, scores, token_scores)
+        config, state = self.config, without_moments(self.state.value)
+        if config.ppo.replay:
+            width = self.sampler.columns, config.sampling.response_length
+            rollout, token_scores = pad_rollout(rollout, token_scores, width, self.tokenizer.pad_id, self.mesh)
+        final_scores, stats = shape_scores(config, self.mesh, rollout, scores, state.score_stats)
+        if token_scores is not None:
+            token_scores = sharding.put_rows(np.asarray(token_scores, np.float32), self.mesh)
+        frozen = {role: sharding.to_device(part) for role, part in self.frozen.items()}
+        experience, metrics = annotate(state, frozen, rollout, final_scores, token_scores, spec=self.spec)
+        if config.reference.offload:  # it leaves the device before moments and gradients come
+            jax.block_until_ready(experience)
+        frozen = {role: self.frozen[role] for role in ("policy", "critic")}
         state = dataclasses.replace(self.state.ready, score_stats=stats)
-        frozen = {role: self.frozen[role] for role in ("policy", "critic")}  # annotation has used the reference
-        train = update_with_replay if self.config.ppo.replay else update
+        train = update_with_replay if config.ppo.replay else update
         self.state.value, after = train(state, frozen, experience, self.key(step, 1), spec=self.spec)
         rate = after.pop("policy/learning_rate")
         return experience, metrics | after | {
@@ -110,20 +119,3 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
         batch = self.generate_and_score(rows, step, session)
         _, metrics = self.learn(batch.rollout, batch.scored.scores, step, batch.scored.token_scores)
         return batch, metrics | batch.scored.metrics
-
-    def _annotate(
-        self, rollout: Rollout, scores: np.ndarray, token_scores: np.ndarray | None
-    ) -> tuple[Experience, ScoreStats, Metrics]:
-        """The experience of a rollout, the statistics with its scores, and metrics."""
-        config, state = self.config, without_moments(self.state.value)
-        if config.ppo.replay:
-            width = self.sampler.columns, config.sampling.response_length
-            rollout, token_scores = pad_rollout(rollout, token_scores, width, self.tokenizer.pad_id, self.mesh)
-        final_scores, stats = shape_scores(config, self.mesh, rollout, scores, state.score_stats)
-        if token_scores is not None:
-            token_scores = sharding.put_rows(np.asarray(token_scores, np.float32), self.mesh)
-        frozen = {role: sharding.to_device(part) for role, part in self.frozen.items()}
-        experience, metrics = annotate(state, frozen, rollout, final_scores, token_scores, spec=self.spec)
-        if config.reference.offload:  # it leaves the device before moments and gradients come
-            jax.block_until_ready(experience)
-        return experience, stats, metrics
