@@ -168,12 +168,11 @@ class OnPolicyTrainer(Generic[Config]):
                 session.note(line)
             self.scorer.pause_while_asking(session.logger.paused)
             session.resume()
-            rows, kl_option = config.settings.batch_size, config.kl_option
-            session.watch = Watch(config.alarms, rows, session.records(), kl_option=kl_option)
+            rows, before = config.settings.batch_size, session.records()
+            session.watch = Watch(config.alarms, rows, before, kl_option=config.kl_option)
             self._calibrate_scores()
             if self.validator.rows:
-                step = int(self.state.value.step)
-                self.validator.start(session, step, self.params, lambda: self.reference)
+                self.validator.start(session, int(self.state.value.step), self.params, lambda: self.reference)
             yield session
 
     def _calibrate_scores(self) -> None:
