@@ -113,6 +113,16 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     return None
 
 
+def version(package: str) -> str | None:
+    """Version of an installed package; None if it is not installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def resolve_dtype(requested: Literal["auto", "float32", "bfloat16"], backend: str) -> Literal["float32", "bfloat16"]:
     """Resolve auto: float32 on a CPU, as few CPUs multiply bfloat16 faster, else bfloat16."""
     auto = "float32" if backend == "cpu" else "bfloat16"

@@ -78,7 +78,7 @@ def test_what_would_be_refused_is_known_before_anything_is_loaded(config):
     with open_run(config, "sft", fresh=False), pytest.raises(StorageError, match="is in use by host"):
         runs.check_run_directory(config, "sft", fresh=False)
     assert sorted(path.name for path in directory.iterdir()) == before
-    assert runs.working_directory(directory) == os.getcwd()
+    assert runs.method_and_last_start(directory)[1]["directory"] == os.getcwd()
 
 
 def test_harmless_changes_are_free_and_rounding_is_noted(config):

@@ -6,7 +6,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
 
 from jaxrlhf import runtime
 from jaxrlhf.cli.commands import COMMANDS, TOP_LEVEL_KEYS, USING_DEVICES, Command
@@ -86,10 +85,16 @@ def _dispatch(argv: list[str]) -> int:
     if verb in COMMANDS:
         overrides, argv = _split_overrides(argv, COMMANDS[verb])
     options = _parser().parse_args(argv)
+    if options.version:
+        print(f"jaxrlhf {runtime.version('jaxrlhf') or '(not installed: running from its source folder)'}")
+        return 0
     if options.verb is None:
         _parser().print_help()
         return 2
-    return COMMANDS[options.verb].run(options, overrides) or 0
+    command = COMMANDS[options.verb]
+    settable = [argument["dest"] for argument in command.arguments.values() if "dest" in argument]
+    given = [(key, str(getattr(options, key))) for key in settable if getattr(options, key) is not None]
+    return command.run(options, [*given, *overrides]) or 0
 
 
 def _split_overrides(argv: Sequence[str], command: Command) -> tuple[Overrides, list[str]]:
@@ -129,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="MODEL is a Hugging Face model folder, a hub id or a run directory. --debug shows tracebacks.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands")
     for name, command in COMMANDS.items():
         note = "Any config option can be set with --section.key value." if command.overrides else None
@@ -137,14 +142,3 @@ def _parser() -> argparse.ArgumentParser:
         for argument, keywords in command.arguments.items():
             sub.add_argument(argument, **keywords)
     return parser
-
-
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            print(f"jaxrlhf {version('jaxrlhf')}")
-        except PackageNotFoundError:
-            print("jaxrlhf (not installed: running from its source folder)")
-        parser.exit()

@@ -1,6 +1,7 @@
 """The commands of the command line and their arguments."""
 
 import argparse
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,10 @@ from jaxrlhf.selection.rule import KEEP
 
 @dataclass(frozen=True)
 class Command:
-    """A command: the function it runs, its help text, and keyword arguments of `add_argument` by argument name."""
+    """A command: the function it runs, its help text, and keyword arguments of `add_argument` by argument name.
+
+    An argument with a `dest` sets the config key of that name.
+    """
 
     run: Callable[[Options, Overrides], int | None]
     help: str
@@ -22,29 +26,25 @@ class Command:
     overrides: bool = False  # accepts --section.key value
 
 
-def _natural(text: str) -> int:
-    return _integer(text, 0)
-
-
-def _count(text: str) -> int:
-    return _integer(text, 1)
-
-
-def _integer(text: str, minimum: int) -> int:
+def _integer(minimum: int, text: str) -> int:
     if text.isdecimal() and int(text) >= minimum:
         return int(text)
     raise argparse.ArgumentTypeError(f"expected an integer of at least {minimum}, got '{text}'")
 
 
-_SEED: dict[str, Any] = {"type": _natural, "metavar": "N", "help": "random seed"}
-_FRESH: dict[str, Any] = {"action": "store_true"}
+def _sets(key: str, help: str, **keywords: Any) -> dict[str, Any]:
+    return {"dest": key, "help": help, **keywords}
+
+
+_natural, _count = functools.partial(_integer, 0), functools.partial(_integer, 1)
+_SEED = _sets("seed", "random seed", metavar="N", type=_natural)
 _METHOD: dict[str, Any] = {"choices": list(METHODS)}
 _USE_LORA: dict[str, Any] = {"action": "store_true", "help": "short for --lora.enabled true"}
 _CONFIG: dict[str, Any] = {"nargs": "?", "metavar": "CONFIG.yaml", "help": "config file, or the name of a preset"}
 _MODEL: dict[str, Any] = {"metavar": "MODEL", "help": "model folder, hub id or run directory"}
 _TRAIN: dict[str, dict[str, Any]] = {
     "config": _CONFIG,
-    "--fresh": {**_FRESH, "help": "start over in an existing run directory instead of resuming"},
+    "--fresh": {"action": "store_true", "help": "start over in an existing run directory instead of resuming"},
     "--dry-run": {"action": "store_true", "help": "print the resolved config and a summary of the run, then stop"},
     "--use-lora": _USE_LORA,
 }
@@ -52,8 +52,10 @@ _EVALUATION: dict[str, dict[str, Any]] = {
     "--prompts": {"required": True, "metavar": "FILE", "help": "data file with prompts"},
     "--num-prompts": {"type": _count, "default": 20, "metavar": "N", "help": "number of prompts (default: 20)"},
     "--num-completions": {"type": _count, "default": 4, "metavar": "N", "help": "completions per prompt (default: 4)"},
-    "--reward": {"metavar": "path.py:name", "help": "reward function; default: the reward of the PPO or GRPO run"},
-    "--reward-model": {"metavar": "DIR", "help": "reward model"},
+    "--reward": _sets(
+        "reward.function", "reward function; default: the reward of the PPO or GRPO run", metavar="path.py:name"
+    ),
+    "--reward-model": _sets("reward.model", "reward model", metavar="DIR"),
     "--references": {
         "metavar": "COLUMN",
         "help": "column with reference completions, for BLEU and ROUGE-L; default: the data's answer column, if any",
@@ -86,17 +88,16 @@ COMMANDS: dict[str, Command] = {
         {"file": {"metavar": "FILE", "help": "data file, folder or hub id"}},
         overrides=True,
     ),
-    "sft": Command(training.train, "supervised fine-tuning", _TRAIN, overrides=True),
-    "reward": Command(
-        training.train, "train a reward model on pairs, rankings, labels or scores", _TRAIN, overrides=True
-    ),
-    "dpo": Command(
-        training.train, "train on preferences without a reward model: DPO and related losses", _TRAIN, overrides=True
-    ),
-    "ppo": Command(training.train, "train with PPO on a reward model or reward function", _TRAIN, overrides=True),
-    "grpo": Command(
-        training.train, "train with GRPO, a related method without a critic, or online DPO", _TRAIN, overrides=True
-    ),
+    **{
+        method: Command(training.train, help, _TRAIN, overrides=True)
+        for method, help in {
+            "sft": "supervised fine-tuning",
+            "reward": "train a reward model on pairs, rankings, labels or scores",
+            "dpo": "train on preferences without a reward model: DPO and related losses",
+            "ppo": "train with PPO on a reward model or reward function",
+            "grpo": "train with GRPO, a related method without a critic, or online DPO",
+        }.items()
+    },
     "plan": Command(
         training.plan,
         "estimate the memory of a run, whether it fits, and the minimum time of a step, without running it; exit code "
@@ -115,12 +116,14 @@ COMMANDS: dict[str, Command] = {
         {
             "model": _MODEL,
             "--prompt": {"metavar": "TEXT", "help": "prompt; empty: start from the bos token"},
-            "--greedy": {"action": "store_true", "help": "greedy decoding"},
-            "--max-new-tokens": {"type": _count, "metavar": "N", "help": "maximum number of generated tokens"},
-            "--temperature": {"metavar": "T", "help": "sampling temperature"},
-            "--top-k": {"metavar": "K", "help": "sample from the K most probable tokens"},
-            "--top-p": {"metavar": "P", "help": "nucleus sampling"},
-            "--min-p": {"metavar": "P", "help": "minimum probability relative to the most probable token"},
+            "--greedy": _sets("sampling.greedy", "greedy decoding", action="store_const", const="true"),
+            "--max-new-tokens": _sets(
+                "sampling.response_length", "maximum number of generated tokens", metavar="N", type=_count
+            ),
+            "--temperature": _sets("sampling.temperature", "sampling temperature", metavar="T"),
+            "--top-k": _sets("sampling.top_k", "sample from the K most probable tokens", metavar="K"),
+            "--top-p": _sets("sampling.top_p", "nucleus sampling", metavar="P"),
+            "--min-p": _sets("sampling.min_p", "minimum probability relative to the most probable token", metavar="P"),
             "--seed": _SEED,
             "--n": {"type": _count, "default": 1, "metavar": "N", "help": "completions per prompt (default: 1)"},
             "--prompts": {"metavar": "FILE", "help": "data file with prompts, instead of --prompt"},
@@ -145,7 +148,7 @@ COMMANDS: dict[str, Command] = {
                 "metavar": "FILE.jsonl",
                 "help": "output file of --prompts (FILE.jsonl.scored until it is complete)",
             },
-            "--fresh": {**_FRESH, "help": "overwrite --out and do not resume an interrupted command"},
+            "--fresh": {"action": "store_true", "help": "overwrite --out and do not resume an interrupted command"},
         },
         overrides=True,
     ),

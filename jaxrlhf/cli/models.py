@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import sys
 import warnings
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jaxrlhf import runtime
-from jaxrlhf.config import replace
 from jaxrlhf.config.file import load_config, methods_with_sections
 from jaxrlhf.errors import ConfigError, DataError, StorageError
 from jaxrlhf.selection.rule import Rule
@@ -30,16 +28,13 @@ def announce_compilations(stream: TextIO, *, quiet: bool = False) -> contextlib.
 
 
 @contextlib.contextmanager
-def _warnings_as_notes() -> Iterator[None]:
-    """Print warnings raised in the block to standard error; standard output is for the result."""
-    with warnings.catch_warnings(record=True) as caught:
+def _notes_on_stderr(*, quiet: bool = False) -> Iterator[None]:
+    """Print warnings of the block, and its slow compilations unless `quiet`, to standard error, as standard output is
+    for the result."""
+    with announce_compilations(sys.stderr, quiet=quiet), warnings.catch_warnings(record=True) as caught:
         yield
     for warning in caught:
         print(f"note: {warning.message}", file=sys.stderr)
-
-
-def _as_overrides(values: dict[str, Any]) -> Overrides:
-    return [(key, str(value)) for key, value in values.items() if value is not None]
 
 
 def _write_json(result: dict[str, Any], path: str) -> None:
@@ -52,20 +47,9 @@ def generate(options: Options, overrides: Overrides) -> int | None:
     if (options.prompt is None) == (options.prompts is None):
         print("jaxrlhf generate: give --prompt TEXT, or --prompts FILE --out FILE.jsonl", file=sys.stderr)
         return 2
-    flags = {
-        "sampling.response_length": options.max_new_tokens,
-        "sampling.temperature": options.temperature,
-        "sampling.top_k": options.top_k,
-        "sampling.top_p": options.top_p,
-        "sampling.min_p": options.min_p,
-        "sampling.greedy": "true" if options.greedy else None,
-        "seed": options.seed,
-        "model.path": options.model,
-        "data.path": options.prompts,
-    }
-    overrides = [*_as_overrides(flags), *overrides]
+    overrides = [("model.path", options.model), *overrides]
     if options.prompts is not None:
-        return _generate_selected(options, overrides)
+        return _generate_selected(options, [("data.path", options.prompts), *overrides])
     for name in ("out", "best_by", "keep", "threshold", "min_pass_rate", "max_pass_rate", "fresh"):
         if getattr(options, name) not in (None, False):
             raise ConfigError(f"generate: --{name.replace('_', '-')} needs --prompts FILE; it has no use with --prompt")
@@ -73,7 +57,7 @@ def generate(options: Options, overrides: Overrides) -> int | None:
     runtime.configure()
     from jaxrlhf.evaluation import generation
 
-    with announce_compilations(sys.stderr, quiet=config.logging.quiet), _warnings_as_notes():
+    with _notes_on_stderr(quiet=config.logging.quiet):
         texts = generation.complete(config, options.prompt, options.n)
     for i, text in enumerate(texts):
         if options.n > 1:
@@ -102,7 +86,7 @@ def _generate_selected(options: Options, overrides: Overrides) -> None:
     runtime.configure()
     from jaxrlhf.selection import select as selection
 
-    with announce_compilations(sys.stderr, quiet=config.logging.quiet), _warnings_as_notes():
+    with _notes_on_stderr(quiet=config.logging.quiet):
         summary = selection.select(config, Path(options.out), rule, options.n, fresh=options.fresh)
     print(f"{summary}\nwrote {options.out}")
 
@@ -115,12 +99,9 @@ def evaluate(options: Options, overrides: Overrides) -> None:
         )
     if options.examples:
         return _evaluate_reward_model(options, overrides)
-    config = _evaluation_config(options, [options.model], overrides)
-    runtime.configure()
-    from jaxrlhf.evaluation import completions, summary
+    (result,) = _evaluate_language_models(options, [options.model], overrides)
+    from jaxrlhf.evaluation import summary
 
-    with announce_compilations(sys.stderr, quiet=config.logging.quiet), _warnings_as_notes():
-        result = completions.evaluate(config, **_evaluation_arguments(options))
     print(summary.table(result))
     if options.output:
         _write_json(result, options.output)
@@ -128,35 +109,17 @@ def evaluate(options: Options, overrides: Overrides) -> None:
 
 
 def compare(options: Options, overrides: Overrides) -> None:
-    models = [options.model, options.other]
-    config = _evaluation_config(options, models, overrides)
-    runtime.configure()
-    from jaxrlhf.evaluation import completions, summary
+    first, second = _evaluate_language_models(options, [options.model, options.other], overrides)
+    from jaxrlhf.evaluation import summary
 
-    with announce_compilations(sys.stderr, quiet=config.logging.quiet), _warnings_as_notes():
-        results = [
-            completions.evaluate(
-                replace(config, **{"model.path": path}), **_evaluation_arguments(options), other_models=models
-            )
-            for path in models
-        ]
-    print(summary.comparison(*results))
+    print(summary.comparison(first, second))
     if options.output:
-        both = {"comparison": summary.paired(*results), "a": results[0], "b": results[1]}
-        _write_json(both, options.output)
+        _write_json({"comparison": summary.paired(first, second), "a": first, "b": second}, options.output)
 
 
-def _evaluation_config(options: Options, models: list[str], overrides: Overrides) -> Any:
-    """The config of an evaluation. Sampling and reward default to those of the first of `models` that was trained by
-    PPO or GRPO, or else by SFT or DPO."""
-    flags = {
-        "model.path": models[0],
-        "data.path": options.prompts,
-        "reward.function": options.reward,
-        "reward.model": options.reward_model,
-        "seed": options.seed,
-    }
-    overrides = [*_as_overrides(flags), *overrides]
+def _evaluate_language_models(options: Options, models: list[str], overrides: Overrides) -> list[dict[str, Any]]:
+    """Evaluate `models` on the same prompts. Sampling and reward default to those of the first of them that was trained
+    by PPO or GRPO, or else by SFT or DPO."""
     has_reward = any(key.startswith("reward.") for key, _ in overrides)
     sections = ["sampling"] if has_reward else ["sampling", "reward"]
     runs = (
@@ -164,15 +127,22 @@ def _evaluation_config(options: Options, models: list[str], overrides: Overrides
         for methods in (("ppo", "grpo"), ("sft", "dpo"))
         for model in models
     )
-    return load_config("ppo", None, [*next(filter(None, runs), []), *overrides], partial=True)
+    overrides = [*next(filter(None, runs), []), ("data.path", options.prompts), *overrides]
+    configs = [load_config("ppo", None, [*overrides, ("model.path", path)], partial=True) for path in models]
+    runtime.configure()
+    from jaxrlhf.evaluation import completions
 
-
-def _evaluation_arguments(options: Options) -> dict[str, Any]:
-    return {
-        "num_prompts": options.num_prompts,
-        "num_completions": options.num_completions,
-        "references": options.references or "",
-    }
+    with _notes_on_stderr(quiet=configs[0].logging.quiet):
+        return [
+            completions.evaluate(
+                config,
+                num_prompts=options.num_prompts,
+                num_completions=options.num_completions,
+                references=options.references or "",
+                other_models=models,
+            )
+            for config in configs
+        ]
 
 
 def _evaluate_reward_model(options: Options, overrides: Overrides) -> None:
@@ -184,7 +154,7 @@ def _evaluate_reward_model(options: Options, overrides: Overrides) -> None:
     runtime.configure()
     from jaxrlhf.evaluation import reward_examples
 
-    with announce_compilations(sys.stderr, quiet=config.logging.quiet):
+    with _notes_on_stderr(quiet=config.logging.quiet):
         result = reward_examples.judge(config)
     print(reward_examples.table(result))
     if options.output:
@@ -205,24 +175,23 @@ def export(options: Options, overrides: Overrides) -> None:
     if not is_run:
         print(export.merge(run, target))
         return
-    method, outcome = runs.method_and_outcome(run)
+    method, last_start = runs.method_and_last_start(run)
     exported = run / "export"
     # only the run itself can merge adapters of a quantised model: its export does not record the quantisation
     quantised = load_config(method, run / "config.yaml", partial=True).lora.quantize != "none"
     # an unfinished run may have an export that is older than its checkpoints
-    is_current = exported.is_dir() and (outcome == "done" or not any((run / "checkpoints").glob("[0-9]*")))
+    is_current = exported.is_dir() and (
+        last_start.get("outcome") == "done" or not any((run / "checkpoints").glob("[0-9]*"))
+    )
     if not is_current or options.role == "critic" or (options.merge_lora and quantised):
-        with _warnings_as_notes():
+        with _notes_on_stderr(quiet=True):
             export.export(run, target, options.role, merge_lora=options.merge_lora)
     elif options.merge_lora and (exported / "adapter_config.json").is_file():
         export.merge(exported, target)
     else:
         partial = target.with_name(target.name + ".part")
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(exported, partial)
-        if target.exists():
-            target.rmdir()
-        os.replace(partial, target)
+        shutil.copytree(exported, partial).replace(target)
     print(target)
     if method == "reward" and (note := pretrained.padding_note(target)):
         print(f"note: {note}", file=sys.stderr)

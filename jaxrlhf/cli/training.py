@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jaxrlhf
 from jaxrlhf import runtime
 from jaxrlhf.cli.models import Options, Overrides, announce_compilations
 from jaxrlhf.config import replace
@@ -83,14 +84,8 @@ def train(options: Options, overrides: Overrides) -> int | None:
 
 
 def _trainer_class(method: str) -> Any:
-    from jaxrlhf.training.dpo.trainer import DPOTrainer
-    from jaxrlhf.training.grpo.trainer import GRPOTrainer
-    from jaxrlhf.training.ppo.trainer import PPOTrainer
-    from jaxrlhf.training.reward.trainer import RewardTrainer
-    from jaxrlhf.training.sft import SFTTrainer
-
-    trainers = {"sft": SFTTrainer, "reward": RewardTrainer, "dpo": DPOTrainer, "ppo": PPOTrainer, "grpo": GRPOTrainer}
-    return trainers[method]
+    """The trainer whose config is `METHODS[method]`."""
+    return getattr(jaxrlhf, METHODS[method].__name__.replace("Config", "Trainer"))
 
 
 def plan(options: Options, overrides: Overrides) -> int:

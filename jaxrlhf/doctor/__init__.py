@@ -4,17 +4,15 @@ import itertools
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import runtime, weights
+from jaxrlhf import memory, runtime, weights
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.tokenizer import check_vocab
 from jaxrlhf.doctor.data import examine_data
@@ -51,16 +49,14 @@ def computer() -> list[str]:
         f"jaxrlhf {_version('jaxrlhf')}, python {platform.python_version()}, {platform.system()} {platform.machine()}",
         f"packages: {versions}",
         f"devices: {len(devices)} x {', '.join(kinds)}; {os.cpu_count()} processors",
-        f"memory: {_memory()}",
+        f"memory: {_free_of(memory.free_on_host(), os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}",
     ]
     if stats := devices[0].memory_stats():
-        limit = stats.get("bytes_limit", 0)
-        free = limit - stats.get("bytes_in_use", 0)
-        lines.append(f"device memory: {free / 2**30:.1f} GiB free of {limit / 2**30:.1f}")
+        lines.append(f"device memory: {_free_of(memory.free_on_device(), stats.get('bytes_limit', 0))}")
     disk = shutil.disk_usage(".")
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     lines += [
-        f"disk: {disk.free / 2**30:.1f} GiB free of {disk.total / 2**30:.1f} in this folder",
+        f"disk: {_free_of(disk.free, disk.total)} in this folder",
         "hub: offline (HF_HUB_OFFLINE is set); local folders and cached repositories still work"
         if offline
         else "hub: online; set HF_HUB_OFFLINE=1 to use only local and cached files",
@@ -203,15 +199,8 @@ def export_is_identical(folder: Path) -> Outcome:
 
 
 def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    return runtime.version(name) or "not installed"
 
 
-def _memory() -> str:
-    if sys.platform == "linux":
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        free, total = (int(fields[name].split()[0]) / 2**20 for name in ("MemAvailable", "MemTotal"))
-        return f"{free:.1f} GiB free of {total:.1f}"
-    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+def _free_of(free: int | None, total: int) -> str:
+    return f"{'unknown' if free is None else f'{free / 2**30:.1f} GiB'} free of {total / 2**30:.1f}"

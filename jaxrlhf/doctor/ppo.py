@@ -1,12 +1,12 @@
 """Checks of PPO with a model: a rollout of four prompts and two updates from it, in float32 and in memory only."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxrlhf import memory, weights
 from jaxrlhf.config import Data, PPOConfig
@@ -21,7 +21,6 @@ from jaxrlhf.rollout.text import decode_completions, response_ids
 from jaxrlhf.training import setup
 from jaxrlhf.training.on_policy.sampler import LOWER, Sampler
 from jaxrlhf.training.ppo.trainer import PPOTrainer
-from jaxrlhf.training.ppo.update import annotate, update
 from jaxrlhf.training.state import State
 from jaxrlhf.types import Params, Rollout
 
@@ -68,9 +67,7 @@ class Trial:
         yield "the reward runs", self.reward
         yield "micro-batches change nothing", self.micro_batches
         if self.measured:
-            yield "KL to the reference is zero", self.divergence
-            yield "first ratio is one", self.first_ratio
-            yield "sampler and training log-probs agree", self.sampler_logprobs
+            yield from self.measurements()
 
     def data(self) -> Outcome:
         """Read the first rows of the config's data, and check that the longest prompt and its response fit."""
@@ -186,9 +183,9 @@ class Trial:
             )
         differences, passed = [], True
         for role in ("policy", "critic"):
-            full, micro = (jax.tree.leaves(change[role]) for change in self.changes)
-            size = _norm(full)
-            relative = _norm([a - b for a, b in zip(full, micro, strict=True)]) / max(size, 1e-30)
+            full, micro = (change[role] for change in self.changes)
+            size = float(optax.global_norm(full))
+            relative = float(optax.global_norm(jax.tree.map(np.subtract, full, micro))) / max(size, 1e-30)
             passed &= size > 0 and relative <= UPDATE_TOLERANCE
             differences.append(f"{role} {relative:.1e}" if size else f"{role} has not changed")
         return passed, (
@@ -204,51 +201,42 @@ class Trial:
         start = self.start = self.start or jax.tree.map(np.array, trainer.state.value.params)
         fresh = jax.tree.map(lambda x: jnp.array(x, copy=True), start)
         trainer.state = State(fresh, dict(spec.optimizers), spec.mesh, spec.ppo.kl_coef)
-        state = trainer.state.value
-        spec = dataclasses.replace(spec, ppo=dataclasses.replace(spec.ppo, micro_batch_size=micro))
-        experience, before = annotate(state, trainer.frozen, rollout, jnp.linspace(-1, 1, ROWS), spec=spec)
+        trainer.spec = dataclasses.replace(spec, ppo=dataclasses.replace(spec.ppo, micro_batch_size=micro))
+        experience, metrics = trainer.learn(rollout, np.linspace(-1, 1, ROWS), 0)
         divergence = jnp.max(jnp.abs(experience.old_logprobs - experience.ref_logprobs))
-        trainer.state.value, after = update(state, trainer.frozen, experience, jax.random.key(0), spec=spec)
-        self.measured.append({k: float(v) for k, v in (before | after | {"divergence": divergence}).items()})
+        self.measured.append({k: float(v) for k, v in (metrics | {"divergence": divergence}).items()})
         new = trainer.state.value.params
         self.changes.append(jax.tree.map(lambda x, old: np.asarray(x) - np.asarray(old), new, start))
 
-    def divergence(self) -> Outcome:
-        """Check that policy and reference are equal before the first step: bit for bit, or with DoRA, which divides
-        magnitudes by a norm, up to rounding."""
-        tolerance = RATIO_TOLERANCE if self.config.lora.use_dora else 0
-        return self._within(
-            "divergence",
-            "largest |log pi - log ref| before the first step",
-            tolerance,
-            "policy and reference are not scored alike (temperature, mask or weights)",
-        )
-
-    def first_ratio(self) -> Outcome:
-        """Check that the first mini-batch is evaluated with the policy that was annotated."""
-        return self._within(
-            "val/first_log_ratio_max",
-            "largest |log pi - log pi_old| at the first step",
-            RATIO_TOLERANCE,
-            "annotation and update score the policy differently",
-        )
-
-    def sampler_logprobs(self) -> Outcome:
-        """Compare log-probs of the sampler, token by token with a cache, with those used in training."""
-        return self._within(
-            "val/sampler_logprob_gap_max",
-            f"largest difference at temperature {self.config.sampling.temperature:g}",
-            SAMPLER_TOLERANCE,
-            "sampling and training differ (other temperature, filters, mask or weights)",
-        )
-
-    def _within(self, key: str, quantity: str, tolerance: float, cause: str) -> Outcome:
-        """Check that a metric of all updates is at most `tolerance`; otherwise name the likely cause."""
-        value = max(metrics[key] for metrics in self.measured)
-        passed = value <= tolerance
-        return passed, f"{quantity} {value:.1e}" + (
-            "" if passed else f", above {tolerance:g}: {cause}; please report it as a bug"
-        )
+    def measurements(self) -> Iterator[Check]:
+        """Checks that a metric is at most `tolerance` in all updates; otherwise they name the likely cause."""
+        equal = RATIO_TOLERANCE if self.config.lora.use_dora else 0  # DoRA divides magnitudes by a norm
+        for name, key, tolerance, quantity, cause in (
+            (
+                "KL to the reference is zero",
+                "divergence",
+                equal,
+                "largest |log pi - log ref| before the first step",
+                "policy and reference are not scored alike (temperature, mask or weights)",
+            ),
+            (
+                "first ratio is one",
+                "val/first_log_ratio_max",
+                RATIO_TOLERANCE,
+                "largest |log pi - log pi_old| at the first step",
+                "annotation and update score the policy differently",
+            ),
+            (  # the sampler decodes token by token with a cache
+                "sampler and training log-probs agree",
+                "val/sampler_logprob_gap_max",
+                SAMPLER_TOLERANCE,
+                f"largest difference at temperature {self.config.sampling.temperature:g}",
+                "sampling and training differ (other temperature, filters, mask or weights)",
+            ),
+        ):
+            value = max(metrics[key] for metrics in self.measured)
+            excess = "" if value <= tolerance else f", above {tolerance:g}: {cause}; please report it as a bug"
+            yield name, lambda outcome=(not excess, f"{quantity} {value:.1e}{excess}"): outcome
 
     def _response_length(self) -> int:
         free = self.model.max_positions - max(len(row.tokens) for row in self.rows)
@@ -256,7 +244,3 @@ class Trial:
 
     def _name(self, token: int) -> str:
         return f"{self.tokenizer.convert_ids_to_tokens([token])[0]!r} (id {token})"
-
-
-def _norm(leaves: Sequence[Any]) -> float:
-    return float(np.sqrt(sum(float(np.sum(np.square(x, dtype=np.float64))) for x in leaves)))

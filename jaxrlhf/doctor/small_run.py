@@ -3,10 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.config import Optim, PPOConfig
+from jaxrlhf.rollout.text import shortened
 from jaxrlhf.types import Rollout
 
 ROWS = 4
@@ -42,18 +44,9 @@ def zero_reward(completions: Sequence[str]) -> list[float]:
 
 def with_uneven_lengths(rollout: Rollout, pad_id: int) -> Rollout:
     """Cut row i to (i + 1) / ROWS of the columns. With equal lengths, averaging per micro-batch would go unnoticed."""
+    rollout = jax.device_get(rollout)
     columns = rollout.response_mask.shape[1]
     lengths = np.maximum(columns * np.arange(1, ROWS + 1) // ROWS, 1)
-    old_mask, support = np.asarray(rollout.response_mask), rollout.support
-    response_mask = old_mask & (np.arange(columns) < lengths[:, None])
-    mask = np.concatenate([np.asarray(rollout.mask)[:, :-columns], response_mask], axis=1)
-    prompt = np.arange(mask.shape[1]) < mask.shape[1] - columns
-    return dataclasses.replace(
-        rollout,
-        tokens=jnp.asarray(np.where(mask | prompt, rollout.tokens, pad_id)),
-        mask=jnp.asarray(mask),
-        response_mask=jnp.asarray(response_mask),
-        logprobs=jnp.where(response_mask, rollout.logprobs, 0.0),
-        finished=rollout.finished & jnp.asarray((response_mask == old_mask).all(1)),
-        support=None if support is None else jnp.where(response_mask[..., None], support, jnp.uint8(0)),
-    )
+    mask = rollout.response_mask & (np.arange(columns) < lengths[:, None])
+    finished = rollout.finished & (mask == rollout.response_mask).all(1)
+    return jax.tree.map(jnp.asarray, shortened(rollout, mask, finished, pad_id))

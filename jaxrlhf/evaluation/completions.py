@@ -41,7 +41,7 @@ def evaluate(
         other_models: models to be compared on the same prompts; prompts too long for one of them are left out.
     """
     tokenizer, rows = generation.read_prompts(config)
-    for path in other_models:
+    for path in (path for path in other_models if path != config.model.path):
         readable = {row.index for row in generation.read_prompts(replace(config, **{"model.path": path}))[1]}
         rows = [row for row in rows if row.index in readable]
     has_reward = bool(config.reward.parts(passed=function is not None))
@@ -55,14 +55,14 @@ def evaluate(
         group for batch in generation.score_completions(config, scorer, tokenizer, rows, rollout) for group in batch
     ]
     prompts = [_prompt_result(*item) for item in zip(rows, groups, reference_texts, strict=True)]
+    sections = dataclasses.asdict(config.reward), dataclasses.asdict(config.sampling)
+    reward, sampling = json.loads(json.dumps(sections))  # with lists in place of tuples
     return {
         "model": config.model.path,
         "prompts_from": config.data.path,
         "references_from": column,
-        "reward": dataclasses.asdict(config.reward)
-        | {"components": [dataclasses.asdict(component) for component in config.reward.components]},
-        "sampling": dataclasses.asdict(config.sampling)
-        | {"stop_token_ids": list(config.sampling.stop_token_ids), "stop_strings": list(config.sampling.stop_strings)},
+        "reward": reward,
+        "sampling": sampling,
         "seed": config.seed,
         "statistics": statistics(prompts),
         "prompts": prompts,

@@ -15,6 +15,7 @@ from jaxrlhf.data.sources import Rows
 from jaxrlhf.data.tokenise import TokenisedExample
 from jaxrlhf.errors import DataError
 from jaxrlhf.evaluation.reward_metrics import HeldOut, evaluation, summary
+from jaxrlhf.evaluation.summary import one_line
 from jaxrlhf.rewards.sources.model import RewardModel
 
 SHOWN = 50  # examples printed
@@ -95,9 +96,8 @@ def table(result: dict[str, Any], width: int = 100) -> str:
             scores = f"{'good' if example['label'] else 'bad':<4} {_score(example, 'score')}"
         else:
             scores = f"good {_score(example, 'good')}  bad {_score(example, 'bad')}"
-        title = " ".join(f"{example['name']}: {example['prompt']}".split())
-        line = f"{'right' if example['right'] else 'WRONG'}  {scores}  {title}"
-        lines.append(line if len(line) <= width else line[: width - 3] + "...")
+        head = f"{'right' if example['right'] else 'WRONG'}  {scores}  "
+        lines.append(head + one_line(f"{example['name']}: {example['prompt']}", width - len(head)))
     if len(examples) > SHOWN:
         lines.append(f"and {len(examples) - SHOWN} more")
     right = sum(example["right"] for example in examples)

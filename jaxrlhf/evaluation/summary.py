@@ -47,10 +47,7 @@ def statistics(prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 
 def _score_statistics(prompts: Sequence[Prompt], scores: Sequence[float]) -> dict[str, float]:
-    mean, error = mean_and_error(prompt["mean"] for prompt in prompts)
-    return {
-        "mean": mean,
-        "standard_error": error,
+    return _mean_with_error(prompt["mean"] for prompt in prompts) | {
         "std": float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0,
         "min": min(scores),
         "max": max(scores),
@@ -94,12 +91,12 @@ def table(result: Result, width: int = 100) -> str:
     """Format an evaluation for the console: every prompt with its completions, best score first, then statistics."""
     lines = []
     for prompt in result["prompts"]:
-        lines += ["", _one_line(prompt["prompt"], width)]
+        lines += ["", one_line(prompt["prompt"], width)]
         if prompt.get("reference") is not None:
-            lines.append(f"  {'REFERENCE':<16}  {_one_line(prompt['reference'], width - 20)}")
+            lines.append(f"  {'REFERENCE':<16}  {one_line(prompt['reference'], width - 20)}")
         for completion in prompt["completions"]:
             head = f"{completion['rank']:<6} {completion['score']:>9.3f}" if "score" in completion else " " * 16
-            lines.append(f"  {head}  {_one_line(completion['text'], width - 20)}")
+            lines.append(f"  {head}  {one_line(completion['text'], width - 20)}")
     stats = result["statistics"]
     lines += ["", f"{stats['prompts']} prompts, {stats['completions']} completions of {result['model']}"]
     return "\n".join([*lines, *_statistics_lines(stats)]).lstrip("\n")
@@ -187,6 +184,7 @@ def comparison(first: Result, second: Result) -> str:
     )
 
 
-def _one_line(text: str, width: int) -> str:
+def one_line(text: str, width: int) -> str:
+    """`text` without line breaks and repeated spaces, truncated to `width` characters."""
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 3] + "..."

@@ -1,4 +1,4 @@
-"""Metrics of texts for reports: BLEU in two conventions, ROUGE-L, distinct-n, repetition, length.
+"""Metrics of texts for reports: BLEU in two conventions, ROUGE-L, distinct-n, repetition.
 
 Each function takes texts, and references in the same order, one per text, and returns one number. Words are separated
 by white space, except in sacrebleu's BLEU.
@@ -8,7 +8,6 @@ import importlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import jaxrlhf.rewards.text
 from jaxrlhf.errors import ConfigError
@@ -20,18 +19,11 @@ def corpus_bleu(texts: Sequence[str], references: Sequence[str]) -> float:
 
     Raises ConfigError without sacrebleu.
     """
-    _pairs(texts, references)
-    return float(_sacrebleu().corpus_bleu(list(texts), [list(references)]).score)
-
-
-def sentence_bleu(texts: Sequence[str], references: Sequence[str]) -> float:
-    """Mean of sacrebleu's `sentence_bleu` with its defaults, 0 to 100: `corpus_bleu` of each text, except that short
-    texts use only the n-gram orders they have (effective order).
-
-    Raises ConfigError without sacrebleu.
-    """
-    library, pairs = _sacrebleu(), _pairs(texts, references)
-    return _mean([library.sentence_bleu(text, [reference]).score for text, reference in pairs])
+    try:
+        sacrebleu = importlib.import_module("sacrebleu")
+    except ModuleNotFoundError as error:
+        raise ConfigError('BLEU needs sacrebleu, which is not installed: pip install "jaxrlhf[eval]"') from error
+    return float(sacrebleu.corpus_bleu(list(texts), [list(references)]).score)
 
 
 def plain_bleu(texts: Sequence[str], references: Sequence[str]) -> float:
@@ -42,7 +34,7 @@ def plain_bleu(texts: Sequence[str], references: Sequence[str]) -> float:
     match, as for every text of fewer than four words; NLTK warns and returns about 1e-78.
     """
     scores = []
-    for text, reference in _pairs(texts, references):
+    for text, reference in zip(texts, references, strict=True):
         words, reference_words = text.split(), reference.split()
         logs = 0.0
         for n in (1, 2, 3, 4):
@@ -54,15 +46,15 @@ def plain_bleu(texts: Sequence[str], references: Sequence[str]) -> float:
     return _mean(scores)
 
 
-def rouge_l(texts: Sequence[str], references: Sequence[str], *, case: bool = False) -> float:
-    """Mean F1 of the longest common subsequence of words, 0 to 1 (Lin 2004, https://aclanthology.org/W04-1013, with
-    beta = 1); case-sensitive if `case`.
+def rouge_l(texts: Sequence[str], references: Sequence[str]) -> float:
+    """Mean F1 of the longest common subsequence of words, 0 to 1, ignoring case (Lin 2004,
+    https://aclanthology.org/W04-1013, with beta = 1).
 
     Unlike the package rouge-score, which keeps only ASCII letters and digits, "mat." here differs from "mat".
     """
     scores = []
-    for text, reference in _pairs(texts, references):
-        a, b = ((s if case else s.casefold()).split() for s in (text, reference))
+    for text, reference in zip(texts, references, strict=True):
+        a, b = text.casefold().split(), reference.casefold().split()
         total = len(a) + len(b)
         scores.append(2 * _longest_common_subsequence(a, b) / total if total else 0.0)
     return _mean(scores)
@@ -79,11 +71,6 @@ def distinct(texts: Sequence[str], n: int) -> float:
 def repetition(texts: Sequence[str], *, n: int = 3) -> float:
     """Mean share of a text's word n-grams that occurred earlier in it, 0 to 1: minus the reward of that name."""
     return -_mean(jaxrlhf.rewards.text.repetition(texts, n=n))
-
-
-def mean_length(texts: Sequence[str]) -> float:
-    """Mean number of words of a text."""
-    return _mean([len(text.split()) for text in texts])
 
 
 def _ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
@@ -104,19 +91,5 @@ def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
     return len(a) - row.bit_count()
 
 
-def _pairs(texts: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
-    """Raise ValueError unless there is one reference per text."""
-    if len(texts) != len(references):
-        raise ValueError(f"{len(texts)} texts and {len(references)} references; one for each text is needed")
-    return list(zip(texts, references, strict=True))
-
-
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else 0.0
-
-
-def _sacrebleu() -> Any:
-    try:
-        return importlib.import_module("sacrebleu")
-    except ModuleNotFoundError as error:
-        raise ConfigError('BLEU needs sacrebleu, which is not installed: pip install "jaxrlhf[eval]"') from error

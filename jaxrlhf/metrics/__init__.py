@@ -3,7 +3,6 @@
 `keys` defines every metric, `console` prints, `plots` draws.
 """
 
-import contextlib
 import importlib
 import json
 import math
@@ -34,7 +33,8 @@ class Logger:
         self._purge_step: int | None = None
         self._writer: Any = None
         self._wandb = _open_wandb(config, directory) if config.wandb_project else None
-        self._console = None if config.quiet else Console(method, total_steps, config.log_every)
+        self._console = Console(method, total_steps, config)
+        self.note, self.paused = self._console.note, self._console.paused
         self._open()
 
     def log(self, step: int, record: Mapping[str, Any]) -> None:
@@ -49,32 +49,20 @@ class Logger:
                 self._tensorboard().add_scalar(key, value, step)
         if self._wandb:
             self._wandb.log(numbers, step=step)
-        if self._console:
-            self._console.progress(step, numbers)
+        self._console.progress(step, numbers)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write rows ("prompt", "completion", and "score" or any other JSON value) and show the first few."""
         self._samples.writelines(_line({"step": step, **row}) for row in rows)
         self._samples.flush()
-        if self._console:
-            for row in rows[: self._config.num_samples]:
-                self._console.sample(step, row)
-
-    def note(self, text: str) -> None:
-        """Print a message between the progress lines."""
-        if self._console:
-            self._console.note(text)
-
-    def paused(self) -> contextlib.AbstractContextManager[None]:
-        """Context in which the console draws nothing."""
-        return self._console.paused() if self._console else contextlib.nullcontext()
+        for row in rows[: self._config.num_samples]:
+            self._console.sample(step, row)
 
     def rewind(self, step: int) -> None:
         """Remove records after `step` and incomplete lines before the run resumes from `step`."""
-        self._metrics.close()
-        self._samples.close()
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            _truncate(self._directory / name, step)
+        for file in (self._metrics, self._samples):
+            file.close()
+            _truncate(Path(file.name), step)
         self._purge_step = step + 1
         self._open()
 
@@ -86,14 +74,14 @@ class Logger:
             self._writer.close()
         if self._wandb:
             self._wandb.finish()
-        if self._console:
-            self._console.close()
+        self._console.close()
 
     def _open(self) -> None:
         # A lone surrogate, which UTF-8 cannot encode, is written as its JSON escape \udxxx.
-        mode: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
-        self._metrics = open(self._directory / "metrics.jsonl", "a", **mode)  # noqa: SIM115
-        self._samples = open(self._directory / "samples.jsonl", "a", **mode)  # noqa: SIM115
+        self._metrics, self._samples = (
+            open(self._directory / name, "a", encoding="utf-8", errors="backslashreplace", newline="\n")  # noqa: SIM115
+            for name in ("metrics.jsonl", "samples.jsonl")
+        )
 
     def _tensorboard(self) -> Any:
         if self._writer is None:

@@ -7,10 +7,19 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jaxrlhf.config import Logging
+
+_ON_POLICY = {
+    "objective/scores": "score",
+    "objective/kl": "kl",
+    "groups/flat": "flat",
+    "tokens/mean_length": "len",
+    "learning_rate": "lr",
+}
 SUMMARY: dict[str, dict[str, str]] = {
     "sft": {"loss": "loss", "eval/loss": "eval", "learning_rate": "lr"},
     "reward": {"loss": "loss", "accuracy": "acc", "margin": "margin", "eval/accuracy": "eval", "learning_rate": "lr"},
-    "generate": {"objective/scores": "score"},
+    "generate": _ON_POLICY,
     "dpo": {
         "loss": "loss",
         "rewards/accuracies": "acc",
@@ -18,37 +27,36 @@ SUMMARY: dict[str, dict[str, str]] = {
         "eval/rewards/accuracies": "eval",
         "learning_rate": "lr",
     },
-    "ppo": {"objective/scores": "score", "objective/kl": "kl", "tokens/mean_length": "len", "learning_rate": "lr"},
-    "grpo": {
-        "objective/scores": "score",
-        "objective/kl": "kl",
-        "groups/flat": "flat",
-        "tokens/mean_length": "len",
-        "learning_rate": "lr",
-    },
+    "ppo": _ON_POLICY,
+    "grpo": _ON_POLICY,
 }
-"""Metrics on the progress line, by method: key -> label."""
+"""Metrics on the progress line, if the record has them, by method: key -> label."""
 
 SHOWN = 600
 """Maximum characters of a prompt or completion on the console; samples.jsonl has the full text."""
 
 
 class Console:
-    """Console of one run of `method` with `total` steps; without a terminal it prints a line every `every` steps."""
+    """Console of one run of `method` with `total` steps; without a terminal it prints a line every `log_every` steps.
+    If `config.quiet`, it prints nothing."""
 
-    def __init__(self, method: str, total: int, every: int) -> None:
-        self._method, self._total, self._every = method, total, every
+    def __init__(self, method: str, total: int, config: Logging) -> None:
+        self._method, self._total, self._config = method, total, config
         self._first: tuple[int, float] | None = None  # step and time of the first record, which included compilation
-        self._bar = _progress_bar(method, total) if sys.stdout.isatty() else None
+        self._bar = _progress_bar(method, total) if sys.stdout.isatty() and not config.quiet else None
 
     def progress(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """Show the record of `step` if it is due: every `every` steps, the first, the last, and validations."""
+        """Show the record of `step` if it is due: every `log_every` steps, the first, the last, and validations."""
         first, started = self._first = self._first or (step, time.monotonic())
         labels = SUMMARY[self._method].items()
         facts = [f"{label}={_short(numbers[key])}" for key, label in labels if key in numbers]
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, facts=" ".join(facts))
-        elif step in (first, self._total) or step % self._every == 0 or any(key.startswith("eval/") for key in numbers):
+        elif (
+            step in (first, self._total)
+            or step % self._config.log_every == 0
+            or any(key.startswith("eval/") for key in numbers)
+        ):
             if step > first:
                 remaining = (time.monotonic() - started) / (step - first) * (self._total - step)
                 facts.append(f"eta={_duration(remaining)}")
@@ -94,9 +102,9 @@ class Console:
     def _print(self, text: str) -> None:
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
-            return
-        encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        elif not self._config.quiet:
+            encoding = sys.stdout.encoding or "utf-8"
+            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def visible(text: str) -> str:

@@ -6,7 +6,7 @@ besides its arguments; the memory of everything else follows from the shapes.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -107,32 +107,34 @@ def _gradients(state: TrainState) -> int:
 
 
 def _phase(
-    name: str, standing: dict[str, int], ran: list[Compiled], trips: float = 1, times: int = 1, **known: int
+    name: str,
+    standing: dict[str, int],
+    ran: list[Compiled],
+    known: dict[str, int] | None = None,
+    *,
+    trips: float = 1,
+    times: int = 1,
 ) -> Phase:
-    """A phase of programs that run one after another, `times` times. `known` names the known part of the memory they
-    need besides their arguments, with underscores for spaces."""
-    named = {key.replace("_", " "): value for key, value in known.items()}
-    beside = max((_beside(one) for one in ran), default=0)
-    rest = {
-        "activations, rest": max(0, beside - sum(v for k, v in named.items() if k not in ("batch", "decoding copy")))
-    }
+    """A phase of programs that run one after another, `times` times. `known` is the part of the memory they need
+    besides their arguments that has a name."""
+    known = known or {}
+    rest = max(0, max((_beside(one) for one in ran), default=0) - sum(known.values()))
     found = [p._replace(times=p.times * times) for one in ran for p in costs.products(one.jaxpr, trips)]
-    return Phase(name, {**standing, **named, **rest}, found)
+    return Phase(name, {**standing, **known, "activations, rest": rest}, found)
 
 
 def _supervised_phases(trainer: SFTTrainer | RewardTrainer | DPOTrainer, found: Programs) -> Iterator[Phase]:
     state, train = trainer.state.template, trainer.config.train
-    standing, logits, samples = _standing(state, trainer.frozen), 0, []
+    standing, known = _standing(state, trainer.frozen), {"gradients": _gradients(state)}
     if not isinstance(trainer, RewardTrainer):
-        shares = sharding.row_shards(trainer.mesh)
-        rows = (train.micro_batch_size or train.batch_size) // shares
-        logits = logits_bytes(trainer.model, rows * (trainer.width - 1))
-        copy, length = size(found["convert"][0].outputs), trainer.config.sampling.response_length
-        samples = [_phase("samples", standing, found["generate"], length, decoding_copy=copy)]
-    yield _phase("update", standing, found["update"], gradients=_gradients(state), logits=logits)
+        rows = (train.micro_batch_size or train.batch_size) // sharding.row_shards(trainer.mesh)
+        known["logits"] = logits_bytes(trainer.model, rows * (trainer.width - 1))
+    yield _phase("update", standing, found["update"], known)
     if scoring := found.get("evaluate") or found.get("score"):
         yield _phase("evaluation", standing, scoring[-1:])
-    yield from samples
+    if not isinstance(trainer, RewardTrainer):
+        copy = {"decoding copy": size(found["convert"][0].outputs)}
+        yield _phase("samples", standing | copy, found["generate"], trips=trainer.config.sampling.response_length)
 
 
 def _on_policy_phases(trainer: PPOTrainer | GRPOTrainer, found: Programs) -> Iterator[Phase]:
@@ -152,30 +154,20 @@ def _on_policy_phases(trainer: PPOTrainer | GRPOTrainer, found: Programs) -> Ite
     yield _phase("copy for decoding", standing, found["convert"])
     slots = min(sampler.slots or batch, batch)
     cache = jax.eval_shape(lambda: empty_cache(sampler.decoder, slots, sampler.columns + length))
-    known = {
-        "decoding_copy": size(found["convert"][0].outputs),
-        "keys_and_values": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // shares,
-    }
+    copy = {"decoding copy": size(found["convert"][0].outputs)}
+    cached = {"keys and values": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // shares}
     drawn = [one for name in ("generate", "admit", "advance") for one in found.get(name, ())]
-    phase = _phase("rollout", standing, drawn, length - 1, -(-batch // slots), **known)
-    if "advance" in found:  # the cache is an argument there, and not of what is needed besides
-        rest = {"activations, rest": max(_beside(one) for one in drawn)}
-        phase = replace(phase, bytes=phase.bytes | rest)
-    yield phase
-    experience = size(found["annotate"][0].outputs[0])
+    if "advance" in found:  # an argument of that program
+        copy, cached = copy | cached, {}
+    yield _phase("rollout", standing | copy, drawn, cached, trips=length - 1, times=-(-batch // slots))
+    experience = {"batch": size(found["annotate"][0].outputs[0])}
     if scoring := [one for name in ("last_token_scores", "token_scores_jit") for one in found.get(name, ())]:
         rows = min(model.micro_batch_size for model in trainer.scorer.models.values())
-        yield _phase("reward model", standing, scoring, times=-(-batch // rows), batch=experience)
-    yield _phase("annotation", annotating, found["annotate"], batch=experience)
-    logits = logits_bytes(trainer.model, settings.micro_rows(batch) // shares * length)
+        yield _phase("reward model", standing | experience, scoring, times=-(-batch // rows))
+    yield _phase("annotation", annotating | experience, found["annotate"])
     replay = settings.replay if isinstance(settings, PPO) else 0  # a pass over each kept experience, one at a time
-    kept = experience * (replay > 0)
-    yield _phase(
-        "update",
-        learning,
-        found["update"],
-        times=1 + replay,
-        batch=experience + kept,
-        gradients=_gradients(state),
-        logits=logits,
-    )
+    if replay:
+        experience = {"batch": 2 * experience["batch"]}
+    logits = logits_bytes(trainer.model, settings.micro_rows(batch) // shares * length)
+    known = {"gradients": _gradients(state), "logits": logits}
+    yield _phase("update", learning | experience, found["update"], known, times=1 + replay)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import sharding, weights
@@ -125,25 +124,22 @@ def _compile_on_policy(trainer: PPOTrainer | GRPOTrainer, compile_program: Calla
             program = token_scores_jit if component.per_token else sequence_scores_jit
             compile_program(program, model.params, model.model, *model.padded_rows(columns))
     scores = sharding.put_rows(np.zeros(size, np.float32), trainer.mesh)
+    other_scores = None  # PPO: of single tokens; GRPO: of greedy responses
     if isinstance(trainer, PPOTrainer):
+        module = ppo_update
         if state.replay is not None:  # rollouts are padded to the width of the kept ones
-            kept = state.replay.rollout
-            one = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), kept))
+            one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state.replay.rollout)
             rollout = jax.tree.map(lambda x: sharding.rows_shape(x, trainer.mesh), one)
-        token_scores = None
         if trainer.scorer.per_token:
-            shape = size, sampling.response_length
-            token_scores = sharding.put_rows(np.zeros(shape, np.float32), trainer.mesh)
-        args = without_moments(state), frozen, rollout, scores, token_scores
-        experience, _ = compile_program(ppo_update.annotate, *args, spec=trainer.spec)
-        used = {role: frozen[role] for role in ("policy", "critic")}
-        compile_program(ppo_update.update, state, used, experience, KEY, spec=trainer.spec)
+            other_scores = sharding.put_rows(np.zeros((size, sampling.response_length), np.float32), trainer.mesh)
     else:
-        greedy = scores if trainer.config.grpo.recipe.advantage == "greedy" else None
-        args = without_moments(state), frozen, rollout, scores, greedy
-        experience, _ = compile_program(grpo_update.annotate, *args, spec=trainer.spec)
-        used = {"policy": frozen["policy"]}
-        compile_program(grpo_update.update, state, used, experience, KEY, spec=trainer.spec)
+        module = grpo_update
+        if trainer.config.grpo.recipe.advantage == "greedy":
+            other_scores = scores
+    args = without_moments(state), frozen, rollout, scores, other_scores
+    experience, _ = compile_program(module.annotate, *args, spec=trainer.spec)
+    used = {role: frozen[role] for role in ("policy", "critic") if role in frozen}
+    compile_program(module.update, state, used, experience, KEY, spec=trainer.spec)
 
 
 def _compile_rollout(

@@ -46,18 +46,22 @@ def decode_completions(
             low, high = (low, middle) if any(string in prefix for string in stop_strings) else (middle + 1, high)
         mask[i, low:] = False
         finished[i] = True
+    return shortened(rollout, mask, finished, tokenizer.pad_id), texts
+
+
+def shortened(rollout: Rollout, mask: jax.Array | np.ndarray, finished: jax.Array | np.ndarray, pad_id: int) -> Rollout:
+    """The rollout, on the host, with the shorter response mask bool [B, R] and `finished` bool [B]."""
     width = rollout.tokens.shape[1] - mask.shape[1]
     real = np.concatenate([rollout.mask[:, :width], mask], axis=1)
-    rollout = dataclasses.replace(
+    return dataclasses.replace(
         rollout,
-        tokens=np.where(real | (np.arange(real.shape[1]) < width), rollout.tokens, tokenizer.pad_id),
+        tokens=np.where(real | (np.arange(real.shape[1]) < width), rollout.tokens, pad_id),
         mask=real,
         response_mask=mask,
         logprobs=np.where(mask, rollout.logprobs, np.float32(0)),
         finished=finished,
         support=None if rollout.support is None else np.where(mask[..., None], rollout.support, np.uint8(0)),
     )
-    return rollout, texts
 
 
 def token_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[list[str]]:

@@ -1,7 +1,7 @@
 """Run directories: an exclusive lock, a record of every start, and a safe resume.
 
 with open_run(config, "ppo", fresh=False) as run:
-    ...                      # run.directory, run.resumed, run.notes
+    ...                      # run.directory, run.notes
     if run.stopping:         # SIGTERM or Ctrl-C: save, then raise Preempted
 """
 
@@ -35,8 +35,6 @@ class Run:
     """An open run directory."""
 
     directory: Path
-    resumed: bool
-    """The directory has checkpoints to resume from."""
     notes: tuple[str, ...]
     """Messages for the user about this resume."""
     stopping: bool = False
@@ -55,17 +53,16 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
         StorageError: the directory cannot be used, is in use, or holds a run that `config` cannot resume.
     """
     directory = Path(config.run_dir).resolve()
-    lock = _lock(directory)
-    try:
-        if fresh and _move_aside(directory):
-            lock.close()
-            lock = _lock(directory)
+    if fresh:
+        with _lock(directory):
+            _move_aside(directory)
+    with _lock(directory):
         resumed = checkpoint.exists(directory / "checkpoints")
         previous, notes = check_resume(directory, config, method) if resumed else ({}, ())
         record = _record(previous, config, method)
         write_whole(directory / "config.yaml", f"# jaxrlhf {method}, every option resolved\n" + text.dump(config))
         write_whole(directory / "run.json", json.dumps(record, indent=1) + "\n")
-        run = Run(directory, resumed, notes)
+        run = Run(directory, notes)
         outcome = "done"
         try:
             with _signals(run):
@@ -77,8 +74,6 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
             record["starts"][-1] |= {"end": _now(), "outcome": outcome}
             with contextlib.suppress(OSError):  # a full disk must not hide the original error
                 write_whole(directory / "run.json", json.dumps(record, indent=1) + "\n")
-    finally:
-        lock.close()
 
 
 def check_run_directory(config: Any, method: str, fresh: bool) -> None:
@@ -90,32 +85,26 @@ def check_run_directory(config: Any, method: str, fresh: bool) -> None:
                 check_resume(directory, config, method)
 
 
-def method_and_outcome(directory: Path) -> tuple[str, str]:
-    """Method of a run and outcome of its last start: "done" if it finished, "" while it runs or if it was killed.
+def method_and_last_start(directory: Path) -> tuple[str, dict[str, Any]]:
+    """Method of a run, and the record of its last start.
 
-    Raises:
-        StorageError: run.json cannot be read.
+    In the record, `outcome` is "done" if the run finished, and missing while it runs or if it was killed; `directory`
+    is the working directory. Raises StorageError if run.json cannot be read.
     """
     try:
         record = json.loads((directory / "run.json").read_bytes())
-        return record["method"], record["starts"][-1].get("outcome", "")
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        return record["method"], dict(record["starts"][-1])
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise StorageError(f"{directory / 'run.json'} cannot be read: {first_line(error)}") from error
 
 
-def working_directory(directory: Path) -> str:
-    """Working directory of the last start of a run; "" if it was not recorded."""
-    record = json.loads((directory / "run.json").read_bytes())
-    return record["starts"][-1].get("directory", "")
-
-
 def _lock(directory: Path) -> TextIO:
-    """Create a run directory if needed and lock it. The kernel releases the lock when the process ends."""
+    """Create a run directory if needed and lock it, until the file is closed or the process ends."""
     path = directory / ".lock"
     try:
         while True:
             directory.mkdir(parents=True, exist_ok=True)
-            file = open(path, "a+")  # noqa: SIM115 - closed by the caller; closing is unlocking
+            file = open(path, "a+")  # noqa: SIM115 - closed by the caller
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -138,11 +127,11 @@ def _lock(directory: Path) -> TextIO:
     return file
 
 
-def _move_aside(directory: Path) -> bool:
-    """Rename an existing run to `<name>.old-<n>`; False if there is none."""
+def _move_aside(directory: Path) -> None:
+    """Rename an existing run to `<name>.old-<n>`."""
     content = {p.name for p in directory.iterdir()} - {".lock"}
     if not content:
-        return False
+        return
     if not content & {"run.json", "config.yaml"}:
         raise StorageError(
             f"{directory} is not a run directory (no run.json), so --fresh does not rename it; choose another run_dir"
@@ -151,7 +140,6 @@ def _move_aside(directory: Path) -> bool:
     while (target := directory.with_name(f"{directory.name}.old-{number}")).exists():
         number += 1
     directory.rename(target)
-    return True
 
 
 def _record(previous: dict[str, Any], config: Any, method: str) -> dict[str, Any]:

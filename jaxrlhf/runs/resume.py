@@ -1,6 +1,5 @@
 """Comparison of a config with that of the run it resumes."""
 
-import importlib.metadata
 import json
 import platform
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from jaxrlhf import runtime
 from jaxrlhf.config import text
 from jaxrlhf.errors import StorageError
 
@@ -96,13 +96,8 @@ def check_resume(directory: Path, config: Any, method: str) -> tuple[dict[str, A
 
 def versions() -> dict[str, str]:
     """Versions of python and of the installed PACKAGES."""
-    installed = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            installed[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
+    found = {package: version for package in PACKAGES if (version := runtime.version(package))}
+    return {"python": platform.python_version(), **found}
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Log of scored completions on disk, from which an interrupted selection resumes."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -7,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO
 
 from jaxrlhf.errors import StorageError
 
@@ -15,40 +16,10 @@ CODE = "reward's code"
 
 
 class Log:
-    """JSON lines: first `settings` and `code`, then the completions of each prompt in order. A context manager.
+    """JSON lines: first the settings, then the completions of each prompt, in order; `count` prompts so far."""
 
-    `settings` is everything that determines completions and scores, `code` the hash of each file of the reward's code,
-    `count` the number of prompts in the log. An incomplete last line is dropped; `fresh` drops everything.
-
-    Raises StorageError if another process writes to `path`, or if the log was started with other settings. Other code
-    is only a warning, because a reward function that failed has to be fixed.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any], code: dict[str, str], *, fresh: bool) -> None:
-        self.path, self.count = path, 0
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b")
-        except OSError as error:
-            raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
-        try:
-            self._lock()
-            self._resume(settings | {CODE: code}, fresh)
-        except BaseException:
-            self._file.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._file.close()
-        if kind is not None and self.count:
-            print(
-                f"{self.count} prompts are scored in {self.path}; run the same command again to resume", file=sys.stderr
-            )
-        elif kind is not None:
-            self.remove()
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path, self.count, self._file = path, 0, file
 
     def append(self, groups: Sequence[Sequence[dict[str, Any]]]) -> None:
         """Append the completions of the next prompts; they are on disk when this returns."""
@@ -71,13 +42,7 @@ class Log:
         """Delete the file."""
         self.path.unlink(missing_ok=True)
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(f"another process writes to {self.path}; wait for it, or give another --out") from None
-
-    def _resume(self, settings: dict[str, Any], fresh: bool) -> None:
+    def resume(self, settings: dict[str, Any], *, fresh: bool) -> None:
         """Check the header, count the complete lines and cut off the rest; start a new log if there is no header."""
         self._file.seek(0)
         header = b"" if fresh else self._file.readline()
@@ -108,6 +73,39 @@ class Log:
                 f"{file} has changed since {self.path} was started: its scores are kept; --fresh starts over",
                 stacklevel=2,
             )
+
+
+@contextlib.contextmanager
+def open_log(path: Path, settings: dict[str, Any], code: dict[str, str], *, fresh: bool) -> Iterator[Log]:
+    """Open the log at `path` to resume from it, without an incomplete last line; `fresh` starts over.
+
+    `settings` is everything that determines completions and scores, `code` the hash of each file of the reward's code.
+    If the block raises, the log is kept, unless it is empty. Raises StorageError if another process writes to `path`,
+    or if the log was started with other settings. Other code is only a warning, because a reward function that failed
+    has to be fixed.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(f"another process writes to {path}; wait for it, or give another --out") from None
+        log = Log(path, file)
+        log.resume(settings | {CODE: code}, fresh=fresh)
+        try:
+            yield log
+        except BaseException:
+            if log.count:
+                print(
+                    f"{log.count} prompts are scored in {path}; run the same command again to resume", file=sys.stderr
+                )
+            else:
+                log.remove()
+            raise
 
 
 def _line(value: Any) -> bytes:

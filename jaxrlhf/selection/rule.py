@@ -19,12 +19,13 @@ SCORE_COLUMNS = {"pairs": ("chosen_score", "rejected_score"), "prompts": ("mean_
 
 @dataclass(frozen=True)
 class Rule:
-    """Which of a prompt's scored completions are kept.
+    """Selects completions of a prompt by their scores; those without a score are left out.
 
-    best: the one with the highest score. pairs: those with the highest and the lowest score. above: all that score at
-    least `threshold`. all: all. prompts: the prompt as it was read, without a completion. With a threshold, a prompt's
-    pass rate is the share of its scored completions that reach it; prompts with a pass rate outside
-    [`min_pass_rate`, `max_pass_rate`] are dropped. Raises ConfigError for options that contradict each other.
+    best: keep the completion with the highest score. pairs: those with the highest and the lowest score. above: all
+    that score at least `threshold`. all: all of them. prompts: keep the prompt as it was read, without a completion.
+    With a threshold, a prompt's pass rate is the share of its scored completions that score at least this; prompts with
+    a pass rate outside [`min_pass_rate`, `max_pass_rate`] are dropped. Raises ConfigError for options that contradict
+    each other.
     """
 
     keep: str

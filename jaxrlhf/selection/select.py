@@ -1,5 +1,6 @@
 """Generation of training data: sample several completions per prompt, score them and keep some by their score."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,7 +20,7 @@ from jaxrlhf.evaluation import generation
 from jaxrlhf.files import atomic_open
 from jaxrlhf.metrics.console import Console
 from jaxrlhf.rewards.compose import Scorer
-from jaxrlhf.selection.log import Log
+from jaxrlhf.selection.log import Log, open_log
 from jaxrlhf.selection.rule import Completion, Rule, Summary, mean, scores_of
 
 BATCHES = 8  # batches of ppo.batch_size completions generated before scoring: freed decoding slots take further prompts
@@ -58,9 +59,8 @@ def select(
     tokenizer, rows = generation.read_prompts(config)
     _check_columns(rows)
     scorer = generation.open_scorer(config, tokenizer, rows, function, directory=out.parent)
-    with Log(
-        out.with_name(f"{out.name}.scored"), _settings(config, rows, count), code_hashes(config), fresh=fresh
-    ) as log:
+    path = out.with_name(f"{out.name}.scored")
+    with open_log(path, _settings(config, rows, count), code_hashes(config), fresh=fresh) as log:
         if log.count < len(rows):
             _complete(config, tokenizer, rows, count, scorer, log)
         summary = Summary(config.model.path, rule, count)
@@ -84,12 +84,10 @@ def _complete(
     model, params = generation.open_model(config, tokenizer)
     columns = generation.prompt_columns(config, model, rows)
     size = -(-BATCHES * config.ppo.batch_size // count)
-    console = None if config.logging.quiet else Console("generate", len(rows), every=config.logging.log_every)
     scores = [score for group in log.read() for score in scores_of(group)]
-    if console:
+    with contextlib.closing(Console("generate", len(rows), config.logging)) as console:
         scorer.pause_while_asking(console.paused)
-    try:
-        if console and log.count:
+        if log.count:
             console.note(f"resuming: {log.count} of {len(rows)} prompts are scored in {log.path}")
         while log.count < len(rows):
             batch = rows[log.count : log.count + size]
@@ -98,11 +96,7 @@ def _complete(
                 stored = [[_stored(completion, scorer) for completion in group] for group in groups]
                 log.append(stored)
                 scores += [score for group in stored for score in scores_of(group)]
-            if console:
-                console.progress(log.count, {"objective/scores": mean(scores)} if scores else {})
-    finally:
-        if console:
-            console.close()
+            console.progress(log.count, {"objective/scores": mean(scores)} if scores else {})
 
 
 def _stored(completion: Completion, scorer: Scorer) -> Completion:

@@ -33,11 +33,11 @@ def export(run: Path, target: Path, role: Literal["policy", "critic"] = "policy"
     Raises ConfigError for the critic of a run without one, StorageError if there is no checkpoint or if a frozen part
     of the model, which checkpoints do not contain, has changed since the run.
     """
-    method, _ = runs.method_and_outcome(run)
+    method, last_start = runs.method_and_last_start(run)
     if role == "critic" and method != "ppo":
         raise ConfigError(f"{run} is a run of jaxrlhf {method}: only ppo has a critic")
     settings = config_file.load_config(method, run / "config.yaml", [("run_dir", str(run))], partial=True)
-    settings = dataclasses.replace(settings, model=_locate(settings.model, run))
+    settings = dataclasses.replace(settings, model=_locate(settings.model, last_start.get("directory", "")))
     mesh = sharding.make_mesh(config.Mesh(fsdp=jax.device_count()))  # the run's may be another machine's
     step, trained, identity = _trained_params(run, settings, mesh)
     tokenizer = weights.open_tokenizer(settings.tokenizer, settings.model)
@@ -79,9 +79,8 @@ def merge(folder: Path, target: Path) -> Path:
     return weights.export(target, model, params, source=base, tokenizer=tokenizer, facts=facts)
 
 
-def _locate(source: ModelSource, run: Path) -> ModelSource:
+def _locate(source: ModelSource, started: str) -> ModelSource:
     """The initial model of a run, looked up in the folder where the run was started if it is not found here."""
-    started = runs.working_directory(run)
     candidate = Path(started, source.path)
     if Path(source.path).expanduser().exists() or not started or not candidate.exists():
         return source

@@ -45,14 +45,12 @@ def test_by_hand():
     assert text_metrics.plain_bleu(["a b c d x"], ["a b c d e f"]) == pytest.approx(expected)
     assert text_metrics.plain_bleu(["a b c d", ""], ["a b c d", "a"]) == 0.5
     assert text_metrics.rouge_l(["A b"], ["a b"]) == 1
-    assert text_metrics.rouge_l(["A b"], ["a b"], case=True) == 0.5
     assert text_metrics.rouge_l(["", "a"], ["", ""]) == 0
     assert text_metrics.distinct(["a b a b", "a b"], 2) == pytest.approx(2 / 4)
     assert text_metrics.distinct(["a b c"], 1) == 1
     assert text_metrics.distinct(["", "a"], 2) == 0
     assert text_metrics.repetition(["a b c a b c", "a b c d"]) == pytest.approx(1 / 8)
-    assert text_metrics.mean_length(["a b c", "", "d"]) == pytest.approx(4 / 3)
-    assert text_metrics.mean_length([]) == text_metrics.plain_bleu([], []) == text_metrics.repetition([]) == 0
+    assert text_metrics.plain_bleu([], []) == text_metrics.repetition([]) == 0
 
 
 def common(a: list[str], b: list[str]) -> int:
@@ -80,9 +78,6 @@ def test_sacrebleu():
     assert text_metrics.corpus_bleu(TEXTS, REFERENCES) == pytest.approx(
         library.BLEU().corpus_score(TEXTS, [REFERENCES]).score
     )
-    one = library.BLEU(effective_order=True)
-    scores = [one.sentence_score(text, [reference]).score for text, reference in zip(TEXTS, REFERENCES, strict=True)]
-    assert text_metrics.sentence_bleu(TEXTS, REFERENCES) == pytest.approx(sum(scores) / len(scores))
     assert text_metrics.corpus_bleu(TEXTS, REFERENCES) == pytest.approx(39.849615553691876)  # sacrebleu 2.6.0
 
 
@@ -95,9 +90,8 @@ def test_plain_bleu_is_sacrebleus_without_smoothing():
 
 def test_errors_without_sacrebleu_and_without_a_reference(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    for metric in (text_metrics.corpus_bleu, text_metrics.sentence_bleu):
-        with pytest.raises(ConfigError, match=r'BLEU needs sacrebleu.*pip install "jaxrlhf\[eval\]"'):
-            metric(["a"], ["a"])
+    with pytest.raises(ConfigError, match=r'BLEU needs sacrebleu.*pip install "jaxrlhf\[eval\]"'):
+        text_metrics.corpus_bleu(["a"], ["a"])
     for metric in (text_metrics.plain_bleu, text_metrics.rouge_l):
-        with pytest.raises(ValueError, match="1 texts and 2 references"):
+        with pytest.raises(ValueError, match="zip"):
             metric(["a"], ["a", "b"])

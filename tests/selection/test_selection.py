@@ -19,7 +19,7 @@ from jaxrlhf.data.tokenizer import load_tokenizer
 from jaxrlhf.errors import ConfigError, DataError, RewardError, StorageError
 from jaxrlhf.evaluation import generation
 from jaxrlhf.rewards.sources.protocol import ScoreRequest
-from jaxrlhf.selection.log import Log
+from jaxrlhf.selection.log import open_log
 from jaxrlhf.selection.rule import Rule, Summary, kl_bound
 from jaxrlhf.selection.select import code_hashes, select
 
@@ -249,12 +249,13 @@ def test_changed_reward_code_is_a_warning_and_the_job_resumes(config, tmp_path):
     file = tmp_path / "mine.py"
     config = dataclasses.replace(config, reward=RewardSource(function=f"{file}:reward"))
     file.write_text("1 / 0")
-    with Log(tmp_path / "l", {"n": 1}, code_hashes(config), fresh=False) as log:
+    with open_log(tmp_path / "l", {"n": 1}, code_hashes(config), fresh=False) as log:
         log.append([[]])
     file.write_text("")
-    with pytest.warns(UserWarning, match=r"mine\.py has changed since .*l was started: its scores are kept"):
-        again = Log(tmp_path / "l", {"n": 1}, code_hashes(config), fresh=False)
-    with again:
+    with (
+        pytest.warns(UserWarning, match=r"mine\.py has changed since .*l was started: its scores are kept"),
+        open_log(tmp_path / "l", {"n": 1}, code_hashes(config), fresh=False) as again,
+    ):
         assert again.count == 1
 
 
@@ -290,8 +291,12 @@ def test_human_scores_are_kept_next_to_the_output(config, drawn, tmp_path, monke
 
 
 def test_two_jobs_do_not_write_to_one_file(config, tmp_path):
-    with Log(tmp_path / "l", {}, {}, fresh=False), pytest.raises(StorageError, match="another process writes to"):
-        Log(tmp_path / "l", {}, {}, fresh=False)
+    with (
+        open_log(tmp_path / "l", {}, {}, fresh=False),
+        pytest.raises(StorageError, match="another process writes to"),
+        open_log(tmp_path / "l", {}, {}, fresh=False),
+    ):
+        pass
 
 
 def test_invalid_requests_are_refused_before_generation(config, drawn, tmp_path):
