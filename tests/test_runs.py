@@ -1,4 +1,4 @@
-"""A run directory: one owner, a record, a resume that cannot mix two configs, an orderly stop."""
+"""Run directories: locking, the record, resuming only with an equal config, stopping by signals."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def trained(config, method="sft"):
     return run.directory
 
 
-def test_what_is_written(config):
+def test_files_of_a_run_directory(config):
     with open_run(config, "sft", fresh=False) as run:
         assert not run.resumed and not run.stopping and run.notes == ()
         assert run.directory == Path(config.run_dir)
@@ -54,7 +54,7 @@ def test_same_config_resumes_and_starts_are_counted(config):
     assert [start["outcome"] for start in starts] == ["done", "preempted"]
 
 
-def test_changed_mathematics_is_refused_with_every_difference(config):
+def test_changes_of_the_result_are_refused_and_all_listed(config):
     directory = trained(config)
     before = (directory / "config.yaml").read_text()
     changed = replace(config, **{"optim.learning_rate": 0.5, "seed": 3, "logging": Logging(quiet=True)})
@@ -67,7 +67,7 @@ def test_changed_mathematics_is_refused_with_every_difference(config):
     assert (directory / "config.yaml").read_text() == before
 
 
-def test_what_would_be_refused_is_known_before_anything_is_loaded(config):
+def test_check_run_directory_refuses_what_open_run_would_refuse(config):
     runs.check_run_directory(config, "sft", fresh=False)  # nothing there yet
     directory = trained(config)
     before = sorted(path.name for path in directory.iterdir())
@@ -81,7 +81,7 @@ def test_what_would_be_refused_is_known_before_anything_is_loaded(config):
     assert runs.method_and_last_start(directory)[1]["directory"] == os.getcwd()
 
 
-def test_harmless_changes_are_free_and_rounding_is_noted(config):
+def test_harmless_changes_are_allowed_and_rounding_is_noted(config):
     trained(config)
     changes = {"logging.quiet": True, "checkpoint.keep": 7, "train.num_train_epochs": 3.0}
     with open_run(replace(config, **changes), "sft", fresh=False) as run:
@@ -91,7 +91,7 @@ def test_harmless_changes_are_free_and_rounding_is_noted(config):
         assert len(run.notes) == 3 and all("not bit for bit" in note for note in run.notes)
 
 
-def test_a_longer_run_under_a_falling_learning_rate_is_refused(config):
+def test_a_longer_run_is_refused_unless_the_schedule_is_constant(config):
     config = replace(config, **{"optim.schedule": "linear"})
     trained(config)
     longer = replace(config, **{"train.max_steps": 9})
@@ -99,7 +99,7 @@ def test_a_longer_run_under_a_falling_learning_rate_is_refused(config):
         pass
 
 
-def test_before_the_first_checkpoint_a_config_may_still_be_mended(config):
+def test_any_change_is_allowed_before_the_first_checkpoint(config):
     with pytest.raises(ZeroDivisionError), open_run(config, "sft", fresh=False):
         _ = 1 / 0
     mended = replace(config, seed=4)
@@ -121,7 +121,7 @@ def test_another_method_or_other_versions(config, monkeypatch):
 
 @pytest.mark.parametrize("name", ["run.json", "config.yaml"])
 @pytest.mark.parametrize("content", [None, "", "[1", "[]"])
-def test_a_lost_record_is_not_guessed(config, name, content):
+def test_a_missing_record_is_refused(config, name, content):
     directory = trained(config)
     if content is None:
         (directory / name).unlink()
@@ -140,7 +140,7 @@ def test_fresh_moves_the_old_run_aside(config, tmp_path):
     assert (tmp_path / "run.old-2" / "checkpoints" / "2").exists()
 
 
-def test_fresh_leaves_alone_what_is_not_a_run(config, tmp_path):
+def test_fresh_refuses_a_directory_that_is_not_a_run(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
     with pytest.raises(StorageError, match="not a run directory"), open_run(config, "sft", fresh=True):
@@ -169,7 +169,7 @@ def test_signals_only_in_the_main_thread(config):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_first_signal_asks_and_handlers_are_put_back(config, number, capfd):
+def test_the_first_signal_sets_stopping_and_handlers_are_restored(config, number, capfd):
     before = signal.getsignal(number)
     with open_run(config, "sft", fresh=False) as run:
         os.kill(os.getpid(), number)
@@ -202,7 +202,7 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_a_run_in_use_is_refused_until_its_owner_is_gone(holder, tmp_path):
+def test_a_run_in_use_is_refused_until_its_process_ends(holder, tmp_path):
     config = SFTConfig(run_dir=str(tmp_path / "run"))
     for fresh in (False, True):
         match = rf"in use by host \S+, process {holder.pid};"
@@ -214,7 +214,7 @@ def test_a_run_in_use_is_refused_until_its_owner_is_gone(holder, tmp_path):
         assert not run.resumed
 
 
-def test_second_signal_ends_at_once(holder):
+def test_the_second_signal_exits_at_once(holder):
     holder.send_signal(signal.SIGTERM)
     assert "stopping" in holder.stderr.readline() + holder.stderr.readline()
     assert holder.poll() is None
@@ -222,7 +222,7 @@ def test_second_signal_ends_at_once(holder):
     assert holder.wait(timeout=10) == 128 + signal.SIGTERM
 
 
-def test_components_of_a_reward_may_be_mended_and_not_exchanged(tmp_path):
+def test_resuming_may_change_failure_options_of_a_reward_but_not_its_components(tmp_path):
     """After a timeout the message says to raise it; the run must go on with it raised."""
     part = {"function": "r.py:f", "timeout": 5.0, "options": {"low": 3}}
 

@@ -93,6 +93,7 @@ def _dispatch(argv: list[str]) -> int:
         return 2
     command = COMMANDS[options.verb]
     settable = [argument["dest"] for argument in command.arguments.values() if "dest" in argument]
+    runtime.configure()
     given = [(key, str(getattr(options, key))) for key in settable if getattr(options, key) is not None]
     return command.run(options, [*given, *overrides]) or 0
 

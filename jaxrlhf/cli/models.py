@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from jaxrlhf import runtime
 from jaxrlhf.config.file import load_config, methods_with_sections
 from jaxrlhf.errors import ConfigError, DataError, StorageError
 from jaxrlhf.selection.rule import Rule
@@ -54,7 +53,6 @@ def generate(options: Options, overrides: Overrides) -> int | None:
         if getattr(options, name) not in (None, False):
             raise ConfigError(f"generate: --{name.replace('_', '-')} needs --prompts FILE; it has no use with --prompt")
     config = load_config("ppo", None, [*overrides_from_run(options.model, "sampling"), *overrides], partial=True)
-    runtime.configure()
     from jaxrlhf.evaluation import generation
 
     with _notes_on_stderr(quiet=config.logging.quiet):
@@ -83,7 +81,6 @@ def _generate_selected(options: Options, overrides: Overrides) -> None:
             "`reward`, or --reward.model DIR or --reward.function path.py:name"
         )
     rule = Rule(options.keep or "best", options.threshold, options.min_pass_rate, options.max_pass_rate)
-    runtime.configure()
     from jaxrlhf.selection import select as selection
 
     with _notes_on_stderr(quiet=config.logging.quiet):
@@ -129,7 +126,6 @@ def _evaluate_language_models(options: Options, models: list[str], overrides: Ov
     )
     overrides = [*next(filter(None, runs), []), ("data.path", options.prompts), *overrides]
     configs = [load_config("ppo", None, [*overrides, ("model.path", path)], partial=True) for path in models]
-    runtime.configure()
     from jaxrlhf.evaluation import completions
 
     with _notes_on_stderr(quiet=configs[0].logging.quiet):
@@ -151,7 +147,6 @@ def _evaluate_reward_model(options: Options, overrides: Overrides) -> None:
     run = [pair for pair in overrides_from_run(options.model, "data", methods=("reward",)) if pair[0] in kept]
     paths = [("model.path", options.model), ("data.path", options.examples)]
     config = load_config("reward", None, [*run, *paths, *overrides], partial=True)
-    runtime.configure()
     from jaxrlhf.evaluation import reward_examples
 
     with _notes_on_stderr(quiet=config.logging.quiet):
@@ -168,7 +163,6 @@ def export(options: Options, overrides: Overrides) -> None:
         raise DataError(f"{run} is not a run directory: it has no config.yaml")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StorageError(f"{target} exists and is not empty; give a new folder")
-    runtime.configure()
     from jaxrlhf import runs
     from jaxrlhf.training import export, pretrained
 

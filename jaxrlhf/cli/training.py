@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jaxrlhf
-from jaxrlhf import runtime
 from jaxrlhf.cli.models import Options, Overrides, announce_compilations
 from jaxrlhf.config import replace
 from jaxrlhf.config import text as config_text
@@ -68,7 +67,6 @@ def train(options: Options, overrides: Overrides) -> int | None:
         print(f"jaxrlhf {options.verb}: give a CONFIG.yaml; `jaxrlhf new {options.verb}` prints one", file=sys.stderr)
         return 2
     config = _load_with_options(options.verb, _config_path(options.config), options, overrides)
-    runtime.configure()
     if options.dry_run:
         unmerged = replace(config, **{"model.merged_path": ""})  # a dry run does not write the merged model
         trainer = _trainer_class(options.verb)(unmerged, fresh=options.fresh)
@@ -95,14 +93,12 @@ def plan(options: Options, overrides: Overrides) -> int:
             raise ConfigError("plan: give a CONFIG.yaml, or --method and overrides")
         method = method_of(path)
     config = _load_with_options(method, path, options, overrides)
-    runtime.configure()
     from jaxrlhf.plan import report
 
     return 0 if report.examine(config, every_knob=options.knobs) else OutOfMemory.exit_code
 
 
 def demo(options: Options, overrides: Overrides) -> None:
-    runtime.configure()
     from jaxrlhf.demo.pipeline import run
 
     run(Path(options.output), options.seed, quiet=options.quiet)
@@ -113,7 +109,6 @@ def doctor(options: Options, overrides: Overrides) -> int:
         raise ConfigError(f"doctor: --{overrides[0][0]} configures a run; give the MODEL to check first")
     model = [("model.path", options.model)] if options.model else []
     config = load_config("ppo", _config_path(options.config), [*overrides, *model], partial=True)
-    runtime.configure()
     from jaxrlhf import doctor
 
     return 0 if doctor.examine(config) else 1
@@ -125,7 +120,6 @@ def new(options: Options, overrides: Overrides) -> None:
 
 def data(options: Options, overrides: Overrides) -> None:
     config = load_config("sft", None, [("data.path", options.file), *overrides], partial=True)
-    runtime.configure()
     from jaxrlhf import doctor
 
     print(doctor.examine_data(config))

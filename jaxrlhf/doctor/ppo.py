@@ -184,8 +184,8 @@ class Trial:
         differences, passed = [], True
         for role in ("policy", "critic"):
             full, micro = (change[role] for change in self.changes)
-            size = float(optax.global_norm(full))
-            relative = float(optax.global_norm(jax.tree.map(np.subtract, full, micro))) / max(size, 1e-30)
+            size = float(optax.tree.norm(full))
+            relative = float(optax.tree.norm(jax.tree.map(np.subtract, full, micro))) / max(size, 1e-30)
             passed &= size > 0 and relative <= UPDATE_TOLERANCE
             differences.append(f"{role} {relative:.1e}" if size else f"{role} has not changed")
         return passed, (
@@ -197,10 +197,11 @@ class Trial:
         """Run one update from the initial parameters, in micro-batches of `micro` rows (None: the full batch)."""
         assert self.trainer is not None and self.rollout is not None
         trainer, rollout = self.trainer, with_uneven_lengths(self.rollout, self.tokenizer.pad_id)
-        spec = trainer.spec
-        start = self.start = self.start or jax.tree.map(np.array, trainer.state.value.params)
+        spec, state = trainer.spec, trainer.state.value
+        start = self.start = self.start or jax.tree.map(np.array, state.params)
         fresh = jax.tree.map(lambda x: jnp.array(x, copy=True), start)
-        trainer.state = State(fresh, dict(spec.optimizers), spec.mesh, spec.ppo.kl_coef)
+        optimizers = dict(spec.optimizers)
+        trainer.state = State(fresh, optimizers, spec.mesh, spec.ppo.kl_coef, score_stats=state.score_stats)
         trainer.spec = dataclasses.replace(spec, ppo=dataclasses.replace(spec.ppo, micro_batch_size=micro))
         experience, metrics = trainer.learn(rollout, np.linspace(-1, 1, ROWS), 0)
         divergence = jnp.max(jnp.abs(experience.old_logprobs - experience.ref_logprobs))

@@ -1,7 +1,7 @@
 """Run directories: an exclusive lock, a record of every start, and a safe resume.
 
 with open_run(config, "ppo", fresh=False) as run:
-    ...                      # run.directory, run.notes
+    ...                      # run.directory, run.resumed, run.notes
     if run.stopping:         # SIGTERM or Ctrl-C: save, then raise Preempted
 """
 
@@ -35,6 +35,8 @@ class Run:
     """An open run directory."""
 
     directory: Path
+    resumed: bool
+    """The directory has checkpoints to resume from."""
     notes: tuple[str, ...]
     """Messages for the user about this resume."""
     stopping: bool = False
@@ -62,7 +64,7 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
         record = _record(previous, config, method)
         write_whole(directory / "config.yaml", f"# jaxrlhf {method}, every option resolved\n" + text.dump(config))
         write_whole(directory / "run.json", json.dumps(record, indent=1) + "\n")
-        run = Run(directory, notes)
+        run = Run(directory, resumed, notes)
         outcome = "done"
         try:
             with _signals(run):

@@ -1,4 +1,4 @@
-"""The command line: what it imports, what it says, and which exit code it leaves."""
+"""The command line: imports, output and exit codes."""
 
 import errno
 import json
@@ -49,7 +49,7 @@ def test_help_and_config_errors_import_nothing_heavy(arguments, code):
     assert "Traceback" not in done.stderr
 
 
-def test_a_reader_that_leaves_early_is_no_error():
+def test_a_closed_output_pipe_is_no_error():
     command = [sys.executable, "-m", "jaxrlhf", "new", "ppo"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -108,7 +108,7 @@ def test_debug_anywhere_shows_the_traceback(monkeypatch, capsys, arguments):
     assert said.endswith("jaxrlhf: error: why\n")
 
 
-def test_a_bug_is_not_dressed_up(monkeypatch):
+def test_unexpected_exceptions_are_not_caught(monkeypatch):
     fail_with(monkeypatch, ZeroDivisionError("a bug"))
     with pytest.raises(ZeroDivisionError):
         main(["demo"])
@@ -195,7 +195,7 @@ def test_presets_are_found_by_name_and_valid(trained, method):
     assert trained[0].config != METHODS[method](), "a preset says something"
 
 
-def test_a_preset_that_is_not_there(capsys):
+def test_an_unknown_preset_is_refused_with_a_suggestion(capsys):
     assert main(["ppo", "rewrd"]) == 3
     assert "did you mean 'reward'?" in capsys.readouterr().err
 
@@ -232,7 +232,7 @@ def exported(monkeypatch) -> list[tuple]:
     return seen
 
 
-def test_export_copies_what_a_finished_run_has_chosen(tmp_path, exported, run):
+def test_export_of_a_finished_run_copies_its_export(tmp_path, exported, run):
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "config.json").read_text() == "{}"
     assert not exported
@@ -242,7 +242,7 @@ def test_export_copies_what_a_finished_run_has_chosen(tmp_path, exported, run):
 
 @pytest.mark.parametrize("last", [{}, {"outcome": "preempted"}])
 @pytest.mark.parametrize("before", [True, False])
-def test_export_of_a_run_that_went_on_takes_its_checkpoint(tmp_path, exported, run, last, before):
+def test_export_of_an_unfinished_run_uses_its_checkpoint(tmp_path, exported, run, last, before):
     (run / "run.json").write_text(json.dumps({"method": "sft", "starts": [{"outcome": "done"}, last]}))
     if not before:
         shutil.rmtree(run / "export")
@@ -250,7 +250,7 @@ def test_export_of_a_run_that_went_on_takes_its_checkpoint(tmp_path, exported, r
     assert exported == [(run, tmp_path / "out", "policy")]
 
 
-def test_export_without_a_checkpoint_takes_the_export_that_is_there(tmp_path, exported, run):
+def test_export_without_a_checkpoint_copies_the_existing_export(tmp_path, exported, run):
     (run / "run.json").write_text(json.dumps({"method": "sft", "starts": [{}]}))
     (run / "checkpoints" / "20").rmdir()
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
@@ -258,12 +258,12 @@ def test_export_without_a_checkpoint_takes_the_export_that_is_there(tmp_path, ex
     assert not exported
 
 
-def test_export_of_the_critic_takes_the_checkpoint(tmp_path, exported, run):
+def test_export_of_the_critic_uses_the_checkpoint(tmp_path, exported, run):
     assert main(["export", str(run), str(tmp_path / "out"), "--role", "critic"]) == 0
     assert exported == [(run, tmp_path / "out", "critic")], "not the export of the policy that is there"
 
 
-def test_export_refuses_what_a_run_does_not_have(tmp_path, run, capsys):
+def test_export_refuses_a_missing_critic_and_a_missing_checkpoint(tmp_path, run, capsys):
     assert main(["export", str(run), str(tmp_path / "out"), "--role", "critic"]) == 3
     assert "only ppo has a critic" in capsys.readouterr().err
     (run / "run.json").write_text(json.dumps({"method": "sft", "starts": [{}]}))
@@ -273,7 +273,7 @@ def test_export_refuses_what_a_run_does_not_have(tmp_path, run, capsys):
     assert "has no checkpoint yet" in capsys.readouterr().err
 
 
-def test_export_without_a_record_says_so(tmp_path, run, capsys):
+def test_export_with_an_unreadable_record_is_refused(tmp_path, run, capsys):
     (run / "run.json").write_text("{")
     assert main(["export", str(run), str(tmp_path / "out")]) == 7
     assert "run.json cannot be read" in capsys.readouterr().err
@@ -287,7 +287,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("method", ROWS)
-def test_adapters_for_short_reach_the_real_trainer(method, tiny_model, tmp_path, capsys):
+def test_use_lora_enables_adapters(method, tiny_model, tmp_path, capsys):
     data, reward = tmp_path / "d.jsonl", tmp_path / "r.py"
     data.write_text(f"{json.dumps(ROWS[method])}\n" * 4)
     reward.write_text("def f(completions):\n    return [0.0] * len(completions)\n")
@@ -301,7 +301,7 @@ def test_adapters_for_short_reach_the_real_trainer(method, tiny_model, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_plan_that_fits(tiny_model, tmp_path, capsys):
+def test_plan_reports_a_run_that_fits(tiny_model, tmp_path, capsys):
     """What the file is for is said by its comment; its model has adapters because the command line says so."""
     (tmp_path / "d.jsonl").write_text(f"{json.dumps(ROWS['reward'])}\n" * 4)
     file = tmp_path / "my.yaml"
@@ -311,7 +311,7 @@ def test_a_plan_that_fits(tiny_model, tmp_path, capsys):
     assert "frozen models" in shown and "it fits" in shown
 
 
-def test_adapters_of_a_finished_run_become_one_model(tmp_path, monkeypatch, run, exported):
+def test_export_merges_adapters_of_a_finished_run(tmp_path, monkeypatch, run, exported):
     """Of a run over a packed model they are merged by the run itself: its export does not say what they were over."""
     merged = []
     monkeypatch.setattr("jaxrlhf.training.export.merge", lambda *asked: merged.append(asked))
@@ -331,7 +331,7 @@ def model_folder(tiny_model, tmp_path_factory) -> Path:
     return weights.export(tmp_path_factory.mktemp("models") / "m", model, params, source=tiny_model)
 
 
-def test_generate_prints_the_prompt_and_what_follows(model_folder, capsys):
+def test_generate_prints_the_prompt_and_its_completion(model_folder, capsys):
     arguments = ["generate", str(model_folder), "--prompt", "hello", "--max-new-tokens", "8", "--seed", "5"]
     assert main(arguments) == 0
     first = capsys.readouterr().out
@@ -345,12 +345,12 @@ def test_generate_prints_the_prompt_and_what_follows(model_folder, capsys):
     assert len(set(several.split("---\n")[1:])) == 3
 
 
-def test_generate_from_nothing_starts_at_bos(model_folder, capsys):
+def test_generate_with_an_empty_prompt_starts_from_bos(model_folder, capsys):
     assert main(["generate", str(model_folder), "--prompt", "", "--greedy", "--max-new-tokens", "5"]) == 0
     assert len(capsys.readouterr().out) <= 6
 
 
-def test_generate_says_when_less_than_asked_for_will_fit(model_folder, capsys):
+def test_generate_warns_if_the_context_limits_the_completion(model_folder, capsys):
     assert main(["generate", str(model_folder), "--prompt", "abc", "--max-new-tokens", "100000"]) == 0
     said = capsys.readouterr().err
     assert "note: 100000 tokens were asked for, but after a prompt of 3 the context of 64 has room for 61" in said
@@ -361,13 +361,13 @@ def test_generate_refuses_a_prompt_longer_than_the_context(model_folder, capsys)
     assert "the prompt has 64 tokens and the model's context is 64" in capsys.readouterr().err
 
 
-def test_the_known_story(shared_data, capsys):
+def test_generate_gives_the_known_start_of_stories260k(shared_data, capsys):
     model = shared_data / "models" / "stories260K"
     assert main(["generate", str(model), "--prompt", "", "--greedy", "--max-new-tokens", "40"]) == 0
     assert capsys.readouterr().out.startswith("Once upon a time, there was a little girl named Lily.")
 
 
-def test_a_ppo_run_is_asked_as_it_was_trained(tmp_path):
+def test_sampling_and_reward_default_to_those_of_the_run(tmp_path):
     sampling = Sampling(response_length=7, stop_strings=("\n", "Q: 'x'"), stop_token_ids=(3,), temperature=0.7)
     reward = RewardSource(model="m", components=({"function": "r.py:f", "options": {"low": 3}},))  # type: ignore[arg-type]
     settings = config_text.dump(PPOConfig(sampling=sampling, reward=reward))
@@ -388,7 +388,7 @@ def test_a_ppo_run_is_asked_as_it_was_trained(tmp_path):
     )
 
 
-def test_two_models_are_asked_as_the_one_with_a_reward_was_trained(tmp_path, monkeypatch):
+def test_compare_uses_the_config_of_the_model_with_a_reward(tmp_path, monkeypatch):
     for method, line in (("sft", "sampling: {top_k: 5}"), ("grpo", "reward: {function: r.py:f}")):
         (tmp_path / method).mkdir()
         (tmp_path / method / "config.yaml").write_text(f"# jaxrlhf {method}, every option resolved\n{line}\n")

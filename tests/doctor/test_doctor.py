@@ -1,4 +1,4 @@
-"""The doctor finds a healthy model healthy, and a sick one sick."""
+"""Checks of a computer, a model and data: valid ones pass, broken ones fail."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ def model_folder(tiny_model, tmp_path_factory) -> Path:
     return weights.export(tmp_path_factory.mktemp("models") / "m", model, params, source=tiny_model)
 
 
-def test_a_healthy_model_passes_every_check(model_folder, capsys):
+def test_a_valid_model_passes_every_check(model_folder, capsys):
     assert main(["doctor", str(model_folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("packages: jax ") for line in lines)
@@ -47,7 +47,7 @@ def test_a_healthy_model_passes_every_check(model_folder, capsys):
     ]
 
 
-def test_a_tokenizer_that_does_not_fit_fails_and_the_rest_is_still_checked(model_folder, tmp_path, capsys):
+def test_a_wrong_tokenizer_fails_and_the_other_checks_still_run(model_folder, tmp_path, capsys):
     folder = tmp_path / "m"
     shutil.copytree(model_folder, folder)
     content = json.loads((folder / "tokenizer.json").read_text())
@@ -111,6 +111,6 @@ def test_data_is_described_for_every_method(tmp_path, tiny_model, capsys):
     assert "bad.jsonl:1" in capsys.readouterr().err
 
 
-def test_help_tells_what_the_exit_code_means(capsys):
+def test_help_explains_the_exit_code(capsys):
     assert main(["doctor", "--help"]) == 0
     assert "exit code 1 if a check fails" in " ".join(capsys.readouterr().out.split())

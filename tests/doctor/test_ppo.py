@@ -1,4 +1,4 @@
-"""The doctor's checks of PPO: all pass on a healthy model, and each says what is wrong once that is broken."""
+"""The doctor's checks of PPO: all pass for a valid model, and each reports the fault it is for."""
 
 import dataclasses
 import json
@@ -68,7 +68,7 @@ def trial(examined, monkeypatch):
     return trial
 
 
-def test_everything_passes_on_a_healthy_model_with_a_config(examined, made):
+def test_all_checks_pass_for_a_valid_model_and_config(examined, made):
     _, found = examined
     assert list(found) == [
         "first rows of the data",
@@ -108,7 +108,7 @@ def tampered(trial, **changes):
     trial.trainer.generate = wrong
 
 
-def test_a_mask_without_the_end_token_or_with_padding_is_pointed_at(trial):
+def test_a_mask_without_the_end_token_or_with_padding_is_found(trial):
     def last(rollout):
         mask = np.array(rollout.response_mask)
         return mask & ~(np.cumsum(mask[:, ::-1], 1)[:, ::-1] == 1)
@@ -127,7 +127,7 @@ def test_a_response_that_ended_counts_as_finished(trial):
     assert "and it is not" in check_masks(rollout, trial.rows, trial.stops, trial.tokenizer)[0]
 
 
-def test_a_fixed_key_and_one_that_is_not_ours_are_found(trial):
+def test_rollouts_that_ignore_or_change_their_key_are_found(trial):
     first, other = trial.rollout, trial.trainer.generate(trial.rows, 7)[0]
     trial.trainer.generate = lambda rows, step: (first, [])
     passed, found = trial.randomness()
@@ -192,19 +192,19 @@ def test_a_reward_that_raises_and_data_that_lacks_a_column(trial, made, capsys):
     assert trial.reward()[0] is None
 
 
-def test_text_that_the_tokenizer_loses_is_shown(trial):
+def test_text_that_changes_in_a_tokenizer_round_trip_is_found(trial):
     trial.rows = [replace(trial.rows[0], text="Say Red")]
     passed, found = trial.round_trip()
     assert passed is False and "'Say Red' decodes to" in found
 
 
-def test_without_a_config_what_needs_one_is_skipped(trial):
+def test_checks_that_need_a_config_are_skipped_without_one(trial):
     trial.config = replace(trial.config, data=Data())
     passed, found = trial.data()
     assert passed is None and found.startswith("needs a config")
 
 
-def test_no_room_is_said_with_its_sizes_and_a_bad_config_still_fails(folder, made, monkeypatch, capsys):
+def test_too_little_memory_is_reported_and_a_bad_config_still_fails(folder, made, monkeypatch, capsys):
     monkeypatch.setattr(ppo.memory, "free_on_device", lambda: 1000)
     arguments = ["doctor", str(folder), str(made / "ppo.yaml"), "--sampling.response_length", "60"]
     assert main(arguments) == 1
@@ -214,7 +214,7 @@ def test_no_room_is_said_with_its_sizes_and_a_bad_config_still_fails(folder, mad
     assert not (made / "run").exists()
 
 
-def test_a_config_needs_its_model(made, capsys):
+def test_doctor_refuses_overrides_without_a_model(made, capsys):
     assert main(["doctor", "--ppo.kl_coef", "0.1"]) == 3
     assert "give the MODEL to check first" in capsys.readouterr().err
     assert main(["doctor", "m", str(made / "ppo.yaml"), "--ppo.kl_ceof", "0.1"]) == 3

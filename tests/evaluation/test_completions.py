@@ -127,7 +127,7 @@ def test_sampled_rows_depend_on_the_seed_and_never_repeat(result):
     assert completions.sample_rows(rows, 99, 0) == rows
 
 
-def test_no_room_for_a_prompt_is_refused(config):
+def test_a_response_length_without_room_for_a_prompt_is_refused(config):
     greedy = dataclasses.replace(config, sampling=Sampling(response_length=64))
     with pytest.raises(DataError, match="response_length is 64 and the model's context 64: no room"):
         completions.evaluate(greedy, num_prompts=1, num_completions=1, function=vowels)

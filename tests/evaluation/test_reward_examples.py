@@ -65,7 +65,7 @@ def test_labelled_and_preferred_rows(folder, tmp_path):
     assert len(preferred["examples"]) == 3 and "dropped 1: chosen and rejected are the same" in table(preferred)
 
 
-def test_one_of_prompts_and_examples(folder, capsys):
+def test_evaluate_needs_either_prompts_or_examples(folder, capsys):
     assert main(["evaluate", str(folder)]) == 3
     assert "--examples FILE, for a reward model" in capsys.readouterr().err
 

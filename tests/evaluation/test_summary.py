@@ -59,7 +59,7 @@ def test_references_are_measured_prompt_by_prompt(monkeypatch):
     assert (found["corpus_bleu"], found["prompts"]) == (40.0, 2), "four completions have a reference"
 
 
-def test_without_sacrebleu_the_rest_is_there(monkeypatch):
+def test_without_sacrebleu_the_other_metrics_are_reported(monkeypatch):
     def missing(texts, references):
         raise ConfigError("BLEU needs sacrebleu")
 

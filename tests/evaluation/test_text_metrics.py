@@ -39,7 +39,7 @@ def test_recorded_values(text, reference, bleu, rouge):
     assert text_metrics.rouge_l([text], [reference]) == pytest.approx(rouge, rel=1e-12)
 
 
-def test_by_hand():
+def test_values_computed_by_hand():
     # 4, 3, 2 and 1 of 5, 4, 3 and 2 n-grams match; one word fewer than the reference
     expected = math.exp(1 - 6 / 5) * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** (1 / 4)
     assert text_metrics.plain_bleu(["a b c d x"], ["a b c d e f"]) == pytest.approx(expected)

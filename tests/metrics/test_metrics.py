@@ -49,7 +49,7 @@ def test_non_finite_numbers_are_valid_json(tmp_path):
     )
 
 
-def test_unknown_keys_are_a_mistake(tmp_path):
+def test_unknown_keys_are_an_error(tmp_path):
     with pytest.raises(AssertionError, match="objective/kll"):
         Logger(tmp_path, PLAIN, "ppo", 10).log(1, {"objective/kll": 1.0})
     assert (tmp_path / "metrics.jsonl").read_text() == ""
@@ -61,7 +61,7 @@ def test_every_shown_key_is_defined():
     assert all(text and "\n" not in text for text in METRICS.values())
 
 
-def test_lines_are_on_disk_at_once_and_rewind_cuts(tmp_path, capsys):
+def test_lines_are_written_at_once_and_rewind_removes_later_ones(tmp_path, capsys):
     logger = Logger(tmp_path, PLAIN, "sft", 10)
     for step in range(1, 6):
         logger.log(step, {"loss": step / 3})
@@ -81,7 +81,7 @@ def test_lines_are_on_disk_at_once_and_rewind_cuts(tmp_path, capsys):
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
-def test_a_file_that_is_no_log_is_refused_by_line(tmp_path):
+def test_invalid_lines_are_refused_with_their_number(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with pytest.raises(DataError, match="is it a run directory"):
         read_records(path)
@@ -93,7 +93,7 @@ def test_a_file_that_is_no_log_is_refused_by_line(tmp_path):
         read_records(path)
 
 
-def test_text_of_any_kind_comes_back(tmp_path):
+def test_any_text_is_read_back_unchanged(tmp_path):
     text = "é 漢 \u202e \x1b[31m \u2028 \x85 \r\n [bold] \ud800"
     Logger(tmp_path, Logging(tensorboard=False, quiet=True), "ppo", 1).samples(1, [{"prompt": text, "completion": ""}])
     assert read_records(tmp_path / "samples.jsonl")[0]["prompt"] == text
@@ -123,7 +123,7 @@ def test_every_validation_is_printed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_model_text_cannot_take_over_the_console(tmp_path, monkeypatch, terminal):
+def test_control_characters_of_samples_are_escaped_on_the_console(tmp_path, monkeypatch, terminal):
     out = io.StringIO()
     monkeypatch.setattr(out, "isatty", lambda: terminal)
     monkeypatch.setattr(sys, "stdout", out)

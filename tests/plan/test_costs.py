@@ -21,7 +21,7 @@ def test_a_product_is_two_operations_for_each_pair_and_moves_its_operands():
     assert half[1] == 2 * (15 + 35 + 21)
 
 
-def test_loops_count_as_often_as_they_run():
+def test_products_in_loops_count_once_per_iteration():
     x = jnp.ones((4, 4))
     once = 2 * 4**3
 
@@ -41,13 +41,13 @@ def test_loops_count_as_often_as_they_run():
     assert backward == (6 + 3 * 6) * once, "forward, the rematerialised forward, and two products backward"
 
 
-def test_the_least_time_is_that_of_computing_or_of_moving():
+def test_minimum_time_is_the_larger_of_compute_and_memory_time():
     rates = costs.Rates({"float32": 100.0}, 10.0)
     heavy, wide = costs.Product(200.0, 10.0, "float32", 3), costs.Product(200.0, 50.0, "float32", 1)
     assert costs.least_seconds([heavy, wide], rates, 1) == pytest.approx(3 * 2 + 5)
     assert costs.least_seconds([heavy, wide], rates, 2) == pytest.approx(5.5)
 
 
-def test_rates_are_those_of_a_machine():
+def test_measured_rates_are_plausible():
     found = costs.measure({"float32", "int8"})
     assert found.bytes > 1e8 and all(1e8 < rate < 1e16 for rate in found.flops.values())

@@ -59,7 +59,7 @@ def test_rows_kept_by_each_rule():
         (Rule("best", 1.0, 0.5, 0.5), answers(0.0, 1.0), ""),
     ],
 )
-def test_why_nothing_is_kept(rule, found, why):
+def test_reasons_for_dropping_a_prompt(rule, found, why):
     kept, said = rule.apply(ROW, found)
     assert bool(kept) == (not said)
     assert why in said and bool(why) == bool(said)
@@ -183,7 +183,7 @@ def test_trainers_read_the_written_files_back(config, drawn, tmp_path, chat):
     assert [row.columns["answer"] for row in again] == [0, 1, 2, 4]
 
 
-def test_the_summary_accounts_for_every_prompt(config, drawn, tmp_path):
+def test_the_summary_counts_every_prompt(config, drawn, tmp_path):
     summary = run(config, tmp_path / "o.jsonl", "pairs", 2.0)
     said = str(summary)
     assert "5 prompts, 15 completions" in said
@@ -315,7 +315,7 @@ def test_invalid_requests_are_refused_before_generation(config, drawn, tmp_path)
     assert not drawn
 
 
-def test_the_command(config, drawn, tmp_path, capsys):
+def test_generate_with_prompts_writes_selected_rows(config, drawn, tmp_path, capsys):
     (tmp_path / "mine.py").write_text("def reward(completions):\n    return [0.0] * len(completions)\n")
     (tmp_path / "reward.yaml").write_text(f"reward: {{function: {tmp_path}/mine.py:reward}}\n")
     asked = ["generate", config.model.path, "--prompts", config.data.path, "--sampling.response_length", "8"]

@@ -1,4 +1,4 @@
-"""`jaxrlhf plan`: what a run will hold, from shapes alone."""
+"""`jaxrlhf plan`: memory and work of a run, from shapes alone."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def rewarded(ppo, tmp_path):
     ],
     ids=["two-devices", "adapters", "moving"],
 )
-def test_shapes_stand_for_what_a_run_of_ppo_really_holds(ppo, options):
+def test_planned_state_has_the_shapes_and_bytes_of_a_real_ppo_run(ppo, options):
     settings = config.PPOConfig(**ppo | options)
     outlined, real = programs.abstract_trainer(settings, length_reward), PPOTrainer(settings, length_reward)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), outlined.state.template) == jax.tree.map(
@@ -49,7 +49,7 @@ def test_shapes_stand_for_what_a_run_of_ppo_really_holds(ppo, options):
     assert plan.size(outlined.frozen) == there(real.frozen), "what roles share counts once"
 
 
-def test_a_plan_compiles_what_the_run_then_calls(ppo, tmp_path):
+def test_a_plan_compiles_the_programs_that_the_run_calls(ppo, tmp_path):
     prompts = [{"prompt": "ab"}, {"prompt": "abcdefgh"}, {"prompt": "abc"}] * 4
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     options = ppo | {"data": dataclasses.replace(ppo["data"], path=str(tmp_path / "prompts.json"))}
@@ -60,7 +60,7 @@ def test_a_plan_compiles_what_the_run_then_calls(ppo, tmp_path):
     assert found["generate"][0].outputs.tokens.shape == (trainer.config.ppo.batch_size, widest)
 
 
-def test_flops_are_those_of_the_shapes(supervised):
+def test_flops_follow_from_the_shapes(supervised):
     """Twice the weights for each token forward, twice that backward; attention and the rest are far smaller."""
     options = supervised | {"model": dataclasses.replace(supervised["model"], remat="none")}
     trainer = programs.abstract_trainer(config.SFTConfig(**options))
@@ -75,7 +75,7 @@ def test_flops_are_those_of_the_shapes(supervised):
     assert flops == pytest.approx(3 * (2 * rows * width * kernels + attention) + 4 * head, rel=0.01)
 
 
-def test_a_plan_says_whether_it_fits_and_what_would_help(rewarded, capsys, monkeypatch):
+def test_a_plan_reports_whether_it_fits_and_which_options_help(rewarded, capsys, monkeypatch):
     told = config.PPOConfig(**rewarded)
     assert report.examine(told, every_knob=False)
     said = capsys.readouterr().out
@@ -95,7 +95,7 @@ def test_a_plan_says_whether_it_fits_and_what_would_help(rewarded, capsys, monke
     assert plan.plan(config.replace(told, **small[1].keys)).peak.total < made.peak.total
 
 
-def test_every_knob_is_a_key_that_can_be_turned(rewarded, supervised):
+def test_every_suggested_option_changes_the_config(rewarded, supervised):
     for told in (config.PPOConfig(**rewarded), config.SFTConfig(**supervised), config.RewardConfig(**supervised)):
         offered = report.knobs(told, 8)
         assert len(offered) > 3
@@ -107,14 +107,14 @@ def test_every_knob_is_a_key_that_can_be_turned(rewarded, supervised):
     ("kind", "trainer"),
     [(config.SFTConfig, SFTTrainer), (config.RewardConfig, RewardTrainer), (config.DPOConfig, DPOTrainer)],
 )
-def test_supervised_runs_have_plans(supervised, kind, trainer):
+def test_plans_of_supervised_runs_match_their_state(supervised, kind, trainer):
     told = kind(**supervised | {"train": dataclasses.replace(supervised["train"], packing=True, batch_size=2)})
     made, real = plan.plan(told), trainer(told)
     assert made.state == there(real.state.value)
     assert made.peak.total > made.state and made.peak.name == "update"
 
 
-def test_the_command_finds_out_what_a_file_is_for(rewarded, tmp_path, capsys):
+def test_plan_recognises_the_method_of_a_config_file(rewarded, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text("# jaxrlhf reward\nmodel:\n  path: m\n")
     assert config_file.method_of(file) == "reward"
