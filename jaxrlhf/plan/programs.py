@@ -32,9 +32,17 @@ from jaxrlhf.training.sft import SFTTrainer
 from jaxrlhf.types import Params, Rollout
 
 Trainer = SFTTrainer | RewardTrainer | DPOTrainer | PPOTrainer | GRPOTrainer
-Programs = dict[str, list[Compiled]]
-"""Compiled programs by the name of the function."""
 KEY = jax.random.key(0)
+
+
+class Programs(dict[str, list[Compiled]]):
+    """Compiled programs by the name of the function."""
+
+    def compile(self, program: Any, *args: Any, **kwargs: Any) -> Any:
+        """Add a program; returns the shapes of its results."""
+        compiled = compile_shapes(program, *args, **kwargs)
+        self.setdefault(compiled.name, []).append(compiled)
+        return compiled.outputs
 
 
 def abstract_trainer(config: RunConfig, reward: Callable[..., Any] | None = None) -> Trainer:
@@ -58,71 +66,66 @@ def compile_longest(trainer: Trainer) -> Programs:
 
     Raises ConfigError for an on-policy run without prompts.
     """
-    programs: Programs = {}
-
-    def compile_program(program: Any, *args: Any, **kwargs: Any) -> Any:
-        """Add a program; returns the shapes of its results."""
-        compiled = compile_shapes(program, *args, **kwargs)
-        programs.setdefault(compiled.name, []).append(compiled)
-        return compiled.outputs
-
+    programs = Programs()
     match trainer:
         case PPOTrainer() | GRPOTrainer():
-            _compile_on_policy(trainer, compile_program)
+            _compile_on_policy(trainer, programs)
         case DPOTrainer():
-            _compile_dpo(trainer, compile_program)
+            _compile_dpo(trainer, programs)
         case SFTTrainer() | RewardTrainer():
-            _compile_supervised(trainer, compile_program)
+            _compile_supervised(trainer, programs)
     return programs
 
 
-def _compile_supervised(trainer: SFTTrainer | RewardTrainer, compile_program: Callable[..., Any]) -> None:
+def _compile_supervised(trainer: SFTTrainer | RewardTrainer, programs: Programs) -> None:
     module = sft if isinstance(trainer, SFTTrainer) else reward
     state, train = trainer.state.template, trainer.config.train
     batch = trainer.collate(batching.longest(trainer.rows.train, train.batch_size))
-    compile_program(module.update, state, trainer.frozen, batch, trainer.key, spec=trainer.spec)
+    programs.compile(module.update, state, trainer.frozen, batch, trainer.key, spec=trainer.spec)
     params = {**trainer.frozen, **state.params[trainer.role]}
     held_out = batching.longest(trainer.rows.validation, train.eval_batch_size)
     for batch in trainer.eval_batches(held_out):
-        compile_program(module.evaluate, params, batch, model=trainer.model)
+        programs.compile(module.evaluate, params, batch, model=trainer.model)
     if isinstance(trainer, SFTTrainer):
-        _compile_samples(trainer.samples, params, trainer.key, compile_program)
+        _compile_samples(trainer.samples, params, trainer.key, programs)
 
 
-def _compile_dpo(trainer: DPOTrainer, compile_program: Callable[..., Any]) -> None:
+def _compile_dpo(trainer: DPOTrainer, programs: Programs) -> None:
     state, train, rows = trainer.state.template, trainer.config.train, trainer.rows
     longest = batching.longest(rows.train, train.batch_size)
     batch = trainer.preferences(longest, trainer.reference[[0] * len(longest)])
-    compile_program(dpo_update.update, state, trainer.frozen, batch, trainer.key, spec=trainer.spec)
+    programs.compile(dpo_update.update, state, trainer.frozen, batch, trainer.key, spec=trainer.spec)
     policy = {**trainer.frozen, **state.params["policy"]}
     scored = [] if trainer.reference_known else [(trainer.frozen or policy, rows.train)]
     for params, part in [*scored, (policy, rows.validation)]:
         if part:
             pairs = trainer.collate(batching.longest(part, train.eval_batch_size))
-            compile_program(dpo_update.score, params, pairs, model=trainer.model)
-    _compile_samples(trainer.samples, policy, trainer.key, compile_program)
+            programs.compile(dpo_update.score, params, pairs, model=trainer.model)
+    _compile_samples(trainer.samples, policy, trainer.key, programs)
 
 
-def _compile_samples(samples: Samples, params: Params, key: jax.Array, compile_program: Callable[..., Any]) -> None:
-    decoder_params = compile_program(convert, params, samples.model, samples.decoder)
+def _compile_samples(samples: Samples, params: Params, key: jax.Array, programs: Programs) -> None:
+    decoder_params = programs.compile(convert, params, samples.model, samples.decoder)
     stop_ids, pad_id = samples.tokenizer.stop_ids, samples.tokenizer.pad_id
-    compile_program(generate, decoder_params, samples.decoder, samples.prompts, key, samples.sampling, stop_ids, pad_id)
+    programs.compile(
+        generate, decoder_params, samples.decoder, samples.prompts, key, samples.sampling, stop_ids, pad_id
+    )
 
 
-def _compile_on_policy(trainer: PPOTrainer | GRPOTrainer, compile_program: Callable[..., Any]) -> None:
+def _compile_on_policy(trainer: PPOTrainer | GRPOTrainer, programs: Programs) -> None:
     if not trainer.data:
         raise ConfigError("data.path is empty: how long prompts are decides what an update needs; give a file of them")
     sampling, size = trainer.config.sampling, trainer.config.settings.batch_size
     state, frozen = trainer.state.template, trainer.frozen
     rows = batching.longest(trainer.data.train, size)
     policy = {**frozen["policy"], **state.params["policy"]}
-    rollout = _compile_rollout(trainer, policy, rows, compile_program)
+    rollout = _compile_rollout(trainer, policy, rows, programs)
     columns = trainer.sampler.columns + sampling.response_length
     for component in trainer.scorer.components.values():
         model = trainer.scorer.models.get(component.name)
         if model is not None:
             program = token_scores_jit if component.per_token else sequence_scores_jit
-            compile_program(program, model.params, model.model, *model.padded_rows(columns))
+            programs.compile(program, model.params, model.model, *model.padded_rows(columns))
     scores = sharding.put_rows(np.zeros(size, np.float32), trainer.mesh)
     other_scores = None  # PPO: of single tokens; GRPO: of greedy responses
     if isinstance(trainer, PPOTrainer):
@@ -137,26 +140,26 @@ def _compile_on_policy(trainer: PPOTrainer | GRPOTrainer, compile_program: Calla
         if trainer.config.grpo.recipe.advantage == "greedy":
             other_scores = scores
     args = without_moments(state), frozen, rollout, scores, other_scores
-    experience, _ = compile_program(module.annotate, *args, spec=trainer.spec)
+    experience, _ = programs.compile(module.annotate, *args, spec=trainer.spec)
     used = {role: frozen[role] for role in ("policy", "critic") if role in frozen}
-    compile_program(module.update, state, used, experience, KEY, spec=trainer.spec)
+    programs.compile(module.update, state, used, experience, KEY, spec=trainer.spec)
 
 
 def _compile_rollout(
-    trainer: PPOTrainer | GRPOTrainer, policy: Params, rows: Sequence[Any], compile_program: Callable[..., Any]
+    trainer: PPOTrainer | GRPOTrainer, policy: Params, rows: Sequence[Any], programs: Programs
 ) -> Rollout:
     """Compile the rollout of `rows`; returns its shapes."""
     sampler = trainer.sampler
     group = sampler.shared(len(rows))
     prompts = sampler.prompts(rows, group)
-    decoder_params = compile_program(convert, policy, sampler.model, sampler.decoder)
+    decoder_params = programs.compile(convert, policy, sampler.model, sampler.decoder)
     options = sampler.sampling, sampler.tokenizer.stop_ids, sampler.tokenizer.pad_id
     if not 0 < sampler.slots < len(rows):
-        return compile_program(generate, decoder_params, sampler.decoder, prompts, KEY, *options, group)
+        return programs.compile(generate, decoder_params, sampler.decoder, prompts, KEY, *options, group)
     queue = PromptQueue(prompts, sampler.slots, group, sampler.columns)
     decoding = Decoding(sampler.decoder, *options)
     for program, args in engine.slot_programs(decoder_params, decoding, queue, KEY, sampler.mesh):
-        compile_program(program, *args)
+        programs.compile(program, *args)
     shapes = jax.eval_shape(
         lambda params: generate(params, sampler.decoder, prompts, KEY, *options, group), decoder_params
     )

@@ -1,7 +1,6 @@
 """Output of `jaxrlhf plan`: memory per phase, whether it fits, minimum time of a step, and options that save memory."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,14 +97,12 @@ class Knob:
 
 def knobs(config: RunConfig, devices: int) -> list[Knob]:
     """The memory-saving options that the config does not use yet."""
-    match config:
-        case PPOConfig():
-            section, batch, micro = "ppo", config.ppo.batch_size, config.ppo.micro_rows(config.ppo.batch_size)
-        case GRPOConfig():
-            section, batch, micro = "grpo", config.grpo.batch_size, config.grpo.micro_rows(config.grpo.batch_size)
-        case _:
-            section, batch = "train", config.train.batch_size
-            micro = config.train.micro_batch_size or batch
+    if isinstance(config, PPOConfig | GRPOConfig):
+        section, batch = config.method, config.settings.batch_size
+        micro = config.settings.micro_rows(batch)
+    else:
+        section, batch = "train", config.train.batch_size
+        micro = config.train.micro_batch_size or batch
     mesh, lora, backend = config.mesh, config.lora, jax.default_backend()
     row_shards = mesh.fsdp * (mesh.data or devices // (mesh.fsdp * mesh.tensor))
     slower, rounded, adapters = "same result, slower", "nearly the same result", "trains adapters, not the model"
@@ -153,17 +150,17 @@ def knobs(config: RunConfig, devices: int) -> list[Knob]:
     return [Knob(keys, effect) for applies, keys, effect in candidates if applies]
 
 
-def savings(config: RunConfig, devices: int, say: Callable[[str], None]) -> list[tuple[Knob, Plan]]:
-    """Plan the run with each knob alone. Returns the plans by peak memory, lowest first; `say` gets a line for each."""
+def savings(config: RunConfig, devices: int) -> list[tuple[Knob, Plan]]:
+    """Plan the run with each knob alone, and print a line for each. Returns the plans by peak memory, lowest first."""
     plans = []
     for knob in knobs(config, devices):
         try:
             changed = plan(replace(config, **knob.keys))
         except (JaxrlhfError, ValueError) as error:
             reason = error.errors()[0]["msg"] if isinstance(error, pydantic.ValidationError) else str(error)
-            say(f"{knob}: not possible here: {reason.splitlines()[0]}")
+            print(f"{knob}: not possible here: {reason.splitlines()[0]}", flush=True)
             continue
-        say(f"{knob}: {changed.peak.total / 1e9:.2f} GB, peak in {changed.peak.name} ({knob.effect})")
+        print(f"{knob}: {changed.peak.total / 1e9:.2f} GB, peak in {changed.peak.name} ({knob.effect})", flush=True)
         plans.append((knob, changed))
     return sorted(plans, key=lambda pair: pair[1].peak.total)
 
@@ -179,7 +176,7 @@ def examine(config: RunConfig, *, every_knob: bool) -> bool:
     if fits and not every_knob:
         return fits
     print("\noptions that save memory, each on its own:", flush=True)
-    plans = savings(config, jax.device_count(), print)
+    plans = savings(config, jax.device_count())
     best = [(knob, changed) for knob, changed in plans if changed.peak.total < current.peak.total]
     print("\nlargest savings:" if best else "none of them helps")
     for knob, changed in best[:3]:

@@ -160,7 +160,7 @@ def _record(previous: dict[str, Any], config: Any, method: str) -> dict[str, Any
         "method": method,
         "versions": previous.get("versions") or start["versions"],
         "platform": platform.platform(),
-        "mesh": dataclasses.asdict(config.mesh) if hasattr(config, "mesh") else None,
+        "mesh": dataclasses.asdict(config.mesh),
         "starts": [*previous.get("starts", []), start],
     }
 
