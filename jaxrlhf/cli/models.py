@@ -192,7 +192,6 @@ def export(options: Options, overrides: Overrides) -> None:
 
 
 def convert_rm(options: Options, overrides: Overrides) -> None:
-    runtime.configure()
     from jaxrlhf.weights import rm_pt
 
     folder, unused = rm_pt.convert(Path(options.file), options.base, Path(options.directory))
