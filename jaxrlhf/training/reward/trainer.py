@@ -20,6 +20,7 @@ from jaxrlhf.errors import NumericsError
 from jaxrlhf.evaluation.reward_metrics import KEYS, HeldOut, evaluation, summary
 from jaxrlhf.files import write_whole
 from jaxrlhf.models import ModelConfig
+from jaxrlhf.training import pretrained
 from jaxrlhf.training.reward.loss import Objective, objective_of, response_loss, response_scores
 from jaxrlhf.training.session import Session
 from jaxrlhf.training.step import Metrics, Spec, supervised_step
