@@ -2,18 +2,30 @@
 
 import functools
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 _NUMBER = re.compile(
-    r"(?<![\w)\].])(?P<sign>[-+\u2212]\s?)?[$€£]?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<decimals>\.\d+)?"
-    r"(?P<exponent>e[-+]?\d{1,3}\b)?(?:\s?/\s?(?P<denominator>\d+)(?!\d|\.\d))?"
+    r"""\^\{?[-+\u2212]?\d+ |  # the exponent of what is not a number: in x^2
+    (?<![\w)\].^])(?:(?P<sign>[-+\u2212\u2013])(?P<gap>[ ]?))?[$€£]?(?:(?P<mixed>\d+)[ ](?=\d+/\d))?
+    (?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<decimals>\.\d+)?(?P<exponent>e[-+]?\d{1,3}\b)?
+    (?: \s?(?:\*|x|\u00d7|\\times)\s?10\^\{?(?P<tens>-?\d{1,3})\b\}?
+      | \^\{?(?P<power>-?\d{1,3})\b\}?
+      | \s?/\s?(?P<denominator>\d+)(?!\d|\.\d) )?""",
+    re.VERBOSE,
 )
+_BEFORE_SIGN = (*"=<>\u2248\u2264\u2265~({[:,*/#$", " is")  # in "= - 5"; elsewhere a dash before a space is no sign
+_BEFORE_DASH = tuple("0123456789%\u00b0-")  # in "10 -15", "5%-10%" and "10--15" it is no sign either
+_OPERATION = re.compile(r"\s*(?:[a-z%]+\s+){0,2}(?:[-+*/\u2212\u00d7\u00b7\u00f7]|\\times|\\cdot|\\div)\s*[-($\\.\d]")
+_CLAUSE_END = re.compile(r"\n|;|[.,](?:\s|$)|$")
+_DIGIT_GROUPS = re.compile(r"(?<=\d)(?:\{,\}|\\[,!]|[\u2009\u202f\xa0])(?=\d{3}(?!\d))")
 _MAX_DIGITS = 300
+_MAX_POWER_DIGITS = 3000
 _ANSWER_MARKS = ("####", r"\boxed{", "answer is", "answer:")
 _BRACE = re.compile(r"(?P<box>\\boxed\s*\{)|\\.|[{}]", re.DOTALL)
-_LATEX_FRACTION = re.compile(r"(?<!\d)\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
+_LATEX_FRACTION = re.compile(r"(\d[ ]?)?\\[dt]?frac\s*(?:\{\s*([-+]?[\d.]+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
 _LATEX_TEXT = re.compile(r"\\(?:text\w*|math\w+|mbox)\s*\{([^{}]*)\}")
 _LATEX_LAYOUT = re.compile(r"\\[!,]|\\(?:left|right|displaystyle)(?![a-z])|\\?[$%]")
 
@@ -42,8 +54,9 @@ def numeric_match(
     """1 if the completion's number equals that of `column`, else 0; None if the row has no number.
 
     The number of a text is the first one after its last `####` (as in GSM8K), `\\boxed{`, "answer is" or "answer:", or
-    else its last one. Accepted forms: 1,234.5, -3, 2/3, 1e3, $5, .5; a percent sign is ignored. Numbers are compared
-    as exact fractions, or with an absolute `tolerance`.
+    else its last one. Of a calculation, as in "the answer is 3 + 5 = 8", it is the result. Accepted forms: 1,234.5, -3,
+    2/3, 2 1/2, 1e3, 3 x 10^5, 2^3, $5, .5, `\\frac{3}{4}`; a percent sign is ignored. The dash of a list ("- 42") or a
+    range ("10 - 15") is not a sign. Numbers are compared as exact fractions, or with an absolute `tolerance`.
     """
 
     def correct(completion: str, expected: Any) -> bool | None:
@@ -125,31 +138,67 @@ def answer_in(text: str) -> str:
 
 def number(text: str) -> Fraction | None:
     """The final number of a text (see `numeric_match`)."""
-    text = text.casefold()
+    text = _plain_fractions(_DIGIT_GROUPS.sub(lambda match: "," if match[0] == "{,}" else "", text.casefold()))
     answer_start = max(text.rfind(mark) + len(mark) if mark in text else 0 for mark in _ANSWER_MARKS)
-    if answer_start and (value := next(_numbers(text[answer_start:]), None)) is not None:
-        return value
-    return (list(_numbers(text)) or [None])[-1]
+    if answer_start and (first := next(_numbers(text, answer_start), None)) is not None:
+        return _result(text, *first)
+    *_, (_, value) = [(None, None), *_numbers(text)]
+    return value
 
 
-def _numbers(text: str) -> Iterator[Fraction]:
-    for match in _NUMBER.finditer(text):
+def _numbers(text: str, start: int = 0, end: int = sys.maxsize) -> Iterator[tuple[re.Match[str], Fraction]]:
+    for match in _NUMBER.finditer(text, start, end):
         if (value := _value(match)) is not None:
-            yield value
+            yield match, value
+
+
+def _result(text: str, match: re.Match[str], value: Fraction) -> Fraction:
+    """The result of the calculation that begins with a number, 8 in "3 + 5 = 8"; the number's `value` if none does."""
+    if match["power"] or _OPERATION.match(text, match.end()):
+        end = next(_CLAUSE_END.finditer(text, match.end())).start()
+        equals = text.rfind("=", match.end(), end)
+        if equals >= 0:
+            return next((result for _, result in _numbers(text, equals, end)), value)
+    return value
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    whole, decimals, denominator = match["whole"], match["decimals"], match["denominator"]
-    if not (whole or decimals) or len(match[0]) > _MAX_DIGITS or (denominator is not None and not int(denominator)):
+    whole, decimals, denominator = match["whole"], match["decimals"], int(match["denominator"] or 1)
+    power, tens = int(match["power"] or 1), int(match["tens"] or 0)
+    too_long = len(match[0]) > _MAX_DIGITS or len(whole or "") * abs(power) > _MAX_POWER_DIGITS
+    if not (whole or decimals) or too_long or not denominator:
         return None
     digits = (whole or "0").replace(",", "") + (decimals or "") + (match["exponent"] or "")
-    value = Fraction(digits) / int(denominator or 1)
-    return -value if (match["sign"] or "").strip() in ("-", "\u2212") else value
+    base = Fraction(digits)
+    if not base and power < 0:
+        return None
+    value = base**power * Fraction(10) ** tens / denominator
+    if match["mixed"] and value < 1:  # 2 1/2
+        value += int(match["mixed"])
+    return -value if _is_negative(match) else value
+
+
+def _is_negative(match: re.Match[str]) -> bool:
+    """True for a minus sign; false for the dash of a list or a range, and for subtraction."""
+    if match["sign"] in (None, "+"):
+        return False
+    before = match.string[max(0, match.start() - 20) : match.start()].rstrip(" \t")
+    return before.endswith(_BEFORE_SIGN) if match["gap"] else not before.endswith(_BEFORE_DASH)
+
+
+def _plain_fractions(text: str) -> str:
+    r"""Write \frac{1}{2} as 1/2, and 2\frac{1}{2} as 2 1/2."""
+
+    def plain(match: re.Match[str]) -> str:
+        whole, *parts = match.groups(default="")
+        return f"{whole.strip()} " * bool(whole) + f"{parts[0]}{parts[1]}/{parts[2]}{parts[3]}"
+
+    return _LATEX_FRACTION.sub(plain, text)
 
 
 def _equal(answer: str, target: str) -> bool:
     answer, target = _strip_latex(answer), _strip_latex(target)
-    matches = [_NUMBER.fullmatch(_LATEX_FRACTION.sub(r"\1\2/\3\4", text)) for text in (answer, target)]
+    matches = [_NUMBER.fullmatch(_plain_fractions(text)) for text in (answer, target)]
     values = [_value(match) if match else None for match in matches]
     return answer == target if None in values else values[0] == values[1]
 

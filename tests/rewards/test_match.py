@@ -41,6 +41,65 @@ from jaxrlhf.rewards.match import boxed, exact_match, last_box, multiple_choice,
         ("no number at all", None),
         ("", None),
         ("9" * 400, None),
+        # a dash that is not a sign
+        ("- 42", 42),
+        ("Steps:\n- 3 eggs\n- 42", 42),
+        ("The answer is:\n- 42", 42),
+        ("10 - 15", 15),
+        ("10 -15", 15),
+        ("10\u201315 days", 15),
+        ("10--15", 15),
+        ("5%-10%", 10),
+        ("$10 - $15", 15),
+        ("ages 10 to 15 - 3 in all", 3),
+        ("the total - 42", 42),
+        # and one that is
+        ("x = - 5", -5),
+        ("x = \u2212 5", -5),
+        ("it is \u20135 degrees", -5),
+        ("#### - 5", -5),
+        ("Answer: - 5", -5),
+        ("the answer is - 5", -5),
+        (r"\boxed{- 5}", -5),
+        ("(-5)", -5),
+        ("5 * -3", -3),
+        ("-$5", -5),
+        ("$-5", -5),
+        # LaTeX
+        (r"\frac{3}{4}", Fraction(3, 4)),
+        (r"so it is $-\dfrac{3}{4}$.", Fraction(-3, 4)),
+        (r"\frac{-3}{4}", Fraction(-3, 4)),
+        (r"\tfrac34", Fraction(3, 4)),
+        (r"The answer is \frac{1}{2} of 8", Fraction(1, 2)),
+        (r"2\frac{1}{2}", Fraction(5, 2)),
+        ("2 1/2 hours", Fraction(5, 2)),
+        ("5 7/2", Fraction(7, 2)),
+        (r"10{,}000", 10_000),
+        (r"10\,000", 10_000),
+        ("10\u202f000", 10_000),
+        (r"\$5\%", 5),
+        # powers, and what is not a number of its own
+        ("2^3", 8),
+        ("2^{-1}", Fraction(1, 2)),
+        ("0^-1", None),
+        ("8 cm^2", 8),
+        ("10 m/s^{-2}", 10),
+        (r"3 \times 10^5", 300_000),
+        ("1.5 x 10^{-3}", Fraction(3, 2000)),
+        # the result of a calculation
+        ("2^3 = 8", 8),
+        ("The answer is 2^3 = 8.", 8),
+        ("The answer is 8 = 2^3", 8),
+        ("#### 2 * 4 = 8", 8),
+        ("Answer: 3 apples + 5 apples = 8 apples", 8),
+        ("Answer: 10 - 2 = 8", 8),
+        ("The answer is (2 + 2) * 2 = 4 * 2 = 8", 8),
+        (r"\boxed{2 \times 4 = 8}", 8),
+        ("The answer is 8, as 3 + 4 = 7", 8),
+        ("The answer is 8. 3 + 4 = 7", 8),
+        ("The answer is 8 because x = 5", 8),
+        ("The answer is 8 - since x = 5", 8),
+        ("The answer is 10 - 15", 10),
     ],
 )
 def test_the_number_of_a_text(said, value):
@@ -200,11 +259,14 @@ def test_two_chosen_letters_score_0(text):
     assert sum(filter(None, multiple_choice([text] * 4, answer=[*"ABCD"]))) <= 1
 
 
-@pytest.mark.parametrize("unit", ["\n", "a ", "answer: ", r"\boxed{", "}", "(A)", "1,", r"\text{"])
+@pytest.mark.parametrize(
+    "unit", ["\n", "a ", "answer: ", r"\boxed{", "}", "(A)", "1,", r"\text{", "- 1 ", "2^", r"\frac{1", "1 1/"]
+)
 def test_long_texts_take_no_time(unit):
     """Each is read once; backtracking over it would take minutes."""
     text = unit * (100_000 // len(unit))
     started = time.process_time()
     boxed([text, rf"\boxed{{{text}}}"], answer=[text] * 2)
+    numeric_match([text, f"answer: 1 + {text}"], answer=[1, 1])
     multiple_choice([text], answer=["A"])
     assert time.process_time() - started < 5
