@@ -198,8 +198,9 @@ class Sampling:
     stop_token_ids: tuple[Natural, ...] = ()
     """Additional stop tokens, besides those of the tokenizer and generation_config.json."""
     stop_strings: tuple[str, ...] = ()
-    """Strings that end a response. After generation, tokens beyond the one that completes a stop string are removed;
-    the completion text ends before the string."""
+    """Strings that end a response. A control token of the tokenizer, such as <|im_end|>, is a stop token. Other strings
+    are looked for after generation: tokens beyond the one that completes a stop string are removed. The completion text
+    ends before the string."""
 
     def __post_init__(self) -> None:
         if self.min_length > self.response_length:

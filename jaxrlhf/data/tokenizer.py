@@ -170,12 +170,23 @@ class Tokenizer:
         (_, *after), alone = self.encode_batch([f"{control}a", "a"])
         return after == alone
 
-    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
-        """Decode without control tokens. Give the preceding ids as `after` to keep a leading space, which some
-        tokenizers drop before the first word."""
+    def decode(self, ids: Sequence[int], after: Sequence[int] = (), *, control: bool = False) -> str:
+        """Decode, with control tokens only if `control`. Give the preceding ids as `after` to keep a leading space,
+        which some tokenizers drop before the first word."""
         context, own = [int(i) for i in after[-_CONTEXT:]], [int(i) for i in ids]
-        before, text = self._backend.decode(context), self._backend.decode(context + own)
-        return text[len(before) :] if text.startswith(before) else self._backend.decode(own)
+        before, text, alone = (
+            self._backend.decode(part, skip_special_tokens=not control) for part in (context, context + own, own)
+        )
+        return text[len(before) :] if text.startswith(before) else alone
+
+    def stops(self, stop_strings: Sequence[str]) -> tuple[int, ...]:
+        """`stop_ids`, and the ids of those stop strings that are control tokens."""
+        own = [self.control_tokens[text] for text in stop_strings if text in self.control_tokens]
+        return tuple(dict.fromkeys([*self.stop_ids, *own]))
+
+    def spells_control_token(self, text: str) -> bool:
+        """Return True if a control token is spelt in `text`."""
+        return bool(self._control.search(text))
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         """Return the vocabulary entry of each id, or `[id]` for ids in the model's vocabulary padding."""

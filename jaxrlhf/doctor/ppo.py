@@ -44,7 +44,7 @@ class Trial:
         self.config = config
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.model = setup.model_config(config.model, self.tokenizer, "lm", config.lora)
-        self.stops = {*self.tokenizer.stop_ids, *config.sampling.stop_token_ids}
+        self.stops = {*self.tokenizer.stops(config.sampling.stop_strings), *config.sampling.stop_token_ids}
         self.rows = datasets.prompts_from_texts(PROMPTS, {}, Data(), self.tokenizer)
         self.trainer: PPOTrainer | None = None
         self.rollout: Rollout | None = None

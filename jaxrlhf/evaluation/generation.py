@@ -100,7 +100,7 @@ def generate(
     """
     width, responses = prompt_columns(config, model, rows), len(rows) * count
     prompts = batching.prompts(rows, tokenizer.pad_id, width)
-    key, stops = jax.random.key(config.seed), (tokenizer.stop_ids, tokenizer.pad_id)
+    key, stops = jax.random.key(config.seed), (tokenizer.stops(config.sampling.stop_strings), tokenizer.pad_id)
     if responses <= config.rollout.slots:
         engine.check_slots(model, responses, width + config.sampling.response_length)
         return jax.device_get(decode.generate(params, model, prompts, key, config.sampling, *stops, group=count))

@@ -106,10 +106,7 @@ def _compile_dpo(trainer: DPOTrainer, programs: Programs) -> None:
 
 def _compile_samples(samples: Samples, params: Params, key: jax.Array, programs: Programs) -> None:
     decoder_params = programs.compile(convert, params, samples.model, samples.decoder)
-    stop_ids, pad_id = samples.tokenizer.stop_ids, samples.tokenizer.pad_id
-    programs.compile(
-        generate, decoder_params, samples.decoder, samples.prompts, key, samples.sampling, stop_ids, pad_id
-    )
+    programs.compile(generate, decoder_params, samples.decoder, samples.prompts, key, samples.sampling, *samples.stops)
 
 
 def _compile_on_policy(trainer: PPOTrainer | GRPOTrainer, programs: Programs) -> None:
@@ -153,7 +150,7 @@ def _compile_rollout(
     group = sampler.shared(len(rows))
     prompts = sampler.prompts(rows, group)
     decoder_params = programs.compile(convert, policy, sampler.model, sampler.decoder)
-    options = sampler.sampling, sampler.tokenizer.stop_ids, sampler.tokenizer.pad_id
+    options = sampler.sampling, *sampler.stops
     if not 0 < sampler.slots < len(rows):
         return programs.compile(generate, decoder_params, sampler.decoder, prompts, KEY, *options, group)
     queue = PromptQueue(prompts, sampler.slots, group, sampler.columns)

@@ -1,6 +1,7 @@
 """Text of a rollout, for reward functions and logs."""
 
 import dataclasses
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -26,7 +27,8 @@ def decode_completions(
     """Return the rollout and its completions, both cut at the first stop string.
 
     A response is cut after the token that completes the stop string, and counts as finished; its completion ends before
-    the string. With `stop_strings` the rollout is returned as numpy arrays.
+    the string. Control tokens in a stop string are matched by their ids. With `stop_strings` the rollout is returned as
+    numpy arrays.
     """
     texts = response_texts(rollout, tokenizer)
     if not stop_strings:
@@ -34,18 +36,15 @@ def decode_completions(
     rollout = jax.device_get(rollout)
     mask, finished = rollout.response_mask.copy(), rollout.finished.copy()
     for i, (prompt, ids, _) in enumerate(_token_ids(rollout)):
-        text = texts[i]
-        starts = [text.find(string) for string in stop_strings if string in text]
-        if not starts:
-            continue
-        texts[i] = text[: min(starts)]
-        low, high = 1, len(ids)  # bisection for the shortest prefix whose text has a stop string
-        while low < high:
-            middle = (low + high) // 2
-            prefix = tokenizer.decode(ids[:middle], after=prompt)
-            low, high = (low, middle) if any(string in prefix for string in stop_strings) else (middle + 1, high)
-        mask[i, low:] = False
-        finished[i] = True
+        found = [
+            _first_stop(ids, prompt, tokenizer, strings, control=control)
+            for control in (False, True)
+            if (strings := [text for text in stop_strings if tokenizer.spells_control_token(text) == control])
+        ]
+        length, text = min(found, key=lambda stop: (stop[0], len(stop[1])))
+        if length <= len(ids):
+            texts[i], finished[i] = text, True
+            mask[i, length:] = False
     return shortened(rollout, mask, finished, tokenizer.pad_id), texts
 
 
@@ -62,6 +61,28 @@ def shortened(rollout: Rollout, mask: jax.Array | np.ndarray, finished: jax.Arra
         finished=finished,
         support=None if rollout.support is None else np.where(mask[..., None], rollout.support, np.uint8(0)),
     )
+
+
+def _first_stop(
+    ids: list[int], prompt: list[int], tokenizer: Tokenizer, stop_strings: Sequence[str], *, control: bool
+) -> tuple[int, str]:
+    """(number of tokens up to the one that completes the first stop string, the text before that string); (the number
+    of `ids` + 1, "") without one. The strings are looked for in the text with control tokens if `control`."""
+
+    def decode(count: int) -> str:
+        return tokenizer.decode(ids[:count], after=prompt, control=control)
+
+    text = decode(len(ids))
+    starts = [text.find(string) for string in stop_strings if string in text]
+    if not starts:
+        return len(ids) + 1, ""
+    start = min(starts)
+    # bisections for the shortest prefix whose text has a stop string, and for the first that reaches beyond its start
+    length = bisect_left(range(len(ids)), True, key=lambda n: any(string in decode(n) for string in stop_strings))
+    if not control:
+        return length, text[:start]
+    whole = bisect_left(range(len(ids)), True, key=lambda n: len(decode(n)) > start) - 1
+    return length, tokenizer.decode(ids[:whole], after=prompt) + text[len(decode(whole)) : start]
 
 
 def token_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[list[str]]:

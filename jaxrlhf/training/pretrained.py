@@ -44,7 +44,9 @@ def save(
     if config.tokenizer.pad_token is None:
         model, params, tokenizer = with_pad_token(model, params, tokenizer, may_grow=base is None)
     source, _ = weights.base_and_adapters(weights.resolve(config.model.path, config.model.revision, weights=False))
-    stops = () if isinstance(config, RewardConfig) else config.sampling.stop_token_ids
+    stops: tuple[int, ...] = ()
+    if not isinstance(config, RewardConfig):
+        stops = (*config.sampling.stop_token_ids, *tokenizer.stops(config.sampling.stop_strings))
     return weights.export(
         directory, model, params, source=source, tokenizer=tokenizer, stops=stops, facts=card, base=base
     )

@@ -14,7 +14,7 @@ from jaxrlhf.models import ModelConfig
 from jaxrlhf.rollout.decode import generate
 from jaxrlhf.rollout.inference_copy import convert, inference_model
 from jaxrlhf.rollout.sampling import check_sampling
-from jaxrlhf.rollout.text import response_texts
+from jaxrlhf.rollout.text import decode_completions
 from jaxrlhf.training import setup
 from jaxrlhf.training.session import Session
 from jaxrlhf.types import Params
@@ -41,6 +41,7 @@ class Samples:
         length = batching.bucket(max(len(row.tokens) for row in prompts), model.max_positions)
         self.prompts = sharding.put_whole(batching.prompts(prompts, tokenizer.pad_id, length), mesh)
         self.sampling = setup.fit_response(config.sampling, length, model)
+        self.stops = tokenizer.stops(config.sampling.stop_strings), tokenizer.pad_id
 
     def log_if_due(self, session: Session, step: int, params: Params, key: jax.Array) -> None:
         """Log completions if they are due after `step`, drawn with the key of the run folded with `step`."""
@@ -51,9 +52,9 @@ class Samples:
     def draw(self, params: Params, key: jax.Array) -> list[dict[str, Any]]:
         """A record {"prompt", "completion"} for each row."""
         decoder_params = convert(params, self.model, self.decoder)
-        stop_ids, pad_id = self.tokenizer.stop_ids, self.tokenizer.pad_id
-        rollout = generate(decoder_params, self.decoder, self.prompts, key, self.sampling, stop_ids, pad_id)
-        completions = response_texts(rollout, self.tokenizer)
+        stops, strings = self.stops, self.sampling.stop_strings
+        rollout = generate(decoder_params, self.decoder, self.prompts, key, self.sampling, *stops)
+        _, completions = decode_completions(rollout, self.tokenizer, strings)
         del decoder_params  # before its memory is given back
         memory.release_free_memory()
         rows = zip(np.asarray(self.prompts.tokens), np.asarray(self.prompts.mask), strict=True)

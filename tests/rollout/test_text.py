@@ -42,3 +42,17 @@ def test_completions_and_masks_are_cut_at_the_stop_string(tokenizer):
     assert (cut.tokens[0, 10:] == tokenizer.pad_id).all() and not cut.logprobs[0, 5:].any()
     whole, texts = decode_completions(rollout, tokenizer, ())
     assert whole is rollout and texts[0] == "one\n\ntwo"
+
+
+def test_stop_strings_with_control_tokens_match_their_ids(tokenizer):
+    """Not the same characters as ordinary text; a whole control token is a stop token, which generation stops at."""
+    assert tokenizer.stops(()) == (tokenizer.eos_id,)
+    assert tokenizer.stops(("<unk>", "\n\n", "</s>", "<unk>a")) == (tokenizer.eos_id, tokenizer.control_tokens["<unk>"])
+    responses = ["one<unk>two", "one\n<unk>two<unk>", "on<unk>e\n<unk>two", "o\n\n<unk>ne", "one<s>", "one\ntwo</s>"]
+    rollout = rollout_of(tokenizer, "ask: ", responses, 10)
+    cut, texts = decode_completions(rollout, tokenizer, ("\n<unk>", "<unk>t", "\n\n"))
+    assert texts == ["one", "one", "one", "o", "one", "one\ntwo"]
+    assert cut.response_mask.sum(1).tolist() == [5, 5, 6, 3, 4, 8]
+    assert cut.finished.tolist() == [True] * 4 + [False, True]
+    _, texts = decode_completions(rollout, tokenizer, ("<unk>",))
+    assert texts == ["one", "one\n", "on", "o\n\n", "one", "one\ntwo"]

@@ -14,6 +14,7 @@ import jaxrlhf
 from jaxrlhf import config, weights
 from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted, RewardError
 from jaxrlhf.rewards.sources.model import RewardModel
+from jaxrlhf.rollout.text import response_ids
 from jaxrlhf.training.export import export
 from jaxrlhf.training.on_policy.alarms import Watch
 from jaxrlhf.training.ppo.trainer import PPOTrainer
@@ -111,9 +112,14 @@ def test_stop_strings_cut_the_response_and_finish_it(ppo):
         if stop in text:
             said = cutting.tokenizer.decode(ids.tolist(), after=rows[i].tokens)
             assert stop in said and stop not in cutting.tokenizer.decode(ids[:-1].tolist(), after=rows[i].tokens)
+    # a control token is a stop token, although it is in no text
+    sampling = config.replace(ppo["sampling"], stop_strings=("<s>",))
     fined = config.PPOConfig(**ppo | {"sampling": sampling, "scores": config.Scores(missing_eos_penalty=3.0)})
     trainer = PPOTrainer(fined, reward=lambda prompts, completions: [1.0] * len(prompts))
-    experience, _ = trainer.learn(*[trainer.generate(rows, 0)[0], np.ones(8)], 0)
+    rollout, _ = trainer.generate(rows, 0)
+    said = [trainer.tokenizer.bos_id in ids for ids in response_ids(whole)]
+    assert any(said) and rollout.finished.tolist() == [a or bool(b) for a, b in zip(said, whole.finished, strict=True)]
+    experience, _ = trainer.learn(rollout, np.ones(8), 0)
     np.testing.assert_allclose(experience.scores, np.where(rollout.finished, 1.0, -2.0))
 
 

@@ -49,6 +49,7 @@ class Sampler:
         """The model that decodes."""
         self.columns = 0
         """Prompt columns that fit every known prompt, so that few programs are compiled."""
+        self.stops = tokenizer.stops(config.sampling.stop_strings), tokenizer.pad_id
         check_sampling(config.sampling, model.vocab_size)
         if longest:
             self._check_context(longest)
@@ -92,7 +93,7 @@ class Sampler:
         """`generate` with an inference copy, in `slots` (0: all at once). The arrays of the rollout are on the host if
         there are slots or stop strings."""
         prompts, sampling = self.prompts(rows, group), dataclasses.replace(self.sampling, greedy=greedy)
-        options = sampling, self.tokenizer.stop_ids, self.tokenizer.pad_id
+        options = sampling, *self.stops
         if slots:
             queue = PromptQueue(prompts, slots, group, self.columns)
             rollout = engine.generate_in_slots(decoder_params, Decoding(self.decoder, *options), queue, key, self.mesh)
