@@ -114,13 +114,16 @@ def can_read(rows: Rows, task: Task, config: Data) -> bool:
 
 
 def known_formats(task: Task) -> str:
-    """The columns of every layout that serves `task`; for `sft` and `prompts` not those of pairs and rankings."""
+    """The required columns of every layout that serves `task`; for `sft` and `prompts` not those with several
+    responses."""
     specs = []
     for layout in LAYOUTS:
         if _serves(layout, task) and (layout.single or task not in ("sft", "prompts")):
-            verdict = {"sft": "", "labels": "label|kto_tag|tag", "scores": layout.verdict or "score"}
+            score = "scores" if layout.judge is labels.by_rank else "" if layout.many else layout.verdict or "score"
+            verdict = {"sft": "", "labels": "label|kto_tag|tag", "scores": score}
             words = f"{layout.prompt} {'' if task == 'prompts' and layout.prompt else layout.responses}"
-            specs.append(", ".join(f"{words} {verdict.get(task, layout.verdict)}".split()))
+            words = f"{words} {verdict.get(task, layout.verdict)}".split()
+            specs.append(", ".join(word for word in words if not word.startswith("[")))
     others = {"sft": " | any format of preference pairs (trains on the better)", "prompts": " | those with responses"}
     return " | ".join(dict.fromkeys(specs)).replace(">", "|") + others.get(task, "") + " (docs/formats.md)"
 
@@ -151,18 +154,27 @@ def _serves(layout: Layout, task: Task) -> bool:
 
 
 def _candidates(rows: Rows, task: Task, config: Data) -> list[Format]:
+    """The formats that can be meant. Whole conversations are preferred to other columns with the same content, pairs
+    to lists; `sft` and `prompts` take those with several responses only if there are no others."""
     formats = [found for layout in LAYOUTS if _serves(layout, task) for found in _bind(layout, rows, task, config)]
-    if task == "sft":
-        pairs = [f for f in formats if not f.layout.single]
-        singles = [f for f in formats if f.layout.single and not (pairs and _is_prompt(f, rows))]
-        return singles or pairs
     if task == "prompts":
-        whole = [f for f in formats if f.style == "whole" or _is_whole(f, rows)]
+        whole = [f for f in formats if _is_conversation(f) or _is_whole(f, rows)]
         if whole and not roles(rows.first("prompt")):  # a text beside conversations repeats their prompt
             return whole[:1]
         formats = sorted((f for f in formats if f not in whole), key=lambda f: bool(f.responses))
         return list({(f.prompt, f.style): f for f in formats}.values())  # one of those that write the same prompt
-    return formats
+    pairs = [f for f in formats if len(f.responses) == 2]
+    lists = [f for f in formats if f.layout.many]
+    single = [f for f in formats if f.layout.single and not (pairs and _is_prompt(f, rows))]
+    if any(map(_is_conversation, single)):
+        single = [f for f in single if f.style == "whole"]
+    if task in ("sft", "pairs"):
+        return single or pairs or lists
+    return [*single, *pairs, *lists]
+
+
+def _is_conversation(found: Format) -> bool:
+    return found.style == "whole" and found.responses != ("text",)
 
 
 def _bind(layout: Layout, rows: Rows, task: Task, config: Data) -> list[Format]:

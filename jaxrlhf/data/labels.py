@@ -14,7 +14,8 @@ _LABELS: dict[str, bool] = dict.fromkeys(("1", "1.0", "true", "good", "chosen"),
 _LABELS |= dict.fromkeys(("0", "0.0", "false", "bad", "rejected"), False)
 _TIES: dict[str, bool] = dict.fromkeys(("1", "1.0", "true", "tie", "tied"), True)
 _TIES |= dict.fromkeys(("0", "0.0", "false", "chosen"), False)
-_WINNERS = {"model_a": [1.0, 0.0], "model_b": [0.0, 1.0], "tie": [0.0, 0.0], "tie (bothbad)": [0.0, 0.0]}
+_WINNERS = {"model_a": (1.0, 0.0), "model_b": (0.0, 1.0)}
+_WINNERS |= dict.fromkeys(("tie", "tie (bothbad)", "both_bad"), (0.0, 0.0))
 
 Scores = list[float | None]
 """One number for each response of a row, higher is better; None for a response that was not judged."""

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import warnings
 from typing import Any
 
 from jaxrlhf.data.labels import describe
@@ -33,7 +34,8 @@ def parse(value: Any, where: str = "") -> Any:
     except ValueError:
         pass
     try:
-        parsed = ast.literal_eval(value.strip())
+        with warnings.catch_warnings(action="ignore"):  # of escapes that are none
+            parsed = ast.literal_eval(value.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
         if where and _LOOKS_LIKE_MESSAGES.match(value):
             raise DataError(f"{where} holds messages as text that is not JSON; write them with json.dumps") from error
@@ -43,16 +45,11 @@ def parse(value: Any, where: str = "") -> Any:
 
 def read_content(value: Any, where: str) -> str | list[Message] | None:
     """Return text, or the messages that `value` is or spells as JSON; None for anything else. Raises DataError."""
-    parsed = parse(value, where)
-    if isinstance(parsed, dict) and _is_message(parsed):  # one message, as LLaMA-Factory stores chosen and rejected
-        parsed = [parsed]
-    if isinstance(value, str):
-        if not (isinstance(parsed, list) and parsed and all(map(_is_message, parsed))):
-            return value
-    elif not isinstance(parsed, list):
-        return None
+    items = _items(value, where)
+    if items is None:
+        return value if isinstance(value, str) else None
     turns: list[Message] = []
-    for number, item in enumerate(parsed, 1):
+    for number, item in enumerate(items, 1):
         turn = _message(item, f"{where}, message {number}")
         if turns and turns[-1]["role"] == turn["role"] == "system":  # a system and a developer message
             turns[-1] = {**turns[-1], "content": f"{turns[-1]['content']}\n\n{turn['content']}"}
@@ -63,12 +60,31 @@ def read_content(value: Any, where: str) -> str | list[Message] | None:
 
 def roles(value: Any) -> list[str]:
     """The role of each message that `value` is or spells, unchecked; [] for anything else."""
-    value = parse(value)
-    items = [value] if isinstance(value, dict) else value if isinstance(value, list) else []
+    items = _items(value, "")
     if not items or not all(map(_is_message, items)):
         return []
     speakers = [str(item.get("role") or item.get("from")).lower() for item in items]
     return [_ROLES.get(speaker, "assistant" if speaker in _CALLS else speaker) for speaker in speakers]
+
+
+def _items(value: Any, where: str) -> list[Any] | None:
+    """The messages, unchecked, that `value` is or spells: a list, or one as LLaMA-Factory stores chosen and rejected.
+
+    Other JSON text is text: a model may learn to write it.
+    """
+    parsed = parse(value, where)
+    items = [parsed] if isinstance(parsed, dict) and _is_message(parsed) else parsed
+    if not isinstance(items, list):
+        return None
+    if isinstance(value, str):
+        speakers = [item.get("role") or item.get("from") for item in items if _is_message(item) and _has_content(item)]
+        known = len(speakers) == len(items) > 0 and all(str(s).lower() in (*_ROLES, *_CALLS) for s in speakers)
+        return items if known else None
+    return items
+
+
+def _has_content(item: Message) -> bool:
+    return not {"content", "value", "tool_calls"}.isdisjoint(item)
 
 
 def is_conversation(value: str | list[Message] | None) -> bool:

@@ -253,6 +253,30 @@ def test_tool_calls_are_objects_without_nulls(load):
         load([called("{a")], "sft")
 
 
+def test_nulls_that_arrow_adds_to_structs_are_no_keys(tmp_path, chatty):
+    """A Parquet file gives every call the arguments of all calls, and every message tool_calls."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def called(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+        return {"role": "assistant", "content": "", "tool_calls": calls}
+
+    talks = [
+        [user("q"), called("add", {"a": 1, "deep": {"b": 2}})],
+        [user("q"), called("sub", {"c": [{"d": 3}, {"e": 4}]})],
+    ]
+    tools = [[TOOL], [{**TOOL, "parameters": {"type": "object", "properties": {"z": {"type": "string"}}}}]]
+    rows = [{"messages": talk, "tools": tool} for talk, tool in zip(talks, tools, strict=True)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = []
+    data = Data(path=str(tmp_path / "rows.parquet"), max_length=4096)
+    assert "c" in read_rows(data).rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    train_validation_split(data, chatty, "sft", lambda t, e, r, i: found.append(e))
+    assert [list(example.completions[0]) for example in found] == talks
+    assert [[tool["function"] for tool in example.tools] for example in found] == tools
+
+
 def test_roles_weights_and_reasoning(load):
     turns = [
         {"role": "system", "content": "be"}, {"role": "developer", "content": "kind"},
@@ -322,6 +346,36 @@ def test_pairs_without_a_common_beginning_are_counted(load, base):
     assert "1 rows have no common beginning, so their prompt is empty" in str(report)
     with pytest.raises(DataError, match="no messages before the assistant's answer; name the column"):
         load([{"query_text": "q q", "chosen": [said("a")], "rejected": [said("b")]}], "pairs")
+
+
+def test_of_columns_with_the_same_content_the_fuller_one_is_read(load):
+    talk = [user(QUESTION), said(GOOD)]
+    pair = {"chosen": talk, "rejected": [user(QUESTION), said(BAD)]}
+    numina = {"problem": QUESTION, "solution": "5", "answer": "5", "messages": talk}
+    (example,), report = load([numina], "sft")
+    assert example.completions == (talk,) and "columns not used: problem, solution, answer" in str(report)
+    assert load([numina], "prompts")[0][0].prompt == talk[:1]
+    mixed = {"source": "orpo-dpo-mix", "prompt": QUESTION, "question": QUESTION, **pair}  # with two columns of prompts
+    (example,), report = load([mixed], "pairs")
+    assert example.prompt == talk[:1] and report.format == "pairs with a common beginning (HH) from chosen, rejected"
+    no_robots = {"prompt": QUESTION, "messages": [{"role": "system", "content": "be"}, *talk]}
+    assert load([no_robots], "prompts")[0][0].prompt[0]["content"] == "be"
+    both = {"prompt": "p", "chosen": "c", "rejected": "r", "responses": ["a", "b"], "response": "c"}
+    (example,), _ = load([both], "pairs")
+    assert example.completions == ("c", "r")
+    (example,), _ = load([both], "sft")
+    assert example.completions == ("c",)
+    truthy = {"id": 1, "system": "be", "prompt": QUESTION, "chosen": GOOD, "rejected": BAD}
+    (example,), _ = load([truthy], "pairs")
+    assert example.prompt == [{"role": "system", "content": "be"}, user(QUESTION)]
+
+
+def test_text_that_only_looks_like_data_stays_text(load, recwarn):
+    texts = ['{"role": "user", "name": "Bob"}', '[{"role": "admin", "content": "x"}]', "{'from': 'a', 'value': 'b'}"]
+    for prompt in (*texts, '{"a": 1}', "[1, 2]", "[INST] \\d [/INST]", "{\\d}", "[{'a': 1}]", "{role: user}"):
+        (example,), _ = load([{"prompt": prompt, "completion": prompt}], "sft")
+        assert (example.prompt, example.completions) == (prompt, (prompt,))
+    assert not [warning for warning in recwarn if issubclass(warning.category, SyntaxWarning)]
 
 
 def test_the_ground_truth_of_verl_is_the_answer(tmp_path, chatty):
