@@ -7,11 +7,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from support.tiny import tiny
 
 import jaxrlhf
 from jaxrlhf import config, lora, weights
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import Adapters
 from jaxrlhf.training import export, pretrained
+from jaxrlhf.training.ppo.critic import critic_model
 from jaxrlhf.weights import peft
 
 PROMPTS = ["Name a fruit. ", "What is it? Say so in a few words. ", "Hi "]
@@ -135,3 +138,12 @@ def test_a_padding_token_that_was_asked_for_stays_and_is_named(source, tmp_path)
     config_file = json.loads((whole / "config.json").read_text())
     assert config_file["pad_token_id"] == model.vocab_size == config_file["vocab_size"] - 1
     np.testing.assert_array_equal(jaxrlhf.score(whole, PROMPTS, COMPLETIONS), jaxrlhf.score(out, PROMPTS, COMPLETIONS))
+
+
+def test_a_critic_may_have_a_row_for_padding_that_the_policy_lacks():
+    """A policy and a reward model trained from the same base model, which got the row at its export."""
+    policy, run = tiny(), config.PPOConfig(critic={"init": "reward"}, reward={"model": "m"})
+    larger, smaller = (tiny(head="linear", vocab_size=policy.vocab_size + n) for n in (1, -1))
+    assert critic_model(run, policy, larger).vocab_size == policy.vocab_size + 1
+    with pytest.raises(ConfigError, match="the reward model has 28 token rows and the policy 29"):
+        critic_model(run, policy, smaller)
