@@ -1,6 +1,7 @@
 """Commands around training runs. Heavy modules are imported by the commands that need them."""
 
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,15 @@ def train_help(method: str) -> int:
             prog=f"jaxrlhf {method} CONFIG.yaml",
             config=(tyro.conf.FlagConversionOff,),
         )
-    except SystemExit:  # raised by tyro after printing its help, which omits empty lists
-        for key, annotation in keys(cls):
+    except SystemExit:  # raised by tyro after printing its help, which omits empty lists and mappings of any value
+        annotations = dict(keys(cls))
+        for key, annotation in annotations.items():
+            flag = f"--{key.replace('_', '-')}"
+            if annotation == dict[str, Any]:
+                section, _, leaf = key.rpartition(".")
+                doc = textwrap.fill(config_text.field_doc(annotations[section], leaf), 110)
+                print(f"\n{flag} MAPPING, or {flag}.NAME VALUE:\n\n{doc}")
             if element := config_text.render_element(annotation):
-                flag = f"--{key.replace('_', '-')}"
                 print(f"\n{flag} LIST, or {flag}.N.KEY VALUE for a key of element N (from 0):\n")
                 print("\n".join(element))
     return 0

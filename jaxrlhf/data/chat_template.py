@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,19 @@ _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class ChatTemplate:
-    """A chat template with the arguments `tokenizer.template_kwargs` and a fixed date.
+    """The chat template of a transformers tokenizer, with `arguments` and a fixed date (YYYY-MM-DD).
 
     A tokenizer may have one template for conversations with tools (`tool_use`) beside its default.
     marks_generation: it has {% generation %} blocks. digest: a hash of the template.
     Raises DataError for arguments that the template does not read.
     """
 
-    def __init__(self, hf: Any, source: TokenizerSource) -> None:
-        self._hf, self._arguments = hf, dict(source.template_kwargs)
-        self._date = datetime.datetime.fromisoformat(source.template_date or datetime.date.today().isoformat())
+    def __init__(self, hf: Any, arguments: Mapping[str, Any], date: str) -> None:
+        self._hf, self._arguments = hf, dict(arguments)
+        self._date = datetime.datetime.fromisoformat(date)
         template: Template = hf.chat_template
         texts = list(template.values()) if isinstance(template, dict) else [template]
+        self._dated = any("strftime_now" in text for text in texts)
         self.marks_generation = any(_MARK.search(text) for text in texts)
         self.digest = hashlib.sha256(json.dumps(template).encode()).hexdigest()
         names = _variables(texts) if self._arguments else set()
@@ -41,6 +43,11 @@ class ChatTemplate:
                     f"tokenizer.template_kwargs: the chat template reads no variable {name!r}"
                     f"{did_you_mean(name, sorted(names))}; it reads {', '.join(sorted(names)) or 'none'}"
                 )
+
+    def __str__(self) -> str:
+        """The arguments and, if the template writes it, the date."""
+        text = "".join(f", {name} is {json.dumps(value)}" for name, value in self._arguments.items())
+        return text + (f", its date is {self._date.date()}" if self._dated else "")
 
     def render(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, **options: Any

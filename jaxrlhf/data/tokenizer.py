@@ -5,6 +5,7 @@ text, and `encode_batch` encodes marked spellings character by character. The ma
 """
 
 import copy
+import datetime
 import json
 import re
 import shutil
@@ -44,6 +45,7 @@ class Tokenizer:
     end_ids: `eos_id` and the token of `turn_end`, which end plain texts and turns.
     size: the largest id plus one.                       added: number of new tokens, which have the last ids.
     notes: the decisions, as lines to print.             origin: folder to copy on `save`, None if anything changed.
+    template_date: today in its chat template.           template_digest: a hash of that, "" if there is none.
     """
 
     def __init__(
@@ -59,7 +61,8 @@ class Tokenizer:
     ) -> None:
         self._hf, self._backend, self._source, self._origin = hf, hf.backend_tokenizer, source, origin
         self._stores_pad = stores_pad  # False: the files of `origin` name no pad token
-        self._template = ChatTemplate(hf, source) if hf.chat_template else None
+        self.template_date = source.template_date or str(datetime.date.today())
+        self._template = ChatTemplate(hf, source.template_kwargs, self.template_date) if hf.chat_template else None
         self.train_empty_thinking = source.train_empty_thinking
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -253,7 +256,7 @@ class Tokenizer:
         chat = "none, everything is plain text"
         if self.has_chat:
             end = name(self.control_tokens[self.turn_end]) if self.turn_end else "eos, which is added"
-            chat = f"an assistant turn ends with {end}"
+            chat = f"an assistant turn ends with {end}{self._template}"
         lines = [
             f"bos: {bos}",
             f"eos: {name(self.eos_id)}, ends every plain text",

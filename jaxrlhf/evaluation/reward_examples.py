@@ -44,6 +44,7 @@ def judge(config: RewardConfig) -> dict[str, Any]:
         revision=source.revision,
         dtype=source.compute_dtype,
         micro_batch_size=config.train.eval_batch_size,
+        tokenizer=config.tokenizer,
     )
     rows = sources.read_rows(data)
     if {"good", "bad"} <= {*rows.columns}:

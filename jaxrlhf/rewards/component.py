@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxrlhf.config import Component
+from jaxrlhf.config import Component, TokenizerSource
 from jaxrlhf.config.reward_source import function_label
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError, RewardError, quoted
@@ -33,9 +33,10 @@ def open_source(
     directory: Path | None,
     *,
     function_timeout: bool,
+    template_date: str,
 ) -> Source:
     """Open the source of a component. `function` is the Python function given to the trainer, which the component's
-    timeout applies to if `function_timeout`.
+    timeout applies to if `function_timeout`; `template_date` is the date in the chat template of a reward model.
 
     Raises ConfigError, DataError or RewardError if the source cannot be opened.
     """
@@ -50,6 +51,7 @@ def open_source(
             max_length=config.max_length,
             add_eos=config.add_eos,
             mesh=mesh,
+            tokenizer=TokenizerSource(template_date=template_date),
         )
     if config.function == "passed":
         if function is None:

@@ -87,7 +87,14 @@ class Scorer:
         for term in config.parts(passed=function is not None):
             members = []
             for member in term.members():
-                source = open_source(member, function, mesh, directory, function_timeout=term in config.components)
+                source = open_source(
+                    member,
+                    function,
+                    mesh,
+                    directory,
+                    function_timeout=term in config.components,
+                    template_date=tokenizer.template_date,
+                )
                 component = RewardComponent(member, source, tokenizer)
                 if component.name in self.components:
                     raise ConfigError(

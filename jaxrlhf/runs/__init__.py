@@ -19,15 +19,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import yaml
 
 from jaxrlhf import checkpoint
-from jaxrlhf.config import text
+from jaxrlhf.config import replace, text
 from jaxrlhf.errors import Preempted, StorageError, first_line
 from jaxrlhf.files import write_whole
 from jaxrlhf.runs.resume import check_resume, versions
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -78,9 +80,25 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
                 write_whole(directory / "run.json", json.dumps(record, indent=1) + "\n")
 
 
+def with_template_date(config: T, fresh: bool) -> T:
+    """The config with a `tokenizer.template_date`: its own, else that of the run it resumes, else today's.
+
+    A trainer calls it before it loads anything; `open_run` then keeps the date in config.yaml.
+    """
+    settings: Any = config
+    if settings.tokenizer.template_date:
+        return config
+    directory, date = Path(settings.run_dir), ""
+    if not fresh and checkpoint.exists(directory / "checkpoints"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # named by check_resume
+            stored = yaml.safe_load((directory / "config.yaml").read_text())
+            date = str(stored["tokenizer"]["template_date"])
+    return replace(config, **{"tokenizer.template_date": date or str(datetime.date.today())})
+
+
 def check_run_directory(config: Any, method: str, fresh: bool) -> None:
     """Raise what `open_run` would, before anything is loaded; does not change the directory."""
-    directory = Path(config.run_dir).resolve()
+    directory, config = Path(config.run_dir).resolve(), with_template_date(config, fresh)
     if directory.is_dir() and not fresh:
         with _lock(directory):
             if checkpoint.exists(directory / "checkpoints"):

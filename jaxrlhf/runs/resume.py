@@ -26,6 +26,8 @@ FREE = (
 """Keys that do not affect the result."""
 REWARD_FAILURES = (".timeout", ".on_error", ".error_value")
 """Keys of a reward component that may change after it has failed; failed completions were not trained on."""
+TEMPLATE_DATE = "tokenizer.template_date"
+"""Kept from the start of a run; free in a run that was started before there was such a key."""
 ROUNDING = (
     "mesh.",
     "micro_batch_size",
@@ -73,7 +75,7 @@ def check_resume(directory: Path, config: Any, method: str) -> tuple[dict[str, A
     rounding, refused = [], []
     for key in now | before:
         old, new = before.get(key, "(not set)"), now.get(key, "(not set)")
-        free = key.startswith(FREE) or (constant and key in LENGTH)
+        free = key.startswith(FREE) or (constant and key in LENGTH) or (key == TEMPLATE_DATE and not old)
         if old == new or free or (key.startswith("reward.components.") and key.endswith(REWARD_FAILURES)):
             continue
         target = rounding if key.startswith(ROUNDING) or key.endswith(ROUNDING) else refused

@@ -75,6 +75,16 @@ class Log:
             )
 
 
+def settings_in(path: Path) -> dict[str, Any]:
+    """The settings that a log was started with; empty if there is none."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.readline())
+    except (OSError, ValueError):
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
 @contextlib.contextmanager
 def open_log(path: Path, settings: dict[str, Any], code: dict[str, str], *, fresh: bool) -> Iterator[Log]:
     """Open the log at `path` to resume from it, without an incomplete last line; `fresh` starts over.

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf import weights
-from jaxrlhf.config import PPOConfig
+from jaxrlhf.config import PPOConfig, replace
 from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.data.formats import FORMAT_COLUMNS
 from jaxrlhf.data.tokenizer import Tokenizer
@@ -20,7 +21,7 @@ from jaxrlhf.evaluation import generation
 from jaxrlhf.files import atomic_open
 from jaxrlhf.metrics.console import Console
 from jaxrlhf.rewards.compose import Scorer
-from jaxrlhf.selection.log import Log, open_log
+from jaxrlhf.selection.log import Log, open_log, settings_in
 from jaxrlhf.selection.rule import Completion, Rule, Summary, mean, scores_of
 
 BATCHES = 8  # batches of ppo.batch_size completions generated before scoring: freed decoding slots take further prompts
@@ -56,10 +57,14 @@ def select(
         raise ConfigError("--keep pairs needs two or more completions per prompt, for example --n 8")
     if config.sampling.greedy and count > 1:
         raise ConfigError(f"sampling.greedy with {count} completions per prompt: all would be the same; remove it")
+    path = out.with_name(f"{out.name}.scored")
+    if not config.tokenizer.template_date:
+        stored = {} if fresh else settings_in(path).get("tokenizer", {})
+        today = str(datetime.date.today())
+        config = replace(config, **{"tokenizer.template_date": stored.get("template_date") or today})
     tokenizer, rows = generation.read_prompts(config)
     _check_columns(rows)
     scorer = generation.open_scorer(config, tokenizer, rows, function, directory=out.parent)
-    path = out.with_name(f"{out.name}.scored")
     with open_log(path, _settings(config, rows, count), code_hashes(config), fresh=fresh) as log:
         if log.count < len(rows):
             _complete(config, tokenizer, rows, count, scorer, log)

@@ -16,6 +16,7 @@ from jaxrlhf.training.state import State
 Metrics = dict[str, Any]
 Best = Literal["min", "max"] | None
 LESS_IS_BETTER = ("eval/loss", "eval/nll_loss", "eval/entropy", "eval/ece", "eval/absolute_error", "eval/kl")
+TEMPLATE = "chat template"
 MAX_SKIPPED = 5  # records in a row with a skipped update before the run fails
 
 
@@ -56,7 +57,7 @@ class Session:
         if restored:
             step, value, identity = restored
             changed = [name for name, digest in self._identity.items() if identity.get(name, digest) != digest]
-            if changed:
+            if changed and changed != [TEMPLATE]:  # a template that renders the same rows may change
                 raise StorageError(
                     f"{self.directory} was started with other {' and '.join(changed)} under the same config: the file, "
                     "or the model it names, has changed since. Restore the old one, or start over with --fresh"

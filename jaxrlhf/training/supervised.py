@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from jaxrlhf import sharding, weights
+from jaxrlhf import runs, sharding, weights
 from jaxrlhf.config import DPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import Split
@@ -16,7 +16,7 @@ from jaxrlhf.training import pretrained, setup
 from jaxrlhf.training.abstract import build
 from jaxrlhf.training.adapters import add_adapters, split_trainable
 from jaxrlhf.training.optim import make_optimizer
-from jaxrlhf.training.session import Session, check_metric, open_session
+from jaxrlhf.training.session import TEMPLATE, Session, check_metric, open_session
 from jaxrlhf.training.state import State
 from jaxrlhf.training.step import Spec
 from jaxrlhf.types import Params
@@ -31,7 +31,8 @@ class SupervisedTrainer(Generic[Config]):
     """
 
     def __init__(self, config: Config, *, role: Literal["policy", "reward"], head: str, fresh: bool) -> None:
-        self.config, self.role, self._fresh = config, role, fresh
+        self.config = config = runs.with_template_date(config, fresh)
+        self.role, self._fresh = role, fresh
         train, self.mesh = config.train, sharding.make_mesh(config.mesh)
         micro = train.micro_batch_size or train.batch_size
         sharding.check_rows(micro, self.mesh, "train.micro_batch_size, or train.batch_size without it")
@@ -92,6 +93,7 @@ class SupervisedTrainer(Generic[Config]):
     def session(self, **identity: str) -> Iterator[Session]:
         """The run while it is open. `identity` adds hashes to those of the rows and the frozen parameters."""
         identity |= {
+            TEMPLATE: self.tokenizer.template_digest,
             "data": setup.fingerprint((*self.rows.train, *self.rows.validation)),
             "frozen parameters": setup.params_fingerprint(self.frozen),
         }

@@ -11,11 +11,13 @@ from tokenizers import normalizers, pre_tokenizers
 
 from jaxrlhf.config import TokenizerSource
 from jaxrlhf.data.examples import Example
+from jaxrlhf.data.omissions import Omissions
 from jaxrlhf.data.tokenise import render, tokenise
-from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.data.tokenizer import Tokenizer, load_tokenizer
+from jaxrlhf.errors import DataError
 
 from .conftest import byte_level, sentencepiece_like, write_tokenizer
-from .templates import END, LEARNT, TEMPLATES, plain
+from .templates import END, LEARNT, PLAIN, TEMPLATES, plain
 
 REAL = ("gpt2", "smollm2", "qwen2.5", "qwen3")
 DATE = "2024-02-29"
@@ -186,3 +188,191 @@ def test_rows_have_the_tokens_of_transformers_and_learn_what_the_assistant_says(
 
     property_holds()
     assert sum(same) > 0.4 * len(same)
+
+
+def shown(pair: Pair, example: Example, which: int = 0) -> str:
+    """The row's text, what is learnt in brackets."""
+    ids, mask = pair.row(example, which)
+    pieces = zip(pair.ours.convert_ids_to_tokens(ids), mask, strict=True)
+    text = "".join(f"[{piece}]" if learnt else piece for piece, learnt in pieces).replace("][", "")
+    return text.replace("Ġ", " ").replace("Ċ", "\n")
+
+
+@pytest.fixture(scope="session")
+def byte_level_hf(small_tokenizers: dict[str, Any]) -> Any:
+    return small_tokenizers["byte-level"]
+
+
+def test_one_letter_under_a_generation_prompt_that_says_more_than_the_conversation(byte_level_hf):
+    pair = Pair(byte_level_hf, TEMPLATES["opened thought"])
+    messages = [USER | {"content": "Which letter comes after r?"}, ASSISTANT | {"content": "s"}]
+    assert shown(pair, Example(None, (messages,))).endswith("<|im_start|>assistant\n[s<|im_end|>]")
+    # after the prompt that generation sees, as the model would have to write it
+    thought = ASSISTANT | {"content": "<think>\nr is before s\n</think>\n\ns"}
+    said = shown(pair, Example(messages[:1], ([thought],)))
+    assert said.endswith("assistant\n<think>\n[r is before s\n</think>\n\ns<|im_end|>]")
+
+
+def test_a_completion_of_several_turns_follows_a_prompt_that_says_more(byte_level_hf):
+    pair = Pair(byte_level_hf, TEMPLATES["opened thought"])
+    ask, say = USER | {"content": "one"}, ASSISTANT | {"content": "two"}
+    expected = (
+        "assistant\n<think>\n[two<|im_end|>]\n<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n[two<|im_end|>]"
+    )
+    assert shown(pair, Example([ask], ([say, ask, say],))).endswith(expected)
+    untrained = shown(pair, Example([ask], ([say | {"train": False}, ask, say],)))
+    assert untrained.endswith(expected.replace("[two<|im_end|>]", "two<|im_end|>", 1))
+
+
+def test_an_empty_thought_is_learnt_on_request_and_if_it_was_written(byte_level_hf):
+    ask, say = USER | {"content": "one"}, ASSISTANT | {"content": "two"}
+    example = Example(None, ([ask, say],))
+    empty = "<think>\n\n</think>\n\n"
+    pair = Pair(byte_level_hf, TEMPLATES["thinking"])
+    assert shown(pair, example).endswith(f"assistant\n{empty}[two<|im_end|>]")
+    written = Example(None, ([ask, say | {"content": f"{empty}two"}],))
+    assert shown(pair, written).endswith(f"assistant\n[{empty}two<|im_end|>]")
+    call = say | {"content": "", "tool_calls": [CALL]}
+    assert f"{empty}[<tool_call>" in shown(pair, Example(None, ([ask, call],)))
+    pair = Pair(byte_level_hf, TEMPLATES["thinking"], train_empty_thinking=True)
+    assert shown(pair, example).endswith(f"assistant\n[{empty}two<|im_end|>]")
+
+
+def test_a_token_that_would_reach_over_the_end_of_the_prompt_is_two(real_tokenizers):
+    pair = Pair(real_tokenizers["qwen3"], PLAIN)
+    talk = [USER | {"content": "hi"}, ASSISTANT | {"content": "\none"}]
+    prompt = pair.ids(talk[:1], add_generation_prompt=True)
+    for example in (Example(None, (talk,)), Example(talk[:1], (talk[1:],))):
+        ids, mask = pair.row(example)
+        assert ids[: len(prompt)] == prompt and mask.index(True) == len(prompt)
+        assert pair.hf.decode(ids) == pair.ours.render(talk).rstrip("\n")
+    assert pair.ids(talk)[: len(prompt)] != prompt
+
+
+@pytest.mark.parametrize("key", ["byte-level", "prepend", "always", "first"])
+def test_text_that_spells_control_tokens_is_text_and_moves_no_boundary(small_tokenizers, key):
+    pair = Pair(small_tokenizers[key], PLAIN)
+    eos = pair.hf.eos_token
+    forged = [USER | {"content": f"the {eos}\nthe"}, ASSISTANT | {"content": f"{eos}the{eos}"}] * 2
+    ids, mask = pair.row(Example(None, (forged,)))
+    assert ids.count(pair.ours.eos_id) == 4 and mask[-1] and ids[-1] == pair.ours.eos_id
+    for i in (1, 3):
+        prompt = pair.ours.render_chat(forged[:i], generation=True)
+        assert ids[: len(prompt)] == prompt and not mask[len(prompt) - 1] and mask[len(prompt)]
+        completion = pair.row(Example(forged[:i], (forged[i : i + 1],)))[0]
+        assert completion == ids[: len(completion)]
+    begin = mask.index(True)
+    assert pair.hf.decode(ids[begin : mask.index(False, begin) - 1]).strip() == f"{eos}the{eos}"
+
+
+def test_json_in_ascii_keeps_text_text(byte_level_hf):
+    template = PLAIN.replace("m.content", "m.content | tojson(ensure_ascii=true)")
+    pair = Pair(byte_level_hf, template)
+    content = "é <|im_end|> \\ufdd0"
+    ids = pair.ours.render_chat([USER | {"content": content}], generation=False)
+    assert ids.count(pair.ours.eos_id) == 1
+    assert r'"\u00e9 <|im_end|> \\ufdd0"' in pair.hf.decode(ids)
+
+
+def test_arguments_reach_every_rendering_and_the_saved_template(byte_level_hf, tmp_path):
+    talk = [USER | {"content": "one"}, ASSISTANT | {"content": "two"}]
+    pair = Pair(byte_level_hf, TEMPLATES["thinking"], template_kwargs={"enable_thinking": False})
+    prompt = pair.ids(talk[:1], add_generation_prompt=True, enable_thinking=False)
+    assert prompt != pair.ids(talk[:1], add_generation_prompt=True)
+    assert pair.ours.render_chat(talk[:1], generation=True) == prompt
+    for example in (Example(None, (talk,)), Example(talk[:1], (talk[1:],))):
+        ids, mask = pair.row(example)
+        assert ids[: len(prompt)] == prompt and mask.index(True) == len(prompt)
+    assert any("enable_thinking is false" in note for note in pair.ours.notes)
+    # the saved template has the argument as its default, in transformers too, and still takes another
+    pair.ours.save(tmp_path)
+    saved = reference(tmp_path)
+    assert saved.apply_chat_template(talk[:1], add_generation_prompt=True)["input_ids"] == prompt
+    again = load_tokenizer(tmp_path, TokenizerSource())
+    assert again.render_chat(talk[:1], generation=True) == prompt
+    other = load_tokenizer(tmp_path, TokenizerSource(template_kwargs={"enable_thinking": True}))
+    assert other.render_chat(talk[:1], generation=True) == pair.ids(talk[:1], add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("value", [None, True, 3, 0.5, 'it\'s "é"\n{{', [1, "a"], {"a": [None, False]}])
+def test_every_value_of_an_argument_is_saved_as_it_is(byte_level_hf, tmp_path, value):
+    template = "  {% if true %}{{ given | tojson }}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    pair = Pair(byte_level_hf, template, template_kwargs={"given": value})
+    pair.ours.save(tmp_path)
+    talk = [USER | {"content": "one"}]
+    expected = pair.hf.apply_chat_template(talk, tokenize=False, given=value)
+    assert reference(tmp_path).apply_chat_template(talk, tokenize=False) == expected == pair.ours.render(talk)
+
+
+def test_arguments_are_checked_at_the_door(byte_level_hf, base_folder):
+    with pytest.raises(DataError, match=r"reads no variable 'enable_thinkin'; did you mean 'enable_thinking'"):
+        Pair(byte_level_hf, TEMPLATES["thinking"], template_kwargs={"enable_thinkin": False})
+    with pytest.raises(DataError, match=r"template_kwargs is set and there is no chat template"):
+        load_tokenizer(base_folder, TokenizerSource(template_kwargs={"enable_thinking": False}))
+    for name, reason in (("messages", "is set by every rendering"), ("a b", "is not the name of a variable")):
+        with pytest.raises(ValueError, match=f"'{name}' {reason}"):
+            TokenizerSource(template_kwargs={name: 1})
+    for date in ("2024-2-3", "20240203", "tomorrow"):
+        with pytest.raises(ValueError, match="expected YYYY-MM-DD"):
+            TokenizerSource(template_date=date)
+
+
+def test_the_date_is_the_given_one_and_the_clock_is_left_to_others(byte_level_hf):
+    talk = [USER | {"content": "one"}]
+    first, second = Pair(byte_level_hf, TEMPLATES["dated"]), Pair(byte_level_hf, TEMPLATES["dated"])
+    later = Tokenizer(second.hf, TokenizerSource(template_date="2030-12-01"), second.hf.eos_token_id, [], 0, None)
+    assert "Today is 29 February 2024<" in first.ours.render(talk)
+    assert "Today is 01 December 2030<" in later.render(talk)
+    assert "Today is 29 February 2024<" in first.ours.render(talk)
+    assert datetime.date.today().strftime("%d %B %Y") in first.hf.apply_chat_template(talk, tokenize=False)
+    assert any("its date is 2024-02-29" in note for note in first.ours.notes)
+
+
+def test_a_template_for_tools_is_used_where_there_are_tools(byte_level_hf, tmp_path):
+    templates = {"default": PLAIN, "tool_use": "{{ tools[0].function.name }}: " + PLAIN}
+    hf = copy.copy(byte_level_hf)
+    hf.chat_template = {name: plain(template) for name, template in templates.items()}
+    hf.save_pretrained(tmp_path / "made")
+    ours = load_tokenizer(tmp_path / "made", TokenizerSource())
+    ours.save(tmp_path / "saved")
+    talk = [USER | {"content": "one"}]
+    for tokenizer in (ours, load_tokenizer(tmp_path / "saved", TokenizerSource())):
+        for tools in (None, TOOLS):
+            expected = hf.apply_chat_template(talk, tools=tools, tokenize=False)
+            assert tokenizer.render(talk, tools=tools) == expected and ("search: " in expected) == bool(tools)
+
+
+def left_out(pair: Pair, *examples: Example) -> list[str]:
+    omissions = Omissions(pair.ours)
+    for i, example in enumerate(examples):
+        omissions.add(example, render(example, "sft" if example.completions else "prompts", pair.ours), f"line {i + 1}")
+    return omissions.notes()
+
+
+def test_what_a_template_leaves_out_is_counted(byte_level_hf):
+    system, ask, say = {"role": "system", "content": "user"}, USER | {"content": "a user"}, ASSISTANT | {"content": "b"}
+    dropping = Pair(byte_level_hf, TEMPLATES["system-dropping"])
+    # the text of the system turn occurs elsewhere, too
+    talks = (Example(None, ([system, ask, say],)), Example([system, ask], ([say],)), Example([system, ask]))
+    for talk in talks:
+        (note,) = left_out(dropping, Example(None, ([ask, say],)), talk)
+        assert note.startswith("the chat template leaves out part of 1 messages (line 2)")
+    assert left_out(dropping, Example(None, ([ask, say],))) == []
+    thinking = Pair(byte_level_hf, TEMPLATES["thinking"])
+    thought = say | {"reasoning_content": "so it is"}
+    inline = say | {"content": "<think>so it is</think>b"}
+    assert left_out(thinking, Example(None, ([system, ask, thought],)), Example(None, ([system, ask, inline],))) == []
+    for dropped in (thought, inline):
+        (note,) = left_out(thinking, *[Example(None, ([ask, dropped, ask, say],), TOOLS)] * 2)
+        assert "part of 2 messages (line 1, line 2)" in note
+    calls = Example(None, ([ask, say | {"tool_calls": [CALL]}],), TOOLS)
+    assert left_out(thinking, calls) == []
+    messages, tools = left_out(dropping, calls)
+    assert "part of 1 messages" in messages and "leaves out the tools of 1 rows (line 1)" in tools
+
+
+def test_every_tokenizer_of_the_fixtures_shows_all_of_a_plain_conversation(real_tokenizers, small_tokenizers):
+    talk = [USER | {"content": ' "one"\n\n  two'}, ASSISTANT | {"content": "é\n"}, USER | {"content": "<b>"}]
+    for hf in [*real_tokenizers.values(), *small_tokenizers.values()]:
+        for name in ("trimming", "folded", "marked"):
+            assert left_out(Pair(hf, TEMPLATES[name]), Example(talk), Example(None, (talk[:2],))) == []

@@ -1,6 +1,7 @@
 """The trainers as a user meets them: runs, files, resuming, exports, and the step of a notebook."""
 
 import dataclasses
+import datetime
 import json
 
 import jax
@@ -164,6 +165,60 @@ def test_a_run_is_not_resumed_with_other_data(ppo, tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(StorageError, match="other prompts"):
         PPOTrainer(settings, reward=length_reward).train()
+
+
+DATED = (
+    "{{ strftime_now('%Y.%m.%d') }}\n{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '>' }}{% endif %}"
+)
+
+
+class Tomorrow(datetime.date):
+    @classmethod
+    def today(cls):
+        return cls(2031, 1, 2)
+
+
+@pytest.mark.parametrize("method", ["sft", "ppo"])
+def test_a_run_keeps_the_date_of_its_start_and_names_a_changed_template(ppo, supervised, tmp_path, monkeypatch, method):
+    template, file = tmp_path / "dated.jinja", tmp_path / "rows.jsonl"
+    template.write_text(DATED)
+    turns = [{"role": "user", "content": "say red"}, {"role": "assistant", "content": "red"}]
+    file.write_text((json.dumps({"messages": turns[:1] if method == "ppo" else turns}) + "\n") * 8)
+    common = {
+        "data": config.Data(path=str(file)),
+        "tokenizer": config.TokenizerSource(chat_template=str(template)),
+        "run_dir": str(tmp_path / "run"),
+    }
+
+    def make(**options):
+        if method == "ppo":
+            section = config.replace(ppo["ppo"], total_episodes=8)
+            settings = config.PPOConfig(**ppo | common | {"ppo": section} | options)
+            return PPOTrainer(settings, reward=length_reward)
+        train = config.Train(batch_size=4, max_steps=1)
+        return SFTTrainer(config.SFTConfig(**supervised | common | {"train": train} | options))
+
+    def text(trainer):
+        return trainer.tokenizer.decode(trainer.data.train[0].tokens)
+
+    first = make()
+    first.train()
+    today = first.config.tokenizer.template_date
+    assert text(first).startswith(f"{today.replace('-', '.')}\nsay red")
+    monkeypatch.setattr(datetime, "date", Tomorrow)
+    again = make()
+    assert text(again) == text(first)
+    again.train()  # resumes
+    assert text(make(run_dir=str(tmp_path / "other"))).startswith("2031.01.02\n")
+    named = make(tokenizer=config.replace(common["tokenizer"], template_date="2031-01-02"))
+    with pytest.raises(StorageError, match=f"tokenizer.template_date: {today} -> 2031-01-02"):
+        named.train()
+    template.write_text("{# the same rows #}" + DATED)
+    make().train()
+    template.write_text("Today: " + DATED)
+    with pytest.raises(StorageError, match="with other chat template and (data|prompts)"):
+        make().train()
 
 
 def test_reward_columns_reach_the_function(ppo):

@@ -56,6 +56,7 @@ class RewardModel:
         max_length: int | None = None,
         add_eos: AutoBool = "auto",
         mesh: jax.sharding.Mesh | None = None,
+        tokenizer: TokenizerSource | None = None,
     ) -> None:
         self.path, self.revision, self.mesh = path, revision, mesh
         self.dtype: DType = runtime.resolve_dtype(dtype, jax.default_backend())
@@ -65,7 +66,7 @@ class RewardModel:
                 f"{path} is a language model, not a reward model: its config.json names no sequence classification "
                 "architecture. Train a reward model from it with `jaxrlhf reward`"
             )
-        self.tokenizer = load_tokenizer(weights.tokenizer_folder(path, revision), TokenizerSource())
+        self.tokenizer = load_tokenizer(weights.tokenizer_folder(path, revision), tokenizer or TokenizerSource())
         check_vocab(self.tokenizer, self.model_config.vocab_size)
         self.max_length = min(self.model_config.max_positions, max_length or self.model_config.max_positions)
         self._add_eos = self._end_option(add_eos)

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import jax
 import numpy as np
 
-from jaxrlhf import sharding, weights
+from jaxrlhf import runs, sharding, weights
 from jaxrlhf.config import GRPOConfig, PPOConfig
 from jaxrlhf.data.datasets import PromptRow, prompt_rows, prompts_from_texts
 from jaxrlhf.data.loader import rows_at
@@ -25,7 +25,7 @@ from jaxrlhf.training.on_policy.policy import policy_params, reference_params
 from jaxrlhf.training.on_policy.rollout import ScoredRollout, reference_stats
 from jaxrlhf.training.on_policy.sampler import Sampler
 from jaxrlhf.training.on_policy.validation import Validator
-from jaxrlhf.training.session import Metrics, Session, open_session
+from jaxrlhf.training.session import TEMPLATE, Metrics, Session, open_session
 from jaxrlhf.training.state import State
 from jaxrlhf.types import Params, Rollout
 
@@ -48,7 +48,8 @@ class OnPolicyTrainer(Generic[Config]):
     def __init__(
         self, config: Config, reward: Callable[..., Sequence[float | None]] | None = None, *, fresh: bool = False
     ) -> None:
-        self.config, self._fresh = config, fresh
+        self.config = config = runs.with_template_date(config, fresh)
+        self._fresh = fresh
         if config.sampling.greedy:
             raise ConfigError(f"sampling.greedy is true, but {config.method} needs random samples; leave it false")
         self.mesh = sharding.make_mesh(config.mesh)
@@ -158,6 +159,7 @@ class OnPolicyTrainer(Generic[Config]):
             )
         models = [model.params for model in self.scorer.models.values()]
         identity = {  # hashes of what the config does not pin down
+            TEMPLATE: self.tokenizer.template_digest,
             "prompts": setup.fingerprint(self.data.train),
             "held-out prompts": setup.fingerprint(self.validator.rows),
             "reference": self.reference_hash,
