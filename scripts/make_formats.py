@@ -240,7 +240,8 @@ renames columns. `data.template` writes a prompt from any columns.
 **Prompts.** A column `prompt` is used as it is: a finished text, or messages. A question or an instruction becomes a
 user turn if the tokenizer has a chat template, else a line of text. With a column `system` (or `system_prompt`) a text
 `prompt` is a user turn, too. Where `chosen` and `rejected` are whole conversations, these contain the prompt. Texts
-without a common beginning are refused if another column of text may hold the prompt.
+without a common beginning are refused if another column of text may hold the prompt; completions that repeat the prompt
+are counted. A column of whole conversations is read before columns with a part of the same content.
 
 **Messages** have `role` and `content`, or `from` and `value`; also as JSON text, as CSV files have it. The speakers are
 user (human, prompter), assistant (gpt, model, ...), system (developer) and tool (observation, function);

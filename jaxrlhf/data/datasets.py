@@ -286,7 +286,20 @@ def _prepare(
         count = sum(example.prompt == "" for _, example in examples)
         if count:
             report.notes.append(f"{count} rows have no common beginning, so their prompt is empty")
+    if repeated := sum(map(_repeats_prompt, (example for _, example in examples))):
+        report.notes.append(f"{repeated} rows repeat their prompt at the beginning of each completion")
     if escaped := sum(example.has_escapes for example in rendered):
         report.notes.append(f"{escaped} rows spell control tokens of the tokenizer; they are read as ordinary text")
     report.notes += omissions.notes()
     return kept, report
+
+
+def _repeats_prompt(example: Example) -> bool:
+    """Every completion begins with the text of the prompt or of its last turn."""
+
+    def text(content: Content, turn: int) -> str:
+        return (content if isinstance(content, str) else content[turn]["content"]).strip()
+
+    prompt = text(example.prompt, -1) if example.prompt else ""
+    completions = [text(content, 0) for content in example.completions if content]
+    return bool(prompt and completions) and all(completion.startswith(prompt) for completion in completions)

@@ -223,7 +223,7 @@ def _is_label(name: str, rows: Rows, found: Format) -> bool:
     the classes of a classification task, and `tag` is often something else."""
     if found.task == "labels" and name != "tag":
         return True
-    return labels.are_labels(rows.values(name), numbers=found.layout.style != "whole" or name != "label")
+    return labels.are_labels(rows.values(name), numbers=found.responses != ("text",) or name != "label")
 
 
 def _with_system_and_tools(found: Format, rows: Rows) -> Format:
@@ -287,11 +287,11 @@ def _template_columns(template: str, rows: Rows) -> tuple[str, ...]:
 
 def _refuse_lost_prompt(found: Format, rows: Rows, config: Data) -> None:
     """Refuse texts without a prompt beside an unused column of text that may hold it."""
+    if found.style != "common_beginning" or {*found.responses} & {*config.columns}:
+        return
     texts: list[Any] = [[row.get(name) for name in found.responses] for row in rows.rows[:100]]
     if found.layout.many:
         texts = [parse(values[0]) for values in texts]
-    if found.style != "common_beginning" or {*found.responses} & {*config.columns}:
-        return
     pairs = [values for values in texts if isinstance(values, list) and all(isinstance(v, str) for v in values)]
     if not pairs or any(has_answer_mark(common_beginning(values)) for values in pairs):
         return

@@ -167,6 +167,7 @@ def test_responses_labelled_bad_are_for_kto_and_not_for_sft(load, tmp_path, chat
         [{"messages": good, "kto_tag": True}, {"messages": bad, "kto_tag": False}],
         [{"instruction": QUESTION, "output": o, "kto_tag": o == GOOD} for o in (GOOD, BAD)],
         [{"prompt": QUESTION, "completion": GOOD, "tag": True}, {"prompt": QUESTION, "completion": BAD, "tag": False}],
+        [{"messages": good, "label": 1}, {"messages": bad, "label": 0}],
         [{"prompt": QUESTION, "response": GOOD, "label": "1"}, {"prompt": QUESTION, "response": BAD, "label": "0"}],
     ]  # fmt: skip
     for rows in sources:
@@ -376,6 +377,16 @@ def test_text_that_only_looks_like_data_stays_text(load, recwarn):
         (example,), _ = load([{"prompt": prompt, "completion": prompt}], "sft")
         assert (example.prompt, example.completions) == (prompt, (prompt,))
     assert not [warning for warning in recwarn if issubclass(warning.category, SyntaxWarning)]
+
+
+def test_prompts_that_completions_repeat_are_counted(load):
+    pair = {"prompt": "Human: a", "chosen": "Human: a\n\nAssistant: b", "rejected": "Human: a\n\nAssistant: c"}
+    other = {"prompt": "Human: a", "chosen": "b", "rejected": "Human: a and c"}
+    note = "1 rows repeat their prompt at the beginning of each completion"
+    assert note in str(load([pair, other], "pairs")[1])
+    turns = {"prompt": [user("q?")], "completion": [said("q? yes")]}
+    assert note in str(load([turns, {**turns, "completion": [said("yes")]}], "sft")[1])
+    assert "repeat" not in str(load([other], "pairs")[1]) + str(load([{"messages": turns["prompt"]}], "prompts")[1])
 
 
 def test_the_ground_truth_of_verl_is_the_answer(tmp_path, chatty):
