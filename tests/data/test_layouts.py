@@ -3,7 +3,10 @@ used or not judged is named. The rows are those of docs/formats.md, and rows of 
 
 import csv
 import io
+import itertools
 import json
+import random
+from collections import Counter
 from typing import Any
 
 import make_formats
@@ -12,7 +15,9 @@ from make_formats import BAD, EXAMPLES, GOOD, QUESTION, TOOL, gpt, human, rated,
 
 from jaxrlhf.config import Data, DPOConfig, ModelSource, replace
 from jaxrlhf.data.datasets import columns, pair_rows, prompt_rows, sft_rows, train_validation_split
-from jaxrlhf.data.formats import Task, recognise
+from jaxrlhf.data.examples import to_examples
+from jaxrlhf.data.file_readers import SourceLocation
+from jaxrlhf.data.formats import TASK_NAMES, Task, recognise
 from jaxrlhf.data.labelled import label_rows, ranking_rows, score_rows
 from jaxrlhf.data.layouts import LAYOUTS
 from jaxrlhf.data.sources import Rows, read_rows
@@ -68,6 +73,27 @@ def test_the_better_answer_is_chosen_and_no_prompt_is_lost(load, name, i):
         assert task == "sft" or not others or "6" in others[-1]
         if example.prompt is not None:
             assert any(prompt in text(example.prompt) for prompt in PROMPTS)
+
+
+EXTRA = {"id": "x1", "source": "the web", "score_chosen": 1.0, "meta": {"a": 1}, "num_turns": 3, "model": "m m",
+         "topic": ["a"], "split": "train", "score_A": 1, "annotator": "a b", "rationale": "because it is"}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", list(TASK_NAMES))
+def test_neither_the_order_of_columns_nor_other_columns_change_what_is_read(task):
+    def read(row: dict[str, Any]) -> Any:
+        rows, config = Rows("x", [row], [SourceLocation("x", 1, True)]), Data(path="x")
+        try:
+            found = recognise(rows, task, config)
+        except DataError:
+            return None
+        return found.layout.name, to_examples(rows, 0, found, config, True, str, Counter())
+
+    rng = random.Random(task)
+    for row in itertools.chain.from_iterable(EXAMPLES.values()):
+        items = [*row.items(), *(item for item in rng.sample(list(EXTRA.items()), 5) if item[0] not in row)]
+        rng.shuffle(items)
+        assert read(dict(items)) == read(row), row
 
 
 VERDICTS = [
