@@ -49,7 +49,8 @@ class LoRA:
     use_dora: Bool = False
     """Also train the magnitude of each output (DoRA, https://arxiv.org/abs/2402.09353)."""
     dropout: FractionBelowOne = 0.0
-    """Dropout on adapter inputs. Supervised training only: in PPO and GRPO it would change the probability ratio."""
+    """Dropout on adapter inputs in SFT, reward modelling and DPO. No effect in PPO and GRPO: their rollout,
+    log-probs and update are without dropout, so that the first probability ratio is 1."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """Matrices to adapt, by their PEFT names (q_proj, c_attn, ...). `all-linear`: every linear layer of each block."""
     quantize: Literal["none", "int8", "nf4"] = "none"

@@ -198,10 +198,6 @@ class OnPolicyConfig(BaseConfig):
                 "set top_k, top_p, min_p or min_length, or leave it false"
             )
         self._check_batch_sizes()
-        if self.lora.enabled and self.lora.dropout:
-            raise ValueError(
-                f"lora.dropout is {self.lora.dropout:g}: pi / pi_old would not be 1 before the first step; set it to 0"
-            )
         if scores.overlong_buffer > sampling.response_length:
             raise ValueError(
                 f"scores.overlong_buffer ({scores.overlong_buffer}) is more than sampling.response_length "

@@ -320,9 +320,10 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def load_tokenizer(path: Path | str, source: TokenizerSource, revision: str | None = None) -> Tokenizer:
-    """Load the tokenizer of `source.path`, by default that of the model at `path` (a folder, which needs no network, or
-    a hub id). The model's generation_config.json adds stop tokens. Raises DataError that says what to set."""
+def load_tokenizer(path: Path | str, source: TokenizerSource | None = None, revision: str | None = None) -> Tokenizer:
+    """Load the tokenizer of the model at `path` (a folder, which needs no network, or a hub id), or of `source.path` if
+    that is set. The model's generation_config.json adds stop tokens. Raises DataError that says what to set."""
+    source = source or TokenizerSource()
     hf = from_pretrained(str(source.path or path), None if source.path else revision)
     original_pad, original_size = hf.pad_token, len(hf)
     template = select_chat_template(hf, source)

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from jaxrlhf.rewards import strict
 from jaxrlhf.rewards.strict import FACTUAL_ERROR, GOOD_QUESTION, MISCONCEPTION, POOR_LOGIC
 
-RIGHT_LEVEL = strict.LEVELS
-"""Hidden rule, category -> level: 3 for factual errors, 2 for poor logic, 1 for misconceptions and good questions."""
+RIGHT_LEVEL = {FACTUAL_ERROR: 3, MISCONCEPTION: 1, POOR_LOGIC: 2, GOOD_QUESTION: 1}
+"""Hidden rule, category -> level. Misconceptions are level 1 here, and 3 by default in `rewards.strict`."""
 CATEGORIES = tuple(RIGHT_LEVEL)
 LEVELS = {1: "gentle", 2: "firm", 3: "strict"}
 

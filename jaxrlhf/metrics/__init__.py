@@ -25,15 +25,16 @@ class Logger:
         config: what to show and where to send it.
         method: the command of the run (sft, ppo, ...).
         total_steps: steps of the whole run, for progress and remaining time.
+        metric: the one that selects the best state, shown on the console by its key.
     """
 
-    def __init__(self, directory: Path, config: Logging, method: str, total_steps: int) -> None:
+    def __init__(self, directory: Path, config: Logging, method: str, total_steps: int, metric: str = "") -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory, self._config = directory, config
         self._purge_step: int | None = None
         self._writer: Any = None
         self._wandb = _open_wandb(config, directory) if config.wandb_project else None
-        self._console = Console(method, total_steps, config)
+        self._console = Console(method, total_steps, config, metric)
         self.note, self.paused = self._console.note, self._console.paused
         self._open()
 

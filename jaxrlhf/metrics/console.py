@@ -17,14 +17,13 @@ _ON_POLICY = {
     "learning_rate": "lr",
 }
 SUMMARY: dict[str, dict[str, str]] = {
-    "sft": {"loss": "loss", "eval/loss": "eval", "learning_rate": "lr"},
-    "reward": {"loss": "loss", "accuracy": "acc", "margin": "margin", "eval/accuracy": "eval", "learning_rate": "lr"},
+    "sft": {"loss": "loss", "learning_rate": "lr"},
+    "reward": {"loss": "loss", "accuracy": "acc", "margin": "margin", "learning_rate": "lr"},
     "generate": _ON_POLICY,
     "dpo": {
         "loss": "loss",
         "rewards/accuracies": "acc",
         "rewards/margins": "margin",
-        "eval/rewards/accuracies": "eval",
         "learning_rate": "lr",
     },
     "ppo": _ON_POLICY,
@@ -38,18 +37,18 @@ SHOWN = 600
 
 class Console:
     """Console of one run of `method` with `total` steps; without a terminal it prints a line every `log_every` steps.
-    If `config.quiet`, it prints nothing."""
+    If `config.quiet`, it prints nothing. `metric`, which selects the best state, is shown by its key."""
 
-    def __init__(self, method: str, total: int, config: Logging) -> None:
+    def __init__(self, method: str, total: int, config: Logging, metric: str = "") -> None:
         self._method, self._total, self._config = method, total, config
+        self._labels = SUMMARY[method] | {metric: metric}
         self._first: tuple[int, float] | None = None  # step and time of the first record, which included compilation
         self._bar = _progress_bar(method, total) if sys.stdout.isatty() and not config.quiet else None
 
     def progress(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Show the record of `step` if it is due: every `log_every` steps, the first, the last, and validations."""
         first, started = self._first = self._first or (step, time.monotonic())
-        labels = SUMMARY[self._method].items()
-        facts = [f"{label}={_short(numbers[key])}" for key, label in labels if key in numbers]
+        facts = [f"{label}={_short(numbers[key])}" for key, label in self._labels.items() if key in numbers]
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, facts=" ".join(facts))
         elif (

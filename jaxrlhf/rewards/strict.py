@@ -17,9 +17,8 @@ from collections.abc import Mapping, Sequence
 
 FACTUAL_ERROR, MISCONCEPTION = "factual error", "misconception"
 POOR_LOGIC, GOOD_QUESTION = "poor logic", "good question"
-LEVELS = {FACTUAL_ERROR: 3, MISCONCEPTION: 1, POOR_LOGIC: 2, GOOD_QUESTION: 1}
-"""Appropriate strictness: 3 strict with careless slips, 2 firm with bad arguments, 1 gentle with honest mistakes and
-curiosity."""
+LEVELS = {FACTUAL_ERROR: 3, MISCONCEPTION: 3, POOR_LOGIC: 2, GOOD_QUESTION: 1}
+"""Appropriate strictness: 3 strict with false claims, 2 firm with bad arguments, 1 gentle with curiosity."""
 
 _ASKS_IF_TRUE = (  # asks whether a claim is true, which does not make it an open question
     r"(?:is it (?:true|right|correct|a fact)|am i (?:right|correct|wrong)|can it be|do you agree|"
@@ -96,7 +95,7 @@ def strictbot(
     """Sum of the four scores below, weighted by the options named after them.
 
     `category` and `fact` are columns of the data, if it has them; a row without a fact gets 0 for it. `levels`
-    {category: 1, 2 or 3} overrides LEVELS: with 1 throughout, StrictBot is always gentle.
+    {category: 1, 2 or 3} overrides LEVELS: {"misconception": 1} is gentle with widespread beliefs.
     """
     fact_scores = facts(completions, fact) if fact is not None else [None] * len(completions)
     rows = zip(

@@ -37,9 +37,9 @@ class Session:
     ) -> None:
         self.directory, self.config, self.total_steps = run.directory, config, total_steps
         self._state = state
-        self.logger = metrics.Logger(run.directory, config.logging, config.method, total_steps)
-        self.note = self.logger.note
         self.best, self.metric = best_of(config), metric_of(config)
+        self.logger = metrics.Logger(run.directory, config.logging, config.method, total_steps, self.metric)
+        self.note = self.logger.note
         self.watch: Callable[[Metrics], tuple[Metrics, list[str]]] | None = None
         """Alarms: called with each record before it is written; returns metrics to add and lines to print."""
         self.run, self._identity = run, identity

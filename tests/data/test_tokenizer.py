@@ -134,7 +134,7 @@ def test_an_unchanged_tokenizer_is_saved_byte_for_byte(sp_folder, tmp_path):
 def test_stop_tokens_of_the_generation_config(sp_folder, tmp_path, eos, extra):
     folder = shutil.copytree(sp_folder, tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos} if eos else {}))
-    assert load_tokenizer(folder, TokenizerSource()).stop_ids == (2, *extra)
+    assert load_tokenizer(folder).stop_ids == (2, *extra), "a path is enough"
     # with a tokenizer from elsewhere they are still the model's
     assert load_tokenizer(folder, TokenizerSource(path=str(sp_folder))).stop_ids == (2, *extra)
 

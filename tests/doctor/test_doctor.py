@@ -47,6 +47,15 @@ def test_a_valid_model_passes_every_check(model_folder, capsys):
     ]
 
 
+def test_a_folder_without_weights_is_checked_with_random_ones(tiny_model, capsys):
+    assert main(["doctor", str(tiny_model)]) == 4
+    assert "no model.safetensors" in capsys.readouterr().err
+    assert main(["doctor", str(tiny_model), "--model.init", "random"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "skip  load and export: model.init is random: there are no weights to compare" in lines
+    assert sum(line.startswith("ok ") for line in lines) == 12
+
+
 def test_a_wrong_tokenizer_fails_and_the_other_checks_still_run(model_folder, tmp_path, capsys):
     folder = tmp_path / "m"
     shutil.copytree(model_folder, folder)

@@ -113,13 +113,14 @@ def test_plain_console(tmp_path, capsys):
 
 
 def test_every_validation_is_printed(tmp_path, capsys):
-    logger = Logger(tmp_path, Logging(tensorboard=False, log_every=50), "sft", 100)
+    logger = Logger(tmp_path, Logging(tensorboard=False, log_every=50), "sft", 100, "eval/entropy")
     for step in range(1, 50):
-        logger.log(step, {"loss": 2.0} | ({"eval/loss": 1.5} if step == 45 else {}))
+        logger.log(step, {"loss": 2.0} | ({"eval/loss": 1.5, "eval/entropy": 0.7} if step == 45 else {}))
     logger.close()
     shown = [line.split("sft ")[1] for line in capsys.readouterr().out.splitlines()]
     assert [line.split(" loss")[0] for line in shown] == ["step 1/100", "step 45/100"]
-    assert "eval=1.5" in shown[1]
+    assert "eval/entropy=0.7" in shown[1].split(), "the metric that was chosen, by its name"
+    assert "1.5" not in shown[1]
 
 
 @pytest.mark.parametrize("terminal", [False, True])

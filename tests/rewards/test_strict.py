@@ -96,9 +96,22 @@ def test_appropriateness_falls_with_the_distance_in_strictness(judged):
         for level in task.LEVELS:
             answer = task.answer(level, fact.truth, rng)
             expected = 1 - abs(level - right) / 2
-            assert strict.appropriateness([question], [answer]) == [expected]
-            assert strict.appropriateness(["?"], [answer], [fact.category]) == [expected]
+            levels = task.RIGHT_LEVEL
+            assert strict.appropriateness([question], [answer], levels=levels) == [expected]
+            assert strict.appropriateness(["?"], [answer], [fact.category], levels=levels) == [expected]
     assert strict.appropriateness([judged[0][0]], ["Ankara."]) == [0]
+
+
+def test_a_misconception_is_answered_strictly_unless_levels_say_otherwise():
+    """The levels of StrictBot's author; those of the demo differ in misconceptions."""
+    strictly = task.answer(3, "bats can see well", random.Random(0))
+    question = ["Is it true that bats are blind?"]
+    assert strict.classify(question[0]) == strict.MISCONCEPTION
+    assert strict.appropriateness(question, [strictly]) == [1]
+    assert strict.appropriateness(question, [strictly], levels={strict.MISCONCEPTION: 1}) == [0]
+    assert {name: level for name, level in strict.LEVELS.items() if level != task.RIGHT_LEVEL[name]} == {
+        strict.MISCONCEPTION: 3
+    }
 
 
 def test_levels_can_be_set(judged):
@@ -136,13 +149,14 @@ def test_the_composite_is_the_weighted_sum_of_its_parts(judged):
     questions, about, answers = zip(*judged, strict=True)
     facts = [None if i % 3 == 0 else fact.truth for i, fact in enumerate(about)]
     weights = {"appropriate": 2.0, "factual": 0.7, "constructive": 0.3, "consistent": 0.1}
-    found = strict.strictbot(questions, answers, fact=facts, **weights)
+    found = strict.strictbot(questions, answers, fact=facts, levels=task.RIGHT_LEVEL, **weights)
     helpful, alike = strict.constructiveness(answers), strict.consistency(answers)
     assert 0 < sum(helpful) < len(answers), "they differ"
     for i in range(len(answers)):
         expected = 2.0 + 0.7 * (facts[i] is not None) + 0.3 * helpful[i] + 0.1 * alike[i]
         assert found[i] == pytest.approx(expected)
-    assert strict.strictbot(questions, answers, **weights)[1] == pytest.approx(found[1] - 0.7)
+    without = strict.strictbot(questions, answers, levels=task.RIGHT_LEVEL, **weights)
+    assert without[1] == pytest.approx(found[1] - 0.7)
 
 
 def test_it_prefers_what_the_demos_truth_prefers():
@@ -151,7 +165,8 @@ def test_it_prefers_what_the_demos_truth_prefers():
     prompts = [row["prompt"] for row in rows]
     facts = [task.questions()[prompt][0].truth for prompt in prompts]
     chosen, rejected = (
-        strict.strictbot(prompts, [row[name] for row in rows], fact=facts) for name in ("chosen", "rejected")
+        strict.strictbot(prompts, [row[name] for row in rows], fact=facts, levels=task.RIGHT_LEVEL)
+        for name in ("chosen", "rejected")
     )
     better = sum(a > b for a, b in zip(chosen, rejected, strict=True))
     assert better / len(rows) > 0.8, "0.81 when it was written; half of the broken sentences look as good"

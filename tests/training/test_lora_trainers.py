@@ -13,6 +13,7 @@ from jaxrlhf import config
 from jaxrlhf.errors import ConfigError, Preempted
 from jaxrlhf.rewards.sources.model import RewardModel
 from jaxrlhf.training.export import export, merge
+from jaxrlhf.training.grpo.trainer import GRPOTrainer
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.reward.trainer import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
@@ -224,8 +225,27 @@ def test_contradictions_in_the_section(changes, said):
         config.replace(LORA, **changes)
 
 
-def test_dropout_has_no_place_in_ppo_nor_a_frozen_trunk_beside_adapters(ppo, supervised):
-    with pytest.raises(ValueError, match="pi / pi_old would not be 1"):
-        config.PPOConfig(**ppo | {"lora": config.replace(LORA, dropout=0.1)})
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_dropout_is_off_in_on_policy_training(ppo, on_disk, method):
+    """An update with it is the one without, bit for bit, and the run says so."""
+    prompts = ["say red ", "say blue ", "say green ", "say pink "]
+    made = []
+    for dropout in (0.0, 0.5):
+        options = ppo | on_disk | {"lora": config.replace(LORA, dropout=dropout)}
+        if method == "grpo":
+            del options["ppo"]
+            options["grpo"] = config.GRPO(batch_size=8, total_episodes=8, num_generations=2, num_iterations=2)
+            trainer = GRPOTrainer(config.GRPOConfig(**options), reward=length_reward)
+            trainer.grpo_step(prompts)
+        else:
+            trainer = PPOTrainer(config.PPOConfig(**options), reward=length_reward)
+            trainer.ppo_step(prompts)
+        said = f"lora.dropout has no effect in {method}" in trainer.describe()
+        assert said == (dropout > 0)
+        made.append(trainer.state.value.params)
+    equal(*made)
+
+
+def test_a_frozen_trunk_has_no_place_beside_adapters(supervised):
     with pytest.raises(ValueError, match="frozen_trunk is true and lora.enabled too"):
         config.RewardConfig(**supervised | {"lora": LORA, "frozen_trunk": True})

@@ -233,19 +233,24 @@ class OnPolicyTrainer(Generic[Config]):
         )
 
     def _about(self) -> list[str]:
-        """Model, devices and data of the run, and how many completions a person will be asked to score, if any."""
+        """Model, devices and data of the run, options whose effect may surprise, and how many completions a person will
+        be asked to score, if any."""
         config, size, total = self.config, self.config.settings.batch_size, self.total_steps
         report = self.data.report if self.data else f"no data set: prompts come with {config.method}_step"
-        about = setup.describe(config, self.model, self.tokenizer, report, self.mesh)
+        about = [setup.describe(config, self.model, self.tokenizer, report, self.mesh)]
+        if config.lora.enabled and config.lora.dropout:
+            about.append(f"lora.dropout has no effect in {config.method}, whose rollout and update are without dropout")
+        if penalty := config.scores.missing_eos_penalty:
+            about.append(f"{penalty:g} is subtracted from scores of truncated responses (scores.missing_eos_penalty)")
         if not self.scorer.has_human:
-            return [about]
+            return about
         parts = [f"{size} in each of {total} updates"]
         if self.validator.rows:
             validations = 1 + sum(self.validator.due(step, total) for step in range(1, total + 1))
             parts.append(f"{2 * len(self.validator.rows)} in each of {validations} validations")
         if config.scores.normalise == "reference":
             parts.append(f"{-(-config.scores.reference_samples // size) * size} before training, for scores.normalise")
-        return [about, f"a person is asked about completions: {', '.join(parts)}; about the same one only once"]
+        return [*about, f"a person is asked about completions: {', '.join(parts)}; about the same one only once"]
 
     def _total_steps(self) -> int:
         settings = self.config.settings
