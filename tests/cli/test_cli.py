@@ -14,7 +14,7 @@ from jaxrlhf import errors, weights
 from jaxrlhf.cli import main, training
 from jaxrlhf.cli import models as commands_models
 from jaxrlhf.cli.commands import COMMANDS, Command
-from jaxrlhf.config import PPOConfig, RewardSource, Sampling
+from jaxrlhf.config import PPOConfig, RewardConfig, RewardSource, Sampling, TokenizerSource
 from jaxrlhf.config import text as config_text
 from jaxrlhf.config.file import METHODS, load_config
 from jaxrlhf.config.schema import keys
@@ -386,6 +386,15 @@ def test_sampling_and_reward_default_to_those_of_the_run(tmp_path):
         == commands_models.overrides_from_run("hf://org/name", "reward")
         == []
     )
+
+
+def test_evaluations_of_a_run_have_the_date_of_its_chat_template(tmp_path):
+    for name, date in (("first", ""), ("second", "2024-02-29")):
+        settings = config_text.dump(RewardConfig(tokenizer=TokenizerSource(template_date=date)))
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"# jaxrlhf reward, every option resolved\n{settings}")
+    overrides = commands_models._date_of_run("hf://org/name", str(tmp_path / "first"), str(tmp_path / "second"))
+    assert load_config("ppo", None, overrides, partial=True).tokenizer.template_date == "2024-02-29"
 
 
 def test_compare_uses_the_config_of_the_model_with_a_reward(tmp_path, monkeypatch):

@@ -218,6 +218,8 @@ def test_an_interrupted_job_resumes(config, drawn, tmp_path, monkeypatch, capsys
         run(config, out, "all")
     assert "3 prompts are scored in" in capsys.readouterr().err
     assert not out.exists()
+    tomorrow = type("date", (datetime.date,), {"today": classmethod(lambda cls: cls(2031, 1, 2))})
+    monkeypatch.setattr(datetime, "date", tomorrow)  # a chat template keeps the date of the first call
     with partial.open("ab") as file:
         file.write(b'[{"text": "half a li')
     monkeypatch.setattr(generation, "score_completions", judge)
