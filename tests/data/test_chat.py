@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import json
 from typing import Any
 
 import pytest
@@ -376,3 +377,25 @@ def test_every_tokenizer_of_the_fixtures_shows_all_of_a_plain_conversation(real_
     for hf in [*real_tokenizers.values(), *small_tokenizers.values()]:
         for name in ("trimming", "folded", "marked"):
             assert left_out(Pair(hf, TEMPLATES[name]), Example(talk), Example(None, (talk[:2],))) == []
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen2.5", "qwen3"])
+def test_real_templates(shared_data, real_tokenizers, name):
+    ours, hf = load_tokenizer(shared_data / "tokenizers" / name, TokenizerSource()), real_tokenizers[name]
+    ask, say, call = USER | {"content": "user"}, ASSISTANT | {"content": "user"}, {"tool_calls": [CALL]}
+    calls = "" if name == "smollm2" else f"<tool_call>\n{json.dumps(CALL['function'])}\n</tool_call>"
+    thought = "<think>\nwhy\n</think>\n\n"
+    talks = [
+        ([ask, say], ["user"]),
+        ([{"role": "system", "content": "user"}, ask, say, ask, say], ["user", "user"]),
+        ([ask, ASSISTANT | {"content": ""} | call, {"role": "tool", "content": "4"}, say], [calls, "user"]),
+        ([ask, say | call], [f"user\n{calls}" if calls else "user"]),
+        ([ask, say, ask, ASSISTANT | {"content": f"{thought}user"}], ["user", f"{thought}user"]),
+    ]
+    for messages, said in talks:
+        for tools in (None, TOOLS):
+            (tokens,) = tokenise([render(Example(None, (messages,), tools), "sft", ours)], ours)
+            ids, mask = tokens.sequence(0)
+            assert ids == hf.apply_chat_template(messages, tools=tools)["input_ids"][: len(ids)]
+            learnt = [token for token, flag in zip(ids, mask, strict=True) if flag]
+            assert hf.decode(learnt) == "".join(f"{text}<|im_end|>" for text in said)
