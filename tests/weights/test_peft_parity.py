@@ -1,6 +1,7 @@
 """Adapters in and out against PEFT itself, in float32: equal logits, whoever wrote the folder."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,7 @@ def outputs(model):
         return model(input_ids=torch.tensor(TOKENS), attention_mask=torch.ones(TOKENS.shape)).logits.numpy()
 
 
+@functools.partial(jax.jit, static_argnames="model")
 def run(params, model):
     hidden = models.forward(params, model, jnp.array(TOKENS, jnp.int32), jnp.ones(TOKENS.shape, bool))
     if model.head == "lm":
