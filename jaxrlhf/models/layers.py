@@ -29,7 +29,7 @@ ACTIVATIONS = {
 NORMAL = nn.initializers.normal(0.02)
 
 
-def along_last(vector: Float[Array, "D"], like: Shaped[Array, "*lead D"]) -> Float[Array, "*ones D"]:
+def along_last(vector: Float[Array, " D"], like: Shaped[Array, "*lead D"]) -> Float[Array, "*ones D"]:
     """Add leading axes of size 1 to a vector, to broadcast along the last axis of `like`."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 

@@ -254,7 +254,7 @@ class Scorer:
 
 
 def combine_scores(
-    scores: Float[np.ndarray, "K *shape"], combine: str, spread_coef: float
+    scores: Float[np.ndarray, " K *shape"], combine: str, spread_coef: float
 ) -> Float[np.ndarray, "*shape"]:
     """Mean, minimum, or mean minus `spread_coef` standard deviations over the K models of an ensemble.
 
