@@ -149,7 +149,7 @@ class Rollout:
 
     tokens: Array  # int32 [B, T]
     mask: Array  # bool [B, T]   real tokens, the stop token included
-    response_mask: Array  # bool [B, R]
+    response_mask: Array  # bool [B, R]   all false: a response without a score, which has no part in the update
     logprobs: Array  # f32 [B, R]   as sampled, 0 outside response_mask
     finished: Array  # bool [B]   ended with a stop token or string; false: truncated
     index: Array  # int32 [B]

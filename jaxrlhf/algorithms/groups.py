@@ -42,10 +42,12 @@ def rloo(scores: Float[Array, " B"], group: Int[Array, " B"]) -> Float[Array, " 
 def gpg(scores: Float[Array, " B"], group: Int[Array, " B"]) -> Float[Array, " B"]:
     """GPG: alpha (score - mean of the group), with F_norm = 1 (https://arxiv.org/abs/2504.02546).
 
-    alpha = B / (B - rows in zero-variance groups) compensates for rows without a gradient in a mean over all rows.
+    alpha = B / (B - rows in zero-variance groups) compensates for rows without a gradient in a mean over all B rows.
+    Rows whose score is nan, groups of their own, are not among the B.
     """
     differences, size = _differences(scores, group)
-    return differences / size * (len(scores) / jnp.maximum(jnp.sum(~zero_variance(scores, group)), 1))
+    scored = ~jnp.isnan(scores)
+    return differences / size * (jnp.sum(scored) / jnp.maximum(jnp.sum(scored & ~zero_variance(scores, group)), 1))
 
 
 def remax(scores: Float[Array, " B"], greedy_scores: Float[Array, " B"]) -> Float[Array, " B"]:
@@ -85,9 +87,10 @@ def zero_variance(scores: Float[Array, " B"], group: Int[Array, " B"]) -> Bool[A
 
 
 def group_metrics(scores: Float[Array, " B"], group: Int[Array, " B"]) -> Metrics:
-    """Number of groups, of those whose scores are all equal, and of those with one response."""
+    """Number of groups, of those whose scores are all equal, and of those with one response. Rows whose score is nan
+    are no groups."""
     equal_scores, same = zero_variance(scores, group), _same(group)
-    first = jnp.argmax(same, axis=1) == jnp.arange(len(group))
+    first = (jnp.argmax(same, axis=1) == jnp.arange(len(group))) & ~jnp.isnan(scores)
 
     def number(rows: Bool[Array, " B"]) -> Float[Array, ""]:
         return jnp.sum(first & rows).astype(jnp.float32)

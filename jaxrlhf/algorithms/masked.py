@@ -25,6 +25,17 @@ def total(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array
     return jnp.sum(keep(x, mask))
 
 
+def mean(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
+    """Mean of `x` over the mask; 0 if it is empty."""
+    return total(x, mask) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def rows(mask: Bool[Array, "B R"]) -> Bool[Array, " B"]:
+    """True for rows with a real token. Every response has one, except those that are left out of an update."""
+    chex.assert_rank(mask, 2)
+    return jnp.any(mask, axis=1)
+
+
 def last(mask: Bool[Array, "B R"]) -> Bool[Array, "B R"]:
     """True only at the last true column of each row; all false for a row without one."""
     chex.assert_rank(mask, 2)
@@ -41,9 +52,9 @@ def quantiles(
     return jnp.where(jnp.any(mask), values, 0.0)
 
 
-def correlation(x: Float[Array, " B"], y: Float[Array, " B"]) -> Float[Array, ""]:
-    """Pearson correlation over the rows; 0 if `x` or `y` is constant."""
-    chex.assert_equal_shape([x, y])
-    x, y = x - jnp.mean(x), y - jnp.mean(y)
+def correlation(x: Float[Array, " B"], y: Float[Array, " B"], mask: Bool[Array, " B"]) -> Float[Array, ""]:
+    """Pearson correlation over the mask; 0 if `x` or `y` is constant there."""
+    chex.assert_equal_shape([x, y, mask])
+    x, y = keep(x - mean(x, mask), mask), keep(y - mean(y, mask), mask)
     spread = jnp.sqrt(jnp.sum(x * x) * jnp.sum(y * y))
     return jnp.where(spread > 0, jnp.sum(x * y) / jnp.where(spread > 0, spread, 1.0), 0.0)

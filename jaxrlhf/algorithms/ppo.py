@@ -143,28 +143,29 @@ def rollout_metrics(
     rlhf_reward is the objective score - kl_coef KL, wherever the KL enters; non_score_reward is the part of the rewards
     that is KL penalty: 0 if the KL is in the loss.
     """
-    kept = masked.keep(old_logprobs, mask), masked.keep(ref_logprobs, mask)
-    kl = jnp.mean(jnp.sum(k1(*kept), axis=1))
+    kept, rows = (masked.keep(old_logprobs, mask), masked.keep(ref_logprobs, mask)), masked.rows(mask)
+    kl = masked.mean(jnp.sum(k1(*kept), axis=1), rows)
     return response_metrics(scores, mask, finished) | {
         "objective/kl": kl,
-        "objective/kl_k3": jnp.mean(jnp.sum(k3(*kept), axis=1)),
+        "objective/kl_k3": masked.mean(jnp.sum(k3(*kept), axis=1), rows),
         "objective/non_score_reward": -kl_coef * kl if kl_in == "reward" else jnp.zeros_like(kl),
-        "objective/rlhf_reward": jnp.mean(scores) - kl_coef * kl,
+        "objective/rlhf_reward": masked.mean(scores, rows) - kl_coef * kl,
     }
 
 
 def response_metrics(scores: Float[Array, " B"], mask: Bool[Array, "B R"], finished: Bool[Array, " B"]) -> Metrics:
-    """Statistics of the scores and lengths of the responses."""
+    """Statistics of the scores and lengths of the responses. Rows without real tokens do not count."""
     chex.assert_rank(mask, 2)
     chex.assert_shape([scores, finished], mask.shape[:1])
-    lengths = jnp.sum(mask, axis=1).astype(jnp.float32)
+    lengths, rows = jnp.sum(mask, axis=1).astype(jnp.float32), masked.rows(mask)
+    mean, ended = masked.mean(scores, rows), masked.keep(finished.astype(jnp.float32), rows)
     return {
-        "objective/scores": jnp.mean(scores),
-        "objective/scores_std": jnp.std(scores),
-        "objective/score_length_correlation": masked.correlation(scores, lengths),
-        "tokens/mean_length": jnp.mean(lengths),
-        "tokens/min_length": jnp.min(lengths),
+        "objective/scores": mean,
+        "objective/scores_std": jnp.sqrt(masked.mean(jnp.square(scores - mean), rows)),
+        "objective/score_length_correlation": masked.correlation(scores, lengths, rows),
+        "tokens/mean_length": masked.mean(lengths, rows),
+        "tokens/min_length": jnp.min(lengths, initial=mask.shape[1], where=rows),
         "tokens/max_length": jnp.max(lengths),
-        "tokens/finished": jnp.mean(finished.astype(jnp.float32)),
-        "val/num_eos_tokens": jnp.sum(finished).astype(jnp.float32),
+        "tokens/finished": masked.mean(ended, rows),
+        "val/num_eos_tokens": jnp.sum(ended),
     }

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.advantages import VARIANCE_FLOOR
 from jaxrlhf.config import Scores
 
@@ -72,11 +73,14 @@ def shaped(
     config: Scores,
     longest: int,
 ) -> tuple[Float[Array, " B"], ScoreStats]:
-    """Shape the scores as `config` says; returns them and the updated statistics. `longest` is the response limit."""
+    """Shape the scores as `config` says; returns them and the updated statistics. `longest` is the response limit.
+
+    The scores of rows without real tokens are not part of the statistics.
+    """
     chex.assert_rank(mask, 2)
     chex.assert_shape([scores, finished], mask.shape[:1])
     if config.normalise == "running":
-        stats = stats.add(scores)
+        stats = stats.add(jnp.where(masked.rows(mask), scores, jnp.nan))
     if config.normalise != "none":
         scores = stats.normalise(scores)
     scores = scores * config.scale + config.shift

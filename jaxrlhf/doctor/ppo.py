@@ -168,9 +168,10 @@ class Trial:
         rollout, texts = decode_completions(
             jax.tree.map(lambda x: x[:2], rollout), self.tokenizer, self.config.sampling.stop_strings
         )
-        scores = scorer.score_rows(rows, texts, rollout).totals
-        lines = [f"{score:.4g} for {quoted(text)}" for score, text in zip(scores, texts, strict=True)]
-        return bool(np.all(np.isfinite(scores))), "\n".join(["scores of two completions", *lines])
+        scores = scorer.score_rows(rows, texts, rollout).as_list()
+        shown = ["unscored" if score is None else f"{score:.4g}" for score in scores]
+        lines = [f"{score} for {quoted(text)}" for score, text in zip(shown, texts, strict=True)]
+        return None if shown == ["unscored"] * 2 else True, "\n".join(["scores of two completions", *lines])
 
     def micro_batches(self) -> Outcome:
         """Compare an update in micro-batches of one row with one of the full batch."""

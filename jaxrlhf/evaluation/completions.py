@@ -32,7 +32,8 @@ def evaluate(
 
     `rollout.slots` completions are generated at a time (0: `ppo.batch_size`) and about `ppo.batch_size` scored; the
     result depends on the seed and on neither of these. Returns a JSON object with `statistics` and `prompts`; each
-    prompt has its completions, with a reward ranked by score. Raises ConfigError without a reward or references.
+    prompt has its completions, with a reward ranked by score. Raises ConfigError without a reward or references,
+    RewardError if the reward gives no score at all.
 
     Args:
         config: model, tokenizer, data, reward, sampling, rollout and seed of the evaluation.
@@ -115,11 +116,14 @@ def _prompt_result(row: PromptRow, completions: list[Completion], reference: str
     result = {"prompt": row.text, "index": row.index, "reference": reference, "completions": completions}
     if "score" not in completions[0]:
         return result
-    ranked = sorted(completions, key=lambda completion: -completion["score"])
+    scored = [completion for completion in completions if completion["score"] is not None]
+    unscored = [{"rank": "UNSCORED", **completion} for completion in completions if completion["score"] is None]
+    ranked = sorted(scored, key=lambda completion: -completion["score"])
     ranks = ["BEST", *["MEDIUM"] * (len(ranked) - 2), "WORST"][: len(ranked)]
     scores = [completion["score"] for completion in ranked]
     return result | {
-        "mean": float(np.mean(scores)),
-        "spread": scores[0] - scores[-1],
-        "completions": [{"rank": rank, **completion} for rank, completion in zip(ranks, ranked, strict=True)],
+        "mean": float(np.mean(scores)) if scores else None,
+        "spread": scores[0] - scores[-1] if scores else None,
+        "completions": [{"rank": rank, **completion} for rank, completion in zip(ranks, ranked, strict=True)]
+        + unscored,
     }

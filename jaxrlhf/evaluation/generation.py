@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxrlhf import runtime, weights
 from jaxrlhf.config import PPOConfig
@@ -119,7 +120,8 @@ def score_completions(
 ) -> Iterator[list[list[Completion]]]:
     """Decode and score the responses that `generate` returned for `rows`: a list of completions for each row.
 
-    Yields batches of rows with at least `ppo.batch_size` responses. Without a `scorer` completions have no score.
+    Yields batches of rows with at least `ppo.batch_size` responses. Without a `scorer` completions have no score;
+    with one, the score of an unscored completion is None, and so is that of a component.
     """
     count = len(rollout.index) // len(rows)
     rows_per_batch = -(-config.ppo.batch_size // count)
@@ -136,11 +138,15 @@ def score_completions(
         if scorer is not None:
             repeated = [row for row in batch for _ in range(count)]
             scored = scorer.score_rows(repeated, texts, part)
+            scores = scored.as_list()
             for note in scored.notes:
                 warnings.warn(note, stacklevel=2)
             for i, completion in enumerate(completions):
-                completion["score"] = float(scored.totals[i])
-                completion["components"] = {name: float(values[i]) for name, values in scored.components.items()}
+                completion["score"] = scores[i]
+                completion["components"] = {
+                    name: None if np.isnan(values[i]) else float(values[i])
+                    for name, values in scored.components.items()
+                }
         yield [completions[i : i + count] for i in range(0, len(completions), count)]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.errors import ConfigError
+from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.evaluation import text_metrics
 from jaxrlhf.metrics.statistics import mean_and_error, wilson
 
@@ -19,14 +19,22 @@ def statistics(prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Statistics over all completions of an evaluation's `prompts`.
 
     Standard errors are those of the per-prompt means, because completions of one prompt are not independent.
-    Statistics of scores and of references are included if the prompts have them.
+    Statistics of scores and of references are included if the prompts have them. Unscored completions have no part in
+    those of scores. Raises RewardError if all are unscored.
     """
     completions = [completion for prompt in prompts for completion in prompt["completions"]]
     texts = [completion["text"] for completion in completions]
     finished = sum(completion["finished"] for completion in completions)
     stats: dict[str, Any] = {"prompts": len(prompts), "completions": len(completions)}
     if "score" in completions[0]:
-        stats |= _score_statistics(prompts, [completion["score"] for completion in completions])
+        scores = [completion["score"] for completion in completions if completion["score"] is not None]
+        if not scores:
+            raise RewardError(
+                f"none of {len(completions)} completions has a score: all components of the reward with a weight "
+                "returned None, or failed with on_error: skip"
+            )
+        stats |= {"unscored": 1 - len(scores) / len(completions)}
+        stats |= _score_statistics([prompt for prompt in prompts if prompt["mean"] is not None], scores)
     stats |= {
         "distinct_1": text_metrics.distinct(texts, 1),
         "distinct_2": text_metrics.distinct(texts, 2),
@@ -39,6 +47,7 @@ def statistics(prompts: Sequence[Prompt]) -> dict[str, Any]:
         "components": {
             name: _over_prompts(prompts, lambda completion, name=name: completion["components"][name])
             for name in completions[0].get("components", {})
+            if any(completion["components"][name] is not None for completion in completions)
         },
     }
     if with_reference := [prompt for prompt in prompts if prompt.get("reference") is not None]:
@@ -78,8 +87,10 @@ def _reference_score(prompt: Prompt, metric: TextMetric) -> float:
     return metric(texts, [prompt["reference"]] * len(texts))
 
 
-def _over_prompts(prompts: Sequence[Prompt], value: Callable[[dict[str, Any]], float]) -> dict[str, float]:
-    return _mean_with_error(float(np.mean([value(c) for c in prompt["completions"]])) for prompt in prompts)
+def _over_prompts(prompts: Sequence[Prompt], value: Callable[[dict[str, Any]], float | None]) -> dict[str, float]:
+    """Mean over prompts of the mean `value` of their completions, where it is not None."""
+    found = [[number for c in prompt["completions"] if (number := value(c)) is not None] for prompt in prompts]
+    return _mean_with_error(float(np.mean(values)) for values in found if values)
 
 
 def _mean_with_error(values: Iterable[float]) -> dict[str, float]:
@@ -95,7 +106,8 @@ def table(result: Result, width: int = 100) -> str:
         if prompt.get("reference") is not None:
             lines.append(f"  {'REFERENCE':<16}  {one_line(prompt['reference'], width - 20)}")
         for completion in prompt["completions"]:
-            head = f"{completion['rank']:<6} {completion['score']:>9.3f}" if "score" in completion else " " * 16
+            score = completion.get("score")
+            head = f"{completion.get('rank', ''):<16}" if score is None else f"{completion['rank']:<6} {score:>9.3f}"
             lines.append(f"  {head}  {one_line(completion['text'], width - 20)}")
     stats = result["statistics"]
     lines += ["", f"{stats['prompts']} prompts, {stats['completions']} completions of {result['model']}"]
@@ -112,6 +124,8 @@ def _statistics_lines(stats: dict[str, Any]) -> list[str]:
             f"best minus worst score {stats['spread_within_prompt']:.4f}, best score {stats['best_of_n_mean']:.4f} "
             "(means over prompts)"
         )
+    if stats.get("unscored"):
+        lines["unscored"] = f"{stats['unscored']:.4f} of the completions, which have no part in the scores"
     if references := stats.get("references"):
         bleu = references["corpus_bleu"]
         corpus = "" if bleu is None else f", corpus BLEU {bleu:.2f} of 100"
@@ -141,12 +155,15 @@ def paired(first: Result, second: Result) -> dict[str, Any]:
 
     A prompt counts by its mean score, or without scores by its mean ROUGE-L against the reference. The win rate is the
     share of prompts without a tie that `first` wins. The difference is `first` minus `second`, with the standard error
-    of the paired differences.
+    of the paired differences. Raises RewardError if no prompt has a score by both.
     """
     pairs = list(zip(first["prompts"], second["prompts"], strict=True))
     assert all(a["index"] == b["index"] for a, b in pairs), "the results are of different prompts"
     if "mean" in first["statistics"]:
+        pairs = [(a, b) for a, b in pairs if None not in (a["mean"], b["mean"])]
         by, differences = "score", [a["mean"] - b["mean"] for a, b in pairs]
+        if not pairs:
+            raise RewardError("no prompt has a scored completion of both models: there is nothing to compare")
     else:
         by, rouge = "ROUGE-L", text_metrics.rouge_l
         pairs = [pair for pair in pairs if pair[0]["reference"] is not None]

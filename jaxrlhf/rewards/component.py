@@ -79,8 +79,9 @@ class ComponentScores(NamedTuple):
 
     @property
     def totals(self) -> np.ndarray:
-        """f32 [B]: the scores, those per token summed over the response."""
-        return self.values if self.values.ndim == 1 else self.values.sum(1)
+        """f32 [B]: the scores, those per token summed over the response; nan where unscored."""
+        totals = self.values if self.values.ndim == 1 else self.values.sum(1)
+        return np.where(self.unscored, np.float32(np.nan), totals)
 
 
 class RewardComponent:

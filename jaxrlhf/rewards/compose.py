@@ -24,17 +24,26 @@ from jaxrlhf.types import Rollout
 class Scored(NamedTuple):
     """Scores of a batch of completions."""
 
-    scores: np.ndarray  # f32 [B]   weighted sum of the components that score whole sequences
+    scores: np.ndarray  # f32 [B]   weighted sum of the components that score whole sequences; nan: unscored
     token_scores: np.ndarray | None  # f32 [B, R]   weighted sum of the per-token components, 0 outside the response
-    components: dict[str, np.ndarray]  # f32 [B] each, before weights; per-token components summed over the response
+    components: dict[str, np.ndarray]  # f32 [B] each, before weights, nan where a component left a response unscored;
+    # per-token components summed over the response
     metrics: dict[str, float]  # rewards/NAME/mean, std, errors, length_correlation
     notes: tuple[str, ...]  # errors that did not stop the run
-    unscored: np.ndarray  # bool [B]   no component returned a score, so the score is 0
+
+    @property
+    def unscored(self) -> np.ndarray:
+        """bool [B]: no component with a weight returned a score."""
+        return np.isnan(self.scores)
 
     @property
     def totals(self) -> np.ndarray:
-        """f32 [B]: sequence scores plus the sum of token scores."""
+        """f32 [B]: sequence scores plus the sum of token scores; nan: unscored."""
         return self.scores if self.token_scores is None else self.scores + self.token_scores.sum(1)
+
+    def as_list(self) -> list[float | None]:
+        """`totals` as Python numbers, None where unscored."""
+        return [None if np.isnan(total) else float(total) for total in self.totals]
 
 
 class _Term(NamedTuple):
@@ -201,7 +210,8 @@ class Scorer:
         arrays = self._component_arrays(by_name)
         for term in self._terms:
             term_scores = term.scores(by_name)
-            unscored &= term_scores.unscored
+            if term.config.weight:
+                unscored &= term_scores.unscored
             weighted = np.float32(term.config.weight) * term_scores.values
             if not term.config.per_token:
                 scores += weighted
@@ -212,7 +222,7 @@ class Scorer:
                 arrays[f"{term.label}_spread"] = np.stack([arrays[name] for name in term.members]).std(axis=0)
         metrics = self._metrics(by_name, arrays, np.asarray(rollout.response_mask).sum(1))
         notes = tuple(component.note for component in by_name.values() if component.note)
-        return Scored(scores, token_scores, arrays, metrics, notes, unscored)
+        return Scored(np.where(unscored, np.float32(np.nan), scores), token_scores, arrays, metrics, notes)
 
     def _component_arrays(self, by_name: Mapping[str, ComponentScores]) -> dict[str, np.ndarray]:
         """`Scored.components`, without the ensembles."""
@@ -229,15 +239,18 @@ class Scorer:
         self, by_name: Mapping[str, ComponentScores], arrays: Mapping[str, np.ndarray], lengths: np.ndarray
     ) -> dict[str, float]:
         metrics = {f"rewards/{name}/errors": float(component.errors) for name, component in by_name.items()}
-        for name in (*self.components, *self._ensembles):
-            metrics[f"rewards/{name}/length_correlation"] = correlation(arrays[name], lengths)
         for name, values in arrays.items():
-            metrics[f"rewards/{name}/mean"] = float(np.mean(values))
-            metrics[f"rewards/{name}/std"] = float(np.std(values))
+            scored = ~np.isnan(values)
+            if not scored.any():
+                continue
+            metrics[f"rewards/{name}/mean"] = float(np.mean(values[scored]))
+            metrics[f"rewards/{name}/std"] = float(np.std(values[scored]))
+            if name in self.components or name in self._ensembles:
+                metrics[f"rewards/{name}/length_correlation"] = correlation(values[scored], lengths[scored])
         return metrics
 
     def metric_keys(self) -> list[str]:
-        """The keys of `Scored.metrics`."""
+        """The keys of `Scored.metrics`; those of a component that scores no response of a batch are missing."""
         arrays = [*self.components, *self._ensembles, *(f"{label}_spread" for label in self._ensembles)]
         arrays += [f"{name}_truncated" for name in self.models]
         arrays += [f"{name}_unanswered" for name in self.components if self._may_be_unscored(name)]

@@ -98,16 +98,17 @@ def _complete(
             batch = rows[log.count : log.count + size]
             rollout = generation.generate(config, model, params, tokenizer, batch, count, columns)
             for groups in generation.score_completions(config, scorer, tokenizer, batch, rollout):
-                stored = [[_stored(completion, scorer) for completion in group] for group in groups]
+                stored = [[_stored(completion) for completion in group] for group in groups]
                 log.append(stored)
                 scores += [score for group in stored for score in scores_of(group)]
             console.progress(log.count, {"objective/scores": mean(scores)} if scores else {})
 
 
-def _stored(completion: Completion, scorer: Scorer) -> Completion:
-    """The part of a completion that is stored; its score is None if no component of the reward scored it."""
-    unscored = all(completion["components"].get(f"{name}_unanswered") for name in scorer.components)
-    score = None if unscored else float(str(np.float32(completion["score"])))  # float32 0.9 passes a threshold of 0.9
+def _stored(completion: Completion) -> Completion:
+    """The part of a completion that is stored."""
+    score = completion["score"]
+    if score is not None:
+        score = float(str(np.float32(score)))  # float32 0.9 passes a threshold of 0.9
     return {"text": completion["text"], "score": score, "finished": completion["finished"]}
 
 

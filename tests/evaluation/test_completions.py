@@ -12,7 +12,7 @@ import pytest
 from jaxrlhf import weights
 from jaxrlhf.cli import main
 from jaxrlhf.config import PPO, Data, Generation, ModelSource, PPOConfig, Sampling
-from jaxrlhf.errors import DataError
+from jaxrlhf.errors import DataError, RewardError
 from jaxrlhf.evaluation import completions, summary
 from jaxrlhf.selection.rule import Rule
 from jaxrlhf.selection.select import select
@@ -220,3 +220,33 @@ def test_selection_and_evaluation_generate_the_same_completions(config, result, 
     assert [row["worth"] for row in rows] == [i for i in range(7) for _ in range(3)], "in file order"
     for prompt, answers in expected.items():
         assert sorted((row["completion"], row["score"]) for row in rows if row["prompt"] == prompt) == answers
+
+
+def test_unscored_completions_are_no_part_of_the_statistics_of_scores(config):
+    """The first call scores two of six completions, both of its second prompt; the second call all but one."""
+    answers = iter([[None, None, None, 3.0, None, 1.0], [5.0, 2.0, 2.0, None, 4.0, 7.0]])
+
+    def reward(completions):
+        return next(answers)
+
+    result = completions.evaluate(config, num_prompts=4, num_completions=3, function=reward)
+    stats = result["statistics"]
+    assert stats["unscored"] == pytest.approx(5 / 12)
+    assert stats["mean"] == pytest.approx(np.mean([2, 3, 5.5])) and (stats["min"], stats["max"]) == (1, 7)
+    assert stats["standard_error"] == pytest.approx(np.std([2, 3, 5.5], ddof=1) / np.sqrt(3))
+    assert stats["std"] == pytest.approx(np.std([3, 1, 5, 2, 2, 4, 7], ddof=1))
+    assert stats["best_of_n_mean"] == 5 and stats["spread_within_prompt"] == pytest.approx(8 / 3)
+    assert stats["components"]["reward"] == {"mean": stats["mean"], "standard_error": stats["standard_error"]}
+    first, second = result["prompts"][:2]
+    assert (first["mean"], first["spread"]) == (None, None)
+    assert [a["rank"] for a in first["completions"]] == ["UNSCORED"] * 3
+    assert [(a["rank"], a["score"]) for a in second["completions"]] == [("BEST", 3), ("WORST", 1), ("UNSCORED", None)]
+    shown = summary.table(result)
+    assert "unscored      0.4167 of the completions" in shown and shown.count("  UNSCORED  ") == 5
+    other = result | {"prompts": [p | {"mean": 2.5} for p in result["prompts"]]}
+    found = summary.paired(result, other)
+    assert (found["prompts"], found["wins"], found["losses"]) == (3, 2, 1)
+    with pytest.raises(RewardError, match="no prompt has a scored completion of both models"):
+        summary.paired(result, result | {"prompts": [p | {"mean": None} for p in result["prompts"]]})
+    with pytest.raises(RewardError, match="none of 3 completions has a score"):
+        completions.evaluate(config, num_prompts=1, num_completions=3, function=lambda completions: [None] * 3)

@@ -58,6 +58,9 @@ def score(policy_tokenizer, make_rollout, talk):
     return run
 
 
+TWO = "jaxrlhf.rewards.text:matches"
+
+
 def test_the_sum_is_weighted_and_its_parts_are_not(reward_folder, policy_tokenizer, make_rollout, talk):
     source = RewardSource(model=str(reward_folder), model_weight=2.0, function_weight=-0.5, model_dtype="float32")
     made = make_rollout(policy_tokenizer)
@@ -66,14 +69,36 @@ def test_the_sum_is_weighted_and_its_parts_are_not(reward_folder, policy_tokeniz
     parts = scored.components
     assert set(parts) == {"model", "model_truncated", "lengths", "lengths_unanswered"}
     np.testing.assert_allclose(parts["model"], judge.score_rollout(made)[0], rtol=1e-5)
-    assert parts["lengths"].tolist() == [6, 27, 0]
+    np.testing.assert_array_equal(parts["lengths"], [6, 27, np.nan])
     assert parts["lengths_unanswered"].tolist() == [0, 0, 1]
-    np.testing.assert_allclose(scored.scores, 2 * parts["model"] - 0.5 * parts["lengths"], rtol=1e-6)
+    np.testing.assert_allclose(scored.scores, 2 * parts["model"] - [3, 13.5, 0], rtol=1e-6)
     assert scored.scores.dtype == np.float32
     assert scored.token_scores is None
     assert scored.totals is scored.scores
     alone = Scorer(RewardSource(), policy_tokenizer, lengths).score(talk.prompts, talk.completions, made, {})
     assert not scored.unscored.any() and alone.unscored.tolist() == [False, False, True]
+    assert alone.as_list() == [6.0, 27.0, None]
+
+
+def test_what_a_component_leaves_unscored_is_no_part_of_its_metrics(policy_tokenizer, make_rollout, talk):
+    """A component without a weight measures only: it gives no score."""
+    components = (
+        {"function": "passed", "name": "some", "weight": 2.0},
+        {"function": TWO, "name": "two", "weight": 0.0, "options": {"pattern": ".*"}},
+    )
+    scorer = Scorer(RewardSource(components=components), policy_tokenizer, lengths)  # type: ignore[arg-type]
+    rollout = make_rollout(policy_tokenizer)
+    scored = scorer.score(talk.prompts, talk.completions, rollout, {})
+    assert scored.as_list() == [12.0, 54.0, None]
+    metrics = scored.metrics
+    assert metrics["rewards/some/mean"] == np.mean([6, 27]) and metrics["rewards/some/std"] == np.std([6, 27])
+    assert metrics["rewards/some/length_correlation"] == pytest.approx(1)
+    assert metrics["rewards/some_unanswered/mean"] == pytest.approx(1 / 3) and metrics["rewards/two/mean"] == 1
+    none = Scorer(RewardSource(), policy_tokenizer, lambda completions: [None] * len(completions))
+    scored = none.score(talk.prompts, talk.completions, rollout, {})
+    assert scored.unscored.all() and {*none.metric_keys()} - scored.metrics.keys() == {
+        f"rewards/{next(iter(none.components))}/{name}" for name in ("mean", "std", "length_correlation")
+    }
 
 
 def test_any_number_of_components_add_up_to_a_number_worked_out_by_hand(score, functions):
@@ -140,7 +165,8 @@ def test_every_failure_gives_a_note_and_is_handled_by_on_error(kind, functions, 
         for _ in range(1 if kind == "hangs" else 2):  # the second time in a new process, where the first is gone
             scored = scorer.score(*asked)
             expected = [instead if bad else 4.0 for bad in hit]
-            assert scored.components["bad"].tolist() == expected
+            known = [np.nan if bad and unanswered else value for bad, value in zip(hit, expected, strict=True)]
+            np.testing.assert_array_equal(scored.components["bad"], known)
             np.testing.assert_allclose(scored.scores, 2 * np.array(expected) + [6, 27, 1])
             assert scored.components["bad_unanswered"].tolist() == [float(bad and unanswered) for bad in hit]
             assert scored.metrics["rewards/bad/errors"] == count

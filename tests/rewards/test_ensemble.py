@@ -65,7 +65,8 @@ def test_an_ensemble_is_unscored_where_a_member_is(folders, policy_tokenizer, ma
         found = np.array(says[name], np.float32)
         monkeypatch.setattr(judge, "score_rollout", lambda rollout, found=found: (found, np.zeros(3, bool)))
     scored = scorer.score(talk.prompts, talk.completions, rollout, {})
-    assert scored.totals.tolist() == [0.0, 1.0, 3.0] and len(scored.notes) == 1
+    assert scored.as_list() == [None, 1.0, 3.0] and len(scored.notes) == 1
+    assert scored.metrics["rewards/model/mean"] == 2 and scored.metrics["rewards/model_spread/mean"] == 0.5
 
 
 @pytest.mark.parametrize(

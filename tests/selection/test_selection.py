@@ -118,9 +118,8 @@ def drawn(monkeypatch) -> list[int]:
             asked.append(row.index)
             group = []
             for j in range(3):
-                silent = float(row.index == 4 and j == 0)
-                part = {"score": 0.0 if row.index == 3 else float(j), "components": {"reward_unanswered": silent}}
-                group.append({"text": f" {row.index} {j}.", "tokens": 4, "finished": j > 0, **part})
+                score = None if row.index == 4 and j == 0 else 0.0 if row.index == 3 else float(j)
+                group.append({"text": f" {row.index} {j}.", "tokens": 4, "finished": j > 0, "score": score})
             yield [group]
 
     monkeypatch.setattr(generation, "open_model", lambda config, tokenizer: (None, None))

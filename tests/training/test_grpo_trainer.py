@@ -82,11 +82,8 @@ def test_a_refill_replaces_whole_zero_variance_groups_and_no_others(grpo):
     ]
     assert decoded == said, "text and tokens are of the same response"
     silent = np.isin(np.arange(8), [0, 1, 3])
-    some = plain._replace(scored=plain.scored._replace(unscored=silent, scores=np.arange(8.0)))
+    some = plain._replace(scored=plain.scored._replace(scores=np.where(silent, np.nan, np.arange(8.0))))
     assert rollouts.zero_variance_groups(some, 2).tolist() == [0, 1], "of a group of two, one is nothing to compare"
-    apart, index = rollouts.isolate_unscored(some, trainer.mesh), np.asarray(plain.rollout.index)
-    assert apart.index.tolist() == [-1, -2, index[2], -4, *index[4:]]
-    assert rollouts.isolate_unscored(plain, trainer.mesh) is plain.rollout
 
 
 def test_the_baseline_of_remax_is_the_greedy_response(grpo):
@@ -107,6 +104,11 @@ def test_the_baseline_of_remax_is_the_greedy_response(grpo):
     expected = np.where(answers.rollout.response_mask, (shaped[0] - shaped[1])[:, None], 0)
     np.testing.assert_allclose(compared.advantages, expected, atol=1e-6)
     assert np.isfinite(metrics["loss/policy_avg"])
+    worth = np.where(np.arange(8) < 2, np.nan, worth)  # no baseline, so no advantage
+    compared, metrics = trainer.learn(answers.rollout, answers.scored.totals, 1, (greedy, worth))
+    expected[:2] = 0
+    np.testing.assert_allclose(compared.advantages, expected, atol=1e-6)
+    assert metrics["objective/unscored"] == 0.25
 
 
 def test_grpo_step_returns_completions_scores_and_metrics(grpo):

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.ppo_case import B, R, case, close
+from support.ppo_case import PAD, B, R, case, close
 
 from jaxrlhf import sharding
 from jaxrlhf.config import GRPO, Mesh, Optim, Reference
 from jaxrlhf.config.grpo import RECIPES
 from jaxrlhf.training import setup
 from jaxrlhf.training.grpo import update as grpo_update
+from jaxrlhf.training.on_policy.rollout import leave_out_unscored
+from jaxrlhf.training.on_policy.update import sequence_logprobs
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.state import State
 
@@ -147,6 +149,24 @@ def test_unscored_responses_are_neither_baselines_nor_trained_on(problem):
     np.testing.assert_array_equal(made.tokens[0], problem.rollout.tokens[jnp.asarray([0, 3])])
 
 
+@pytest.mark.parametrize("method", ["grpo", "reinforce_pp", "gpg"])
+def test_unscored_responses_are_no_part_of_the_update(problem, method):
+    """Policy and metrics are those of an update without them, but for the rounding of sums of float32."""
+    silent = np.isin(np.arange(B), [1, 4, 6])
+    scores = np.where(silent, np.nan, SCORES).astype(np.float32)
+    options = settings(method)
+    left = leave_out_unscored(problem.rollout, scores, PAD, problem.spec.mesh)
+    params, compared, metrics = run(problem, options, jnp.asarray(scores), rollout=left)
+    rest = jax.tree.map(lambda x: x[~silent], problem.rollout)
+    expected, alone, known = run(problem, options, SCORES[~silent], rollout=rest)
+    close(params, expected, atol=2e-6)
+    close(compared.advantages[~silent], alone.advantages, rtol=1e-5)
+    assert not compared.advantages[silent].any()
+    assert metrics.keys() == known.keys()
+    for key in metrics:
+        np.testing.assert_allclose(metrics[key], known[key], rtol=1e-4, atol=2e-6, err_msg=key)
+
+
 def test_zero_variance_groups_change_nothing(problem):
     scores = SCORES.at[:G].set(0.5)
     params, compared, metrics = run(problem, settings("dapo"), jnp.full(B, 0.1))
@@ -227,3 +247,13 @@ def test_online_dpo_against_a_text_that_is_always_rejected(problem):
     _, compared, metrics = run(problem, grpo, rejected=rejected)
     assert metrics["groups/tied"] == 0 and np.isfinite(metrics["loss/policy_avg"]) and metrics["policy/grad_norm"] > 0
     assert compared.rollout.response_mask[:, 1].sum() == 4
+    # nobody sampled the text: it has no part in what is measured of the policy
+    mask, kl = compared.rollout.response_mask[:, 0], compared.rollout.logprobs[:, 0] - compared.ref_logprobs[:, 0]
+    np.testing.assert_allclose(metrics["objective/kl"], jnp.sum(jnp.where(mask, kl, 0), axis=1).mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["objective/kl_per_token"], kl[mask].mean(), rtol=1e-4)
+    assert metrics["val/sampler_logprob_gap_max"] < 1e-5
+    chosen = jax.tree.map(lambda x: x[:, 0], compared.rollout)
+    policy = problem.policy
+    _, entropy = sequence_logprobs(policy, problem.spec.policy, chosen, 0.7)
+    np.testing.assert_allclose(metrics["objective/entropy_per_token"], entropy[mask].mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["objective/entropy"], entropy.sum(axis=1).mean(), rtol=1e-4)

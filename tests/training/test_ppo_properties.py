@@ -5,9 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.ppo_case import STOPS, B, R, V, case, close
+from support.ppo_case import PAD, STOPS, B, R, V, case, close
+
+from jaxrlhf.training.on_policy.rollout import leave_out_unscored
 
 ONE = {"num_mini_batches": 1, "num_ppo_epochs": 2}  # every row in every step, whatever the order
 PLAIN = case(**ONE)
@@ -42,3 +45,36 @@ def test_the_rows_differ_and_are_padded():
     mask = np.asarray(PLAIN.rollout.mask)
     assert len({tuple(row) for row in mask}) > 4 and not mask.all()
     assert len(np.unique(PLAIN.scores)) == B and PLAIN.rollout.response_mask.shape[1] == R
+
+
+WHITE = {"whiten_rewards": True, "whiten_advantages": True, "kl_target": 0.1, "bootstrap_truncated": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "silent"),
+    [
+        ({"num_mini_batches": 1, "num_ppo_epochs": 2, "micro_batch_size": 2}, [0, 3, 4]),
+        ({"num_mini_batches": 1, "num_ppo_epochs": 1}, [0, 3, 4]),  # one step
+        ({"num_mini_batches": 4, "num_ppo_epochs": 1}, [0, 1, 2, 3, 4, 6, 7]),  # three mini-batches are empty
+    ],
+    ids=["steps", "one step", "empty mini-batches"],
+)
+def test_unscored_responses_are_no_part_of_an_update(options, silent):
+    """State and metrics are those of an update on the other responses, but for the rounding of sums of float32."""
+    unscored = np.isin(np.arange(B), silent)
+    scores = np.where(unscored, np.nan, PLAIN.scores).astype(np.float32)
+    problem = case(**options | WHITE)
+    left = leave_out_unscored(problem.rollout, scores, PAD, problem.spec.mesh)
+    after, experience, metrics = dataclasses.replace(problem, rollout=left).run(scores=jnp.asarray(scores))
+    rest = case(**options | WHITE | {"num_mini_batches": 1, "micro_batch_size": None})
+    rest = dataclasses.replace(rest, rollout=jax.tree.map(lambda x: x[~unscored], rest.rollout))
+    expected, alone, known = rest.run(scores=PLAIN.scores[~unscored])
+    for name in ("rewards", "values", "advantages", "returns"):
+        found = getattr(experience, name)
+        assert not found[unscored].any()
+        if options["num_ppo_epochs"] > 1:  # else they are computed in the update
+            close(found[~unscored], getattr(alone, name), rtol=1e-4, atol=2e-5)
+    close((after.params, after.kl_coef), (expected.params, expected.kl_coef), atol=3e-5)
+    assert metrics.keys() == known.keys() and metrics["policy/steps"] == known["policy/steps"]
+    for key in metrics:
+        np.testing.assert_allclose(metrics[key], known[key], rtol=1e-3, atol=2e-5, err_msg=key)

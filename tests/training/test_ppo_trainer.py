@@ -156,6 +156,33 @@ def test_the_best_state_is_exported_and_patience_ends_the_run(ppo, tmp_path):
     assert any(row.get("held_out") and "greedy" in row for row in shown)
 
 
+def test_unscored_completions_are_left_out_of_a_run(ppo, tmp_path):
+    """Of the updates, of normalisation, of validation and of what is logged, where they have no score."""
+    given = []
+
+    def reward(prompts, completions):
+        given.append([None if i % 4 == 1 else float(10 * i) for i in range(len(prompts))])
+        return given[-1]
+
+    settings = held_out(ppo, validation=config.Validation(eval_steps=2), scores=config.Scores(normalise="running"))
+    logging = config.replace(ppo["logging"], num_samples=8)
+    PPOTrainer(
+        config.PPOConfig(run_dir=str(tmp_path / "run"), **settings | {"logging": logging}), reward=reward
+    ).train()
+    first, *_, last = records(tmp_path / "run")
+    assert first["objective/unscored"] == 0.25 and first["objective/raw_scores"] == pytest.approx(220 / 6)
+    assert first["objective/scores"] == pytest.approx(0, abs=1e-6), "normalised by the scored responses"
+    assert last["eval/scores"] == np.mean([0, 20, 30, 40]) and last["eval/win_rate"] == 0.5 and last["eval/gain"] == 0
+    baseline = json.loads((tmp_path / "run" / "validation.json").read_text())
+    assert baseline["scores"] == [0, None, 20, 30, 40, None]
+    shown = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {row["score"] for row in shown if row["step"] == 1} == {0, None, 20, 30, 40, 60, 70}
+    trainer = PPOTrainer(config.PPOConfig(**settings), reward=lambda completions: [None] * len(completions))
+    with pytest.raises(RewardError, match="none of the 8 responses of this update has a score"):
+        trainer.ppo_step(["a "] * 8)
+    assert int(trainer.state.value.step) == 0
+
+
 def test_validation_repeats_its_keys_and_scores_with_a_second_reward_model(ppo, supervised, tmp_path):
     RewardTrainer(config.RewardConfig(run_dir=str(tmp_path / "rm"), **supervised)).train()
     validation = config.Validation(eval_steps=2, max_prompts=5, reward_model=str(tmp_path / "rm"))

@@ -1,6 +1,5 @@
 """Rollouts of group-relative updates: zero-variance groups replaced, unscored responses, ReMax's greedy responses."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from jaxrlhf.rewards.compose import Scored
 from jaxrlhf.training.on_policy.rollout import ScoredRollout, pad_rollout
 from jaxrlhf.training.on_policy.trainer import OnPolicyTrainer
 from jaxrlhf.training.session import Session
-from jaxrlhf.types import Rollout
 
 REFILL_SEED = 2**32  # added to the run's seed: above every seed, so the prompts of refills have an order of their own
 FIRST_REFILL = 2  # `use` of `OnPolicyTrainer.key`
@@ -47,19 +45,13 @@ def rollout_with_refills(
 
 def zero_variance_groups(batch: ScoredRollout, group: int) -> np.ndarray:
     """Indices of the groups, of `group` rows each, whose raw scores are all equal. Unscored responses do not count."""
-    scores, unscored = (x.reshape(-1, group) for x in (batch.scored.totals, batch.scored.unscored))
-    highest, lowest = np.where(unscored, -np.inf, scores).max(axis=1), np.where(unscored, np.inf, scores).min(axis=1)
+    scores = batch.scored.totals.reshape(-1, group)
+    unscored = np.isnan(scores)
+    highest, lowest = (
+        scores.max(axis=1, initial=-np.inf, where=~unscored),
+        scores.min(axis=1, initial=np.inf, where=~unscored),
+    )
     return np.flatnonzero(highest <= lowest)
-
-
-def isolate_unscored(batch: ScoredRollout, mesh: jax.sharding.Mesh) -> Rollout:
-    """The rollout with each unscored response in a group of its own with a negative index, so that it is neither
-    trained on nor a baseline for others."""
-    rollout, unscored = batch.rollout, batch.scored.unscored
-    if not unscored.any():
-        return rollout
-    index = np.where(unscored, -1 - np.arange(len(unscored)), jax.device_get(rollout.index)).astype(np.int32)
-    return dataclasses.replace(rollout, index=sharding.put_rows(index, mesh))
 
 
 def rollout_with_greedy(
@@ -75,10 +67,10 @@ def rollout_with_greedy(
     of_row = np.repeat(np.arange(len(prompts)), group)
     rollout = jax.tree.map(lambda x: x[of_row], jax.device_get(greedy.rollout))
     scores = greedy.scored.totals[of_row]
-    return batch._replace(
-        greedy=(sharding.put_rows(rollout, trainer.mesh), scores),
-        metrics=_add_timings(batch, greedy) | {"objective/greedy_scores": float(np.mean(scores))},
-    )
+    metrics = _add_timings(batch, greedy)
+    if not np.isnan(scores).all():
+        metrics["objective/greedy_scores"] = float(np.nanmean(scores))
+    return batch._replace(greedy=(sharding.put_rows(rollout, trainer.mesh), scores), metrics=metrics)
 
 
 def _add_timings(batch: ScoredRollout, more: ScoredRollout) -> dict[str, Any]:
@@ -118,7 +110,6 @@ def _replace_groups(
             components={name: merge(values, other.components[name]) for name, values in scored.components.items()},
             metrics=scored.metrics,
             notes=(*scored.notes, *other.notes),
-            unscored=merge(scored.unscored, other.unscored),
         ),
         metrics=_add_timings(batch, more),
     )

@@ -10,10 +10,16 @@ import numpy as np
 from jaxrlhf import sharding
 from jaxrlhf.config import GRPOConfig
 from jaxrlhf.data.datasets import PromptRow
-from jaxrlhf.training.grpo.rollouts import isolate_unscored, rollout_with_greedy, rollout_with_refills
+from jaxrlhf.training.grpo.rollouts import rollout_with_greedy, rollout_with_refills
 from jaxrlhf.training.grpo.state import initial_state
 from jaxrlhf.training.grpo.update import annotate, update
-from jaxrlhf.training.on_policy.rollout import ScoredRollout, pad_rollout, shape_scores
+from jaxrlhf.training.on_policy.rollout import (
+    ScoredRollout,
+    leave_out_unscored,
+    pad_rollout,
+    score_metrics,
+    shape_scores,
+)
 from jaxrlhf.training.on_policy.trainer import OnPolicyTrainer
 from jaxrlhf.training.on_policy.update import without_moments
 from jaxrlhf.training.session import Metrics, Session
@@ -67,8 +73,11 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
         self, rollout: Rollout, scores: np.ndarray, step: int, greedy: tuple[Rollout, np.ndarray] | None = None
     ) -> tuple[GroupExperience, Metrics]:
         """Compute the advantages of a rollout with scores f32 [B] and train on it: update number `step`. Returns the
-        experience and the metrics. `greedy` is the greedy response to each row's prompt and its score, for ReMax."""
+        experience and the metrics. `greedy` is the greedy response to each row's prompt and its score, for ReMax. A
+        response whose score is nan, or that of its greedy response, is left out."""
         config, state = self.config, without_moments(self.state.value)
+        scores = scores if greedy is None else np.where(np.isnan(greedy[1]), np.nan, scores)
+        rollout = leave_out_unscored(rollout, scores, self.tokenizer.pad_id, self.mesh)
         columns = rollout.response_mask.shape[1]
         if columns < len(self.spec.rejected):
             width = rollout.tokens.shape[1] - columns, len(self.spec.rejected)
@@ -83,10 +92,7 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
         state = dataclasses.replace(self.state.ready, score_stats=stats)
         self.state.value, after = update(state, frozen, experience, self.key(step, 1), spec=self.spec)
         rate = after.pop("policy/learning_rate")
-        return experience, metrics | after | {
-            "learning_rate": rate,
-            "objective/raw_scores": float(np.mean(scores)),
-        }
+        return experience, metrics | after | score_metrics(scores) | {"learning_rate": rate}
 
     def _update(
         self, rows: Sequence[PromptRow], step: int, session: Session | None = None, *, refills: int = 0
@@ -99,6 +105,5 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
             batch = rollout_with_greedy(self, rows, step, session)
         else:
             batch = self.generate_and_score(rows, step, session)
-        rollout = isolate_unscored(batch, self.mesh)
-        _, metrics = self.learn(rollout, batch.scored.totals, step, batch.greedy)
+        _, metrics = self.learn(batch.rollout, batch.scored.totals, step, batch.greedy)
         return batch, metrics | batch.scored.metrics

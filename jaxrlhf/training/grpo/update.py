@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,9 +61,11 @@ def annotate(
     """Add group advantages, and log-probs of policy and reference where the update needs them, to a scored rollout.
 
     `scores` f32 [B] are final, and so are `greedy_scores` f32 [B], those of the greedy response to each row's prompt
-    (ReMax). Forward passes run over `annotation_rows` at a time.
+    (ReMax). Forward passes run over `annotation_rows` at a time. Responses without real tokens are unscored: each gets
+    a negative index of its own, so that it is neither trained on nor a baseline for others.
     """
-    grpo = spec.grpo
+    grpo, unscored = spec.grpo, ~masked.rows(rollout.response_mask)
+    rollout = dataclasses.replace(rollout, index=jnp.where(unscored, -1 - jnp.arange(len(scores)), rollout.index))
     metrics = response_metrics(scores, rollout.response_mask, rollout.finished)
     metrics["objective/kl_coef"] = state.kl_coef
     if grpo.recipe.needs_group and not spec.rejected:
@@ -89,8 +92,7 @@ def annotate(
         return GroupExperience(rollout, valid, None, ref.reshape(-1, 2, ref.shape[-1])), metrics
     if old is not None:
         assert entropy is not None
-        total = jnp.maximum(jnp.sum(rollout.response_mask), 1)
-        metrics |= policy_metrics(rollout, old, entropy, ref, total, count, grpo)
+        metrics |= policy_metrics(rollout, old, entropy, ref, *_size(rollout.response_mask), grpo)
     advantages = group_advantages(scores, rollout, greedy_scores, old, ref, state.kl_coef, grpo)
     return GroupExperience(rollout, advantages, old, ref), metrics
 
@@ -172,7 +174,7 @@ def _with_rejected(pair: Rollout, rejected: tuple[int, ...]) -> Rollout:
 
 
 def policy_metrics(
-    rollout: Rollout, logprobs: Array, entropy: Array, ref_logprobs: Array | None, count: Array, rows: int, grpo: GRPO
+    rollout: Rollout, logprobs: Array, entropy: Array, ref_logprobs: Array | None, count: Array, rows: Array, grpo: GRPO
 ) -> Metrics:
     """Metrics of pi_old on `count` tokens of `rows` responses: those of micro-batches add up."""
     mask, gap = rollout.response_mask, sampler_gap(rollout, logprobs)
@@ -209,7 +211,7 @@ def update(
     state: TrainState, frozen: dict[str, Params], experience: GroupExperience, key: Array, *, spec: GRPOSpec
 ) -> tuple[TrainState, Metrics]:
     """Train on the experience for `num_iterations` passes, each over `num_mini_batches` freshly shuffled mini-batches
-    of rows, or of pairs."""
+    of rows, or of pairs. A mini-batch without a scored response is skipped."""
     grpo, items = spec.grpo, experience.advantages.shape[0]
     paired = grpo.recipe.loss == "dpo"
     each = items // grpo.num_mini_batches
@@ -218,30 +220,34 @@ def update(
 
     def mini_batch(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
         chosen = jax.tree.map(lambda x: x[rows], experience)
-        tokens = jnp.maximum(jnp.sum(chosen.rollout.response_mask), 1)
-        count = jnp.maximum(jnp.sum(chosen.advantages[:, 0]), 1) if paired else tokens
-        grads, metrics = gradients(lambda p, part: loss(p, part, count, tokens), state.params, chosen, num_micro)
-        state, norms = apply(state, grads, metrics.pop("loss"), spec.optimizers)
+        mask = chosen.rollout.response_mask[:, 0] if spec.rejected else chosen.rollout.response_mask
+        size = _size(mask)
+        count = jnp.maximum(jnp.sum(chosen.advantages[:, 0]), 1) if paired else size.tokens
+        grads, metrics = gradients(lambda p, part: loss(p, part, count, size), state.params, chosen, num_micro)
+        used = jnp.any(mask)
+        state, norms = apply(state, grads, metrics.pop("loss"), spec.optimizers, {"policy": used})
         metrics = metrics if "val/ratio_spread" not in metrics else finalize_metrics(metrics)
-        return sharding.constrain(state, spec.mesh), metrics | norms
+        return sharding.constrain(state, spec.mesh), metrics | norms | {"policy/steps": used.astype(jnp.float32)}
 
-    def loss(params: dict[str, Params], part: GroupExperience, count: Array, tokens: Array) -> tuple[Array, Metrics]:
+    def loss(params: dict[str, Params], part: GroupExperience, count: Array, size: _Size) -> tuple[Array, Metrics]:
         policy = policy_params(params, frozen)
         if paired:
             rollout, ref = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (part.rollout, part.ref_logprobs))
             logprobs, entropy = _logprobs(policy, rollout, spec)
             value, metrics = preference(logprobs, part, count, grpo)
-            return value, metrics | policy_metrics(rollout, logprobs, entropy, ref, tokens, 2 * each, grpo)
+            if spec.rejected:  # every second response was not sampled
+                rollout, logprobs, entropy, ref = jax.tree.map(lambda x: x[::2], (rollout, logprobs, entropy, ref))
+            return value, metrics | policy_metrics(rollout, logprobs, entropy, ref, *size, grpo)
         mask = part.rollout.response_mask
         logprobs, entropy = _logprobs(policy, part.rollout, spec)
         old_metrics, old = {}, part.old_logprobs
         if old is None:
             old = jax.lax.stop_gradient(logprobs)
-            old_metrics = policy_metrics(part.rollout, old, entropy, part.ref_logprobs, count, each, grpo)
+            old_metrics = policy_metrics(part.rollout, old, entropy, part.ref_logprobs, *size, grpo)
         normalise, longest = grpo.recipe.normalise, spec.response_length
         if normalise == "sum":
             normalise, longest = "constant", 1
-        weights = token_weights(mask, count, each, normalise, longest)
+        weights = token_weights(mask, count, size.rows, normalise, longest)
         if grpo.sampler_correction != "none":
             weights *= sampler_correction(part.rollout, old, grpo)[0]
         value, metrics = surrogate(logprobs, old, part, count, weights, kl_coef, grpo)
@@ -253,14 +259,30 @@ def update(
     orders = shuffled_rows(key, grpo.num_iterations, items, grpo.num_mini_batches)
     state, stacked = jax.lax.scan(mini_batch, state, orders)
     of_old = "objective/", "val/sampler"  # those of the first step, where pi is pi_old
-    metrics = {k: v[0] if k.startswith(of_old) else jnp.mean(v, axis=0) for k, v in stacked.items()}
-    metrics["policy/steps"] = jnp.float32(len(orders))
+    used = stacked.pop("policy/steps")
+    first = jnp.argmax(used)
+    metrics = {
+        k: v[first] if k.startswith(of_old) else masked.total(v, used > 0) / jnp.sum(used) for k, v in stacked.items()
+    }
+    metrics["policy/steps"] = jnp.sum(used)
     metrics["skipped_updates"] = jnp.sum(stacked["skipped_updates"])
     if not paired:
-        metrics["val/first_log_ratio_max"] = stacked["val/log_ratio_max"][0]
+        metrics["val/first_log_ratio_max"] = stacked["val/log_ratio_max"][first]
         metrics["val/log_ratio_max"] = jnp.max(stacked["val/log_ratio_max"])
     state = dataclasses.replace(state, step=number + 1, reference=sync_reference(state, number, spec.reference))
     return sharding.constrain(state, spec.mesh), metrics
+
+
+class _Size(NamedTuple):
+    """Number of real tokens and of responses with any, at least 1 each."""
+
+    tokens: Array
+    rows: Array
+
+
+def _size(mask: Array) -> _Size:
+    mask = mask.reshape(-1, mask.shape[-1])
+    return _Size(jnp.maximum(jnp.sum(mask), 1), jnp.maximum(jnp.sum(masked.rows(mask)), 1))
 
 
 def _logprobs(params: Params, rollout: Rollout, spec: GRPOSpec) -> tuple[Array, Array]:

@@ -14,6 +14,7 @@ from jaxrlhf.config import GRPOConfig, PPOConfig
 from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.errors import RewardError
 from jaxrlhf.rewards.compose import Scored
+from jaxrlhf.rollout.text import shortened
 from jaxrlhf.training.session import Metrics
 from jaxrlhf.types import Rollout
 
@@ -26,22 +27,49 @@ class ScoredRollout(NamedTuple):
     rollout: Rollout
     scored: Scored
     metrics: Metrics  # timings
-    greedy: tuple[Rollout, np.ndarray] | None = None  # ReMax: greedy response to each prompt, score f32 [B]
+    greedy: tuple[Rollout, np.ndarray] | None = (
+        None  # ReMax: greedy response to each prompt, score f32 [B], nan without one
+    )
 
     def samples(self) -> list[dict[str, Any]]:
         """Records for the samples log."""
-        rows = zip(self.rows, self.completions, self.scored.totals, strict=True)
-        return [{"prompt": row.text, "completion": text, "score": float(score)} for row, text, score in rows]
+        rows = zip(self.rows, self.completions, self.scored.as_list(), strict=True)
+        return [{"prompt": row.text, "completion": text, "score": score} for row, text, score in rows]
 
     def result(self, metrics: Metrics) -> dict[str, Any]:
         """The result of `ppo_step` and `grpo_step`: completions, scores and `metrics` as Python numbers."""
         numbers = {k: float(v) for k, v in jax.device_get(metrics).items()}
         return {
             "generated_texts": self.completions,
-            "rewards": [float(score) for score in self.scored.totals],
+            "rewards": self.scored.as_list(),
             "policy_loss": numbers["loss/policy_avg"],
             **numbers,
         }
+
+
+def leave_out_unscored(rollout: Rollout, scores: np.ndarray, pad_id: int, mesh: jax.sharding.Mesh) -> Rollout:
+    """The rollout with an empty response where the score, f32 [B], is nan: it has no part in losses, statistics and
+    metrics of the update. Raises RewardError if no response has a score."""
+    unscored = np.isnan(scores)
+    if unscored.all():
+        raise RewardError(
+            f"none of the {len(scores)} responses of this update has a score, so there is nothing to learn from: all "
+            "components of the reward with a weight returned None, or failed with on_error: skip"
+        )
+    if not unscored.any():
+        return rollout
+    rollout, kept = jax.device_get(rollout), ~unscored
+    return sharding.put_rows(
+        shortened(rollout, rollout.response_mask & kept[:, None], rollout.finished & kept, pad_id), mesh
+    )
+
+
+def score_metrics(scores: np.ndarray) -> Metrics:
+    """Metrics of raw scores f32 [B], nan where a response has none."""
+    return {
+        "objective/raw_scores": float(np.mean(scores, where=~np.isnan(scores))),
+        "objective/unscored": float(np.mean(np.isnan(scores))),
+    }
 
 
 def shape_scores(
@@ -66,13 +94,15 @@ def shape_scores(
 
 def reference_stats(batches: Iterable[Scored], stats: ScoreStats) -> ScoreStats:
     """`stats` with the scores of the reference's responses, for `scores.normalise: reference`. Raises RewardError for
-    missing scores, and if all scores are equal."""
+    errors of the reward, and if there are no scores or all are equal. Unscored responses do not count."""
     for scored in batches:
-        if scored.notes:  # missing scores would count as 0
+        if scored.notes:
             raise RewardError(
                 f"scores.normalise is 'reference', and its samples were not all scored: {scored.notes[0]}"
             )
         stats = stats.add(jnp.asarray(scored.scores))
+    if not float(stats.seen):
+        raise RewardError("scores.normalise is 'reference', but no response of the reference has a score")
     if float(stats.squares) <= 1e-12 * float(stats.seen):
         raise RewardError(
             f"scores.normalise is 'reference', but all {int(stats.seen)} responses of the reference score "

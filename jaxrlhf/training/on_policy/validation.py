@@ -83,8 +83,8 @@ class Validator:
             if session.best and metric in metrics:
                 session.save(0, metrics[metric])
             kl = f", KL {metrics['eval/kl']:.3g}" if "eval/kl" in metrics else ""
-            score = f"score {metrics['eval/scores']:.4g}"
-            session.note(f"before training: {len(self.rows)} held-out prompts, {score}{kl}")
+            score = f", score {metrics['eval/scores']:.4g}" if "eval/scores" in metrics else ""
+            session.note(f"before training: {len(self.rows)} held-out prompts{score}{kl}")
         elif file.is_file():
             self._baseline = json.loads(file.read_text(encoding="utf-8"))
         else:
@@ -106,11 +106,14 @@ class Validator:
         with session.save_on_reward_error(step, record):
             metrics, scores = self._measure(session, step, policy, reference)
         if self._baseline:
-            before, after = np.asarray(self._baseline["scores"]), np.asarray(scores)
-            metrics["eval/win_rate"] = float(np.mean((after > before) + 0.5 * (after == before)))
-            metrics["eval/gain"] = metrics["eval/scores"] - self.before["eval/scores"]
-            if self._second and "eval/heldout_scores" in self.before:
-                metrics["eval/heldout_gain"] = metrics["eval/heldout_scores"] - self.before["eval/heldout_scores"]
+            pairs = zip(self._baseline["scores"], scores, strict=True)
+            wins = [(new > old) + 0.5 * (new == old) for old, new in pairs if None not in (old, new)]
+            if wins:
+                metrics["eval/win_rate"] = float(np.mean(wins))
+            for name in ("", "heldout_"):
+                score = f"eval/{name}scores"
+                if score in metrics and score in self.before:
+                    metrics[f"eval/{name}gain"] = metrics[score] - self.before[score]
         evaluation, metric = record | metrics, self._settings.metric
         if metric in evaluation:
             self._history.append(float(evaluation[metric]))
@@ -136,8 +139,9 @@ class Validator:
 
     def _measure(
         self, session: Session, step: int, policy: Params, reference: Reference
-    ) -> tuple[dict[str, float], list[float]]:
-        """Metrics, and the score of each sampled completion."""
+    ) -> tuple[dict[str, float], list[float | None]]:
+        """Metrics, and the score of each sampled completion, None if it has none. The mean score of completions that
+        are all unscored is missing."""
         count = len(self.rows)
         decoder_params = self._sampler.inference_copy(policy)
         sampled, completions = self._generate(decoder_params, greedy=False)
@@ -147,8 +151,8 @@ class Validator:
         greedy_scores = self._score(session, self._scorer, greedy_completions, greedy)
         lengths = np.asarray(sampled.response_mask)[:count].sum(axis=1)
         metrics = {
-            "eval/scores": float(np.mean(scores)),
-            "eval/scores_greedy": float(np.mean(greedy_scores)),
+            **_mean("eval/scores", scores),
+            **_mean("eval/scores_greedy", greedy_scores),
             "eval/mean_length": float(np.mean(lengths)),
             "eval/finished": float(np.mean(np.asarray(sampled.finished)[:count])),
         }
@@ -156,13 +160,13 @@ class Validator:
             metrics["eval/kl"] = float(np.mean(np.asarray(self._kl(policy, reference_params, sampled))[:count]))
             del reference_params
         if self._second:
-            metrics["eval/heldout_scores"] = float(np.mean(self._score(session, self._second, completions, sampled)))
+            metrics |= _mean("eval/heldout_scores", self._score(session, self._second, completions, sampled))
         samples = [
-            {"prompt": row.text, "completion": text, "greedy": other, "score": float(score), "held_out": True}
+            {"prompt": row.text, "completion": text, "greedy": other, "score": score, "held_out": True}
             for row, text, other, score in zip(self.rows, completions, greedy_completions, scores, strict=True)
         ]
         session.logger.samples(step, samples[: self.config.logging.num_samples])
-        return metrics, [float(score) for score in scores]
+        return metrics, scores
 
     def _generate(self, decoder_params: Params, *, greedy: bool) -> tuple[Rollout, list[str]]:
         """Responses to all held-out prompts as host arrays, filled up with the last prompt to whole forward passes, and
@@ -172,18 +176,26 @@ class Validator:
         rollout, completions = self._sampler.decode(decoder_params, rows, self._key, slots=slots, greedy=greedy)
         return rollout, completions[: len(self.rows)]
 
-    def _score(self, session: Session, scorer: Scorer, completions: list[str], rollout: Rollout) -> np.ndarray:
+    def _score(self, session: Session, scorer: Scorer, completions: list[str], rollout: Rollout) -> list[float | None]:
         rollout = jax.tree.map(lambda x: x[: len(self.rows)], rollout)
         scored = scorer.score_rows(self.rows, completions, rollout)
         for note in scored.notes:
             session.note(f"validation: {note}")
-        return scored.totals
+        if scored.unscored.any():
+            session.note(f"validation: {scored.unscored.sum()} of {len(completions)} completions have no score")
+        return scored.as_list()
 
     def _kl(self, policy: Params, reference: Params, rollout: Rollout) -> Array:
         placed = sharding.put_rows(rollout, self._sampler.mesh)
         parts = rollout.tokens.shape[0] // self._micro_rows
         temperature = self.config.sampling.temperature
         return sequence_kl(policy, reference, placed, model=self._sampler.model, temperature=temperature, parts=parts)
+
+
+def _mean(key: str, scores: Sequence[float | None]) -> dict[str, float]:
+    """The mean of the scores under `key`; nothing if there are none."""
+    known = [score for score in scores if score is not None]
+    return {key: float(np.mean(known, dtype=np.float32))} if known else {}
 
 
 @functools.partial(jax.jit, static_argnames=("model", "temperature", "parts"))

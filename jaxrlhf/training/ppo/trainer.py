@@ -12,7 +12,13 @@ from jaxrlhf import sharding
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.training.on_policy.rollout import ScoredRollout, pad_rollout, shape_scores
+from jaxrlhf.training.on_policy.rollout import (
+    ScoredRollout,
+    leave_out_unscored,
+    pad_rollout,
+    score_metrics,
+    shape_scores,
+)
 from jaxrlhf.training.on_policy.trainer import OnPolicyTrainer
 from jaxrlhf.training.on_policy.update import without_moments
 from jaxrlhf.training.ppo.critic import critic_params
@@ -75,8 +81,9 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
         self, rollout: Rollout, scores: np.ndarray, step: int, token_scores: np.ndarray | None = None
     ) -> tuple[Experience, Metrics]:
         """Annotate a rollout with scores f32 [B], and f32 [B, R] of single tokens, and train on it: update number
-        `step`. Returns the experience and the metrics."""
+        `step`. Returns the experience and the metrics. A response whose score is nan is left out."""
         config, state = self.config, without_moments(self.state.value)
+        rollout = leave_out_unscored(rollout, scores, self.tokenizer.pad_id, self.mesh)
         if config.ppo.replay:
             width = self.sampler.columns, config.sampling.response_length
             rollout, token_scores = pad_rollout(rollout, token_scores, width, self.tokenizer.pad_id, self.mesh)
@@ -92,10 +99,7 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
         train = update_with_replay if config.ppo.replay else update
         self.state.value, after = train(state, frozen, experience, self.key(step, 1), spec=self.spec)
         rate = after.pop("policy/learning_rate")
-        return experience, metrics | after | {
-            "learning_rate": rate,
-            "objective/raw_scores": float(np.mean(scores)),
-        }
+        return experience, metrics | after | score_metrics(scores) | {"learning_rate": rate}
 
     def save_pretrained(
         self, directory: str | Path, role: Literal["policy", "critic"] = "policy", *, merge_lora: bool = False

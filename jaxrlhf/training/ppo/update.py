@@ -173,7 +173,7 @@ def fill_experience(
         scores = scores + jnp.sum(masked.keep(experience.token_scores, mask), axis=1)
     metrics = rollout_metrics(scores, logprobs, ref_logprobs, mask, finished, kl_coef, ppo.kl_in)
     return filled, metrics | sampler_metrics | {
-        "objective/entropy": jnp.mean(jnp.sum(entropy, axis=1)),
+        "objective/entropy": masked.mean(jnp.sum(entropy, axis=1), masked.rows(mask)),
         "objective/entropy_per_token": mean(entropy),
         "objective/kl_coef": kl_coef,
         "objective/kl_per_token": mean(logprobs - ref_logprobs),
@@ -214,10 +214,10 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """Train on the experience for `num_ppo_epochs`, each over `num_mini_batches` freshly shuffled mini-batches.
 
-    A mini-batch whose policy is further than `target_kl` from pi_old is skipped, and so are those after it. With
-    `ppo.replay` this is one of several calls of an update: parameters and optimizer state change, the rest is left to
-    `finish_update`, and the metrics have `ended`, bool []. For a replayed experience `ended` is that of the call
-    before; its mini-batches that are too far are skipped alone.
+    A mini-batch whose policy is further than `target_kl` from pi_old is skipped, and so are those after it; one without
+    a scored response is skipped alone. With `ppo.replay` this is one of several calls of an update: parameters and
+    optimizer state change, the rest is left to `finish_update`, and the metrics have `ended`, bool []. For a replayed
+    experience `ended` is that of the call before; its mini-batches that are too far are skipped alone.
     """
     ppo, batch = spec.ppo, experience.scores.shape[0]
     num_micro = batch // ppo.num_mini_batches // ppo.micro_rows(batch)
@@ -252,22 +252,24 @@ def update(
     def mini_batch(state: TrainState, rows: Array) -> tuple[TrainState, Array, Metrics]:
         """One optimizer step, and whether it was skipped for `target_kl`."""
         chosen = jax.tree.map(lambda x: x[rows], experience)
-        count = jnp.maximum(jnp.sum(chosen.rollout.response_mask), 1)
+        count = jnp.sum(chosen.rollout.response_mask)
+        used, count = count > 0, jnp.maximum(count, 1)
         grads, metrics = gradients(lambda p, part: loss(p, part, count), state.params, chosen, num_micro)
         far = metrics["policy/kl_avg"] > ppo.target_kl if ppo.target_kl else jnp.array(False)
-        accept = {"policy": ~far & ~warmup, "critic": ~far}
+        accept = {"policy": used & ~far & ~warmup, "critic": used & ~far}
         state, norms = apply(state, grads, metrics.pop("loss"), spec.optimizers, accept)
         metrics["val/first_log_ratio_max"] = metrics["val/log_ratio_max"]
+        metrics["policy/steps"] = used.astype(jnp.float32)
         return sharding.constrain(state, spec.mesh), far, finalize_metrics(metrics) | norms
 
     def step(carry: tuple[TrainState, Array], rows: Array) -> tuple[tuple[TrainState, Array], Metrics]:
         state, ended = carry
         if not ppo.target_kl:
             state, _, metrics = mini_batch(state, rows)
-            return (state, ended), metrics | {"policy/steps": jnp.float32(1)}
+            return (state, ended), metrics
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(mini_batch, state, rows)[2])
         state, far, metrics = jax.lax.cond(~ended, lambda: mini_batch(state, rows), lambda: (state, ended, zeros))
-        return (state, ended | (far & (not replayed))), metrics | {"policy/steps": (~ended).astype(jnp.float32)}
+        return (state, ended | (far & (not replayed))), metrics
 
     orders = shuffled_rows(key, ppo.num_ppo_epochs, batch, ppo.num_mini_batches)
     start = jnp.array(False) if ended is None else ended
@@ -301,13 +303,13 @@ def finish_update(state: TrainState, experience: Experience, kl: Array | None, s
     """The state after the optimizer steps of an update: its number, `kl_coef` and the moving reference. `kl` is the
     mean KL of a response to the reference, None to compute it from the experience."""
     ppo, number = spec.ppo, state.step
+    mask = experience.rollout.response_mask
+    rows = masked.rows(mask)
     if kl is None:
-        mask = experience.rollout.response_mask
-        kl = jnp.mean(jnp.sum(masked.keep(k1(experience.old_logprobs, experience.ref_logprobs), mask), axis=1))
-    batch = experience.scores.shape[0]
+        kl = masked.mean(jnp.sum(masked.keep(k1(experience.old_logprobs, experience.ref_logprobs), mask), axis=1), rows)
     return dataclasses.replace(
         state,
         step=number + 1,
-        kl_coef=adaptive_kl_coef(state.kl_coef, kl, ppo.kl_target, ppo.kl_horizon, batch),
+        kl_coef=adaptive_kl_coef(state.kl_coef, kl, ppo.kl_target, ppo.kl_horizon, jnp.sum(rows)),
         reference=sync_reference(state, number, spec.reference),
     )
