@@ -129,7 +129,8 @@ METRICS: dict[str, str] = {
 """Definition of every key of a record. Only the timings, `perf/...`, differ between runs with equal configs."""
 
 REWARDS = "rewards/"
-"""Prefix of metrics of one component of the score, rewards/NAME/...: `mean` and `std` over the batch, before the weight
-(NAME_unanswered: share of completions it left unscored; NAME_truncated: share too long for a reward model to read in
-full; NAME_spread: standard deviation between the models of an ensemble); `errors`, number of completions without a
-usable answer; `length_correlation`, Pearson correlation with the response length (0 if either is constant)."""
+"""Prefix of metrics of one component of the score, rewards/NAME/...: `mean` and `std` over the completions that it
+scored, before the weight (NAME_unanswered: share of completions it left unscored; NAME_truncated: share too long for a
+reward model to read in full; NAME_spread: standard deviation between the models of an ensemble); `errors`, number of
+completions without a usable answer; `length_correlation`, Pearson correlation with the response length (0 if either is
+constant). Those over scored completions are missing where there are none."""
