@@ -8,9 +8,10 @@ import traceback
 from collections.abc import Sequence
 
 from jaxrlhf import runtime
-from jaxrlhf.cli.commands import COMMANDS, TOP_LEVEL_KEYS, USING_DEVICES, Command
+from jaxrlhf.cli.commands import COMMANDS, CONFIG_KEYS, USING_DEVICES, Command
 from jaxrlhf.cli.models import Overrides
 from jaxrlhf.cli.training import train_help
+from jaxrlhf.config import trl
 from jaxrlhf.config.file import METHODS
 from jaxrlhf.config.spelling import did_you_mean, suggestions
 from jaxrlhf.errors import ConfigError, JaxrlhfError, OutOfMemory, Preempted, StorageError
@@ -106,9 +107,13 @@ def _split_overrides(argv: Sequence[str], command: Command) -> tuple[Overrides, 
     overrides: Overrides = []
     rest: list[str] = []
     flags = [name for name in (*command.arguments, "--debug", "--help") if name.startswith("--")]
+    options = [f"--{key}" for key in CONFIG_KEYS] if command.overrides else []
     remaining = iter(argv)
     for argument in remaining:
         flag, equals, value = argument.partition("=")
+        if flag.startswith("--") and flag.replace("_", "-") in flags:
+            flag = flag.replace("_", "-")
+            argument = f"{flag}{equals}{value}"
         keywords = command.arguments.get(flag)
         if not flag.startswith("--") or flag in ("--help", "--"):
             rest.append(argument)
@@ -117,15 +122,26 @@ def _split_overrides(argv: Sequence[str], command: Command) -> tuple[Overrides, 
             takes_value = "action" not in keywords
             if takes_value and not equals and (text := next(remaining, None)) is not None:
                 rest[-1] = f"{flag}={text}"  # allows values that begin with a dash
-        elif not command.overrides or ("." not in flag and flag[2:] not in TOP_LEVEL_KEYS and suggestions(flag, flags)):
+        elif not command.overrides or ("." not in flag and _is_misspelt(flag, flags, options)):
             print(f"jaxrlhf {argv[0]}: unknown option '{flag}'{did_you_mean(flag, flags)}", file=sys.stderr)
             raise SystemExit(2)
         else:
             text = value if equals else next(remaining, None)
-            if text is None or (not equals and text.startswith("--")):
+            if (text is None or (not equals and text.startswith("--"))) and flag[2:] in trl.NAMES:
+                text = ""  # the key is refused
+            elif text is None or (not equals and text.startswith("--")):
                 raise ConfigError(f"override {flag} has no value; write {flag} VALUE or {flag}=VALUE")
             overrides.append((flag[2:], text))
     return overrides, rest
+
+
+def _is_misspelt(flag: str, flags: Sequence[str], options: Sequence[str]) -> bool:
+    """True if an unknown flag is more like one of the command's `flags` than like any config option."""
+    name = flag.replace("-", "_").replace("__", "--", 1)
+    if name in options or name[2:] in trl.NAMES:
+        return False
+    closest = suggestions(name, [*(other.replace("_", "-") for other in flags), *options], 1)
+    return bool(closest) and closest[0] in flags
 
 
 def _parser() -> argparse.ArgumentParser:

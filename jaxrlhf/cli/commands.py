@@ -200,4 +200,5 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 USING_DEVICES = {"demo", "doctor", *METHODS, "plan", "generate", "evaluate", "compare"}
-TOP_LEVEL_KEYS = {key for cls in METHODS.values() for key, _ in keys(cls) if "." not in key}
+CONFIG_KEYS = {key for cls in METHODS.values() for key, _ in keys(cls)}
+"""The keys of all configs."""

@@ -52,6 +52,8 @@ def generate(options: Options, overrides: Overrides) -> int | None:
     for name in ("out", "best_by", "keep", "threshold", "min_pass_rate", "max_pass_rate", "fresh"):
         if getattr(options, name) not in (None, False):
             raise ConfigError(f"generate: --{name.replace('_', '-')} needs --prompts FILE; it has no use with --prompt")
+    if "\\n" in options.prompt and "\n" not in options.prompt:
+        print("note: the prompt has a backslash and an n; a newline in bash is $'...\\n...'", file=sys.stderr)
     config = load_config("ppo", None, [*overrides_from_run(options.model, "sampling"), *overrides], partial=True)
     from jaxrlhf.evaluation import generation
 

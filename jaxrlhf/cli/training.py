@@ -1,7 +1,6 @@
 """Commands around training runs. Heavy modules are imported by the commands that need them."""
 
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,7 @@ import jaxrlhf
 from jaxrlhf.cli.models import Options, Overrides, announce_compilations
 from jaxrlhf.config import replace
 from jaxrlhf.config import text as config_text
-from jaxrlhf.config.file import METHODS, load_config, method_of
-from jaxrlhf.config.schema import keys
+from jaxrlhf.config.file import METHODS, load_config, method_of, presets
 from jaxrlhf.config.spelling import did_you_mean
 from jaxrlhf.errors import ConfigError, OutOfMemory
 
@@ -19,47 +17,24 @@ def _config_path(given: str | None) -> Path | None:
     """The path of a config file or preset. Raises ConfigError if there is none of this name."""
     if given is None or Path(given).is_file():
         return Path(given) if given else None
-    package = Path(__file__).parents[1]
-    folders = (package / "configs", package.parent / "configs")  # installed, or a source checkout
-    presets = {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
-    if given.removesuffix(".yaml") in presets:
-        return presets[given.removesuffix(".yaml")]
+    known = presets()
+    if given.removesuffix(".yaml") in known:
+        return known[given.removesuffix(".yaml")]
     raise ConfigError(
-        f"there is no config file {given}, nor a preset of that name ({', '.join(sorted(presets))})"
-        f"{did_you_mean(given, list(presets))}"
+        f"there is no config file {given}, nor a preset of that name ({', '.join(sorted(known))})"
+        f"{did_you_mean(given, list(known))}"
     )
 
 
 def train_help(method: str) -> int:
-    import tyro
-
     print(
         f"usage: jaxrlhf {method} CONFIG.yaml [--section.key value ...] [--use-lora] [--fresh] [--dry-run] [--debug]\n"
         "\n"
         f"CONFIG.yaml is a file or the name of a preset; `jaxrlhf new {method}` prints one with all options.\n"
-        "Overrides follow it. A run in an existing run directory is resumed; --fresh starts over. --dry-run prints\n"
-        "the resolved config and a summary of the run.\n"
+        "Overrides follow it; their values are YAML, and hyphens in names are underscores. A run in an existing run\n"
+        "directory is resumed; --fresh starts over. --dry-run prints the resolved config and a summary of the run."
     )
-    cls = METHODS[method]
-    try:
-        tyro.cli(
-            cls,
-            default=cls(),
-            args=["--help"],
-            prog=f"jaxrlhf {method} CONFIG.yaml",
-            config=(tyro.conf.FlagConversionOff,),
-        )
-    except SystemExit:  # raised by tyro after printing its help, which omits empty lists and mappings of any value
-        annotations = dict(keys(cls))
-        for key, annotation in annotations.items():
-            flag = f"--{key.replace('_', '-')}"
-            if annotation == dict[str, Any]:
-                section, _, leaf = key.rpartition(".")
-                doc = textwrap.fill(config_text.field_doc(annotations[section], leaf), 110)
-                print(f"\n{flag} MAPPING, or {flag}.NAME VALUE:\n\n{doc}")
-            if element := config_text.render_element(annotation):
-                print(f"\n{flag} LIST, or {flag}.N.KEY VALUE for a key of element N (from 0):\n")
-                print("\n".join(element))
+    print(config_text.render_help(METHODS[method]))
     return 0
 
 

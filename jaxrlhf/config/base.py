@@ -1,11 +1,14 @@
 """Building blocks of the config sections: strict types, the `section` decorator and `replace`."""
 
 import dataclasses
+import functools
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import pydantic
 from pydantic import ConfigDict, Field
 
+from jaxrlhf.config import schema
+from jaxrlhf.config.spelling import did_you_mean
 from jaxrlhf.errors import ConfigError
 
 T = TypeVar("T")
@@ -25,26 +28,44 @@ AutoBool = Annotated[
     Literal["auto", "true", "false"],
     pydantic.BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool) else value),
 ]
+Text = schema.Text
 DType = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def section(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen, keyword-only dataclass that is validated by pydantic and rejects unknown keys."""
+    """Make `cls` a frozen, keyword-only dataclass that is validated by pydantic and rejects unknown keys.
+
+    Its constructor, and so `dataclasses.replace`, raises ConfigError that lists all problems.
+    """
     wrap = pydantic.dataclasses.dataclass(
         frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True)
     )
-    return wrap(cls)  # type: ignore[return-value]
+    made = wrap(cls)
+    validate = made.__init__
+
+    @functools.wraps(validate)
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        try:
+            validate(self, *args, **options)
+        except pydantic.ValidationError as error:
+            raise ConfigError(schema.message(made, error)) from None
+
+    made.__init__ = init
+    return made  # type: ignore[return-value]
 
 
 def replace(config: T, **changes: Any) -> T:
-    """Return a validated copy of `config` with `changes`. Keys may be dotted: `**{"ppo.kl_coef": 0.1}`."""
+    """Return a validated copy of `config` with `changes`. Keys may be dotted: `**{"ppo.kl_coef": 0.1}`. Raises
+    ConfigError."""
     fields: dict[str, Any] = {}
     for key, value in changes.items():
         head, _, rest = key.partition(".")
-        if head not in {f.name for f in dataclasses.fields(config)}:  # type: ignore[arg-type]
-            raise ConfigError(f"unknown key '{key}'")
-        fields[head] = replace(fields.get(head, getattr(config, head)), **{rest: value}) if rest else value
+        known = dict(schema.keys(type(config)))
+        inner = fields.get(head, getattr(config, head, None))
+        if head not in known or (rest and not dataclasses.is_dataclass(inner)):
+            raise ConfigError(f"unknown key '{key}'{did_you_mean(key, list(known))}")
+        fields[head] = replace(inner, **{rest: value}) if rest else value
     return dataclasses.replace(config, **fields)  # type: ignore[type-var]
 
 

@@ -24,9 +24,11 @@ def load_config(
 ) -> Any:
     """Load the config of `method` from a YAML file (None: the defaults), with `overrides` (dotted key, text) applied.
 
+    In an override of a text that a model reads, `\\n` is a newline. Problems of a preset name it instead of its path.
     partial: do not check that required keys are set. Raises ConfigError listing all problems.
     """
-    reader = ConfigReader(METHODS[method], str(path) if path else "command line")
+    preset = f"preset {path.stem}" if path and path in presets().values() else ""
+    reader = ConfigReader(METHODS[method], preset or (str(path) if path else "command line"))
     mapping = reader.read_file(path) if path else {}
     for key, text in overrides:
         reader.apply_override(mapping, key, text)
@@ -38,6 +40,13 @@ def load_config(
         lines = [f"  {location}: {message}" for location, message in ordered]
         raise ConfigError("\n".join(["the config cannot be used:", *lines]))
     return config
+
+
+def presets() -> dict[str, Path]:
+    """The presets by name."""
+    package = Path(__file__).parents[1]
+    folders = (package / "configs", package.parent / "configs")  # installed, or a source checkout
+    return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
 
 
 def method_of(path: Path) -> str:

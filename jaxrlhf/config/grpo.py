@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from jaxrlhf.config.base import Count, Natural, NonNegative, Positive, PositiveFraction, default_of, section
+from jaxrlhf.config.base import Count, Natural, NonNegative, Positive, PositiveFraction, Text, default_of, section
 from jaxrlhf.config.on_policy import WRONG_KL, OnPolicy, OnPolicyConfig
 from jaxrlhf.config.sections import Optim
 
@@ -93,7 +93,7 @@ class GRPO(OnPolicy):
     """online_dpo: beta of the DPO loss; higher values keep the policy closer to the reference."""
     dpo_loss: Literal["sigmoid", "sigmoid_norm", "hinge", "ipo"] = "sigmoid"
     """online_dpo: type of DPO loss, as in `jaxrlhf dpo`."""
-    rejected_text: str | None = None
+    rejected_text: Text | None = None
     """online_dpo: fixed text to use as every prompt's rejected completion instead of the worst of its group, which may
     then have a single completion."""
 

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import pydantic
 import yaml
 
-from jaxrlhf.config.schema import allowed_types, describe, element_class, keys, show
-from jaxrlhf.config.spelling import did_you_mean
-from jaxrlhf.config.text import field_doc
+from jaxrlhf.config import schema
+from jaxrlhf.config.schema import Text, allowed_types, element_class, field_doc, is_text, keys, show
 from jaxrlhf.config.yaml12 import Loader, scalar
 from jaxrlhf.errors import ConfigError
 
@@ -39,6 +38,7 @@ class ConfigReader:
     def __init__(self, cls: type, source: str) -> None:
         self.cls, self.source = cls, source
         self.annotations = dict(keys(cls))
+        self._sections = {key.rpartition(".")[0] for key in self.annotations}
         self.locations: dict[str, Location] = {}
         self.problems: list[tuple[Location, str]] = []
 
@@ -71,8 +71,10 @@ class ConfigReader:
             return
         allowed = allowed_types(annotation)
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-        if allowed <= {str, types.NoneType} and not quoted and not (text == "null" and types.NoneType in allowed):
-            value: Any = text  # verbatim, braces and colons included
+        is_null = text in ("null", "None") and types.NoneType in allowed
+        if allowed <= {str, types.NoneType} and not quoted and not is_null:
+            # verbatim, braces and colons included
+            value: Any = _with_newlines(text) if is_text(annotation) else text
         else:
             try:
                 node = yaml.compose(text, Loader=Loader)
@@ -104,28 +106,25 @@ class ConfigReader:
         try:
             return pydantic.TypeAdapter(self.cls).validate_python(mapping)
         except pydantic.ValidationError as error:
-            for item in error.errors(include_url=False):
-                self._add_validation_error(".".join(str(part) for part in item["loc"]), item)
+            for key, item in schema.located(error):
+                self._add_validation_error(key, item)
             return None
 
     def _add_validation_error(self, key: str, error: Any) -> None:
-        if error["type"] == "value_error":  # raised by the checks of a section or config
-            message = str(error["ctx"]["error"])
-            prefix = f"{key}." if key else ""
+        message = schema.problem(self.cls, key, error)
+        if error["type"] == "value_error":
+            reason, prefix = str(error["ctx"]["error"]), f"{key}." if key else ""
             mentioned = [
-                k for k in self.locations if k.startswith(prefix) and re.search(rf"\b{re.escape(k)}\b", message)
+                k for k in self.locations if k.startswith(prefix) and re.search(rf"\b{re.escape(k)}\b", reason)
             ]
             if mentioned:  # of conflicting keys, blame an override first
                 key = max(mentioned, key=lambda k: (self.locations[k] == _OVERRIDE, len(k)))
-            elif key:
-                message = f"{key}: {message}"
+                message = reason
+            others = [k for k in mentioned if self.locations[k] != _OVERRIDE and k not in self._sections]
+            if others and self.locations[key] == _OVERRIDE:
+                message += f"; {' and '.join(others)} {'is' if len(others) == 1 else 'are'} set by {self.source}"
         elif error["type"] == "unexpected_keyword_argument":
             message = self._unknown(key)
-        else:
-            message = f"{key}: {describe(error)}"
-            is_text_for_section = error["type"] == "dataclass_type" and isinstance(error["input"], str)
-            if is_text_for_section and f"{key}.path" in self.annotations:
-                message += f"; did you mean '{key}.path'?"
         self.problems.append((self._location(key), message))
 
     def check_required(self, method: str, mapping: Mapping[str, Any]) -> None:
@@ -154,19 +153,11 @@ class ConfigReader:
         if key in self.annotations:  # a dotted key as one word of the file
             section, _, name = key.rpartition(".")
             return f"'{key}' is written as '{name}:' below '{section}:' in a file"
-        return f"unknown key '{key}'{did_you_mean(key, list(self._known(key)))}"
-
-    def _known(self, key: str) -> dict[str, Any]:
-        """The dotted keys of the config, or of the list element that `key` is in, with their annotations."""
-        for name, annotation in self.annotations.items():
-            cls = element_class(annotation)
-            if cls and (match := re.match(rf"{re.escape(name)}\.\d+\.", key)):
-                return dict(keys(cls, match[0]))
-        return self.annotations
+        return schema.unknown(self.cls, key)
 
     def _annotation(self, key: str) -> Any:
         """The annotation of a dotted key, which may be inside a list element or a mapping; None if unknown."""
-        annotations = self._known(key)
+        annotations = schema.known_keys(self.cls, key)
         if key in annotations:
             return annotations[key]
         parent = annotations.get(key.rpartition(".")[0])
@@ -190,7 +181,8 @@ class ConfigReader:
         if isinstance(node, yaml.SequenceNode):
             for i, item in enumerate(node.value):
                 self.locations[f"{key}.{i}"] = location(item)
-            return [self._to_python(item, f"{key}.{i}", None, source) for i, item in enumerate(node.value)]
+            of_items = Text if is_text(annotation) else None
+            return [self._to_python(item, f"{key}.{i}", of_items, source) for i, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
             mapping: dict[str, Any] = {}
             for key_node, value_node in node.value:
@@ -204,12 +196,26 @@ class ConfigReader:
                     self.locations[inner] = location(key_node)
                     mapping[key_node.value] = self._to_python(value_node, inner, self._annotation(inner), source)
             return mapping
-        value = scalar(node)
-        if annotation is str and value is None:  # `key:` without a value
+        assert isinstance(node, yaml.ScalarNode)
+        value, allowed = scalar(node), allowed_types(annotation)
+        if allowed == {str} and value is None:  # `key:` without a value
             return ""
+        if types.NoneType in allowed and node.value == "None" and node.style is None:
+            return None
+        if is_text(annotation) and "\\n" in node.value and node.style in (None, "'"):
+            if source is None:
+                return _with_newlines(node.value)
+            self.problems.append(
+                (location(node), f"{key}: \\n is a newline only in double quotes; write the text in double quotes")
+            )
         # text keys keep digits as written (a commit 1234567); a boolean for a number is left to validation to reject
-        as_text = str in allowed_types(annotation) or (float in allowed_types(annotation) and isinstance(value, bool))
+        as_text = str in allowed or (float in allowed and isinstance(value, bool))
         return node.value if as_text and value is not None else value
+
+
+def _with_newlines(text: str) -> str:
+    """The text with newlines for `\\n`, and `\\n` for `\\\\n`."""
+    return re.sub(r"\\(\\n|n)", lambda match: "\n" if match[1] == "n" else match[1], text)
 
 
 def _merge(mapping: dict[str, Any], key: str, value: Any) -> None:

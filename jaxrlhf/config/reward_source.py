@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from jaxrlhf.config.base import AutoBool, Bool, Count, DType, NonNegative, Positive, Real, check_used, section
+from jaxrlhf.config.base import AutoBool, Bool, Count, DType, NonNegative, Positive, Real, Text, check_used, section
 
 _RESERVED_SUFFIXES = ("_truncated", "_unanswered", "_spread")  # of metric keys that are logged per component
 _KINDS_USING = {
@@ -45,7 +45,7 @@ class Component:
     human: Literal["", "score", "pick"] = ""
     """Human feedback in the terminal. score: enter a number for each completion. pick: choose the best completion of
     each prompt."""
-    template: str = ""
+    template: Text = ""
     """Text to score, with fields {prompt}, {response} and columns, e.g. "Prompt: {prompt}\\nResponse: {response}".
     Empty: the completion; a model receives prompt and completion as a conversation, or as the policy's tokens if it
     shares the tokenizer. Models read the text without adding a chat template; control tokens in the template are

@@ -14,6 +14,7 @@ from jaxrlhf.config.base import (
     Positive,
     PositiveFraction,
     Seed,
+    Text,
     section,
 )
 from jaxrlhf.config.model import LoRA, ModelSource, TokenizerSource
@@ -33,12 +34,12 @@ class Data:
     """Branch, tag or commit on the hub."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Columns to rename before the format is recognised: {standard name: name in the file}."""
-    template: str = ""
+    template: Text = ""
     """Prompt template with {column} fields, for data without a finished prompt. No chat template is applied to it."""
     score: str = ""
     """Score to use where a data set has several: a column, or in UltraFeedback a key of each completion or annotation.
     Empty: `score`; `helpfulness` of HelpSteer; `fine-grained_score` of UltraFeedback."""
-    completion_prefix: str = ""
+    completion_prefix: Text = ""
     """Text inserted between a plain-text prompt and its completion, e.g. a space."""
     control_tokens: Bool = False
     """Parse control tokens such as `<|im_end|>` in plain-text columns as special tokens; in chat messages they always
@@ -65,6 +66,14 @@ class Data:
     """Seed of the train/validation split."""
     shuffle: Bool = True
     """Shuffle each epoch; the order depends only on `seed` and the epoch."""
+
+    def __post_init__(self) -> None:
+        for option in ("validation_path", "validation_split"):
+            if getattr(self, option) and self.validation_fraction:
+                raise ValueError(
+                    f"data.{option} and data.validation_fraction ({self.validation_fraction:g}) both hold rows out; "
+                    f"set data.validation_fraction to 0, or leave out data.{option}"
+                )
 
     @property
     def holds_out(self) -> bool:
@@ -183,7 +192,7 @@ class Sampling:
     min_length: Natural = 0
     """Minimum number of tokens before a stop token may be sampled."""
     temperature: Positive = 1.0
-    """Sampling temperature."""
+    """Sampling temperature. For greedy decoding set `greedy` (`--greedy` of `jaxrlhf generate`)."""
     greedy: Bool = False
     """Greedy decoding; temperature, top_k, top_p and min_p are ignored."""
     top_k: Natural = 0
@@ -197,7 +206,7 @@ class Sampling:
     the full vocabulary. Stores one bit per response token and vocabulary entry."""
     stop_token_ids: tuple[Natural, ...] = ()
     """Additional stop tokens, besides those of the tokenizer and generation_config.json."""
-    stop_strings: tuple[str, ...] = ()
+    stop_strings: tuple[Text, ...] = ()
     """Strings that end a response. A control token of the tokenizer, such as <|im_end|>, is a stop token. Other strings
     are looked for after generation: tokens beyond the one that completes a stop string are removed. The completion text
     ends before the string."""

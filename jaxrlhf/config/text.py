@@ -10,7 +10,7 @@ import yaml
 
 from jaxrlhf.config import RewardSource
 from jaxrlhf.config.base import default_of
-from jaxrlhf.config.schema import element_class
+from jaxrlhf.config.schema import allowed_types, element_class, field_doc
 from jaxrlhf.config.yaml12 import Dumper
 
 
@@ -41,6 +41,59 @@ def render_new(method: str, cls: type) -> str:
     return "\n".join(lines) + "\n"
 
 
+def render_help(cls: type, defaults: Any = None, prefix: str = "--") -> str:
+    """Every option of a config class as a flag, with the form of its value, its documentation and its default.
+
+    `defaults` is an instance with the default values; None: those of the class.
+    """
+    lines: list[str] = []
+    for field in dataclasses.fields(cls):
+        flag, annotation = f"{prefix}{field.name}", field.type
+        default = default_of(cls, field.name) if defaults is None else getattr(defaults, field.name)
+        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+            text = f"{inspect.getdoc(annotation)} {field_doc(cls, field.name)}".strip()
+            lines += [
+                "",
+                *textwrap.wrap(text, 110, break_on_hyphens=False),
+                render_help(annotation, default, f"{flag}."),
+            ]
+            continue
+        doc = f"{field_doc(cls, field.name).removesuffix(' Required.')} (default: {_value(default)})".strip()
+        lines += [f"  {flag} {_form(annotation)}", *_indented(doc)]
+        if element := element_class(annotation):
+            lines += [f"  {flag}.N.KEY VALUE", *_indented(f"One key of element N (from 0) of {flag}:")]
+            lines.append(textwrap.indent(render_help(element, None, f"{flag}.N."), "  "))
+        if dict in allowed_types(annotation):
+            lines += [f"  {flag}.NAME VALUE", *_indented(f"One value of {flag}.")]
+    return "\n".join(lines)
+
+
+def _form(annotation: Any) -> str:
+    """The form of an option's value, in YAML."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _form(args[0])
+    if origin is typing.Literal:
+        return "{" + ",".join(choice or "''" for choice in args) + "}"
+    if origin is tuple:
+        return f"[{', '.join('...' if arg is ... else _form(arg) for arg in args)}]"
+    if origin is dict or dataclasses.is_dataclass(annotation):
+        return "{NAME: VALUE, ...}"
+    if args:  # a union with None
+        return "|".join(_form(arg) for arg in args)
+    return {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT", type(None): "null"}[annotation]
+
+
+def _indented(text: str) -> list[str]:
+    return textwrap.wrap(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
+
+
+def _value(value: Any) -> str:
+    """A value as YAML on one line."""
+    text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=10**6)
+    return text.removesuffix("...\n").strip()
+
+
 def render_element(annotation: Any) -> list[str]:
     """For a list of sections (`tuple[Section, ...]`), an element with every key at its default, as comments."""
     cls = element_class(annotation)
@@ -64,16 +117,9 @@ def _entry(cls: type, field: dataclasses.Field, value: Any, indent: str) -> list
         mark = "  # required: at least one of model, function and components"
     elif doc.endswith(" Required."):
         mark = "  # required"
-    text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
-    return [*_comment(doc.removesuffix(" Required."), indent), f"{indent}{field.name}: {text}{mark}"]
+    return [*_comment(doc.removesuffix(" Required."), indent), f"{indent}{field.name}: {_value(value)}{mark}"]
 
 
 def _comment(text: str, indent: str) -> list[str]:
     prefix = f"{indent}# "
     return textwrap.wrap(text, 110, initial_indent=prefix, subsequent_indent=prefix, break_on_hyphens=False)
-
-
-def field_doc(cls: type, name: str) -> str:
-    """The docstring under a field of a config class, or of the base class that it comes from; "" if there is none."""
-    fields = (vars(base).get("__pydantic_fields__", {}).get(name) for base in cls.__mro__)
-    return next((" ".join(field.description.split()) for field in fields if field and field.description), "")

@@ -29,12 +29,20 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes text that YAML 1.1 or YAML 1.2 would read as another type. Writes tuples as lists."""
+    """Quotes text that YAML 1.1 or YAML 1.2 would read as another type, or None. Writes tuples as lists."""
 
 
 _add_resolvers(Loader)
 _add_resolvers(Dumper)
 Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_list(value))
+
+
+def _represent_text(dumper: Dumper, text: str) -> yaml.Node:
+    quoted = "\\n" in text or text == "None"  # see ConfigReader
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
+
+
+Dumper.add_representer(str, _represent_text)
 
 
 def scalar(node: yaml.Node) -> str | int | float | bool | None:

@@ -18,7 +18,7 @@ from jaxrlhf.data.omissions import Omissions
 from jaxrlhf.data.sources import Rows, read_rows, read_validation_rows
 from jaxrlhf.data.tokenise import RenderedExample, TokenisedExample, drop_reason, render, tokenise, truncate
 from jaxrlhf.data.tokenizer import ESCAPE, Tokenizer
-from jaxrlhf.errors import ConfigError, DataError
+from jaxrlhf.errors import DataError
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ class Split(Generic[T]):
 
 def sft_rows(config: Data, tokenizer: Tokenizer, completion_only: bool) -> Split[SFTRow]:
     """Load sequences for supervised fine-tuning. The loss mask covers completions or assistant turns with their end
-    token; without `completion_only`, and for plain text, all tokens. Raises DataError and ConfigError."""
+    token; without `completion_only`, and for plain text, all tokens. Raises DataError."""
 
     def make_row(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> SFTRow:
         return SFTRow(*tokens.sequence(0, all_tokens=not completion_only))
@@ -137,7 +137,7 @@ def pair_rows(config: Data, tokenizer: Tokenizer, *, margins: bool = False, ties
 
 
 def prompt_rows(config: Data, tokenizer: Tokenizer) -> Split[PromptRow]:
-    """Load prompts for generation. Raises DataError and ConfigError."""
+    """Load prompts for generation. Raises DataError."""
     return train_validation_split(config, tokenizer, "prompts", _prompt_row)
 
 
@@ -205,13 +205,8 @@ def train_validation_split(
     config: Data, tokenizer: Tokenizer, task: Task, make_row: Callable[..., T], *, ties: bool = False
 ) -> Split[T]:
     """Load the data of `task`; `make_row(tokens, example, rows, i)` creates a row. `ties` keeps pairs of which neither
-    is better. Raises DataError and ConfigError."""
+    is better. Raises DataError."""
     source = config.validation_path or (config.path if config.validation_split else "")
-    if source and config.validation_fraction:
-        raise ConfigError(
-            f"data.validation_{'path' if config.validation_path else 'split'} and data.validation_fraction both hold "
-            "rows out; set one of them"
-        )
     rows = read_rows(config)
     train, report = _prepare(rows, config, tokenizer, task, make_row, ties)
     validation: list[Usable[T]] = []

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import pydantic
 
 from jaxrlhf import memory, runtime
 from jaxrlhf.config import DType, GRPOConfig, PPOConfig, replace
-from jaxrlhf.errors import JaxrlhfError
+from jaxrlhf.errors import JaxrlhfError, first_line
 from jaxrlhf.plan import PARTS, Plan, RunConfig, costs, plan
 
 
@@ -157,8 +156,7 @@ def savings(config: RunConfig, devices: int) -> list[tuple[Knob, Plan]]:
         try:
             changed = plan(replace(config, **knob.keys))
         except (JaxrlhfError, ValueError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, pydantic.ValidationError) else str(error)
-            print(f"{knob}: not possible here: {reason.splitlines()[0]}", flush=True)
+            print(f"{knob}: not possible here: {first_line(error)}", flush=True)
             continue
         print(f"{knob}: {changed.peak.total / 1e9:.2f} GB, peak in {changed.peak.name} ({knob.effect})", flush=True)
         plans.append((knob, changed))

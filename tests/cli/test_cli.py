@@ -1,5 +1,6 @@
 """The command line: imports, output and exit codes."""
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -58,13 +59,75 @@ def test_a_closed_output_pipe_is_no_error():
     assert process.returncode == 0
 
 
-def test_train_help_shows_every_key(capsys):
-    assert main(["ppo", "--help"]) == 0
+@pytest.mark.parametrize("method", METHODS)
+def test_every_flag_and_default_that_help_shows_is_read_in_either_spelling(method, capsys):
+    assert main([method, "--help"]) == 0
     shown = capsys.readouterr().out
-    for key, _ in keys(PPOConfig):
-        if "." in key:
-            assert f"--{key.replace('_', '-')} " in shown, key
     assert "--fresh" in shown
+    blocks = [block.partition("\n\n")[0] for block in shown.split("\n  --")[1:]]
+    defaults = {block.split()[0]: " ".join(block.split()).rpartition("(default: ")[2][:-1] for block in blocks}
+    flags = {key for key, annotation in keys(METHODS[method]) if not dataclasses.is_dataclass(annotation)}
+    assert {key for key in defaults if not key.endswith((".N.KEY", ".NAME"))} == flags
+    for spell in (str, lambda key: key.replace("_", "-")):
+        overrides = [(spell(key), defaults[key]) for key in sorted(flags)]
+        assert load_config(method, None, overrides, partial=True) == METHODS[method]()
+
+
+def test_hyphens_and_underscores_are_one(trained, capsys):
+    assert main(["reward", *GIVEN, "--frozen-trunk", "true", "--run-dir", "x", "--dry_run"]) == 0
+    assert (trained[0].config.frozen_trunk, trained[0].config.run_dir, trained[0].did) == (True, "x", [])
+    assert main(["sft", *GIVEN, "--completion-only=false", "--use_lora"]) == 0
+    assert not trained[1].config.completion_only and trained[1].config.lora.enabled
+    capsys.readouterr()
+    assert main(["generate", "m", "--prompt", "x", "--max_new_tokens", "5", "--top_p=3"]) == 3
+    assert "sampling.top_p: must be at most 1, got 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["generate", "m", "--prompt", "x", "--temperature", "0"], ["temperature", "--greedy"]),
+        (["generate", "m", "--prompt", "x", "--top-k", "-1"], ["top_k: must be at least 0, got -1", "0: disabled"]),
+        (["sft", *GIVEN, "--train.max_steps", "-1"], ["max_steps: must be at least 1", "None: no limit"]),
+        (["sft", "--model-path", "m"], ["unknown key 'model_path'; did you mean 'model.path'"]),
+        (
+            ["ppo", "ppo", *GIVEN, "--reward.model", "r", "--ppo.batch_size", "20"],
+            [
+                "override: ppo.micro_batch_size (8) must divide a mini-batch (10 rows",
+                "ppo.micro_batch_size are set by preset ppo",
+            ],
+        ),
+        (["sft", "sft", *GIVEN, "--data.validation_path", "v"], ["data.validation_fraction is set by preset sft"]),
+        (["ppo", "ppo", "--bf16", "--fresh"], ["TRL's bf16 is model.compute_dtype and model.param_dtype here"]),
+    ],
+)
+def test_a_value_or_flag_of_another_library_is_answered_with_ours(capsys, arguments, messages):
+    assert main(arguments) == 3
+    said = capsys.readouterr().err
+    assert all(message in said for message in messages), said
+
+
+@pytest.mark.parametrize(
+    ("method", "flag", "ours"),
+    [
+        ("sft", "per_device_train_batch_size", "train.batch_size and train.micro_batch_size"),
+        ("ppo", "per-device-train-batch-size", "ppo.batch_size and ppo.micro_batch_size"),
+        ("grpo", "gradient_accumulation_steps", "grpo.batch_size and grpo.micro_batch_size"),
+        ("sft", "gradient_checkpointing", "model.remat"),
+        ("ppo", "ppo_epochs", "ppo.num_ppo_epochs"),
+        ("ppo", "init_kl_coef", "ppo.kl_coef"),
+        ("ppo", "ppo.target", "ppo.kl_target"),
+        ("dpo", "save_total_limit", "checkpoint.keep"),
+    ],
+)
+def test_flags_of_trl_are_answered_with_ours(capsys, method, flag, ours):
+    assert main([method, *GIVEN, f"--{flag}", "1"]) == 3
+    assert f"is {ours} here" in capsys.readouterr().err
+
+
+def test_a_prompt_with_a_backslash_n_is_noted(model_folder, capsys):
+    assert main(["generate", str(model_folder), "--prompt", r"a\nb", "--max-new-tokens", "1"]) == 0
+    assert "note: the prompt has a backslash and an n" in capsys.readouterr().err
 
 
 def fail_with(monkeypatch, error):

@@ -1,6 +1,76 @@
+import copy
+import dataclasses
+import pathlib
+import pickle
+
 import pytest
 
-from jaxrlhf.config import Component, PPOConfig, RewardSource
+from jaxrlhf.config import (
+    PPO,
+    Component,
+    ModelSource,
+    PPOConfig,
+    RewardSource,
+    Sampling,
+    SFTConfig,
+    Train,
+    replace,
+)
+from jaxrlhf.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: PPO(kl_coef=-1), "PPO: kl_coef: must be at least 0, got -1. KL penalty coefficient"),
+        (lambda: PPO(kl_cof=1), "PPO: unknown key 'kl_cof'; did you mean 'kl_coef'?"),  # type: ignore[call-arg]
+        (lambda: PPO(ppo_epochs=1), "PPO: unknown key 'ppo_epochs'; TRL's ppo_epochs is num_ppo_epochs here"),  # type: ignore[call-arg]
+        (lambda: PPOConfig(ppo={"kl_cof": 1}), "unknown key 'ppo.kl_cof'; did you mean 'ppo.kl_coef'?"),  # type: ignore[arg-type]
+        (lambda: PPOConfig(learning_rate=1e-5), "unknown key 'learning_rate'; did you mean 'optim.learning_rate'"),  # type: ignore[call-arg]
+        (
+            lambda: PPOConfig(model="m"),  # type: ignore[arg-type]
+            "model: must be a section, a mapping of keys to values, got 'm'; did you mean 'model.path'?",
+        ),
+        (lambda: PPOConfig(ppo=3), "ppo: must be a section"),  # type: ignore[arg-type]
+        (lambda: PPOConfig(3), "PPOConfig: 3 has no name; options are given by name, run_dir=..."),  # type: ignore[misc]
+        (
+            lambda: PPOConfig(reward={"components": [{"model": "m", "micro_batch_size": 0}]}),  # type: ignore[arg-type]
+            "reward.components.0.micro_batch_size: must be at least 1, got 0. model: rows per forward pass.",
+        ),
+        (
+            lambda: Sampling(top_k=None),  # type: ignore[arg-type]
+            "top_k: must be a whole number, got nothing (null). Sample from the k most probable tokens only. 0: ",
+        ),
+        (lambda: Sampling(temperature="1"), "temperature: must be a number, got '1'"),  # type: ignore[arg-type]
+        (lambda: ModelSource(path=pathlib.Path("m")), "path: must be text, got PosixPath('m'); write str(path)"),  # type: ignore[arg-type]
+        (
+            lambda: ModelSource(remat="ful"),  # type: ignore[arg-type]
+            "remat: 'ful' is not one of 'auto', 'none', 'full', 'dots'; did you mean 'full'?",
+        ),
+        (
+            lambda: SFTConfig(train=Train(micro_batch_size=3)),
+            "train.micro_batch_size (3) must divide train.batch_size (8)",
+        ),
+        (lambda: dataclasses.replace(PPO(), kl_coef=-1), "PPO: kl_coef: must be at least 0, got -1"),
+        (lambda: dataclasses.replace(PPO(), kl_cof=1), "PPO: unknown key 'kl_cof'"),
+        (lambda: replace(PPOConfig(), **{"ppo.kl_coef": -1}), "PPO: kl_coef: must be at least 0, got -1"),
+        (lambda: replace(PPOConfig(), **{"ppo.kl_cof": 1}), "unknown key 'kl_cof'; did you mean 'kl_coef'?"),
+        (lambda: replace(PPOConfig(), **{"seed.x": 1}), "unknown key 'seed.x'"),
+        (lambda: Sampling(top_k=-1, top_p=2.0), "Sampling cannot be used:\n  top_k: must be"),
+    ],
+)
+def test_every_mistake_in_python_is_a_config_error_with_key_value_and_remedy(make, said):
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert said in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def test_configs_are_copied_and_pickled():
+    config = PPOConfig(ppo=PPO(kl_coef=0.2), reward={"components": [{"model": "m"}]})  # type: ignore[arg-type]
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+
 
 PAIRS = [("k1", "reward"), ("k2", "loss"), ("k3", "loss")]
 REFUSED = [("k1", "loss", "zero"), ("k2", "reward", "lost"), ("k3", "reward", "lost")]
@@ -41,7 +111,7 @@ def test_renormalising_needs_a_filter():
             "add_eos is false, but with template the text ends",
         ),
         ({"model": "m", "add_eos": True, "per_token": True}, "add_eos is true, but with per_token the text ends"),
-        ({"model": "m", "add_eos": "maybe"}, "Input should be 'auto', 'true' or 'false'"),
+        ({"model": "m", "add_eos": "maybe"}, "add_eos: 'maybe' is not one of 'auto', 'true', 'false'"),
         ({"model": "m", "timeout": 3.0}, r"timeout \(3.0\) has no meaning .* only with function or url"),
         ({"url": "http://x", "micro_batch_size": 3}, "micro_batch_size .* only with model"),
         ({"human": "score", "per_token": True}, "per_token .* only with model or function or url"),

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxrlhf.config import GRPO, PPO, Component, ModelSource, PPOConfig, SFTConfig, replace
+from jaxrlhf.config import GRPO, PPO, Component, ModelSource, PPOConfig, SFTConfig, replace, trl
 from jaxrlhf.config.file import METHODS, load_config
-from jaxrlhf.config.schema import keys
+from jaxrlhf.config.schema import field_doc, keys
 from jaxrlhf.config.spelling import suggestions
-from jaxrlhf.config.text import dump, field_doc, render_new
+from jaxrlhf.config.text import dump, render_new
 from jaxrlhf.errors import ConfigError
 
 GIVEN = "model: {path: m}\ndata: {path: d}\nreward: {function: r.py:f}\n"
@@ -42,6 +42,53 @@ def test_values_are_read_as_yaml_1_2(write):
     config = load_config("ppo", path)
     assert (config.optim.learning_rate, config.optim.eps, config.optim.beta1) == (1e-4, 0.5, 0.0)
     assert (config.seed, config.mesh.data, config.run_dir) == (10, 16, "on")
+
+
+def test_backslash_n_is_a_newline_in_overrides_and_refused_in_files(write):
+    texts = {"data.template": "template", "data.completion_prefix": "completion_prefix"}
+    for key in texts:
+        for text, meant in (
+            (r"Q: {x}\nA:", "Q: {x}\nA:"),
+            (r"'a\nb'", "a\nb"),
+            (r"\\nabla", r"\nabla"),
+            (r"\frac", r"\frac"),
+        ):
+            data = load_config("sft", None, [(key, text)], partial=True).data
+            assert getattr(data, texts[key]) == meant
+    for text in (r"[\n]", r"['\n']", r'["\n"]'):
+        assert load_config("ppo", None, [("sampling.stop_strings", text)], partial=True).sampling.stop_strings == (
+            "\n",
+        )
+    part = load_config(
+        "ppo", None, [("reward.components.0.template", r"{prompt}\n"), ("reward.components.0.model", "m")], partial=True
+    )
+    assert part.reward.components[0].template == "{prompt}\n"
+    assert load_config("sft", None, [("model.path", r"C:\new")], partial=True).model.path == r"C:\new", "not a text"
+    for method, line in (("sft", r"data: {template: 'Q\nA'}"), ("ppo", r"sampling: {stop_strings: [\n]}")):
+        with pytest.raises(ConfigError, match=r"my\.yaml:1: .*: \\n is a newline only in double quotes"):
+            load_config(method, write(line), partial=True)
+    assert load_config("sft", write(r'data: {template: "Q\nA"}'), partial=True).data.template == "Q\nA"
+    config = replace(SFTConfig(), **{"data.template": r"\nabla", "model.revision": "None", "run_dir": "None"})
+    assert load_config("sft", write(dump(config)), partial=True) == config
+
+
+def test_none_is_null_where_a_key_may_be_null(write):
+    path = write("model: {revision: None}\ndata: {max_rows: None, columns: {prompt: None}}\nrun_dir: None\n")
+    config = load_config("sft", path, partial=True)
+    assert (config.model.revision, config.data.max_rows, config.run_dir) == (None, None, "None")
+    assert (
+        load_config("sft", None, [("model.revision", "None"), ("data.max_rows", "None")], partial=True) == SFTConfig()
+    )
+    assert load_config("sft", None, [("model.revision", "'None'")], partial=True).model.revision == "None"
+
+
+def test_every_answer_to_a_name_of_trl_is_an_option():
+    everywhere = {key for cls in METHODS.values() for key, _ in keys(cls)}
+    for name, (options, _) in trl.NAMES.items():
+        assert set(options) <= everywhere, name
+    for method in METHODS.values():
+        assert not set(trl.NAMES) & {key for key, _ in keys(method)}
+    assert trl.answer("ppo_epochs", [key for key, _ in keys(PPO)]) == "; TRL's ppo_epochs is num_ppo_epochs here"
 
 
 @pytest.mark.parametrize("value", ["on", "off", "yes", "no", "1", "'true'"])

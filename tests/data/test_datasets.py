@@ -49,7 +49,7 @@ def test_held_out_rows_from_a_file(numbered, base, tmp_path):
     split = sft_rows(Data(path=numbered, validation_path=other), base, True)
     assert (len(split.train), texts(split.validation, base)) == (40, ["ab"])
     assert "held out: data" in str(split.report) and "the completion is empty (line 2)" in str(split.report)
-    with pytest.raises(ConfigError, match="set one of them"):
+    with pytest.raises(ConfigError, match="both hold rows out; set data.validation_fraction to 0"):
         sft_rows(Data(path=numbered, validation_path=other, validation_fraction=0.1), base, True)
 
 
