@@ -35,7 +35,8 @@ class Data:
     columns: dict[str, str] = Field(default_factory=dict)
     """Columns to rename before the format is recognised: {standard name: name in the file}."""
     template: Text = ""
-    """Prompt template with {column} fields, for data without a finished prompt. No chat template is applied to it."""
+    """Prompt template with {column} fields, for data without a finished prompt. No chat template is applied to it. On
+    the command line `\\n` is a newline, in a file only in double quotes."""
     score: str = ""
     """Score to use where a data set has several: a column, or in UltraFeedback a key of each completion or annotation.
     Empty: `score`; `helpfulness` of HelpSteer; `fine-grained_score` of UltraFeedback."""

@@ -223,6 +223,11 @@ def train_validation_split(
         report.notes.append(f"held out: {validation_report}")
     if validation:
         report.notes += held_out.overlap(train, validation, config, source)
+    if config.validation_fraction:
+        report.notes.append(
+            f"{len(validation)} rows are not trained on but evaluated: data.validation_fraction is "
+            f"{config.validation_fraction:g}"
+        )
     report.train, report.validation = len(train), len(validation)
     return Split([item.row for item in train], [item.row for item in validation], report)
 

@@ -53,6 +53,12 @@ def test_held_out_rows_from_a_file(numbered, base, tmp_path):
         sft_rows(Data(path=numbered, validation_path=other, validation_fraction=0.1), base, True)
 
 
+def test_a_fraction_that_is_held_out_is_named(numbered, base):
+    split = sft_rows(Data(path=numbered, validation_fraction=0.1), base, True)
+    assert (len(split.train), len(split.validation)) == (36, 4)
+    assert "4 rows are not trained on but evaluated: data.validation_fraction is 0.1" in split.report.notes
+
+
 def test_a_split_that_leaves_nothing_is_refused(tmp_path, base):
     path = write(tmp_path / "one.jsonl", [{"text": "a"}])
     with pytest.raises(DataError, match="leaves 0 rows to train on and 1 held out"):

@@ -319,13 +319,14 @@ def test_a_stopped_run_is_exported_without_its_data_and_its_reward(ppo, tmp_path
     assert "objective/kl" in (tmp_path / "policy" / "README.md").read_text(), "the card says what was measured"
 
 
-def test_the_number_of_completions_a_person_will_score_is_printed(ppo, monkeypatch):
+def test_the_penalty_of_truncated_responses_and_what_a_person_will_score_are_printed(ppo, monkeypatch):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     options = held_out(ppo, validation=config.Validation(eval_steps=2, max_prompts=3))
     options |= {"reward": config.RewardSource(components=({"human": "score"},))}
-    options |= {"scores": config.Scores(normalise="reference", reference_samples=10)}
+    options |= {"scores": config.Scores(normalise="reference", reference_samples=10, missing_eos_penalty=1.5)}
     said = PPOTrainer(config.PPOConfig(**options)).describe()
     assert "8 in each of 4 updates, 6 in each of 3 validations, 16 before training" in said
+    assert "\n1.5 is subtracted from scores of truncated responses (scores.missing_eos_penalty)\n" in said
 
 
 def record(**changes):
