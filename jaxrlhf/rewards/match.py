@@ -18,7 +18,10 @@ _NUMBER = re.compile(
 )
 _BEFORE_SIGN = (*"=<>\u2248\u2264\u2265~({[:,*/#$", " is")  # in "= - 5"; elsewhere a dash before a space is no sign
 _BEFORE_DASH = tuple("0123456789%\u00b0-")  # in "10 -15", "5%-10%" and "10--15" it is no sign either
-_OPERATION = re.compile(r"\s*(?:[a-z%]+\s+){0,2}(?:[-+*/\u2212\u00d7\u00b7\u00f7]|\\times|\\cdot|\\div)\s*[-($\\.\d]")
+_OPERATION = re.compile(
+    r"\s*%?\s*(?:[a-z]+\s+){0,2}"
+    r"(?:\*\*|[-+*/x\u2212\u00d7\u00b7\u00f7]|\\times|\\cdot|\\div|plus|minus|times|divided by|of)\s*[-($\\.\d]"
+)
 _CLAUSE_END = re.compile(r"\n|;|[.,](?:\s|$)|$")
 _DIGIT_GROUPS = re.compile(r"(?<=\d)(?:\{,\}|\\[,!]|[\u2009\u202f\xa0])(?=\d{3}(?!\d))")
 _MAX_DIGITS = 300

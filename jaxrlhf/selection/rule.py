@@ -141,7 +141,8 @@ class Summary:
             )
         if self.left_out:
             lines.append(f"left out      {', '.join(self.left_out)} of the prompt file, which would change its format")
-        lines.append(f"mean          score {mean(self.scores):.4f}; of the rows kept: {kept}")
+        score = f"{mean(self.scores):.4f}" if self.scores else "none"
+        lines.append(f"mean          score {score}; of the rows kept: {kept}")
         if self.rule.keep == "best":
             lines.append(f"KL            the best of {n} is at most {kl_bound(n):.3f} nats from the model per response")
         return "\n".join(lines)
@@ -161,5 +162,4 @@ def scores_of(completions: Sequence[Completion]) -> list[float]:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Mean; 0 for no values."""
-    return math.fsum(values) / max(1, len(values))
+    return math.fsum(values) / len(values)

@@ -347,3 +347,10 @@ def test_a_float32_score_reaches_the_same_decimal_threshold(config, drawn, tmp_p
     monkeypatch.setattr(generation, "score_completions", judge)
     assert run(config, tmp_path / "o.jsonl", "above", 0.9).rows == 5
     assert {row["score"] for row in read(tmp_path / "o.jsonl")} == {0.9}
+
+
+def test_a_selection_without_scores_has_no_mean():
+    found = Summary("m", Rule("best"), 2)
+    found.add([{"text": "a", "score": None, "finished": True}] * 2, [], "no completion has a score")
+    assert "mean          score none; of the rows kept: none" in str(found)
+    assert "unscored      2 completions" in str(found)
