@@ -153,7 +153,7 @@ def test_a_run_has_a_plan(grpo, tmp_path):
         ({"num_generations": 1}, "nothing to learn; give 2 or more, or use remax or reinforce_pp"),
         ({"method": "online_dpo", "num_generations": 1}, "give 2 or more, or give grpo.rejected_text"),
         ({"batch_size": 9}, r"must be a multiple of grpo.num_generations \(2\); 8 would do"),
-        ({"method": "cispo", "cliprange": 1.5}, "less than or equal to 1"),
+        ({"method": "cispo", "cliprange": 1.5}, "must be at most 1"),
         ({"method": "rloo", "num_mini_batches": 2}, "rloo has no ratio"),
         ({"method": "gpg", "cliprange_high": 0.3, "num_mini_batches": 1}, "gpg has no ratio to clip"),
         ({"kl_estimator": "k1"}, "its expected gradient is zero"),
