@@ -206,5 +206,30 @@ def test_scores_from_python(reward_folder, judge, policy_tokenizer, talk):
     np.testing.assert_array_equal(again, found)
     with pytest.raises(ConfigError, match="3 prompts, 2 completions"):
         jaxrlhf.score(reward_folder, talk.prompts, talk.completions[:2])
+    for flag, name in ((True, "true"), (False, "false")):
+        by_name = jaxrlhf.score(reward_folder, talk.prompts, talk.completions, add_eos=name)
+        np.testing.assert_array_equal(
+            jaxrlhf.score(reward_folder, talk.prompts, talk.completions, add_eos=flag), by_name
+        )
+    parts = [[{"from": "human", "content": [{"type": "text", "text": prompt}]}] for prompt in talk.prompts]
+    found = jaxrlhf.score(reward_folder, parts, talk.completions, finished=talk.finished)
+    np.testing.assert_array_equal(found, again)
     with pytest.warns(UserWarning, match="1 of 1 texts are longer than the 64 tokens"):
         jaxrlhf.score(reward_folder, ["a"], ["b" * 100])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "completions", "options", "said"),
+    [
+        ("Hi", "Yo", {}, "prompts and completions are lists"),
+        (["a"], [None], {}, "completion 0 is null; expected text"),
+        (["a", None], ["b", "c"], {}, "prompt 1 is null; expected text or a list of messages"),
+        ([[]], ["b"], {}, "prompt 0 is list"),
+        ([[{"role": "user", "content": 3}]], ["b"], {}, "prompt 0, message 1: content is int '3'; expected text"),
+        (["a"], ["b"], {"add_eos": "yes"}, "add_eos"),
+        (["a"], ["b"], {"micro_batch_size": 0}, "micro_batch_size"),
+    ],
+)
+def test_arguments_of_score_that_cannot_be_scored_are_refused(reward_folder, prompts, completions, options, said):
+    with pytest.raises(ValueError, match=said):
+        jaxrlhf.score(reward_folder, prompts, completions, **options)

@@ -13,9 +13,11 @@ import jax
 import numpy as np
 
 from jaxrlhf import runtime, sharding, weights
-from jaxrlhf.config import DType, TokenizerSource
+from jaxrlhf.config import Component, DType, TokenizerSource
 from jaxrlhf.config.base import AutoBool
 from jaxrlhf.data.batching import bucket
+from jaxrlhf.data.labels import describe
+from jaxrlhf.data.messages import read_content
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from jaxrlhf.errors import ConfigError, DataError, quoted
 from jaxrlhf.logprobs import last_token_scores
@@ -265,7 +267,7 @@ def score(
     completions: Sequence[str],
     *,
     finished: Sequence[bool] | None = None,
-    add_eos: AutoBool = "auto",
+    add_eos: AutoBool | bool = "auto",
     dtype: DType = "auto",
     micro_batch_size: int = 16,
 ) -> np.ndarray:
@@ -275,21 +277,33 @@ def score(
         with two it is the probability of label 1.
     prompts: texts, or conversations as lists of messages.
     finished: bool per completion, True if it ended by itself and was not cut off; None: all are finished.
-    add_eos: as `reward.add_eos`.
+    add_eos: as `reward.add_eos`; True and False as "true" and "false".
     dtype: of the parameters and matrix products; "auto": float32 on a CPU, else bfloat16.
     micro_batch_size: rows per forward pass.
     A text longer than the model's context loses its beginning, with a warning. Raises ConfigError if the arguments
-    differ in length, DataError for a model that cannot be used and for a score that is not finite.
+    differ in length and for invalid options, DataError for a model that cannot be used, for prompts and completions of
+    other types and for a score that is not finite.
     """
+    if isinstance(prompts, str) or isinstance(completions, str):
+        raise ConfigError(
+            "score: prompts and completions are lists; for one completion: score(model, [prompt], [text])"
+        )
     finished = [True] * len(completions) if finished is None else finished
     if not len(prompts) == len(completions) == len(finished):
         raise ConfigError(
             f"score: {len(prompts)} prompts, {len(completions)} completions and {len(finished)} values of `finished`; "
             "give one of each per completion"
         )
-    judge = RewardModel(str(model), dtype=dtype, micro_batch_size=micro_batch_size, add_eos=add_eos)
-    texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
-    messages = [None if isinstance(prompt, str) else prompt for prompt in prompts]
+    for i, text in enumerate(completions):
+        if not isinstance(text, str):
+            raise DataError(f"score: completion {i} is {describe(text)}; expected text")
+    asked = {"dtype": dtype, "micro_batch_size": micro_batch_size, "add_eos": add_eos}
+    options = Component(model=str(model), **asked)  # type: ignore[arg-type]
+    judge = RewardModel(
+        options.model, dtype=options.dtype, micro_batch_size=options.micro_batch_size, add_eos=options.add_eos
+    )
+    read = [_prompt(prompt, f"score: prompt {i}") for i, prompt in enumerate(prompts)]
+    texts, messages = [text for text, _ in read], [turns for _, turns in read]
     scores, truncated = judge.score_texts(texts, completions, finished, messages)
     if truncated.any():
         warnings.warn(
@@ -301,6 +315,16 @@ def score(
         i = unusable[0]
         raise DataError(f"reward model {model} gives {scores[i]} for completion {i}: {quoted(completions[i])}")
     return scores
+
+
+def _prompt(prompt: Any, where: str) -> tuple[str, Messages | None]:
+    """(text of a prompt, or of its last message; its normalised messages, None for text). Raises DataError."""
+    if isinstance(prompt, str):
+        return prompt, None
+    turns = read_content(prompt, where)
+    if not turns or isinstance(turns, str):
+        raise DataError(f"{where} is {describe(prompt)}; expected text or a list of messages")
+    return turns[-1]["content"], turns
 
 
 def transcript(messages: Messages) -> str:
