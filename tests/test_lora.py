@@ -300,6 +300,19 @@ def test_adapters_in_a_pickle_are_not_opened(tmp_path):
         peft.read(tmp_path, model)
 
 
+def test_a_config_json_beside_adapters_does_not_hide_them(tmp_path):
+    """Some trainers write the base model's config.json beside the adapters."""
+    model, base, added = adapted("llama")
+    peft.write(tmp_path, model, {**base, **added}, "some/base")
+    (tmp_path / "config.json").write_text("{}")
+    assert peft.is_adapter(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(DataError, match="holds adapters .* and the weights of a whole model"):
+        peft.is_adapter(tmp_path)
+    (tmp_path / peft.WEIGHTS).unlink()
+    assert not peft.is_adapter(tmp_path), "a config of adapters that are not there"
+
+
 def test_a_score_head_of_more_than_two_outputs_is_refused(tmp_path):
     model, base, added = adapted()
     peft.write(tmp_path, model, {**base, **added}, "some/base")

@@ -17,6 +17,7 @@ from jaxrlhf.weights.peft import keys
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
 ALL = "all-linear"
 PREFIX = "base_model.model."
 SCORES = (f"{PREFIX}score.weight", f"{PREFIX}score.modules_to_save.weight")
@@ -42,8 +43,19 @@ def modules(model: ModelConfig, targets: Sequence[str]) -> list[Module]:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return True if a folder holds adapters, not a whole model."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    """Return True if a folder holds adapters and no weights of a whole model. Raises DataError if it holds both."""
+    if not (folder / CONFIG).is_file():
+        return False
+    if not (folder / "config.json").is_file():
+        return True
+    if not any((folder / name).is_file() for name in (WEIGHTS, PICKLE)):
+        return False
+    if any((folder / name).is_file() for name in (safetensors.SINGLE, safetensors.INDEX)):
+        raise DataError(
+            f"{folder} holds adapters ({CONFIG}) and the weights of a whole model, so it is unclear which model is "
+            f"meant; move {CONFIG} and the adapters to a folder of their own, or delete them"
+        )
+    return True
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
@@ -77,9 +89,9 @@ def read_fields(folder: Path) -> Fields:
 
 def scan(folder: Path) -> dict[str, safetensors.Entry]:
     """The tensors of the adapters by name. Raises DataError if the file is missing or not valid."""
-    if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
+    if not (folder / WEIGHTS).is_file() and (folder / PICKLE).is_file():
         raise DataError(
-            f"{folder}: no {WEIGHTS}, only adapter_model.bin, which jaxrlhf never opens: reading such files can run "
+            f"{folder}: no {WEIGHTS}, only {PICKLE}, which jaxrlhf never opens: reading such files can run "
             "code. Load the adapters with PEFT where that is safe; save_pretrained writes safetensors"
         )
     return safetensors.scan(folder / WEIGHTS)
