@@ -68,3 +68,6 @@ def test_the_head_of_an_rm_pt_scores_as_in_torch(tiny_model, tmp_path, capsys):
     torch.save({"head.net.0.weight": Trap()}, tmp_path / "trap.pt")
     with pytest.raises(DataError, match="holds more than tensors"):
         read(tmp_path / "trap.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(DataError, match="damaged or holds more than tensors"):
+        read(tmp_path / "text.pt")
