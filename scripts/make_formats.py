@@ -246,8 +246,9 @@ are counted. A column of whole conversations is read before columns with a part 
 **Messages** have `role` and `content`, or `from` and `value`; also as JSON text, as CSV files have it. The speakers are
 user (human, prompter), assistant (gpt, model, ...), system (developer) and tool (observation, function);
 `function_call` is an assistant's tool call. Keys with null values are left out at every depth, as Arrow fills in every
-key of a struct; `arguments` of tool calls given as JSON text are parsed. A message with `weight: 0` (or
-`train: false`) is not trained on. `tools` (or `functions`), a list or JSON text, go to the chat template.
+key of a struct; `arguments` of tool calls given as JSON text are parsed. `reasoning` and `thinking` are read as
+`reasoning_content`. A message with `weight: 0` (or `train: false`) is not trained on. `tools` (or `functions`), a list
+or JSON text, go to the chat template. A system message in the messages is used instead of a column `system`.
 
 **Labels.** `label`, `kto_tag` or `tag` (true or false, 1 or 0, good or bad, chosen or rejected) rate a response for
 classification and KTO. SFT does not learn responses that are labelled bad; numbers in `label` beside plain `text` are

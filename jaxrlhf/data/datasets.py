@@ -275,10 +275,12 @@ def _prepare(
     report.train = len(kept)
     if not kept:
         raise DataError(f"data {rows.source}: none of its {len(rows.rows)} rows can be used\n{report}")
-    report.notes.append(
-        "formatted as plain text" if rendered[0].plain else "formatted with the tokenizer's chat template"
-    )
-    unused = row_format.unused(rows) + [row_format.tools] * (bool(row_format.tools) and rendered[0].plain)
+    plain, total = sum(example.plain for example in rendered), len(rendered)
+    formatted = "as plain text" if plain else "with the tokenizer's chat template"
+    if 0 < plain < total:
+        formatted = f"as plain text: {plain} of {total} rows; the others with the tokenizer's chat template"
+    report.notes.append(f"formatted {formatted}")
+    unused = row_format.unused(rows) + [row_format.tools] * (bool(row_format.tools) and plain == total)
     if unused:
         report.notes.append(f"columns not used: {', '.join(unused)}")
     report.notes += [f"{count} {note}" for note, count in notes.items()]

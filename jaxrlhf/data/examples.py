@@ -51,6 +51,8 @@ def to_examples(
     row, where = rows.rows[i], f"data {rows.locations[i]}"
     stored = _responses(row, found, where)
     example = _read(row, stored, found, config, has_chat, escape, where)
+    if found.system and _has_other_system(example, row.get(found.system)):
+        notes[f"rows have another system prompt in their messages, used instead of column {found.system!r}"] += 1
     if found.tools:
         example = replace(example, tools=read_tools(row.get(found.tools), f"{where}: column {found.tools!r}"))
     if found.task == "prompts":
@@ -234,6 +236,15 @@ def _with_system(messages: list[Message], system: str) -> list[Message]:
     if not system or any(turn["role"] == "system" for turn in messages[:1]):
         return messages
     return [{"role": "system", "content": system}, *messages]
+
+
+def _has_other_system(example: Example, system: Any) -> bool:
+    first = (example.completions[0] if example.prompt is None else example.prompt)[:1]
+    return (
+        bool(system)
+        and isinstance(first, list)
+        and any(turn["role"] == "system" and turn["content"] != system for turn in first)
+    )
 
 
 def _as_messages(content: Content, role: str) -> list[Message]:

@@ -71,8 +71,10 @@ class Format:
         changed = [{name: value for name, value in row.items() if name not in hidden} for row in rows.rows]
         for column, key in self.layout.keys.items():
             if column not in self.columns and column not in self.responses:
-                answers = [row.get(column) and parse(row[column]).get(key) for row in rows.rows]
-                changed = [{"answer": answer, **row} for answer, row in zip(answers, changed, strict=True)]
+                values = [parse(row.get(column)) for row in rows.rows]
+                answers = [value.get(key) if isinstance(value, dict) else None for value in values]
+                if any(answer is not None for answer in answers):
+                    changed = [{"answer": answer, **row} for answer, row in zip(answers, changed, strict=True)]
         return Rows(rows.source, changed, rows.locations)
 
     def __str__(self) -> str:
@@ -282,6 +284,10 @@ def _template_columns(template: str, rows: Rows) -> tuple[str, ...]:
             )
     if not fields:
         raise DataError("data.template has no {column} in it, so every prompt would be the same")
+    try:
+        template.format(**dict.fromkeys(fields, ""))
+    except (ValueError, LookupError) as error:
+        raise DataError(f"data.template: {error}; columns are text, so write {{column}} or {{column:>10}}") from error
     return tuple(dict.fromkeys(fields))
 
 

@@ -117,15 +117,18 @@ def by_winner(evidence: Evidence) -> Scores:
     return [None, None] if value is None else list(_WINNERS[value])
 
 
-def by_preference(second_is_better: Callable[[float], float]) -> Judge:
-    """A column has a number; `second_is_better(number)` is positive if the second response is better, 0 for a tie. Null
-    and NaN are no judgement."""
+def by_preference(second_is_better: Callable[[float], float], low: int, high: int) -> Judge:
+    """A column has a number from `low` to `high`; `second_is_better(number)` is positive if the second response is
+    better, 0 for a tie. Null and NaN are no judgement."""
 
     def judge(evidence: Evidence) -> Scores:
         ((column, value),) = evidence.columns.items()
         if value is None or str(value).lower() in ("", "nan"):
             return [None, None]
-        return [0.0, second_is_better(parse_number(evidence.columns, column, evidence.where))]
+        number = parse_number(evidence.columns, column, evidence.where)
+        if not low <= number <= high:
+            raise DataError(f"{evidence.where}: column {column!r} is {number:g}; expected {low} to {high}")
+        return [0.0, second_is_better(number)]
 
     return judge
 

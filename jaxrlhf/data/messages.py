@@ -19,6 +19,7 @@ _SPEAKERS = {
 _ROLES = {speaker: role for role, speakers in _SPEAKERS.items() for speaker in speakers}
 _CALLS = ("function_call", "function-call", "tool_call")  # speakers whose text is a call
 _TRAINED = ("train", "training", "loss", "weight")  # 0 or false: the message is not trained on
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # the first is what templates are given
 _LOOKS_LIKE_MESSAGES = re.compile(r"\s*\[?\s*\{\s*['\"](?:role|from|content|value)['\"]\s*:")
 
 
@@ -135,14 +136,18 @@ def _message(item: Any, where: str) -> Message:
         raise DataError(f"{where}: unknown speaker {speaker!r}; known speakers are {', '.join((*_ROLES, *_CALLS))}")
     if isinstance(text, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in text):
         text = "".join(part["text"] for part in text)
-    calls = item.pop("tool_calls", None) or []
+    calls = parse(item.pop("tool_calls", None)) or []
     if "function_call" in item:  # OpenAI's name before tool_calls
         calls = [item.pop("function_call")]
     if speaker.lower() in _CALLS:
         role, calls, text = "assistant", parse(text, where), ""
-    if not isinstance(text, str):
-        raise DataError(f"{where}: content is {describe(text)}; expected text")
+    thoughts = [item.pop(name) for name in _REASONING if name in item]
+    for name, value in (("content", text), *(("reasoning", thought) for thought in thoughts)):
+        if not isinstance(value, str):
+            raise DataError(f"{where}: {name} is {describe(value)}; expected text")
     message: Message = {**item, "role": role, "content": text}
+    if any(thoughts):
+        message[_REASONING[0]] = next(filter(None, thoughts))
     if calls:
         message["tool_calls"] = [_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
     flags = [message.pop(name) for name in _TRAINED if name in message]

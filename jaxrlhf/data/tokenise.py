@@ -77,8 +77,7 @@ def drop_reason(example: Example, task: Task, has_bos: bool) -> str:
         if isinstance(content, str):
             return ""
         turns = [turn for turn in content if turn["role"] == "assistant"]
-        trained = any(turn.get("train", True) for turn in turns)
-        return "" if trained else "no assistant turn is trained on" if turns else "no assistant turn"
+        return "" if _is_trained(turns) else "no assistant turn is trained on" if turns else "no assistant turn"
     if isinstance(prompt, list):
         empty = all(turn["role"] == "system" or not turn["content"] for turn in prompt)
     else:
@@ -90,6 +89,8 @@ def drop_reason(example: Example, task: Task, has_bos: bool) -> str:
         return "the prompt ends with an assistant turn" if ends_with_assistant else ""
     if any(isinstance(content, list) and not _ends_with_assistant(content) for content in completions):
         return "a completion does not end with an assistant turn"
+    if any(isinstance(content, list) and not _is_trained(content) for content in completions):
+        return "no assistant turn is trained on"
     if task == "pairs":
         chosen, rejected = completions
         if chosen == rejected:
@@ -110,6 +111,10 @@ def _is_empty(content: Content) -> bool:
     return not any(
         turn["content"].strip() or turn.get("reasoning_content") or turn.get("tool_calls") for turn in content
     )
+
+
+def _is_trained(turns: list[Message]) -> bool:
+    return any(turn["role"] == "assistant" and turn.get("train", True) for turn in turns)
 
 
 def _ends_with_assistant(turns: list[Message]) -> bool:

@@ -321,6 +321,54 @@ def test_roles_weights_and_reasoning(load):
         assert example.completions[0][1] == {**said("a"), "train": False}
     with pytest.raises(DataError, match="message 2: its weight is float '0.5'; expected 1, or 0 not to train"):
         load([{"messages": [user("q"), {**said("a"), "weight": 0.5}]}], "sft")
+    for name in ("reasoning", "thinking"):
+        (example,), report = load([{"messages": [user("q"), {**said("a"), name: "hm"}]}], "sft")
+        assert example.completions[0][1] == {**said("a"), "reasoning_content": "hm"}
+        assert "leaves out part of 1 messages" in str(report)
+        with pytest.raises(DataError, match=r"message 2: reasoning is list .*; expected text"):
+            load([{"messages": [user("q"), {**said("a"), name: ["hm"]}]}], "sft")
+
+
+def test_a_completion_that_is_not_trained_on_is_dropped(load):
+    ignored = [{**said("b"), "weight": 0}]
+    rows = [{"prompt": [user("q")], "completion": ignored}, {"prompt": [user("q")], "completion": [said("b")]}]
+    examples, report = load(rows, "sft")
+    assert len(examples) == 1 and "dropped 1: no assistant turn is trained on (line 1)" in str(report)
+    pairs = [{"prompt": [user("q")], "chosen": [said("a")], "rejected": ignored}]
+    with pytest.raises(DataError, match="dropped 1: no assistant turn is trained on"):
+        load(pairs, "pairs")
+
+
+def test_a_system_prompt_that_is_not_used_is_counted(load):
+    def row(column: str | None, *turns: dict[str, str]) -> dict[str, Any]:
+        return {"system": column, "messages": [*turns, user("q"), said("a")]}
+
+    system = {"role": "system", "content": "Be brief."}
+    examples, report = load([row("Rhyme.", system), row("Be brief.", system), row(None, system), row("Rhyme.")], "sft")
+    assert [example.completions[0][0]["content"] for example in examples] == ["Be brief."] * 3 + ["Rhyme."]
+    note = "1 rows have another system prompt in their messages, used instead of column 'system'"
+    assert note in report.notes
+
+
+def test_rows_of_text_and_of_messages_are_counted(load):
+    rows = [{"prompt": "q", "completion": "a"}, *[{"prompt": [user("q")], "completion": [said("a")]}] * 2]
+    (*_, report) = load(rows, "sft")
+    assert "formatted as plain text: 1 of 3 rows; the others with the tokenizer's chat template" in report.notes
+
+
+@pytest.mark.parametrize(
+    ("layout", "column", "value"),
+    [
+        ("AlpacaEval, AlpacaFarm", "preference", 3),
+        ("SHP", "labels", 2),
+        ("PKU-SafeRLHF", "better_response_id", -1),
+        ("HelpSteer3", "overall_preference", 4),
+        ("HelpSteer2 preferences", "preference_strength", -100),
+    ],
+)
+def test_a_preference_out_of_range_is_refused(load, layout, column, value):
+    with pytest.raises(DataError, match=f"column '{column}' is {value}; expected -?[0-9] to [0-9]"):
+        load([EXAMPLES[layout][0] | {column: value}], "pairs")
 
 
 def test_messages_as_text_of_a_csv_file(tmp_path, chatty):
@@ -415,6 +463,13 @@ def test_prompts_that_completions_repeat_are_counted(load):
     assert "repeat" not in str(load([other], "pairs")[1]) + str(load([{"messages": turns["prompt"]}], "prompts")[1])
 
 
+def test_another_column_called_reward_model_is_left_alone(tmp_path, chatty):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": [user("q")], "reward_model": "some/model"}))
+    (row,) = prompt_rows(Data(path=str(path), max_length=512), chatty).train
+    assert [*row.columns] == ["prompt", "reward_model"]
+
+
 def test_the_ground_truth_of_verl_is_the_answer(tmp_path, chatty):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(EXAMPLES["verl"][0]) + "\n")
@@ -452,7 +507,7 @@ def test_held_out_rows_are_another_split(tmp_path, base):
         held(validation_path=folder, validation_split="train")
     with pytest.raises(DataError, match="no split 'other'"):
         held(validation_split="other")
-    with pytest.raises(ConfigError, match=r"data.validation_split and data.validation_fraction both"):
+    with pytest.raises(ConfigError, match=r"data.validation_split and data.validation_fraction \(0.5\) both"):
         held(validation_split="test", validation_fraction=0.5)
     (tmp_path / "files").mkdir()
     for name, number in (("train", 1), ("dev", 2)):
