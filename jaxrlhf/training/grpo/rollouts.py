@@ -47,10 +47,8 @@ def zero_variance_groups(batch: ScoredRollout, group: int) -> np.ndarray:
     """Indices of the groups, of `group` rows each, whose raw scores are all equal. Unscored responses do not count."""
     scores = batch.scored.totals.reshape(-1, group)
     unscored = np.isnan(scores)
-    highest, lowest = (
-        scores.max(axis=1, initial=-np.inf, where=~unscored),
-        scores.min(axis=1, initial=np.inf, where=~unscored),
-    )
+    highest = scores.max(axis=1, initial=-np.inf, where=~unscored)
+    lowest = scores.min(axis=1, initial=np.inf, where=~unscored)
     return np.flatnonzero(highest <= lowest)
 
 

@@ -59,9 +59,8 @@ def _rejected_tokens(config: GRPOConfig, tokenizer: Tokenizer) -> tuple[int, ...
     text, length = config.grpo.rejected_text, config.sampling.response_length
     if text is None:
         return ()
-    tokens = tokenizer.encode_batch([tokenizer.escape(text)], [True])[0]
-    tokens += [tokenizer.eos_id] * (tokenizer.eos_id is not None)
-    if not 0 < len(tokens) <= length:
+    tokens = [*tokenizer.encode_batch([tokenizer.escape(text)], [True])[0], tokenizer.eos_id]
+    if len(tokens) > length:
         raise ConfigError(
             f"grpo.rejected_text has {len(tokens)} tokens with its end, and a response may have from 1 to {length}; "
             "change the text, or sampling.response_length"

@@ -27,9 +27,8 @@ class ScoredRollout(NamedTuple):
     rollout: Rollout
     scored: Scored
     metrics: Metrics  # timings
-    greedy: tuple[Rollout, np.ndarray] | None = (
-        None  # ReMax: greedy response to each prompt, score f32 [B], nan without one
-    )
+    greedy: tuple[Rollout, np.ndarray] | None = None
+    """ReMax: the greedy response to each row's prompt and its score, f32 [B], nan if unscored."""
 
     def samples(self) -> list[dict[str, Any]]:
         """Records for the samples log."""
