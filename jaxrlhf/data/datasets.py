@@ -254,11 +254,15 @@ def _prepare(
                 report.dropped.setdefault(reason, []).append(location.short)
                 continue
             try:
-                rendered.append(render(example, task, tokenizer))
+                texts = render(example, task, tokenizer)
             except DataError as error:
                 raise DataError(f"data {location}: {error}") from error
+            omissions.add(example, texts, location.short)
+            if texts.has_equal_completions:
+                report.dropped.setdefault("the chat template writes two completions alike", []).append(location.short)
+                continue
+            rendered.append(texts)
             examples.append((i, example))
-            omissions.add(example, rendered[-1], location.short)
     if task == "prompts":
         rows = row_format.reward_columns(rows)
     kept: list[Usable[T]] = []

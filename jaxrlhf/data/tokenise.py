@@ -44,6 +44,11 @@ class RenderedExample:
         """The data spells a control token, which is read as ordinary text."""
         return ESCAPE in self.prompt or any(ESCAPE in turns.text for turns in self.completions)
 
+    @property
+    def has_equal_completions(self) -> bool:
+        """Two completions differ only in what the chat template leaves out."""
+        return _has_duplicates([turns.text for turns in self.completions])
+
 
 @dataclass(frozen=True, slots=True)
 class TokenisedExample:

@@ -567,3 +567,13 @@ def test_reading_needs_no_second_pass_over_columns():
     for _ in range(5):
         recognise(rows, "sft", Data(path="x"))
     assert Counted.asked < 1000
+
+
+def test_completions_that_the_template_writes_alike_are_dropped(load):
+    thought, plain, other = [{**said("a"), "reasoning": "hm"}], [said("a")], [said("b")]
+    pairs = [{"prompt": [user("q")], "chosen": chosen, "rejected": plain} for chosen in (thought, other)]
+    lists = [{"prompt": [user("q")], "responses": responses} for responses in ([thought, plain, other], [plain, other])]
+    for task, rows in (("pairs", pairs), ("rankings", lists)):
+        examples, report = load(rows, task)
+        assert len(examples) == 1 and report.dropped == {"the chat template writes two completions alike": ["line 1"]}
+        assert "leaves out part of 1 messages (line 1)" in str(report)
