@@ -57,7 +57,8 @@ def to_examples(
         example = replace(example, tools=read_tools(row.get(found.tools), f"{where}: column {found.tools!r}"))
     if found.task == "prompts":
         return [replace(example, completions=())], ""
-    verdict = {name: parse(row.get(name)) for name in found.verdict}
+    cells = {name: row.get(name) for name in found.verdict}
+    verdict = {name: None if cell == "" else parse(cell) for name, cell in cells.items()}  # "": null in CSV
     if found.task == "sft" and found.layout.single and None in verdict.values():
         verdict = dict.fromkeys(verdict, 1)  # without a label, nothing says that the response is bad
     scores = found.judge(Evidence(verdict, stored, config.score, where))

@@ -123,7 +123,7 @@ def by_preference(second_is_better: Callable[[float], float], low: int, high: in
 
     def judge(evidence: Evidence) -> Scores:
         ((column, value),) = evidence.columns.items()
-        if value is None or str(value).lower() in ("", "nan"):
+        if value is None or str(value).lower() == "nan":
             return [None, None]
         number = parse_number(evidence.columns, column, evidence.where)
         if not low <= number <= high:

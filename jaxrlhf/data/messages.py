@@ -85,7 +85,7 @@ def _items(value: Any, where: str) -> list[Any] | None:
 
 
 def _has_content(item: Message) -> bool:
-    return not {"content", "value", "tool_calls"}.isdisjoint(item)
+    return not {"content", "value", "tool_calls", "function_call", *_REASONING}.isdisjoint(item)
 
 
 def is_conversation(value: str | list[Message] | None) -> bool:
@@ -124,6 +124,8 @@ def _message(item: Any, where: str) -> Message:
     """A message with a role, text content, and tool calls whose arguments are objects. Raises DataError."""
     if not isinstance(item, dict):
         raise DataError(f"{where}: is {describe(item)}; expected an object with role and content")
+    if not _has_content(item):
+        raise DataError(f"{where}: has no content, only {', '.join(item)}; rename the key of its text to content")
     item = without_nulls(item)
     named_from = "role" not in item
     speaker = item.pop("role", None) or item.pop("from", None)

@@ -577,3 +577,24 @@ def test_completions_that_the_template_writes_alike_are_dropped(load):
         examples, report = load(rows, task)
         assert len(examples) == 1 and report.dropped == {"the chat template writes two completions alike": ["line 1"]}
         assert "leaves out part of 1 messages (line 1)" in str(report)
+
+
+def test_empty_cells_of_csv_are_no_verdict(tmp_path, chatty):
+    def rows(read, cells: str) -> list[str]:
+        path = tmp_path / "rows.csv"
+        path.write_text(cells)
+        split = read(Data(path=str(path), max_length=512), chatty)
+        return [chatty.decode(getattr(row, "chosen", row).tokens) for row in split.train]
+
+    assert rows(pair_rows, "prompt,chosen,rejected,tie\nq,a,b,\nq,a,b,1\n") == ["qa"]
+    assert rows(lambda c, t: sft_rows(c, t, True), "prompt,completion,label\nq,a,\nq,b,true\nq,c,false\n") == [
+        "qa",
+        "qb",
+    ]
+    with pytest.raises(DataError, match=r"rows.csv:2: column 'label' is null; expected true or false"):
+        rows(label_rows, "prompt,completion,label\nq,a,\nq,b,true\n")
+
+
+def test_a_message_without_content_is_refused(load):
+    with pytest.raises(DataError, match="message 1: has no content, only role, text; rename the key"):
+        load([{"messages": [{"role": "user", "text": "q"}, {"role": "assistant", "text": "a"}]}], "sft")
