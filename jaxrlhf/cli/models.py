@@ -166,8 +166,7 @@ def export(options: Options, overrides: Overrides) -> None:
     is_run = (run / "config.yaml").is_file()
     if not is_run and not options.merge_lora:
         raise DataError(f"{run} is not a run directory: it has no config.yaml")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise StorageError(f"{target} exists and is not empty; give a new folder")
+    _check_new(target)
     from jaxrlhf import runs
     from jaxrlhf.training import export, pretrained
 
@@ -196,10 +195,18 @@ def export(options: Options, overrides: Overrides) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
+def _check_new(target: Path) -> None:
+    """Raise StorageError if an output folder exists and is not empty."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StorageError(f"{target} exists and is not empty; give a new folder")
+
+
 def convert_rm(options: Options, overrides: Overrides) -> None:
+    target = Path(options.directory)
+    _check_new(target)
     from jaxrlhf.weights import rm_pt
 
-    folder, unused = rm_pt.convert(Path(options.file), options.base, Path(options.directory))
+    folder, unused = rm_pt.convert(Path(options.file), options.base, target)
     if unused:
         print(f"note: names in {options.file} that were not used: {', '.join(unused)}", file=sys.stderr)
     print(folder)

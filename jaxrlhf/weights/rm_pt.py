@@ -56,9 +56,12 @@ def head(state: dict[str, np.ndarray], hidden: int) -> tuple[Params, list[str]]:
     numbers = sorted({int(match[1]) for match in found.values()})  # the numbers between are ReLU and dropout
     sizes = (hidden, *MLP_SIZES, 1)
     if len(numbers) != len(sizes) - 1:
+        names = sorted(found) or [*state]
         raise DataError(
-            f"the head has {len(numbers)} layers, {', '.join(sorted(found)) or 'none'}; expected "
-            f"{len(sizes) - 1} as head.net.N.weight and head.net.N.bias ({' -> '.join(map(str, sizes))})"
+            f"the file has {len(numbers)} layers of a head, and {len(sizes) - 1} are expected: head.net.N.weight and "
+            f"head.net.N.bias ({' -> '.join(map(str, sizes))}); its names: {', '.join(names[:6]) or 'none'}"
+            + ", ..."
+            * (len(names) > 6)
         )
     by_layer = {(int(match[1]), match[2]): state[name] for name, match in found.items()}
     missing = [f"head.net.{n}.{kind}" for n in numbers for kind in ("weight", "bias") if (n, kind) not in by_layer]

@@ -60,6 +60,8 @@ def test_the_head_of_an_rm_pt_scores_as_in_torch(tiny_model, tmp_path, capsys):
     again = weights.export(tmp_path / "again", model, params, source=folder)
     assert ADD_EOS not in json.loads((again / "config.json").read_text()), "another head may read end tokens"
 
+    assert main(["convert-rm", str(tmp_path / "rm.pt"), str(base), str(base)]) == 7, "the base model stays"
+    assert "exists and is not empty; give a new folder" in capsys.readouterr().err
     tensors = read(tmp_path / "rm.pt")
     with pytest.raises(DataError, match=r"missing: head.net.3.bias"):
         head({name: value for name, value in tensors.items() if name != "head.net.3.bias"}, 32)
