@@ -14,7 +14,7 @@ from jaxrlhf.data.examples import Content, Example, to_examples
 from jaxrlhf.data.file_readers import SourceLocation
 from jaxrlhf.data.formats import Task, recognise
 from jaxrlhf.data.held_out import Usable
-from jaxrlhf.data.omissions import Omissions
+from jaxrlhf.data.omissions import Omissions, first_few
 from jaxrlhf.data.sources import Rows, read_rows, read_validation_rows
 from jaxrlhf.data.tokenise import RenderedExample, TokenisedExample, drop_reason, render, tokenise, truncate
 from jaxrlhf.data.tokenizer import ESCAPE, Tokenizer
@@ -76,8 +76,7 @@ class Report:
         lines = [f"data {self.source}: {self.rows} rows, {self.format}; {self.train} kept{held_out}"]
         for verb, reasons in (("dropped", self.dropped), ("cut", self.cut)):
             for reason, locations in reasons.items():
-                first = ", ".join(locations[:5]) + (", ..." if len(locations) > 5 else "")
-                lines.append(f"{verb} {len(locations)}: {reason} ({first})")
+                lines.append(f"{verb} {len(locations)}: {reason} ({first_few(locations)})")
         if self.lengths:
             low, median, high, top = np.quantile(self.lengths, [0, 0.5, 0.95, 1], method="nearest")
             lines.append(f"tokens per row: {low} to {top}, median {median}, 95th percentile {high}")

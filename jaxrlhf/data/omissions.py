@@ -38,12 +38,12 @@ class Omissions:
         lines = []
         if self._locations:
             lines.append(
-                f"the chat template leaves out part of {self._messages} messages ({_first(self._locations)}): their "
+                f"the chat template leaves out part of {self._messages} messages ({first_few(self._locations)}): their "
                 "role, their reasoning or their tool calls"
             )
         if self._without_tools:
             rows = len(self._without_tools)
-            lines.append(f"the chat template leaves out the tools of {rows} rows ({_first(self._without_tools)})")
+            lines.append(f"the chat template leaves out the tools of {rows} rows ({first_few(self._without_tools)})")
         return lines
 
     def count(self, example: Example, rendered: RenderedExample) -> tuple[int, bool]:
@@ -95,7 +95,8 @@ class Omissions:
         return any(form in text for form in quoted) or "".join(part.split()) in "".join(text.split())
 
 
-def _first(locations: list[str]) -> str:
+def first_few(locations: list[str]) -> str:
+    """The first five locations, for a report."""
     return ", ".join(locations[:5]) + ", ..." * (len(locations) > 5)
 
 

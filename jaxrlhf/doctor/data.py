@@ -33,10 +33,13 @@ def examine_data(config: SFTConfig) -> str:
     readable: list[formats.Task] = []
     for task, methods in METHODS.items():
         try:
+            if (readable or task not in COMMON) and not formats.can_read(rows, task, config.data):
+                if task in COMMON:
+                    lines.append(f"jaxrlhf {methods}: no, it has no columns of {formats.TASK_NAMES[task]}")
+                continue
             found = formats.recognise(rows, task, config.data)
         except DataError as error:
-            if task in COMMON:
-                lines.append(f"jaxrlhf {methods}: no. {error}")
+            lines.append(f"jaxrlhf {methods}: no. {error}")
             continue
         unused = found.unused(rows)
         lines.append(f"jaxrlhf {methods}: {found}" + (f"; columns not used: {', '.join(unused)}" if unused else ""))

@@ -115,6 +115,14 @@ def test_data_is_described_for_every_method(tmp_path, tiny_model, capsys):
     assert "classification, dpo --dpo.loss kto: prompt and completion from prompt, completion, label" in (
         capsys.readouterr().out
     )
+    assert main(["data", str(file), "--data.score", "quality"]) == 0
+    printed = capsys.readouterr().out
+    assert "jaxrlhf reward, dpo: no, it has no columns of preference pairs\n" in printed
+    assert "jaxrlhf reward --loss regression: no. data.score: no column 'quality'" in printed
+    assert "ranking" not in printed
+    file.write_text('{"a": "b"}\n')
+    assert main(["data", str(file)]) == 0
+    assert "jaxrlhf sft: no. " in (printed := capsys.readouterr().out) and "Known: text | messages" in printed
     (tmp_path / "bad.jsonl").write_text('{"a": 1\n')
     assert main(["data", str(tmp_path / "bad.jsonl")]) == 4
     assert "bad.jsonl:1" in capsys.readouterr().err
