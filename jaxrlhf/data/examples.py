@@ -57,6 +57,8 @@ def to_examples(
         example = replace(example, tools=read_tools(row.get(found.tools), f"{where}: column {found.tools!r}"))
     if found.task == "prompts":
         return [replace(example, completions=())], ""
+    if isinstance(example.prompt, list) and example.prompt and example.prompt[-1]["role"] == "assistant":
+        notes["rows have a prompt that ends with an assistant turn; the completion is a second one after it"] += 1
     cells = {name: row.get(name) for name in found.verdict}
     verdict = {name: None if cell == "" else parse(cell) for name, cell in cells.items()}  # "": null in CSV
     if found.task == "sft" and found.layout.single and None in verdict.values():

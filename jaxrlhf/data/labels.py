@@ -111,7 +111,7 @@ def by_choice(evidence: Evidence) -> Scores:
 def by_winner(evidence: Evidence) -> Scores:
     """A column names the better model, or a tie."""
     ((column, value),) = evidence.columns.items()
-    if value is not None and value not in _WINNERS:
+    if value is not None and (not isinstance(value, str) or value not in _WINNERS):
         expected = f"expected one of {', '.join(_WINNERS)}"
         raise DataError(f"{evidence.where}: column {column!r} is {describe(value)}; {expected}")
     return [None, None] if value is None else list(_WINNERS[value])

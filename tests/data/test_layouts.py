@@ -598,3 +598,15 @@ def test_empty_cells_of_csv_are_no_verdict(tmp_path, chatty):
 def test_a_message_without_content_is_refused(load):
     with pytest.raises(DataError, match="message 1: has no content, only role, text; rename the key"):
         load([{"messages": [{"role": "user", "text": "q"}, {"role": "assistant", "text": "a"}]}], "sft")
+
+
+def test_a_prompt_that_ends_with_an_answer_is_counted(load):
+    talk = [human("q"), gpt("a")]
+    rows = [{"conversations": turns, "chosen": gpt("b"), "rejected": gpt("c")} for turns in (talk, talk[:1])]
+    note = "1 rows have a prompt that ends with an assistant turn; the completion is a second one after it"
+    assert note in load(rows, "pairs")[1].notes
+
+
+def test_a_winner_that_is_no_name_is_refused(load):
+    with pytest.raises(DataError, match="column 'winner' is list .* expected one of model_a, model_b, tie"):
+        load([EXAMPLES["Chatbot Arena"][0] | {"winner": [1]}], "pairs")
