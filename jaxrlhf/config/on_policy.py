@@ -162,7 +162,7 @@ WRONG_KL = {
 
 @section
 class OnPolicyConfig(BaseConfig):
-    """What the configs of PPO and GRPO share. A subclass has a section named `method`, and its own default of
+    """Base of the configs of PPO and GRPO. A subclass has a section named `method`, and its own default of
     `optim`, of which a config file may set a part."""
 
     reference: Reference = Reference()

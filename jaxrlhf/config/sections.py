@@ -62,7 +62,7 @@ class Data:
     validation_fraction: FractionBelowOne = 0.0
     """Fraction of `path` to hold out instead. The split depends only on `split_seed` and the number of rows."""
     split_by: Literal["row", "prompt"] = "row"
-    """What `validation_fraction` holds out. prompt: prompts with all their rows, so that none is on both sides."""
+    """Unit that `validation_fraction` holds out. prompt: all rows of a prompt, so that no prompt is on both sides."""
     split_seed: Natural = 0
     """Seed of the train/validation split."""
     shuffle: Bool = True
@@ -236,7 +236,7 @@ class Generation:
 
 @section
 class BaseConfig:
-    """What the configs of all methods have. A subclass sets `method` and the default of `run_dir`."""
+    """Base of the configs of all methods. A subclass sets `method` and the default of `run_dir`."""
 
     method: ClassVar[str]
     run_dir: str = "runs"

@@ -6,7 +6,7 @@ from jaxrlhf.config.sections import BaseConfig, Sampling, Train
 
 @section
 class SupervisedConfig(BaseConfig):
-    """What the configs of SFT, reward models and DPO share."""
+    """Base of the configs of SFT, reward models and DPO."""
 
     train: Train = Train()
 

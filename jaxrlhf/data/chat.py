@@ -143,7 +143,7 @@ class _Conversation:
         )
 
     def _span(self, i: int) -> tuple[int | None, int | None]:
-        """Where the characters that depend on the text of message `i` begin and end; None where this is not clear."""
+        """First and last character that depend on the text of message `i`; None where they cannot be told."""
         first, second = (self.render(_with_text(self.messages, i, marker)) for marker in MARKERS)
         start, after = _common(first, second), _common(first[::-1], second[::-1])
         if first == second:
@@ -153,7 +153,7 @@ class _Conversation:
         return start if begins_alike else None, len(self.text) - after if ends_alike else None
 
     def _after_generation_prompt(self, i: int) -> int | None:
-        """Where message `i` begins if the generation prompt follows the message before it, whose own rendering may
+        """Find the start of message `i` if the generation prompt follows the message before it, whose own rendering may
         depend on the messages after it. A first message is compared with the same after a question."""
         before = self._before[i]
         if before is None:
@@ -170,7 +170,7 @@ class _Conversation:
         return end + len(following) if self.text.startswith(following, end) else None
 
     def _header_end(self, i: int) -> int | None:
-        """Where the text starts to depend on the content of message `i`, if that is after the messages before it."""
+        """Find the first character that depends on the content of message `i`; None if it is in an earlier message."""
         before = self.messages[:i]
         shown = [self.render([*before, {"role": "assistant", "content": marker}]) for marker in MARKERS]
         start = min(_common(self.text, text) for text in shown)

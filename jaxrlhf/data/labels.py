@@ -23,7 +23,7 @@ Scores = list[float | None]
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a row says about its responses.
+    """The responses of a row and the values that rate them.
 
     columns: the verdict columns of its layout.    responses: as stored.    score: `data.score`.
     """

@@ -1,5 +1,6 @@
 """The base class of the SFT, reward and DPO trainers: setup, batches, session and export."""
 
+import abc
 import contextlib
 import math
 from collections.abc import Collection, Iterator, Sequence
@@ -24,7 +25,7 @@ from jaxrlhf.types import Params
 Config = TypeVar("Config", SFTConfig, RewardConfig, DPOConfig)
 
 
-class SupervisedTrainer(Generic[Config]):
+class SupervisedTrainer(abc.ABC, Generic[Config]):
     """Mesh, tokenizer and model of a run; a subclass adds rows, parameters and its `train`.
 
     `role` is the model that trains. Raises ConfigError for batches that the mesh cannot split.
@@ -82,8 +83,9 @@ class SupervisedTrainer(Generic[Config]):
         """Model, data and number of steps of `.train()`, and the first row as the model sees it."""
         return "\n".join((self.about(), f"{self.total_steps} steps", *self._first_row()))
 
+    @abc.abstractmethod
     def _first_row(self) -> list[str]:
-        raise NotImplementedError
+        """Lines that show the first training row."""
 
     def about(self) -> str:
         """Model, precision, devices, tokenizer and data, one line each."""

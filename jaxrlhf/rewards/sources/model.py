@@ -76,7 +76,7 @@ class RewardModel:
         self.micro_batch_size = -(-micro_batch_size // shards) * shards
 
     def _end_option(self, add_eos: AutoBool) -> bool | None:
-        """Whether an end token follows every completion; None: those that ended by themselves."""
+        """True: an end token follows every completion; None: only those that ended by themselves."""
         if add_eos == "auto":
             folder, _ = weights.base_and_adapters(weights.resolve(self.path, self.revision, weights=False))
             return safetensors.read_json(folder / CONFIG).get(ADD_EOS)
