@@ -21,6 +21,29 @@ def free_on_host(group: Path = Path("/sys/fs/cgroup")) -> int | None:
     return min(free, default=None)
 
 
+def reset_peak_on_host() -> None:
+    """Let `peak_on_host` count from now on, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5): the peak resident set size becomes the current one
+
+
+def peak_on_host() -> int | None:
+    """Largest resident memory of this process since `reset_peak_on_host`, or since its start where that has no effect;
+    None where unknown (not Linux). Child processes are not counted."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+    return None
+
+
+def peak_on_devices() -> int | None:
+    """Largest memory in use on any device of this process since its start; None where devices do not report it."""
+    peaks = []
+    with contextlib.suppress(RuntimeError):  # no device could be started: the run ends with that error
+        peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    return max((peak for peak in peaks if peak is not None), default=None)
+
+
 def release_free_memory() -> None:
     """Return memory that this process has freed to the system.
 

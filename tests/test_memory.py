@@ -27,6 +27,18 @@ def test_no_limit_leaves_what_the_computer_has(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is read from /proc")
+def test_the_peak_on_the_host_is_that_since_the_reset():
+    size = 2**28
+    np.ones(size, np.uint8)  # freed at once
+    before = memory.peak_on_host()
+    memory.reset_peak_on_host()
+    after = memory.peak_on_host()
+    assert before is not None and after is not None and before - after > 0.9 * size
+    np.ones(size, np.uint8)
+    assert memory.peak_on_host() == pytest.approx(after + size, abs=0.1 * size)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is read from /proc")
 def test_freed_small_blocks_are_returned_to_the_system():
     def held() -> int:
         with open("/proc/self/statm") as file:

@@ -43,6 +43,7 @@ def test_files_of_a_run_directory(config):
     assert record["method"] == "sft" and record["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
     assert record["versions"]["jax"] and record["starts"][0]["command"] == sys.argv
     assert record["starts"][0]["outcome"] == "done" and len(record["starts"][0]["config_sha256"]) == 64
+    assert record["starts"][0]["peak_memory"].keys() == {"host", "device"}
 
 
 def test_same_config_resumes_and_starts_are_counted(config):

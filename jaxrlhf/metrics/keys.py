@@ -97,6 +97,7 @@ METRICS: dict[str, str] = {
     "tokens/mean_length": "mean response length, stop token included",
     "tokens/min_length": "minimum response length",
     "tokens/max_length": "maximum response length",
+    "tokens/generated": "response tokens generated for this update, those of refills and greedy responses included",
     "tokens/finished": "share of responses that ended with a stop token or stop string; the others were truncated",
     "tokens/identical": "1 - (number of distinct responses) / (number of responses) of the batch",
     "eval/scores": "held-out prompts: mean score of a sampled response as the reward returned it (before `scores`)",

@@ -23,7 +23,7 @@ from typing import Any, TextIO, TypeVar
 
 import yaml
 
-from jaxrlhf import checkpoint
+from jaxrlhf import checkpoint, memory
 from jaxrlhf.config import replace, text
 from jaxrlhf.errors import Preempted, StorageError, first_line
 from jaxrlhf.files import write_whole
@@ -49,7 +49,8 @@ class Run:
 def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
     """Lock `config.run_dir` and start or resume a run of the command `method` in it.
 
-    Writes config.yaml (every option, resolved) and run.json (versions, config hash, command, host, mesh, all starts).
+    Writes config.yaml (every option, resolved) and run.json (versions, config hash, command, host, mesh, all starts,
+    each with its peak memory in bytes when it ends).
     With `fresh` an existing run is first renamed to `<name>.old-<n>`. While the run is open, the first SIGTERM or
     SIGINT sets `run.stopping`; the second ends the process at once.
 
@@ -68,6 +69,7 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
         write_whole(directory / "run.json", json.dumps(record, indent=1) + "\n")
         run = Run(directory, resumed, notes)
         outcome = "done"
+        memory.reset_peak_on_host()
         try:
             with _signals(run):
                 yield run
@@ -75,7 +77,8 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
             outcome = "preempted" if isinstance(error, Preempted) else type(error).__name__
             raise
         finally:
-            record["starts"][-1] |= {"end": _now(), "outcome": outcome}
+            peak = {"host": memory.peak_on_host(), "device": memory.peak_on_devices()}
+            record["starts"][-1] |= {"end": _now(), "outcome": outcome, "peak_memory": peak}
             with contextlib.suppress(OSError):  # a full disk must not hide the original error
                 write_whole(directory / "run.json", json.dumps(record, indent=1) + "\n")
 

@@ -54,6 +54,12 @@ def test_a_stopped_run_with_refills_goes_on_bit_for_bit_and_is_exported(grpo, tm
     equal(jax.device_get(resumed.state.value), jax.device_get(whole.state.value))
     assert sum(record["groups/replaced"] for record in log) > 0, "there were flat groups, and others"
     assert all(0 <= record["groups/refills"] <= 3 for record in log) and "eval/kl" not in log[-1]
+    size = whole.config.grpo.batch_size
+    for record in log:
+        rollouts, least = 1 + record["groups/refills"], size * record["tokens/min_length"]
+        assert record["tokens/generated"] >= rollouts * least and record["tokens/generated"] % 1 == 0
+        if rollouts == 1:
+            assert record["tokens/generated"] == pytest.approx(size * record["tokens/mean_length"])
     assert jaxrlhf.load(tmp_path / "exported")[0].vocab_size == whole.model.vocab_size
 
 

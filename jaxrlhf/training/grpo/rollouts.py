@@ -65,16 +65,16 @@ def rollout_with_greedy(
     of_row = np.repeat(np.arange(len(prompts)), group)
     rollout = jax.tree.map(lambda x: x[of_row], jax.device_get(greedy.rollout))
     scores = greedy.scored.totals[of_row]
-    metrics = _add_timings(batch, greedy)
+    metrics = _add_costs(batch, greedy)
     if not np.isnan(scores).all():
         metrics["objective/greedy_scores"] = float(np.nanmean(scores))
     return batch._replace(greedy=(sharding.put_rows(rollout, trainer.mesh), scores), metrics=metrics)
 
 
-def _add_timings(batch: ScoredRollout, more: ScoredRollout) -> dict[str, Any]:
-    """The metrics of `batch` with the seconds of `more` added."""
-    seconds = {key: value for key, value in more.metrics.items() if key.endswith("_seconds")}
-    return {key: value + seconds.get(key, 0.0) for key, value in batch.metrics.items()}
+def _add_costs(batch: ScoredRollout, more: ScoredRollout) -> dict[str, Any]:
+    """The metrics of `batch` with the seconds and the generated tokens of `more` added."""
+    added = {key: value for key, value in more.metrics.items() if key.endswith(("_seconds", "/generated"))}
+    return {key: value + added.get(key, 0) for key, value in batch.metrics.items()}
 
 
 def _replace_groups(
@@ -109,5 +109,5 @@ def _replace_groups(
             metrics=scored.metrics,
             notes=(*scored.notes, *other.notes),
         ),
-        metrics=_add_timings(batch, more),
+        metrics=_add_costs(batch, more),
     )

@@ -26,7 +26,7 @@ class ScoredRollout(NamedTuple):
     completions: list[str]
     rollout: Rollout
     scored: Scored
-    metrics: Metrics  # timings
+    metrics: Metrics  # timings, and the number of tokens generated
     greedy: tuple[Rollout, np.ndarray] | None = None
     """ReMax: the greedy response to each row's prompt and its score, f32 [B], nan if unscored."""
 

@@ -123,6 +123,7 @@ class OnPolicyTrainer(Generic[Config]):
             "perf/rollout_seconds": seconds,
             "perf/reward_seconds": time.monotonic() - generated,
             "perf/response_tokens_per_second": tokens / seconds,
+            "tokens/generated": tokens,
         }
         return ScoredRollout(rows, completions, rollout, scored, timings)
 
