@@ -73,7 +73,9 @@ def train_tokenizer(text: str, special: list[str]) -> Tokenizer:
     tokens = [AddedToken(token, special=True) for token in special]
     tokenizer.train_from_iterator(
         text.splitlines(keepends=True),
-        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=tokens, initial_alphabet=alphabet),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     return tokenizer
 

@@ -13,6 +13,7 @@ from jaxrlhf.data import datasets
 from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.metrics.statistics import correlation
 from jaxrlhf.rewards.component import ComponentScores, RewardComponent, open_source
 from jaxrlhf.rewards.sources.human import Human
 from jaxrlhf.rewards.sources.model import Messages, RewardModel
@@ -278,10 +279,3 @@ def combine_scores(
         return scores.min(axis=0)
     mean = scores.mean(axis=0)
     return mean - np.float32(spread_coef) * scores.std(axis=0) if combine == "mean_minus_std" else mean
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson correlation; 0 if either array is constant."""
-    x, y = a.astype(np.float64) - a.mean(dtype=np.float64), b.astype(np.float64) - b.mean()
-    norm = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / norm) if np.ptp(a) > 0 and np.ptp(b) > 0 and norm > 0 else 0.0
