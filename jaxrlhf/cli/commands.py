@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxrlhf.cli import models, training
+from jaxrlhf.cli import chat, models, training
 from jaxrlhf.cli.models import Options, Overrides
 from jaxrlhf.config.file import METHODS
 from jaxrlhf.config.schema import keys
@@ -47,6 +47,17 @@ _TRAIN: dict[str, dict[str, Any]] = {
     "--fresh": {"action": "store_true", "help": "start over in an existing run directory instead of resuming"},
     "--dry-run": {"action": "store_true", "help": "print the resolved config and a summary of the run, then stop"},
     "--use-lora": _USE_LORA,
+}
+_SAMPLING: dict[str, dict[str, Any]] = {
+    "--greedy": _sets("sampling.greedy", "greedy decoding", action="store_const", const="true"),
+    "--max-new-tokens": _sets(
+        "sampling.response_length", "maximum number of generated tokens", metavar="N", type=_count
+    ),
+    "--temperature": _sets("sampling.temperature", "sampling temperature", metavar="T"),
+    "--top-k": _sets("sampling.top_k", "sample from the K most probable tokens", metavar="K"),
+    "--top-p": _sets("sampling.top_p", "nucleus sampling", metavar="P"),
+    "--min-p": _sets("sampling.min_p", "minimum probability relative to the most probable token", metavar="P"),
+    "--seed": _SEED,
 }
 _EVALUATION: dict[str, dict[str, Any]] = {
     "--prompts": {"required": True, "metavar": "FILE", "help": "data file with prompts"},
@@ -116,15 +127,7 @@ COMMANDS: dict[str, Command] = {
         {
             "model": _MODEL,
             "--prompt": {"metavar": "TEXT", "help": "prompt; empty: start from the bos token"},
-            "--greedy": _sets("sampling.greedy", "greedy decoding", action="store_const", const="true"),
-            "--max-new-tokens": _sets(
-                "sampling.response_length", "maximum number of generated tokens", metavar="N", type=_count
-            ),
-            "--temperature": _sets("sampling.temperature", "sampling temperature", metavar="T"),
-            "--top-k": _sets("sampling.top_k", "sample from the K most probable tokens", metavar="K"),
-            "--top-p": _sets("sampling.top_p", "nucleus sampling", metavar="P"),
-            "--min-p": _sets("sampling.min_p", "minimum probability relative to the most probable token", metavar="P"),
-            "--seed": _SEED,
+            **_SAMPLING,
             "--n": {"type": _count, "default": 1, "metavar": "N", "help": "completions per prompt (default: 1)"},
             "--prompts": {"metavar": "FILE", "help": "data file with prompts, instead of --prompt"},
             "--best-by": {
@@ -149,6 +152,18 @@ COMMANDS: dict[str, Command] = {
                 "help": "output file of --prompts (FILE.jsonl.scored until it is complete)",
             },
             "--fresh": {"action": "store_true", "help": "overwrite --out and do not resume an interrupted command"},
+        },
+        overrides=True,
+    ),
+    "chat": Command(
+        chat.chat,
+        "talk to a model in the terminal; replies are scored by the reward given, or that of a PPO or GRPO run",
+        {
+            "model": _MODEL,
+            "--system": {"metavar": "TEXT", "help": "system prompt"},
+            **_SAMPLING,
+            **{name: _EVALUATION[name] for name in ("--reward", "--reward-model")},
+            "--no-history": {"action": "store_true", "help": "answer each message alone, without earlier turns"},
         },
         overrides=True,
     ),
@@ -199,6 +214,6 @@ COMMANDS: dict[str, Command] = {
         },
     ),
 }
-USING_DEVICES = {"demo", "doctor", *METHODS, "plan", "generate", "evaluate", "compare"}
+USING_DEVICES = {"demo", "doctor", *METHODS, "plan", "generate", "chat", "evaluate", "compare"}
 CONFIG_KEYS = {key for cls in METHODS.values() for key, _ in keys(cls)}
 """The keys of all configs."""

@@ -76,7 +76,7 @@ def _generate_selected(options: Options, overrides: Overrides) -> None:
         reward = _section_overrides("grpo" if methods_with_sections(path) == ["grpo"] else "ppo", path, "reward")
     has_reward = reward or any(key.startswith("reward.") for key, _ in overrides)
     run = overrides_from_run(options.model, *["sampling"] if has_reward else ["sampling", "reward"])
-    run += _date_of_run(options.model)
+    run += date_of_run(options.model)
     config = load_config("ppo", None, [*run, *reward, *overrides], partial=True)
     if not config.reward.parts():
         raise ConfigError(
@@ -127,7 +127,7 @@ def _evaluate_language_models(options: Options, models: list[str], overrides: Ov
         for methods in (("ppo", "grpo"), ("sft", "dpo"))
         for model in models
     )
-    run = [*next(filter(None, runs), []), *_date_of_run(*models)]
+    run = [*next(filter(None, runs), []), *date_of_run(*models)]
     overrides = [*run, ("data.path", options.prompts), *overrides]
     configs = [load_config("ppo", None, [*overrides, ("model.path", path)], partial=True) for path in models]
     from jaxrlhf.evaluation import completions
@@ -150,7 +150,7 @@ def _evaluate_reward_model(options: Options, overrides: Overrides) -> None:
     kept = {f"data.{key}" for key in ("completion_prefix", "control_tokens", "max_length", "truncation")}
     run = [pair for pair in overrides_from_run(options.model, "data", methods=("reward",)) if pair[0] in kept]
     paths = [("model.path", options.model), ("data.path", options.examples)]
-    run += _date_of_run(options.model)
+    run += date_of_run(options.model)
     config = load_config("reward", None, [*run, *paths, *overrides], partial=True)
     from jaxrlhf.evaluation import reward_examples
 
@@ -228,7 +228,7 @@ def _section_overrides(method: str, path: Path, *sections: str) -> Overrides:
     return [(f"{name}.{key}", json.dumps(value)) for name in sections for key, value in config.get(name, {}).items()]
 
 
-def _date_of_run(*models: str) -> Overrides:
+def date_of_run(*models: str) -> Overrides:
     """The date in the chat template of the first of `models` that is a run directory, as an override."""
     sections = (overrides_from_run(model, "tokenizer", methods=tuple(METHODS)) for model in models)
     dates = [pair for section in sections for pair in section if pair[0] == "tokenizer.template_date"]

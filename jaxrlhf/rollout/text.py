@@ -36,16 +36,22 @@ def decode_completions(
     rollout = jax.device_get(rollout)
     mask, finished = rollout.response_mask.copy(), rollout.finished.copy()
     for i, (prompt, ids, _) in enumerate(_token_ids(rollout)):
-        found = [
-            _first_stop(ids, prompt, tokenizer, strings, control=control)
-            for control in (False, True)
-            if (strings := [text for text in stop_strings if tokenizer.spells_control_token(text) == control])
-        ]
-        length, text = min(found, key=lambda stop: (stop[0], len(stop[1])))
+        length, text = first_stop(ids, prompt, tokenizer, stop_strings)
         if length <= len(ids):
             texts[i], finished[i] = text, True
             mask[i, length:] = False
     return shortened(rollout, mask, finished, tokenizer.pad_id), texts
+
+
+def first_stop(ids: list[int], prompt: list[int], tokenizer: Tokenizer, stop_strings: Sequence[str]) -> tuple[int, str]:
+    """(number of tokens up to the one that completes the first of `stop_strings`, the text before that string); (the
+    number of `ids` + 1, "") without one."""
+    found = [
+        _first_stop(ids, prompt, tokenizer, strings, control=control)
+        for control in (False, True)
+        if (strings := [text for text in stop_strings if tokenizer.spells_control_token(text) == control])
+    ]
+    return min(found, key=lambda stop: (stop[0], len(stop[1])), default=(len(ids) + 1, ""))
 
 
 def shortened(rollout: Rollout, mask: jax.Array | np.ndarray, finished: jax.Array | np.ndarray, pad_id: int) -> Rollout:

@@ -456,7 +456,7 @@ def test_evaluations_of_a_run_have_the_date_of_its_chat_template(tmp_path):
         settings = config_text.dump(RewardConfig(tokenizer=TokenizerSource(template_date=date)))
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(f"# jaxrlhf reward, every option resolved\n{settings}")
-    overrides = commands_models._date_of_run("hf://org/name", str(tmp_path / "first"), str(tmp_path / "second"))
+    overrides = commands_models.date_of_run("hf://org/name", str(tmp_path / "first"), str(tmp_path / "second"))
     assert load_config("ppo", None, overrides, partial=True).tokenizer.template_date == "2024-02-29"
 
 

@@ -1,0 +1,31 @@
+"""The command `chat`."""
+
+import sys
+
+from jaxrlhf.cli.models import Options, Overrides, announce_compilations, date_of_run, overrides_from_run
+from jaxrlhf.config.file import load_config
+from jaxrlhf.errors import JaxrlhfError
+
+RESPONSE_LENGTH = 256
+"""Tokens of a reply, unless the options or the run say otherwise."""
+
+
+def chat(options: Options, overrides: Overrides) -> None:
+    asked = any(key.startswith("reward.") for key, _ in overrides)
+    run = overrides_from_run(options.model, *["sampling"] if asked else ["sampling", "reward"])
+    run = [("sampling.response_length", str(RESPONSE_LENGTH)), *run, *date_of_run(options.model)]
+    config = load_config("ppo", None, [*run, ("model.path", options.model), *overrides], partial=True)
+    from jaxrlhf.chat.conversation import Conversation
+    from jaxrlhf.chat.terminal import Terminal
+
+    with announce_compilations(sys.stderr, quiet=config.logging.quiet):
+        conversation = Conversation(config, options.system or "", history=not options.no_history)
+        if config.reward.parts():
+            try:
+                conversation.open_reward()
+            except JaxrlhfError as error:
+                if asked:
+                    raise
+                print(f"note: replies are not scored, as the run's reward cannot be used: {error}", file=sys.stderr)
+        conversation.warm_up()
+        Terminal(conversation).run()
