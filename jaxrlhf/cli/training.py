@@ -17,12 +17,15 @@ def _config_path(given: str | None) -> Path | None:
     """The path of a config file or preset. Raises ConfigError if there is none of this name."""
     if given is None or Path(given).is_file():
         return Path(given) if given else None
-    known = presets()
-    if given.removesuffix(".yaml") in known:
-        return known[given.removesuffix(".yaml")]
+    known, name = presets(), given.removesuffix(".yaml").rstrip("/")
+    if name in known:
+        return known[name]
+    if inside := [other for other in known if other.startswith(f"{name}/")]:
+        raise ConfigError(f"{given} is a folder of presets; choose one: {', '.join(inside)}")
+    beside = [other for other in known if other.rpartition("/")[0] == name.rpartition("/")[0]]
+    names = ", ".join(beside or [other for other in known if "/" not in other])
     raise ConfigError(
-        f"there is no config file {given}, nor a preset of that name ({', '.join(sorted(known))})"
-        f"{did_you_mean(given, list(known))}"
+        f"there is no config file {given}, nor a preset of that name ({names}){did_you_mean(name, list(known))}"
     )
 
 

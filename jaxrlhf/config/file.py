@@ -27,14 +27,14 @@ def load_config(
     In an override of a text that a model reads, `\\n` is a newline. Problems of a preset name it instead of its path.
     partial: do not check that required keys are set. Raises ConfigError listing all problems.
     """
-    preset = f"preset {path.stem}" if path and path in presets().values() else ""
+    preset = next((f"preset {name}" for name, file in presets().items() if file == path), "")
     reader = ConfigReader(METHODS[method], preset or (str(path) if path else "command line"))
     mapping = reader.read_file(path) if path else {}
     for key, text in overrides:
         reader.apply_override(mapping, key, text)
     config = reader.validate(mapping)
     if not partial:
-        reader.check_required(method, mapping)
+        reader.check_required(config, method, mapping)
     if reader.problems:
         ordered = sorted(reader.problems, key=lambda problem: problem[0].line or math.inf)
         lines = [f"  {location}: {message}" for location, message in ordered]
@@ -43,10 +43,11 @@ def load_config(
 
 
 def presets() -> dict[str, Path]:
-    """The presets by name."""
+    """The presets by name; those of a sub-folder have its name before theirs: recipes/gpt2/ppo."""
     package = Path(__file__).parents[1]
-    folders = (package / "configs", package.parent / "configs")  # installed, or a source checkout
-    return {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
+    installed, checkout = package / "configs", package.parent / "configs"
+    folder = installed if installed.is_dir() else checkout
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def method_of(path: Path) -> str:

@@ -95,7 +95,7 @@ class GRPO(OnPolicy):
     """online_dpo: type of DPO loss, as in `jaxrlhf dpo`."""
     rejected_text: Text | None = None
     """online_dpo: fixed text to use as every prompt's rejected completion instead of the worst of its group, which may
-    then have a single completion."""
+    then have a single completion; with a single one, no reward is needed."""
 
     @property
     def recipe(self) -> Recipe:
@@ -209,6 +209,10 @@ class GRPOConfig(OnPolicyConfig):
     optim: Optim = Optim(learning_rate=1e-6, eps=1e-5)
     """GRPO's defaults are learning_rate 1e-6 and eps 1e-5; an `Optim` created in Python has those of `Optim`."""
     grpo: GRPO = GRPO()
+
+    @property
+    def needs_reward(self) -> bool:
+        return self.grpo.rejected_text is None or self.grpo.num_generations > 1
 
     @property
     def kl_option(self) -> str:

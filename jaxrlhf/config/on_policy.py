@@ -179,6 +179,11 @@ class OnPolicyConfig(BaseConfig):
         return getattr(self, self.method)
 
     @property
+    def needs_reward(self) -> bool:
+        """Return False if the method learns without scores."""
+        return True
+
+    @property
     def kl_option(self) -> str:
         """The option that keeps the policy near its reference."""
         return f"{self.method}.kl_coef"

@@ -127,8 +127,8 @@ class ConfigReader:
             message = self._unknown(key)
         self.problems.append((self._location(key), message))
 
-    def check_required(self, method: str, mapping: Mapping[str, Any]) -> None:
-        """Add a problem for each required key that is not set."""
+    def check_required(self, config: Any, method: str, mapping: Mapping[str, Any]) -> None:
+        """Add a problem for each required key that is not set. `config` is that of `validate`."""
 
         def is_set(key: str) -> bool:
             section, _, leaf = key.partition(".")
@@ -142,7 +142,8 @@ class ConfigReader:
                 section, _, leaf = key.partition(".")
                 doc = field_doc(self.annotations[section], leaf).removesuffix(" Required.")
                 self.problems.append((self._location(key), f"{key} is required. {doc}"))
-        if method in ("ppo", "grpo") and not any(map(is_set, ("reward.model", "reward.function", "reward.components"))):
+        needs_reward = method in ("ppo", "grpo") and (config is None or config.needs_reward)
+        if needs_reward and not any(map(is_set, ("reward.model", "reward.function", "reward.components"))):
             message = (
                 "a reward is required: reward.model (a reward model's folder), reward.function (path.py:name), "
                 "reward.components (a list), or several of them"

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxrlhf.config import Data
+from jaxrlhf.data import formats
 from jaxrlhf.data.datasets import PairRow, SFTRow, Split, pair_rows, train_validation_split
 from jaxrlhf.data.examples import Example
-from jaxrlhf.data.sources import Rows
+from jaxrlhf.data.sources import Rows, read_rows
 from jaxrlhf.data.tokenise import TokenisedExample
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import DataError
@@ -36,8 +37,12 @@ class RankedRow:
 
 
 def label_rows(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
-    """Load responses with a column `label`, `kto_tag` or `tag` (`labels.by_label`).
+    """Load responses with a column `label`, `kto_tag` or `tag` (`labels.by_label`); of a file of preference pairs, every
+    chosen response as a good one and every rejected one as a bad one.
     Raises ConfigError, and DataError, also if the training rows are all good or all bad."""
+    rows = read_rows(config)
+    if not formats.can_read(rows, "labels", config) and formats.can_read(rows, "pairs", config):
+        return _labels_of_pairs(config, tokenizer)
 
     def make_row(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> LabelledRow:
         return LabelledRow(*tokens.sequence(0), bool(example.scores[0]))
@@ -51,11 +56,8 @@ def label_rows(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
     return split
 
 
-def labels_of_pairs(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
-    """Load preference pairs as labelled responses: all chosen ones (good), then all rejected ones (bad).
-
-    Raises DataError and ConfigError.
-    """
+def _labels_of_pairs(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
+    """All chosen responses, then all rejected ones. Raises DataError and ConfigError."""
 
     def labelled(pairs: list[PairRow]) -> list[LabelledRow]:
         good = [LabelledRow(pair.chosen.tokens, pair.chosen.loss_mask, True) for pair in pairs]

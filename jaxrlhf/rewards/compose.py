@@ -75,9 +75,10 @@ class Scorer:
     `function` is a Python callable that replaces `config.function`, or belongs to the component whose function is
     `passed`; it runs in this process and cannot be killed. Functions named in the config are loaded here, each in its
     own process. Weights of reward models are loaded on first use, or by `load`. `directory` stores a person's answers.
+    Without a component (`required` false), every score is 0.
 
-    Raises ConfigError if there is no reward or it is inconsistent, RewardError or DataError if a source cannot be
-    loaded.
+    Raises ConfigError if a required reward is missing or it is inconsistent, RewardError or DataError if a source
+    cannot be loaded.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Scorer:
         *,
         mesh: jax.sharding.Mesh | None = None,
         directory: Path | None = None,
+        required: bool = True,
     ) -> None:
         if function is not None and config.function:
             raise ConfigError(f"two reward functions: a Python one and reward.function '{config.function}'; give one")
@@ -113,7 +115,7 @@ class Scorer:
                 self.components[component.name] = component
                 members.append(component.name)
             self._terms.append(_Term(term.label, term, members))
-        if not self.components:
+        if required and not self.components:
             raise ConfigError(
                 "no reward: give reward.model, reward.function (path.py:name), reward.components, or a Python function"
             )
@@ -207,7 +209,7 @@ class Scorer:
         by_name = {name: c.score(request, rollout, messages) for name, c in self.components.items()}
 
         scores, token_scores = np.zeros(len(completions), np.float32), None
-        unscored = np.ones(len(completions), bool)
+        unscored = np.full(len(completions), bool(self._terms))
         arrays = self._component_arrays(by_name)
         for term in self._terms:
             term_scores = term.scores(by_name)

@@ -17,7 +17,7 @@ from jaxrlhf.cli import models as commands_models
 from jaxrlhf.cli.commands import COMMANDS, Command
 from jaxrlhf.config import PPOConfig, RewardConfig, RewardSource, Sampling, TokenizerSource
 from jaxrlhf.config import text as config_text
-from jaxrlhf.config.file import METHODS, load_config
+from jaxrlhf.config.file import METHODS, load_config, method_of, presets
 from jaxrlhf.config.schema import keys
 from jaxrlhf.evaluation import completions, summary
 
@@ -258,9 +258,25 @@ def test_presets_are_found_by_name_and_valid(trained, method):
     assert trained[0].config != METHODS[method](), "a preset says something"
 
 
-def test_an_unknown_preset_is_refused_with_a_suggestion(capsys):
-    assert main(["ppo", "rewrd"]) == 3
-    assert "did you mean 'reward'?" in capsys.readouterr().err
+def test_every_preset_of_a_recipe_says_its_method_and_loads(trained):
+    recipes = {name: path for name, path in presets().items() if name.startswith("recipes/")}
+    for name, path in recipes.items():
+        assert main([method_of(path), name, *GIVEN]) == 0, name
+    assert recipes and len(trained) == len(recipes)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rewrd", "(dpo, grpo, ppo, reward, sft); did you mean 'reward'?"),
+        ("recipes/gpt2/pppo.yaml", "did you mean 'recipes/gpt2/ppo'"),
+        ("recipes/gpt2/", "is a folder of presets; choose one: recipes/gpt2/"),
+        ("recipes/gpt2/ppo/own", "(dpo, grpo, ppo, reward, sft)"),
+    ],
+)
+def test_an_unknown_preset_is_refused_with_a_suggestion(capsys, name, message):
+    assert main(["ppo", name]) == 3
+    assert message in capsys.readouterr().err
 
 
 def test_new_prints_a_config_that_reads_back(capsys, tmp_path):

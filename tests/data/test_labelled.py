@@ -50,6 +50,20 @@ def test_one_class_alone_is_refused_with_counts(tmp_path, base):
         label_rows(write(tmp_path / "l.jsonl", [{"prompt": "a", "completion": "b"}]), base)
 
 
+def test_pairs_are_a_good_and_a_bad_response_each(tmp_path, base):
+    pairs = [{"prompt": f"p{i}", "accepted": f" good {i}", "rejected": f" bad {i}"} for i in range(5)]
+    config = dataclasses.replace(write(tmp_path / "p.jsonl", pairs), validation_fraction=0.2)
+    split = label_rows(config, base)
+    sides = [{(base.decode(row.tokens), row.label) for row in rows} for rows in (split.train, split.validation)]
+    expected = {(f"p{i} {word} {i}", word == "good") for i in range(5) for word in ("good", "bad")}
+    assert sides[0] | sides[1] == expected
+    assert [len(side) for side in sides] == [8, 2]
+    assert {text.split()[0] for text, _ in sides[0]}.isdisjoint(text.split()[0] for text, _ in sides[1])
+    labelled = [{**pair, "completion": pair["accepted"], "label": 1} for pair in pairs]
+    labelled[0]["label"] = 0
+    assert len(label_rows(write(tmp_path / "l.jsonl", labelled), base).train) == 5, "a label of its own decides"
+
+
 def test_the_label_of_a_conversation_is_of_its_last_answer(tmp_path, chatty):
     talk = [{"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "the"), ("user", "dog"))]
     rows = [{"messages": [*talk, {"role": "assistant", "content": text}], "label": text == "fox"} for text in

@@ -130,16 +130,19 @@ def test_grpo_step_returns_completions_scores_and_metrics(grpo):
         trainer.grpo_step("say red ")
 
 
-def test_online_dpo_pushes_a_text_away_with_one_response_to_a_prompt(grpo):
+def test_online_dpo_pushes_a_text_away_with_one_response_to_a_prompt_and_no_reward(grpo):
     method = config.GRPO(method="online_dpo", batch_size=4, num_generations=1, rejected_text="no, no")
     sampling = config.Sampling(response_length=8, stop_strings=("a", "e", "i", "o", "u", "b", "c"))  # shorter than it
     optim = config.Optim(learning_rate=1e-2, schedule="constant")
     options = grpo | {"grpo": method, "sampling": sampling, "optim": optim, "data": config.Data()}
-    trainer = GRPOTrainer(config.GRPOConfig(**options), reward=length_reward)
-    assert len(trainer.spec.rejected) == 7
+    trainer = GRPOTrainer(config.GRPOConfig(**options))
+    assert len(trainer.spec.rejected) == 7 and "no reward: every response is preferred" in trainer.describe()
     first, second = (trainer.grpo_step(["say red ", "say blue ", "go ", "stop "]) for _ in range(2))
     assert first["groups/tied"] == 0 and abs(first["rewards/margins"]) < 1e-5
     assert second["rewards/rejected"] < 0 < second["rewards/margins"]
+    assert second["rewards"] == [0.0] * 4 and second["objective/unscored"] == 0
+    with pytest.raises(ConfigError, match="no reward: give reward.model"):
+        GRPOTrainer(config.GRPOConfig(**options | {"grpo": config.replace(method, num_generations=2)}))
     with pytest.raises(ConfigError, match="a response may have from 1 to 4; change the text"):
         short = config.replace(sampling, response_length=4)
         GRPOTrainer(config.GRPOConfig(**options | {"sampling": short}), reward=length_reward)

@@ -14,9 +14,9 @@ import numpy as np
 from jaxrlhf import sharding
 from jaxrlhf.config import DPOConfig
 from jaxrlhf.config.dpo import REFERENCE_FREE
-from jaxrlhf.data import batching, formats, kto, sources
+from jaxrlhf.data import batching, kto
 from jaxrlhf.data.datasets import PairRow, Split, pair_rows
-from jaxrlhf.data.labelled import LabelledRow, label_rows, labels_of_pairs
+from jaxrlhf.data.labelled import LabelledRow, label_rows
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import Preempted
 from jaxrlhf.training import setup
@@ -31,13 +31,8 @@ PROGRESS = 10.0
 
 
 def read_rows(config: DPOConfig, tokenizer: Tokenizer) -> Split[PairRow] | Split[LabelledRow]:
-    """Preference pairs; for kto labelled responses, to which a file of pairs is converted. Raises DataError and
-    ConfigError."""
-    if config.dpo.loss != "kto":
-        return pair_rows(config.data, tokenizer)
-    rows = sources.read_rows(config.data)
-    paired = not formats.can_read(rows, "labels", config.data) and formats.can_read(rows, "pairs", config.data)
-    return (labels_of_pairs if paired else label_rows)(config.data, tokenizer)
+    """Preference pairs; for kto labelled responses. Raises DataError and ConfigError."""
+    return (label_rows if config.dpo.loss == "kto" else pair_rows)(config.data, tokenizer)
 
 
 class DPOTrainer(SupervisedTrainer[DPOConfig]):

@@ -60,7 +60,10 @@ class OnPolicyTrainer(Generic[Config]):
         train, held_out = (self.data.train, self.data.validation) if self.data else ([], [])
         longest = max((len(row.tokens) for row in [*train, *held_out]), default=0)
         self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, longest)
-        self.scorer = Scorer(config.reward, self.tokenizer, reward, mesh=self.mesh, directory=Path(config.run_dir))
+        directory, required = Path(config.run_dir), config.needs_reward
+        self.scorer = Scorer(
+            config.reward, self.tokenizer, reward, mesh=self.mesh, directory=directory, required=required
+        )
         self.total_steps = self._total_steps()
         checks.check_run(config, self.mesh)
         if train:
@@ -241,6 +244,8 @@ class OnPolicyTrainer(Generic[Config]):
         about = [setup.describe(config, self.model, self.tokenizer, report, self.mesh)]
         if config.lora.enabled and config.lora.dropout:
             about.append(f"lora.dropout has no effect in {config.method}, whose rollout and update are without dropout")
+        if not self.scorer.components:
+            about.append("no reward: every response is preferred to grpo.rejected_text, and all scores are 0")
         if penalty := config.scores.missing_eos_penalty:
             about.append(f"{penalty:g} is subtracted from scores of truncated responses (scores.missing_eos_penalty)")
         if not self.scorer.has_human:
