@@ -172,13 +172,16 @@ def chats(n: int, rng: random.Random, held_out: bool) -> list[Row]:
 
 
 def ultrafeedback(n: int, rng: random.Random, held_out: bool) -> list[Row]:
-    """Pairs in the layout of HuggingFaceH4/ultrafeedback_binarized: conversations with scores."""
+    """Pairs in the layout of trl-lib/ultrafeedback_binarized: conversations with scores."""
     rows = []
     for prompt, topic in questions(n, rng, held_out):
-        row: Row = {"prompt": prompt}
+        row: Row = {}
         for side, kind in (("chosen", "good"), ("rejected", rng.choice(["wrong", "rude", "curt"]))):
             said = {"role": "assistant", "content": answer(topic, kind, rng)}
-            row |= {side: [{"role": "user", "content": prompt}, said], f"score_{side}": float(rng.randint(*SCORES[kind]))}
+            row |= {
+                side: [{"role": "user", "content": prompt}, said],
+                f"score_{side}": float(rng.randint(*SCORES[kind])),
+            }
         rows.append(row)
     return rows
 
