@@ -251,8 +251,9 @@ key of a struct; `arguments` of tool calls given as JSON text are parsed. `reaso
 or JSON text, go to the chat template. A system message in the messages is used instead of a column `system`.
 
 **Labels.** `label`, `kto_tag` or `tag` (true or false, 1 or 0, good or bad, chosen or rejected) rate a response for
-classification and KTO. Without such a column, both read pairs as a good and a bad response each. SFT does not learn responses that are labelled bad; numbers in `label` beside plain `text` are
-taken for the classes of another task. `score` rates a response for regression; `data.score` names another column.
+classification and KTO. Without such a column, both read a pair as a good and a bad response. SFT does not learn
+responses that are labelled bad; numbers in `label` beside plain `text` are taken for the classes of another task.
+`score` rates a response for regression; `data.score` names another column.
 
 **Ties and unjudged rows** are dropped from pairs, counted and listed; `reward` with `loss: ties` trains on ties. A
 column `tie` or `tied`, or `label: tie`, marks one beside `chosen` and `rejected`. SFT takes the better of two responses

@@ -26,8 +26,9 @@ class RewardConfig(SupervisedConfig):
     loss: Literal["pairwise", "ties", "ranking", "classification", "regression"] = "pairwise"
     """Training objective. pairwise: chosen/rejected pairs (Bradley-Terry). ties: pairs of which some are ties
     (Rao-Kupper), marked by a column `tie` or `tied`, or `label: tie`. ranking: a list `responses`, ordered best first
-    or with a list `ranks` (Plackett-Luce). classification: responses with a good/bad `label`, or
-    both responses of each pair; used as a reward, the model returns the probability of good. regression: responses with a numeric `score`."""
+    or with a list `ranks` (Plackett-Luce). classification: responses with a good/bad `label`, or both
+    responses of each pair; used as a reward, the model returns the probability of good. regression: responses with a
+    numeric `score`."""
     label_smoothing: FlipProbability = 0.0
     """pairwise: assumed probability that a pair's label is flipped."""
     margins: Bool = False

@@ -37,8 +37,8 @@ class RankedRow:
 
 
 def label_rows(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
-    """Load responses with a column `label`, `kto_tag` or `tag` (`labels.by_label`); of a file of preference pairs, every
-    chosen response as a good one and every rejected one as a bad one.
+    """Load responses with a column `label`, `kto_tag` or `tag` (`labels.by_label`); of preference pairs, the chosen
+    responses as good ones and the rejected responses as bad ones.
     Raises ConfigError, and DataError, also if the training rows are all good or all bad."""
     rows = read_rows(config)
     if not formats.can_read(rows, "labels", config) and formats.can_read(rows, "pairs", config):
