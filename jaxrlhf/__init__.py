@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxrlhf.rollout.inference_copy import inference_copy
     from jaxrlhf.training.dpo.trainer import DPOTrainer
     from jaxrlhf.training.grpo.trainer import GRPOTrainer
+    from jaxrlhf.training.on_policy.inspection import inspect
     from jaxrlhf.training.ppo.trainer import PPOTrainer
     from jaxrlhf.training.reward.trainer import RewardTrainer
     from jaxrlhf.training.sft import SFTTrainer
@@ -38,6 +39,7 @@ __all__ = [
     "export",
     "generate",
     "inference_copy",
+    "inspect",
     "load",
     "load_tokenizer",
     "score",
@@ -58,6 +60,7 @@ _HOMES = {
     "export": "jaxrlhf.weights",
     "generate": "jaxrlhf.rollout.decode",
     "inference_copy": "jaxrlhf.rollout.inference_copy",
+    "inspect": "jaxrlhf.training.on_policy.inspection",
     "load": "jaxrlhf.weights",
     "load_tokenizer": "jaxrlhf.data.tokenizer",
     "score": "jaxrlhf.rewards.sources.model",

@@ -11,7 +11,7 @@ classes with tracers, ShapeDtypeStructs and shardings in place of arrays.
 
 import functools
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -172,6 +172,8 @@ class Experience:
     advantages: Array  # f32 [B, R]
     returns: Array  # f32 [B, R]
     bootstrap: Array  # f32 [B]   value after the last token of a truncated response; 0 if finished
+    gamma: float = field(metadata={"static": True})  # the discounting with which
+    lam: float = field(metadata={"static": True})  # the advantages were computed
     token_scores: Array | None = None  # f32 [B, R]   scores of single tokens, in addition to `scores`
     features: Array | None = None  # f32 [B, R + 1, D]   hidden states of a frozen critic trunk
     weights: Array | None = None  # f32 [B, R]   token weights that correct for a sampler that is not pi_old

@@ -163,6 +163,9 @@ class Logging:
     """Steps between printed sample generations. 0: never."""
     num_samples: Count = 3
     """Number of samples to print."""
+    token_samples: Natural = 8
+    """Number of sequences of PPO and GRPO recorded token by token in tokens/ whenever samples are due: log-probs, KL,
+    advantages, entropy and the most probable alternatives. Costs two forward passes of these sequences. 0: none."""
     tensorboard: Bool = True
     """Write TensorBoard event files."""
     wandb_project: str = ""

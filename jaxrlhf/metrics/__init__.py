@@ -3,6 +3,7 @@
 `keys` defines every metric, `console` prints, `plots` draws.
 """
 
+import gzip
 import importlib
 import json
 import math
@@ -15,6 +16,9 @@ from jaxrlhf.errors import ConfigError, DataError, first_line, quoted
 from jaxrlhf.files import write_whole
 from jaxrlhf.metrics.console import Console
 from jaxrlhf.metrics.keys import METRICS, REWARDS
+
+TOKENS = "tokens"
+"""The folder of token records in a run directory: one file `step-000012.jsonl.gz` for each step that has some."""
 
 
 class Logger:
@@ -52,15 +56,26 @@ class Logger:
             self._wandb.log(numbers, step=step)
         self._console.progress(step, numbers)
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write rows ("prompt", "completion", and "score" or any other JSON value) and show the first few."""
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]], *, show: bool = True) -> None:
+        """Write rows ("prompt", "completion", and "score" or any other JSON value) and `show` the first few."""
         self._samples.writelines(_line({"step": step, **row}) for row in rows)
         self._samples.flush()
-        for row in rows[: self._config.num_samples]:
+        for row in rows[: self._config.num_samples] if show else ():
             self._console.sample(step, row)
+
+    def tokens(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the token records of `step`, one row per sequence. Non-finite numbers are None in them."""
+        lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        write_whole(
+            self._directory / TOKENS / f"step-{step:06d}.jsonl.gz",
+            gzip.compress(lines.encode("utf-8", "backslashreplace"), mtime=0),
+        )
 
     def rewind(self, step: int) -> None:
         """Remove records after `step` and incomplete lines before the run resumes from `step`."""
+        for path in (self._directory / TOKENS).glob("step-*.jsonl.gz"):
+            if int(path.name.removeprefix("step-").removesuffix(".jsonl.gz")) > step:
+                path.unlink()
         for file in (self._metrics, self._samples):
             file.close()
             _truncate(Path(file.name), step)

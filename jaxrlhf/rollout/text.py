@@ -1,6 +1,7 @@
 """Text of a rollout, for reward functions and logs."""
 
 import dataclasses
+import itertools
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
@@ -98,6 +99,29 @@ def token_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[list[str]]:
         ids = prompt + response + stop
         texts.append([tokenizer.decode(ids[i : i + 1], after=ids[:i]) for i in range(len(prompt), len(ids))])
     return texts
+
+
+def token_pieces(ids: Sequence[int], prompt: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """The text of a response in one piece per token: joined, they are the decoded response.
+
+    A character whose bytes are split over tokens belongs to the last of them; the others have "", as have control
+    tokens.
+    """
+    ids, prompt = list(ids), list(prompt)
+    pieces, start = [""] * len(ids), 0
+    for i in range(len(ids)):
+        text = tokenizer.decode(ids[start : i + 1], after=prompt + ids[:start])
+        if i + 1 == len(ids) or not text.endswith("\ufffd"):
+            pieces[i], start = text, i + 1
+    whole = tokenizer.decode(ids, after=prompt)
+    if "".join(pieces) == whole:
+        return pieces
+    ends = [0]  # a decoder that rewrites what it wrote before: a token ends where its prefix leaves the whole text
+    for i in range(1, len(ids)):
+        text = tokenizer.decode(ids[:i], after=prompt)
+        kept = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text.rstrip("\ufffd"), whole, strict=False))
+        ends.append(max(ends[-1], sum(1 for _ in kept)))
+    return [whole[a:b] for a, b in itertools.pairwise([*ends, len(whole)])]
 
 
 def _token_ids(rollout: Rollout) -> Iterator[tuple[list[int], list[int], list[int]]]:

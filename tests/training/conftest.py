@@ -34,7 +34,7 @@ def parts(tiny_model: pathlib.Path, rows: pathlib.Path) -> dict:
         "model": config.ModelSource(path=str(tiny_model), init="random"),
         "data": config.Data(path=str(rows), validation_fraction=0.25),
         "optim": config.Optim(learning_rate=1e-2),
-        "logging": config.Logging(quiet=True, tensorboard=False, sample_every=4, num_samples=2),
+        "logging": config.Logging(quiet=True, tensorboard=False, sample_every=4, num_samples=2, token_samples=0),
         "checkpoint": config.Checkpoint(save_every=3),
     }
 

@@ -12,7 +12,7 @@ from jaxrlhf.config import GRPOConfig
 from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.training.grpo.rollouts import rollout_with_greedy, rollout_with_refills
 from jaxrlhf.training.grpo.state import initial_state
-from jaxrlhf.training.grpo.update import annotate, update
+from jaxrlhf.training.grpo.update import annotate, filled, update
 from jaxrlhf.training.on_policy.rollout import (
     ScoredRollout,
     leave_out_unscored,
@@ -50,7 +50,9 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
                 if self.validator.should_stop_early(session):
                     break
                 with session.save_on_reward_error(step):
-                    batch, metrics = self._update(self.prompts(step), step, session, refills=self.config.grpo.refills)
+                    batch, _, metrics = self._update(
+                        self.prompts(step), step, session, refills=self.config.grpo.refills
+                    )
                 metrics, evaluation = metrics | self._progress(batch, step), {}
                 if self.validator.due(step + 1, self.total_steps):
                     evaluation = self.validator.run(session, step + 1, metrics, self.params, lambda: self.reference)
@@ -66,15 +68,22 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
         Returns `generated_texts` and `rewards`, those of a prompt side by side, `policy_loss`, and every other metric
         of the update by its logged name. Each new number of prompts compiles once.
         """
-        batch, metrics = self._update(*self._start_step(prompts, columns))
-        return batch.result(metrics)
+        batch, experience, metrics = self._update(*self._start_step(prompts, columns))
+        return batch.result(metrics, experience)
 
     def learn(
-        self, rollout: Rollout, scores: np.ndarray, step: int, greedy: tuple[Rollout, np.ndarray] | None = None
+        self,
+        rollout: Rollout,
+        scores: np.ndarray,
+        step: int,
+        greedy: tuple[Rollout, np.ndarray] | None = None,
+        *,
+        fill: bool = False,
     ) -> tuple[GroupExperience, Metrics]:
         """Compute the advantages of a rollout with scores f32 [B] and train on it: update number `step`. Returns the
         experience and the metrics. `greedy` is the greedy response to each row's prompt and its score, for ReMax. A
-        response whose score is nan, or that of its greedy response, is left out."""
+        response whose score is nan, or that of its greedy response, is left out. With `fill` the experience has the
+        policy's log-probs also where the update does without them (`GRPOSpec.annotates_policy`)."""
         config, state = self.config, without_moments(self.state.value)
         scores = scores if greedy is None else np.where(np.isnan(greedy[1]), np.nan, scores)
         rollout = leave_out_unscored(rollout, scores, self.tokenizer.pad_id, self.mesh)
@@ -86,17 +95,20 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
         baseline = shape_scores(config, self.mesh, *greedy, stats, count=False)[0] if greedy else None
         frozen = {role: sharding.to_device(part) for role, part in self.frozen.items()}
         experience, metrics = annotate(state, frozen, rollout, final_scores, baseline, spec=self.spec)
+        seen = experience
+        if fill and not self.spec.annotates_policy:
+            seen = filled(state, frozen, experience, spec=self.spec)
         if config.reference.offload:  # it leaves the device before moments and gradients come
             jax.block_until_ready(experience)
         frozen = {"policy": self.frozen["policy"]}
         state = dataclasses.replace(self.state.ready, score_stats=stats)
         self.state.value, after = update(state, frozen, experience, self.key(step, 1), spec=self.spec)
         rate = after.pop("policy/learning_rate")
-        return experience, metrics | after | score_metrics(scores) | {"learning_rate": rate}
+        return seen, metrics | after | score_metrics(scores) | {"learning_rate": rate}
 
     def _update(
         self, rows: Sequence[PromptRow], step: int, session: Session | None = None, *, refills: int = 0
-    ) -> tuple[ScoredRollout, Metrics]:
+    ) -> tuple[ScoredRollout, GroupExperience, Metrics]:
         """Update number `step` on a response to each row's prompt; zero-variance groups are replaced from up to
         `refills` further rollouts."""
         if refills:
@@ -105,5 +117,8 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
             batch = rollout_with_greedy(self, rows, step, session)
         else:
             batch = self.generate_and_score(rows, step, session)
-        _, metrics = self.learn(batch.rollout, batch.scored.totals, step, batch.greedy)
-        return batch, metrics | batch.scored.metrics
+        record = self._token_record(session, step + 1, batch)
+        experience, metrics = self.learn(batch.rollout, batch.scored.totals, step, batch.greedy, fill=session is None)
+        if session and record:
+            session.logger.tokens(step + 1, record.after(self.params, experience, step + 1))
+        return batch, experience, metrics | batch.scored.metrics

@@ -97,6 +97,22 @@ def annotate(
     return GroupExperience(rollout, advantages, old, ref), metrics
 
 
+@functools.partial(jax.jit, static_argnames="spec")
+def filled(
+    state: TrainState, frozen: dict[str, Params], experience: GroupExperience, *, spec: GRPOSpec
+) -> GroupExperience:
+    """The experience with the policy's log-probs, for a reader, where the update does without them
+    (`GRPOSpec.annotates_policy`). Takes another forward pass of the policy."""
+    shape = experience.rollout.response_mask.shape
+    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) - 1 :]), experience.rollout)
+    policy, batch = policy_params(state.params, frozen), shape[0]
+    if spec.grpo.recipe.loss == "dpo":
+        batch *= spec.grpo.num_generations
+    parts = rows.tokens.shape[0] // spec.grpo.annotation_rows(batch)
+    logprobs = jax.lax.map(lambda part: _logprobs(policy, part, spec)[0], to_micro_batches(rows, parts))
+    return dataclasses.replace(experience, old_logprobs=from_micro_batches(logprobs).reshape(shape))
+
+
 def group_advantages(
     scores: Array,
     rollout: Rollout,

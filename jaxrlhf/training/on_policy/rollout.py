@@ -16,7 +16,7 @@ from jaxrlhf.errors import RewardError
 from jaxrlhf.rewards.compose import Scored
 from jaxrlhf.rollout.text import shortened
 from jaxrlhf.training.session import Metrics
-from jaxrlhf.types import Rollout
+from jaxrlhf.types import Experience, GroupExperience, Rollout
 
 
 class ScoredRollout(NamedTuple):
@@ -35,12 +35,14 @@ class ScoredRollout(NamedTuple):
         rows = zip(self.rows, self.completions, self.scored.as_list(), strict=True)
         return [{"prompt": row.text, "completion": text, "score": score} for row, text, score in rows]
 
-    def result(self, metrics: Metrics) -> dict[str, Any]:
-        """The result of `ppo_step` and `grpo_step`: completions, scores and `metrics` as Python numbers."""
+    def result(self, metrics: Metrics, experience: Experience | GroupExperience) -> dict[str, Any]:
+        """The result of `ppo_step` and `grpo_step`: completions, scores, the experience, and `metrics` as Python
+        numbers."""
         numbers = {k: float(v) for k, v in jax.device_get(metrics).items()}
         return {
             "generated_texts": self.completions,
             "rewards": self.scored.as_list(),
+            "experience": experience,
             "policy_loss": numbers["loss/policy_avg"],
             **numbers,
         }
@@ -113,15 +115,21 @@ def reference_stats(batches: Iterable[Scored], stats: ScoreStats) -> ScoreStats:
 def pad_rollout(
     rollout: Rollout, token_scores: np.ndarray | None, width: tuple[int, int], pad_id: int, mesh: jax.sharding.Mesh
 ) -> tuple[Rollout, np.ndarray | None]:
-    """The rollout, and the scores of its tokens [B, R], padded to `width` (P, R)."""
-    (prompt, response), rollout = width, jax.device_get(rollout)
-    left = prompt - (rollout.tokens.shape[1] - rollout.response_mask.shape[1])
-    right = response - rollout.response_mask.shape[1]
+    """The rollout on the mesh, and the scores of its tokens [B, R], padded to `width` (P, R)."""
+    right = width[1] - rollout.response_mask.shape[1]
+    padded = sharding.put_rows(padded_rollout(jax.device_get(rollout), width, pad_id), mesh)
+    return padded, None if token_scores is None else np.pad(token_scores, [(0, 0), (0, right)])
+
+
+def padded_rollout(rollout: Rollout, width: tuple[int, int], pad_id: int) -> Rollout:
+    """A rollout of NumPy arrays, padded to `width` (P, R)."""
+    (prompt, response), columns = width, rollout.response_mask.shape[1]
+    left, right = prompt - (rollout.tokens.shape[1] - columns), response - columns
 
     def pad(x: Any, before: int = 0, value: int = 0) -> Any:
         return np.pad(x, [(0, 0), (before, right), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
 
-    padded = dataclasses.replace(
+    return dataclasses.replace(
         rollout,
         tokens=pad(rollout.tokens, left, pad_id),
         mask=pad(rollout.mask, left),
@@ -129,4 +137,3 @@ def pad_rollout(
         logprobs=pad(rollout.logprobs),
         support=None if rollout.support is None else pad(rollout.support),
     )
-    return sharding.put_rows(padded, mesh), None if token_scores is None else pad(token_scores)

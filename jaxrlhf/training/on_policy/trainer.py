@@ -24,6 +24,7 @@ from jaxrlhf.training.on_policy.alarms import Watch
 from jaxrlhf.training.on_policy.policy import policy_params, reference_params
 from jaxrlhf.training.on_policy.rollout import ScoredRollout, reference_stats
 from jaxrlhf.training.on_policy.sampler import Sampler
+from jaxrlhf.training.on_policy.token_records import TokenRecord, TokenRecords, rollout_logprobs
 from jaxrlhf.training.on_policy.validation import Validator
 from jaxrlhf.training.session import TEMPLATE, Metrics, Session, open_session
 from jaxrlhf.training.state import State
@@ -68,6 +69,7 @@ class OnPolicyTrainer(Generic[Config]):
         checks.check_run(config, self.mesh)
         if train:
             self.scorer.check_rows(train)
+        self.token_records = TokenRecords(config, self.sampler)
         self.validator = Validator(config, held_out, self.sampler, self.scorer, self.keys[1])
         self._results: dict[str, float] = {}  # the record of the exported state, for the model card
 
@@ -129,6 +131,11 @@ class OnPolicyTrainer(Generic[Config]):
             "tokens/generated": tokens,
         }
         return ScoredRollout(rows, completions, rollout, scored, timings)
+
+    def logprobs(self, rollout: Rollout) -> jax.Array:
+        """Log-probs of the response tokens of a rollout under the current policy, f32 of the shape of its
+        `response_mask`, 0 outside it: after an update, those that `inspect` takes as `new_logprobs`."""
+        return rollout_logprobs(self.params, rollout, model=self.model, temperature=self.config.sampling.temperature)
 
     def key(self, step: int, use: int) -> jax.Array:
         """The random key of update number `step` for a use: 0 the rollout, 1 the update, from 2 on further rollouts."""
@@ -206,12 +213,22 @@ class OnPolicyTrainer(Generic[Config]):
             "tokens/identical": 1 - len(set(batch.completions)) / len(batch.completions),
         }
 
+    def _samples_due(self, step: int) -> bool:
+        """Return True if samples are due of update number `step` (from 1): the first, every `logging.sample_every`-th
+        after it, and the last."""
+        every = self.config.logging.sample_every
+        return every > 0 and ((step - 1) % every == 0 or step == self.total_steps)
+
+    def _token_record(self, session: Session | None, step: int, batch: ScoredRollout) -> TokenRecord | None:
+        """The token record of update number `step` (from 1), before it, if one is due."""
+        if session is None or not self.config.logging.token_samples or not self._samples_due(step):
+            return None
+        return self.token_records.before(self.params, batch)
+
     def _log_samples(self, session: Session, step: int, batch: ScoredRollout) -> None:
-        """Log sample completions of update number `step` (from 1): of the first, of every `logging.sample_every`-th
-        after it, and of the last."""
-        config = self.config.logging
-        if config.sample_every and ((step - 1) % config.sample_every == 0 or step == self.total_steps):
-            session.log_samples(step, batch.samples()[: config.num_samples])
+        """Log sample completions of update number `step` (from 1) if they are due."""
+        if self._samples_due(step):
+            session.log_samples(step, batch.samples()[: self.config.logging.num_samples])
 
     def _finish(self, session: Session) -> dict[str, float]:
         """Save the last state and export it, or the best one; returns the metrics of the last update."""

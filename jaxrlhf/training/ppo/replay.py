@@ -37,7 +37,7 @@ def empty_replay(config: PPOConfig, spec: PPOSpec, width: tuple[int, int]) -> Ex
     )
     features = zeros(response + 1, spec.critic.hidden_size) if spec.trunk in ("reference", "frozen") else None
     weights = token if config.ppo.sampler_correction != "none" else None
-    return blank_experience(rollout, row, token, features=features, weights=weights)
+    return blank_experience(rollout, row, token, config.ppo, features=features, weights=weights)
 
 
 def update_with_replay(

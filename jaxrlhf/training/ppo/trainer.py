@@ -24,7 +24,7 @@ from jaxrlhf.training.on_policy.update import without_moments
 from jaxrlhf.training.ppo.critic import critic_params
 from jaxrlhf.training.ppo.replay import update_with_replay
 from jaxrlhf.training.ppo.state import initial_state
-from jaxrlhf.training.ppo.update import annotate, update
+from jaxrlhf.training.ppo.update import annotate, filled, update
 from jaxrlhf.training.session import Metrics, Session
 from jaxrlhf.types import Experience, Rollout
 
@@ -53,7 +53,7 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
                 if self.validator.should_stop_early(session):
                     break
                 with session.save_on_reward_error(step):
-                    batch, metrics = self._update(self.prompts(step), step, session)
+                    batch, _, metrics = self._update(self.prompts(step), step, session)
                 metrics, evaluation = metrics | self._progress(batch, step), {}
                 if self.validator.due(step + 1, self.total_steps):
                     evaluation = self.validator.run(session, step + 1, metrics, self.params, lambda: self.reference)
@@ -73,15 +73,22 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
         ppo = self.config.ppo
         if ppo.replay and len(prompts) != ppo.batch_size:
             raise ConfigError(f"ppo_step got {len(prompts)} prompts; with ppo.replay it needs {ppo.batch_size}")
-        batch, metrics = self._update(*self._start_step(prompts, columns))
-        result = batch.result(metrics)
+        batch, experience, metrics = self._update(*self._start_step(prompts, columns))
+        result = batch.result(metrics, experience)
         return result | {"value_loss": result["loss/value_avg"]}
 
     def learn(
-        self, rollout: Rollout, scores: np.ndarray, step: int, token_scores: np.ndarray | None = None
+        self,
+        rollout: Rollout,
+        scores: np.ndarray,
+        step: int,
+        token_scores: np.ndarray | None = None,
+        *,
+        fill: bool = False,
     ) -> tuple[Experience, Metrics]:
         """Annotate a rollout with scores f32 [B], and f32 [B, R] of single tokens, and train on it: update number
-        `step`. Returns the experience and the metrics. A response whose score is nan is left out."""
+        `step`. Returns the experience and the metrics. A response whose score is nan is left out. With `fill` the
+        experience is also complete where the update is one step (`PPOSpec.one_step`)."""
         config, state = self.config, without_moments(self.state.value)
         rollout = leave_out_unscored(rollout, scores, self.tokenizer.pad_id, self.mesh)
         if config.ppo.replay:
@@ -92,6 +99,9 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
             token_scores = sharding.put_rows(np.asarray(token_scores, np.float32), self.mesh)
         frozen = {role: sharding.to_device(part) for role, part in self.frozen.items()}
         experience, metrics = annotate(state, frozen, rollout, final_scores, token_scores, spec=self.spec)
+        seen = experience
+        if fill and self.spec.one_step(len(scores)):
+            seen = filled(state, frozen, experience, spec=self.spec)
         if config.reference.offload:  # it leaves the device before moments and gradients come
             jax.block_until_ready(experience)
         frozen = {role: self.frozen[role] for role in ("policy", "critic")}
@@ -99,7 +109,7 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
         train = update_with_replay if config.ppo.replay else update
         self.state.value, after = train(state, frozen, experience, self.key(step, 1), spec=self.spec)
         rate = after.pop("policy/learning_rate")
-        return experience, metrics | after | score_metrics(scores) | {"learning_rate": rate}
+        return seen, metrics | after | score_metrics(scores) | {"learning_rate": rate}
 
     def save_pretrained(
         self, directory: str | Path, role: Literal["policy", "critic"] = "policy", *, merge_lora: bool = False
@@ -118,8 +128,17 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
 
     def _update(
         self, rows: Sequence[PromptRow], step: int, session: Session | None = None
-    ) -> tuple[ScoredRollout, Metrics]:
+    ) -> tuple[ScoredRollout, Experience, Metrics]:
         """Update number `step` on a response to each prompt."""
         batch = self.generate_and_score(rows, step, session)
-        _, metrics = self.learn(batch.rollout, batch.scored.scores, step, batch.scored.token_scores)
-        return batch, metrics | batch.scored.metrics
+        record = self._token_record(session, step + 1, batch)
+        experience, metrics = self.learn(
+            batch.rollout,
+            batch.scored.scores,
+            step,
+            batch.scored.token_scores,
+            fill=session is None or record is not None,
+        )
+        if session and record:
+            session.logger.tokens(step + 1, record.after(self.params, experience, step + 1))
+        return batch, experience, metrics | batch.scored.metrics

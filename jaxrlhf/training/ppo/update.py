@@ -111,13 +111,15 @@ def annotate(
 
     parts = jax.lax.map(forward, to_micro_batches(rollout, batch // spec.ppo.annotation_rows(batch)))
     ref_logprobs, features, predictions = from_micro_batches(parts)
-    experience = blank_experience(rollout, scores, ref_logprobs, token_scores=token_scores, features=features)
+    experience = blank_experience(rollout, scores, ref_logprobs, spec.ppo, token_scores=token_scores, features=features)
     if predictions is None:
         return experience, {}
     return fill_experience(experience, predictions, state.kl_coef, spec.ppo)
 
 
-def blank_experience(rollout: Rollout, scores: Array, ref_logprobs: Array, **known: Array | None) -> Experience:
+def blank_experience(
+    rollout: Rollout, scores: Array, ref_logprobs: Array, ppo: PPO, **known: Array | None
+) -> Experience:
     """An experience in which all that `fill_experience` computes is 0."""
     blank = jnp.zeros_like(ref_logprobs)
     return Experience(
@@ -130,8 +132,24 @@ def blank_experience(rollout: Rollout, scores: Array, ref_logprobs: Array, **kno
         advantages=blank,
         returns=blank,
         bootstrap=jnp.zeros_like(scores),
+        gamma=ppo.gamma,
+        lam=ppo.lam,
         **known,
     )
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def filled(state: TrainState, frozen: dict[str, Params], experience: Experience, *, spec: PPOSpec) -> Experience:
+    """The experience as an update of one step (`PPOSpec.one_step`) fills it, for a reader: `annotate` leaves that to
+    `update`, which does not return it. Takes another forward pass of policy and critic."""
+
+    def forward(part: tuple[Rollout, Array | None]) -> Predictions:
+        return predict(state.params, frozen, *part, spec)
+
+    batch = experience.scores.shape[0]
+    rows = to_micro_batches((experience.rollout, experience.features), batch // spec.ppo.annotation_rows(batch))
+    predictions = from_micro_batches(jax.lax.map(forward, rows))
+    return fill_experience(experience, predictions, state.kl_coef, spec.ppo)[0]
 
 
 def fill_experience(
