@@ -200,8 +200,15 @@ COMMANDS: dict[str, Command] = {
     ),
     "plot": Command(
         training.plot,
-        "plot a run's metrics (PNG) and write them as CSV",
-        {"run": {"metavar": "RUN", "help": "run directory"}},
+        "plot the metrics of a run, or of several over each other, and write metrics and samples as CSV",
+        {
+            "run": {"metavar": "RUN", "nargs": "+", "help": "run directory"},
+            "--output": {
+                "metavar": "FILE",
+                "help": "the picture; default: plot.png in the run directory, of several runs in the current one",
+            },
+            "--format": {"choices": ("png", "pdf", "svg"), "help": "default: that of --output, or png"},
+        },
     ),
     "export": Command(
         models.export,

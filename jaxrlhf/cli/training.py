@@ -112,5 +112,6 @@ def data(options: Options, overrides: Overrides) -> None:
 def plot(options: Options, overrides: Overrides) -> None:
     from jaxrlhf.metrics import plots
 
-    for path in plots.plot(Path(options.run)):
+    output = Path(options.output) if options.output else None
+    for path in plots.plot([Path(run) for run in options.run], output, options.format):
         print(path)

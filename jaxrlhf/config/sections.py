@@ -170,6 +170,14 @@ class Logging:
     """Write TensorBoard event files."""
     wandb_project: str = ""
     """Weights & Biases project to log to (needs the extra `wandb`). Empty: none."""
+    trackio_project: str = ""
+    """trackio project to log to, on this machine (needs the extra `trackio`). Empty: none."""
+    tags: Literal["ours", "trl"] = "ours"
+    """Names of metrics in TensorBoard, W&B and trackio. trl: TRL's where it has the metric under another name.
+    metrics.jsonl always has ours."""
+    tag_prefix: str = ""
+    """Text before the names in TensorBoard, W&B and trackio, except those that begin with eval/: `train/` for the
+    charts of runs of TRL."""
     quiet: Bool = False
     """Suppress console output."""
 

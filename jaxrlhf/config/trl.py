@@ -62,7 +62,7 @@ NAMES: dict[str, tuple[tuple[str, ...], str]] = {
     "precompute_ref_log_probs": (("dpo.reference_folder",), "they are always computed once"),
     "ref_model_mixup_alpha": (("reference.sync_alpha",), ""),
     "ref_model_sync_steps": (("reference.sync_every",), ""),
-    "report_to": (("logging.tensorboard", "logging.wandb_project"), ""),
+    "report_to": (("logging.tensorboard", "logging.wandb_project", "logging.trackio_project"), ""),
     "resume_from_checkpoint": (("run_dir",), "a run in an existing one is resumed"),
     "reward_model_path": (("reward.model",), ""),
     "rpo_alpha": (("dpo.sft_coef",), ""),

@@ -1,21 +1,29 @@
-"""Metrics of a run: one record per step, written to metrics.jsonl, TensorBoard, W&B and the console.
+"""Metrics of a run: one record per step, written to metrics.jsonl, TensorBoard, W&B, trackio and the console.
 
-`keys` defines every metric, `console` prints, `plots` draws.
+`keys` defines every metric, `console` prints, `sinks` are the loggers besides the run's own files, `tags` names metrics
+there, `plots` draws, `tables` writes CSV.
 """
 
+import contextlib
 import gzip
-import importlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxrlhf.config import Logging
-from jaxrlhf.errors import ConfigError, DataError, first_line, quoted
+from jaxrlhf.errors import DataError, first_line, quoted
 from jaxrlhf.files import write_whole
+from jaxrlhf.metrics import sinks, tags
 from jaxrlhf.metrics.console import Console
 from jaxrlhf.metrics.keys import METRICS, REWARDS
+from jaxrlhf.metrics.sinks import Sink
+
+TRACKERS = "trackers.json"
 
 TOKENS = "tokens"
 """The folder of token records in a run directory: one file `step-000012.jsonl.gz` for each step that has some."""
@@ -23,6 +31,10 @@ TOKENS = "tokens"
 
 class Logger:
     """Write the records of one run. Files are flushed after every line, so a killed run loses no finished step.
+
+    A failure to write metrics.jsonl or samples.jsonl is raised. Any other sink that fails during the run is dropped,
+    with a note. Raises ConfigError if a sink that `config` asks for is not installed, or cannot start when it is
+    opened: by `rewind`, or else by the first record.
 
     Args:
         directory: the run directory.
@@ -34,10 +46,10 @@ class Logger:
 
     def __init__(self, directory: Path, config: Logging, method: str, total_steps: int, metric: str = "") -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._directory, self._config = directory, config
-        self._purge_step: int | None = None
-        self._writer: Any = None
-        self._wandb = _open_wandb(config, directory) if config.wandb_project else None
+        self._directory, self._config, self._method = directory, config, method
+        projects = {"wandb": config.wandb_project, "trackio": config.trackio_project}
+        self._trackers = {kind: sinks.tracker_module(kind, project) for kind, project in projects.items() if project}
+        self._sinks: list[Sink] | None = None
         self._console = Console(method, total_steps, config, metric)
         self.note, self.paused = self._console.note, self._console.paused
         self._open()
@@ -49,19 +61,26 @@ class Logger:
         numbers = {key: _number(value) for key, value in record.items()}
         self._metrics.write(_line({"step": step, **numbers}))
         self._metrics.flush()
-        if self._config.tensorboard:
-            for key, value in numbers.items():
-                self._tensorboard().add_scalar(key, value, step)
-        if self._wandb:
-            self._wandb.log(numbers, step=step)
+        tagged = tags.tagged(numbers, self._method, self._config.tags, self._config.tag_prefix)
+        self._send(lambda sink: sink.scalars(step, tagged))
         self._console.progress(step, numbers)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]], *, show: bool = True) -> None:
         """Write rows ("prompt", "completion", and "score" or any other JSON value) and `show` the first few."""
         self._samples.writelines(_line({"step": step, **row}) for row in rows)
         self._samples.flush()
+        if rows:
+            self._send(lambda sink: sink.samples(step, rows))
         for row in rows[: self._config.num_samples] if show else ():
             self._console.sample(step, row)
+
+    def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        """Send the distributions of arrays, by name, without their non-finite elements, to TensorBoard and the
+        trackers; no file of the run has them."""
+        finite = {name: array[np.isfinite(array)] for name, array in values.items()}
+        finite = {name: array for name, array in finite.items() if array.size}
+        if finite:
+            self._send(lambda sink: sink.histograms(step, finite))
 
     def tokens(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the token records of `step`, one row per sequence. Non-finite numbers are None in them."""
@@ -70,26 +89,28 @@ class Logger:
             self._directory / TOKENS / f"step-{step:06d}.jsonl.gz",
             gzip.compress(lines.encode("utf-8", "backslashreplace"), mtime=0),
         )
+        names = {"kl": "kl_per_token", "advantage": "advantage"}
+        values = {tag: [x for row in rows for x in row.get(name, ())] for name, tag in names.items()}
+        self.histograms(step, {tag: np.array(numbers, float) for tag, numbers in values.items()})
 
     def rewind(self, step: int) -> None:
-        """Remove records after `step` and incomplete lines before the run resumes from `step`."""
+        """Remove records after `step` and incomplete lines before the run resumes from `step` (0: starts)."""
         for path in (self._directory / TOKENS).glob("step-*.jsonl.gz"):
             if int(path.name.removeprefix("step-").removesuffix(".jsonl.gz")) > step:
                 path.unlink()
+        sent = 0
         for file in (self._metrics, self._samples):
             file.close()
-            _truncate(Path(file.name), step)
-        self._purge_step = step + 1
+            sent = max(sent, _truncate(Path(file.name), step))
         self._open()
+        self._open_sinks(step, sent)
 
     def close(self) -> None:
-        """Flush and close everything."""
-        self._metrics.close()
-        self._samples.close()
-        if self._writer is not None:
-            self._writer.close()
-        if self._wandb:
-            self._wandb.finish()
+        """Flush and close everything. Raises nothing: what could not be written has been raised when it was logged."""
+        for file in (self._metrics, self._samples):
+            with contextlib.suppress(OSError):  # lines are flushed when they are written
+                file.close()
+        self._close_sinks()
         self._console.close()
 
     def _open(self) -> None:
@@ -99,14 +120,46 @@ class Logger:
             for name in ("metrics.jsonl", "samples.jsonl")
         )
 
-    def _tensorboard(self) -> Any:
-        if self._writer is None:
-            from tensorboardX import SummaryWriter
+    def _open_sinks(self, step: int | None = None, sent: int = 0) -> None:
+        """Open the sinks of a run that resumes from `step`, after it has logged the steps up to `sent` before.
 
-            self._writer = SummaryWriter(
-                str(self._directory / "tensorboard"), purge_step=self._purge_step, flush_secs=10
-            )
-        return self._writer
+        A resumed run repeats its steps exactly. So trackers, which cannot forget, are not sent those again that they
+        have.
+        """
+        self._close_sinks()
+        self._sinks = []
+        if self._config.tensorboard:
+            self._sinks.append(sinks.TensorBoard(self._directory / "tensorboard", None if step is None else step + 1))
+        file = self._directory / TRACKERS
+        known = json.loads(file.read_text(encoding="utf-8")) if step and file.is_file() else {}
+        run_id = known.get("id") or secrets.token_hex(4)
+        for kind, module in self._trackers.items():
+            option, at = f"{kind}_project", sent if kind in known.get("trackers", ()) else 0
+            project = getattr(self._config, option)
+            self._sinks.append(sinks.Tracker(module, project, self._directory, run_id, at, self.note))
+        if self._trackers or known:
+            write_whole(file, json.dumps({"id": run_id, "trackers": list(self._trackers)}) + "\n")
+
+    def _close_sinks(self) -> None:
+        for sink in self._sinks or []:
+            try:
+                sink.close()
+            except Exception as error:
+                self.note(f"{sink.name} could not be closed: {first_line(error)}; metrics.jsonl has all records")
+        self._sinks = None
+
+    def _send(self, send: Callable[[Sink], None]) -> None:
+        if self._sinks is None:
+            self._open_sinks()
+        for sink in list(self._sinks or []):
+            try:
+                send(sink)
+            except Exception as error:
+                assert self._sinks is not None
+                self._sinks.remove(sink)
+                self.note(f"no more is logged to {sink.name}: {first_line(error)}; the run goes on with its own files")
+                with contextlib.suppress(Exception):  # it has failed already
+                    sink.close()
 
 
 def read_records(path: Path | str) -> list[dict[str, Any]]:
@@ -154,25 +207,17 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Keep the complete lines of `path` up to `step` (0: none), in one atomic replacement."""
-    kept = []
+def _truncate(path: Path, step: int) -> int:
+    """Keep the complete lines of `path` up to `step` (0: none), in one atomic replacement; returns the last step that
+    was there."""
+    kept, last = [], 0
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
-            if step and json.loads(line)["step"] <= step:
+            number = json.loads(line)["step"]
+            last = max(last, number)
+            if step and number <= step:
                 kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError):
             continue
     write_whole(path, b"".join(kept))
-
-
-def _open_wandb(config: Logging, directory: Path) -> Any:
-    try:
-        wandb = importlib.import_module("wandb")
-    except ImportError as error:
-        raise ConfigError(
-            f"logging.wandb_project is '{config.wandb_project}' but wandb is not installed; "
-            "pip install 'jaxrlhf[wandb]', or leave it empty"
-        ) from error
-    wandb.init(project=config.wandb_project, name=directory.name, dir=str(directory))
-    return wandb
+    return last

@@ -116,6 +116,11 @@ class Session:
         self.flush()
         self.logger.samples(step, samples)
 
+    def log_tokens(self, step: int, records: Sequence[dict[str, Any]]) -> None:
+        """Write the token records of `step`, after the metrics of the step before it."""
+        self.flush()
+        self.logger.tokens(step, records)
+
     def samples_due(self, step: int) -> bool:
         """Return True if samples are due after `step`: the first one and every `logging.sample_every` steps."""
         every = self.config.logging.sample_every

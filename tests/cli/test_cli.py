@@ -285,10 +285,17 @@ def test_new_prints_a_config_that_reads_back(capsys, tmp_path):
     assert load_config("reward", tmp_path / "r.yaml", partial=True) == METHODS["reward"]()
 
 
-def test_plot_prints_the_two_paths(tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    assert main(["plot", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.split() == [str(tmp_path / "plot.png"), str(tmp_path / "metrics.csv")]
+def test_plot_prints_the_paths_of_what_it_wrote(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert main(["plot", str(a)]) == 0
+    assert capsys.readouterr().out.split() == [str(a / "plot.png"), str(a / "metrics.csv")]
+    picture = tmp_path / "both.svg"
+    assert main(["plot", str(a), str(b), "--output", str(picture)]) == 0
+    assert capsys.readouterr().out.split() == [str(picture), str(a / "metrics.csv"), str(b / "metrics.csv")]
+    assert picture.read_text().startswith("<?xml")
 
 
 @pytest.fixture

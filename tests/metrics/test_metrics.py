@@ -4,14 +4,13 @@ import io
 import json
 import math
 import sys
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrlhf.config import Logging
-from jaxrlhf.errors import ConfigError, DataError
+from jaxrlhf.errors import DataError
 from jaxrlhf.metrics import Logger, console, read_records
 from jaxrlhf.metrics.keys import METRICS
 
@@ -159,40 +158,3 @@ def test_a_console_of_another_encoding(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     Logger(tmp_path, PLAIN, "ppo", 2).samples(1, [{"prompt": "漢", "completion": "é"}])
     assert b"\\u6f22" in raw.getvalue()
-
-
-def test_tensorboard_has_the_same_numbers_and_purges(tmp_path):
-    logger = Logger(tmp_path, Logging(quiet=True), "sft", 10)
-    logger.rewind(4)
-    logger.log(5, {"loss": 0.25, "eval/loss": 2.0})
-    logger.close()
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.record_writer import masked_crc32c  # noqa: F401 - the format is that of the writer we use
-
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    content, at, events = file.read_bytes(), 0, []
-    while at < len(content):  # length (8 bytes), its checksum (4), the event, its checksum (4)
-        length = int.from_bytes(content[at : at + 8], "little")
-        events.append(Event.FromString(content[at + 12 : at + 12 + length]))
-        at += 16 + length
-    scalars = {v.tag: (e.step, v.simple_value) for e in events for v in e.summary.value}
-    assert scalars == {"loss": (5, 0.25), "eval/loss": (5, 2.0)}
-    assert [e.step for e in events if e.session_log.status == 1] == [5]  # a viewer drops what was logged from step 5 on
-
-
-def test_wandb_is_optional(tmp_path, monkeypatch):
-    config = Logging(tensorboard=False, quiet=True, wandb_project="p")
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match="wandb is not installed"):
-        Logger(tmp_path, config, "sft", 1)
-    calls = []
-    stub = SimpleNamespace(
-        init=lambda **options: calls.append(options["project"]),
-        log=lambda record, step: calls.append((record, step)),
-        finish=lambda: calls.append("finish"),
-    )
-    monkeypatch.setitem(sys.modules, "wandb", stub)
-    logger = Logger(tmp_path, config, "sft", 1)
-    logger.log(1, {"loss": 2.0})
-    logger.close()
-    assert calls == ["p", ({"loss": 2.0}, 1), "finish"]

@@ -120,5 +120,5 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
         record = self._token_record(session, step + 1, batch)
         experience, metrics = self.learn(batch.rollout, batch.scored.totals, step, batch.greedy, fill=session is None)
         if session and record:
-            session.logger.tokens(step + 1, record.after(self.params, experience, step + 1))
+            session.log_tokens(step + 1, record.after(self.params, experience, step + 1))
         return batch, experience, metrics | batch.scored.metrics

@@ -35,6 +35,11 @@ class ScoredRollout(NamedTuple):
         rows = zip(self.rows, self.completions, self.scored.as_list(), strict=True)
         return [{"prompt": row.text, "completion": text, "score": score} for row, text, score in rows]
 
+    def distributions(self) -> dict[str, np.ndarray]:
+        """Scores, and response lengths in tokens, of all responses [B], for histograms."""
+        lengths = np.asarray(jax.device_get(self.rollout.response_mask)).sum(-1)
+        return {"scores": self.scored.totals, "response_length": lengths}
+
     def result(self, metrics: Metrics, experience: Experience | GroupExperience) -> dict[str, Any]:
         """The result of `ppo_step` and `grpo_step`: completions, scores, the experience, and `metrics` as Python
         numbers."""

@@ -229,6 +229,7 @@ class OnPolicyTrainer(Generic[Config]):
         """Log sample completions of update number `step` (from 1) if they are due."""
         if self._samples_due(step):
             session.log_samples(step, batch.samples()[: self.config.logging.num_samples])
+            session.logger.histograms(step, batch.distributions())
 
     def _finish(self, session: Session) -> dict[str, float]:
         """Save the last state and export it, or the best one; returns the metrics of the last update."""

@@ -165,7 +165,7 @@ class Validator:
             {"prompt": row.text, "completion": text, "greedy": other, "score": score, "held_out": True}
             for row, text, other, score in zip(self.rows, completions, greedy_completions, scores, strict=True)
         ]
-        session.logger.samples(step, samples[: self.config.logging.num_samples])
+        session.log_samples(step, samples[: self.config.logging.num_samples])
         return metrics, scores
 
     def _generate(self, decoder_params: Params, *, greedy: bool) -> tuple[Rollout, list[str]]:

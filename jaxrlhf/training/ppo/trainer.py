@@ -140,5 +140,5 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
             fill=session is None or record is not None,
         )
         if session and record:
-            session.logger.tokens(step + 1, record.after(self.params, experience, step + 1))
+            session.log_tokens(step + 1, record.after(self.params, experience, step + 1))
         return batch, experience, metrics | batch.scored.metrics
