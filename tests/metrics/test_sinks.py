@@ -139,6 +139,18 @@ def test_samples_and_histograms_reach_tensorboard(tmp_path):
     assert (histogram.num, histogram.sum, sum(histogram.bucket)) == (3, 2.0, 3)
 
 
+def test_token_records_give_histograms_of_what_they_have(tmp_path):
+    logger = Logger(tmp_path, Logging(quiet=True), "grpo", 2)
+    logger.tokens(1, [{"kl": [0.5, None], "advantage": [1.0, 2.0]}, {"kl": [1.5]}, {}])
+    logger.tokens(2, [{"logprob": [-1.0]}])
+    logger.close()
+    values = {v.tag: v.histo for e in events(tmp_path) for v in e.summary.value}
+    assert {tag: (h.num, h.sum) for tag, h in values.items()} == {
+        "histograms/kl_per_token": (2, 2.0),
+        "histograms/advantage": (2, 3.0),
+    }
+
+
 def test_without_events_there_are_no_event_files(tmp_path):
     logger = Logger(tmp_path, Logging(quiet=True), "ppo", 2)
     logger.rewind(0)
