@@ -244,13 +244,13 @@ def test_misspelt_keys_are_refused_and_the_right_one_is_suggested(method):
     rng = random.Random(0)
     right = total = 0
     for key in known:
-        for distance in (1, 1, 2, 2):
+        for distance in (1, 2):
             wrong = _misspelt(key, distance, rng)
             if wrong in known:
                 continue
             total += 1
             right += key in suggestions(wrong, known)
-    assert total > 3 * len(known)
+    assert total > 1.5 * len(known)
     assert right / total >= 0.95, f"{right} of {total}"
 
 
