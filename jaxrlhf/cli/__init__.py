@@ -119,7 +119,7 @@ def _split_overrides(argv: Sequence[str], command: Command) -> tuple[Overrides, 
             rest.append(argument)
         elif keywords is not None:
             rest.append(argument)
-            takes_value = "action" not in keywords
+            takes_value = keywords.get("action", "append") == "append"
             if takes_value and not equals and (text := next(remaining, None)) is not None:
                 rest[-1] = f"{flag}={text}"  # allows values that begin with a dash
         elif not command.overrides or ("." not in flag and _is_misspelt(flag, flags, options)):

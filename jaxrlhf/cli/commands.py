@@ -60,9 +60,19 @@ _SAMPLING: dict[str, dict[str, Any]] = {
     "--seed": _SEED,
 }
 _EVALUATION: dict[str, dict[str, Any]] = {
-    "--prompts": {"required": True, "metavar": "FILE", "help": "data file with prompts"},
+    "--prompts": {
+        "required": True,
+        "action": "append",
+        "metavar": "FILE",
+        "help": "data file with prompts; repeat it for several files",
+    },
     "--num-prompts": {"type": _count, "default": 20, "metavar": "N", "help": "number of prompts (default: 20)"},
-    "--num-completions": {"type": _count, "default": 4, "metavar": "N", "help": "completions per prompt (default: 4)"},
+    "--num-completions": {
+        "type": _count,
+        "metavar": "N",
+        "help": "completions per prompt (default: 4; with greedy decoding 1)",
+    },
+    **_SAMPLING,
     "--reward": _sets(
         "reward.function", "reward function; default: the reward of the PPO or GRPO run", metavar="path.py:name"
     ),
@@ -71,7 +81,12 @@ _EVALUATION: dict[str, dict[str, Any]] = {
         "metavar": "COLUMN",
         "help": "column with reference completions, for BLEU and ROUGE-L; default: the data's answer column, if any",
     },
-    "--seed": _SEED,
+    "--by": {"metavar": "COLUMN", "help": "column of the categories to report separately (default: category)"},
+    "--threshold": {
+        "type": float,
+        "metavar": "X",
+        "help": "minimum score of a passing completion, for pass@k: one of k completions passes",
+    },
     "--output": {"metavar": "FILE.json", "help": "write all results to this file"},
 }
 
@@ -170,11 +185,21 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(
         models.evaluate,
         "score a language model's completions with a reward (ranked BEST, MEDIUM, WORST) and against reference "
-        "completions, or a reward model's judgements on examples",
+        "completions, in all and by category; or measure its perplexity on texts; or a reward model's judgements on "
+        "examples",
         {
             "model": _MODEL,
             **_EVALUATION,
-            "--prompts": {"metavar": "FILE", "help": "data file with prompts, to evaluate a language model"},
+            "--prompts": {
+                "action": "append",
+                "metavar": "FILE",
+                "help": "data file with prompts, to evaluate a language model; repeat it for several files",
+            },
+            "--text": {
+                "metavar": "FILE",
+                "help": "data file with texts, prompts with completions, or conversations: perplexity of a language "
+                "model on what SFT would train on",
+            },
             "--examples": {
                 "metavar": "FILE",
                 "help": "to evaluate a reward model: rows {name, prompt, good, bad}, {name, prompt, completion, "
@@ -185,8 +210,25 @@ COMMANDS: dict[str, Command] = {
     ),
     "compare": Command(
         models.compare,
-        "evaluate two models on the same prompts and report win rates and score differences",
-        {"model": {**_MODEL, "metavar": "A"}, "other": {**_MODEL, "metavar": "B"}, **_EVALUATION},
+        "evaluate two or more models on the same prompts and compare each with the first, A, the baseline: answers "
+        "side by side, score, win rate and length-controlled win rate, KL, by category, and costs of training of run "
+        "directories",
+        {
+            "model": {**_MODEL, "metavar": "A", "help": "the baseline: model folder, hub id or run directory"},
+            "others": {**_MODEL, "metavar": "B", "nargs": "+", "help": "models to compare with A"},
+            **_EVALUATION,
+            "--show": {
+                "type": _natural,
+                "default": 3,
+                "metavar": "N",
+                "help": "print the answers to N prompts (default: 3)",
+            },
+            "--output": {
+                "metavar": "DIR",
+                "help": "write compare.html, compare.json, compare.csv and compare.png to this folder; FILE.json: only "
+                "JSON, to this file",
+            },
+        },
         overrides=True,
     ),
     "convert-rm": Command(

@@ -92,34 +92,43 @@ def _generate_selected(options: Options, overrides: Overrides) -> None:
 
 
 def evaluate(options: Options, overrides: Overrides) -> None:
-    if bool(options.prompts) == bool(options.examples):
+    if sum(map(bool, (options.prompts, options.examples, options.text))) != 1:
         raise ConfigError(
-            "evaluate: give either --prompts FILE, for a language model to complete, or --examples FILE, for a reward "
-            "model to judge"
+            "evaluate: give one of --prompts FILE, for a language model to complete, --text FILE, for its perplexity, "
+            "and --examples FILE, for a reward model to judge"
         )
     if options.examples:
         return _evaluate_reward_model(options, overrides)
-    (result,) = _evaluate_language_models(options, [options.model], overrides)
-    from jaxrlhf.evaluation import summary
+    if options.text:
+        return _evaluate_perplexity(options, overrides)
+    (config,), asked = _evaluation(options, [options.model], overrides)
+    from jaxrlhf.evaluation import completions, console
 
-    print(summary.table(result))
+    with _notes_on_stderr(quiet=config.logging.quiet):
+        result = completions.evaluate(config, **asked)
+    print(console.table(result))
     if options.output:
         _write_json(result, options.output)
     return None
 
 
 def compare(options: Options, overrides: Overrides) -> None:
-    first, second = _evaluate_language_models(options, [options.model, options.other], overrides)
-    from jaxrlhf.evaluation import summary
+    configs, asked = _evaluation(options, [options.model, *options.others], overrides)
+    from jaxrlhf.evaluation import comparison, comparison_console, comparison_files
 
-    print(summary.comparison(first, second))
+    with _notes_on_stderr(quiet=configs[0].logging.quiet):
+        result = comparison.compare(configs, **asked)
+    print(comparison_console.render(result, options.show))
     if options.output:
-        _write_json({"comparison": summary.paired(first, second), "a": first, "b": second}, options.output)
+        paths, notes = comparison_files.write(result, Path(options.output))
+        print("\nwrote " + ", ".join(map(str, paths)))
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
 
 
-def _evaluate_language_models(options: Options, models: list[str], overrides: Overrides) -> list[dict[str, Any]]:
-    """Evaluate `models` on the same prompts. Sampling and reward default to those of the first of them that was trained
-    by PPO or GRPO, or else by SFT or DPO."""
+def _evaluation(options: Options, models: list[str], overrides: Overrides) -> tuple[list[Any], dict[str, Any]]:
+    """Configs of `models` for evaluation on the same prompts, and what is asked of them. Sampling and reward default to
+    those of the first model that was trained by PPO or GRPO, or else by SFT or DPO."""
     has_reward = any(key.startswith("reward.") for key, _ in overrides)
     sections = ["sampling"] if has_reward else ["sampling", "reward"]
     runs = (
@@ -128,21 +137,17 @@ def _evaluate_language_models(options: Options, models: list[str], overrides: Ov
         for model in models
     )
     run = [*next(filter(None, runs), []), *date_of_run(*models)]
-    overrides = [*run, ("data.path", options.prompts), *overrides]
+    overrides = [*run, ("data.path", options.prompts[0]), *overrides]
     configs = [load_config("ppo", None, [*overrides, ("model.path", path)], partial=True) for path in models]
-    from jaxrlhf.evaluation import completions
-
-    with _notes_on_stderr(quiet=configs[0].logging.quiet):
-        return [
-            completions.evaluate(
-                config,
-                num_prompts=options.num_prompts,
-                num_completions=options.num_completions,
-                references=options.references or "",
-                other_models=models,
-            )
-            for config in configs
-        ]
+    greedy = configs[0].sampling.greedy
+    return configs, {
+        "num_prompts": options.num_prompts,
+        "num_completions": options.num_completions or (1 if greedy else 4),
+        "files": options.prompts,
+        "references": options.references or "",
+        "by": options.by or "",
+        "threshold": options.threshold,
+    }
 
 
 def _evaluate_reward_model(options: Options, overrides: Overrides) -> None:
@@ -157,6 +162,21 @@ def _evaluate_reward_model(options: Options, overrides: Overrides) -> None:
     with _notes_on_stderr(quiet=config.logging.quiet):
         result = reward_examples.judge(config)
     print(reward_examples.table(result))
+    if options.output:
+        _write_json(result, options.output)
+
+
+def _evaluate_perplexity(options: Options, overrides: Overrides) -> None:
+    """`evaluate --text`: print the perplexity of a language model on texts, read as its SFT run would read them."""
+    kept = {f"data.{key}" for key in ("completion_prefix", "control_tokens", "max_length", "template", "truncation")}
+    run = [pair for pair in overrides_from_run(options.model, "data", methods=("sft",)) if pair[0] in kept]
+    run += [*date_of_run(options.model), ("model.path", options.model), ("data.path", options.text)]
+    config = load_config("sft", None, [*run, *overrides], partial=True)
+    from jaxrlhf.evaluation import perplexity
+
+    with _notes_on_stderr(quiet=config.logging.quiet):
+        result = perplexity.measure(config)
+    print(perplexity.table(result))
     if options.output:
         _write_json(result, options.output)
 

@@ -25,6 +25,7 @@ ESCAPE = "\ufdd0"
 _MORE_TEMPLATES = "additional_chat_templates"
 _JSON_ESCAPE = "\\ufdd0"
 _BATCH = 8192  # texts per call of the backend, whose encodings take much more memory than lists of ids
+_PROBE = "Hello, world!  naïve 1234\n\tdef f(x): return x\n"
 _CONTEXT = 8  # preceding ids that decide whether a continuation starts with a space
 
 
@@ -194,6 +195,14 @@ class Tokenizer:
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         """Return the vocabulary entry of each id, or `[id]` for ids in the model's vocabulary padding."""
         return [self._backend.id_to_token(int(i)) or f"[{i}]" for i in ids]
+
+    def has_ids_of(self, other: "Tokenizer") -> bool:
+        """True if every token id of `other` has the same meaning here; there may be more ids (for padding)."""
+        return (
+            self.size >= other.size
+            and self.encode(_PROBE) == other.encode(_PROBE)
+            and self.convert_ids_to_tokens(range(other.size)) == other.convert_ids_to_tokens(range(other.size))
+        )
 
     def render_chat(self, messages: Objects, generation: bool, tools: Objects | None = None) -> list[int]:
         """Encode a conversation with the chat template; `generation` opens an assistant turn at the end."""

@@ -12,7 +12,7 @@ import numpy as np
 from jaxrlhf import runtime, weights
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data import batching
-from jaxrlhf.data.datasets import PromptRow, prompt_rows
+from jaxrlhf.data.datasets import PromptRow, Split, prompt_rows
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
 from jaxrlhf.errors import DataError
 from jaxrlhf.models import ModelConfig
@@ -28,7 +28,7 @@ from jaxrlhf.types import Params, Rollout
 Completion = dict[str, Any]
 
 
-def read_prompts(config: PPOConfig) -> tuple[Tokenizer, list[PromptRow]]:
+def read_prompts(config: PPOConfig) -> tuple[Tokenizer, Split[PromptRow]]:
     """Load the tokenizer and the prompts that leave room for a response in the model's context; no weights.
 
     Raises DataError.
@@ -45,7 +45,7 @@ def read_prompts(config: PPOConfig) -> tuple[Tokenizer, list[PromptRow]]:
     split = prompt_rows(dataclasses.replace(config.data, max_prompt_length=limit), tokenizer)
     for reason, places in split.report.dropped.items():
         warnings.warn(f"{len(places)} of {split.report.rows} prompts are left out: {reason}", stacklevel=2)
-    return tokenizer, split.train
+    return tokenizer, split
 
 
 def open_scorer(
@@ -65,10 +65,12 @@ def open_scorer(
 
 
 def open_model(config: PPOConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, Params]:
-    """Load the language model of a config as an inference copy in its rollout dtype.
+    """Load the language model of a config as an inference copy in its rollout dtype. Raises what `load_model` does."""
+    return decoder(config, *load_model(config, tokenizer))
 
-    Raises DataError if model and tokenizer do not match.
-    """
+
+def load_model(config: PPOConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, Params]:
+    """Load the language model of a config in its compute dtype. Raises DataError if it does not match the tokenizer."""
     source = config.model
     dtype = runtime.resolve_dtype(source.compute_dtype, jax.default_backend())
     model, params = weights.load(
@@ -82,7 +84,12 @@ def open_model(config: PPOConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, Pa
     )
     check_vocab(tokenizer, model.vocab_size)
     check_sampling(config.sampling, model.vocab_size)
-    return inference_copy(model, params, dtype if config.rollout.dtype == "auto" else config.rollout.dtype)
+    return model, params
+
+
+def decoder(config: PPOConfig, model: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The inference copy of a model of `load_model`, in the rollout dtype."""
+    return inference_copy(model, params, model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype)
 
 
 def generate(

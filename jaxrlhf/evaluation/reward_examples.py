@@ -15,7 +15,7 @@ from jaxrlhf.data.sources import Rows
 from jaxrlhf.data.tokenise import TokenisedExample
 from jaxrlhf.errors import DataError
 from jaxrlhf.evaluation.reward_metrics import HeldOut, evaluation, summary
-from jaxrlhf.evaluation.summary import one_line
+from jaxrlhf.evaluation.text_layout import one_line
 from jaxrlhf.rewards.sources.model import RewardModel
 
 SHOWN = 50  # examples printed

@@ -136,6 +136,11 @@ class Scorer:
         return any(self.components[name].shares_tokenizer for name in list(self.models)[:1])
 
     @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term of the sum, by its name in `Scored.components`."""
+        return {term.label if term.config.ensemble else term.members[0]: term.config.weight for term in self._terms}
+
+    @property
     def per_token(self) -> bool:
         """True if there will be token_scores."""
         return any(component.per_token for component in self.components.values())

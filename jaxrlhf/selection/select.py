@@ -62,7 +62,8 @@ def select(
         stored = {} if fresh else settings_in(path).get("tokenizer", {})
         today = str(datetime.date.today())
         config = replace(config, **{"tokenizer.template_date": stored.get("template_date") or today})
-    tokenizer, rows = generation.read_prompts(config)
+    tokenizer, split = generation.read_prompts(config)
+    rows = split.train
     _check_columns(rows)
     scorer = generation.open_scorer(config, tokenizer, rows, function, directory=out.parent)
     with open_log(path, _settings(config, rows, count), code_hashes(config), fresh=fresh) as log:

@@ -19,7 +19,7 @@ from jaxrlhf.config import PPOConfig, RewardConfig, RewardSource, Sampling, Toke
 from jaxrlhf.config import text as config_text
 from jaxrlhf.config.file import METHODS, load_config, method_of, presets
 from jaxrlhf.config.schema import keys
-from jaxrlhf.evaluation import completions, summary
+from jaxrlhf.evaluation import comparison, comparison_console
 
 GIVEN = ["--model.path", "m", "--data.path", "d"]
 HEAVY = ("jax", "flax", "transformers", "datasets", "numpy", "orbax", "torch", "matplotlib")
@@ -488,8 +488,8 @@ def test_compare_uses_the_config_of_the_model_with_a_reward(tmp_path, monkeypatc
         (tmp_path / method).mkdir()
         (tmp_path / method / "config.yaml").write_text(f"# jaxrlhf {method}, every option resolved\n{line}\n")
     seen = []
-    monkeypatch.setattr(completions, "evaluate", lambda config, **asked: seen.append(config))
-    monkeypatch.setattr(summary, "comparison", lambda *results: "")
+    monkeypatch.setattr(comparison, "compare", lambda configs, **asked: seen.extend(configs))
+    monkeypatch.setattr(comparison_console, "render", lambda result, show: "")
     models = [str(tmp_path / method) for method in ("sft", "grpo")]
     assert main(["compare", *models, "--prompts", "p.jsonl"]) == 0
     assert main(["compare", models[0], "m", "--prompts", "p.jsonl", "--reward", "r.py:f"]) == 0

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import jax
@@ -12,8 +11,10 @@ import pytest
 from jaxrlhf import weights
 from jaxrlhf.cli import main
 from jaxrlhf.config import PPO, Data, Generation, ModelSource, PPOConfig, Sampling
+from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.errors import DataError, RewardError
-from jaxrlhf.evaluation import completions, summary
+from jaxrlhf.evaluation import completions, console, prompts
+from jaxrlhf.evaluation.win_rates import against
 from jaxrlhf.selection.rule import Rule
 from jaxrlhf.selection.select import select
 
@@ -111,7 +112,7 @@ def test_a_completion_depends_on_the_seed_and_not_on_the_batch(config, result):
 
 
 def test_the_table_shows_every_completion_and_the_json_reads_back(result, tmp_path):
-    shown = summary.table(result)
+    shown = console.table(result)
     assert shown.count("BEST") == shown.count("WORST") == 4
     assert max(map(len, shown.splitlines())) <= 100
     written = completions.write(result, tmp_path / "new" / "r.json")
@@ -120,11 +121,16 @@ def test_the_table_shows_every_completion_and_the_json_reads_back(result, tmp_pa
 
 
 def test_sampled_rows_depend_on_the_seed_and_never_repeat(result):
-    rows = [*range(50)]
-    first = completions.sample_rows(rows, 20, 0)
-    assert first == completions.sample_rows(rows, 20, 0) != completions.sample_rows(rows, 20, 1)
+    rows = [prompts.Question(PromptRow([1], "p", {}, i), "f", i, None, "c") for i in range(50)]
+    asked = prompts.Questions(None, rows, "", "")
+
+    def drawn(count, seed):
+        return [question.number for question in asked.sample(count, seed).questions]
+
+    first = drawn(20, 0)
+    assert first == drawn(20, 0) == sorted(first) != drawn(20, 1)
     assert len(set(first)) == 20
-    assert completions.sample_rows(rows, 99, 0) == rows
+    assert drawn(99, 0) == [*range(50)]
 
 
 def test_a_response_length_without_room_for_a_prompt_is_refused(config):
@@ -171,43 +177,6 @@ def test_evaluation_by_references_without_a_reward(model_folder, prompts_file, t
     assert "score" not in shown
 
 
-def test_prompts_too_long_for_a_compared_model_are_left_out(config, model_folder, tmp_path):
-    small = shutil.copytree(model_folder, tmp_path / "small")
-    about = json.loads((small / "config.json").read_text())
-    (small / "config.json").write_text(json.dumps(about | {"max_position_embeddings": 18}))  # prompts of 12 and no more
-    with pytest.warns(UserWarning, match="3 of 7 prompts are left out: the prompt is longer"):
-        result = completions.evaluate(
-            config, num_prompts=9, num_completions=3, function=vowels, other_models=[str(small)]
-        )
-    assert [prompt["index"] for prompt in result["prompts"]] == [0, 1, 2, 3]
-
-
-def test_the_comparison_of_two_models(result, tmp_path, monkeypatch, capsys):
-    """Both models get the same prompts, with sampling and reward of the one that is a PPO run."""
-    run = tmp_path / "run"
-    run.mkdir()
-    trained = {"sampling": {"response_length": 7}, "reward": {"function": "r.py:f"}}
-    (run / "config.yaml").write_text("# jaxrlhf ppo, every option resolved\n" + json.dumps(trained))
-    seen = []
-
-    def record(config, **asked):
-        seen.append((config, asked))
-        return result | {"model": config.model.path}
-
-    monkeypatch.setattr(completions, "evaluate", record)
-    asked = ["compare", "base", str(run), "--prompts", "p.jsonl", "--num-prompts", "9", "--references", "right"]
-    assert main([*asked, "--output", f"{tmp_path}/both.json"]) == 0
-    (first, of_first), (second, of_second) = seen
-    assert (first.model.path, second.model.path) == ("base", str(run))
-    assert dataclasses.replace(first, model=second.model) == second
-    assert first.sampling.response_length == 7 and first.reward.function == "r.py:f"
-    expected = {"num_prompts": 9, "num_completions": 4, "references": "right", "other_models": ["base", str(run)]}
-    assert of_first == of_second == expected
-    shown = capsys.readouterr().out
-    assert "A: base, 4 prompts" in shown and "wins          A 0, B 0, ties 4" in shown
-    assert json.loads((tmp_path / "both.json").read_text())["comparison"]["ties"] == 4
-
-
 def test_selection_and_evaluation_generate_the_same_completions(config, result, tmp_path):
     """Completions do not depend on the prompts generated with them, nor on the number of slots."""
     expected = {p["prompt"]: sorted((a["text"], a["score"]) for a in p["completions"]) for p in result["prompts"]}
@@ -241,12 +210,9 @@ def test_unscored_completions_are_no_part_of_the_statistics_of_scores(config):
     assert (first["mean"], first["spread"]) == (None, None)
     assert [a["rank"] for a in first["completions"]] == ["UNSCORED"] * 3
     assert [(a["rank"], a["score"]) for a in second["completions"]] == [("BEST", 3), ("WORST", 1), ("UNSCORED", None)]
-    shown = summary.table(result)
+    shown = console.table(result)
     assert "unscored      0.4167 of the completions" in shown and shown.count("  UNSCORED  ") == 5
-    other = result | {"prompts": [p | {"mean": 2.5} for p in result["prompts"]]}
-    found = summary.paired(result, other)
-    assert (found["prompts"], found["wins"], found["losses"]) == (3, 2, 1)
-    with pytest.raises(RewardError, match="no prompt has a scored completion of both models"):
-        summary.paired(result, result | {"prompts": [p | {"mean": None} for p in result["prompts"]]})
+    found = against([p | {"mean": 2.5} for p in result["prompts"]], result["prompts"], "score")
+    assert (found["prompts"], found["left_out"], found["wins"], found["losses"]) == (3, 1, 2, 1)
     with pytest.raises(RewardError, match="none of 3 completions has a score"):
         completions.evaluate(config, num_prompts=1, num_completions=3, function=lambda completions: [None] * 3)

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.evaluation import summary, text_metrics
+from jaxrlhf.evaluation import console, summary, text_metrics
+from jaxrlhf.evaluation.text_layout import text_table
+from jaxrlhf.evaluation.win_rates import against
 from jaxrlhf.metrics.statistics import mean_and_error, wilson
 
 
@@ -40,7 +42,8 @@ def test_wilson_covers_the_truth_about_as_often_as_it_says():
 
 def prompt(index: int, reference: str | None, *texts: str) -> dict:
     answers = [{"text": text, "tokens": len(text), "finished": True} for text in texts]
-    return {"prompt": f"p{index}", "index": index, "reference": reference, "completions": answers}
+    result = {"prompt": f"p{index}", "index": index, "file": "f", "reference": reference, "completions": answers}
+    return summary.with_reference(result)
 
 
 def test_references_are_measured_prompt_by_prompt(monkeypatch):
@@ -64,37 +67,89 @@ def test_without_sacrebleu_the_other_metrics_are_reported(monkeypatch):
         raise ConfigError("BLEU needs sacrebleu")
 
     monkeypatch.setattr(text_metrics, "corpus_bleu", missing)
-    result = {"model": "m", "prompts": [prompt(0, "a b c d", "a b c d")]}
+    result = {"model": "m", "weights": {}, "groups": {}, "prompts": [prompt(0, "a b c d", "a b c d")]}
     with pytest.warns(UserWarning, match="BLEU needs sacrebleu"):
         result["statistics"] = summary.statistics(result["prompts"])
     assert result["statistics"]["references"]["corpus_bleu"] is None
-    assert "BLEU          1.0000 +- 0.0000\n" in summary.table(result)
+    shown = console.table(result)
+    assert "BLEU          1.0000 +- ?\n" in shown, "an error cannot be estimated from one prompt"
+    assert "REFERENCE" in shown and "BLEU 1.000, ROUGE-L 1.000" in shown
 
 
 def test_two_models_are_compared_prompt_by_prompt():
-    def result(means):
-        return {"statistics": {"mean": 0.0}, "prompts": [{"index": i, "mean": m} for i, m in enumerate(means)]}
+    def prompts(means):
+        answer = {"text": "four", "tokens": 1}
+        return [{"index": i, "file": "f", "mean": m, "completions": [answer]} for i, m in enumerate(means)]
 
-    first, second = result([1.0, 2.0, 5.0, 0.0, 4.0]), result([0.0, 2.5, 1.0, 0.0, 1.0])
-    found = summary.paired(first, second)
+    found = against(prompts([0.0, 2.5, 1.0, 0.0, 1.0]), prompts([1.0, 2.0, 5.0, 0.0, 4.0]), "score")
     differences = [1.0, -0.5, 4.0, 0.0, 3.0]
     assert (found["wins"], found["losses"], found["ties"]) == (3, 1, 1)
-    assert found["win_rate"] == 0.75
-    assert tuple(found["win_rate_interval_95"]) == wilson(3, 4)
+    assert found["win_rate"] == 3.5 / 5 and found["decided_win_rate"] == 0.75
+    assert tuple(found["decided_win_rate_interval_95"]) == wilson(3, 4)
     assert found["difference"]["mean"] == pytest.approx(stdlib.fmean(differences))
     assert found["difference"]["standard_error"] == pytest.approx(stdlib.stdev(differences) / math.sqrt(5))
+    assert found["length_controlled"]["win_rate"] == pytest.approx(0.7), "all answers are equally long"
+    low, high = found["difference"]["interval_95"]
+    assert low < 1.5 < high
+    with pytest.raises(AssertionError, match="different prompts"):
+        against(prompts([1.0]), [prompts([0.0, 1.0])[1]], "score")
 
 
-def test_without_scores_models_are_compared_by_their_references(monkeypatch):
-    monkeypatch.setattr(text_metrics, "corpus_bleu", lambda texts, references: 0.0)
-    first, second = ([prompt(0, "a b", text), prompt(1, None, "x")] for text in ("a b", "c d"))
-    results = [
-        {"model": name, "statistics": summary.statistics(prompts), "prompts": prompts}
-        for name, prompts in (("one", first), ("two", second))
+def test_without_scores_models_are_compared_by_their_references():
+    first, second = ([prompt(0, "a b", text), prompt(1, None, "x")] for text in ("c d", "a b"))
+    found = against(first, second, "ROUGE-L")
+    assert (found["by"], found["prompts"], found["left_out"], found["wins"]) == ("ROUGE-L", 1, 1, 1)
+    assert found["difference"] == {"mean": 1, "standard_error": None, "interval_95": None}
+    assert found["win_rate_interval_95"] is found["length_controlled"]["interval_95"] is None
+
+
+def test_nothing_to_compare_is_said():
+    found = against([prompt(0, None, "x")], [prompt(0, None, "y")], "ROUGE-L")
+    assert (found["prompts"], found["win_rate"], found["difference"]) == (0, None, None)
+
+
+def test_groups_are_the_statistics_of_their_prompts():
+    """Means, errors, intervals and pass@k of each category, each from its own prompts alone."""
+
+    def scored(index, category, *scores):
+        answers = [
+            {"text": "x" * index, "tokens": index + k, "finished": k == 0, "score": s, "components": {"r": s}}
+            for k, s in enumerate(scores)
+        ]
+        known = [s for s in scores if s is not None]
+        mean = {"mean": stdlib.fmean(known) if known else None, "spread": 0.0}
+        return {"index": index, "category": category, "reference": None, "completions": answers, **mean}
+
+    prompts = [
+        scored(1, "b", 1.0, 3.0),
+        scored(2, "a", 5.0, 5.0),
+        scored(3, "b", 0.0, 0.5),
+        scored(4, "(none)", None, None),
     ]
-    found = summary.paired(*results)
-    assert (found["by"], found["prompts"], found["wins"]) == ("ROUGE-L", 1, 1)
-    assert found["difference"]["mean"] == 1
-    shown = summary.comparison(*results)
-    assert "A: one" in shown and "B: two" in shown
-    assert "A - B         1.0000 +- 0.0000" in shown
+    found = summary.by_group(prompts, "category", 1.0)
+    assert list(found) == ["a", "b", "(none)"]
+    b = found["b"]
+    assert (b["prompts"], b["completions"], b["unscored"]) == (2, 4, 0)
+    assert b["mean"] == pytest.approx((2 + 0.25) / 2) and b["standard_error"] == pytest.approx(1.75 / 2)
+    assert b["components"]["r"] == {"mean": b["mean"], "standard_error": b["standard_error"]}
+    assert b["finished"] == 0.5 and tuple(b["finished_interval_95"]) == wilson(2, 4)
+    assert b["passes"]["pass_at"]["1"] == {"mean": 0.5, "standard_error": 0.5, "prompts": 2}
+    assert b["tokens_mean"] == pytest.approx((1 + 2 + 3 + 4) / 4)
+    assert found["a"]["standard_error"] is None, "one prompt"
+    assert "mean" not in found["(none)"] and found["(none)"]["unscored"] == 1
+    assert found["(none)"]["passes"]["pass_at"] == {}
+    shown = "\n".join(text_table(console.group_rows(found, "category")))
+    assert "5.000 +- ?" in shown and "0.50 [0.15, 0.85]" in shown
+
+
+def test_pass_rates_leave_out_prompts_with_fewer_scored_completions():
+    def scored(*scores):
+        answers = [{"text": "", "tokens": 1, "finished": True, "score": s, "components": {}} for s in scores]
+        return {"index": 0, "reference": None, "completions": answers, "mean": 0.0, "spread": 0.0}
+
+    prompts = [scored(1.0, 0.0, 0.0, 2.0), scored(1.0, None, None, 0.0)]
+    rates = summary.measures(prompts, 1.0)["passes"]["pass_at"]
+    assert list(rates) == ["1", "2", "4"]
+    assert (rates["1"]["mean"], rates["1"]["prompts"]) == (0.5, 2)
+    assert (rates["2"]["mean"], rates["2"]["prompts"]) == (pytest.approx((5 / 6 + 1) / 2), 2)
+    assert (rates["4"]["mean"], rates["4"]["prompts"]) == (1.0, 1)

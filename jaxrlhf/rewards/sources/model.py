@@ -30,7 +30,6 @@ from jaxrlhf.weights.hub import CONFIG
 Messages = list[dict[str, Any]]
 READABLE = 0.9
 """Minimum share of the prompts' characters that must survive encoding and decoding by the model's tokenizer."""
-_PROBE = "Hello, world!  naïve 1234\n\tdef f(x): return x\n"
 sequence_scores_jit = functools.partial(jax.jit, static_argnames="model")(last_token_scores)
 
 
@@ -139,12 +138,7 @@ class RewardModel:
 
     def shares_tokenizer(self, tokenizer: Tokenizer) -> bool:
         """True if the token ids of `tokenizer` mean the same to this model, which may have more (for padding)."""
-        own, size = self.tokenizer, tokenizer.size
-        return (
-            own.size >= size
-            and own.encode(_PROBE) == tokenizer.encode(_PROBE)
-            and own.convert_ids_to_tokens(range(size)) == tokenizer.convert_ids_to_tokens(range(size))
-        )
+        return self.tokenizer.has_ids_of(tokenizer)
 
     def score_rollout(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
         """(scores f32 [B], truncated bool [B]) of a rollout's token ids, at the last real token."""
