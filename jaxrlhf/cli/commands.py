@@ -225,8 +225,8 @@ COMMANDS: dict[str, Command] = {
             },
             "--output": {
                 "metavar": "DIR",
-                "help": "write compare.html, compare.json, compare.csv and compare.png to this folder; FILE.json: only "
-                "JSON, to this file",
+                "help": "write compare.html, compare.json, compare.csv and plots to this folder; FILE.json: only JSON, "
+                "to this file",
             },
         },
         overrides=True,

@@ -1,4 +1,4 @@
-"""Files of a comparison: compare.html, compare.json, compare.csv and compare.png."""
+"""Files of a comparison: compare.html, compare.json, compare.csv, compare.png, and with references bleu.png."""
 
 import csv
 import io
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf.errors import JaxrlhfError, StorageError
 from jaxrlhf.evaluation import comparison_plot, completions
 from jaxrlhf.files import write_whole
 from jaxrlhf.report.page import page
@@ -14,7 +15,7 @@ Result = dict[str, Any]
 
 
 def write(result: Result, output: Path) -> tuple[list[Path], list[str]]:
-    """Write all four files into the folder `output`, or only JSON if it is named *.json. Returns the paths written, and
+    """Write all files into the folder `output`, or only JSON if it is named *.json. Returns the paths written, and
     notes: the plot needs matplotlib. Raises StorageError."""
     if output.suffix == ".json":
         return [completions.write(result, output)], []
@@ -24,10 +25,12 @@ def write(result: Result, output: Path) -> tuple[list[Path], list[str]]:
         completions.write(result, output / "compare.json"),
         write_whole(output / "compare.csv", table(result)),
     ]
-    picture = comparison_plot.draw(result)
-    if picture is None:
-        return paths, ['compare.png is not drawn: it needs matplotlib: pip install "jaxrlhf[plots]"']
-    return [*paths, write_whole(output / "compare.png", picture)], []
+    try:
+        return [*paths, *comparison_plot.draw(result, output)], []
+    except StorageError:
+        raise
+    except JaxrlhfError as error:
+        return paths, [f"no pictures are drawn: {error}"]
 
 
 def table(result: Result) -> str:

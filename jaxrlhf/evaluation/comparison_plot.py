@@ -1,47 +1,38 @@
-"""Picture of a comparison. matplotlib is imported only when it is drawn."""
+"""Picture of a comparison."""
 
-import io
+import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxrlhf.evaluation.win_rates import value_of
+from jaxrlhf.metrics import plots
+from jaxrlhf.metrics.drawing import plain
+
 Result = dict[str, Any]
 MOST_TICKS = 30
-_PROMPTS = {"score": "mean", "BLEU": "sentence_bleu", "ROUGE-L": "rouge_l"}
 
 
-def draw(result: Result) -> bytes | None:
-    """A PNG with panels of score, win rate, score against KL, categories, and score and BLEU of each prompt, as far as
-    there are such values; None without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    panels = [_scores, _win_rates]
-    if any(model["kl"] and "mean" in model["kl"] for model in result["models"]):
-        panels.append(_score_and_kl)
-    panels += [_by_group(column) for column in result["models"][0]["groups"]]
-    values = [key for key in ("score", "BLEU") if _has(result, _PROMPTS[key])]
-    panels += [_by_prompt(key) for key in values or ["ROUGE-L"]]
-    rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(12, 3.6 * rows), layout="constrained")
-    figure.suptitle("   ".join(f"{model['label']}: {model['model']}" for model in result["models"]), fontsize=9)
-    axes = list(figure.subplots(rows, 2, squeeze=False).flat)
-    for axis, panel in zip(axes, panels, strict=False):
-        panel(axis, result)
-        axis.grid(alpha=0.3)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=110)
-    return picture.getvalue()
-
-
-def _has(result: Result, key: str) -> bool:
-    return any(answer.get(key) is not None for prompt in result["prompts"] for answer in prompt["answers"])
+def draw(result: Result, folder: Path) -> list[Path]:
+    """Draw compare.png: panels of score, win rate, score against KL, categories, and the score of each prompt, as far
+    as there are such values; and bleu.png, the sentence BLEU of each prompt, if there are references. Raises
+    JaxrlhfError if matplotlib is missing."""
+    models = result["models"]
+    chosen = [_scores, _win_rates]
+    if any(model["kl"] and "mean" in model["kl"] for model in models):
+        chosen.append(_score_and_kl)
+    chosen += [*(_by_group(column) for column in models[0]["groups"]), _by_prompt]
+    title = "   ".join(f"{model['label']}: {model['model']}" for model in models)
+    drawn = [functools.partial(panel, result=result) for panel in chosen]
+    paths = [plots.panels(folder / "compare.png", drawn, title)]
+    answers = [prompt["answers"] for prompt in result["prompts"] if prompt["reference"] is not None]
+    if answers:
+        bleu = {
+            model["label"]: [of_prompt[i]["sentence_bleu"] for of_prompt in answers] for i, model in enumerate(models)
+        }
+        paths.append(plots.bars(bleu, folder / "bleu.png", "sentence BLEU", title))
+    return paths
 
 
 def _measure(stats: dict[str, Any], by: str) -> tuple[float, float]:
@@ -104,26 +95,20 @@ def _by_group(column: str) -> Any:
             places = np.arange(len(names)) + (number - (len(models) - 1) / 2) * width
             means, errors = zip(*values, strict=True)
             axis.errorbar(places, means, errors, fmt="o", capsize=3, label=model["label"], color=f"C{number % 10}")
-        axis.set_xticks(range(len(names)), [name[:18] for name in names], rotation=20, ha="right", fontsize=8)
+        axis.set_xticks(range(len(names)), [plain(name[:18]) for name in names], rotation=20, ha="right", fontsize=8)
         axis.legend(fontsize="small")
-        axis.set_title(f"{result['by']} by {column}")
+        axis.set_title(f"{result['by']} by {plain(column)}")
 
     return panel
 
 
-def _by_prompt(name: str) -> Any:
-    def panel(axis: Any, result: Result) -> None:
-        count = len(result["prompts"])
-        for number, model in enumerate(result["models"]):
-            values = [prompt["answers"][number].get(_PROMPTS[name]) for prompt in result["prompts"]]
-            numbers = [np.nan if value is None else value for value in values]
-            line = "-" if count <= MOST_TICKS else ""
-            axis.plot(
-                range(1, count + 1), numbers, marker=".", linestyle=line, alpha=0.8, linewidth=0.8,
-                label=model["label"], color=f"C{number % 10}",
-            )  # fmt: skip
-        axis.set_xlabel("prompt")
-        axis.legend(fontsize="small")
-        axis.set_title(f"{name} of each prompt")
-
-    return panel
+def _by_prompt(axis: Any, result: Result) -> None:
+    count = len(result["prompts"])
+    for number, model in enumerate(result["models"]):
+        values = [value_of(prompt["answers"][number], result["by"]) for prompt in result["prompts"]]
+        numbers = [np.nan if value is None else value for value in values]
+        style = {"marker": ".", "linestyle": "-" if count <= MOST_TICKS else "", "linewidth": 0.8, "alpha": 0.8}
+        axis.plot(range(1, count + 1), numbers, label=model["label"], color=f"C{number % 10}", **style)
+    axis.set_xlabel("prompt")
+    axis.legend(fontsize="small")
+    axis.set_title(f"{result['by']} of each prompt")

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,27 @@ def plot(runs: Sequence[Path], output: Path | None = None, format: str | None = 
         ) from error
     matplotlib.use("Agg")
     return [_save(figure_of(loaded), output), *files]
+
+
+def panels(output: Path, draw: Sequence[Callable[[Any], None]], title: str) -> Path:
+    """Draw a picture of panels in two columns: each of `draw` draws on the axes it is given.
+
+    Raises JaxrlhfError if matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise JaxrlhfError('a plot needs matplotlib: pip install "jaxrlhf[plots]" and run this again') from error
+    rows = -(-len(draw) // 2)
+    figure = Figure(figsize=(12, 3.6 * rows), layout="constrained")
+    figure.suptitle(plain(title), fontsize=9)
+    axes = list(figure.subplots(rows, 2, squeeze=False).flat)
+    for panel, place in zip(draw, axes, strict=False):
+        panel(place)
+        place.grid(alpha=0.3)
+    for place in axes[len(draw) :]:
+        place.set_axis_off()
+    return _save(figure, output)
 
 
 def bars(values: Mapping[str, Sequence[float | None]], output: Path, ylabel: str = "BLEU", title: str = "") -> Path:

@@ -247,16 +247,17 @@ def test_the_csv_has_a_row_for_each_completion(result):
                 assert float(row["reward_vowels"]) == completion["components"]["vowels"]
 
 
-def test_a_folder_gets_four_files_and_a_json_name_one(result, tmp_path, monkeypatch):
+def test_a_folder_gets_all_files_and_a_json_name_one(result, tmp_path, monkeypatch):
     paths, notes = comparison_files.write(result, tmp_path / "out")
-    assert [path.name for path in paths] == ["compare.html", "compare.json", "compare.csv", "compare.png"] and not notes
+    assert [path.name for path in paths] == ["compare.html", "compare.json", "compare.csv", "compare.png", "bleu.png"]
+    assert not notes
     assert json.loads((tmp_path / "out" / "compare.json").read_text()) == result
     assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert "<title>Comparison of " in (tmp_path / "out" / "compare.html").read_text()
     assert comparison_files.write(result, tmp_path / "only.json") == ([tmp_path / "only.json"], [])
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     paths, notes = comparison_files.write(result, tmp_path / "bare")
-    assert len(paths) == 3 and "it needs matplotlib" in notes[0]
+    assert len(paths) == 3 and "a plot needs matplotlib" in notes[0]
 
 
 def test_one_prompt_without_scores_of_one_model(result):
