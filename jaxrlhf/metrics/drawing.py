@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxrlhf.errors import DataError
+from jaxrlhf.metrics.console import visible
 from jaxrlhf.metrics.panels import HISTOGRAM, Panel, panels_of
 
 MARKED = 60  # curves of fewer points have a marker at each
@@ -131,8 +132,8 @@ def _style(index: int) -> Any:
 
 
 def plain(text: str) -> str:
-    """Text in which matplotlib reads no formula."""
-    return text.replace("$", r"\$")
+    """Text in which matplotlib reads no formula, without control characters and unpaired surrogates."""
+    return visible(text).replace("$", r"\$")
 
 
 def series(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -255,7 +256,7 @@ def test_a_folder_gets_all_files_and_a_json_name_one(result, tmp_path, monkeypat
     assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert "<title>Comparison of " in (tmp_path / "out" / "compare.html").read_text()
     assert comparison_files.write(result, tmp_path / "only.json") == ([tmp_path / "only.json"], [])
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     paths, notes = comparison_files.write(result, tmp_path / "bare")
     assert len(paths) == 3 and "a plot needs matplotlib" in notes[0]
 
