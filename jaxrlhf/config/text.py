@@ -58,8 +58,8 @@ def render_help(cls: type, defaults: Any = None, prefix: str = "--") -> str:
                 render_help(annotation, default, f"{flag}."),
             ]
             continue
-        doc = f"{field_doc(cls, field.name).removesuffix(' Required.')} (default: {_value(default)})".strip()
-        lines += [f"  {flag} {_form(annotation)}", *_indented(doc)]
+        doc = f"{field_doc(cls, field.name).removesuffix(' Required.')} (default: {value_text(default)})".strip()
+        lines += [f"  {flag} {form(annotation)}", *_indented(doc)]
         if element := element_class(annotation):
             lines += [f"  {flag}.N.KEY VALUE", *_indented(f"One key of element N (from 0) of {flag}:")]
             lines.append(textwrap.indent(render_help(element, None, f"{flag}.N."), "  "))
@@ -68,19 +68,19 @@ def render_help(cls: type, defaults: Any = None, prefix: str = "--") -> str:
     return "\n".join(lines)
 
 
-def _form(annotation: Any) -> str:
+def form(annotation: Any) -> str:
     """The form of an option's value, in YAML."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return _form(args[0])
+        return form(args[0])
     if origin is typing.Literal:
         return "{" + ",".join(choice or "''" for choice in args) + "}"
     if origin is tuple:
-        return f"[{', '.join('...' if arg is ... else _form(arg) for arg in args)}]"
+        return f"[{', '.join('...' if arg is ... else form(arg) for arg in args)}]"
     if origin is dict or dataclasses.is_dataclass(annotation):
         return "{NAME: VALUE, ...}"
     if args:  # a union with None
-        return "|".join(_form(arg) for arg in args)
+        return "|".join(form(arg) for arg in args)
     return {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT", type(None): "null"}[annotation]
 
 
@@ -88,7 +88,7 @@ def _indented(text: str) -> list[str]:
     return textwrap.wrap(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
 
 
-def _value(value: Any) -> str:
+def value_text(value: Any) -> str:
     """A value as YAML on one line."""
     text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=10**6)
     return text.removesuffix("...\n").strip()
@@ -117,7 +117,7 @@ def _entry(cls: type, field: dataclasses.Field, value: Any, indent: str) -> list
         mark = "  # required: at least one of model, function and components"
     elif doc.endswith(" Required."):
         mark = "  # required"
-    return [*_comment(doc.removesuffix(" Required."), indent), f"{indent}{field.name}: {_value(value)}{mark}"]
+    return [*_comment(doc.removesuffix(" Required."), indent), f"{indent}{field.name}: {value_text(value)}{mark}"]
 
 
 def _comment(text: str, indent: str) -> list[str]:

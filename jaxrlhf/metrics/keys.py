@@ -130,8 +130,15 @@ METRICS: dict[str, str] = {
 """Definition of every key of a record. Only the timings, `perf/...`, differ between runs with equal configs."""
 
 REWARDS = "rewards/"
-"""Prefix of metrics of one component of the score, rewards/NAME/...: `mean` and `std` over the completions that it
-scored, before the weight (NAME_unanswered: share of completions it left unscored; NAME_truncated: share too long for a
-reward model to read in full; NAME_spread: standard deviation between the models of an ensemble); `errors`, number of
-completions without a usable answer; `length_correlation`, Pearson correlation with the response length (0 if either is
-constant). Those over scored completions are missing where there are none."""
+"""Prefix of the metrics of one component of the score, `COMPONENT`."""
+
+COMPONENT: dict[str, str] = {
+    "rewards/NAME/mean": "mean over the completions that the component NAME scored, before its weight",
+    "rewards/NAME/std": "standard deviation over the same completions",
+    "rewards/NAME/errors": "number of completions without a usable answer",
+    "rewards/NAME/length_correlation": "Pearson correlation with the response length; 0 if either is constant",
+    "rewards/NAME_unanswered/mean": "share of completions that the component left unscored",
+    "rewards/NAME_truncated/mean": "share of completions too long for a reward model to read in full",
+    "rewards/NAME_spread/mean": "mean of the standard deviation between the models of an ensemble",
+}
+"""PPO and GRPO. Those over scored completions are missing where there are none."""
