@@ -99,7 +99,7 @@ def configuration() -> str:
     return "\n".join(parts)
 
 
-def _section(name: str, cls: type, methods: list[str]) -> list[str]:
+def _section(name: str, cls: Any, methods: list[str]) -> list[str]:
     """The heading of a section, what it is for, and its options."""
     parts = [f"## {name}\n"]
     about = [_doc(cls) + _users(methods)]
@@ -191,12 +191,13 @@ def arguments() -> str:
 def pages() -> dict[Path, str]:
     """Each page that is made here, as it should be; of trl.md, only the part between two comments is."""
     page = DOCS / "trl.md"
-    begin, end = "<!-- made by scripts/make_reference.py -->\n\n", "\n\n<!-- end of what is made -->"
-    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    begin, end = "<!-- made by scripts/make_reference.py -->\n", "\n<!-- end of what is made -->"
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    _, after = rest.split(end)
     return {
         DOCS / "configuration.md": configuration(),
         DOCS / "metrics.md": metrics(),
-        page: f"{before}{begin}{arguments()}{end}{rest.partition(end)[2]}",
+        page: f"{before}{begin}\n{arguments()}\n{end}{after}",
     }
 
 

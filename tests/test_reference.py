@@ -26,6 +26,11 @@ def test_generated_pages_are_current(path):
     assert path.read_text(encoding="utf-8") == expected, "run python scripts/make_reference.py"
 
 
+def test_what_was_written_by_hand_around_a_generated_part_stays():
+    (text,) = (text for path, text in make_reference.pages().items() if path.name == "trl.md")
+    assert re.findall(r"^## (.*)$", text, re.M) == ["Trainers", "Arguments", "Data", "Metrics", "Results"]
+
+
 def test_every_option_metric_and_name_of_trl_is_on_its_page():
     made = {path.name: text for path, text in make_reference.pages().items()}
     elements = {f"reward.components.N.{key}" for key, _ in keys(Component)}
