@@ -252,6 +252,14 @@ COMMANDS: dict[str, Command] = {
             "--format": {"choices": ("png", "pdf", "svg"), "help": "default: that of --output, or png"},
         },
     ),
+    "report": Command(
+        training.report,
+        "write the report of a run, an HTML page that opens without a network, and print its path",
+        {
+            "run": {"metavar": "RUN", "help": "run directory"},
+            "--output": {"metavar": "FILE.html", "help": "file to write (default: RUN/report.html)"},
+        },
+    ),
     "export": Command(
         models.export,
         "export a run's model in Hugging Face format (adapters in PEFT format)",

@@ -115,3 +115,9 @@ def plot(options: Options, overrides: Overrides) -> None:
     output = Path(options.output) if options.output else None
     for path in plots.plot([Path(run) for run in options.run], output, options.format):
         print(path)
+
+
+def report(options: Options, overrides: Overrides) -> None:
+    from jaxrlhf import report
+
+    print(report.write(Path(options.run), Path(options.output) if options.output else None))

@@ -166,6 +166,9 @@ class Logging:
     token_samples: Natural = 8
     """Number of sequences of PPO and GRPO recorded token by token in tokens/ whenever samples are due: log-probs, KL,
     advantages, entropy and the most probable alternatives. Costs two forward passes of these sequences. 0: none."""
+    report: Bool = True
+    """Write report.html, a page about the run, when it starts, when samples or evaluations are logged (at most every 30
+    seconds) and when it ends."""
     tensorboard: Bool = True
     """Write TensorBoard event files."""
     wandb_project: str = ""

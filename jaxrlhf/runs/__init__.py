@@ -27,7 +27,7 @@ from jaxrlhf import checkpoint, memory
 from jaxrlhf.config import replace, text
 from jaxrlhf.errors import Preempted, StorageError, first_line
 from jaxrlhf.files import write_whole
-from jaxrlhf.runs.resume import check_resume, versions
+from jaxrlhf.runs.resume import check_resume, flatten, versions
 
 T = TypeVar("T")
 
@@ -41,8 +41,15 @@ class Run:
     """The directory has checkpoints to resume from."""
     notes: tuple[str, ...]
     """Messages for the user about this resume."""
+    content: dict[str, Any]
+    """What run.json holds."""
     stopping: bool = False
     """A signal asked the run to stop: save at the next step boundary and raise Preempted."""
+
+    def record(self, **facts: Any) -> None:
+        """Add facts about this start to run.json. Raises StorageError."""
+        self.content["starts"][-1] |= facts
+        write_whole(self.directory / "run.json", json.dumps(self.content, indent=1) + "\n")
 
 
 @contextlib.contextmanager
@@ -64,23 +71,24 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
     with _lock(directory):
         resumed = checkpoint.exists(directory / "checkpoints")
         previous, notes = check_resume(directory, config, method) if resumed else ({}, ())
-        record = _record(previous, config, method)
+        run = Run(directory, resumed, notes, _record(previous, config, method))
         write_whole(directory / "config.yaml", f"# jaxrlhf {method}, every option resolved\n" + text.dump(config))
-        write_whole(directory / "run.json", json.dumps(record, indent=1) + "\n")
-        run = Run(directory, resumed, notes)
-        outcome = "done"
+        run.record()
+        outcome = {"outcome": "done"}
         memory.reset_peak_on_host()
         try:
             with _signals(run):
                 yield run
         except BaseException as error:
-            outcome = "preempted" if isinstance(error, Preempted) else type(error).__name__
+            if isinstance(error, Preempted):
+                outcome = {"outcome": "preempted"}
+            else:
+                outcome = {"outcome": type(error).__name__, "error": first_line(error)}
             raise
         finally:
             peak = {"host": memory.peak_on_host(), "device": memory.peak_on_devices()}
-            record["starts"][-1] |= {"end": _now(), "outcome": outcome, "peak_memory": peak}
             with contextlib.suppress(OSError):  # a full disk must not hide the original error
-                write_whole(directory / "run.json", json.dumps(record, indent=1) + "\n")
+                run.record(end=_now(), **outcome, peak_memory=peak)
 
 
 def with_template_date(config: T, fresh: bool) -> T:
@@ -119,6 +127,18 @@ def method_and_last_start(directory: Path) -> tuple[str, dict[str, Any]]:
         return record["method"], dict(record["starts"][-1])
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise StorageError(f"{directory / 'run.json'} cannot be read: {first_line(error)}") from error
+
+
+def is_open(directory: Path) -> bool:
+    """Return True if a process has the run open. Does not change the directory."""
+    try:
+        with open(directory / ".lock", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _lock(directory: Path) -> TextIO:

@@ -57,7 +57,7 @@ def check_resume(directory: Path, config: Any, method: str) -> tuple[dict[str, A
     """
     try:
         record = json.loads((directory / "run.json").read_text())
-        before = _flatten(yaml.safe_load((directory / "config.yaml").read_text()))
+        before = flatten(yaml.safe_load((directory / "config.yaml").read_text()))
         old_method, old_versions = record["method"], record["versions"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise StorageError(
@@ -68,8 +68,8 @@ def check_resume(directory: Path, config: Any, method: str) -> tuple[dict[str, A
         raise StorageError(
             f"{directory} holds a run of '{old_method}' and not of '{method}'; choose another run_dir, or use --fresh"
         )
-    now = _flatten(yaml.safe_load(text.dump(config)))
-    before = _flatten(yaml.safe_load(text.dump(type(config)()))) | before  # defaults for options newer than the run
+    now = flatten(yaml.safe_load(text.dump(config)))
+    before = flatten(yaml.safe_load(text.dump(type(config)()))) | before  # defaults for options newer than the run
     schedules = [(keys.get("optim.schedule"), keys.get("dpo.beta_schedule", "constant")) for keys in (before, now)]
     constant = schedules == [("constant", "constant")] * 2
     rounding, refused = [], []
@@ -102,12 +102,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"optim": {"eps": 1}, "parts": [{"a": 2}]} -> {"optim.eps": 1, "parts": "a list of 1", "parts.0.a": 2}"""
     flat = {}
     for key, value in settings.items():
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             flat[f"{prefix}{key}"] = f"a list of {len(value)}"
             value = {str(i): item for i, item in enumerate(value)}
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat

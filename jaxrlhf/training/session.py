@@ -1,12 +1,13 @@
 """A training run while it is open: its directory, log, checkpoints, evaluation schedule and requests to stop."""
 
 import contextlib
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 
-from jaxrlhf import checkpoint, compilation, metrics, runs
+from jaxrlhf import checkpoint, compilation, metrics, report, runs
 from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.config.spelling import did_you_mean
 from jaxrlhf.errors import ConfigError, NumericsError, Preempted, RewardError, StorageError
@@ -17,6 +18,7 @@ Metrics = dict[str, Any]
 Best = Literal["min", "max"] | None
 LESS_IS_BETTER = ("eval/loss", "eval/nll_loss", "eval/entropy", "eval/ece", "eval/absolute_error", "eval/kl")
 TEMPLATE = "chat template"
+REPORT_EVERY = 30.0  # least seconds between two reports of a run
 MAX_SKIPPED = 5  # records in a row with a skipped update before the run fails
 
 
@@ -49,6 +51,7 @@ class Session:
         self._checkpoints = checkpoint.Checkpoints(run.directory / "checkpoints", policy.keep, synchronous, self.best)
         self._pending: tuple[int, Metrics] | None = None
         self._skipped = 0
+        self._report_due = 0.0  # time when the next report may be written
 
     def resume(self) -> None:
         """Restore the state from the newest valid checkpoint, if there is one, and cut the logs back to its step."""
@@ -67,10 +70,30 @@ class Session:
         for note in self.run.notes:
             self.note(note)
         self.logger.rewind(step)
+        self.run.record(step=step, total_steps=self.total_steps)
         for record in reversed(self.records()):  # repeating the command does not reset the count of a failing run
             if not record.get("skipped_updates"):
                 break
             self._skipped += 1
+        self.report()
+
+    def describe(self, text: str) -> None:
+        """Print what the run trains and on what, and keep it in run.json."""
+        self.run.record(about=text)
+        self.note(text)
+
+    def report(self, *, due: bool = False) -> None:
+        """Write report.html, unless `logging.report` is false. With `due` only if the last one is REPORT_EVERY seconds
+        old, or more if it took long to write."""
+        started = time.monotonic()
+        if not self.config.logging.report or (due and started < self._report_due):
+            return
+        try:
+            report.write(self.directory)
+        except Exception as error:  # a run does not end for its report
+            self.note(f"{self.directory / report.REPORT} could not be written: {type(error).__name__}: {error}")
+        ended = time.monotonic()
+        self._report_due = ended + max(REPORT_EVERY, 50 * (ended - started))
 
     def steps(self) -> range:
         """The remaining steps, each by the number of steps done before it."""
@@ -103,6 +126,8 @@ class Session:
         self.logger.log(step, values | marks)
         for line in lines:
             self.note(f"step {step}: {line}")
+        if any(key.startswith("eval/") for key in values):
+            self.report(due=True)
         self._skipped = self._skipped + 1 if values.get("skipped_updates") else 0
         if self._skipped >= MAX_SKIPPED:
             raise NumericsError(
@@ -115,6 +140,7 @@ class Session:
         """Write and print sample completions of `step`, after its metrics."""
         self.flush()
         self.logger.samples(step, samples)
+        self.report(due=True)
 
     def log_tokens(self, step: int, records: Sequence[dict[str, Any]]) -> None:
         """Write the token records of `step`, after the metrics of the step before it."""
@@ -199,9 +225,11 @@ def open_session(
     content: a run does not resume with another.
     """
     with (
+        contextlib.ExitStack() as at_the_end,
         runs.open_run(config, config.method, fresh) as run,
         contextlib.closing(Session(run, config, total_steps, state, identity)) as session,
     ):
+        at_the_end.callback(session.report)  # when run.json tells how it ended
         with compilation.announce(session.note):
             yield session
         session.flush()

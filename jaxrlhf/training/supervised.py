@@ -100,7 +100,7 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
             "frozen parameters": setup.params_fingerprint(self.frozen),
         }
         with open_session(self.config, self.total_steps, self.state, identity, fresh=self._fresh) as session:
-            session.note(self.about())
+            session.describe(self.about())
             yield session
 
     def order(self, step: int) -> list[int]:

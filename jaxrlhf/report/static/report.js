@@ -36,7 +36,7 @@ function section(id, title, note, ...children) {
 
 // A menu with a label: options are [value, text]; `change` is called with the chosen value.
 function menu(label, options, value, change) {
-  const select = element("select", { onchange: () => change(select.value) },
+  const select = element("select", { "aria-label": label, onchange: () => change(select.value) },
     options.map(([key, text]) => element("option", { value: key, selected: String(key) === String(value) }, text)));
   return element("label", { class: "menu" }, element("span", {}, label), select);
 }
@@ -115,6 +115,16 @@ function ticks(low, high, count, integers = false) {
   return values.map((v) => Number(v.toPrecision(12)));
 }
 
+// The label of a tick, with the decimals that tell it from its neighbours.
+function tickLabel(value, values) {
+  const step = Math.abs(values[1] - values[0]) || Math.abs(value) || 1;
+  const size = Math.max(...values.map(Math.abs));
+  if (size >= 1e6 || size < 1e-3) return number(value, 3);
+  const places = Math.min(6, Math.max(0, -Math.floor(Math.log10(step) + 1e-9)));
+  const even = values.length < 3 || Math.abs(values[2] - values[1] - step) < step * 1e-6;
+  return even ? value.toLocaleString("en", { minimumFractionDigits: places, maximumFractionDigits: places }).replace("-", "−") : number(value, 3);
+}
+
 // Powers of ten between low and high, or ordinary ticks if there are not two of them.
 function logTicks(low, high, count) {
   const values = [];
@@ -138,6 +148,7 @@ function extent(values, log = false) {
   let low = Infinity, high = -Infinity;
   for (const v of values) if (v !== null && Number.isFinite(v)) { low = Math.min(low, v); high = Math.max(high, v); }
   if (low > high) return [0, 1];
+  if (low === 0 && high === 0) return [0, 1];
   if (low === high) return log ? [low / 2, high * 2] : [low - (Math.abs(low) * 0.1 || 1), high + (Math.abs(high) * 0.1 || 1)];
   if (log) return [low, high];
   const margin = (high - low) * 0.05;
@@ -157,7 +168,7 @@ function nearest(xs, x) {
 // ---------------------------------------------------------------------------------------------------- charts
 
 const COLOURS = 7; // the classes s0 ... s6 of report.css
-const MARGIN = { left: 46, right: 14, top: 8, bottom: 22 };
+const MARGIN = { left: 44, right: 12, top: 8, bottom: 34 };
 
 // A frame that a chart draws in: title, legend, drawing, tooltip. `draw(width, height)` returns {nodes, stops}: what to
 // draw, and the places that pointer and arrow keys stop at, as {x, y, lines: [[class, label, value], ...], title}.
@@ -168,13 +179,13 @@ function figure(spec, draw) {
   const node = element("figure", { class: `chart ${spec.class || ""}` },
     element("figcaption", {}, element("span", { class: "title" }, spec.title),
       spec.unit && element("span", { class: "unit" }, spec.unit)),
-    spec.legend && spec.legend.length > 1 && element("div", { class: "legend" }, spec.legend.map(([style, label, value]) =>
+    spec.legend && spec.legend.length > 0 && element("div", { class: "legend" }, spec.legend.map(([style, label, value]) =>
       element("span", {}, element("i", { class: `swatch ${style}` }), label,
         value !== undefined && element("b", {}, value)))),
     box,
     spec.about && spec.about.length > 0 && folded("What is this?", element("dl", { class: "about" },
       spec.about.map(([key, text]) => [element("dt", {}, key), element("dd", {}, text)]))));
-  const height = spec.height || 150;
+  const height = spec.height || 160;
   let width = 0, stops = [], current = -1;
 
   function redraw() {
@@ -242,10 +253,10 @@ function axes(width, height, x, y, xLabel) {
   const bottom = height - MARGIN.bottom;
   return [
     ...y.ticks.map((v) => svg("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(v), y2: y(v) })),
-    ...y.ticks.map((v) => svg("text", { class: "tick", x: MARGIN.left - 6, y: y(v) + 3.5, "text-anchor": "end" }, number(v, 3))),
+    ...y.ticks.map((v) => svg("text", { class: "tick", x: MARGIN.left - 6, y: y(v) + 3.5, "text-anchor": "end" }, tickLabel(v, y.ticks))),
     svg("line", { class: "axis", x1: MARGIN.left, x2: width - MARGIN.right, y1: bottom, y2: bottom }),
-    ...x.ticks.map((v) => svg("text", { class: "tick", x: x(v), y: height - 8, "text-anchor": "middle" }, number(v, 4))),
-    xLabel && svg("text", { class: "tick label", x: width - MARGIN.right, y: bottom - 4, "text-anchor": "end" }, xLabel),
+    ...x.ticks.map((v) => svg("text", { class: "tick", x: x(v), y: bottom + 14, "text-anchor": "middle" }, tickLabel(v, x.ticks))),
+    xLabel && svg("text", { class: "tick label", x: width - MARGIN.right, y: bottom + 28, "text-anchor": "end" }, xLabel),
   ].filter(Boolean);
 }
 
@@ -265,12 +276,11 @@ function lineChart(spec) {
   let log = false;
   const node = figure({
     ...spec,
-    unit: [spec.unit, series.length === 1 && series[0].label !== spec.title && series[0].label].filter(Boolean).join(", "),
     legend: series.map((s, i) => [styles[i] + (s.points ? " round" : ""), s.label, number(lastOf(s))]),
     summary: `${spec.title}: ` + series.map((s) => `${s.label} from ${number(firstOf(s))} to ${number(lastOf(s))}`).join(", "),
   }, (width, height) => {
     const logarithmic = log && values.every((v) => v > 0);
-    const x = scale(...range(stepsOf), MARGIN.left, width - MARGIN.right, { count: Math.max(2, width / 90), integers: spec.integers !== false });
+    const x = scale(...range(stepsOf), MARGIN.left, width - MARGIN.right, { count: Math.max(2, (width - 60) / 60), integers: spec.integers !== false });
     const y = scale(...extent(values, logarithmic), height - MARGIN.bottom, MARGIN.top, { log: logarithmic, count: 4 });
     const nodes = axes(width, height, x, y, spec.xLabel === undefined ? "step" : spec.xLabel);
     for (const mark of spec.marks || []) {
@@ -320,7 +330,7 @@ function path(points) {
 // late, which fades the early ones. Numbers of colour classes may be given in `styles`.
 function scatterChart(spec) {
   return figure({ ...spec, summary: `${spec.title}: ${spec.x.length} points` }, (width, height) => {
-    const xs = scale(...extent(spec.x), MARGIN.left, width - MARGIN.right, { count: Math.max(2, width / 90) });
+    const xs = scale(...extent(spec.x), MARGIN.left, width - MARGIN.right, { count: Math.max(2, (width - 60) / 60) });
     const ys = scale(...extent(spec.y), height - MARGIN.bottom, MARGIN.top, { count: 4 });
     const nodes = axes(width, height, xs, ys, spec.xLabel);
     const stops = [];
@@ -342,7 +352,7 @@ function histogram(spec) {
     ...spec, legend: spec.series.map((s, i) => [styles[i], s.label]),
     summary: `${spec.title}: ${spec.series.map((s) => s.label).join(", ")}`,
   }, (width, height) => {
-    const x = scale(spec.edges[0], spec.edges[spec.edges.length - 1], MARGIN.left, width - MARGIN.right, { count: Math.max(2, width / 90) });
+    const x = scale(spec.edges[0], spec.edges[spec.edges.length - 1], MARGIN.left, width - MARGIN.right, { count: Math.max(2, (width - 60) / 60) });
     const most = Math.max(...spec.series.flatMap((s) => s.counts), 1e-9);
     const y = scale(0, most * 1.05, height - MARGIN.bottom, MARGIN.top, { count: 3, integers: spec.integers !== false });
     const nodes = axes(width, height, x, y, spec.xLabel);
@@ -449,4 +459,189 @@ function diffTexts(before, after) {
   const nodes = (parts, mark) => parts.length === 0 ? modelText("") : element("span", { class: "text", dir: "auto" },
     parts.map(([text, changed]) => changed ? element(mark, {}, visible(text)) : visible(text)));
   return [nodes(a, "del"), nodes(b, "ins")];
+}
+
+// ---------------------------------------------------------------------------------------------------- token view
+
+// Series that colour tokens, in the order of their buttons: label, and the value that has no colour (null: the scale
+// runs from the lowest to the highest value, in one colour).
+const TOKEN_SERIES = {
+  kl: ["KL", 0, "log p of the policy less log p of the reference, nats"],
+  advantage: ["advantage", 0, "how much better the token turned out than the critic or the group expected"],
+  value: ["value", 0, "the critic's estimate of the reward still to come, before this token"],
+  reward: ["reward", 0, "reward of this token: KL penalty, and at the last one the score"],
+  logprob: ["log p", null, "log-probability of the token by the policy that sampled it, nats"],
+  entropy: ["entropy", null, "entropy of the next-token distribution at this place, nats"],
+  ratio: ["ratio", 1, "probability after the update over that before it"],
+  ref_logprob: ["log p of the reference", null, "log-probability by the reference model, nats"],
+  td_error: ["TD error", 0, "reward + gamma * next value - value"],
+  return: ["return", 0, "what the value is trained to predict"],
+};
+const COLOURED = ["kl", "advantage", "value", "reward", "logprob", "entropy", "ratio"];
+
+// Unpack what jaxrlhf/report/tokens.py packed: words by number, lists as base64 of 3 bytes a number.
+function unpackTokens(packed) {
+  const wordsOf = (text) => whole24(text).map((i) => packed.words[i]);
+  return packed.records.map((record) => {
+    const words = wordsOf(record.top[0]), logprobs = floats24(record.top[1]), pieces = wordsOf(record.pieces);
+    const series = Object.fromEntries(Object.entries(record.series).map(([name, text]) => [name, floats24(text)]));
+    const top = pieces.map((_, i) => Array.from({ length: record.ranks }, (_, k) => i * record.ranks + k)
+      .filter((k) => k < words.length).map((k) => [words[k], logprobs[k]]));
+    return { ...record, ids: whole24(record.ids), pieces, series, top };
+  });
+}
+
+function whole24(text) {
+  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  return Array.from({ length: bytes.length / 3 }, (_, i) => bytes[3 * i] | (bytes[3 * i + 1] << 8) | (bytes[3 * i + 2] << 16));
+}
+
+// The upper 3 bytes of float32; nan is null.
+function floats24(text) {
+  const floats = new Float32Array(Uint32Array.from(whole24(text), (n) => n << 8).buffer);
+  return Array.from(floats, (v) => Number.isNaN(v) ? null : Number(v.toPrecision(5)));
+}
+
+// The map from a value of a series to a colour and its legend, from the 1st and 99th percentile over all records.
+function tokenScale(records, name) {
+  const values = records.flatMap((r) => r.series[name] || []).filter((v) => v !== null && Number.isFinite(v)).sort((a, b) => a - b);
+  const at = (q) => values.length ? values[Math.round(q * (values.length - 1))] : 0;
+  const middle = TOKEN_SERIES[name][1];
+  let low = at(0.01), high = at(0.99);
+  if (middle !== null) {
+    const reach = Math.max(Math.abs(low - middle), Math.abs(high - middle)) || Math.max(...values.map((v) => Math.abs(v - middle)), 1e-9);
+    low = middle - reach;
+    high = middle + reach;
+  }
+  const colour = (value) => {
+    if (value === null || value === undefined) return "transparent";
+    const part = middle === null ? (value - low) / (high - low || 1) : (value - middle) / (high - middle);
+    const strength = Math.min(1, Math.abs(middle === null ? Math.max(0, part) : part));
+    return `rgba(var(--${middle !== null && part < 0 ? "negative" : "positive"}), ${(0.62 * strength).toFixed(3)})`;
+  };
+  return { low, high, middle, colour };
+}
+
+// A piece of text with its blanks shown: · for a leading blank, ↵ for a line break, ⇥ for a tab.
+function pieceText(piece) {
+  if (piece === "") return "▯"; // a part of a character
+  return visible(piece.replace(/^ +| +$/g, (s) => "·".repeat(s.length)).replace(/\n/g, "↵").replace(/\t/g, "⇥"));
+}
+
+// The token view of unpacked records: a step and a sample to choose, its tokens coloured by a series, the numbers of
+// the token under pointer or focus, and value and return along the sequence.
+function tokenView(records) {
+  const available = Object.keys(TOKEN_SERIES).filter((name) => records.some((r) => r.series[name]));
+  const coloured = COLOURED.filter((name) => available.includes(name));
+  const scales = Object.fromEntries(available.map((name) => [name, tokenScale(records, name)]));
+  const steps = [...new Set(records.map((r) => r.step))];
+  let name = coloured.includes("advantage") ? "advantage" : coloured[0];
+  let step = steps[steps.length - 1], record, spans = [], current = -1, pinned = -1;
+
+  const prompt = element("p", { class: "prompt" });
+  const text = element("div", { class: "tokens", role: "listbox", "aria-label": "Tokens of the response", "aria-orientation": "horizontal" });
+  const detail = element("aside", { class: "detail", "aria-live": "polite" });
+  const legend = element("div", { class: "scale" });
+  const curve = element("div");
+  const sampleMenu = element("span");
+  const node = element("div", { class: "token-view" },
+    element("div", { class: "controls" },
+      menu("Step", steps.map((s) => [s, number(s, 9)]), step, (value) => { step = Number(value); chooseStep(); }),
+      sampleMenu),
+    coloured.length > 0 && element("div", { class: "controls" },
+      radios("Colour by", coloured.map((key) => [key, TOKEN_SERIES[key][0]]), name, (value) => { name = value; paint(); }), legend),
+    element("div", { class: "split" }, element("div", { class: "reading" }, prompt, text, curve), detail));
+
+  function chooseStep() {
+    const here = records.filter((r) => r.step === step);
+    sampleMenu.replaceChildren(menu("Sample", here.map((r, i) => [i, sampleName(r)]), 0, (i) => choose(here[i])));
+    choose(here[0]);
+  }
+
+  function sampleName(r) {
+    const opening = r.prompt.replace(/\s+/g, " ").trim();
+    return `${r.score === null || r.score === undefined ? "no score" : `score ${number(r.score, 3)}`} · ${visible(opening.length > 40 ? `${opening.slice(0, 40)}…` : opening)}`;
+  }
+
+  function choose(chosen) {
+    record = chosen;
+    current = pinned = -1;
+    prompt.replaceChildren(element("b", {}, "Prompt "), modelText(record.prompt));
+    spans = record.pieces.map((piece, i) => element("span", {
+      class: "token", role: "option", tabindex: i === 0 ? "0" : "-1", "aria-selected": "false", dir: "auto", "data-index": i,
+    }, pieceText(piece)));
+    // A line of the response ends where its token has a line break.
+    text.replaceChildren(...spans.flatMap((span, i) => record.pieces[i].includes("\n") ? [span, element("br")] : [span]));
+    if (record.length > record.pieces.length) text.append(element("span", { class: "soft" }, ` … ${number(record.length - record.pieces.length)} more tokens`));
+    if (!record.pieces.length) text.append(modelText(""));
+    const lines = ["value", "return"].filter((key) => record.series[key]);
+    curve.replaceChildren(...lines.length ? [lineChart({
+      title: "Value and return along the response", xLabel: "token", height: 130,
+      series: lines.map((key) => ({ label: key, x: record.series[key].map((_, i) => i + 1), y: record.series[key] })),
+    })] : []);
+    paint();
+    show(-1);
+  }
+
+  function paint() {
+    if (!name) return;
+    const values = record.series[name] || [];
+    spans.forEach((span, i) => { span.style.backgroundColor = scales[name].colour(values[i]); });
+    const { low, high, middle } = scales[name];
+    const stops = [0, 0.25, 0.5, 0.75, 1].map((q) => scales[name].colour(low + q * (high - low)));
+    legend.replaceChildren(element("span", {}, number(low, 3)),
+      element("i", { style: `background: linear-gradient(to right, ${stops.join(", ")})` }),
+      element("span", {}, number(high, 3)), middle === null ? "" : element("span", { class: "soft" }, `(no colour: ${middle})`));
+    legend.title = TOKEN_SERIES[name][2];
+    show(current);
+  }
+
+  // Show the numbers of token i; -1: how to use the view.
+  function show(i) {
+    if (spans[current]) spans[current].setAttribute("aria-selected", "false");
+    current = i;
+    if (i < 0) {
+      detail.replaceChildren(element("p", { class: "note" },
+        spans.length ? "Point at a token, or move with the arrow keys, to see its numbers and what else the policy might have said." : "No tokens."));
+      return;
+    }
+    spans[i].setAttribute("aria-selected", "true");
+    const rows = available.filter((key) => record.series[key]);
+    const top = record.top[i] || [];
+    const most = top.length ? Math.max(...top.map(([, p]) => Math.exp(p))) : 1;
+    detail.replaceChildren(
+      element("div", { class: "piece" }, pieceText(record.pieces[i])),
+      element("div", { class: "soft" }, `token ${i + 1} of ${record.length}`, record.ids.length > i && `, id ${record.ids[i]}`),
+      element("dl", { class: "numbers" }, rows.map((key) => [
+        element("dt", { title: TOKEN_SERIES[key][2], class: key === name && "chosen" }, TOKEN_SERIES[key][0]),
+        element("dd", { class: key === name && "chosen" }, number(record.series[key][i], 4))])),
+      top.length ? element("div", { class: "soft" }, "most probable here") : "",
+      top.length ? element("ol", { class: "top" }, top.map(([piece, p]) => element("li", { class: piece === record.pieces[i] && "chosen" },
+        element("span", { class: "token" }, pieceText(piece)),
+        element("span", { class: "bar" }, element("i", { style: `width: ${(100 * Math.exp(p) / most).toFixed(1)}%` })),
+        element("b", {}, percent(Math.exp(p)))))) : "");
+  }
+
+  const indexOf = (event) => event.target.dataset && event.target.dataset.index !== undefined ? Number(event.target.dataset.index) : -1;
+  text.addEventListener("pointerover", (event) => { const i = indexOf(event); if (i >= 0) show(i); });
+  text.addEventListener("pointerleave", () => { if (pinned !== current) show(pinned); });
+  text.addEventListener("focusin", (event) => { const i = indexOf(event); if (i >= 0) { pinned = i; show(i); } });
+  text.addEventListener("click", (event) => { const i = indexOf(event); if (i >= 0) move(i); });
+  text.addEventListener("keydown", (event) => {
+    const from = indexOf(event);
+    const target = { ArrowRight: from + 1, ArrowDown: from + 10, ArrowLeft: from - 1, ArrowUp: from - 10, Home: 0, End: spans.length - 1 }[event.key];
+    if (from < 0 || target === undefined) return;
+    event.preventDefault();
+    move(Math.max(0, Math.min(spans.length - 1, target)));
+  });
+
+  // Give the focus to token i: a single one of them can be reached by the tab key.
+  function move(i) {
+    spans.forEach((span) => span.setAttribute("tabindex", "-1"));
+    spans[i].setAttribute("tabindex", "0");
+    spans[i].focus();
+  }
+
+  chooseStep();
+  return node;
 }

@@ -177,8 +177,7 @@ class OnPolicyTrainer(Generic[Config]):
             "reward model": setup.params_fingerprint(models[0] if len(models) == 1 else models or {}),
         }
         with open_session(config, self.total_steps, self.state, identity, fresh=self._fresh) as session:
-            for line in self._about():
-                session.note(line)
+            session.describe("\n".join(self._about()))
             self.scorer.pause_while_asking(session.logger.paused)
             session.resume()
             rows, before = config.settings.batch_size, session.records()

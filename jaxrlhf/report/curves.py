@@ -1,0 +1,180 @@
+"""Curves of a run: which metrics share a chart, and fewer points of long runs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxrlhf.metrics.keys import METRICS, REWARDS
+
+POINTS = 300
+"""Points of a curve: more than a chart is pixels wide."""
+Record = Mapping[str, Any]
+Chart = tuple[str, str, tuple[str, ...]]  # title, unit, metrics
+GROUPS: dict[str, tuple[Chart, ...]] = {
+    "Objective": (
+        ("Score", "per response", ("objective/scores", "eval/scores", "eval/scores_greedy", "eval/heldout_scores")),
+        ("RLHF reward", "score less the KL penalty", ("objective/rlhf_reward",)),
+        ("Spread of the scores", "standard deviation", ("objective/scores_std",)),
+        ("Win rate against the initial policy", "held-out prompts", ("eval/win_rate",)),
+        ("Loss", "", ("loss", "eval/loss")),
+        ("Accuracy", "share of pairs", ("accuracy", "eval/accuracy")),
+        ("Margin", "score of chosen less rejected", ("margin", "eval/margin")),
+        ("Absolute error", "", ("absolute_error", "eval/absolute_error")),
+        ("Scores of responses", "", ("mean_reward", "min_reward", "max_reward", "eval/mean_reward")),
+        ("Calibration error", "held-out rows", ("eval/ece",)),
+        ("Area under the ROC curve", "held-out rows", ("eval/auc",)),
+        ("Correlation of score and target", "held-out rows", ("eval/correlation",)),
+        ("Accuracy of the implicit reward", "share of pairs", ("rewards/accuracies", "eval/rewards/accuracies")),
+        ("Margin of the implicit reward", "", ("rewards/margins", "eval/rewards/margins")),
+        ("Implicit reward", "", ("rewards/chosen", "rewards/rejected")),
+        ("Log-probability", "nats per response", ("logps/chosen", "logps/rejected")),
+        ("SFT term", "nats per token", ("nll_loss", "eval/nll_loss")),
+    ),
+    "Distance and diversity": (
+        ("KL to the reference", "nats per response", ("objective/kl", "objective/kl_k3", "eval/kl")),
+        ("KL baseline", "nats", ("kl", "eval/kl")),
+        ("KL coefficient", "", ("objective/kl_coef",)),
+        ("Entropy", "nats per token", ("objective/entropy_per_token", "entropy", "eval/entropy")),
+        ("Groups without spread", "of the batch", ("groups/flat", "groups/count")),
+    ),
+    "Responses": (
+        ("Length", "tokens", ("tokens/mean_length", "tokens/min_length", "tokens/max_length", "eval/mean_length")),
+        ("Finished before the length limit", "share", ("tokens/finished", "eval/finished")),
+        ("Score follows length", "correlation", ("objective/score_length_correlation",)),
+        ("Identical responses", "share of the batch", ("tokens/identical",)),
+    ),
+    "Optimisation": (
+        ("Policy loss", "", ("loss/policy_avg",)),
+        (
+            "Clipped tokens",
+            "share",
+            ("policy/clipfrac_avg", "policy/clipfrac_high_avg", "policy/clipfrac_low_avg"),
+        ),
+        ("Step size in KL", "nats per token", ("policy/approxkl_avg", "policy/kl_avg")),
+        ("Probability ratio", "new over old policy", ("val/ratio",)),
+        ("Value loss", "", ("loss/value_avg",)),
+        ("Explained variance of the value", "", ("val/explained_variance",)),
+        ("Gradient norm", "", ("grad_norm", "grad_norm_clipped", "policy/grad_norm", "policy/grad_norm_clipped")),
+        ("Gradient norm of the critic", "", ("critic/grad_norm", "critic/grad_norm_clipped")),
+        ("Learning rate", "", ("learning_rate", "critic/learning_rate")),
+        ("KL loss", "", ("loss/kl_avg",)),
+        ("Sampler against policy", "nats per token", ("val/sampler_logprob_gap", "val/sampler_logprob_gap_max")),
+    ),
+    "Speed": (
+        ("Tokens per second", "generation", ("perf/response_tokens_per_second",)),
+        ("Time of a phase", "seconds", ("perf/rollout_seconds", "perf/reward_seconds")),
+    ),
+}
+"""Charts of every method, by subject; a chart without a logged metric is left out."""
+HIDDEN: tuple[str, ...] = ("episode", "epoch", "skipped_updates")  # counted elsewhere on the page
+
+
+def charts(records: Sequence[Record], before: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Groups of charts of a run: [{"title", "charts": [{"title", "unit", "series"}]}]. `before` are the metrics of the
+    initial policy, which stand at step 0. Metrics in no chart of GROUPS have one of their own, in the last group."""
+    logged = list(dict.fromkeys(key for record in records for key in record if key != "step"))
+    rows: list[Record] = [{"step": 0, **before}, *records] if before else list(records)
+    groups: list[dict[str, Any]] = []
+    used: set[str] = set(HIDDEN)
+    names = [key.removesuffix("/errors") for key in logged if key.startswith(REWARDS) and key.endswith("/errors")]
+    components = [f"{name}/mean" for name in names if f"{name}/mean" in logged]
+    for title, members in GROUPS.items():
+        found = [
+            (name, unit, [key for key in keys if key in logged and key not in used]) for name, unit, keys in members
+        ]
+        if title == "Objective" and len(components) > 1:
+            found.append(("Components of the score", "before their weights", components))
+        used.update(key for _, _, keys in found for key in keys)
+        drawn = [_chart(name, unit, keys, rows) for name, unit, keys in found if keys]
+        if drawn:
+            groups.append({"title": title, "charts": drawn})
+    rest = [key for key in logged if key not in used and not key.startswith("alarm/")]
+    if rest:
+        groups.append({"title": "Other metrics", "charts": [_chart(key, "", [key], rows) for key in sorted(rest)]})
+    return groups
+
+
+def _chart(title: str, unit: str, keys: Sequence[str], rows: Sequence[Record]) -> dict[str, Any]:
+    return {"title": title, "unit": unit, "series": [series(key, rows) for key in keys]}
+
+
+def series(key: str, rows: Sequence[Record]) -> dict[str, Any]:
+    """A curve: {"label", "x", "y", "points"}; y is None where the value is not finite. Values measured now and then,
+    on held-out rows, are single points."""
+    data = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), float | int)]
+    kept = thin([y for _, y in data])
+    return {
+        "label": key,
+        "x": [data[i][0] for i in kept],
+        "y": [rounded(data[i][1]) for i in kept],
+        "points": key.startswith("eval/"),
+    }
+
+
+def thin(values: Sequence[float], limit: int = POINTS) -> list[int]:
+    """The positions of at most `limit` values: the first, the last, and the lowest and highest of each stretch, so that
+    no extreme is lost."""
+    if len(values) <= limit:
+        return list(range(len(values)))
+    stretches = (limit - 2) // 2
+    kept = {0, len(values) - 1}
+    for i in range(stretches):
+        stretch = range(i * len(values) // stretches, (i + 1) * len(values) // stretches)
+        finite = [k for k in stretch if math.isfinite(values[k])] or stretch
+        kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
+    return sorted(kept)
+
+
+def rounded(value: float, digits: int = 5) -> float | int | None:
+    """The value with `digits` significant digits; None if it is not finite."""
+    if isinstance(value, int):
+        return value
+    short = float(f"{value:.{digits}g}")
+    return None if not math.isfinite(short) else int(short) if short.is_integer() and abs(short) < 1e9 else short
+
+
+def definition(key: str) -> str:
+    """The definition of a metric, that of the prefix for a component of the reward."""
+    if key in METRICS:
+        return METRICS[key]
+    name = key.removeprefix(REWARDS).rpartition("/")
+    part = {
+        "mean": "mean over completions, before the weight",
+        "std": "standard deviation over completions, before the weight",
+        "errors": "completions without a usable answer",
+        "length_correlation": "Pearson correlation with the response length",
+    }.get(name[2], name[2])
+    return f"component {name[0]} of the score: {part}"
+
+
+def tradeoffs(records: Sequence[Record], before: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Score against KL and score against length, a point per record, training and held-out prompts."""
+    found = []
+    for title, unit, other, held_out in (
+        ("Score against KL", "KL to the reference, nats per response", "objective/kl", "eval/kl"),
+        ("Score against length", "mean length, tokens", "tokens/mean_length", "eval/mean_length"),
+    ):
+        points: list[tuple[int, float, float, int]] = []
+        for style, (x, y), rows in (
+            (0, (other, "objective/scores"), records),
+            (1, (held_out, "eval/scores"), [{"step": 0, **before}, *records]),
+        ):
+            some = [(row["step"], row[x], row[y], style) for row in rows if x in row and y in row]
+            stride = -(-len(some) // POINTS) or 1
+            points += some[::-1][::stride][::-1]  # the last one is always there
+        points = [p for p in points if math.isfinite(p[1]) and math.isfinite(p[2])]
+        if len(points) > 1:
+            last = max(step for step, *_ in points) or 1
+            found.append(
+                {
+                    "title": title,
+                    "xLabel": unit,
+                    "yLabel": "score",
+                    "x": [rounded(p[1]) for p in points],
+                    "y": [rounded(p[2]) for p in points],
+                    "styles": [p[3] for p in points],
+                    "order": [rounded(p[0] / last, 3) for p in points],
+                    "names": [("held out, " if p[3] else "") + f"step {p[0]}" for p in points],
+                }
+            )
+    return found

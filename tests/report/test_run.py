@@ -1,0 +1,284 @@
+"""What the report of a run holds, from the files of its directory."""
+
+import base64
+import json
+import math
+import random
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.recorded_runs import record, token_record, write_lines, write_run, write_tokens
+
+from jaxrlhf import report
+from jaxrlhf.config.file import METHODS
+from jaxrlhf.errors import DataError, StorageError
+from jaxrlhf.report import curves, tokens, verdict
+from jaxrlhf.report.run import collect
+
+
+def embedded(path):
+    """The data of a page."""
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(encoding="utf-8"))
+    return json.loads(data)
+
+
+def unpacked(text, *, floats=False):
+    """The numbers that were packed as 3 bytes each."""
+    raw = np.frombuffer(base64.b64decode(text), np.uint8).reshape(-1, 3)
+    bits = np.zeros((len(raw), 4), np.uint8)
+    bits[:, 1 if floats else 0 :][:, :3] = raw
+    return bits.view("<f4" if floats else "<u4")[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    "method, said",
+    {
+        "sft": "Loss fell from 3.9",
+        "reward": "Training accuracy rose from 0.5",
+        "dpo": "Accuracy of the implicit reward rose",
+        "ppo": "Score rose from .1.7",
+        "grpo": "Score rose from .1.7",
+    }.items(),
+)
+def test_every_method_has_a_page(method, said, tmp_path):
+    path = report.write(write_run(tmp_path / method, method))
+    assert path == tmp_path / method / "report.html"
+    data = embedded(path)
+    assert re.match(said, data["verdict"][0]) and "over 20" in data["verdict"][0]
+    assert data["status"] == {"kind": "done", "text": "Finished."} and not data["warnings"]
+    drawn = [series["label"] for group in data["curves"] for chart in group["charts"] for series in chart["series"]]
+    assert len(drawn) == len(set(drawn))
+    logged = set(record(method, 1, 2, random.Random(0))) - {"step", *curves.HIDDEN}
+    assert set(drawn) == logged
+    assert all(data["definitions"][key] for key in drawn)
+    assert bool(data["tradeoffs"]) == (method in ("ppo", "grpo"))
+    assert [change[0] for change in data["changes"]] == ["run_dir"]
+    assert data["reproduce"]["command"] == f"jaxrlhf {method}"
+
+
+def test_metrics_of_all_charts_are_defined():
+    keys = [key for group in curves.GROUPS.values() for _, _, keys in group for key in keys]
+    assert set(keys) <= set(curves.METRICS)
+
+
+@pytest.mark.parametrize(
+    "outcome, facts, kind, said",
+    [
+        (None, {}, "failed", "killed"),
+        ("preempted", {}, "stopped", "after 20 of 90 updates; the same command resumes it"),
+        ("RewardError", {"error": "no score"}, "failed", "Ended by RewardError after 20 of 90 updates: no score"),
+        ("done", {}, "done", "Finished early, after 20 of 90"),
+    ],
+)
+def test_the_end_of_a_run_is_told(outcome, facts, kind, said, tmp_path):
+    status = collect(write_run(tmp_path / "run", "ppo", outcome=outcome, **facts, total_steps=90))["status"]
+    assert status["kind"] == kind and said in status["text"]
+
+
+def test_files_that_are_missing_incomplete_or_broken_are_named(tmp_path):
+    run = write_run(tmp_path / "run", "ppo")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "objective/sco')  # being written
+    (run / "samples.jsonl").write_text('{"step": 1, "prompt": "a"\nno JSON\n')
+    (run / "validation.json").write_text("{")
+    (run / "evaluation.json").write_text("[1]")
+    (run / "tokens").mkdir()
+    (run / "tokens" / "step-000001.jsonl.gz").write_bytes(b"no gzip")
+    data = collect(run)
+    assert "20 updates" in data["verdict"][0]
+    assert [line.split(" ")[0] for line in data["warnings"]] == [
+        "samples.jsonl",
+        "validation.json",
+        "step-000001.jsonl.gz",
+    ]
+    (run / "run.json").unlink()
+    (run / "config.yaml").write_text("a: [")
+    data = collect(run)
+    assert data["status"]["kind"] == "stopped" and any(w.startswith("config.yaml") for w in data["warnings"])
+    report.write(run)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_short_runs_have_a_page(method, steps, tmp_path):
+    data = embedded(report.write(write_run(tmp_path / "run", method, steps)))
+    assert data["verdict"] and not re.search(r"\bnan\b", json.dumps([data["verdict"], data["facts"], data["warnings"]]))
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        report.write(tmp_path / "nowhere")
+    write_run(tmp_path / "demo" / "ppo", "ppo", 1)
+    with pytest.raises(DataError, match="not a run directory; ppo in it is"):
+        report.write(tmp_path / "demo")
+    with pytest.raises(StorageError):
+        report.write(tmp_path / "demo" / "ppo", tmp_path / "demo")
+
+
+def test_noise_is_not_called_progress():
+    chance = random.Random(0)
+    flat = [{"step": i, "objective/scores": chance.gauss(0, 1)} for i in range(50)]
+    assert "did not change beyond noise" in verdict.verdict("ppo", flat, {}, {})[0]
+    falling = [{"step": i, "objective/scores": -i + chance.gauss(0, 1), "objective/kl": 2.0} for i in range(50)]
+    assert re.match(
+        r"Score fell from .* at a KL to the reference of 2 nats", verdict.verdict("ppo", falling, {}, {})[0]
+    )
+    # Two sigma: of 400 runs without progress about 5 % are called a change.
+    runs = [[{"step": i, "loss": chance.gauss(0, 1)} for i in range(40)] for _ in range(400)]
+    called = sum("noise" not in str(verdict.change(run, "loss")) for run in runs)
+    assert 5 <= called <= 45
+
+
+def test_held_out_prompts_are_reported_with_an_interval():
+    records = [{"step": i, "objective/scores": float(i)} for i in range(9)]
+    records[-1] |= {"eval/scores": 3.0, "eval/win_rate": 0.75, "eval/gain": 2.0, "eval/heldout_gain": -1.0}
+    baseline = {"scores": [1.0] * 40, "metrics": {"eval/scores": 1.0}}
+    sentences = verdict.verdict("ppo", records, baseline, {})
+    assert "On 40 held-out prompts the score went from 1 to 3" in sentences[1]
+    assert "75 %" in sentences[1] and "59.8 to 85.8 %" in sentences[1]  # Wilson's interval of 30 of 40
+    assert "disagrees" in sentences[2]
+
+
+def test_warnings_name_what_went_wrong():
+    quiet = [record("ppo", step, 10, random.Random(step)) for step in range(1, 11)]
+    assert verdict.warnings(quiet) == []
+    loud = [dict(row) for row in quiet]
+    loud[3] |= {"skipped_updates": 2.0, "alarm/kl": 1.0}
+    for row in loud[5:]:
+        row |= {
+            "tokens/finished": 0.5,
+            "tokens/identical": 0.8,
+            "rewards/model/errors": 3.0,
+            "objective/unscored": 0.25,
+        }
+        row |= {"groups/flat": 9.0, "groups/count": 10.0, "val/sampler_logprob_gap": 0.3}
+    text = "\n".join(verdict.warnings(loud))
+    for part in (
+        "2 optimizer steps were skipped",
+        "first at step 4, last at step 4",
+        "15 completions",
+        "25 %",
+        "50 %",
+        "80 %",
+        "90 %",
+        "0.3 nats",
+        "KL to the reference is over",
+    ):
+        assert part in text
+    assert len(verdict.warnings(loud)) == 8
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(width=32) | st.sampled_from([math.nan, math.inf]), max_size=400),
+    st.integers(4, 60),
+)
+def test_thinned_curves_keep_ends_and_extremes(values, limit):
+    kept = curves.thin(values, limit)
+    assert kept == sorted(set(kept)) and len(kept) <= max(limit, len(values) if len(values) <= limit else 0)
+    finite = [v for v in values if math.isfinite(v)]
+    if finite:
+        shown = [values[i] for i in kept if math.isfinite(values[i])]
+        assert min(shown) == min(finite) and max(shown) == max(finite)
+    if values:
+        assert kept[0] == 0 and kept[-1] == len(values) - 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.none() | st.floats(-(2.0**90), 2.0**90, width=32), max_size=30))
+def test_packed_numbers_have_sixteen_bits(values):
+    back = unpacked(tokens.floats24(values), floats=True)
+    for value, found in zip(values, back, strict=True):
+        if value is None:
+            assert math.isnan(found)
+        else:
+            assert abs(found - value) <= max(2**-16 * abs(value), 1e-38)
+
+
+def test_token_records_are_chosen_and_packed(tmp_path):
+    run = write_run(tmp_path / "run", "ppo", 3)
+    assert collect(run)["tokens"] == {"words": [], "records": []}
+    for step in range(1, 41):
+        scores = [0.0, 5.0, None, -5.0, 1.0, 2.0, 3.0, 4.0]
+        write_tokens(run, step, [token_record(step, i, ["a", "", " b"], score) for i, score in enumerate(scores)])
+    packed = collect(run)["tokens"]
+    steps = sorted({r["step"] for r in packed["records"]})
+    assert len(packed["records"]) == 64 and len(steps) == 16 and steps[0] == 1 and steps[-1] == 40
+    for step in steps:
+        assert {5.0, -5.0} <= {r["score"] for r in packed["records"] if r["step"] == step}
+    first = packed["records"][0]
+    assert [packed["words"][i] for i in unpacked(first["pieces"])] == ["a", "", " b"] and first["length"] == 3
+    assert unpacked(first["ids"]) == [0, 1, 2] and first["ranks"] == 5
+    assert packed["words"][unpacked(first["top"][0])[10]] == " b"
+    assert unpacked(first["top"][1], floats=True)[10] == pytest.approx(-0.1234, rel=2**-16)
+    assert set(first["series"]) == set(tokens.SERIES)
+
+
+def test_the_page_of_a_long_run_with_many_tokens_is_small(tmp_path):
+    run = write_run(tmp_path / "run", "ppo", 1)
+    chance = random.Random(0)
+    prefixes = ("objective/", "policy/", "loss/", "val/", "critic/", "tokens/", "perf/")
+    keys = [key for key in curves.METRICS if key.startswith(prefixes)]
+    rows = [{"step": i} | {key: chance.gauss(0, 1) for key in keys} for i in range(1, 1001)]
+    for row in rows[::10]:
+        row |= {"eval/scores": chance.gauss(0, 1), "eval/kl": chance.gauss(0, 1)}
+    write_lines(run / "metrics.jsonl", rows)
+    for step in range(1, 9):
+        pieces = [[f" word{chance.randrange(6000)}" for _ in range(256)] for _ in range(8)]
+        write_tokens(run, step, [token_record(step, i, part) for i, part in enumerate(pieces)])
+    samples = [{"step": s, "prompt": "p" * 900, "completion": "c" * 900, "score": 1.0} for s in range(300)]
+    write_lines(run / "samples.jsonl", samples)
+    path = report.write(run)
+    data = embedded(path)
+    assert len(data["tokens"]["records"]) == 64
+    assert sum(len(unpacked(r["pieces"])) for r in data["tokens"]["records"]) == 64 * 256
+    assert path.stat().st_size < 2_000_000
+
+
+def test_long_texts_and_responses_are_cut(tmp_path):
+    run = write_run(tmp_path / "run", "ppo", 1)
+    rows = [{"step": s, "prompt": f"{i}", "completion": "x" * 100_000, "score": 1.0} for s in (1, 9) for i in range(60)]
+    write_lines(run / "samples.jsonl", rows)
+    write_tokens(run, 1, [token_record(1, i, ["a"] * 1500) for i in range(20)])
+    path = report.write(run)
+    data = embedded(path)
+    assert path.stat().st_size < 2_000_000
+    assert "(96,000 more characters)" in data["samples"]["fixed"][0]["answers"]["1"][0]
+    assert len(data["samples"]["fixed"]) + data["samples"]["left_out"] == 60
+    records = data["tokens"]["records"]
+    assert {(r["length"], len(unpacked(r["pieces"]))) for r in records} == {(1500, 1024)} and len(records) == 16
+
+
+def test_the_same_prompts_are_compared_over_steps(tmp_path):
+    run = write_run(tmp_path / "run", "ppo", 3)
+    rows = [
+        {"step": 0, "prompt": "a", "completion": "one", "score": 1.0, "held_out": True},
+        {"step": 0, "prompt": "a", "completion": "again", "score": None, "held_out": True},
+        {"step": 1, "prompt": "a", "completion": "training", "score": 3.0},
+        {"step": 3, "prompt": "a", "completion": "two", "score": 2.0, "held_out": True},
+        {"step": 3, "prompt": "a", "completion": "twice", "score": "NaN", "held_out": True},
+    ]
+    write_lines(run / "samples.jsonl", rows)
+    samples = collect(run)["samples"]
+    assert samples["fixed"] == [
+        {"prompt": "a", "held_out": True, "answers": {0: ["one", 1.0], 3: ["two", 2.0]}},
+        {"prompt": "a", "held_out": True, "answers": {0: ["again", None], 3: ["twice", None]}},
+    ]
+    write_lines(run / "samples.jsonl", [{"step": s, "prompt": f"{s}", "completion": ""} for s in (1, 2, 3)])
+    samples = collect(run)["samples"]
+    assert not samples["fixed"] and [row["step"] for row in samples["others"]] == [1, 3]
+
+
+def test_restarts_and_options_that_differ_are_shown(tmp_path):
+    run = write_run(tmp_path / "run", "sft", 10)
+    content = json.loads((run / "run.json").read_text())
+    content["starts"] += [content["starts"][0] | {"step": 4}]
+    (run / "run.json").write_text(json.dumps(content))
+    text = (run / "config.yaml").read_text().replace("seed: 0", "seed: 7") + "older_option: 3\n"
+    (run / "config.yaml").write_text(text)
+    data = collect(run)
+    assert data["restarts"] == [4] and ("Time", "2 h 00 min in 2 starts") in data["facts"]
+    assert ("seed", "7", "0") in data["changes"] and ("older_option", "3", "") in data["changes"]
