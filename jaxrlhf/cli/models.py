@@ -160,7 +160,7 @@ def _evaluate_reward_model(options: Options, overrides: Overrides) -> None:
     from jaxrlhf.evaluation import reward_examples
 
     with _notes_on_stderr(quiet=config.logging.quiet):
-        result = reward_examples.judge(config)
+        result = reward_examples.judge(config, options.by or "")
     print(reward_examples.table(result))
     if options.output:
         _write_json(result, options.output)

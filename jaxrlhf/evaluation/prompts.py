@@ -1,7 +1,7 @@
 """The prompts of an evaluation, from one or several files, with their references and categories."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +74,8 @@ def read(config: PPOConfig, files: Sequence[str], references: str, by: str, *, h
         for row in split.train:
             moved = dataclasses.replace(row, index=offset + row.index)
             reference = _reference_text(row, column, file) if column else None
-            category = _category(row, by or CATEGORY, file)
-            found.append(Question(moved, file, row.index, reference, category))
+            group = category(row.columns, by or CATEGORY, f"row {row.index + 1} of {file}")
+            found.append(Question(moved, file, row.index, reference, group))
         offset += split.report.rows
     assert tokenizer is not None
     names = list(columns([question.row for question in found]))
@@ -88,23 +88,24 @@ def read(config: PPOConfig, files: Sequence[str], references: str, by: str, *, h
             f"nothing to measure completions by: give a reward (--reward, --reward-model, --reward.KEY), or name the "
             f"column of {sources} that has reference answers (--references); it has {', '.join(names)}"
         )
-    category = by or (CATEGORY if CATEGORY in names else "")
-    return Questions(tokenizer, found, ", ".join(answers), category)
+    category_from = by or (CATEGORY if CATEGORY in names else "")
+    return Questions(tokenizer, found, ", ".join(answers), category_from)
 
 
 def _answer_column(config: PPOConfig, file: str, rows: Sequence[PromptRow]) -> str:
     return answer_column(Rows(file, [row.columns for row in rows], []), config.data)
 
 
-def _category(row: PromptRow, column: str, file: str) -> str:
-    value: Any = row.columns.get(column)
+def category(row: Mapping[str, Any], column: str, where: str) -> str:
+    """The category of a row, which is at the place `where` names; NO_CATEGORY if it has none. Raises DataError."""
+    value = row.get(column)
     if value is None or value == "":
         return NO_CATEGORY
     if isinstance(value, str | int | float):
         return str(value)
     raise DataError(
-        f"row {row.index + 1} of {file}: column {column!r} is {quoted(value)}; expected text or a number as the "
-        "category; name another column (--by)"
+        f"{where}: column {column!r} is {quoted(value)}; expected text or a number as the category; name another "
+        "column (--by)"
     )
 
 

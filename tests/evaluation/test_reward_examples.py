@@ -12,6 +12,7 @@ from jaxrlhf.cli import main
 from jaxrlhf.config import RewardConfig
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.evaluation.reward_examples import judge, table
+from jaxrlhf.metrics.statistics import wilson
 from jaxrlhf.rewards.sources.model import RewardModel
 
 PROMPTS = ["why? ", "what is it? ", "so? "]
@@ -41,7 +42,8 @@ def test_the_command_prints_a_verdict_for_each_named_pair(folder, tmp_path, caps
     assert [e["bad"] for e in result["examples"]] == pytest.approx(bad.tolist(), rel=1e-4)
     assert [e["right"] for e in result["examples"]] == (good > bad).tolist()
     shown, right = capsys.readouterr().out, int((good > bad).sum())
-    assert f"{right} of 3 right: {right / 3:.3f}" in shown and "case 2: so?" in shown
+    low, high = wilson(right, 3)
+    assert f"{right} of 3 right: {right / 3:.3f} [{low:.3f}, {high:.3f}]" in shown and "case 2: so?" in shown
     assert shown.count("right  good") == right and shown.count("WRONG  good") == 3 - right
     assert result["evaluation"]["accuracy"] == pytest.approx(right / 3)
     assert "accuracy of length alone (longer is better): 1.000" in shown
@@ -63,6 +65,31 @@ def test_labelled_and_preferred_rows(folder, tmp_path):
     pairs = [{"prompt": p, "chosen": "a cat.", "rejected": "no!"} for p in PROMPTS]
     preferred = result([*pairs, {"prompt": "a", "chosen": "b", "rejected": "b"}])
     assert len(preferred["examples"]) == 3 and "dropped 1: chosen and rejected are the same" in table(preferred)
+
+
+def test_accuracy_by_category(folder, tmp_path, capsys):
+    """Of each category from its own pairs, whatever their layout."""
+    file, out = tmp_path / "e.jsonl", tmp_path / "r.json"
+    kinds = ["cats", "dogs", None]
+    pairs = [(p, *("a cat.", "no!")[:: 1 if i % 2 else -1]) for i, p in enumerate([*PROMPTS, *PROMPTS])]
+    rows = [{"question": p, "chosen": a, "rejected": b, "kind": kinds[i % 3]} for i, (p, a, b) in enumerate(pairs)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["evaluate", str(folder), "--examples", str(file), "--output", str(out)]
+    assert main([*asked, "--by", "kind"]) == 0
+    result, shown = json.loads(out.read_text()), capsys.readouterr().out
+    assert list(result["groups"]) == ["(none)", "cats", "dogs"]
+    verdicts = [example["right"] for example in result["examples"]]
+    for number, name in enumerate(["cats", "dogs", "(none)"]):
+        right = sum(verdicts[number::3])
+        assert result["groups"][name] == {
+            "right": right,
+            "examples": 2,
+            "share": right / 2,
+            "interval_95": list(wilson(right, 2)),
+        }
+    assert sum(verdicts) == result["accuracy"]["right"] and "by kind:" in shown
+    assert main([*asked, "--by", "colour"]) == 3
+    assert "there is no column 'colour'" in capsys.readouterr().err
 
 
 def test_evaluate_needs_either_prompts_or_examples(folder, capsys):
