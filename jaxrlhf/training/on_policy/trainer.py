@@ -15,7 +15,7 @@ from jaxrlhf import runs, sharding, weights
 from jaxrlhf.config import GRPOConfig, PPOConfig
 from jaxrlhf.data.datasets import PromptRow, prompt_rows, prompts_from_texts
 from jaxrlhf.data.loader import rows_at
-from jaxrlhf.errors import ConfigError
+from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scored, Scorer
 from jaxrlhf.training import pretrained, setup
@@ -31,6 +31,7 @@ from jaxrlhf.training.state import State
 from jaxrlhf.types import Params, Rollout
 
 Config = TypeVar("Config", PPOConfig, GRPOConfig)
+FIXED = 4  # times at most that the first prompts of a run are completed again
 CALIBRATION = 2**31 - 1  # folded into the run's key in place of an update's number
 
 
@@ -130,7 +131,10 @@ class OnPolicyTrainer(Generic[Config]):
             "perf/response_tokens_per_second": tokens / seconds,
             "tokens/generated": tokens,
         }
-        return ScoredRollout(rows, completions, rollout, scored, timings)
+        batch = ScoredRollout(rows, completions, rollout, scored, timings)
+        if session and step == 0 and use == 0 and self._logs_fixed_prompts:
+            self._write_fixed_prompts(session, 0, batch.samples())
+        return batch
 
     def logprobs(self, rollout: Rollout) -> jax.Array:
         """Log-probs of the response tokens of a rollout under the current policy, f32 of the shape of its
@@ -229,6 +233,45 @@ class OnPolicyTrainer(Generic[Config]):
         if self._samples_due(step):
             session.log_samples(step, batch.samples()[: self.config.logging.num_samples])
             session.logger.histograms(step, batch.distributions())
+            self._log_fixed_prompts(session, step)
+
+    @property
+    def _logs_fixed_prompts(self) -> bool:
+        """True if the same prompts are completed again during the run: validation does it with held-out prompts."""
+        return self.config.logging.sample_every > 0 and not self.validator.rows
+
+    def _log_fixed_prompts(self, session: Session, step: int) -> None:
+        """Complete the first update's prompts again, with its random key, after update number `step` (from 1): at the
+        end and at one sample step in each quarter of the run. Only the policy differs from the first update's rollout,
+        which was written as step 0, and no further program is compiled.
+
+        Scored by reward models alone: other rewards are not called for a log, as they may keep count, cost or ask.
+        """
+        every, total = self.config.logging.sample_every, self.total_steps
+        quarters = [FIXED * number // total for number in (max(step - every, 0), step)]
+        if not self._logs_fixed_prompts or (step < total and quarters[0] == quarters[1]):
+            return
+        rows, scores = self.prompts(0), None
+        rollout, completions = self.generate(rows, 0)
+        if len(self.scorer.models) == len(self.scorer.components):
+            try:
+                scores = self.scorer.score_rows(rows, completions, rollout, step).as_list()
+            except RewardError as error:
+                session.note(f"the completions of the first prompts have no score: {error}")
+        samples: list[dict[str, Any]] = [
+            {"prompt": row.text, "completion": text} for row, text in zip(rows, completions, strict=True)
+        ]
+        for sample, score in zip(samples, scores or (), strict=False):
+            sample["score"] = score
+        self._write_fixed_prompts(session, step, samples)
+
+    def _write_fixed_prompts(self, session: Session, step: int, samples: list[dict[str, Any]]) -> None:
+        """Write the samples of the first prompts of the run, one of each, made after `step` updates from the prompts of
+        the first. The console shows those of the updates."""
+        rows = self.prompts(0)
+        first = {row.text: i for i, row in reversed([*enumerate(rows)])}
+        chosen = sorted(first.values())[: self.config.logging.num_samples]
+        session.logger.samples(step, [samples[i] for i in chosen], show=False)
 
     def _finish(self, session: Session) -> dict[str, float]:
         """Save the last state and export it, or the best one; returns the metrics of the last update."""
