@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import jaxrlhf
@@ -64,6 +65,20 @@ def test_the_python_example_of_one_update_runs_as_it_stands(demo_folder, capsys)
     exec(compile(example, "docs/ppo.md", "exec"), {"__name__": "__main__"})
     assert "[-" in capsys.readouterr().out, "rewards were printed"
     assert changed(demo_folder, "my-model")
+
+
+def test_the_ten_steps_of_an_update_run_as_they_stand_and_give_its_numbers(demo_folder, capsys):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "inside_ppo.md").read_text(), re.M | re.S)
+    made = {"__name__": "__main__"}
+    for block in blocks:
+        exec(compile(block, "docs/inside_ppo.md", "exec"), made)
+    experience, table = made["experience"], made["table"]
+    for name in ("rewards", "advantages", "returns"):
+        np.testing.assert_allclose(made[name], getattr(experience, name), rtol=1e-4, atol=1e-6, err_msg=name)
+    for name, array in {"kl": made["kl"], "td_error": made["deltas"], "raw_advantage": made["raw_advantages"]}.items():
+        np.testing.assert_allclose(table.columns[name], array[made["mask"]], rtol=1e-4, atol=1e-6, err_msg=name)
+    assert [row["state"] + row["token"] for row in table.rows][:1] == ["".join(made["state_action_pairs"][0])]
+    assert "td_error" in capsys.readouterr().out
 
 
 COMMAND_LINES = [line for line in LINES if line.startswith("jaxrlhf ")]

@@ -42,6 +42,17 @@ def gae(
     return advantages.T, advantages.T + values
 
 
+def td_errors(
+    rewards: Float[Array, "B R"],
+    values: Float[Array, "B R"],
+    mask: Bool[Array, "B R"],
+    bootstrap: Float[Array, " B"],
+    gamma: Scalar,
+) -> Float[Array, "B R"]:
+    """Temporal-difference errors delta_t = r_t + gamma V_t+ - V_t of `gae`, which they are with lam = 0."""
+    return gae(rewards, values, mask, bootstrap, gamma, 0.0)[0]
+
+
 def reward_to_go(
     rewards: Float[Array, "B R"], mask: Bool[Array, "B R"], bootstrap: Float[Array, " B"], gamma: Scalar
 ) -> Float[Array, "B R"]:

@@ -65,8 +65,8 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
         """One update on `grpo.num_generations` responses to each of `prompts`: generate, score, annotate, train.
         `columns` go to the reward function, one value per prompt. Zero-variance groups are not replaced.
 
-        Returns `generated_texts` and `rewards`, those of a prompt side by side, `policy_loss`, and every other metric
-        of the update by its logged name. Each new number of prompts compiles once.
+        Returns `generated_texts` and `rewards`, those of a prompt side by side, `policy_loss`, `experience` (for
+        `inspect`), and every other metric of the update by its logged name. Each new number of prompts compiles once.
         """
         batch, experience, metrics = self._update(*self._start_step(prompts, columns))
         return batch.result(metrics, experience)

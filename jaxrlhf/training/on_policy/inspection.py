@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxrlhf.algorithms.advantages import gae
+from jaxrlhf.algorithms.advantages import gae, td_errors
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.metrics.console import visible
 from jaxrlhf.rollout.text import token_pieces
@@ -18,7 +18,7 @@ from jaxrlhf.types import Experience, GroupExperience, Rollout
 SHOWN = 200
 """Rows of a table that are printed."""
 _TAIL = 160  # characters of a prompt that are printed
-_gae = jax.jit(gae)
+_gae, _td_errors = jax.jit(gae), jax.jit(td_errors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,8 @@ def inspect(
         return: the target of the critic.
         ratio: exp(new_logprobs - logprob).
     """
-    experience, series = on_host(experience), token_series(experience)
+    experience = on_host(experience)
+    series = token_series(experience)
     if new_logprobs is not None and "logprob" in series:
         new = np.asarray(jax.device_get(new_logprobs)).reshape(series["logprob"].shape)
         series["ratio"] = np.exp(new - series["logprob"])
@@ -143,7 +144,7 @@ def on_host(experience: Experience | GroupExperience) -> Any:
     return jax.device_get(dataclasses.replace(experience, rollout=rollout))
 
 
-def token_series(experience: Experience | GroupExperience) -> dict[str, np.ndarray]:
+def token_series(experience: Any) -> dict[str, np.ndarray]:
     """The numbers of every response token by name (see `inspect`), each f32 [B, R], as far as the experience, from
     `on_host`, has them."""
     shape = experience.rollout.response_mask.shape
@@ -155,7 +156,7 @@ def token_series(experience: Experience | GroupExperience) -> dict[str, np.ndarr
         found |= {
             "reward": experience.rewards,
             "value": experience.values,
-            "td_error": _gae(*given, experience.gamma, 0.0)[0],  # with lam = 0 advantages are TD errors
+            "td_error": _td_errors(*given, experience.gamma),
             "raw_advantage": _gae(*given, experience.gamma, experience.lam)[0],
             "advantage": experience.advantages,
             "return": experience.returns,

@@ -66,9 +66,10 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
         """One update on `prompts`: generate, score, annotate, train. `columns` go to the reward function, one value per
         prompt.
 
-        Returns `generated_texts`, `rewards` (the score of each, None without one), `policy_loss`, `value_loss`, and
-        every other metric of the update by its logged name. The number of prompts must be a multiple of
-        `ppo.num_mini_batches` (and of the micro-batch size, if one is set); each new number compiles once.
+        Returns `generated_texts`, `rewards` (the score of each, None without one), `policy_loss`, `value_loss`,
+        `experience` (for `inspect`), and every other metric of the update by its logged name. The number of prompts
+        must be a multiple of `ppo.num_mini_batches` (and of the micro-batch size, if one is set); each new number
+        compiles once.
         """
         ppo = self.config.ppo
         if ppo.replay and len(prompts) != ppo.batch_size:
