@@ -96,7 +96,10 @@ def test_the_experience_of_a_single_step_is_complete(make):
 
 @pytest.mark.parametrize("method", ["grpo", "online_dpo"])
 def test_a_table_of_groups_has_the_log_probs_of_the_policy(make, method):
-    trainer = make("grpo", method=method, kl_coef=None if method == "online_dpo" else 0.04)
+    def by_number(completions):  # no ties: both are in the pair
+        return [float(i) for i in range(len(completions))]
+
+    trainer = make("grpo", by_number, method=method, kl_coef=None if method == "online_dpo" else 0.04)
     step = trainer.grpo_step(PROMPTS[:2])
     experience = step["experience"]
     table = jaxrlhf.inspect(experience, trainer.tokenizer, new_logprobs=trainer.logprobs(experience.rollout))
