@@ -110,8 +110,13 @@ COMMANDS: dict[str, Command] = {
     "new": Command(training.new, "print a config file with all options", {"method": {**_METHOD, "metavar": "METHOD"}}),
     "data": Command(
         training.data,
-        "show the format of a data file and how it is read",
-        {"file": {"metavar": "FILE", "help": "data file, folder or hub id"}},
+        "show the format of a data file, how each trainer reads it, what is learnt, and what is suspicious",
+        {
+            "file": {"metavar": "FILE", "help": "data file, folder or hub id"},
+            "--model": _sets("model.path", "model whose tokenizer to use", metavar="DIR"),
+            "--tokenizer": _sets("tokenizer.path", "tokenizer to use", metavar="DIR"),
+            "--ids": {"action": "store_true", "help": "list the tokens of the first row with their ids"},
+        },
         overrides=True,
     ),
     **{

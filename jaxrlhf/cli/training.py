@@ -1,5 +1,6 @@
 """Commands around training runs. Heavy modules are imported by the commands that need them."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,12 @@ def data(options: Options, overrides: Overrides) -> None:
     config = load_config("sft", None, [("data.path", options.file), *overrides], partial=True)
     from jaxrlhf import doctor
 
-    print(doctor.examine_data(config))
+    print(doctor.examine_data(config, colour=_colour(), ids=options.ids))
+
+
+def _colour() -> bool:
+    """Standard output shows colours, and they are wanted (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def plot(options: Options, overrides: Overrides) -> None:

@@ -1,7 +1,5 @@
-"""Report on a data file: its columns, how each method reads it, and its first row. Command `jaxrlhf data`."""
-
-import itertools
-from collections.abc import Sequence
+"""Report on a data file: its columns, how each method reads it, what is learnt, and what is suspicious in it. Command
+`jaxrlhf data`."""
 
 from jaxrlhf import weights
 from jaxrlhf.config import SFTConfig
@@ -9,6 +7,9 @@ from jaxrlhf.data import datasets, formats, sources
 from jaxrlhf.data.examples import Example
 from jaxrlhf.data.tokenise import TokenisedExample
 from jaxrlhf.data.tokenizer import Tokenizer, load_tokenizer
+from jaxrlhf.doctor import loss_mask
+from jaxrlhf.doctor import rows as checks
+from jaxrlhf.doctor.rows import Sequences, TokenisedRow
 from jaxrlhf.errors import DataError, quoted
 
 METHODS: dict[formats.Task, str] = {
@@ -22,56 +23,86 @@ METHODS: dict[formats.Task, str] = {
 COMMON: tuple[formats.Task, ...] = ("sft", "pairs", "prompts")  # the others are listed only if they can be read
 
 
-def examine_data(config: SFTConfig) -> str:
-    """Describe a data file; with a tokenizer also count tokens and show the first row tokenized.
+def examine_data(config: SFTConfig, *, colour: bool = False, ids: bool = False) -> str:
+    """Describe a data file; with a tokenizer also its lengths in tokens and the first row with what is learnt marked,
+    by `colour` or brackets, and with `ids` token by token.
 
     Raises:
         DataError: the file cannot be read.
     """
     rows = sources.read_rows(config.data)
     lines = [f"data {rows.source}: {len(rows.rows):,} rows with columns {', '.join(rows.columns)}"]
-    readable: list[formats.Task] = []
+    found: dict[formats.Task, formats.Format] = {}
     for task, methods in METHODS.items():
         try:
-            if (readable or task not in COMMON) and not formats.can_read(rows, task, config.data):
+            if (found or task not in COMMON) and not formats.can_read(rows, task, config.data):
                 if task in COMMON:
                     lines.append(f"jaxrlhf {methods}: no, it has no columns of {formats.TASK_NAMES[task]}")
                 continue
-            found = formats.recognise(rows, task, config.data)
+            read_as = formats.recognise(rows, task, config.data)
         except DataError as error:
             lines.append(f"jaxrlhf {methods}: no. {error}")
             continue
-        unused = found.unused(rows)
-        lines.append(f"jaxrlhf {methods}: {found}" + (f"; columns not used: {', '.join(unused)}" if unused else ""))
-        readable.append(task)
+        unused = read_as.unused(rows)
+        lines.append(f"jaxrlhf {methods}: {read_as}" + (f"; columns not used: {', '.join(unused)}" if unused else ""))
+        found[task] = read_as
     first = "\n".join(f"  {name}: {quoted(value, 200)}" for name, value in rows.rows[0].items())
-    lines.append(f"first row:\n{first}")
+    lines += [f"first row:\n{first}", *_texts(rows, found, config)]
     path = config.tokenizer.path or config.model.path
     if not path:
-        return "\n".join(
-            [*lines, "add --model.path DIR or --tokenizer.path DIR to see lengths in tokens and the tokens trained on"]
-        )
+        left_out = "tokens, lengths in tokens, truncation, held-out rows, and the tokens trained on"
+        lines.append(f"left out without a tokenizer: {left_out}. Add --model DIR or --tokenizer DIR")
+        return "\n".join(lines)
     tokenizer = load_tokenizer(weights.resolve(path, weights=False), config.tokenizer)
-    for task in readable:
-        try:
-            report, texts = first_row(task, config, tokenizer)
-        except DataError as error:
-            lines.append(f"\njaxrlhf {METHODS[task]}: no. {error}")
-            continue
-        lines.append(f"\njaxrlhf {METHODS[task]}: {report}\nfirst row, tokens trained on in [[ ]]")
-        lines += [f"{name}:\n{text}" for name, text in texts]
+    for task in found:
+        lines += _tokens(task, config, tokenizer, colour=colour, ids=ids)
     return "\n".join(lines)
 
 
-def first_row(
-    task: formats.Task, config: SFTConfig, tokenizer: Tokenizer
-) -> tuple[datasets.Report, list[tuple[str, str]]]:
-    """Load data for `task`: the report, and the names and texts of the first row, with the tokens trained on between
-    [[ and ]]. Raises DataError and ConfigError."""
+def _texts(rows: sources.Rows, found: dict[formats.Task, formats.Format], config: SFTConfig) -> list[str]:
+    """Duplicates, lengths in characters and warnings: what needs no tokenizer."""
+    examples, warnings = {}, {}
+    for task, read_as in found.items():
+        try:
+            examples[task] = checks.read_examples(rows, read_as, config.data)
+        except DataError as error:
+            warnings[f"jaxrlhf {METHODS[task]}: {error}"] = None
+    usable = [read for read in examples.values() if read]
+    lines = []
+    if usable:
+        lines = [*checks.duplicates(rows, usable[0]), checks.summary(checks.character_lengths(usable[0]), "characters")]
+    for task, read in examples.items():
+        if task == "prompts" and len(examples) > 1:  # what is suspicious in its prompts is so for the other tasks
+            continue
+        warnings |= dict.fromkeys(checks.warnings(task, read))
+    return [*lines, *(f"warning: {text}" for text in warnings)]
 
-    def make_row(
-        tokens: TokenisedExample, example: Example, rows: sources.Rows, i: int
-    ) -> list[tuple[str, Sequence[int], Sequence[bool]]]:
+
+def _tokens(task: formats.Task, config: SFTConfig, tokenizer: Tokenizer, *, colour: bool, ids: bool) -> list[str]:
+    """How a trainer reads the data: the report, lengths, warnings, and the first row with what is learnt marked."""
+    try:
+        report, rows = tokenised_rows(task, config, tokenizer)
+    except DataError as error:
+        return [f"\njaxrlhf {METHODS[task]}: no. {error}"]
+    lines = [f"\njaxrlhf {METHODS[task]}: {report}", *checks.histogram(report.lengths)]
+    warnings = checks.token_warnings(rows, tokenizer, learns=task != "prompts")
+    lines += [f"warning: {text}" for text in warnings]
+    lines.append(f"first row, {loss_mask.legend(colour)}")
+    for name, tokens, mask in rows[0].sequences:
+        lines += [f"{name}:", loss_mask.marked(tokens, mask, tokenizer, colour=colour)]
+        lines += loss_mask.token_lines(tokens, mask, tokenizer, colour=colour) if ids else []
+    return lines
+
+
+def tokenised_rows(
+    task: formats.Task, config: SFTConfig, tokenizer: Tokenizer
+) -> tuple[datasets.Report, list[TokenisedRow]]:
+    """Load data for `task`: the report and the rows to train on. Raises DataError and ConfigError."""
+
+    def make_row(tokens: TokenisedExample, example: Example, rows: sources.Rows, i: int) -> TokenisedRow:
+        return TokenisedRow(rows.locations[i].short, example, sequences(tokens, example))
+
+    def sequences(tokens: TokenisedExample, example: Example) -> Sequences:
         match task:
             case "prompts":
                 return [("prompt", tokens.prompt, [False] * len(tokens.prompt))]
@@ -88,19 +119,4 @@ def first_row(
         return [(name, *tokens.sequence(k)) for k, name in enumerate(names)]
 
     split = datasets.train_validation_split(config.data, tokenizer, task, make_row)
-    return split.report, [(name, _marked(tokens, mask, tokenizer)) for name, tokens, mask in split.train[0]]
-
-
-def _marked(tokens: Sequence[int], loss_mask: Sequence[bool], tokenizer: Tokenizer) -> str:
-    """Text of a row, with its control tokens; tokens trained on are between [[ and ]]."""
-    control = {*tokenizer.control_tokens.values()}
-    kinds = [(trained, token in control) for token, trained in zip(tokens, loss_mask, strict=True)]
-    text, start, inside = "", 0, False
-    for (trained, is_control), run in itertools.groupby(kinds):
-        end = start + len(list(run))
-        part = tokens[start:end]
-        if trained != inside:
-            text += "[[" if trained else "]]"
-        text += "".join(tokenizer.convert_ids_to_tokens(part)) if is_control else tokenizer.decode(part, tokens[:start])
-        start, inside = end, trained
-    return text + ("]]" if inside else "")
+    return split.report, split.train
