@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxrlhf.cli import chat, models, training
+from jaxrlhf.cli import chat, completion, models, training
 from jaxrlhf.cli.models import Options, Overrides
 from jaxrlhf.config.file import METHODS
 from jaxrlhf.config.schema import keys
@@ -45,7 +45,10 @@ _MODEL: dict[str, Any] = {"metavar": "MODEL", "help": "model folder, hub id or r
 _TRAIN: dict[str, dict[str, Any]] = {
     "config": _CONFIG,
     "--fresh": {"action": "store_true", "help": "start over in an existing run directory instead of resuming"},
-    "--dry-run": {"action": "store_true", "help": "print the resolved config and a summary of the run, then stop"},
+    "--dry-run": {
+        "action": "store_true",
+        "help": "print the resolved config, the first batch, and the memory and files of the run, then stop",
+    },
     "--use-lora": _USE_LORA,
 }
 _SAMPLING: dict[str, dict[str, Any]] = {
@@ -274,6 +277,11 @@ COMMANDS: dict[str, Command] = {
             "--role": {"choices": ("policy", "critic"), "default": "policy", "help": "model of a PPO run to export"},
             "--merge-lora": {"action": "store_true", "help": "merge adapters into the model"},
         },
+    ),
+    "completion": Command(
+        completion.completion,
+        "print a script that completes commands, options, config keys and their values in a shell",
+        {"shell": {"choices": completion.SHELLS, "metavar": "{bash,zsh,fish}"}},
     ),
 }
 USING_DEVICES = {"demo", "doctor", *METHODS, "plan", "generate", "chat", "evaluate", "compare"}

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from jaxrlhf.cli import next_steps
 from jaxrlhf.config.file import METHODS, load_config, methods_with_sections
 from jaxrlhf.errors import ConfigError, DataError, StorageError
 from jaxrlhf.selection.rule import Rule
@@ -89,6 +90,8 @@ def _generate_selected(options: Options, overrides: Overrides) -> None:
     with _notes_on_stderr(quiet=config.logging.quiet):
         summary = selection.select(config, Path(options.out), rule, options.n, fresh=options.fresh)
     print(f"{summary}\nwrote {options.out}")
+    if not config.logging.quiet:
+        print("\n".join(["next:", *next_steps.after_selection(options.model, options.out, rule.keep)]))
 
 
 def evaluate(options: Options, overrides: Overrides) -> None:

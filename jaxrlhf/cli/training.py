@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import jaxrlhf
+from jaxrlhf.cli import next_steps
 from jaxrlhf.cli.models import Options, Overrides, announce_compilations
-from jaxrlhf.config import replace
 from jaxrlhf.config import text as config_text
 from jaxrlhf.config.file import METHODS, load_config, method_of, presets
 from jaxrlhf.config.spelling import did_you_mean
@@ -36,7 +36,8 @@ def train_help(method: str) -> int:
         "\n"
         f"CONFIG.yaml is a file or the name of a preset; `jaxrlhf new {method}` prints one with all options.\n"
         "Overrides follow it; their values are YAML, and hyphens in names are underscores. A run in an existing run\n"
-        "directory is resumed; --fresh starts over. --dry-run prints the resolved config and a summary of the run."
+        "directory is resumed; --fresh starts over. --dry-run prints the resolved config, the first batch, and the\n"
+        "memory and files of the run."
     )
     print(config_text.render_help(METHODS[method]))
     return 0
@@ -53,16 +54,17 @@ def train(options: Options, overrides: Overrides) -> int | None:
         return 2
     config = _load_with_options(options.verb, _config_path(options.config), options, overrides)
     if options.dry_run:
-        unmerged = replace(config, **{"model.merged_path": ""})  # a dry run does not write the merged model
-        trainer = _trainer_class(options.verb)(unmerged, fresh=options.fresh)
-        print(config_text.dump(config))
-        print(trainer.describe())
+        from jaxrlhf.plan import dry_run
+
+        dry_run.show(config, fresh=options.fresh, colour=_colour())
         return 0
     from jaxrlhf import runs
 
     runs.check_run_directory(config, options.verb, options.fresh)
     with announce_compilations(sys.stdout, quiet=config.logging.quiet):
         _trainer_class(options.verb)(config, fresh=options.fresh).train()
+    if not config.logging.quiet:
+        print("\n".join(["next:", *next_steps.after_training(config)]))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -230,8 +231,13 @@ def _report(console: Console, directory: Path, results: dict[str, Any], answers:
         f"\n{results['seconds']:.0f} s. All answers: {directory}/answers.jsonl   figures: {directory}/{_RESULTS}   "
         f"data: {directory}/data   runs: {directory}/sft, reward, ppo"
     )
-    console.print(
-        f'next: jaxrlhf generate {directory}/ppo --prompt "Is it true that bats are blind?" --max-new-tokens 20'
-    )
-    console.print(f"      jaxrlhf plot {directory}/ppo")
-    console.print(f"      jaxrlhf ppo {directory}/ppo/config.yaml --run_dir {directory}/mine --ppo.kl_coef 0.2")
+    path = shlex.quote(str(directory))
+    for number, command in enumerate(
+        (
+            f"chat {path}/ppo --no-history",
+            f"plot {path}/ppo",
+            f"compare {path}/sft {path}/ppo --prompts {path}/data/held_out.jsonl",
+            f"ppo {path}/ppo/config.yaml --run_dir {path}/mine --ppo.kl_coef 0.2",
+        )
+    ):
+        console.print(f"{' ' * 5 if number else 'next:'} jaxrlhf {command}", markup=False)

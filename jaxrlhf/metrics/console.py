@@ -58,7 +58,7 @@ class Console:
         ):
             if step > first:
                 remaining = (time.monotonic() - started) / (step - first) * (self._total - step)
-                facts.append(f"eta={_duration(remaining)}")
+                facts.append(f"eta={duration(remaining)}")
             now = datetime.datetime.now().isoformat(timespec="seconds")
             self._print(f"{now} {self._method} step {step}/{self._total} {' '.join(facts)}")
 
@@ -117,7 +117,8 @@ def _short(value: Any) -> str:
     return f"{value:.1e}" if value and abs(value) < 1e-3 else f"{value:.4g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time in hours, minutes and seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

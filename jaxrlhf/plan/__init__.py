@@ -17,7 +17,7 @@ from jaxrlhf.config import PPO
 from jaxrlhf.logprobs import logits_bytes
 from jaxrlhf.models import empty_cache
 from jaxrlhf.plan import costs
-from jaxrlhf.plan.programs import Programs, abstract_trainer, compile_longest
+from jaxrlhf.plan.programs import Programs, Trainer, abstract_trainer, compile_longest
 from jaxrlhf.training.dpo.trainer import DPOTrainer
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
 from jaxrlhf.training.ppo.trainer import PPOTrainer
@@ -70,7 +70,11 @@ class Plan:
 
 def plan(config: RunConfig) -> Plan:
     """Compile the programs of a run without loading a model. Raises what its trainer raises."""
-    trainer = abstract_trainer(config)
+    return plan_of(abstract_trainer(config))
+
+
+def plan_of(trainer: Trainer) -> Plan:
+    """Compile the programs of a trainer, whose parameters may be shapes."""
     programs = compile_longest(trainer)
     if isinstance(trainer, PPOTrainer | GRPOTrainer):
         phases = tuple(_on_policy_phases(trainer, programs))

@@ -81,7 +81,11 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
 
     def describe(self) -> str:
         """Model, data and number of steps of `.train()`, and the first row as the model sees it."""
-        return "\n".join((self.about(), f"{self.total_steps} steps", *self._first_row()))
+        return "\n".join((self.summary(), *self._first_row()))
+
+    def summary(self) -> str:
+        """Model, data and number of steps of `.train()`."""
+        return f"{self.about()}\n{self.total_steps} steps"
 
     @abc.abstractmethod
     def _first_row(self) -> list[str]:

@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,9 +12,10 @@ from pathlib import Path
 
 import jax
 import pytest
+import yaml
 
 from jaxrlhf import errors, weights
-from jaxrlhf.cli import main, training
+from jaxrlhf.cli import main, next_steps, training
 from jaxrlhf.cli import models as commands_models
 from jaxrlhf.cli.commands import COMMANDS, Command
 from jaxrlhf.config import PPOConfig, RewardConfig, RewardSource, Sampling, TokenizerSource
@@ -226,7 +229,12 @@ def trained(monkeypatch):
         def describe(self):
             return "what would be done"
 
+    def dry_run(config, *, fresh, colour):
+        print(config_text.dump(config))
+        print(Trainer(config, fresh=fresh).describe())
+
     monkeypatch.setattr(training, "_trainer_class", lambda method: Trainer)
+    monkeypatch.setattr("jaxrlhf.plan.dry_run.show", dry_run)
     return seen
 
 
@@ -241,14 +249,40 @@ def test_a_config_with_overrides_reaches_the_trainer(trained, tmp_path):
     assert trainer.did == ["train"]
 
 
-def test_dry_run_prints_the_resolved_config_and_does_not_train(trained, tmp_path, capsys):
+def test_dry_run_does_not_train_and_prints_no_next_steps(trained, capsys):
     assert main(["sft", *GIVEN, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert trained[0].did == []
-    config, _, rest = printed.partition("\n\n")
-    (tmp_path / "again.yaml").write_text(config)
-    assert load_config("sft", tmp_path / "again.yaml") == trained[0].config
-    assert "what would be done" in rest
+    assert "what would be done" in printed and "next:" not in printed
+
+
+def test_a_run_ends_with_next_steps_unless_it_is_quiet(trained, capsys):
+    assert main(["sft", *GIVEN, "--run_dir", "my runs/a"]) == 0
+    assert "next:\n  jaxrlhf chat 'my runs/a'" in capsys.readouterr().out
+    assert main(["sft", *GIVEN, "--logging.quiet", "true"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("method", [*METHODS, "best", "pairs", "prompts"])
+def test_next_steps_are_commands_with_the_paths_of_the_run(method, monkeypatch):
+    if method in METHODS:
+        data = {"path": "my data.jsonl", "template": "{q}\n$a"}
+        config = METHODS[method](run_dir="runs/it's", model={"path": "base model"}, data=data)
+        lines = next_steps.after_training(config)
+    else:
+        lines = next_steps.after_selection("base model", "my data.jsonl", method)
+    seen = []
+    for verb, command in list(COMMANDS.items()):
+        run = lambda options, overrides, verb=verb: seen.append((verb, vars(options), dict(overrides)))  # noqa: E731
+        monkeypatch.setitem(COMMANDS, verb, dataclasses.replace(command, run=run))
+    for line in lines:
+        assert main(shlex.split(line, comments=True)[1:]) == 0, line
+    given = [value for _, options, overrides in seen for value in (*options.values(), *overrides.values())]
+    assert "my data.jsonl" in given or method == "sft"
+    assert "runs/it's" in given or method not in METHODS
+    for verb, _, overrides in seen:  # options that say how the data is read are kept
+        if (method in METHODS and overrides.get("data.path") == "my data.jsonl") or "--prompts" in str(given):
+            assert yaml.safe_load(overrides["data.template"]) == "{q}\n$a", verb
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -385,6 +419,15 @@ def test_use_lora_enables_adapters(method, tiny_model, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "adapters of rank 3 train, the base model, in nf4, is frozen" in shown
     assert not (tmp_path / "run").exists()
+    (tmp_path / "again.yaml").write_text(shown.partition("\n\n")[0])  # the resolved config reads back
+    again = load_config(method, tmp_path / "again.yaml")
+    assert (again.lora.rank, again.model.path, again.data.path) == (3, str(tiny_model), str(data))
+    first = {"sft": "1: ab[[cd</s>]]", "reward": "1 rejected: ab[[d</s>]]", "ppo": "1: ab\n"}[method]
+    assert "first batch, " in shown and first in shown
+    assert re.search(r"memory: at most [\d.e-]+ GB .*: it fits\na checkpoint is", shown)
+    steps = {"sft": 1, "reward": 1, "ppo": 64}[method]
+    assert re.search(rf"time: about [\d.e-]+ s for the matrix products of a step .* for {steps} steps\.", shown)
+    assert f"would write to {tmp_path / 'run'}: config.yaml" in shown
 
 
 def test_plan_reports_a_run_that_fits(tiny_model, tmp_path, capsys):

@@ -88,9 +88,12 @@ class OnPolicyTrainer(Generic[Config]):
 
     def describe(self) -> str:
         """Model, data and length of `.train()`, and the first prompt as the model sees it."""
+        return "\n".join([self.summary(), *(["first prompt:", self.data.train[0].text] if self.data else [])])
+
+    def summary(self) -> str:
+        """Model, data and length of `.train()`."""
         updates = f"{self.total_steps} updates of {self.config.settings.batch_size} completions"
-        first = ["first prompt:", self.data.train[0].text] if self.data else []
-        return "\n".join([*self._about(), updates, *first])
+        return "\n".join([*self._about(), updates])
 
     def save_pretrained(self, directory: str | Path, *, merge_lora: bool = False) -> Path:
         """Write the policy with its tokenizer in Hugging Face layout; adapters alone unless `merge_lora`."""
