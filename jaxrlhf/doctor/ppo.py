@@ -1,7 +1,7 @@
 """Checks of PPO with a model: a rollout of four prompts and two updates from it, in float32 and in memory only."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxrlhf import memory, weights
 from jaxrlhf.config import Data, PPOConfig
 from jaxrlhf.data import datasets, tokenise
 from jaxrlhf.data.examples import Example
+from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.doctor.masks import check_masks
 from jaxrlhf.doctor.small_run import ROWS, small_config, with_uneven_lengths, zero_reward
 from jaxrlhf.errors import quoted
@@ -25,6 +26,7 @@ from jaxrlhf.training.state import State
 from jaxrlhf.types import Params, Rollout
 
 MAX_TOKENS = 16  # of a response
+DRAWS = 200  # random texts that are tried as prompts
 DATA_ROWS = 64  # rows of the data that are read
 PROMPTS = ("the cat sat on the", "once upon a time there was", "one, two, three,", "it is a fine day, and")
 TURNS = ({"role": "user", "content": "one"}, {"role": "assistant", "content": "two"})
@@ -36,16 +38,31 @@ Outcome = tuple[bool | None, str]  # passed (None: skipped), and a message
 Check = tuple[str, Callable[[], Outcome]]
 
 
+def built_in_prompts(tokenizer: Tokenizer) -> Sequence[str]:
+    """PROMPTS, or as many texts of random tokens if the tokenizer, that of a small vocabulary, cannot spell them."""
+
+    def is_spelt(text: str) -> bool:
+        return bool(text.strip()) and tokenizer.decode(tokenizer.encode(text)).strip() == text.strip()
+
+    if all(map(is_spelt, PROMPTS)):
+        return PROMPTS
+    rng = np.random.default_rng(0)
+    ordinary = sorted({*range(tokenizer.size)} - {*tokenizer.control_tokens.values()})
+    drawn = (tokenizer.decode(rng.choice(ordinary, 6).tolist()) for _ in range(DRAWS)) if ordinary else ()
+    spelt = [text for text in drawn if is_spelt(text)]
+    return spelt[: len(PROMPTS)] if len(spelt) >= len(PROMPTS) else PROMPTS
+
+
 class Trial:
     """A small PPO run of a config: its model, tokenizer, sampling and loss, on the first prompts of its data, or on
-    PROMPTS if it has none."""
+    built-in ones if it has none."""
 
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.model = setup.model_config(config.model, self.tokenizer, "lm", config.lora)
         self.stops = {*self.tokenizer.stops(config.sampling.stop_strings), *config.sampling.stop_token_ids}
-        self.rows = datasets.prompts_from_texts(PROMPTS, {}, Data(), self.tokenizer)
+        self.rows = datasets.prompts_from_texts(built_in_prompts(self.tokenizer), {}, Data(), self.tokenizer)
         self.trainer: PPOTrainer | None = None
         self.rollout: Rollout | None = None
         self.start: dict[str, Params] = {}  # trainable parameters before any update
@@ -73,7 +90,10 @@ class Trial:
         """Read the first rows of the config's data, and check that the longest prompt and its response fit."""
         data = self.config.data
         if not data.path:
-            return None, "needs a config with data.path; four built-in prompts are used instead"
+            made = (
+                "" if self.rows[0].text == PROMPTS[0] else ", made of the tokenizer's own words: it lacks common ones"
+            )
+            return None, f"needs a config with data.path; four built-in prompts are used instead{made}"
         max_rows = min(data.max_rows or DATA_ROWS, DATA_ROWS)
         head = dataclasses.replace(
             data, max_rows=max_rows, validation_path="", validation_split="", validation_fraction=0.0

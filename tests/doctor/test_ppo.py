@@ -11,6 +11,8 @@ import pytest
 from jaxrlhf import weights
 from jaxrlhf.cli import main
 from jaxrlhf.config import Data, RewardSource, file, replace
+from jaxrlhf.data.tokenizer import load_tokenizer
+from jaxrlhf.demo.tokenizer import write_base
 from jaxrlhf.doctor import ppo
 from jaxrlhf.doctor.masks import check_masks
 from jaxrlhf.training.ppo import update
@@ -219,3 +221,13 @@ def test_doctor_refuses_overrides_without_a_model(made, capsys):
     assert "give the MODEL to check first" in capsys.readouterr().err
     assert main(["doctor", "m", str(made / "ppo.yaml"), "--ppo.kl_ceof", "0.1"]) == 3
     assert "did you mean 'ppo.kl_coef'" in capsys.readouterr().err
+
+
+def test_the_built_in_prompts_are_spelt_by_a_small_vocabulary_too(made, tmp_path):
+    """The demo's tokenizer knows no other words than its own."""
+    assert ppo.built_in_prompts(load_tokenizer(made)) == ppo.PROMPTS
+    small = load_tokenizer(write_base(tmp_path / "base"))
+    prompts = ppo.built_in_prompts(small)
+    assert len(set(prompts)) == len(ppo.PROMPTS)
+    assert all(small.decode(small.encode(text)) == text for text in prompts)
+    assert not any(small.convert_ids_to_tokens(small.encode(text)).count("<unk>") for text in prompts)
