@@ -20,7 +20,7 @@ from jaxrlhf.errors import StorageError
 from jaxrlhf.evaluation.completions import evaluate
 from jaxrlhf.files import write_whole
 from jaxrlhf.metrics import read_records
-from jaxrlhf.metrics.plots import series
+from jaxrlhf.metrics.drawing import series
 from jaxrlhf.metrics.statistics import wilson
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.reward.trainer import RewardTrainer
