@@ -223,9 +223,9 @@ def test_doctor_refuses_overrides_without_a_model(made, capsys):
     assert "did you mean 'ppo.kl_coef'" in capsys.readouterr().err
 
 
-def test_the_built_in_prompts_are_spelt_by_a_small_vocabulary_too(made, tmp_path):
+def test_the_built_in_prompts_are_spelt_by_a_small_vocabulary_too(folder, tmp_path):
     """The demo's tokenizer knows no other words than its own."""
-    assert ppo.built_in_prompts(load_tokenizer(made)) == ppo.PROMPTS
+    assert ppo.built_in_prompts(load_tokenizer(folder)) == ppo.PROMPTS
     small = load_tokenizer(write_base(tmp_path / "base"))
     prompts = ppo.built_in_prompts(small)
     assert len(set(prompts)) == len(ppo.PROMPTS)
