@@ -15,7 +15,7 @@ def after_training(config: Any) -> list[str]:
     """Commands for the run of `config`, each with a note. Words in capitals stand for files that are not known."""
     run, base, data = config.run_dir, config.model.path, config.data
     prompts = _reading(data, data.validation_path or data.path)
-    report: Step = (("plot", run), "its curves")
+    report: Step = (("report", run), "curves, samples and alarms on one page")
     talk: Step = (("chat", run), "talk to the model")
     compare: Step = (("compare", base, run, "--prompts", *prompts), "against the model it started from")
     merge = ["--merge-lora"] * config.lora.enabled

@@ -235,7 +235,7 @@ def _report(console: Console, directory: Path, results: dict[str, Any], answers:
     for number, command in enumerate(
         (
             f"chat {path}/ppo --no-history",
-            f"plot {path}/ppo",
+            f"report {path}/ppo",
             f"compare {path}/sft {path}/ppo --prompts {path}/data/held_out.jsonl",
             f"ppo {path}/ppo/config.yaml --run_dir {path}/mine --ppo.kl_coef 0.2",
         )

@@ -99,7 +99,7 @@ def writes(config: RunConfig, *, fresh: bool) -> Iterator[str]:
     """What a run would write, and what becomes of one that is there."""
     directory, every, keep = Path(config.run_dir), config.checkpoint.save_every, config.checkpoint.keep
     often = f"every {every} steps, the last {keep}" if every else "at the end and when the run is stopped"
-    files = ["config.yaml", "run.json", "metrics.jsonl", "samples.jsonl"]
+    files = ["config.yaml", "run.json", "metrics.jsonl", "samples.jsonl"] + ["report.html"] * config.logging.report
     files += ["tokens/"] * (config.method in ("ppo", "grpo") and config.logging.token_samples > 0)
     files += ["tensorboard/"] * config.logging.tensorboard + [f"checkpoints/ ({often})", "export/ (the model)"]
     yield f"\nwould write to {directory}: {', '.join(files)}"
