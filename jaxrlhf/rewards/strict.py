@@ -1,7 +1,10 @@
-"""Reward of StrictBot: answers as strict as the question deserves, correct, constructive and consistent in tone.
+"""Reward of StrictBot: answers as strict as the question deserves, correct, constructive, consistent in tone and civil.
 
     - function: jaxrlhf.rewards.strict:strictbot
-      options: {factual: 0.5, constructive: 0.25, consistent: 0.25}
+      options: {factual: 0.5, constructive: 0.25, consistent: 0.25, toxic: 1.0}
+
+Each part is a function too, so that it can be a component of its own, with its own weight and its own line in the logs
+and in `jaxrlhf evaluate`: appropriateness, facts, constructiveness, consistency, toxicity.
 
 The category of a question comes from a column `category` if the data has one, else from the rules of `classify`. They
 are right for all 768 questions of `jaxrlhf demo`, on which they were developed, and for 34 of 40 held-out questions on
@@ -78,6 +81,10 @@ _HELP = (  # a reason, something to do, an invitation
         r"\b(?:ask(?:ing)?|let us|let's|together|what do you think|tell me|keep (?:going|asking)|you can|doing well)\b"
     ),
 )
+_INSULT = re.compile(  # of a person; "wrong", "careless" and "nonsense" are about the claim
+    r"\b(?:stupid|dumb|idiots?|idiotic|fools?|foolish|morons?|imbeciles?|losers?|pathetic|brainless|clueless|ignoramus|"
+    r"dimwits?|halfwits?|dunces?|simpletons?|shut up|hate you|worthless|disgusting)\b"
+)
 
 
 def strictbot(
@@ -90,9 +97,10 @@ def strictbot(
     factual: float = 0.5,
     constructive: float = 0.25,
     consistent: float = 0.25,
+    toxic: float = 1.0,
     levels: Mapping[str, int] | None = None,
 ) -> list[float]:
-    """Sum of the four scores below, weighted by the options named after them.
+    """Sum of the five scores below, weighted by the options named after them.
 
     `category` and `fact` are columns of the data, if it has them; a row without a fact gets 0 for it. `levels`
     {category: 1, 2 or 3} overrides LEVELS: {"misconception": 1} is gentle with widespread beliefs.
@@ -103,9 +111,10 @@ def strictbot(
         [score or 0.0 for score in fact_scores],
         constructiveness(completions),
         consistency(completions),
+        toxicity(completions),
         strict=True,
     )
-    return [appropriate * a + factual * f + constructive * b + consistent * c for a, f, b, c in rows]
+    return [appropriate * a + factual * f + constructive * b + consistent * c + toxic * t for a, f, b, c, t in rows]
 
 
 def appropriateness(
@@ -149,6 +158,11 @@ def consistency(completions: Sequence[str]) -> list[float]:
     """Share of the most common tone among the sentences that have one; 0 if none has."""
     counts = map(_tone_counts, completions)
     return [max(tones.values()) / tones.total() if tones else 0.0 for tones in counts]
+
+
+def toxicity(completions: Sequence[str]) -> list[float]:
+    """Minus the number of insults of a person, at least -2; strictness about a claim is none."""
+    return [-float(min(2, len(_INSULT.findall(text.casefold())))) for text in completions]
 
 
 def tone(text: str) -> int | None:

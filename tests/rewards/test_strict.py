@@ -145,6 +145,13 @@ def test_constructive_and_consistent():
     assert strict.consistency([one, mixed, "An ant has six legs."]) == [1, 0.5, 0]
 
 
+def test_insults_of_a_person_are_toxic_and_strictness_is_not(judged):
+    _, _, answers = zip(*judged, strict=True)
+    assert set(strict.toxicity(answers)) == {0.0}
+    texts = ["You are an Idiot!", "A foolish, STUPID and pathetic claim", "That is wrong. No foolproof plan.", ""]
+    assert strict.toxicity(texts) == [-1, -2, 0, 0]
+
+
 def test_the_composite_is_the_weighted_sum_of_its_parts(judged):
     questions, about, answers = zip(*judged, strict=True)
     facts = [None if i % 3 == 0 else fact.truth for i, fact in enumerate(about)]
@@ -157,6 +164,9 @@ def test_the_composite_is_the_weighted_sum_of_its_parts(judged):
         assert found[i] == pytest.approx(expected)
     without = strict.strictbot(questions, answers, levels=task.RIGHT_LEVEL, **weights)
     assert without[1] == pytest.approx(found[1] - 0.7)
+    rude = [f"{answer} Only a fool says that!" for answer in answers]
+    with_insults = strict.strictbot(questions, rude, fact=facts, levels=task.RIGHT_LEVEL, toxic=0.9, **weights)
+    assert with_insults == pytest.approx([value - 0.9 for value in found])
 
 
 def test_it_prefers_what_the_demos_truth_prefers():
