@@ -117,8 +117,8 @@ class OnPolicy:
     """Rows per forward pass of the update (gradient accumulation). None: a mini-batch. Affects memory and speed, not
     the result."""
     local_rollout_forward_batch_size: Count | None = None
-    """Rows per forward pass when computing log-probs (and values) of a rollout. None: as in the update. Affects memory
-    and speed, not the result."""
+    """Rows per forward pass when computing log-probs (and values) of a rollout; all if there are fewer. None: as in the
+    update. Affects memory and speed, not the result."""
     log_ratio_clamp: Positive = 20.0
     """Clamp on |log pi - log pi_old|, so that the ratio stays finite; tokens beyond it have no gradient."""
     sampler_correction: Literal["none", "truncate", "mask"] = "none"
@@ -145,7 +145,7 @@ class OnPolicy:
     def annotation_rows(self, batch: int) -> int:
         """Rows per forward pass of annotation. The default is the update's, since bfloat16 products depend on the
         number of rows."""
-        return self.local_rollout_forward_batch_size or self.micro_rows(batch)
+        return min(self.local_rollout_forward_batch_size or self.micro_rows(batch), self.trained_rows(batch))
 
 
 _REWARD_HAS_NO_GRADIENT = (
@@ -225,8 +225,8 @@ class OnPolicyConfig(BaseConfig):
         if settings.micro_batch_size:
             mini_batch = f"a mini-batch ({rows} rows: {method}.batch_size / {method}.num_mini_batches)"
             check_divides(f"{method}.micro_batch_size", settings.micro_batch_size, mini_batch, rows)
-        if annotation_rows := settings.local_rollout_forward_batch_size:
-            check_divides(f"{method}.local_rollout_forward_batch_size", annotation_rows, total, batch_size)
+        annotation_rows = settings.annotation_rows(settings.batch_size)
+        check_divides(f"{method}.local_rollout_forward_batch_size", annotation_rows, total, batch_size)
 
     def _check_reference(self) -> None:
         reference = self.reference

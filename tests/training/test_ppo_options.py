@@ -22,7 +22,7 @@ def host(tree):
     return jax.tree.map(np.array, tree)
 
 
-@pytest.mark.parametrize("rows", [1, 2, B])
+@pytest.mark.parametrize("rows", [1, 2, B, 2 * B])
 def test_the_rows_of_an_annotation_pass_do_not_change_the_update(rows):
     expected, experience, _ = case().run()
     after, chunked, _ = case(local_rollout_forward_batch_size=rows).run()
