@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -77,7 +77,7 @@ def _generate_selected(options: Options, overrides: Overrides) -> None:
         reward = _section_overrides("grpo" if methods_with_sections(path) == ["grpo"] else "ppo", path, "reward")
     has_reward = reward or any(key.startswith("reward.") for key, _ in overrides)
     run = overrides_from_run(options.model, *["sampling"] if has_reward else ["sampling", "reward"])
-    run += date_of_run(options.model)
+    run += date_of_run(options.model) + _template_of_run(options.model)
     config = load_config("ppo", None, [*run, *reward, *overrides], partial=True)
     if not config.reward.parts():
         raise ConfigError(
@@ -131,7 +131,8 @@ def compare(options: Options, overrides: Overrides) -> None:
 
 def _evaluation(options: Options, models: list[str], overrides: Overrides) -> tuple[list[Any], dict[str, Any]]:
     """Configs of `models` for evaluation on the same prompts, and what is asked of them. Sampling and reward default to
-    those of the first model that was trained by PPO or GRPO, or else by SFT or DPO."""
+    those of the first model that was trained by PPO or GRPO, or else by SFT or DPO; the template of prompts to that of
+    the first run that has one."""
     has_reward = any(key.startswith("reward.") for key, _ in overrides)
     sections = ["sampling"] if has_reward else ["sampling", "reward"]
     runs = (
@@ -139,7 +140,7 @@ def _evaluation(options: Options, models: list[str], overrides: Overrides) -> tu
         for methods in (("ppo", "grpo"), ("sft", "dpo"))
         for model in models
     )
-    run = [*next(filter(None, runs), []), *date_of_run(*models)]
+    run = [*next(filter(None, runs), []), *date_of_run(*models), *_template_of_run(*models)]
     overrides = [*run, ("data.path", options.prompts[0]), *overrides]
     configs = [load_config("ppo", None, [*overrides, ("model.path", path)], partial=True) for path in models]
     greedy = configs[0].sampling.greedy
@@ -253,6 +254,16 @@ def _section_overrides(method: str, path: Path, *sections: str) -> Overrides:
 
 def date_of_run(*models: str) -> Overrides:
     """The date in the chat template of the first of `models` that is a run directory, as an override."""
-    sections = (overrides_from_run(model, "tokenizer", methods=tuple(METHODS)) for model in models)
-    dates = [pair for section in sections for pair in section if pair[0] == "tokenizer.template_date"]
-    return [pair for pair in dates if json.loads(pair[1])][:1]
+    return _option_of_run("tokenizer.template_date", models)
+
+
+def _template_of_run(*models: str) -> Overrides:
+    """The template of prompts of the first of `models` that is a run with one, and its reading of control tokens."""
+    return [*_option_of_run("data.template", models), *_option_of_run("data.control_tokens", models)]
+
+
+def _option_of_run(key: str, models: Sequence[str]) -> Overrides:
+    """An option of the first of `models` that is a run directory and has it set, as an override."""
+    section = key.partition(".")[0]
+    pairs = (pair for model in models for pair in overrides_from_run(model, section, methods=tuple(METHODS)))
+    return [pair for pair in pairs if pair[0] == key and json.loads(pair[1])][:1]

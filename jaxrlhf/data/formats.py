@@ -280,7 +280,8 @@ def _template_columns(template: str, rows: Rows) -> tuple[str, ...]:
     for column in fields:
         if column not in rows.columns:
             raise DataError(
-                f"data.template: no column {column!r} in {rows.source}; the columns are {', '.join(rows.columns)}"
+                f"data.template: no column {column!r} in {rows.source}; the columns are {', '.join(rows.columns)}. "
+                "Correct the template, or leave it out for prompts that are complete (data.template '')"
             )
     if not fields:
         raise DataError("data.template has no {column} in it, so every prompt would be the same")

@@ -18,7 +18,7 @@ from jaxrlhf import errors, weights
 from jaxrlhf.cli import main, next_steps, training
 from jaxrlhf.cli import models as commands_models
 from jaxrlhf.cli.commands import COMMANDS, Command
-from jaxrlhf.config import PPOConfig, RewardConfig, RewardSource, Sampling, TokenizerSource
+from jaxrlhf.config import Data, PPOConfig, RewardConfig, RewardSource, Sampling, TokenizerSource
 from jaxrlhf.config import text as config_text
 from jaxrlhf.config.file import METHODS, load_config, method_of, presets
 from jaxrlhf.config.schema import keys
@@ -494,6 +494,34 @@ def test_generate_gives_the_known_start_of_stories260k(shared_data, capsys):
     model = shared_data / "models" / "stories260K"
     assert main(["generate", str(model), "--prompt", "", "--greedy", "--max-new-tokens", "40"]) == 0
     assert capsys.readouterr().out.startswith("Once upon a time, there was a little girl named Lily.")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare", "generate"])
+def test_prompts_default_to_the_template_of_the_run(tmp_path, monkeypatch, command):
+    data = Data(path="d", template="<|user|> {input}\n", control_tokens=True)
+    for name, section in {"plain": Data(path="d"), "other": data}.items():
+        (tmp_path / name).mkdir()
+        settings = config_text.dump(PPOConfig(data=section, reward=RewardSource(model="m")))
+        (tmp_path / name / "config.yaml").write_text(f"# jaxrlhf ppo, every option resolved\n{settings}")
+    seen = []
+
+    def load(method, path, overrides=(), *, partial):
+        config = load_config(method, path, overrides, partial=partial)
+        if path:
+            return config
+        seen.append(config.data)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands_models, "load_config", load)
+
+    plain, other = str(tmp_path / "plain"), str(tmp_path / "other")
+    arguments = {"evaluate": [other], "compare": [plain, other], "generate": [other, "--out", "o.jsonl"]}[command]
+    given = [*arguments, "--prompts", "p.jsonl"]
+    expected = [(data.template, True), ("{question}", True)]
+    for more in ([], ["--data.template", "{question}"]):
+        assert main([command, *given, *more]) == 130
+    assert [(read.template, read.control_tokens) for read in seen] == expected
+    assert {read.path for read in seen} == {"p.jsonl"}
 
 
 def test_sampling_and_reward_default_to_those_of_the_run(tmp_path):
