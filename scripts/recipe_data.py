@@ -10,7 +10,7 @@ The same arguments write the same file. `helpful` is a reward function that judg
 import argparse
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,29 +201,29 @@ def _mixed(rng: random.Random) -> str:
     return rng.choice(["good", "good", "good", "wrong", "rude", "curt"])
 
 
-KINDS: dict[str, Callable[[int, random.Random, bool], list[Row]]] = {
-    kind.__name__: kind for kind in (five_pairs, examples, prompts, text, chats, ultrafeedback, orca)
-}
+Kinds = Mapping[str, Callable[[int, random.Random, bool], list[Row]]]
+KINDS: Kinds = {kind.__name__: kind for kind in (five_pairs, examples, prompts, text, chats, ultrafeedback, orca)}
 
 
-def write(kind: str, file: Path, rows: int, seed: int = 0, held_out: bool = False) -> None:
+def write(kind: str, file: Path, rows: int, seed: int = 0, held_out: bool = False, kinds: Kinds = KINDS) -> None:
     """Write rows of a kind as JSON lines, or as one JSON list if the file's name ends in .json."""
-    made = KINDS[kind](rows, random.Random(f"{kind} {seed} {held_out}"), held_out)
+    made = kinds[kind](rows, random.Random(f"{kind} {seed} {held_out}"), held_out)
     lines = [json.dumps(row, ensure_ascii=False) for row in made]
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = "[\n" + ",\n".join(lines) + "\n]\n" if file.suffix == ".json" else "\n".join([*lines, ""])
     file.write_text(whole, encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=KINDS)
+def main(description: str | None = __doc__, kinds: Kinds = KINDS) -> None:
+    """Write the file that the command line asks for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=kinds)
     parser.add_argument("file", type=Path)
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out", action="store_true", help="questions that occur in no other file")
     options = parser.parse_args()
-    write(options.kind, options.file, options.rows, options.seed, options.held_out)
+    write(options.kind, options.file, options.rows, options.seed, options.held_out, kinds)
 
 
 if __name__ == "__main__":
