@@ -69,8 +69,9 @@ class Logger:
         """Write rows ("prompt", "completion", and "score" or any other JSON value) and `show` the first few."""
         self._samples.writelines(_line({"step": step, **row}) for row in rows)
         self._samples.flush()
-        if rows:
-            self._send(lambda sink: sink.samples(step, rows))
+        if rows:  # of one step there may be several kinds, which must not replace each other
+            kind = "held_out_samples" if rows[0].get("held_out") else "samples" if show else "fixed_prompts"
+            self._send(lambda sink: sink.samples(step, kind, rows))
         for row in rows[: self._config.num_samples] if show else ():
             self._console.sample(step, row)
 
@@ -98,10 +99,9 @@ class Logger:
         for path in (self._directory / TOKENS).glob("step-*.jsonl.gz"):
             if int(path.name.removeprefix("step-").removesuffix(".jsonl.gz")) > step:
                 path.unlink()
-        sent = 0
         for file in (self._metrics, self._samples):
             file.close()
-            sent = max(sent, _truncate(Path(file.name), step))
+        sent, _ = (_truncate(Path(file.name), step) for file in (self._metrics, self._samples))
         self._open()
         self._open_sinks(step, sent)
 
@@ -120,7 +120,7 @@ class Logger:
             for name in ("metrics.jsonl", "samples.jsonl")
         )
 
-    def _open_sinks(self, step: int | None = None, sent: int = 0) -> None:
+    def _open_sinks(self, step: int | None = None, sent: int = -1) -> None:
         """Open the sinks of a run that resumes from `step`, after it has logged the steps up to `sent` before.
 
         A resumed run repeats its steps exactly. So trackers, which cannot forget, are not sent those again that they
@@ -134,7 +134,7 @@ class Logger:
         known = json.loads(file.read_text(encoding="utf-8")) if step and file.is_file() else {}
         run_id = known.get("id") or secrets.token_hex(4)
         for kind, module in self._trackers.items():
-            option, at = f"{kind}_project", sent if kind in known.get("trackers", ()) else 0
+            option, at = f"{kind}_project", sent if kind in known.get("trackers", ()) else -1
             project = getattr(self._config, option)
             self._sinks.append(sinks.Tracker(module, project, self._directory, run_id, at, self.note))
         if self._trackers or known:
@@ -209,8 +209,8 @@ def _finite(value: Any) -> Any:
 
 def _truncate(path: Path, step: int) -> int:
     """Keep the complete lines of `path` up to `step` (0: none), in one atomic replacement; returns the last step that
-    was there."""
-    kept, last = [], 0
+    was there, -1 if there was none."""
+    kept, last = [], -1
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
             number = json.loads(line)["step"]

@@ -31,8 +31,8 @@ class Sink(Protocol):
         """Log numbers by tag."""
         ...
 
-    def samples(self, step: int, rows: Sequence[Row]) -> None:
-        """Log rows of text, as `Logger.samples` gets them."""
+    def samples(self, step: int, kind: str, rows: Sequence[Row]) -> None:
+        """Log rows of text, as `Logger.samples` gets them, under the name `kind`."""
         ...
 
     def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
@@ -64,10 +64,10 @@ class TensorBoard:
         for tag, value in numbers.items():
             self._write(step, summary.scalar(tag, value))
 
-    def samples(self, step: int, rows: Sequence[Row]) -> None:
+    def samples(self, step: int, kind: str, rows: Sequence[Row]) -> None:
         from tensorboardX import summary
 
-        self._write(step, summary.text("samples", "\n\n".join(map(_markdown, rows))))
+        self._write(step, summary.text(kind, "\n\n".join(map(_markdown, rows))))
 
     def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
         from tensorboardX import summary
@@ -140,10 +140,10 @@ class Tracker:
     def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
         self._log(step, dict(numbers))
 
-    def samples(self, step: int, rows: Sequence[Row]) -> None:
+    def samples(self, step: int, kind: str, rows: Sequence[Row]) -> None:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         data = [[_cell(row.get(key)) for key in columns] for row in rows]
-        self._log(step, {"samples": self._module.Table(columns=columns, data=data)})
+        self._log(step, {kind: self._module.Table(columns=columns, data=data)})
 
     def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
         self._log(step, {f"histograms/{tag}": self._module.Histogram(array) for tag, array in values.items()})
@@ -188,10 +188,14 @@ def _cell(value: Any) -> Any:
 
 def _markdown(row: Row) -> str:
     """A sample as Markdown: its numbers, then each text as an indented code block, in which nothing is interpreted."""
-    numbers = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, int | float))
+    numbers = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if _is_number(value))
     parts = [f"**sample** {numbers}"]
     for key, value in row.items():
-        if value is not None and not isinstance(value, int | float):
+        if value is not None and not isinstance(value, bool | int | float):
             lines = str(_cell(value)).splitlines() or [""]
             parts.append(f"{key}:\n\n" + "\n".join(f"    {line}" for line in lines))
     return "\n\n".join(parts)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -187,6 +187,22 @@ def test_a_tracker_is_optional_and_gets_the_run(tmp_path, monkeypatch):
     assert data == [["p", HOSTILE.replace("\ud800", "\\ud800"), None], ['[{"role": "user"}]', None, 1.0]]
 
 
+def test_kinds_of_samples_of_one_step_do_not_replace_each_other(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setitem(sys.modules, "wandb", stub(calls))
+    logger = Logger(tmp_path, Logging(**ONLY, wandb_project="p"), "ppo", 1)
+    logger.rewind(0)
+    logger.samples(0, [{"completion": "before", "held_out": True}])  # step 0 is before training
+    logger.samples(0, [{"completion": "fixed"}], show=False)
+    logger.samples(0, [{"completion": "sampled"}])
+    logger.close()
+    assert [(step, list(record)) for step, record in calls[1:-1]] == [
+        (0, ["held_out_samples"]),
+        (0, ["fixed_prompts"]),
+        (0, ["samples"]),
+    ]
+
+
 def test_a_resumed_run_sends_a_tracker_no_step_twice(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setitem(sys.modules, "wandb", stub(calls))
