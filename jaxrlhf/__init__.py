@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jaxrlhf.training.ppo.trainer import PPOTrainer
     from jaxrlhf.training.reward.trainer import RewardTrainer
     from jaxrlhf.training.sft import SFTTrainer
-    from jaxrlhf.weights import export, load
+    from jaxrlhf.weights import export, load, push_to_hub
 
     __version__: str
 
@@ -42,6 +42,7 @@ __all__ = [
     "inspect",
     "load",
     "load_tokenizer",
+    "push_to_hub",
     "score",
 ]
 
@@ -63,6 +64,7 @@ _HOMES = {
     "inspect": "jaxrlhf.training.on_policy.inspection",
     "load": "jaxrlhf.weights",
     "load_tokenizer": "jaxrlhf.data.tokenizer",
+    "push_to_hub": "jaxrlhf.weights",
     "score": "jaxrlhf.rewards.sources.model",
 }
 

@@ -270,12 +270,14 @@ COMMANDS: dict[str, Command] = {
     ),
     "export": Command(
         models.export,
-        "export a run's model in Hugging Face format (adapters in PEFT format)",
+        "export a run's model in Hugging Face format (adapters in PEFT format), and upload it to the hub if asked",
         {
             "run": {"metavar": "RUN", "help": "run directory; with --merge-lora also a folder of adapters"},
             "directory": {"metavar": "DIR", "help": "output folder"},
             "--role": {"choices": ("policy", "critic"), "default": "policy", "help": "model of a PPO run to export"},
             "--merge-lora": {"action": "store_true", "help": "merge adapters into the model"},
+            "--push-to-hub": {"metavar": "NAME", "help": "also upload it to this hub repository; a new one is private"},
+            "--public": {"action": "store_true", "help": "make a new hub repository public"},
         },
     ),
     "completion": Command(

@@ -190,7 +190,22 @@ def export(options: Options, overrides: Overrides) -> None:
     is_run = (run / "config.yaml").is_file()
     if not is_run and not options.merge_lora:
         raise DataError(f"{run} is not a run directory: it has no config.yaml")
+    if options.public and options.push_to_hub is None:
+        raise ConfigError("export: --public is for --push-to-hub NAME, which is not given")
     _check_new(target)
+    from jaxrlhf.weights import upload
+
+    name = None if options.push_to_hub is None else upload.check_name(options.push_to_hub)
+    _export(run, target, options, is_run)
+    if name:
+        address = upload.push_to_hub(target, name, private=not options.public)
+        print(f"uploaded to {address}")
+        for note in upload.notes(target):
+            print(f"note: {note}", file=sys.stderr)
+
+
+def _export(run: Path, target: Path, options: Options, is_run: bool) -> None:
+    """Write the model of a run, or of a folder of adapters with its base model, to `target`."""
     from jaxrlhf import runs
     from jaxrlhf.training import export, pretrained
 

@@ -15,7 +15,7 @@ from jaxrlhf.data.tokenizer import Tokenizer, load_tokenizer
 from jaxrlhf.errors import ConfigError, DataError, StorageError
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.sources.model import RewardModel
-from jaxrlhf.training import pretrained, setup
+from jaxrlhf.training import facts, pretrained, setup
 from jaxrlhf.training.adapters import quantize, split_trainable
 from jaxrlhf.training.on_policy.policy import reference_dtype
 from jaxrlhf.training.ppo.critic import critic_model
@@ -62,6 +62,7 @@ def export(run: Path, target: Path, role: Literal["policy", "critic"] = "policy"
         tokenizer,
         step=step,
         results=records.get(step, {}),
+        origin=facts.Origin(run, identity.get("data") or identity.get("prompts", "")),
         merge_lora=merge_lora,
     )
 

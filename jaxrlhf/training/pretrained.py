@@ -1,12 +1,12 @@
 """A model of a run in Hugging Face layout, as `save_pretrained` and `jaxrlhf export` write it."""
 
-import dataclasses
 from pathlib import Path
 
 from jaxrlhf import weights
 from jaxrlhf.config import RewardConfig, TokenizerSource
 from jaxrlhf.data.tokenizer import Tokenizer, load_tokenizer
 from jaxrlhf.models import ModelConfig, with_two_labels
+from jaxrlhf.training import facts
 from jaxrlhf.training.setup import RunConfig
 from jaxrlhf.types import Params
 from jaxrlhf.weights import safetensors
@@ -22,9 +22,10 @@ def save(
     *,
     step: int,
     results: dict[str, float],
+    origin: facts.Origin | None = None,
     merge_lora: bool = False,
 ) -> Path:
-    """Write a model of a run in Hugging Face layout, with a model card.
+    """Write a model of a run in Hugging Face layout, with a model card (see `facts.of_export`).
 
     Of a run with adapters only those are written, in PEFT's layout, unless they are to be merged or would not be enough
     (see `_base_model`). A classifier gets two labels, so that its score is the probability of the good one. A reward
@@ -32,14 +33,6 @@ def save(
     """
     if isinstance(config, RewardConfig) and config.loss == "classification" and model.num_labels == 1:
         model, params = with_two_labels(model, params)
-    card = {
-        "method": config.method,
-        "base_model": config.model.path,
-        "dataset": config.data.path,
-        "steps": step,
-        "config": dataclasses.asdict(config),
-        "metrics": {k: v for k, v in results.items() if not k.startswith("perf/")},
-    }
     base = _base_model(config, model) if "lora" in params and not merge_lora else None
     if config.tokenizer.pad_token is None:
         model, params, tokenizer = with_pad_token(model, params, tokenizer, may_grow=base is None)
@@ -48,7 +41,14 @@ def save(
     if not isinstance(config, RewardConfig):
         stops = (*config.sampling.stop_token_ids, *tokenizer.stops(config.sampling.stop_strings))
     return weights.export(
-        directory, model, params, source=source, tokenizer=tokenizer, stops=stops, facts=card, base=base
+        directory,
+        model,
+        params,
+        source=source,
+        tokenizer=tokenizer,
+        stops=stops,
+        facts=facts.of_export(config, step, results, origin),
+        base=base,
     )
 
 

@@ -16,6 +16,7 @@ from jaxrlhf.data.packing import pack
 from jaxrlhf.training import pretrained, setup
 from jaxrlhf.training.abstract import build
 from jaxrlhf.training.adapters import add_adapters, split_trainable
+from jaxrlhf.training.facts import Origin
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.session import TEMPLATE, Session, check_metric, open_session
 from jaxrlhf.training.state import State
@@ -43,6 +44,7 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
         self.model = setup.model_config(config.model, self.tokenizer, head, config.lora)
         _, self.key, _, self._lora_key = setup.keys(config.seed)
         self._results: dict[str, float] = {}
+        self._origin: Origin | None = None  # once `.train()` has opened the run
 
     def use_rows(self, rows: Split[Any], evaluations: Collection[str], *, texts: int) -> None:
         """Train on `rows`, packed if `train.packing`. `evaluations` are the metrics of held-out rows, `texts` the
@@ -104,6 +106,7 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
             "frozen parameters": setup.params_fingerprint(self.frozen),
         }
         with open_session(self.config, self.total_steps, self.state, identity, fresh=self._fresh) as session:
+            self._origin = Origin(session.directory, identity["data"])
             session.describe(self.about())
             yield session
 
@@ -131,5 +134,6 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
             self.tokenizer,
             step=int(self.state.value.step),
             results=self._results,
+            origin=self._origin,
             merge_lora=merge_lora,
         )

@@ -6,16 +6,19 @@ HTML tag or add a line to the front matter.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from jaxrlhf.metrics.console import visible
+from jaxrlhf.metrics.keys import METRICS
 from jaxrlhf.models import ModelConfig
 
 TAG = "jaxrlhf"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
+_RLHF = ("reward", "dpo", "ppo", "grpo")
 _METHODS = {
     "merge": "merging adapters",
     "sft": "supervised fine-tuning",
@@ -24,56 +27,106 @@ _METHODS = {
     "ppo": "PPO",
     "grpo": "group-relative policy optimisation",
 }
-_NOT_IN_TABLE = ("method", "license", "command", "config", "metrics", "notes")
+_LICENSE = ("license", "license_name", "license_link")
+_NOT_IN_TABLE = (
+    *("method", "command", "config", "metrics", "before", "samples", "notes", "original"),
+    *_LICENSE,
+)
 
 
 def card(model: ModelConfig, config: Mapping[str, Any], facts: Mapping[str, Any], adapters: bool = False) -> str:
     """The text of README.md for `model` with this config.json, or for `adapters` of it.
 
-    Facts: `method`, `base_model`, `dataset`, `license`, `command`, `config` (a mapping), `metrics` ({name: number}),
-    `notes` (a list of sentences); any other fact becomes a row of the first table.
+    Facts: `method`, `base_model`, `dataset`; `license`, `license_name`, `license_link`, and `original`, the hub id of
+    the model that `base_model` was trained from, all as given by `inherited`; `command`; `config`, a mapping;
+    `metrics`, {name: number}, and `before`, the same before training; `samples`, each a mapping of labels to text;
+    `notes`, a list of sentences. Any other fact becomes a row of the first table.
     """
     method = facts.get("method")
     kind = "language model" if model.head == "lm" else "reward model"
-    front: dict[str, Any] = {
-        "library_name": "peft" if adapters else "transformers",
-        "pipeline_tag": "text-generation" if model.head == "lm" else "text-classification",
-    }
-    if _is_hub_id(facts.get("base_model")):
-        front["base_model"] = facts["base_model"]
-    if _is_hub_id(facts.get("dataset")):
-        front["datasets"] = [facts["dataset"]]
-    if facts.get("license"):
-        front["license"] = _one_line(facts["license"])
-    front["tags"] = [TAG, *([_one_line(method)] if method else []), kind.replace(" ", "-")]
     title = f"{model.family} {kind}{' (adapters)' if adapters else ''}"
     training = f" after training by {_METHODS.get(str(method), _escape(method))}" if method else ""
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        f"---\n{yaml.safe_dump(_front(model, facts, kind, adapters), sort_keys=False, allow_unicode=True)}---",
         f"# A {title} trained with jaxrlhf",
         f"This {title} was written by jaxrlhf{training}.",
     ]
     rows = {key: value for key, value in facts.items() if key not in _NOT_IN_TABLE and value not in (None, "")}
     if rows:
-        parts.append(_table(("fact", "value"), rows))
+        parts.append(_table(("fact", "value"), rows.items()))
     if facts.get("command"):
-        parts += ["## Command", _code_block("sh", str(facts["command"]))]
+        parts += ["## Command", _code_block("sh", visible(str(facts["command"])))]
     if facts.get("metrics"):
-        parts += ["## Results", _table(("metric", "value"), facts["metrics"], digits=6)]
+        parts += ["## Results", _results(facts["metrics"], facts.get("before") or {})]
+    if facts.get("samples"):
+        parts += ["## Samples", *(part for sample in facts["samples"] for part in _sample(sample))]
     notes = [*_notes(model, config), *map(str, facts.get("notes") or ())]
     if notes:
-        parts += ["## Notes", "\n".join(f"- {_escape(note)}" for note in notes)]
+        parts += ["## Notes and limits", "\n".join(f"- {_escape(note)}" for note in notes)]
     if facts.get("config"):
         plain = json.loads(json.dumps(facts["config"], default=str))  # tuples as lists, paths as text
         text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-        parts += ["## Configuration", _code_block("yaml", text.rstrip("\n"))]
+        parts += ["## Configuration", "Options that are not at their defaults:"]
+        parts.append(_code_block("yaml", visible(text.rstrip("\n"))))
     return "\n\n".join(parts) + "\n"
+
+
+def inherited(readme: Path) -> dict[str, str]:
+    """Facts that the card of a base model gives to models trained from it: its license, and if it is an export of
+    jaxrlhf, the `original` hub id. Empty if there is no card, or none that can be read."""
+    try:
+        text = readme.read_text(encoding="utf-8", errors="replace")
+        front = yaml.safe_load(text.split("\n---", 1)[0].removeprefix("---")) if text.startswith("---\n") else {}
+    except (OSError, yaml.YAMLError):
+        return {}
+    front = front if isinstance(front, dict) else {}
+    facts = {key: value for key in _LICENSE if isinstance(value := front.get(key), str)}
+    if is_ours(text) and isinstance(original := front.get("base_model"), str):
+        facts["original"] = original
+    return facts
 
 
 def is_ours(text: str) -> bool:
     """Return True if the text of a README.md is a card written by `card`."""
     front = text.split("\n---\n", 1)[0]
     return front.startswith("---\n") and f"\n- {TAG}\n" in front + "\n"
+
+
+def _front(model: ModelConfig, facts: Mapping[str, Any], kind: str, adapters: bool) -> dict[str, Any]:
+    """The front matter. A name is given as a hub id only if it can be one and is no folder here."""
+    front: dict[str, Any] = {
+        "library_name": "peft" if adapters else "transformers",
+        "pipeline_tag": "text-generation" if model.head == "lm" else "text-classification",
+    }
+    base = next((hub_id for name in ("base_model", "original") if (hub_id := _hub_id(facts.get(name)))), None)
+    if base:
+        front["base_model"] = base
+    if dataset := _hub_id(facts.get("dataset")):
+        front["datasets"] = [dataset]
+    front |= {key: _one_line(facts[key]) for key in _LICENSE if facts.get(key)}
+    method = facts.get("method")
+    methods = [_one_line(method), *(["rlhf"] if method in _RLHF else [])] if method else []
+    return front | {"tags": [TAG, *methods, kind.replace(" ", "-")]}
+
+
+def _results(metrics: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """A table of metrics with their definitions; those of held-out data first."""
+    names = sorted(metrics, key=lambda name: (not str(name).startswith("eval/"), str(name)))
+    known = [name for name in names if name in before]
+    head = ("metric", "value", *(("before training",) if known else ()), "meaning")
+    rows = []
+    for name in names:
+        then = (before.get(name, ""),) if known else ()
+        rows.append((name, metrics[name], *then, METRICS.get(name, "")))
+    return _table(head, rows, digits=6)
+
+
+def _sample(sample: Mapping[str, Any]) -> list[str]:
+    """A prompt and its completions, in code blocks."""
+    blocks = []
+    for label, text in sample.items():
+        blocks += [f"{_escape(label)}:", _code_block("text", visible(str(text)))]
+    return blocks
 
 
 def _notes(model: ModelConfig, config: Mapping[str, Any]) -> list[str]:
@@ -98,12 +151,16 @@ def _notes(model: ModelConfig, config: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _is_hub_id(name: Any) -> bool:
-    return isinstance(name, str) and bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+def _hub_id(name: Any) -> str | None:
+    """`name` as a hub id, without the scheme hf://; None if it is a path or no id."""
+    if not isinstance(name, str):
+        return None
+    hub_id = name.removeprefix("hf://")
+    return hub_id if _HUB_ID.fullmatch(hub_id) and (hub_id != name or not Path(name).exists()) else None
 
 
 def _one_line(value: Any) -> str:
-    return " ".join(str(value).split())
+    return visible(" ".join(str(value).split()))
 
 
 def _escape(value: Any) -> str:
@@ -111,14 +168,11 @@ def _escape(value: Any) -> str:
     return re.sub(r"([\\`*\[\]<>#|!&~$])", r"\\\1", _one_line(value))
 
 
-def _table(head: tuple[str, str], rows: Mapping[Any, Any], digits: int | None = None) -> str:
+def _table(head: Sequence[Any], rows: Iterable[Sequence[Any]], digits: int | None = None) -> str:
     """A Markdown table; floats are rounded to `digits` significant digits if given."""
-    cells = [
-        head,
-        ("---", "---"),
-        *((k, f"{v:.{digits}g}" if digits and isinstance(v, float) else v) for k, v in rows.items()),
-    ]
-    return "\n".join(f"| {_escape(left)} | {_escape(right)} |" for left, right in cells)
+    cells = [head, ["---"] * len(head)]
+    cells += [[f"{v:.{digits}g}" if digits and isinstance(v, float) else v for v in row] for row in rows]
+    return "\n".join(f"| {' | '.join(_escape(cell) for cell in row)} |" for row in cells)
 
 
 def _code_block(language: str, text: str) -> str:

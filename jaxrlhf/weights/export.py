@@ -16,9 +16,8 @@ from jaxrlhf.errors import ConfigError, StorageError
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.types import Params
 from jaxrlhf.weights import card, families, mapping, peft, safetensors, writer
-from jaxrlhf.weights.hub import CONFIG, GENERATION_CONFIG
+from jaxrlhf.weights.hub import CARD, CONFIG, GENERATION_CONFIG
 
-CARD = "README.md"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
@@ -68,7 +67,8 @@ def export(
         config = _write_configs(
             partial, model, source, tokenizer, stops, dtype or str(params["embed"]["embedding"].dtype)
         )
-        text = card.card(model, config, facts or {}, adapters=adapters_of is not None)
+        inherited = {} if source is None else card.inherited(source / CARD)
+        text = card.card(model, config, inherited | dict(facts or {}), adapters=adapters_of is not None)
         (partial / CARD).write_text(text, encoding="utf-8")
         if adapters_of is None:
             writer.write(partial, sources, _bytes(max_shard_size))

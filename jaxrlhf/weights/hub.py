@@ -7,6 +7,7 @@ from jaxrlhf.data import tokenizer
 from jaxrlhf.errors import DataError, first_line
 from jaxrlhf.weights import peft, safetensors
 
+CARD = "README.md"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
@@ -95,7 +96,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
 
     if not _HUB_ID.fullmatch(name):
         raise DataError(f"'{name}' is not a hub id; ids look like ORG/NAME")
-    patterns = [CONFIG, GENERATION_CONFIG, peft.CONFIG, peft.WEIGHTS, *tokenizer.FILES]  # adapters are small
+    patterns = [CARD, CONFIG, GENERATION_CONFIG, peft.CONFIG, peft.WEIGHTS, *tokenizer.FILES]  # adapters are small
     if weights:
         patterns += [safetensors.SINGLE, safetensors.INDEX, "model-*.safetensors"]
     at = f" at revision '{revision}'" if revision else ""

@@ -360,6 +360,24 @@ def test_export_of_a_finished_run_copies_its_export(tmp_path, exported, run):
     assert main(["export", str(tmp_path), str(tmp_path / "out2")]) == 4, "not a run"
 
 
+def test_export_uploads_what_it_wrote_and_keeps_it_if_that_fails(tmp_path, exported, run, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("jaxrlhf.weights.upload.push_to_hub", lambda *a, **k: asked.append((*a, k)) or "https://hub/x")
+    assert main(["export", str(run), str(tmp_path / "a"), "--push-to-hub", "org/model"]) == 0
+    assert main(["export", str(run), str(tmp_path / "b"), "--push-to-hub", "hf://org/model", "--public"]) == 0
+    assert asked == [
+        (tmp_path / "a", "org/model", {"private": True}),
+        (tmp_path / "b", "org/model", {"private": False}),
+    ]
+    assert "uploaded to https://hub/x" in capsys.readouterr().out
+    assert main(["export", str(run), str(tmp_path / "c"), "--push-to-hub", "a/b/c"]) == 3
+    assert main(["export", str(run), str(tmp_path / "c"), "--public"]) == 3
+    assert not (tmp_path / "c").exists(), "refused before it is written"
+    monkeypatch.undo()
+    assert main(["export", str(run), str(tmp_path / "d"), "--push-to-hub", "org/model"]) == 7, "the tests are offline"
+    assert "HF_HUB_OFFLINE" in capsys.readouterr().err and (tmp_path / "d" / "config.json").is_file()
+
+
 @pytest.mark.parametrize("last", [{}, {"outcome": "preempted"}])
 @pytest.mark.parametrize("before", [True, False])
 def test_export_of_an_unfinished_run_uses_its_checkpoint(tmp_path, exported, run, last, before):

@@ -1,9 +1,10 @@
 import re
 
+import pytest
 import yaml
 
 from jaxrlhf.models import ModelConfig
-from jaxrlhf.weights.card import card, is_ours
+from jaxrlhf.weights.card import card, inherited, is_ours
 
 MODEL = ModelConfig(
     family="llama",
@@ -56,7 +57,7 @@ def test_card_contains_the_facts_of_a_run():
         "base_model": "org/base-1.5B",
         "datasets": ["org/data"],
         "license": "mit",
-        "tags": ["jaxrlhf", "ppo", "language-model"],
+        "tags": ["jaxrlhf", "ppo", "rlhf", "language-model"],
     }
     for expected in (
         "```sh\njaxrlhf ppo x.yaml\n```",
@@ -70,16 +71,62 @@ def test_card_contains_the_facts_of_a_run():
     assert is_ours(text)
 
 
+HOSTILE = "x`y```\n````\n~~~~\n---\n# Head\n<script>alert(1)</script> | a | [b](c)\n- jaxrlhf\n\x1b[2J \u202e \ud800"
+
+
 def test_facts_are_escaped():
-    hostile = "x`y```\n````\n---\n# Head\n<script>alert(1)</script> | a | [b](c)\n- jaxrlhf"
-    facts = dict.fromkeys(("method", "base_model", "dataset", "license", "command", "other"), hostile)
-    text = card(MODEL, {}, facts | {"metrics": {hostile: hostile}, "notes": [hostile], "config": {hostile: hostile}})
-    assert set(front(text)) == {"library_name", "pipeline_tag", "license", "tags"}
-    outside = re.sub(r"^(`{3,})(sh|yaml)\n.*?\n\1$", "", text.split("---\n", 2)[2], flags=re.S | re.M)
-    assert not re.search(r"(?<!\\)(<script|\[b\]|`)", outside)
+    names = ("method", "base_model", "dataset", "license", "license_name", "original", "command", "other")
+    facts = dict.fromkeys(names, HOSTILE) | {"notes": [HOSTILE], "config": {HOSTILE: HOSTILE}}
+    facts |= {"metrics": {HOSTILE: HOSTILE, "loss": 1.0}, "before": {HOSTILE: HOSTILE}}
+    facts |= {"samples": [{HOSTILE: HOSTILE, "completion": "````\n" * 3}]}
+    text = card(MODEL, {}, facts)
+    assert set(front(text)) == {"library_name", "pipeline_tag", "license", "license_name", "tags"}
+    text.encode()
+    assert not {"\x1b", "\u202e"} & set(text)
+    outside = re.sub(r"^(`{3,})(sh|yaml|text)\n.*?\n\1$", "", text.split("---\n", 2)[2], flags=re.S | re.M)
+    assert not re.search(r"(?<!\\)(<script|\[b\]|`|~)", outside)
     assert not re.search(r"^# Head", outside, re.M)
-    for row in re.findall(r"^\|.*$", outside, re.M):
-        assert len(re.findall(r"(?<!\\)\|", row)) == 3, row
+    tables = [[len(re.findall(r"(?<!\\)\|", row)) for row in part.splitlines()] for part in outside.split("\n\n")]
+    tables = [bars for bars in tables if bars and bars[0]]
+    assert [set(bars) for bars in tables] == [{3}, {5}], "facts; metrics with the values before training"
+
+
+NAMES = ["a: b", "#x", "'", '"', "- x", "{a", "&a", "*a", "!!python/object:x", "y\nz: 1", "a\tb", "é", "no", "1e3"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_front_matter_is_yaml_for_any_name(name):
+    matter = front(card(MODEL, {}, {"method": name, "license": name, "base_model": name, "dataset": f"hf://{name}"}))
+    assert matter["tags"][1] == matter["license"] == " ".join(name.split())
+
+
+def test_metrics_have_definitions_and_held_out_ones_come_first():
+    metrics = {"loss": 1.0, "eval/loss": 2.0, "rewards/mine/mean": 3.0}
+    rows = re.findall(r"^\| (\S+) \| (.*?) \| (.*?) ?\|$", card(MODEL, {}, {"metrics": metrics}), re.M)
+    assert [row[0] for row in rows[2:]] == ["eval/loss", "loss", "rewards/mine/mean"]
+    assert rows[2][2] == r"\`loss\` over all held-out rows" and rows[4][2] == ""
+    assert "| eval/loss | 2 | 5 | " in card(MODEL, {}, {"metrics": metrics, "before": {"eval/loss": 5.0}})
+
+
+def test_a_license_and_the_original_model_come_from_the_card_of_the_base_model(tmp_path):
+    readme = tmp_path / "README.md"
+    assert inherited(readme) == {}
+    theirs = "license: other\nlicense_name: qwen\nlicense_link: https://x/y\nbase_model: org/parent"
+    readme.write_text(f"---\n{theirs}\n---\n# Model\n")
+    facts = inherited(readme)
+    assert facts == {"license": "other", "license_name": "qwen", "license_link": "https://x/y"}, (
+        "its parent is not ours"
+    )
+    ours = card(MODEL, {}, facts | {"method": "sft", "base_model": "org/base"})
+    readme.write_text(ours)
+    assert inherited(readme) == facts | {"original": "org/base"}
+    child = front(card(MODEL, {}, inherited(readme) | {"method": "ppo", "base_model": str(tmp_path)}))
+    assert (child["base_model"], child["license"], child["license_name"]) == ("org/base", "other", "qwen")
+    for broken in ("", "no", "---\n: [\n---\n", "---\n- a\n---\n", "---\nlicense: [mit]\n---\n", "---\n"):
+        readme.write_text(broken)
+        assert inherited(readme) == {}
+    readme.write_bytes(b"---\nlicense: mit\n---\n\xff")
+    assert inherited(readme) == {"license": "mit"}
 
 
 def test_a_base_model_that_is_a_path_is_not_claimed_to_be_on_the_hub(tmp_path, monkeypatch):

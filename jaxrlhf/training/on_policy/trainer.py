@@ -19,6 +19,7 @@ from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scored, Scorer
 from jaxrlhf.training import pretrained, setup
+from jaxrlhf.training.facts import Origin
 from jaxrlhf.training.on_policy import checks
 from jaxrlhf.training.on_policy.alarms import Watch
 from jaxrlhf.training.on_policy.policy import policy_params, reference_params
@@ -73,6 +74,7 @@ class OnPolicyTrainer(Generic[Config]):
         self.token_records = TokenRecords(config, self.sampler)
         self.validator = Validator(config, held_out, self.sampler, self.scorer, self.keys[1])
         self._results: dict[str, float] = {}  # the record of the exported state, for the model card
+        self._origin: Origin | None = None  # once `.train()` has opened the run
 
     @property
     def params(self) -> Params:
@@ -184,6 +186,7 @@ class OnPolicyTrainer(Generic[Config]):
             "reward model": setup.params_fingerprint(models[0] if len(models) == 1 else models or {}),
         }
         with open_session(config, self.total_steps, self.state, identity, fresh=self._fresh) as session:
+            self._origin = Origin(session.directory, identity["prompts"])
             session.describe("\n".join(self._about()))
             self.scorer.pause_while_asking(session.logger.paused)
             session.resume()
@@ -296,6 +299,7 @@ class OnPolicyTrainer(Generic[Config]):
             self.tokenizer,
             step=int(self.state.value.step),
             results=self._results,
+            origin=self._origin,
             merge_lora=merge_lora,
         )
 

@@ -24,6 +24,7 @@ from jaxrlhf.files import write_whole
 from jaxrlhf.metrics.keys import METRICS
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
+from jaxrlhf.training.facts import BASELINE
 from jaxrlhf.training.on_policy.sampler import Sampler
 from jaxrlhf.training.on_policy.update import sequence_logprobs
 from jaxrlhf.training.session import Metrics, Session
@@ -33,7 +34,6 @@ from jaxrlhf.types import Params, Rollout
 VALIDATION = 2**30  # folded into the run's key in place of an update's number
 Reference = Callable[[], Params | None]
 """Gives the reference when it is needed: an offloaded one is moved to the device."""
-BASELINE = "validation.json"  # scores of the initial policy
 
 
 class Validator:

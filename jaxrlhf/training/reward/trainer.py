@@ -21,6 +21,7 @@ from jaxrlhf.evaluation.reward_metrics import KEYS, HeldOut, evaluation, summary
 from jaxrlhf.files import write_whole
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.training import pretrained
+from jaxrlhf.training.facts import EVALUATION
 from jaxrlhf.training.reward.loss import Objective, objective_of, response_loss, response_scores
 from jaxrlhf.training.session import Session
 from jaxrlhf.training.step import Metrics, Spec, supervised_step
@@ -155,7 +156,7 @@ class RewardTrainer(SupervisedTrainer[RewardConfig]):
             return
         if not self.evaluation:  # the run was already complete
             self._evaluate()
-        path = write_whole(session.directory / "evaluation.json", json.dumps(self.evaluation, indent=2) + "\n")
+        path = write_whole(session.directory / EVALUATION, json.dumps(self.evaluation, indent=2) + "\n")
         for line in [*summary(self.evaluation), f"wrote {path}"]:
             session.note(line)
 
