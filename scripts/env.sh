@@ -1,9 +1,10 @@
 # Sourced by the other scripts: a virtual environment for this checkout, created on first use.
 #
 #   prepare EXTRAS      install this project with these extras ("dev", "plots", ...) and put its python first on PATH
+#   quick N M           print N, or M if QUICK=1: the length of a run, and that of a trial of the script
 #
 # PYTHON=...          Python interpreter of the environment (3.11 or newer)
-# JAXRLHF_VENV=...    folder of the environment (default: .venv)
+# JAXRLHF_VENV=...    folder of the environment (default: .venv); "active": use what is on PATH, install nothing
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,7 +21,10 @@ find_python() {
   exit 1
 }
 
+quick() { if [ "${QUICK:-}" = 1 ]; then echo "$2"; else echo "$1"; fi; }
+
 prepare() {
+  [ "${JAXRLHF_VENV:-}" != active ] || return 0
   local extras=$1 venv=${JAXRLHF_VENV:-.venv} stamp log
   if [ ! -x "$venv/bin/python" ]; then
     local python
