@@ -4,7 +4,8 @@
 
 The answer to a question is good if it is polite and gives the tip that belongs to the question; a bad one is curt,
 rude, or gives another tip. One question in four is held out: it occurs only in files written with `--held-out`.
-The same arguments write the same file. `helpful` is a reward function that judges answers exactly.
+The same arguments write the same file. `polite`, `right_tip` and `helpful` are reward functions that judge an answer
+exactly.
 """
 
 import argparse
@@ -122,14 +123,20 @@ def subject(topic: str) -> str:
     return SUBJECTS[list(TOPICS).index(topic) * len(SUBJECTS) // len(TOPICS)]
 
 
+def polite(completions: Sequence[str]) -> list[float]:
+    """Reward function for evaluation: 1 for an answer that begins politely and is neither rude nor curt, else 0."""
+    rude = (*RUDE, *CURT)
+    return [float(text.strip().startswith(POLITE) and not any(part in text for part in rude)) for text in completions]
+
+
+def right_tip(completions: Sequence[str], tip: Sequence[str]) -> list[float]:
+    """Reward function for evaluation: 1 for an answer that gives the tip that belongs to its question, else 0."""
+    return [float(right in text) for text, right in zip(completions, tip, strict=True)]
+
+
 def helpful(completions: Sequence[str], tip: Sequence[str]) -> list[float]:
-    """Reward function for evaluation: 1 for an answer that is polite and gives the question's tip, else 0."""
-
-    def judge(text: str, right: str) -> float:
-        impolite = any(sentence in text for sentence in (*RUDE, *CURT))
-        return float(right in text and text.strip().startswith(POLITE) and not impolite)
-
-    return [judge(text, right) for text, right in zip(completions, tip, strict=True)]
+    """Reward function for evaluation: 1 for an answer that is polite and gives the right tip, else 0."""
+    return [a * b for a, b in zip(polite(completions), right_tip(completions, tip), strict=True)]
 
 
 def five_pairs(n: int, rng: random.Random, held_out: bool) -> list[Row]:
@@ -145,7 +152,7 @@ def examples(n: int, rng: random.Random, held_out: bool) -> list[Row]:
 
 
 def prompts(n: int, rng: random.Random, held_out: bool) -> list[Row]:
-    """Plain-text prompts with a reference answer, and the columns that `helpful` and `--by` need."""
+    """Plain-text prompts with a reference answer, and the columns that `right_tip` and `--by` need."""
     return [
         {"prompt": prompt, "answer": answer(topic, "good", rng), "tip": TOPICS[topic], "category": subject(topic)}
         for prompt, topic in questions(n, rng, held_out)
