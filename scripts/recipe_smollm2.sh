@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# SmolLM2-135M on Orca pairs: reward model, PPO with and without LoRA, GRPO (docs/recipes/smollm2.md), offline, on a
+# small stand-in for SmolLM2.
+#   bash scripts/recipe_smollm2.sh [OUTPUT]       (default: runs/recipes/smollm2); run it again to resume
+#
+# MODEL=...      the real model instead: a folder or hub id (HuggingFaceTB/SmolLM2-135M)
+# TOKENIZER=...  a tokenizer for the stand-in: a folder or hub id
+# DATA=...       a file of pairs (system, question, chosen, rejected) to train on
+# QUICK=1        a few steps of each stage
+set -euo pipefail
+pairs=$([ -z "${DATA:-}" ] || realpath "$DATA")
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+prepare plots
+scripts=$PWD/scripts output=${1:-runs/recipes/smollm2}
+mkdir -p "$output"
+cd "$output"
+
+# Pairs of answers to questions for advice, a quarter of which is held out; conversations of which half are good.
+make() { python "$scripts/recipe_data.py" "$@"; }
+make orca data/orca.jsonl --rows 800
+make orca data/held_out.jsonl --rows 72 --held-out
+make chats data/chats.jsonl --rows 1000
+pairs=${pairs:-data/orca.jsonl}
+
+# A SmolLM2 of two narrow layers. Small models need larger steps.
+model=(--model.path model --model.revision null)
+if [ -n "${MODEL:-}" ]; then
+  model=(--model.path "$MODEL" --model.revision null)
+elif [ ! -d model ]; then
+  python "$scripts/stand_in.py" smollm2-135m model --text data/chats.jsonl --steps "$(quick 300 4)" \
+    ${TOKENIZER:+--tokenizer "$TOKENIZER"}
+fi
+
+# The policy to start from, and the reward model.
+jaxrlhf sft recipes/smollm2/sft "${model[@]}" --data.path data/chats.jsonl --data.max_length 128 \
+  --optim.learning_rate 1e-3 --train.num_train_epochs 2 --train.max_steps "$(quick 60 4)"
+jaxrlhf reward recipes/smollm2/reward "${model[@]}" --data.path "$pairs" --data.max_length 128 \
+  --optim.learning_rate 1e-3 --train.num_train_epochs 8 --train.max_steps "$(quick 200 4)"
+
+# PPO on all weights and with --use-lora, and GRPO, with as many generated completions.
+short=(--data.path "$pairs" --data.max_prompt_length 64 --sampling.response_length 40 --logging.log_every 10)
+episodes=$(quick 1600 32)
+jaxrlhf ppo recipes/smollm2/ppo "${short[@]}" --optim.learning_rate 2e-4 \
+  --ppo.num_train_epochs null --ppo.total_episodes "$episodes"
+jaxrlhf ppo recipes/smollm2/ppo "${short[@]}" --optim.learning_rate 2e-3 \
+  --ppo.num_train_epochs null --ppo.total_episodes "$episodes" --use-lora --run_dir runs/smollm2/ppo-lora
+jaxrlhf grpo recipes/smollm2/grpo "${short[@]}" --optim.learning_rate 2e-4 --grpo.total_episodes "$episodes"
+
+# Loss, learning rate, mean reward and KL of PPO, and its metrics as CSV; then all three runs over each other.
+jaxrlhf plot runs/smollm2/ppo
+jaxrlhf plot runs/smollm2/ppo runs/smollm2/ppo-lora runs/smollm2/grpo --output training.png
+
+# Four completions of each of 20 prompts, ranked by the reward (BEST, MEDIUM, WORST), with statistics and as JSON.
+jaxrlhf evaluate runs/smollm2/ppo --prompts data/held_out.jsonl --num-prompts "$(quick 20 3)" --num-completions 4 \
+  --output generations.json
+
+# The table of SFT, PPO, PPO with LoRA and GRPO: reward, KL, win rate, time and memory.
+models=(runs/smollm2/sft runs/smollm2/ppo runs/smollm2/ppo-lora runs/smollm2/grpo)
+questions=(--prompts data/held_out.jsonl --num-prompts "$(quick 72 3)" --num-completions 2 --max-new-tokens 40)
+jaxrlhf compare "${models[@]}" "${questions[@]}" --reward-model runs/smollm2/reward --show 1 --output comparison
+# The same by two functions that know the right answers and that nothing was trained on.
+jaxrlhf compare "${models[@]}" "${questions[@]}" --show 0 --output answers.json \
+  --reward.components.0.function "$scripts/recipe_data.py:polite" \
+  --reward.components.1.function "$scripts/recipe_data.py:right_tip"
