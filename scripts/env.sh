@@ -1,10 +1,10 @@
 # Sourced by the other scripts: a virtual environment for this checkout, created on first use.
 #
 #   prepare EXTRAS      install this project with these extras ("dev", "plots", ...) and put its python first on PATH
-#   quick N M           print N, or M if QUICK=1: the length of a run, and that of a trial of the script
+#   quick N M           print N; with QUICK=1 print M, for a trial of the script with a few steps of each stage
 #
 # PYTHON=...          Python interpreter of the environment (3.11 or newer)
-# JAXRLHF_VENV=...    folder of the environment (default: .venv); "active": use what is on PATH, install nothing
+# JAXRLHF_VENV=...    folder of the environment (default: .venv)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -24,7 +24,6 @@ find_python() {
 quick() { if [ "${QUICK:-}" = 1 ]; then echo "$2"; else echo "$1"; fi; }
 
 prepare() {
-  [ "${JAXRLHF_VENV:-}" != active ] || return 0
   local extras=$1 venv=${JAXRLHF_VENV:-.venv} stamp log
   if [ ! -x "$venv/bin/python" ]; then
     local python
