@@ -79,13 +79,18 @@ def charts(records: Sequence[Record], before: Mapping[str, float]) -> list[dict[
     names = [key.removesuffix("/errors") for key in logged if key.startswith(REWARDS) and key.endswith("/errors")]
     components = [f"{name}/mean" for name in names if f"{name}/mean" in logged]
     for title, members in GROUPS.items():
-        found = [
-            (name, unit, [key for key in keys if key in logged and key not in used]) for name, unit, keys in members
-        ]
+        drawn = []
+        for name, unit, keys in members:
+            found = [key for key in keys if key in logged and key not in used]
+            # Held-out values go with the training values that they are named after; some have a chart of their own.
+            if found and (
+                any(not key.startswith("eval/") for key in found) or all(key.startswith("eval/") for key in keys)
+            ):
+                drawn.append(_chart(name, unit, found, rows))
+                used.update(found)
         if title == "Objective" and len(components) > 1:
-            found.append(("Components of the score", "before their weights", components))
-        used.update(key for _, _, keys in found for key in keys)
-        drawn = [_chart(name, unit, keys, rows) for name, unit, keys in found if keys]
+            drawn.append(_chart("Components of the score", "before their weights", components, rows))
+            used.update(components)
         if drawn:
             groups.append({"title": title, "charts": drawn})
     rest = [key for key in logged if key not in used and not key.startswith("alarm/")]
@@ -123,6 +128,11 @@ def thin(values: Sequence[float], limit: int = POINTS) -> list[int]:
         finite = [k for k in stretch if math.isfinite(values[k])] or stretch
         kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
     return sorted(kept)
+
+
+def is_finite(value: Any) -> bool:
+    """Return True for a number that is not nan or infinite."""
+    return isinstance(value, float | int) and math.isfinite(value)
 
 
 def rounded(value: float, digits: int = 5) -> float | int | None:

@@ -75,7 +75,7 @@ def collect(directory: Path) -> dict[str, Any]:
         "definitions": {key: curves.definition(key) for record in records for key in record if key != "step"},
         "samples": _samples(samples),
         "tokens": tokens.pack(token_records, _cut),
-        "scores": _score_histogram(samples),
+        "scores": _score_histogram(samples, token_records),
         "components": _components(records),
         "correlations": _correlations(records, token_records),
         "validations": _validations(records, before),
@@ -264,25 +264,34 @@ def _validations(records: Sequence[Mapping[str, Any]], before: Mapping[str, floa
     ]
 
 
-def _score_histogram(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Histograms of the scores of early and late samples: of held-out prompts at the first and last step, if there are
-    any, else of the first and the last third of the steps."""
-    scored = [row for row in rows if isinstance(row.get("score"), float | int) and np.isfinite(row["score"])]
-    held_out = [row for row in scored if row.get("held_out")]
-    scored = held_out or scored
-    steps = sorted({row["step"] for row in scored})
+def _score_histogram(
+    samples: Sequence[Mapping[str, Any]], token_records: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """Histograms of early and late scores, of what has most of them: held-out prompts at the first and last step, or
+    samples of training or recorded sequences in the first and last third of their steps."""
+    sources = {
+        "held-out prompts": [row for row in samples if row.get("held_out")],
+        "samples": [row for row in samples if not row.get("held_out")],
+        "recorded sequences": token_records,
+    }
+    scores = {
+        name: [(row["step"], row["score"]) for row in rows if curves.is_finite(row.get("score"))]
+        for name, rows in sources.items()
+    }
+    of, rows = max(scores.items(), key=lambda item: len(item[1]))
+    steps = sorted({step for step, _ in rows})
     if len(steps) < 2:
         return None
-    part = 1 if held_out else max(1, len(steps) // 3)
-    early, late = steps[:part], steps[-part:]
-    groups = [[row["score"] for row in scored if row["step"] in part] for part in (early, late)]
+    part = 1 if of == "held-out prompts" else max(1, len(steps) // 3)
+    ends = steps[:part], steps[-part:]
+    groups = [[score for step, score in rows if step in end] for end in ends]
     edges = np.histogram_bin_edges(np.concatenate(groups), BINS)
-    names = [f"step {part[0]}" if len(part) == 1 else f"steps {part[0]} to {part[-1]}" for part in (early, late)]
+    names = [f"step {end[0]}" if len(end) == 1 else f"steps {end[0]} to {end[-1]}" for end in ends]
     return {
-        "held_out": bool(held_out),
+        "of": of,
         "edges": [curves.rounded(float(edge)) for edge in edges],
         "series": [
-            {"label": f"{name} ({len(group)} samples)", "counts": np.histogram(group, edges)[0].tolist()}
+            {"label": f"{name} ({len(group)})", "counts": np.histogram(group, edges)[0].tolist()}
             for name, group in zip(names, groups, strict=True)
         ],
     }

@@ -282,3 +282,33 @@ def test_restarts_and_options_that_differ_are_shown(tmp_path):
     data = collect(run)
     assert data["restarts"] == [4] and ("Time", "2 h 00 min in 2 starts") in data["facts"]
     assert ("seed", "7", "0") in data["changes"] and ("older_option", "3", "") in data["changes"]
+
+
+def test_a_metric_is_in_one_chart_and_held_out_rows_beside_training():
+    def titles(**record):
+        groups = curves.charts([{"step": 1, **record}], {})
+        return {chart["title"]: [s["label"] for s in chart["series"]] for group in groups for chart in group["charts"]}
+
+    assert titles(**{"objective/kl": 1.0, "eval/kl": 1.0}) == {"KL to the reference": ["objective/kl", "eval/kl"]}
+    assert titles(**{"kl": 1.0, "eval/kl": 1.0}) == {"KL baseline": ["kl", "eval/kl"]}
+    assert titles(**{"eval/kl": 1.0, "eval/win_rate": 0.5}) == {
+        "Win rate against the initial policy": ["eval/win_rate"],
+        "eval/kl": ["eval/kl"],
+    }
+    parts = {f"rewards/{name}/{key}": 1.0 for name in ("a", "b") for key in ("mean", "errors")}
+    assert titles(**parts)["Components of the score"] == ["rewards/a/mean", "rewards/b/mean"]
+
+
+def test_early_and_late_scores_are_of_what_has_most(tmp_path):
+    run = write_run(tmp_path / "run", "ppo", 3)
+    assert collect(run)["scores"] is None
+    rows = [{"step": s, "prompt": "p", "completion": "c", "score": 1.0 * s, "held_out": True} for s in (0, 3, 0, 3)]
+    write_lines(run / "samples.jsonl", [*rows, {"step": 1, "prompt": "q", "completion": "c", "score": "NaN"}])
+    scores = collect(run)["scores"]
+    assert scores["of"] == "held-out prompts" and [s["label"] for s in scores["series"]] == ["step 0 (2)", "step 3 (2)"]
+    assert (
+        [sum(s["counts"]) for s in scores["series"]] == [2, 2] and scores["edges"][0] == 0 and scores["edges"][-1] == 3
+    )
+    for step in (1, 2, 3):
+        write_tokens(run, step, [token_record(step, i, ["a"], 1.0 * i) for i in range(4)])
+    assert collect(run)["scores"]["of"] == "recorded sequences"

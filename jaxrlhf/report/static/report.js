@@ -473,7 +473,7 @@ const TOKEN_SERIES = {
   logprob: ["log p", null, "log-probability of the token by the policy that sampled it, nats"],
   entropy: ["entropy", null, "entropy of the next-token distribution at this place, nats"],
   ratio: ["ratio", 1, "probability after the update over that before it"],
-  ref_logprob: ["log p of the reference", null, "log-probability by the reference model, nats"],
+  ref_logprob: ["reference log p", null, "log-probability by the reference model, nats"],
   td_error: ["TD error", 0, "reward + gamma * next value - value"],
   return: ["return", 0, "what the value is trained to predict"],
 };
@@ -522,9 +522,9 @@ function tokenScale(records, name) {
   return { low, high, middle, colour };
 }
 
-// A piece of text with its blanks shown: · for a leading blank, ↵ for a line break, ⇥ for a tab.
+// A piece of text with its blanks shown: · for a leading or trailing blank, ↵ for a line break, ⇥ for a tab.
 function pieceText(piece) {
-  if (piece === "") return "▯"; // a part of a character
+  if (piece === "") return "▯"; // a part of a character, or a token that is no text
   return visible(piece.replace(/^ +| +$/g, (s) => "·".repeat(s.length)).replace(/\n/g, "↵").replace(/\t/g, "⇥"));
 }
 
@@ -563,13 +563,25 @@ function tokenView(records) {
     return `${r.score === null || r.score === undefined ? "no score" : `score ${number(r.score, 3)}`} · ${visible(opening.length > 40 ? `${opening.slice(0, 40)}…` : opening)}`;
   }
 
+  // Text of token i; the stop token of a finished response is no part of its text.
+  function tokenText(i) {
+    const stop = record.pieces[i] === "" && record.finished && i === record.length - 1;
+    return stop ? "⟨end⟩" : pieceText(record.pieces[i]);
+  }
+
+  // Whether a probable token is the one that was sampled.
+  function isSampled(i, [piece, logprob]) {
+    const sampled = record.series.logprob ? record.series.logprob[i] : null;
+    return piece === record.pieces[i] || (record.pieces[i] === "" && sampled !== null && Math.abs(sampled - logprob) < 1e-4);
+  }
+
   function choose(chosen) {
     record = chosen;
     current = pinned = -1;
     prompt.replaceChildren(element("b", {}, "Prompt "), modelText(record.prompt));
-    spans = record.pieces.map((piece, i) => element("span", {
+    spans = record.pieces.map((_, i) => element("span", {
       class: "token", role: "option", tabindex: i === 0 ? "0" : "-1", "aria-selected": "false", dir: "auto", "data-index": i,
-    }, pieceText(piece)));
+    }, tokenText(i)));
     // A line of the response ends where its token has a line break.
     text.replaceChildren(...spans.flatMap((span, i) => record.pieces[i].includes("\n") ? [span, element("br")] : [span]));
     if (record.length > record.pieces.length) text.append(element("span", { class: "soft" }, ` … ${number(record.length - record.pieces.length)} more tokens`));
@@ -610,13 +622,13 @@ function tokenView(records) {
     const top = record.top[i] || [];
     const most = top.length ? Math.max(...top.map(([, p]) => Math.exp(p))) : 1;
     detail.replaceChildren(
-      element("div", { class: "piece" }, pieceText(record.pieces[i])),
+      element("div", { class: "piece" }, tokenText(i)),
       element("div", { class: "soft" }, `token ${i + 1} of ${record.length}`, record.ids.length > i && `, id ${record.ids[i]}`),
       element("dl", { class: "numbers" }, rows.map((key) => [
         element("dt", { title: TOKEN_SERIES[key][2], class: key === name && "chosen" }, TOKEN_SERIES[key][0]),
         element("dd", { class: key === name && "chosen" }, number(record.series[key][i], 4))])),
       top.length ? element("div", { class: "soft" }, "most probable here") : "",
-      top.length ? element("ol", { class: "top" }, top.map(([piece, p]) => element("li", { class: piece === record.pieces[i] && "chosen" },
+      top.length ? element("ol", { class: "top" }, top.map(([piece, p]) => element("li", { class: isSampled(i, [piece, p]) && "chosen" },
         element("span", { class: "token" }, pieceText(piece)),
         element("span", { class: "bar" }, element("i", { style: `width: ${(100 * Math.exp(p) / most).toFixed(1)}%` })),
         element("b", {}, percent(Math.exp(p)))))) : "");

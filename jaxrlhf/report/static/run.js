@@ -7,7 +7,7 @@ function drawRun(data, root) {
     ["samples", "Before and after", samplesPart(data.samples)],
     ["tokens", "Tokens", tokensPart(records)],
     ["health", "Reward", healthPart(data)],
-    ["data", "Data and evaluation", dataPart(data)],
+    ["evaluation", "Data and evaluation", dataPart(data)],
     ["reproduce", "Reproduce", reproducePart(data.reproduce)],
   ].filter(([, , part]) => part);
   root.append(
@@ -117,7 +117,7 @@ function fixedSamples(samples) {
   }
 
   function card({ row, first, last, before, after, gain }) {
-    const [left, right] = diffTexts(before[0], after[0]);
+    const [left, right] = diffTexts(before[0].replace(/^ /, ""), after[0].replace(/^ /, ""));
     return element("article", { class: "card" },
       element("div", { class: "prompt" }, row.held_out && element("span", { class: "tag" }, "held out"), modelText(row.prompt),
         gain !== null && element("b", { class: `gain ${gain > 0 ? "good" : gain < 0 ? "bad" : ""}` }, signed(gain))),
@@ -157,7 +157,7 @@ function tokensPart(records) {
 function healthPart(data) {
   const nodes = [], tables = [], evaluation = data.evaluation;
   if (data.scores) {
-    nodes.push(histogram({ title: "Scores of samples", unit: data.scores.held_out ? "held-out prompts" : "", xLabel: "score", height: 180, ...data.scores }));
+    nodes.push(histogram({ title: "Scores early and late", unit: data.scores.of, xLabel: "score", height: 180, ...data.scores }));
   }
   if (evaluation.histogram) {
     const { edges, ...rest } = evaluation.histogram;
@@ -205,6 +205,8 @@ const LABELS = {
   "eval/mean_length": "length", "eval/finished": "finished", "eval/heldout_scores": "other reward model", "eval/heldout_gain": "its gain",
 };
 
+const SHARES = /(win_rate|finished|accuracy|accuracies)$/;
+
 function dataPart(data) {
   const nodes = [];
   if (data.about) nodes.push(element("pre", { class: "plain" }, visible(data.about)));
@@ -212,7 +214,7 @@ function dataPart(data) {
     const keys = [...new Set(data.validations.flatMap((row) => Object.keys(row)))].filter((key) => key !== "step");
     nodes.push(table("Held-out rows by step", [{ label: "step", value: (row) => row.step, show: (row) => number(row.step, 9) }, ...keys.map((key) => ({
       label: LABELS[key] || key.replace("eval/", ""), about: data.definitions[key], value: (row) => row[key],
-      show: (row) => number(row[key]),
+      show: (row) => SHARES.test(key) ? percent(row[key]) : number(row[key]),
     }))], data.validations));
   }
   const evaluation = data.evaluation, flat = Object.entries(evaluation).filter(([, value]) => typeof value !== "object");
@@ -232,7 +234,7 @@ function reproducePart(run) {
   const line = (name, value) => value && element("div", {}, element("dt", {}, name), element("dd", {}, element("code", {}, visible(value))));
   return {
     nodes: [
-      run.command && element("pre", {}, visible(run.command)),
+      run.command && element("pre", { class: "command" }, visible(run.command)),
       element("dl", { class: "facts" }, line("working directory", run.directory), line("exported model", run.export), line("checkpoints of steps", run.checkpoints.join(", ")),
         line("SHA-256 of the config", run.hash), line("platform", run.platform), line("devices", run.mesh)),
       run.starts.length > 1 && table("Starts", [
