@@ -34,8 +34,8 @@ elif [ ! -d model ]; then
     ${TOKENIZER:+--tokenizer "$TOKENIZER"}
 fi
 
-# The pairs as the trainers read them, and their tokens.
-jaxrlhf data "$pairs" "${model[@]}" --data.completion_prefix " "
+# The pairs as the trainers read them, and the tokens of the first with their ids.
+jaxrlhf data "$pairs" --model "${model[1]}" --data.completion_prefix " " --ids
 
 # Reward model A, with two labels, from five pairs; then its verdicts on pairs that it has not seen.
 jaxrlhf reward recipes/gpt2/reward "${model[@]}" --data.path "$pairs" --optim.learning_rate 1e-3 \

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINKS = [
     (page, target)
     for page in PAGES
@@ -45,7 +45,7 @@ def test_every_relative_link_resolves(page, target):
 
 def test_every_page_is_linked_from_the_readme():
     linked = {target.partition("#")[0] for page, target in LINKS if page.name == "README.md"}
-    assert {f"docs/{page.name}" for page in PAGES[1:]} <= linked
+    assert {page.relative_to(ROOT).as_posix() for page in PAGES[1:]} <= linked
 
 
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
