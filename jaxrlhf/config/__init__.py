@@ -13,7 +13,8 @@ from jaxrlhf.config.on_policy import Alarms, Reference, Scores, Validation
 from jaxrlhf.config.ppo import PPO, Critic, PPOConfig
 from jaxrlhf.config.reward import RewardConfig
 from jaxrlhf.config.reward_source import Component, RewardSource
-from jaxrlhf.config.sections import Checkpoint, Data, Generation, Logging, Mesh, Optim, Sampling, Train
+from jaxrlhf.config.sampling import Generation, Sampling
+from jaxrlhf.config.sections import Checkpoint, Data, Logging, Mesh, Optim, Train
 from jaxrlhf.config.sft import SFTConfig
 
 __all__ = [

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from jaxrlhf.config.base import Bool, FlipProbability, Fraction, NonNegative, Positive, section
 from jaxrlhf.config.model import ModelSource
-from jaxrlhf.config.sections import Sampling
+from jaxrlhf.config.sampling import Sampling
 from jaxrlhf.config.sft import SupervisedConfig
 
 REFERENCE_FREE = ("simpo", "orpo", "cpo")

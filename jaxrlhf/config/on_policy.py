@@ -22,7 +22,8 @@ from jaxrlhf.config.base import (
     section,
 )
 from jaxrlhf.config.reward_source import RewardSource
-from jaxrlhf.config.sections import BaseConfig, Generation, Sampling
+from jaxrlhf.config.sampling import Generation, Sampling
+from jaxrlhf.config.sections import BaseConfig
 
 
 @section

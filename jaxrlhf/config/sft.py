@@ -1,7 +1,8 @@
 """Config of supervised fine-tuning, and what the configs of all supervised methods share."""
 
 from jaxrlhf.config.base import Bool, check_divides, section
-from jaxrlhf.config.sections import BaseConfig, Sampling, Train
+from jaxrlhf.config.sampling import Sampling
+from jaxrlhf.config.sections import BaseConfig, Train
 
 
 @section
