@@ -173,7 +173,7 @@ def tracker_module(kind: str, project: str) -> Any:
         return importlib.import_module(kind)
     except ImportError as error:
         raise ConfigError(
-            f"logging.{kind}_project is '{project}' but {kind} is not installed; "
+            f"logging.{kind}_project is '{project}' but {kind} cannot be imported ({first_line(error)}); "
             f"pip install 'jaxrlhf[{kind}]', or leave it empty"
         ) from error
 
