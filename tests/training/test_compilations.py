@@ -58,7 +58,7 @@ def reward(prompts, completions, **columns):
 def make(supervised, ppo, one_length, tmp_path):
     """A trainer of six steps over these rows, evaluating every other one."""
 
-    def build(method, rollout=None, more=None, **keywords):
+    def build(method, rollout=None, more=None, logging=None, **keywords):
         base = ppo if method == "ppo" else supervised
         options = (
             base
@@ -66,7 +66,7 @@ def make(supervised, ppo, one_length, tmp_path):
             | {
                 "run_dir": str(tmp_path / "run"),
                 "data": config.replace(base["data"], path=one_length),
-                "logging": config.Logging(quiet=True, tensorboard=False, sample_every=0),
+                "logging": logging or config.Logging(quiet=True, tensorboard=False, sample_every=0),
             }
         )
         if method == "ppo":
@@ -101,6 +101,15 @@ def test_ppo_programs_compile_once(slots, rollout, offload, make, stop_at_two):
             make("ppo", rollout=chosen, more=more).train()
         make("ppo", rollout=chosen, more=more).train()
     expected = dict.fromkeys((*rollout, "annotate", "update"), 1)
+    assert {name: count[name] for name in expected} == expected, count
+
+
+def test_samples_of_the_first_prompts_and_token_records_compile_one_program(make):
+    """The one that looks at the recorded sequences; completing the first prompts again takes none."""
+    logging = config.Logging(quiet=True, tensorboard=False, sample_every=1, token_samples=3)
+    with compilations() as count:
+        make("ppo", logging=logging).train()
+    expected = dict.fromkeys(("generate", "annotate", "update", "look"), 1)
     assert {name: count[name] for name in expected} == expected, count
 
 

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxrlhf.algorithms.advantages import gae, td_errors
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.metrics.console import visible
 from jaxrlhf.rollout.text import token_pieces
@@ -18,7 +17,6 @@ from jaxrlhf.types import Experience, GroupExperience, Rollout
 SHOWN = 200
 """Rows of a table that are printed."""
 _TAIL = 160  # characters of a prompt that are printed
-_gae, _td_errors = jax.jit(gae), jax.jit(td_errors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,18 +150,34 @@ def token_series(experience: Any) -> dict[str, np.ndarray]:
     found: dict[str, Any] = {"logprob": old, "ref_logprob": ref}
     found["kl"] = None if old is None or ref is None else old - ref
     if isinstance(experience, Experience):
-        given = experience.rewards, experience.values, experience.rollout.response_mask, experience.bootstrap
+        td_errors, raw_advantages = _gae(experience)
         found |= {
             "reward": experience.rewards,
             "value": experience.values,
-            "td_error": _td_errors(*given, experience.gamma),
-            "raw_advantage": _gae(*given, experience.gamma, experience.lam)[0],
+            "td_error": td_errors,
+            "raw_advantage": raw_advantages,
             "advantage": experience.advantages,
             "return": experience.returns,
         }
     elif experience.advantages.shape == shape:  # a pair has none
         found["advantage"] = experience.advantages
     return {name: np.asarray(values) for name, values in found.items() if values is not None}
+
+
+def _gae(experience: Experience) -> tuple[np.ndarray, np.ndarray]:
+    """(TD errors, advantages before whitening), each f32 [B, R]: those of `algorithms.advantages`, in NumPy, so that
+    nothing is compiled to look at an update."""
+    rewards, values, mask = (
+        np.asarray(x) for x in (experience.rewards, experience.values, experience.rollout.response_mask)
+    )
+    errors, advantages = np.zeros_like(rewards), np.zeros_like(rewards)
+    next_value, next_advantage = np.asarray(experience.bootstrap), np.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        errors[:, t] = np.where(mask[:, t], rewards[:, t] + experience.gamma * next_value - values[:, t], 0)
+        advantages[:, t] = errors[:, t] + experience.gamma * experience.lam * next_advantage * mask[:, t]
+        next_value = np.where(mask[:, t], values[:, t], next_value)
+        next_advantage = np.where(mask[:, t], advantages[:, t], next_advantage)
+    return errors, advantages
 
 
 def _tokens(rollout: Rollout, i: int, tokenizer: Tokenizer) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
