@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxrlhf.errors import DataError
 from jaxrlhf.metrics.console import visible
 from jaxrlhf.metrics.panels import HISTOGRAM, Panel, panels_of
@@ -88,7 +90,9 @@ def _curves(axes: Any, panel: Panel, runs: Sequence[Run]) -> None:
 def _running_mean(steps: list[int], values: list[float], window: int) -> tuple[list[int], list[float]]:
     """Means of `window` finite values in a row, each at the step in the middle of its window."""
     points = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
-    means = [sum(v for _, v in points[i : i + window]) / window for i in range(len(points) - window + 1)]
+    if len(points) < window:
+        return [], []
+    means = np.convolve([value for _, value in points], np.full(window, 1 / window), "valid").tolist()
     return [step for step, _ in points[window // 2 :]][: len(means)], means
 
 
