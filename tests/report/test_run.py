@@ -10,19 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.recorded_runs import record, token_record, write_lines, write_run, write_tokens
+from support.recorded_runs import page_data, record, token_record, write_lines, write_run, write_tokens
 
 from jaxrlhf import report
 from jaxrlhf.config.file import METHODS
 from jaxrlhf.errors import DataError, StorageError
 from jaxrlhf.report import curves, tokens, verdict
 from jaxrlhf.report.run import collect
-
-
-def embedded(path):
-    """The data of a page."""
-    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(encoding="utf-8"))
-    return json.loads(data)
 
 
 def unpacked(text, *, floats=False):
@@ -46,7 +40,7 @@ def unpacked(text, *, floats=False):
 def test_every_method_has_a_page(method, said, tmp_path):
     path = report.write(write_run(tmp_path / method, method))
     assert path == tmp_path / method / "report.html"
-    data = embedded(path)
+    data = page_data(path)
     assert re.match(said, data["verdict"][0]) and "over 20" in data["verdict"][0]
     assert data["status"] == {"kind": "done", "text": "Finished."} and not data["warnings"]
     drawn = [series["label"] for group in data["curves"] for chart in group["charts"] for series in chart["series"]]
@@ -104,7 +98,7 @@ def test_files_that_are_missing_incomplete_or_broken_are_named(tmp_path):
 @pytest.mark.parametrize("steps", [0, 1, 2])
 @pytest.mark.parametrize("method", METHODS)
 def test_short_runs_have_a_page(method, steps, tmp_path):
-    data = embedded(report.write(write_run(tmp_path / "run", method, steps)))
+    data = page_data(report.write(write_run(tmp_path / "run", method, steps)))
     assert data["verdict"] and not re.search(r"\bnan\b", json.dumps([data["verdict"], data["facts"], data["warnings"]]))
 
 
@@ -232,7 +226,7 @@ def test_the_page_of_a_long_run_with_many_tokens_is_small(tmp_path):
     samples = [{"step": s, "prompt": "p" * 900, "completion": "c" * 900, "score": 1.0} for s in range(300)]
     write_lines(run / "samples.jsonl", samples)
     path = report.write(run)
-    data = embedded(path)
+    data = page_data(path)
     assert len(data["tokens"]["records"]) == 64
     assert sum(len(unpacked(r["pieces"])) for r in data["tokens"]["records"]) == 64 * 256
     assert path.stat().st_size < 2_000_000
@@ -244,7 +238,7 @@ def test_long_texts_and_responses_are_cut(tmp_path):
     write_lines(run / "samples.jsonl", rows)
     write_tokens(run, 1, [token_record(1, i, ["a"] * 1500) for i in range(20)])
     path = report.write(run)
-    data = embedded(path)
+    data = page_data(path)
     assert path.stat().st_size < 2_000_000
     assert "(96,000 more characters)" in data["samples"]["fixed"][0]["answers"]["1"][0]
     assert len(data["samples"]["fixed"]) + data["samples"]["left_out"] == 60

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,12 @@ def write_run(directory: Path, method: str, steps: int = 20, *, outcome: str | N
     (directory / "run.json").write_text(json.dumps(run))
     write_lines(directory / "metrics.jsonl", [record(method, step, steps, chance) for step in range(1, steps + 1)])
     return directory
+
+
+def page_data(page: Path) -> dict[str, Any]:
+    """The data of a page of jaxrlhf/report."""
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(encoding="utf-8"))
+    return json.loads(data)
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

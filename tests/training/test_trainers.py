@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from support.recorded_runs import page_data
 from support.runs import equal, length_reward, records
 
 import jaxrlhf
@@ -45,6 +46,24 @@ def test_sft_learns_its_rows_and_leaves_a_model(supervised, tmp_path):
     assert model == dataclasses.replace(trainer.model, remat="none"), "remat is the trainer's business"
     equal(params, jax.device_get(trainer.params))
     assert (tmp_path / "run" / "samples.jsonl").stat().st_size > 0
+    page = page_data(tmp_path / "run" / "report.html")
+    assert page["status"] == {"kind": "done", "text": "Finished."} and page["warnings"] == []
+    assert page["verdict"][0].startswith("Loss fell") and "rows" in page["about"] and page["samples"]["fixed"]
+    export = tmp_path / "run" / "export"
+    assert page["reproduce"]["export"] == str(export) and page["reproduce"]["checkpoints"][-1] == "24"
+
+
+def test_a_report_that_cannot_be_written_is_a_note(supervised, tmp_path, capsys):
+    options = supervised | {
+        "train": config.Train(batch_size=6, max_steps=1),
+        "logging": config.Logging(tensorboard=False),
+    }
+    (tmp_path / "run" / "report.html" / "in the way").mkdir(parents=True)
+    assert SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / "run"), **options)).train()["loss"] > 0
+    assert "report.html could not be written" in capsys.readouterr().out
+    quiet = options | {"logging": config.Logging(tensorboard=False, report=False)}
+    SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / "other"), **quiet)).train()
+    assert "report.html" not in capsys.readouterr().out and not (tmp_path / "other" / "report.html").exists()
 
 
 def test_sft_exports_the_best_state_and_not_the_last(supervised, tmp_path):
@@ -108,6 +127,8 @@ def test_ppo_raises_the_reward_it_is_given(ppo, tmp_path):
     assert first["objective/kl"] == 0 and first["val/first_log_ratio_max"] <= 1e-5
     sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
     assert set(sample) >= {"step", "prompt", "completion", "score"}
+    page = page_data(tmp_path / "run" / "report.html")
+    assert page["status"]["kind"] == "done" and "over 20 updates, at a KL" in page["verdict"][0]
 
 
 def test_ppo_step_returns_completions_scores_and_metrics(ppo):
@@ -336,7 +357,11 @@ def test_a_bad_reward_stops_the_run_and_loses_nothing(ppo, tmp_path, answer, sai
         PPOTrainer(settings, reward=reward).train()
     before = records(tmp_path / "run")
     assert [record["step"] for record in before] == [1, 2, 3]
+    status = page_data(tmp_path / "run" / "report.html")["status"]
+    assert status["kind"] == "failed" and status["text"].startswith("Ended by RewardError after 3 of 4 updates: ")
     assert PPOTrainer(settings, reward=length_reward).train()["episode"] == 32
+    page = page_data(tmp_path / "run" / "report.html")
+    assert page["status"]["kind"] == "done" and page["restarts"] == [3]
     assert records(tmp_path / "run")[:3] == before and len(records(tmp_path / "run")) == 4
 
 
@@ -344,6 +369,8 @@ def test_endless_skipping_stops_the_run(supervised, tmp_path):
     options = supervised | {"optim": config.Optim(learning_rate=1e30, schedule="constant")}
     with pytest.raises(NumericsError, match="in 5 steps in a row"):
         SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / "run"), **options)).train()
+    page = page_data(tmp_path / "run" / "report.html")
+    assert "Ended by NumericsError" in page["status"]["text"] and "steps were skipped" in page["warnings"][0]
 
 
 def test_a_chat_format_that_is_added_travels_into_the_export(supervised, tiny_model, tmp_path):

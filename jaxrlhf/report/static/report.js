@@ -168,7 +168,7 @@ function nearest(xs, x) {
 // ---------------------------------------------------------------------------------------------------- charts
 
 const COLOURS = 7; // the classes s0 ... s6 of report.css
-const MARGIN = { left: 44, right: 12, top: 8, bottom: 34 };
+const MARGIN = { left: 50, right: 12, top: 8, bottom: 34 };
 
 // A frame that a chart draws in: title, legend, drawing, tooltip. `draw(width, height)` returns {nodes, stops}: what to
 // draw, and the places that pointer and arrow keys stop at, as {x, y, lines: [[class, label, value], ...], title}.
