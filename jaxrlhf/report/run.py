@@ -143,7 +143,7 @@ def _status(
         case None:
             return {"kind": "stopped", "text": f"How it ended is not recorded; its log ends {far}."}
         case outcome:
-            message = f": {last['error']}" if last.get("error") else "."
+            message = f": {str(last['error']).rstrip('.')}." if last.get("error") else "."
             return {"kind": "failed", "text": f"Ended by {outcome} {far}{message}"}
 
 

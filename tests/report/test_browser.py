@@ -278,5 +278,6 @@ def test_pages_of_other_methods_are_drawn(opened, method, tmp_path):
     run = write_run(tmp_path / method, method, 3, outcome=None)
     page = opened(target=report.write(run))
     assert page.locator(".plot").count() > 3
+    assert page.locator(".verdict").inner_text().startswith("Ended without a record of how, after 3 of 3 ")
     titles = page.locator("h2").all_inner_texts()
     assert "Curves" in titles and "Reproduce" in titles and "Tokens" not in titles

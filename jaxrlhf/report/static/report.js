@@ -612,6 +612,7 @@ function tokenView(records) {
   function show(i) {
     if (spans[current]) spans[current].setAttribute("aria-selected", "false");
     current = i;
+    detail.classList.toggle("filled", i >= 0);
     if (i < 0) {
       detail.replaceChildren(element("p", { class: "note" },
         spans.length ? "Point at a token, or move with the arrow keys, to see its numbers and what else the policy might have said." : "No tokens."));

@@ -20,12 +20,13 @@ function drawRun(data, root) {
 // ---------------------------------------------------------------------------------------------------- head
 
 function header(data) {
+  // How it ended comes first, unless it ended as it should.
+  const told = data.status.text === "Finished." ? data.verdict : [data.status.text, ...data.verdict];
   return element("header", {},
     element("div", { class: "over" }, `${data.method} run`, element("span", { class: `status ${data.status.kind}` }, data.status.kind)),
     element("h1", {}, visible(data.title)),
-    element("p", { class: "verdict" }, data.verdict.map(visible).join(" ")),
+    element("p", { class: "verdict" }, told.map(visible).join(" ")),
     element("p", { class: "note" }, "Final values are means of the last few records."),
-    data.status.kind !== "done" || data.status.text !== "Finished." ? element("p", { class: "note" }, visible(data.status.text)) : null,
     data.warnings.length > 0 && element("ul", { class: "warnings", "aria-label": "Warnings" }, data.warnings.map((line) => element("li", {}, visible(line)))),
     element("dl", { class: "facts" }, data.facts.map(([name, value]) =>
       element("div", {}, element("dt", {}, name), element("dd", {}, visible(value))))),
