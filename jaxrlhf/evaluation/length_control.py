@@ -14,7 +14,7 @@ deviation 10, which keeps phi finite where length alone separates wins from loss
 import numpy as np
 
 PENALTY = 0.01
-_STEPS, _HALVINGS = 60, 50
+_STEPS, _HALVINGS = 60, 20
 
 
 def length_controlled_win_rate(
@@ -42,29 +42,29 @@ def length_controlled_win_rate(
 
 
 def _fit(outcomes: np.ndarray, features: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Newton's method with halved steps, for all weightings at once."""
+    """Newton's method, with steps halved until the likelihood does not fall, for all weightings at once."""
     theta, phi = np.zeros(len(counts)), np.zeros(len(counts))
-    best = _objective(theta, phi, outcomes, features, counts)
+    active = np.arange(len(counts))
     for _ in range(_STEPS):
-        p = _sigmoid(theta[:, None] + phi[:, None] * features)
-        residual, curvature = counts * (outcomes - p), counts * p * (1 - p)
-        gradient = residual.sum(1), (residual * features).sum(1) - PENALTY * phi
-        a, b = curvature.sum(1), (curvature * features).sum(1)
-        c = (curvature * features**2).sum(1) + PENALTY
+        x, weight, start = features[active], counts[active], (theta[active], phi[active])
+        p = _sigmoid(start[0][:, None] + start[1][:, None] * x)
+        residual, curvature = weight * (outcomes - p), weight * p * (1 - p)
+        gradient = residual.sum(1), (residual * x).sum(1) - PENALTY * start[1]
+        a, b, c = curvature.sum(1), (curvature * x).sum(1), (curvature * x**2).sum(1) + PENALTY
         determinant = np.maximum(a * c - b * b, 1e-300)
         step = (c * gradient[0] - b * gradient[1]) / determinant, (a * gradient[1] - b * gradient[0]) / determinant
-        size = np.ones(len(counts))
-        new = theta, phi
+        least = _objective(*start, outcomes, x, weight)
+        least -= 1e-12 * (1 + np.abs(least))  # rounding is no fall
+        size, new = np.ones(len(active)), start
         for _ in range(_HALVINGS):  # the likelihood is concave: some shorter step in this direction raises it
-            new = np.clip(theta + size * step[0], -50, 50), phi + size * step[1]
-            worse = _objective(*new, outcomes, features, counts) < best
+            new = np.clip(start[0] + size * step[0], -50, 50), start[1] + size * step[1]
+            worse = _objective(*new, outcomes, x, weight) < least
             if not worse.any():
                 break
             size = np.where(worse, size / 2, size)
-        moved = np.abs(new[0] - theta) + np.abs(new[1] - phi)
-        theta, phi = new
-        best = _objective(theta, phi, outcomes, features, counts)
-        if moved.max() < 1e-10:
+        theta[active], phi[active] = new
+        active = active[np.abs(new[0] - start[0]) + np.abs(new[1] - start[1]) > 1e-8]
+        if not len(active):
             break
     return theta, phi
 
