@@ -51,13 +51,15 @@ def figure_of(runs: Sequence[Run]) -> Any:
             _curves(axes, panel, runs)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    if max(len(run.records) for run in runs) >= SMOOTHED:
-        figure.supxlabel("pale: every record; full: running mean of a twentieth of them", fontsize="x-small")
-    if len(runs) > 1:
+    smoothed = max(len(run.records) for run in runs) >= SMOOTHED
+    note = "pale: every record; full: running mean of a twentieth of them" if smoothed else ""
+    if len(runs) == 1:
+        figure.supxlabel(note, fontsize="x-small")
+    else:
         from matplotlib.lines import Line2D
 
         handles = [Line2D([], [], color=_colour(i), label=plain(name)) for i, name in enumerate(names)]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(runs), 4))
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(runs), 4), title=note)
     return figure
 
 
