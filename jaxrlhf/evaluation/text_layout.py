@@ -44,7 +44,11 @@ def side_by_side(heads: Sequence[str], texts: Sequence[str], width: int = WIDTH,
     for start in range(0, len(texts), at_most):
         group = range(start, min(start + at_most, len(texts)))
         size = (width - 3 * (len(group) - 1)) // len(group)
-        columns = [[one_line(heads[i], size), *wrapped(texts[i], size)] for i in group]
+        above = [wrapped(heads[i], size) for i in group]
+        most = max(map(len, above))
+        columns = [
+            [*head, *[""] * (most - len(head)), *wrapped(texts[i], size)] for i, head in zip(group, above, strict=True)
+        ]
         for k in range(max(map(len, columns))):
             cells = [(column[k] if k < len(column) else "").ljust(size) for column in columns]
             lines.append(" | ".join(cells).rstrip())
