@@ -24,7 +24,7 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
 INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S))
 BASH = "".join(block for language, block in BLOCKS if language == "bash").replace("\\\n", "")
 LINES = BASH.splitlines()
-ROLLOUTS = (ROOT / "docs" / "rollouts.md").read_text(encoding="utf-8").replace("\\\n", "")
+DOCS = "".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").rglob("*.md"))).replace("\\\n", "")
 
 
 def test_nothing_is_left_to_fill_in():
@@ -82,14 +82,16 @@ def test_the_ten_steps_of_an_update_run_as_they_stand_and_give_its_numbers(demo_
 
 
 COMMAND_LINES = [line for line in LINES if line.startswith("jaxrlhf ")]
-COMMAND_LINES += re.findall(r"^jaxrlhf .*", ROLLOUTS, re.M)
+COMMAND_LINES += re.findall(r"^jaxrlhf .*", "".join(re.findall(r"^```bash\n(.*?)^```", DOCS, re.M | re.S)), re.M)
+COMMAND_LINES += re.findall(r"`(jaxrlhf [^`\n]+)`", DOCS)
 COMMAND_LINES += re.findall(r"# .*?\b(jaxrlhf .*)", "\n".join(LINES))
 COMMAND_LINES += [text for text in INLINE if text.startswith("jaxrlhf ")]
 
 
-@pytest.mark.parametrize("line", COMMAND_LINES)
+@pytest.mark.parametrize("line", dict.fromkeys(COMMAND_LINES))
 def test_every_command_parses(line, monkeypatch):
-    words = shlex.split(line.partition(" > ")[0].replace(" ...", " VALUE"), comments=True)[1:]
+    line = line.partition(" > ")[0].replace(" ...", " VALUE").replace("METHOD", "ppo")
+    words = shlex.split(line, comments=True)[1:]
     seen = []
 
     def record(options, overrides):
@@ -97,7 +99,7 @@ def test_every_command_parses(line, monkeypatch):
 
     for verb, command in list(COMMANDS.items()):
         monkeypatch.setitem(COMMANDS, verb, replace(command, run=record))
-    if len(words) == 1 and words[0] in COMMANDS:  # the name of a command and not a call
+    if words[0] in COMMANDS and all(word.isupper() for word in words[1:]):  # named, and not called
         return
     assert main(words) == 0, words
     if words[0] in METHODS:

@@ -1,12 +1,23 @@
 """The commands of the command line and their arguments."""
 
-import argparse
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxrlhf.cli import chat, completion, models, training
+from jaxrlhf.cli.arguments import (
+    CONFIG,
+    EVALUATION,
+    METHOD,
+    MODEL,
+    SAMPLING,
+    SEED,
+    TRAIN,
+    USE_LORA,
+    count,
+    natural,
+    sets,
+)
 from jaxrlhf.cli.models import Options, Overrides
 from jaxrlhf.config.file import METHODS
 from jaxrlhf.config.schema import keys
@@ -26,79 +37,12 @@ class Command:
     overrides: bool = False  # accepts --section.key value
 
 
-def _integer(minimum: int, text: str) -> int:
-    if text.isdecimal() and int(text) >= minimum:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"expected an integer of at least {minimum}, got '{text}'")
-
-
-def _sets(key: str, help: str, **keywords: Any) -> dict[str, Any]:
-    return {"dest": key, "help": help, **keywords}
-
-
-_natural, _count = functools.partial(_integer, 0), functools.partial(_integer, 1)
-_SEED = _sets("seed", "random seed", metavar="N", type=_natural)
-_METHOD: dict[str, Any] = {"choices": list(METHODS)}
-_USE_LORA: dict[str, Any] = {"action": "store_true", "help": "short for --lora.enabled true"}
-_CONFIG: dict[str, Any] = {"nargs": "?", "metavar": "CONFIG.yaml", "help": "config file, or the name of a preset"}
-_MODEL: dict[str, Any] = {"metavar": "MODEL", "help": "model folder, hub id or run directory"}
-_TRAIN: dict[str, dict[str, Any]] = {
-    "config": _CONFIG,
-    "--fresh": {"action": "store_true", "help": "start over in an existing run directory instead of resuming"},
-    "--dry-run": {
-        "action": "store_true",
-        "help": "print the resolved config, the first batch, and the memory and files of the run, then stop",
-    },
-    "--use-lora": _USE_LORA,
-}
-_SAMPLING: dict[str, dict[str, Any]] = {
-    "--greedy": _sets("sampling.greedy", "greedy decoding", action="store_const", const="true"),
-    "--max-new-tokens": _sets(
-        "sampling.response_length", "maximum number of generated tokens", metavar="N", type=_count
-    ),
-    "--temperature": _sets("sampling.temperature", "sampling temperature", metavar="T"),
-    "--top-k": _sets("sampling.top_k", "sample from the K most probable tokens", metavar="K"),
-    "--top-p": _sets("sampling.top_p", "nucleus sampling", metavar="P"),
-    "--min-p": _sets("sampling.min_p", "minimum probability relative to the most probable token", metavar="P"),
-    "--seed": _SEED,
-}
-_EVALUATION: dict[str, dict[str, Any]] = {
-    "--prompts": {
-        "required": True,
-        "action": "append",
-        "metavar": "FILE",
-        "help": "data file with prompts; repeat it for several files",
-    },
-    "--num-prompts": {"type": _count, "default": 20, "metavar": "N", "help": "number of prompts (default: 20)"},
-    "--num-completions": {
-        "type": _count,
-        "metavar": "N",
-        "help": "completions per prompt (default: 4; with greedy decoding 1)",
-    },
-    **_SAMPLING,
-    "--reward": _sets(
-        "reward.function", "reward function; default: the reward of the PPO or GRPO run", metavar="path.py:name"
-    ),
-    "--reward-model": _sets("reward.model", "reward model", metavar="DIR"),
-    "--references": {
-        "metavar": "COLUMN",
-        "help": "column with reference completions, for BLEU and ROUGE-L; default: the data's answer column, if any",
-    },
-    "--by": {"metavar": "COLUMN", "help": "column of the categories to report separately (default: category)"},
-    "--threshold": {
-        "type": float,
-        "metavar": "X",
-        "help": "minimum score of a passing completion, for pass@k: one of k completions passes",
-    },
-    "--output": {"metavar": "FILE.json", "help": "write all results to this file"},
-}
-
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         training.demo,
         "run SFT, reward modelling and PPO on a tiny task (two minutes on a CPU)",
         {
-            "--seed": {**_SEED, "default": 0},
+            "--seed": {**SEED, "default": 0},
             "--output": {"default": "runs/demo", "metavar": "DIR", "help": "output directory (default: runs/demo)"},
             "--quiet": {"action": "store_true", "help": "print less"},
         },
@@ -107,23 +51,23 @@ COMMANDS: dict[str, Command] = {
         training.doctor,
         "check the installation and, optionally, a model (files, decoding, a small PPO update in memory) and the data, "
         "reward and sampling of a PPO config; exit code 1 if a check fails",
-        {"model": {"nargs": "?", **_MODEL}, "config": {**_CONFIG, "help": "PPO config file, or the name of a preset"}},
+        {"model": {"nargs": "?", **MODEL}, "config": {**CONFIG, "help": "PPO config file, or the name of a preset"}},
         overrides=True,
     ),
-    "new": Command(training.new, "print a config file with all options", {"method": {**_METHOD, "metavar": "METHOD"}}),
+    "new": Command(training.new, "print a config file with all options", {"method": {**METHOD, "metavar": "METHOD"}}),
     "data": Command(
         training.data,
         "show the format of a data file, how each trainer reads it, what is learnt, and what is suspicious",
         {
             "file": {"metavar": "FILE", "help": "data file, folder or hub id"},
-            "--model": _sets("model.path", "model whose tokenizer to use", metavar="DIR"),
-            "--tokenizer": _sets("tokenizer.path", "tokenizer to use", metavar="DIR"),
+            "--model": sets("model.path", "model whose tokenizer to use", metavar="DIR"),
+            "--tokenizer": sets("tokenizer.path", "tokenizer to use", metavar="DIR"),
             "--ids": {"action": "store_true", "help": "list the tokens of the first row with their ids"},
         },
         overrides=True,
     ),
     **{
-        method: Command(training.train, help, _TRAIN, overrides=True)
+        method: Command(training.train, help, TRAIN, overrides=True)
         for method, help in {
             "sft": "supervised fine-tuning",
             "reward": "train a reward model on pairs, rankings, labels or scores",
@@ -137,9 +81,9 @@ COMMANDS: dict[str, Command] = {
         "estimate the memory of a run, whether it fits, and the minimum time of a step, without running it; exit code "
         "8 if it does not fit",
         {
-            "config": _CONFIG,
-            "--method": {**_METHOD, "help": "method of the config; default: recognised from the file"},
-            "--use-lora": _USE_LORA,
+            "config": CONFIG,
+            "--method": {**METHOD, "help": "method of the config; default: recognised from the file"},
+            "--use-lora": USE_LORA,
             "--knobs": {"action": "store_true", "help": "try memory-saving options even if the run fits"},
         },
         overrides=True,
@@ -148,10 +92,10 @@ COMMANDS: dict[str, Command] = {
         models.generate,
         "complete a prompt, or complete a file of prompts and keep completions by their reward",
         {
-            "model": _MODEL,
+            "model": MODEL,
             "--prompt": {"metavar": "TEXT", "help": "prompt; empty: start from the bos token"},
-            **_SAMPLING,
-            "--n": {"type": _count, "default": 1, "metavar": "N", "help": "completions per prompt (default: 1)"},
+            **SAMPLING,
+            "--n": {"type": count, "default": 1, "metavar": "N", "help": "completions per prompt (default: 1)"},
             "--prompts": {"metavar": "FILE", "help": "data file with prompts, instead of --prompt"},
             "--best-by": {
                 "metavar": "reward.yaml",
@@ -182,10 +126,10 @@ COMMANDS: dict[str, Command] = {
         chat.chat,
         "talk to a model in the terminal; replies are scored by the reward given, or that of a PPO or GRPO run",
         {
-            "model": _MODEL,
+            "model": MODEL,
             "--system": {"metavar": "TEXT", "help": "system prompt"},
-            **_SAMPLING,
-            **{name: _EVALUATION[name] for name in ("--reward", "--reward-model")},
+            **SAMPLING,
+            **{name: EVALUATION[name] for name in ("--reward", "--reward-model")},
             "--no-history": {"action": "store_true", "help": "answer each message alone, without earlier turns"},
         },
         overrides=True,
@@ -196,8 +140,8 @@ COMMANDS: dict[str, Command] = {
         "completions, in all and by category; or measure its perplexity on texts; or a reward model's judgements on "
         "examples",
         {
-            "model": _MODEL,
-            **_EVALUATION,
+            "model": MODEL,
+            **EVALUATION,
             "--prompts": {
                 "action": "append",
                 "metavar": "FILE",
@@ -222,11 +166,11 @@ COMMANDS: dict[str, Command] = {
         "side by side, score, win rate and length-controlled win rate, KL, by category, and costs of training of run "
         "directories",
         {
-            "model": {**_MODEL, "metavar": "A", "help": "the baseline: model folder, hub id or run directory"},
-            "others": {**_MODEL, "metavar": "B", "nargs": "+", "help": "models to compare with A"},
-            **_EVALUATION,
+            "model": {**MODEL, "metavar": "A", "help": "the baseline: model folder, hub id or run directory"},
+            "others": {**MODEL, "metavar": "B", "nargs": "+", "help": "models to compare with A"},
+            **EVALUATION,
             "--show": {
-                "type": _natural,
+                "type": natural,
                 "default": 3,
                 "metavar": "N",
                 "help": "print the answers to N prompts (default: 3)",

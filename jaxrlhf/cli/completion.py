@@ -49,7 +49,9 @@ def table() -> dict[str, tuple[str, list[Option], list[str], bool]]:
         for argument, keywords in command.arguments.items():
             choices = tuple(map(str, keywords.get("choices", ())))
             if argument.startswith("--"):
-                options.append(Option(argument, keywords.get("help", ""), choices, "action" not in keywords))
+                options.append(
+                    Option(argument, keywords.get("help", ""), choices, keywords.get("action", "append") == "append")
+                )
             else:
                 words += choices
                 words += sorted(presets()) if argument == "config" else []

@@ -9,8 +9,8 @@ from pathlib import Path
 
 NEEDS = re.compile(r"#.*\bneeds (a hub|a GPU|torch|several hosts)\b")
 """The comment of a command that no test runs."""
-OWN = ("pip install", "bash scripts/test.sh", ".ci/run", "ruff check")
-"""Commands that install this project or test it."""
+OWN = ("pip install", "bash scripts/test.sh", "bash tests/ux", ".ci/run", "ruff check", "mkdocs")
+"""Commands that install this project, or that develop it."""
 DEMO = "bash scripts/demo.sh"
 
 

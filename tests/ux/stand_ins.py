@@ -10,10 +10,12 @@ from pathlib import Path
 from jaxrlhf import config
 from jaxrlhf.demo import pipeline
 
-REQUIRED = {  # of PPO, with the demo's files
-    "model": "runs/demo/sft",
-    "data": "runs/demo/data/prompts.jsonl",
-    "reward": "runs/demo/reward",
+DATA = {  # by method, with the demo's files
+    "sft": "runs/demo/data/sft.jsonl",
+    "reward": "runs/demo/data/preferences.jsonl",
+    "dpo": "runs/demo/data/preferences.jsonl",
+    "ppo": "runs/demo/data/prompts.jsonl",
+    "grpo": "runs/demo/data/prompts.jsonl",
 }
 
 
@@ -31,14 +33,16 @@ def demo(directory: Path) -> None:
 def fill(path: Path) -> None:
     """Set model.path, data.path and reward.model, as a user does, and a response length that the demo's model has."""
     section, lines = "", []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    text = path.read_text(encoding="utf-8")
+    method = text.removeprefix("# jaxrlhf ").partition(":")[0]
+    values = {"model: path": "runs/demo/sft", "data: path": DATA[method], "reward: model": "runs/demo/reward"}
+    for line in text.splitlines():
         if line and not line.startswith((" ", "#")):
             section = line.partition(":")[0]
-        key, marked, _ = line.partition("  # required")
-        name = key.strip().partition(":")[0]
-        if marked and name in ("path", "model") and section in REQUIRED:
-            line = f"  {name}: {REQUIRED[section]}"
-        lines.append("  response_length: 20" if key.startswith("  response_length:") else line)
+        name = line.strip().partition(":")[0]
+        if "  # required" in line and f"{section}: {name}" in values:
+            line = f"  {name}: {values[f'{section}: {name}']}"
+        lines.append("  response_length: 20" if line.startswith("  response_length:") else line)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
