@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxrlhf import metrics
 from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig
+from jaxrlhf.config.base import default_of
 from jaxrlhf.metrics.statistics import wilson
 from jaxrlhf.training.setup import RunConfig
 
@@ -55,9 +56,11 @@ def of_export(config: RunConfig, step: int, results: dict[str, float], origin: O
 
 def changes(config: Any, default: Any = None) -> dict[str, Any]:
     """The options of a config, or of a section, that are not at their defaults: those of its class, or of `default`."""
-    default, found = default or type(config)(), {}
+    found = {}
     for field in dataclasses.fields(config):
-        value, usual = getattr(config, field.name), getattr(default, field.name)
+        value = getattr(config, field.name)
+        # A component of the reward has no default as a whole: it needs a source.
+        usual = getattr(default, field.name) if default is not None else default_of(type(config), field.name)
         if value == usual:
             continue
         nested = dataclasses.is_dataclass(value) and type(value) is type(usual)

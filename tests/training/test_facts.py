@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxrlhf.config import PPOConfig, RewardConfig, SFTConfig, replace
+from jaxrlhf.config import Component, PPOConfig, RewardConfig, RewardSource, SFTConfig, replace
 from jaxrlhf.training import facts
 
 
@@ -19,6 +19,10 @@ def test_only_options_that_were_changed_are_listed():
         "model": {"path": "m"},
         "optim": {"learning_rate": 0.5},
         "sampling": {"stop_strings": ["a"]},
+    }
+    parts = (Component(function="a.py:f"), Component(model="m", weight=0.5))  # a component is nothing without a source
+    assert facts.changes(RewardSource(components=parts)) == {
+        "components": [{"function": "a.py:f"}, {"model": "m", "weight": 0.5}]
     }
 
 
