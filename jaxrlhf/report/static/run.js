@@ -56,7 +56,7 @@ function curvesPart(data) {
     return group.title === "Other metrics" ? folded("Other metrics", nodes)
       : [element("h3", {}, group.title), nodes];
   });
-  const tradeoffs = data.tradeoffs.length > 0 && [element("h3", {}, "What the score was bought with"),
+  const tradeoffs = data.tradeoffs.length > 0 && [element("h3", {}, "Score against KL and length"),
     element("p", { class: "note" }, "A point per record, early ones faint. A score that rises only with the KL or the length may be the reward being exploited rather than met."),
     element("div", { class: "charts wide" }, data.tradeoffs.map((spec) => scatterChart({
       ...spec, height: 220, unit: "per response",
