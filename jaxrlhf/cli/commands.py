@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxrlhf.cli import chat, completion, models, training
+from jaxrlhf.cli import chat, completion, evaluation, models, training
 from jaxrlhf.cli.arguments import (
     CONFIG,
     EVALUATION,
@@ -135,7 +135,7 @@ COMMANDS: dict[str, Command] = {
         overrides=True,
     ),
     "evaluate": Command(
-        models.evaluate,
+        evaluation.evaluate,
         "score a language model's completions with a reward (ranked BEST, MEDIUM, WORST) and against reference "
         "completions, in all and by category; or measure its perplexity on texts; or a reward model's judgements on "
         "examples",
@@ -161,7 +161,7 @@ COMMANDS: dict[str, Command] = {
         overrides=True,
     ),
     "compare": Command(
-        models.compare,
+        evaluation.compare,
         "evaluate two or more models on the same prompts and compare each with the first, A, the baseline: answers "
         "side by side, score, win rate and length-controlled win rate, KL, by category, and costs of training of run "
         "directories",

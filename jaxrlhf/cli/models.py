@@ -1,4 +1,5 @@
-"""Commands that use existing models: generate, evaluate, compare, export. Heavy modules are imported when needed."""
+"""Commands that use existing models: generate, export, convert-rm, and parts of others. Heavy modules are imported when
+needed."""
 
 import argparse
 import contextlib
@@ -9,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from jaxrlhf.cli import next_steps
 from jaxrlhf.config.file import METHODS, load_config, methods_with_sections
@@ -28,19 +29,13 @@ def announce_compilations(stream: TextIO, *, quiet: bool = False) -> contextlib.
 
 
 @contextlib.contextmanager
-def _notes_on_stderr(*, quiet: bool = False) -> Iterator[None]:
+def notes_on_stderr(*, quiet: bool = False) -> Iterator[None]:
     """Print warnings of the block, and its slow compilations unless `quiet`, to standard error, as standard output is
     for the result."""
     with announce_compilations(sys.stderr, quiet=quiet), warnings.catch_warnings(record=True) as caught:
         yield
     for warning in caught:
         print(f"note: {warning.message}", file=sys.stderr)
-
-
-def _write_json(result: dict[str, Any], path: str) -> None:
-    from jaxrlhf.evaluation import completions
-
-    print(f"\nwrote {completions.write(result, Path(path))}")
 
 
 def generate(options: Options, overrides: Overrides) -> int | None:
@@ -58,7 +53,7 @@ def generate(options: Options, overrides: Overrides) -> int | None:
     config = load_config("ppo", None, [*overrides_from_run(options.model, "sampling"), *overrides], partial=True)
     from jaxrlhf.evaluation import generation
 
-    with _notes_on_stderr(quiet=config.logging.quiet):
+    with notes_on_stderr(quiet=config.logging.quiet):
         texts = generation.complete(config, options.prompt, options.n)
     for i, text in enumerate(texts):
         if options.n > 1:
@@ -77,7 +72,7 @@ def _generate_selected(options: Options, overrides: Overrides) -> None:
         reward = _section_overrides("grpo" if methods_with_sections(path) == ["grpo"] else "ppo", path, "reward")
     has_reward = reward or any(key.startswith("reward.") for key, _ in overrides)
     run = overrides_from_run(options.model, *["sampling"] if has_reward else ["sampling", "reward"])
-    run += date_of_run(options.model) + _template_of_run(options.model)
+    run += date_of_run(options.model) + template_of_run(options.model)
     config = load_config("ppo", None, [*run, *reward, *overrides], partial=True)
     if not config.reward.parts():
         raise ConfigError(
@@ -87,102 +82,11 @@ def _generate_selected(options: Options, overrides: Overrides) -> None:
     rule = Rule(options.keep or "best", options.threshold, options.min_pass_rate, options.max_pass_rate)
     from jaxrlhf.selection import select as selection
 
-    with _notes_on_stderr(quiet=config.logging.quiet):
+    with notes_on_stderr(quiet=config.logging.quiet):
         summary = selection.select(config, Path(options.out), rule, options.n, fresh=options.fresh)
     print(f"{summary}\nwrote {options.out}")
     if not config.logging.quiet:
         print("\n".join(["next:", *next_steps.after_selection(options.model, options.out, rule.keep)]))
-
-
-def evaluate(options: Options, overrides: Overrides) -> None:
-    if sum(map(bool, (options.prompts, options.examples, options.text))) != 1:
-        raise ConfigError(
-            "evaluate: give one of --prompts FILE, for a language model to complete, --text FILE, for its perplexity, "
-            "and --examples FILE, for a reward model to judge"
-        )
-    if options.examples:
-        return _evaluate_reward_model(options, overrides)
-    if options.text:
-        return _evaluate_perplexity(options, overrides)
-    (config,), asked = _evaluation(options, [options.model], overrides)
-    from jaxrlhf.evaluation import completions, console
-
-    with _notes_on_stderr(quiet=config.logging.quiet):
-        result = completions.evaluate(config, **asked)
-    print(console.table(result))
-    if options.output:
-        _write_json(result, options.output)
-    return None
-
-
-def compare(options: Options, overrides: Overrides) -> None:
-    configs, asked = _evaluation(options, [options.model, *options.others], overrides)
-    from jaxrlhf.evaluation import comparison, comparison_console, comparison_files
-
-    with _notes_on_stderr(quiet=configs[0].logging.quiet):
-        result = comparison.compare(configs, **asked)
-    print(comparison_console.render(result, options.show))
-    if options.output:
-        paths, notes = comparison_files.write(result, Path(options.output))
-        print("\nwrote " + ", ".join(map(str, paths)))
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
-
-
-def _evaluation(options: Options, models: list[str], overrides: Overrides) -> tuple[list[Any], dict[str, Any]]:
-    """Configs of `models` for evaluation on the same prompts, and what is asked of them. Sampling and reward default to
-    those of the first model that was trained by PPO or GRPO, or else by SFT or DPO; the template of prompts to that of
-    the first run that has one."""
-    has_reward = any(key.startswith("reward.") for key, _ in overrides)
-    sections = ["sampling"] if has_reward else ["sampling", "reward"]
-    runs = (
-        overrides_from_run(model, *sections, methods=methods)
-        for methods in (("ppo", "grpo"), ("sft", "dpo"))
-        for model in models
-    )
-    run = [*next(filter(None, runs), []), *date_of_run(*models), *_template_of_run(*models)]
-    overrides = [*run, ("data.path", options.prompts[0]), *overrides]
-    configs = [load_config("ppo", None, [*overrides, ("model.path", path)], partial=True) for path in models]
-    greedy = configs[0].sampling.greedy
-    return configs, {
-        "num_prompts": options.num_prompts,
-        "num_completions": options.num_completions or (1 if greedy else 4),
-        "files": options.prompts,
-        "references": options.references or "",
-        "by": options.by or "",
-        "threshold": options.threshold,
-    }
-
-
-def _evaluate_reward_model(options: Options, overrides: Overrides) -> None:
-    """`evaluate --examples`: print a reward model's scores of examples."""
-    kept = {f"data.{key}" for key in ("completion_prefix", "control_tokens", "max_length", "truncation")}
-    run = [pair for pair in overrides_from_run(options.model, "data", methods=("reward",)) if pair[0] in kept]
-    paths = [("model.path", options.model), ("data.path", options.examples)]
-    run += date_of_run(options.model)
-    config = load_config("reward", None, [*run, *paths, *overrides], partial=True)
-    from jaxrlhf.evaluation import reward_examples
-
-    with _notes_on_stderr(quiet=config.logging.quiet):
-        result = reward_examples.judge(config, options.by or "")
-    print(reward_examples.table(result))
-    if options.output:
-        _write_json(result, options.output)
-
-
-def _evaluate_perplexity(options: Options, overrides: Overrides) -> None:
-    """`evaluate --text`: print the perplexity of a language model on texts, read as its SFT run would read them."""
-    kept = {f"data.{key}" for key in ("completion_prefix", "control_tokens", "max_length", "template", "truncation")}
-    run = [pair for pair in overrides_from_run(options.model, "data", methods=("sft",)) if pair[0] in kept]
-    run += [*date_of_run(options.model), ("model.path", options.model), ("data.path", options.text)]
-    config = load_config("sft", None, [*run, *overrides], partial=True)
-    from jaxrlhf.evaluation import perplexity
-
-    with _notes_on_stderr(quiet=config.logging.quiet):
-        result = perplexity.measure(config)
-    print(perplexity.table(result))
-    if options.output:
-        _write_json(result, options.output)
 
 
 def export(options: Options, overrides: Overrides) -> None:
@@ -221,7 +125,7 @@ def _export(run: Path, target: Path, options: Options, is_run: bool) -> None:
         last_start.get("outcome") == "done" or not any((run / "checkpoints").glob("[0-9]*"))
     )
     if not is_current or options.role == "critic" or (options.merge_lora and quantised):
-        with _notes_on_stderr(quiet=True):
+        with notes_on_stderr(quiet=True):
             export.export(run, target, options.role, merge_lora=options.merge_lora)
     elif options.merge_lora and (exported / "adapter_config.json").is_file():
         export.merge(exported, target)
@@ -272,7 +176,7 @@ def date_of_run(*models: str) -> Overrides:
     return _option_of_run("tokenizer.template_date", models)
 
 
-def _template_of_run(*models: str) -> Overrides:
+def template_of_run(*models: str) -> Overrides:
     """The template of prompts of the first of `models` that is a run with one, and its reading of control tokens."""
     return [*_option_of_run("data.template", models), *_option_of_run("data.control_tokens", models)]
 

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from jaxrlhf import errors, weights
+from jaxrlhf.cli import evaluation as commands_evaluation
 from jaxrlhf.cli import main, next_steps, training
 from jaxrlhf.cli import models as commands_models
 from jaxrlhf.cli.commands import COMMANDS, Command
@@ -530,7 +531,8 @@ def test_prompts_default_to_the_template_of_the_run(tmp_path, monkeypatch, comma
         seen.append(config.data)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands_models, "load_config", load)
+    for module in (commands_models, commands_evaluation):
+        monkeypatch.setattr(module, "load_config", load)
 
     plain, other = str(tmp_path / "plain"), str(tmp_path / "other")
     arguments = {"evaluate": [other], "compare": [plain, other], "generate": [other, "--out", "o.jsonl"]}[command]
