@@ -9,8 +9,16 @@ from pathlib import Path
 
 NEEDS = re.compile(r"#.*\bneeds (a hub|a GPU|torch|several hosts)\b")
 """The comment of a command that no test runs."""
-OWN = ("pip install", "bash scripts/test.sh", "bash tests/ux", ".ci/run", "ruff check", "mkdocs")
-"""Commands that install this project, or that develop it."""
+OWN = (
+    "pip install",
+    "bash scripts/test.sh",
+    "bash tests/ux",
+    "bash scripts/recipe_",
+    ".ci/run",
+    "ruff check",
+    "mkdocs",
+)
+"""Commands that install this project or develop it, and the recipes, which tests/recipes runs."""
 DEMO = "bash scripts/demo.sh"
 
 
