@@ -168,11 +168,10 @@ def text(n: int, rng: random.Random, held_out: bool) -> list[Row]:
 
 
 def chats(n: int, rng: random.Random, held_out: bool) -> list[Row]:
-    """The same as conversations; good answers have a closing."""
+    """The same as conversations; half of the answers have a closing."""
     rows = []
     for prompt, topic in questions(n, rng, held_out):
-        kind, system = _mixed(rng), rng.choice(SYSTEM)
-        content = f"{answer(topic, kind, rng)} {rng.choice(CLOSINGS)}" if kind == "good" else answer(topic, kind, rng)
+        content, system = _closed(answer(topic, _mixed(rng), rng), rng), rng.choice(SYSTEM)
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": content}]
         rows.append({"messages": [{"role": "system", "content": system}, *turns] if system else turns})
     return rows
@@ -197,11 +196,16 @@ def orca(n: int, rng: random.Random, held_out: bool) -> list[Row]:
     """Pairs in the layout of Intel/orca_dpo_pairs, with the columns that `helpful` and `--by` need."""
     rows = []
     for prompt, topic in questions(n, rng, held_out):
-        chosen = f"{answer(topic, 'good', rng)} {rng.choice(CLOSINGS)}"
         rejected = answer(topic, rng.choice(["wrong", "rude", "curt"]), rng)
+        chosen, rejected = (_closed(text, rng) for text in (answer(topic, "good", rng), rejected))
         row = {"system": rng.choice(SYSTEM), "question": prompt, "chosen": chosen, "rejected": rejected}
         rows.append(row | {"tip": TOPICS[topic], "category": subject(topic)})
     return rows
+
+
+def _closed(text: str, rng: random.Random) -> str:
+    """`text` with a closing, or as it is."""
+    return rng.choice([text, f"{text} {rng.choice(CLOSINGS)}"])
 
 
 def _mixed(rng: random.Random) -> str:

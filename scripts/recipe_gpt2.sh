@@ -45,11 +45,11 @@ jaxrlhf evaluate runs/gpt2/reward --examples data/unseen.jsonl
 # Reward model B, pairwise with LoRA in UltraFeedback's layout, evaluated every 50 steps; then the curve of its accuracy.
 jaxrlhf reward recipes/gpt2/pairwise "${model[@]}" --data.path data/ultrafeedback.jsonl \
   --data.validation_path data/ultrafeedback_test.jsonl --data.validation_split "" --data.max_length 64 \
-  --optim.learning_rate 3e-3 --train.num_train_epochs 4 --train.max_steps "$(quick 400 4)"
+  --optim.learning_rate 3e-3 --train.max_steps "$(quick 200 4)" --train.num_train_epochs 4
 jaxrlhf plot runs/gpt2/pairwise
 
 # PPO with reward model A, one completion per update; then the trend of its reward, and all samples as CSV.
-jaxrlhf ppo recipes/gpt2/ppo "${model[@]}" --data.path data/prompts.jsonl --optim.learning_rate 1e-4 \
+jaxrlhf ppo recipes/gpt2/ppo "${model[@]}" --data.path data/prompts.jsonl --optim.learning_rate 5e-5 \
   --ppo.total_episodes "$(quick 300 4)" --logging.log_every 20
 jaxrlhf plot runs/gpt2/ppo
 

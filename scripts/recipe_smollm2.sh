@@ -19,7 +19,7 @@ cd "$output"
 make() { python "$scripts/recipe_data.py" "$@"; }
 make orca data/orca.jsonl --rows 800
 make orca data/held_out.jsonl --rows 72 --held-out
-make chats data/chats.jsonl --rows 1000
+make chats data/chats.jsonl --rows 2000
 pairs=${pairs:-data/orca.jsonl}
 
 # A SmolLM2 of two narrow layers. Small models need larger steps.
@@ -27,24 +27,28 @@ model=(--model.path model --model.revision null)
 if [ -n "${MODEL:-}" ]; then
   model=(--model.path "$MODEL" --model.revision null)
 elif [ ! -d model ]; then
-  python "$scripts/stand_in.py" smollm2-135m model --text data/chats.jsonl --steps "$(quick 300 4)" \
+  python "$scripts/stand_in.py" smollm2-135m model --text data/chats.jsonl --steps "$(quick 500 4)" \
     ${TOKENIZER:+--tokenizer "$TOKENIZER"}
 fi
 
 # The policy to start from, and the reward model.
 jaxrlhf sft recipes/smollm2/sft "${model[@]}" --data.path data/chats.jsonl --data.max_length 128 \
-  --optim.learning_rate 1e-3 --train.num_train_epochs 2 --train.max_steps "$(quick 60 4)"
+  --optim.learning_rate 1e-3 --train.micro_batch_size 32 --train.max_steps "$(quick 30 4)"
 jaxrlhf reward recipes/smollm2/reward "${model[@]}" --data.path "$pairs" --data.max_length 128 \
-  --optim.learning_rate 1e-3 --train.num_train_epochs 8 --train.max_steps "$(quick 200 4)"
+  --optim.learning_rate 2e-3 --train.micro_batch_size 32 --train.num_train_epochs 8 --train.max_steps "$(quick 100 4)" \
+  --train.eval_every 25
 
 # PPO on all weights and with --use-lora, and GRPO, with as many generated completions.
-short=(--data.path "$pairs" --data.max_prompt_length 64 --sampling.response_length 40 --logging.log_every 10)
-episodes=$(quick 1600 32)
-jaxrlhf ppo recipes/smollm2/ppo "${short[@]}" --optim.learning_rate 2e-4 \
-  --ppo.num_train_epochs null --ppo.total_episodes "$episodes"
-jaxrlhf ppo recipes/smollm2/ppo "${short[@]}" --optim.learning_rate 2e-3 \
-  --ppo.num_train_epochs null --ppo.total_episodes "$episodes" --use-lora --run_dir runs/smollm2/ppo-lora
-jaxrlhf grpo recipes/smollm2/grpo "${short[@]}" --optim.learning_rate 2e-4 --grpo.total_episodes "$episodes"
+short=(--data.path "$pairs" --data.max_prompt_length 64 --sampling.response_length 40 --logging.log_every 10
+  --logging.sample_every 40)
+episodes=$(quick 1280 32)
+jaxrlhf ppo recipes/smollm2/ppo "${short[@]}" --optim.learning_rate 1e-4 \
+  --ppo.num_train_epochs null --ppo.total_episodes "$episodes" --ppo.micro_batch_size 16
+jaxrlhf ppo recipes/smollm2/ppo "${short[@]}" --optim.learning_rate 1e-3 \
+  --ppo.num_train_epochs null --ppo.total_episodes "$episodes" --ppo.micro_batch_size 16 --use-lora \
+  --run_dir runs/smollm2/ppo-lora
+jaxrlhf grpo recipes/smollm2/grpo "${short[@]}" --optim.learning_rate 1e-4 --grpo.total_episodes "$episodes" \
+  --grpo.micro_batch_size 16
 
 # Loss, learning rate, mean reward and KL of PPO, and its metrics as CSV; then all three runs over each other.
 jaxrlhf plot runs/smollm2/ppo
