@@ -178,7 +178,11 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
             raise DataError(f"{path}:{number}: not JSON ({first_line(error)})") from error
         if not isinstance(record, dict):
             raise DataError(f"{path}:{number}: expected an object, found {quoted(record, 40)}")
-        records.append({k: float(v) if isinstance(v, str) and _is_metric(k) else v for k, v in record.items()})
+        texts = {key for key, value in record.items() if isinstance(value, str) and _is_metric(key)}
+        try:
+            records.append({key: float(value) if key in texts else value for key, value in record.items()})
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: a metric is not a number ({first_line(error)})") from error
     return records
 
 

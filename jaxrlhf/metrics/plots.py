@@ -38,7 +38,10 @@ def plot(runs: Sequence[Path], output: Path | None = None, format: str | None = 
             "this again"
         ) from error
     matplotlib.use("Agg")
-    return [_save(figure_of(loaded), output), *files]
+    drawn = [
+        content._replace(records=[*_before(run), *content.records]) for run, content in zip(runs, loaded, strict=True)
+    ]
+    return [_save(figure_of(drawn), output), *files]
 
 
 def panels(output: Path, draw: Sequence[Callable[[Any], None]], title: str) -> Path:
@@ -139,6 +142,12 @@ def _read(run: Path, name: str) -> Run:
     if method not in PANELS:
         method = method_of({key for record in records for key in record})
     return Run(name, method, records, _json(run / "evaluation.json").get("histogram", {}))
+
+
+def _before(run: Path) -> list[dict[str, Any]]:
+    """The metrics of the initial policy on held-out prompts as a record of step 0, if the run measured them."""
+    metrics = _json(run / "validation.json").get("metrics")
+    return [{"step": 0, **metrics}] if metrics else []
 
 
 def _json(path: Path) -> dict[str, Any]:

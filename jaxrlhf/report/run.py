@@ -93,7 +93,7 @@ class _Files:
         if not any((directory / name).is_file() for name in ("run.json", "metrics.jsonl", "config.yaml")):
             inside = sorted(path.parent.name for path in directory.glob("*/run.json")) if directory.is_dir() else []
             hint = f"; {' and '.join(inside)} in it {'are' if len(inside) > 1 else 'is'}" if inside else ""
-            reason = "has no run.json, config.yaml or metrics.jsonl" if directory.is_dir() else "does not exist"
+            reason = "has no run.json, config.yaml or metrics.jsonl" if directory.is_dir() else "is not a directory"
             raise DataError(f"{directory} {reason}, so it is not a run directory{hint}")
 
     def lines(self, name: str) -> list[dict[str, Any]]:
@@ -308,7 +308,8 @@ def _components(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             return [record[key] for record in records if isinstance(record.get(key), float | int)]
 
         def last(*key: str) -> float | int | None:
-            found = values(*key)[-verdict.LAST :]
+            found = values(*key)
+            found = found[-verdict.window(len(found)) :]
             return curves.rounded(float(np.mean(found))) if found else None
 
         means = values("mean")

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ LONGEST = 1024  # tokens of a sequence
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of token records, except an incomplete last line. Raises ValueError, OSError or EOFError
-    if it cannot be read."""
+    """The records of a file of token records, except an incomplete last line. Raises ValueError, OSError,
+    EOFError or zlib.error if it cannot be read."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         records = [json.loads(line) for line in file if line.endswith("\n")]
     for record in records:
@@ -96,7 +97,7 @@ def sample(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
     for i in spread(len(paths), SEQUENCES // 4):
         try:
             steps.append(read(paths[i]))
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, zlib.error) as error:
             problems.append(f"{paths[i].name} cannot be read: {error}")
     steps = [records for records in steps if records]
     if not steps:

@@ -51,11 +51,16 @@ def change(records: Sequence[Record], key: str) -> Change | None:
     values = np.array([value for value in values if math.isfinite(value)])
     if len(values) < 2:
         return None
-    window = max(1, min(LAST, len(values) // 4))
+    last = window(len(values))
     # Neighbours differ by chance and a little by training: their differences have twice the variance of one record.
     scatter = float(np.std(np.diff(values)) / math.sqrt(2)) if len(values) > 3 else math.nan
-    noise = scatter * math.sqrt(1 + 1 / window)
-    return Change(float(values[0]), float(values[-window:].mean()), window, noise)
+    noise = scatter * math.sqrt(1 + 1 / last)
+    return Change(float(values[0]), float(values[-last:].mean()), last, noise)
+
+
+def window(records: int) -> int:
+    """How many of so many records the final value of a metric is the mean of: LAST, of short runs the last quarter."""
+    return max(1, min(LAST, records // 4))
 
 
 def show(value: float) -> str:

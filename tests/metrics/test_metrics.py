@@ -90,6 +90,9 @@ def test_invalid_lines_are_refused_with_their_number(tmp_path):
     path.write_text('{"step": 1, "loss": 2.0}\n[1]\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: expected an object, found \[1\]"):
         read_records(path)
+    path.write_text('{"step": 1, "loss": "high"}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:1: a metric is not a number"):
+        read_records(path)
 
 
 def test_any_text_is_read_back_unchanged(tmp_path):

@@ -121,6 +121,17 @@ def test_panels_are_those_of_the_method_and_of_what_was_logged(tmp_path, drawn):
         plots.plot([tmp_path])
 
 
+def test_held_out_curves_begin_with_the_initial_policy(tmp_path, drawn):
+    write(tmp_path, [RECORDS[0], RECORDS[1] | {"eval/scores": 2.0, "eval/kl": 1.0}])
+    metrics = {"eval/scores": 0.5, "eval/kl": 0.0}
+    (tmp_path / "validation.json").write_text(json.dumps({"scores": [0.5], "metrics": metrics}))
+    plots.plot([tmp_path])
+    assert drawn["held-out score"]["sampled"] == ([0, 2], [0.5, 2.0])
+    assert drawn["KL to the reference, nats per response"]["held out"] == ([0, 2], [0.0, 1.0])
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "2"]
+
+
 def test_loss_and_accuracy_of_a_reward_model_are_side_by_side(tmp_path, drawn):
     write(tmp_path, [{"step": 1, "loss": 0.7, "accuracy": 0.5, "eval/accuracy": 0.6, "eval/loss": 0.8, "margin": 0.1}])
     plots.plot([tmp_path])

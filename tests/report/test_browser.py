@@ -1,5 +1,6 @@
 """The report in a real browser: Chromium, headless, without a network."""
 
+import json
 import re
 import shutil
 
@@ -99,6 +100,28 @@ def test_pointing_at_a_chart_shows_step_and_values(opened):
     assert "step 1" in figure.locator(".tip").inner_text().splitlines()[0]
     page.mouse.move(0, 0)
     assert not figure.locator(".tip").is_visible()
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_tooltip_shows_its_labels_whole_and_not_over_the_place(opened, width, tmp_path):
+    run = write_run(tmp_path / "ppo", "ppo", 12)
+    held_out = {"eval/scores": 1.0, "eval/scores_greedy": 2.0}
+    (run / "validation.json").write_text(json.dumps({"metrics": held_out, "scores": [1.0]}))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 13, "objective/scores": 1.0, **held_out}) + "\n")
+    page = opened(width, target=report.write(run))
+    figure = chart(page, "Score")
+    figure.scroll_into_view_if_needed()
+    box = figure.locator("svg").bounding_box()
+    for x in range(52, int(box["width"]) - 10, 20):
+        page.mouse.move(box["x"] + x, box["y"] + 60)
+        tip = figure.locator(".tip")
+        assert re.search(r"eval/scores_greedy \(at |step (0|13)", tip.inner_text())
+        assert tip.evaluate("e => [...e.querySelectorAll('span')].every((s) => s.scrollWidth <= s.clientWidth + 1)")
+        place, line = tip.bounding_box(), figure.locator("g.cursor line").bounding_box()
+        assert box["x"] <= place["x"] and place["x"] + place["width"] <= box["x"] + box["width"] + 1
+        apart = line["x"] <= place["x"] or line["x"] >= place["x"] + place["width"]
+        assert apart or place["y"] >= line["y"] + line["height"]
 
 
 def test_charts_and_tokens_are_read_with_the_keyboard(opened):

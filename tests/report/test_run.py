@@ -1,6 +1,7 @@
 """What the report of a run holds, from the files of its directory."""
 
 import base64
+import gzip
 import json
 import math
 import random
@@ -81,12 +82,16 @@ def test_files_that_are_missing_incomplete_or_broken_are_named(tmp_path):
     (run / "evaluation.json").write_text("[1]")
     (run / "tokens").mkdir()
     (run / "tokens" / "step-000001.jsonl.gz").write_bytes(b"no gzip")
+    damaged = bytearray(gzip.compress(b'{"pieces": []}\n'))
+    damaged[10] = 0xFF  # a block of a type that does not exist
+    (run / "tokens" / "step-000002.jsonl.gz").write_bytes(damaged)
     data = collect(run)
     assert "20 updates" in data["verdict"][0]
     assert [line.split(" ")[0] for line in data["warnings"]] == [
         "samples.jsonl",
         "validation.json",
         "step-000001.jsonl.gz",
+        "step-000002.jsonl.gz",
     ]
     (run / "run.json").unlink()
     (run / "config.yaml").write_text("a: [")
@@ -103,7 +108,7 @@ def test_short_runs_have_a_page(method, steps, tmp_path):
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="is not a directory"):
         report.write(tmp_path / "nowhere")
     write_run(tmp_path / "demo" / "ppo", "ppo", 1)
     with pytest.raises(DataError, match="not a run directory; ppo in it is"):
@@ -124,6 +129,19 @@ def test_noise_is_not_called_progress():
     runs = [[{"step": i, "loss": chance.gauss(0, 1)} for i in range(40)] for _ in range(400)]
     called = sum("noise" not in str(verdict.change(run, "loss")) for run in runs)
     assert 5 <= called <= 45
+
+
+@pytest.mark.parametrize("steps", [1, 3, 12, 40])
+def test_the_table_of_components_and_the_sentence_have_the_same_final_value(steps, tmp_path):
+    run = write_run(tmp_path / "run", "ppo", 0)
+    rows = [
+        {"step": i, **dict.fromkeys(("objective/scores", "rewards/m/mean"), i * i), "rewards/m/errors": 0}
+        for i in range(steps)
+    ]
+    write_lines(run / "metrics.jsonl", rows)
+    (row,) = collect(run)["components"]
+    found = verdict.change(rows, "objective/scores")
+    assert row["first"] == 0 and row["last"] == curves.rounded(found.last if found else rows[-1]["objective/scores"])
 
 
 def test_held_out_prompts_are_reported_with_an_interval():

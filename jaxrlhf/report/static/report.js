@@ -209,10 +209,12 @@ function figure(spec, draw) {
       ...stop.lines.map(([style, label, value]) => element("div", { class: "tip-line" },
         element("i", { class: `swatch ${style}` }), element("span", {}, label), element("b", {}, value))));
     tip.classList.add("on");
-    const right = stop.x > width / 2;
-    tip.style.left = right ? "auto" : `${stop.x + 12}px`;
-    tip.style.right = right ? `${width - stop.x + 12}px` : "auto";
-    tip.style.maxWidth = `${Math.max(120, (right ? stop.x : width - stop.x) - 16)}px`;
+    // Beside the place, on its wider side, or below the drawing if its labels do not fit there.
+    const right = stop.x > width / 2, room = (right ? stop.x : width - stop.x) - 12;
+    tip.style.left = "0";
+    const wide = tip.offsetWidth, fits = wide <= room;
+    tip.style.left = `${Math.max(0, Math.min(width - wide, right ? stop.x - 12 - wide : stop.x + 12))}px`;
+    tip.style.top = fits ? "4px" : `${height}px`;
   }
 
   function hide() {

@@ -26,12 +26,12 @@ function header(data) {
     element("div", { class: "over" }, `${data.method} run`, element("span", { class: `status ${data.status.kind}` }, data.status.kind)),
     element("h1", {}, visible(data.title)),
     element("p", { class: "verdict" }, told.map(visible).join(" ")),
-    element("p", { class: "note" }, "Final values are means of the last few records."),
+    element("p", { class: "note" }, "Final values of training are means of the last few records; held-out values are those of the last evaluation."),
     data.warnings.length > 0 && element("ul", { class: "warnings", "aria-label": "Warnings" }, data.warnings.map((line) => element("li", {}, visible(line)))),
     element("dl", { class: "facts" }, data.facts.map(([name, value]) =>
       element("div", {}, element("dt", {}, name), element("dd", {}, visible(value))))),
     data.changes.length > 0 && element("details", { class: "changes" },
-      element("summary", {}, `${data.changes.length} options differ from their defaults`),
+      element("summary", {}, data.changes.length > 1 ? `${data.changes.length} options differ from their defaults` : "1 option differs from its default"),
       table("Options that differ from their defaults", [
         { label: "option", value: (row) => row[0], show: (row) => element("code", {}, visible(row[0])) },
         { label: "value", value: (row) => row[1], show: (row) => modelText(row[1]) },
