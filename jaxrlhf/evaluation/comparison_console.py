@@ -31,6 +31,9 @@ def render(result: Result, show: int, width: int = WIDTH) -> str:
         lines += ["", "training:", *text_table(_training_rows(models), width)]
     for column in models[0]["groups"]:
         lines += ["", f"by {column}:", *text_table(_group_rows(models, column, result["by"]), width)]
+        if len(names) > 1:
+            parts = _group_component_rows(models, column, names)
+            lines += ["", f"by {column}, parts of the reward:", *text_table(parts, width)]
     lines += ["", *_explanations(result, width)]
     for note in result["notes"]:
         lines += wrapped(f"note: {note}", width)
@@ -174,6 +177,17 @@ def _group_rows(models: Sequence[Mapping[str, Any]], column: str, by: str) -> li
         rows.append(row)
     if len(groups) > SHOWN_GROUPS:
         rows.append([f"and {len(groups) - SHOWN_GROUPS} more", *[""] * (len(rows[0]) - 1)])
+    return rows
+
+
+def _group_component_rows(models: Sequence[Mapping[str, Any]], column: str, names: Sequence[str]) -> list[list[str]]:
+    """A row per group and model: the mean of each component of the reward, before its weight."""
+    rows = [[column, "model", *names]]
+    for group in list(models[0]["groups"][column])[:SHOWN_GROUPS]:
+        for model in models:
+            found = model["groups"][column][group]["components"]
+            title = one_line(group, 28) if model is models[0] else ""
+            rows.append([title, model["label"], *(with_error(found[n], 3) if n in found else "-" for n in names)])
     return rows
 
 

@@ -235,6 +235,26 @@ def test_the_console_output_fits_in_100_columns(result, change, show):
     assert "A: " in shown and "C: " in shown and "note: no KL of C to A" in shown
 
 
+def test_the_parts_of_a_reward_are_shown_for_each_category_and_model(result):
+    def with_two_parts(found):
+        for model in found["models"]:
+            for stats in (model["statistics"], *model["groups"]["kind"].values()):
+                stats["components"]["short"] = {"mean": stats["mean"] / 8, "standard_error": 0.5}
+
+    found = changed(result, with_two_parts)
+    shown = comparison_console.render(found, 0)
+    table = shown.split("by kind, parts of the reward:\n")[1].split("\n\n")[0].splitlines()
+    assert table[0].split()[::3] == ["kind", "short"]
+    expected = [
+        (model["label"], f"{stats['mean'] / 8:.3f}")
+        for kind in found["models"][0]["groups"]["kind"]
+        for model in found["models"]
+        for stats in [model["groups"]["kind"][kind]]
+    ]
+    assert [tuple(line.split()[-7::4]) for line in table[1:]] == expected
+    assert "parts of the reward" not in comparison_console.render(result, 0)
+
+
 def test_the_csv_has_a_row_for_each_completion(result):
     rows = list(csv.DictReader(io.StringIO(comparison_files.table(result))))
     assert len(rows) == 5 * 3 * 3
