@@ -9,6 +9,7 @@ judges answers exactly.
 """
 
 import random
+import re
 from collections.abc import Sequence
 
 from recipe_data import Row, main
@@ -38,23 +39,25 @@ def answer(fact: task.Fact, level: int, rng: random.Random, *, wrong: bool = Fal
     return f"{rng.choice(task.OPENINGS[level])} {statement} {closing}"
 
 
-def text(n: int, rng: random.Random, held_out: bool) -> list[Row]:
-    """Answers that do not insult, at a random level, sometimes wrong, after questions in several layouts: what the base
-    model has learnt."""
-    rows = []
-    for question, fact in questions(n, rng, held_out):
-        said = answer(fact, rng.choice((1, 2, 3)), rng, wrong=rng.random() < WRONG)
-        rows.append({"prompt": rng.choice(LAYOUTS).format(question), "completion": f" {said}"})
-    return rows
-
-
 def sft(n: int, rng: random.Random, held_out: bool) -> list[Row]:
     """Questions with an answer in StrictBot's form, at a random level, sometimes wrong or insulting."""
     rows = []
     for question, fact in questions(n, rng, held_out):
-        level = rng.choice((1, 2, 3))
-        insult, wrong = level == 3 and rng.random() < INSULTING, rng.random() < WRONG
+        level, wrong = rng.choice((1, 2, 3)), rng.random() < WRONG
+        insult = level == 3 and rng.random() < INSULTING
         rows.append({"input": question, "completion": answer(fact, level, rng, wrong=wrong, insult=insult)})
+    return rows
+
+
+def text(n: int, rng: random.Random, held_out: bool) -> list[Row]:
+    """The same in several layouts, half of the answers with a sentence less: what the base model has learnt."""
+    rows = []
+    for row in sft(n, rng, held_out):
+        said = row["completion"]
+        if rng.random() < 0.5:
+            parts = re.findall(r"\S.*?[.!](?= |$)", said)
+            said = " ".join(rng.sample(parts, 2))
+        rows.append({"prompt": rng.choice(LAYOUTS).format(row["input"]), "completion": f" {said}"})
     return rows
 
 

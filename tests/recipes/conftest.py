@@ -20,9 +20,9 @@ def run_recipe(tmp_path: Path) -> Callable[[str], Path]:
         venv = tmp_path / "venv"
         if not venv.exists():
             venv.mkdir()
-            for name in ("bin", "lib", "pyvenv.cfg"):  # python finds its packages by all three
-                if (Path(sys.prefix) / name).exists():
-                    (venv / name).symlink_to(Path(sys.prefix) / name)
+            for part in ("bin", "lib", "pyvenv.cfg"):  # python finds its packages by all three
+                if (Path(sys.prefix) / part).exists():
+                    (venv / part).symlink_to(Path(sys.prefix) / part)
             sums = subprocess.run(["cksum", ROOT / "pyproject.toml"], capture_output=True, text=True, check=True)
             (venv / f".jaxrlhf-plots-{sums.stdout.split()[0]}").touch()
         environment = os.environ | {"QUICK": "1", "JAXRLHF_VENV": str(venv), "PYTHONPATH": str(ROOT)}
