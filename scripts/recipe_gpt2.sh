@@ -45,7 +45,7 @@ jaxrlhf evaluate runs/gpt2/reward --examples data/unseen.jsonl
 # Reward model B, pairwise with LoRA in UltraFeedback's layout, evaluated every 50 steps; then the curve of its accuracy.
 jaxrlhf reward recipes/gpt2/pairwise "${model[@]}" --data.path data/ultrafeedback.jsonl \
   --data.validation_path data/ultrafeedback_test.jsonl --data.validation_split "" --data.max_length 64 \
-  --optim.learning_rate 3e-3 --train.max_steps "$(quick 200 4)" --train.num_train_epochs 4
+  --optim.learning_rate 1e-3 --train.max_steps "$(quick 200 4)" --train.num_train_epochs 4
 jaxrlhf plot runs/gpt2/pairwise
 
 # PPO with reward model A, one completion per update; then the trend of its reward, and all samples as CSV.

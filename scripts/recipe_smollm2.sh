@@ -39,15 +39,15 @@ jaxrlhf reward recipes/smollm2/reward "${model[@]}" --data.path "$pairs" --data.
   --train.eval_every 25
 
 # PPO on all weights and with --use-lora, and GRPO, with as many generated completions.
-short=(--data.path "$pairs" --data.max_prompt_length 64 --sampling.response_length 40 --logging.log_every 10
-  --logging.sample_every 40)
-episodes=$(quick 1280 32)
-jaxrlhf ppo recipes/smollm2/ppo "${short[@]}" --optim.learning_rate 1e-4 \
+short=(--data.path "$pairs" --data.max_prompt_length 64 --sampling.response_length 40 --logging.log_every 5
+  --logging.sample_every 20)
+episodes=$(quick 640 32)
+jaxrlhf ppo recipes/smollm2/ppo "${short[@]}" --optim.learning_rate 2e-4 \
   --ppo.num_train_epochs null --ppo.total_episodes "$episodes" --ppo.micro_batch_size 16
-jaxrlhf ppo recipes/smollm2/ppo "${short[@]}" --optim.learning_rate 1e-3 \
+jaxrlhf ppo recipes/smollm2/ppo "${short[@]}" --optim.learning_rate 2e-3 \
   --ppo.num_train_epochs null --ppo.total_episodes "$episodes" --ppo.micro_batch_size 16 --use-lora \
   --run_dir runs/smollm2/ppo-lora
-jaxrlhf grpo recipes/smollm2/grpo "${short[@]}" --optim.learning_rate 1e-4 --grpo.total_episodes "$episodes" \
+jaxrlhf grpo recipes/smollm2/grpo "${short[@]}" --optim.learning_rate 2e-4 --grpo.total_episodes "$episodes" \
   --grpo.micro_batch_size 16
 
 # Loss, learning rate, mean reward and KL of PPO, and its metrics as CSV; then all three runs over each other.
