@@ -134,7 +134,7 @@ REWARDS = "rewards/"
 
 COMPONENT: dict[str, str] = {
     "rewards/NAME/mean": "mean over the completions that the component NAME scored, before its weight",
-    "rewards/NAME/std": "standard deviation over the same completions",
+    "rewards/NAME/std": "standard deviation over the completions that the component NAME scored, before its weight",
     "rewards/NAME/errors": "number of completions without a usable answer",
     "rewards/NAME/length_correlation": "Pearson correlation with the response length; 0 if either is constant",
     "rewards/NAME_unanswered/mean": "share of completions that the component left unscored",
@@ -142,3 +142,13 @@ COMPONENT: dict[str, str] = {
     "rewards/NAME_spread/mean": "mean of the standard deviation between the models of an ensemble",
 }
 """PPO and GRPO. Those over scored completions are missing where there are none."""
+
+
+def definition(key: str) -> str:
+    """The definition of a metric: that of METRICS, or of COMPONENT with the component's name; "" for an unknown key."""
+    name, _, part = key.removeprefix(REWARDS).rpartition("/")
+    for suffix in ("_unanswered", "_truncated", "_spread", ""):
+        general = f"{REWARDS}NAME{suffix}/{part}"
+        if name.endswith(suffix) and general in COMPONENT:
+            return METRICS.get(key) or COMPONENT[general].replace("NAME", name.removesuffix(suffix))
+    return METRICS.get(key, "")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxrlhf.metrics.keys import METRICS, REWARDS
+from jaxrlhf.metrics.keys import REWARDS
 
 POINTS = 300
 """Points of a curve: more than a chart is pixels wide."""
@@ -141,20 +141,6 @@ def rounded(value: float, digits: int = 5) -> float | int | None:
         return value
     short = float(f"{value:.{digits}g}")
     return None if not math.isfinite(short) else int(short) if short.is_integer() and abs(short) < 1e9 else short
-
-
-def definition(key: str) -> str:
-    """The definition of a metric, that of the prefix for a component of the reward."""
-    if key in METRICS:
-        return METRICS[key]
-    name = key.removeprefix(REWARDS).rpartition("/")
-    part = {
-        "mean": "mean over completions, before the weight",
-        "std": "standard deviation over completions, before the weight",
-        "errors": "completions without a usable answer",
-        "length_correlation": "Pearson correlation with the response length",
-    }.get(name[2], name[2])
-    return f"component {name[0]} of the score: {part}"
 
 
 def tradeoffs(records: Sequence[Record], before: Mapping[str, float]) -> list[dict[str, Any]]:

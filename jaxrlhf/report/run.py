@@ -16,7 +16,7 @@ from jaxrlhf.config.file import METHODS
 from jaxrlhf.errors import DataError, first_line
 from jaxrlhf.files import write_whole
 from jaxrlhf.metrics import read_records
-from jaxrlhf.metrics.keys import REWARDS
+from jaxrlhf.metrics.keys import REWARDS, definition
 from jaxrlhf.metrics.statistics import correlation
 from jaxrlhf.report import curves, tokens, verdict
 from jaxrlhf.report.page import page
@@ -72,7 +72,7 @@ def collect(directory: Path) -> dict[str, Any]:
         "curves": curves.charts(records, before),
         "tradeoffs": curves.tradeoffs(records, before),
         "restarts": [start["step"] for start in starts[1:] if start.get("step")],
-        "definitions": {key: curves.definition(key) for record in records for key in record if key != "step"},
+        "definitions": {key: definition(key) for record in records for key in record if key != "step"},
         "samples": _samples(samples),
         "tokens": tokens.pack(token_records, _cut),
         "scores": _score_histogram(samples, token_records),
@@ -139,7 +139,8 @@ def _status(
         case None if runs.is_open(directory):
             return {"kind": "running", "text": f"Still running, {far}."}
         case None if starts:
-            return {"kind": "failed", "text": f"Ended without a record of how, {far}: killed, or its machine failed."}
+            text = f"Ended without a record of how, {far}: killed, or its machine failed. The same command resumes it."
+            return {"kind": "failed", "text": text}
         case None:
             return {"kind": "stopped", "text": f"How it ended is not recorded; its log ends {far}."}
         case outcome:

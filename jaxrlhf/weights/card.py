@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from jaxrlhf.metrics.console import visible
-from jaxrlhf.metrics.keys import METRICS
+from jaxrlhf.metrics.keys import definition
 from jaxrlhf.models import ModelConfig
 
 TAG = "jaxrlhf"
@@ -117,7 +117,7 @@ def _results(metrics: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     rows = []
     for name in names:
         then = (before.get(name, ""),) if known else ()
-        rows.append((name, metrics[name], *then, METRICS.get(name, "")))
+        rows.append((name, metrics[name], *then, definition(name)))
     return _table(head, rows, digits=6)
 
 

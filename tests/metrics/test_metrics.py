@@ -12,7 +12,7 @@ import pytest
 from jaxrlhf.config import Logging
 from jaxrlhf.errors import DataError
 from jaxrlhf.metrics import Logger, console, read_records
-from jaxrlhf.metrics.keys import METRICS
+from jaxrlhf.metrics.keys import METRICS, definition
 
 PLAIN = Logging(tensorboard=False)
 
@@ -161,3 +161,14 @@ def test_a_console_of_another_encoding(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     Logger(tmp_path, PLAIN, "ppo", 2).samples(1, [{"prompt": "漢", "completion": "é"}])
     assert b"\\u6f22" in raw.getvalue()
+
+
+def test_metrics_of_components_are_defined_by_their_part():
+    assert definition("loss/kl_avg") == METRICS["loss/kl_avg"]
+    assert definition("rewards/chosen") == METRICS["rewards/chosen"]
+    assert (
+        definition("rewards/tone/mean") == "mean over the completions that the component tone scored, before its weight"
+    )
+    assert definition("rewards/tone_unanswered/mean") == "share of completions that the component left unscored"
+    assert definition("rewards/a_spread/std").startswith("standard deviation over the completions")
+    assert definition("step") == definition("rewards/tone/other") == ""

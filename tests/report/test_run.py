@@ -16,6 +16,7 @@ from support.recorded_runs import page_data, record, token_record, write_lines, 
 from jaxrlhf import report
 from jaxrlhf.config.file import METHODS
 from jaxrlhf.errors import DataError, StorageError
+from jaxrlhf.metrics.keys import METRICS
 from jaxrlhf.report import curves, tokens, verdict
 from jaxrlhf.report.run import collect
 
@@ -56,7 +57,7 @@ def test_every_method_has_a_page(method, said, tmp_path):
 
 def test_metrics_of_all_charts_are_defined():
     keys = [key for group in curves.GROUPS.values() for _, _, keys in group for key in keys]
-    assert set(keys) <= set(curves.METRICS)
+    assert set(keys) <= set(METRICS)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,7 @@ def test_the_page_of_a_long_run_with_many_tokens_is_small(tmp_path):
     run = write_run(tmp_path / "run", "ppo", 1)
     chance = random.Random(0)
     prefixes = ("objective/", "policy/", "loss/", "val/", "critic/", "tokens/", "perf/")
-    keys = [key for key in curves.METRICS if key.startswith(prefixes)]
+    keys = [key for key in METRICS if key.startswith(prefixes)]
     rows = [{"step": i} | {key: chance.gauss(0, 1) for key in keys} for i in range(1, 1001)]
     for row in rows[::10]:
         row |= {"eval/scores": chance.gauss(0, 1), "eval/kl": chance.gauss(0, 1)}

@@ -104,7 +104,9 @@ def test_metrics_have_definitions_and_held_out_ones_come_first():
     metrics = {"loss": 1.0, "eval/loss": 2.0, "rewards/mine/mean": 3.0}
     rows = re.findall(r"^\| (\S+) \| (.*?) \| (.*?) ?\|$", card(MODEL, {}, {"metrics": metrics}), re.M)
     assert [row[0] for row in rows[2:]] == ["eval/loss", "loss", "rewards/mine/mean"]
-    assert rows[2][2] == r"\`loss\` over all held-out rows" and rows[4][2] == ""
+    assert rows[2][2] == r"\`loss\` over all held-out rows" and rows[4][2].startswith(
+        "mean over the completions that the component mine scored"
+    )
     assert "| eval/loss | 2 | 5 | " in card(MODEL, {}, {"metrics": metrics, "before": {"eval/loss": 5.0}})
 
 
