@@ -7,8 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+    from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, Sampling, SFTConfig
     from jaxrlhf.data.tokenizer import load_tokenizer
+    from jaxrlhf.logprobs import last_token_scores
     from jaxrlhf.models import ModelConfig
     from jaxrlhf.rewards.sources.model import score
     from jaxrlhf.rollout.decode import generate
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
     from jaxrlhf.training.dpo.trainer import DPOTrainer
     from jaxrlhf.training.grpo.trainer import GRPOTrainer
     from jaxrlhf.training.on_policy.inspection import inspect
+    from jaxrlhf.training.on_policy.update import sequence_logprobs
     from jaxrlhf.training.ppo.trainer import PPOTrainer
     from jaxrlhf.training.reward.trainer import RewardTrainer
     from jaxrlhf.training.sft import SFTTrainer
+    from jaxrlhf.types import Prompts
     from jaxrlhf.weights import export, load, push_to_hub
 
     __version__: str
@@ -31,19 +34,23 @@ __all__ = [
     "ModelConfig",
     "PPOConfig",
     "PPOTrainer",
+    "Prompts",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
+    "Sampling",
     "__version__",
     "export",
     "generate",
     "inference_copy",
     "inspect",
+    "last_token_scores",
     "load",
     "load_tokenizer",
     "push_to_hub",
     "score",
+    "sequence_logprobs",
 ]
 
 _HOMES = {
@@ -54,18 +61,22 @@ _HOMES = {
     "ModelConfig": "jaxrlhf.models",
     "PPOConfig": "jaxrlhf.config",
     "PPOTrainer": "jaxrlhf.training.ppo.trainer",
+    "Prompts": "jaxrlhf.types",
     "RewardConfig": "jaxrlhf.config",
     "RewardTrainer": "jaxrlhf.training.reward.trainer",
     "SFTConfig": "jaxrlhf.config",
     "SFTTrainer": "jaxrlhf.training.sft",
+    "Sampling": "jaxrlhf.config",
     "export": "jaxrlhf.weights",
     "generate": "jaxrlhf.rollout.decode",
     "inference_copy": "jaxrlhf.rollout.inference_copy",
     "inspect": "jaxrlhf.training.on_policy.inspection",
+    "last_token_scores": "jaxrlhf.logprobs",
     "load": "jaxrlhf.weights",
     "load_tokenizer": "jaxrlhf.data.tokenizer",
     "push_to_hub": "jaxrlhf.weights",
     "score": "jaxrlhf.rewards.sources.model",
+    "sequence_logprobs": "jaxrlhf.training.on_policy.update",
 }
 
 

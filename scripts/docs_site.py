@@ -1,6 +1,11 @@
-"""Hooks of mkdocs.yml: the README is the site's first page, and links between it and docs/ work in both places."""
+"""Hooks of mkdocs.yml: the README is the site's first page, links between it and docs/ work in both places, and a
+notebook is a page.
+"""
 
+import base64
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -11,9 +16,30 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the README as index.md."""
+    """Add the README as index.md, and each notebook X.ipynb as X_run.md with its plots."""
     files.append(File.generated(config, "index.md", content=README.read_text(encoding="utf-8")))
+    for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        for name, content in _notebook_files(notebook.content_string, notebook.src_uri.removesuffix(".ipynb") + "_run"):
+            files.append(File.generated(config, name, content=content))
     return files
+
+
+def _notebook_files(notebook: str, name: str) -> Iterator[tuple[str, str | bytes]]:
+    """(path, content) of a notebook's page `name`.md, and of its plots: cells and their outputs in order."""
+    parts, plots = [], 0
+    for cell in json.loads(notebook)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "image/png" in data:
+                plots += 1
+                plot = f"{name}_{plots}.png"
+                yield plot, base64.b64decode(data["image/png"])
+                parts.append(f"![Plot {plots}]({plot.rpartition('/')[2]})")
+            elif text := "".join(output.get("text") or data.get("text/plain", "")).rstrip():
+                parts.append(f"```text\n{text}\n```")
+    yield f"{name}.md", "\n\n".join([*parts, ""])
 
 
 def on_page_markdown(markdown: str, page: Page, files: Files, **_: object) -> str:
@@ -29,5 +55,6 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **_: object) -> st
     if page.file.src_uri == "index.md":
         markdown = markdown.replace("](docs/", "](")
         markdown = re.sub(r"(?<!!)\[([^\]]*)\]\((?!https?:|#)(?![\w/]+\.(?:md|svg))[^)]*\)", r"\1", markdown)
+    markdown = re.sub(r"\]\(([\w/]+)\.ipynb\)", r"](\1_run.md)", markdown)
     markdown = re.sub(r"\]\((?:\.\./)+README\.md", "](index.md", markdown)
     return re.sub(r"\[(?:docs/)?([\w/]+\.md)\]\(", named, markdown)

@@ -167,13 +167,31 @@ def text(n: int, rng: random.Random, held_out: bool) -> list[Row]:
     ]
 
 
+def every_tone(n: int, rng: random.Random, held_out: bool) -> list[Row]:
+    """The same, with answers of all four kinds equally often: a model trained on them answers in any tone."""
+    return [
+        {"prompt": prompt, "completion": f" {answer(topic, rng.choice([*SCORES]), rng)}"}
+        for prompt, topic in questions(n, rng, held_out)
+    ]
+
+
 def chats(n: int, rng: random.Random, held_out: bool) -> list[Row]:
-    """The same as conversations; half of the answers have a closing."""
+    """Conversations, half of them with good answers; half of the answers have a closing."""
     rows = []
     for prompt, topic in questions(n, rng, held_out):
         content, system = _closed(answer(topic, _mixed(rng), rng), rng), rng.choice(SYSTEM)
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": content}]
         rows.append({"messages": [{"role": "system", "content": system}, *turns] if system else turns})
+    return rows
+
+
+def pairs(n: int, rng: random.Random, held_out: bool) -> list[Row]:
+    """Plain-text preference pairs, with the columns that `helpful` and `--by` need."""
+    rows = []
+    for prompt, topic in questions(n, rng, held_out):
+        chosen, rejected = answer(topic, "good", rng), answer(topic, rng.choice(["wrong", "rude", "curt"]), rng)
+        row = {"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}
+        rows.append(row | {"tip": TOPICS[topic], "category": subject(topic)})
     return rows
 
 
@@ -213,7 +231,9 @@ def _mixed(rng: random.Random) -> str:
 
 
 Kinds = Mapping[str, Callable[[int, random.Random, bool], list[Row]]]
-KINDS: Kinds = {kind.__name__: kind for kind in (five_pairs, examples, prompts, text, chats, ultrafeedback, orca)}
+KINDS: Kinds = {
+    kind.__name__: kind for kind in (five_pairs, examples, prompts, text, every_tone, chats, pairs, ultrafeedback, orca)
+}
 
 
 def write(kind: str, file: Path, rows: int, seed: int = 0, held_out: bool = False, kinds: Kinds = KINDS) -> None:

@@ -16,7 +16,9 @@ TASKS = {
     "five_pairs": "pairs",
     "prompts": "prompts",
     "text": "sft",
+    "every_tone": "sft",
     "chats": "sft",
+    "pairs": "pairs",
     "ultrafeedback": "pairs",
     "orca": "pairs",
 }
@@ -77,7 +79,7 @@ def test_only_the_summary_that_says_who_did_what_is_faithful():
         assert recipe_data_tldr.faithful([pair["chosen"], pair["rejected"]], said * 2) == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("kind", ["examples", "prompts", "text", "orca", "ultrafeedback"])
+@pytest.mark.parametrize("kind", ["examples", "prompts", "text", "pairs", "orca", "ultrafeedback"])
 def test_held_out_questions_are_in_no_other_file(tmp_path, kind):
     texts = []
     for held_out in (True, False):

@@ -14,6 +14,7 @@ OWN = (
     "bash scripts/test.sh",
     "bash tests/ux",
     "bash scripts/recipe_",
+    "python scripts/",
     ".ci/run",
     "ruff check",
     "mkdocs",
