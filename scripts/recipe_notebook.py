@@ -310,7 +310,8 @@ print(f"average reward of {len(questions)} responses: {rewards.mean():+.3f}")
 # `min(ratio * advantage, clip(ratio, 0.8, 1.2) * advantage)`
 #
 # so that nothing is gained by moving a token's probability by more than a fifth. Before the first optimizer step the
-# policy is the one that sampled: every ratio is 1.
+# policy is the one that sampled: every ratio is 1. The KL is estimated from these responses alone; an estimate may be
+# negative, which the divergence itself never is.
 
 # %%
 KL_COEF, CLIP = 0.1, 0.2
