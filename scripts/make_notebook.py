@@ -43,8 +43,9 @@ def run(content: NotebookNode, folder: Path) -> NotebookNode:
 
     Raises nbclient.exceptions.CellExecutionError for a cell that fails.
     """
+    where = {"metadata": {"path": str(folder)}}
     client = nbclient.NotebookClient(
-        content, timeout=None, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(folder)}}
+        content, kernel_name="python3", timeout=None, record_timing=False, coalesce_streams=True, resources=where
     )
     client.execute()
     content.metadata["language_info"] = {"name": "python"}  # not the version of this machine

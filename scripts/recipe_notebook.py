@@ -24,11 +24,13 @@
 import json
 import os
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
 ROOT = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "scripts" / "stand_in.py").is_file())
 sys.path.insert(0, str(ROOT / "scripts"))
+warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars of downloads are text here
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +78,8 @@ print("  rejected:", pairs[0]["rejected"])
 # %% [markdown]
 # ## 1. Supervised fine-tuning
 #
-# The loss is the mean of `-log p(token | tokens before)` over the tokens of the answers. In these data about half of
-# the answers are good, so the model will learn to answer in any tone.
+# The loss is the mean of `-log p(token | tokens before)` over the tokens of the answers. A quarter of the answers here
+# is good; the others are curt, rude, or give another tip. So the model will learn to answer in any tone.
 
 # %%
 if SMALL:
@@ -384,16 +386,20 @@ config = jaxrlhf.PPOConfig(
 )
 trainer = jaxrlhf.PPOTrainer(config, fresh=True)
 many = list(dict.fromkeys(row["prompt"] for row in read("prompts")))[:64]
-update = trainer.ppo_step([TEMPLATE.format(prompt=prompt) for prompt in many])
-print(f"first response:{update['generated_texts'][0]}")
-print(f"average reward {np.mean(update['rewards']):+.3f}, KL {update['objective/kl']:.3f} nats per response")
-print(f"policy loss {update['policy_loss']:+.4f}, value loss {update['value_loss']:.4f}")
-print(f"ratio: mean {update['val/ratio']:.4f}; share of clipped tokens {update['policy/clipfrac_avg']:.1%}")
+print("update    reward        KL   policy loss   value loss   ratio   clipped")
+for number in range(1, 6):
+    update = trainer.ppo_step([TEMPLATE.format(prompt=prompt) for prompt in many])
+    print(
+        f"{number:6}   {np.mean(update['rewards']):+7.3f}   {update['objective/kl']:7.3f}"
+        f"   {update['policy_loss']:+11.4f}   {update['value_loss']:10.4f}"
+        f"   {update['val/ratio']:.3f}   {update['policy/clipfrac_avg']:7.1%}"
+    )
+print(f"the first response of the last update:{update['generated_texts'][0]}")
 
 # %% [markdown]
-# The tokens of the first two responses. The score is the reward of the last token; before it, the reward is `-kl_coef *
-# kl`, 0 in this first update. The critic begins at 0 and has nothing to say yet. `ratio` is the probability of the
-# token after the update divided by that before it.
+# The tokens of the first two responses of the last update. The score is the reward of the last token; before it, the
+# reward is `-kl_coef * kl`. `value` is what the critic expects, `td_error` by how much a token changed that, and
+# `ratio` the probability of the token after the update divided by that before it.
 
 # %%
 experience = jax.tree.map(lambda array: array[:2], update["experience"])

@@ -34,7 +34,7 @@ fi
 
 # Supervised fine-tuning.
 jaxrlhf sft recipes/notebook/sft "${model[@]}" --data.path data/answers.jsonl --optim.learning_rate 3e-3 \
-  --train.max_steps "$(quick 450 4)"
+  --train.max_steps "$(quick 600 4)" --train.num_train_epochs 4
 
 # The reward model, its curves of loss and accuracy, and its verdicts on named examples.
 jaxrlhf reward recipes/notebook/reward --data.path "$pairs" --data.validation_path data/held_out.jsonl \
@@ -44,15 +44,13 @@ jaxrlhf evaluate runs/notebook/reward --examples data/named.jsonl --data.templat
 
 # PPO, and its curves.
 jaxrlhf ppo recipes/notebook/ppo --data.path data/prompts.jsonl --sampling.response_length 32 \
-  --optim.learning_rate 1e-4 --ppo.total_episodes "$(quick 3200 128)"
+  --optim.learning_rate 1e-4 --ppo.total_episodes "$(quick 3200 64)"
 jaxrlhf plot runs/notebook/ppo
 
-# SFT against RLHF: three prompts with the reward of each answer, then all held-out prompts by two functions that know
-# the right answers and that nothing was trained on.
-models=(runs/notebook/sft runs/notebook/ppo)
-jaxrlhf compare "${models[@]}" --prompts data/held_out.jsonl --num-prompts "$(quick 72 4)" --max-new-tokens 32 \
-  --temperature 0.7 --top-p 0.9 --reward-model runs/notebook/reward --show 3 --output comparison
-jaxrlhf compare "${models[@]}" --prompts data/held_out.jsonl --num-prompts "$(quick 72 4)" --max-new-tokens 32 \
-  --temperature 0.7 --top-p 0.9 --show 0 --output answers.json \
-  --reward.components.0.function "$scripts/recipe_data.py:polite" \
-  --reward.components.1.function "$scripts/recipe_data.py:right_tip"
+# SFT against RLHF: three prompts with the reward of each answer, and all held-out prompts. Two functions that know the
+# right answers, and that nothing was trained on, are measured beside the reward: their weight is 0.
+jaxrlhf compare runs/notebook/sft runs/notebook/ppo --prompts data/held_out.jsonl --num-prompts "$(quick 72 4)" \
+  --temperature 0.7 --top-p 0.9 --max-new-tokens 32 --show 3 --output comparison \
+  --reward-model runs/notebook/reward \
+  --reward.components.0.function "$scripts/recipe_data.py:polite" --reward.components.0.weight 0 \
+  --reward.components.1.function "$scripts/recipe_data.py:right_tip" --reward.components.1.weight 0
