@@ -51,7 +51,7 @@ def test_what_it_shows_holds_when_it_is_run(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     made = notebook(SCRIPT.read_text(encoding="utf-8"))
     made.cells.append(nbformat.v4.new_code_cell(SEEN, id="seen"))
-    run(made, tmp_path)
+    run(made, ROOT)
     seen = json.loads(text_of(made.cells[-1]))
     assert seen["untrained"] < 0.65 and seen["held_out"] > 0.75
     assert seen["named"][0] > 0 and seen["named"][1] > 0
