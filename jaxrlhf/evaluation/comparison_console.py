@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxrlhf.evaluation.console import SHOWN_GROUPS, with_error
+from jaxrlhf.evaluation.console import SHOWN_GROUPS, amounts, with_error
 from jaxrlhf.evaluation.text_layout import WIDTH, one_line, side_by_side, text_table, wrapped
 
 Result = dict[str, Any]
@@ -21,7 +21,7 @@ def render(result: Result, show: int, width: int = WIDTH) -> str:
     lines += [f"{model['label']}: {model['model']}" for model in models]
     stats = models[0]["statistics"]
     sampling = "greedy" if result["sampling"]["greedy"] else f"temperature {result['sampling']['temperature']:g}"
-    lines += [f"{stats['prompts']} prompts, {stats['completions']} completions of each model, {sampling}", ""]
+    lines += [f"{amounts(stats)} of each model, {sampling}", ""]
     lines += text_table(_model_rows(result), width)
     if result["references_from"]:
         lines += ["", "against references:", *text_table(_reference_rows(models), width)]

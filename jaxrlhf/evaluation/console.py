@@ -24,7 +24,7 @@ def table(result: Result, width: int = WIDTH) -> str:
             head = f"{completion.get('rank', ''):<16}" if score is None else f"{completion['rank']:<6} {score:>9.3f}"
             lines.append(f"  {head}  {one_line(completion['text'], width - 20)}")
     stats = result["statistics"]
-    lines += ["", f"{stats['prompts']} prompts, {stats['completions']} completions of {result['model']}"]
+    lines += ["", f"{amounts(stats)} of {result['model']}"]
     lines += statistics_lines(stats)
     if parts := component_rows(stats, result["weights"]):
         lines += ["", "parts of the reward:", *text_table(parts, width)]
@@ -115,6 +115,12 @@ def group_rows(groups: Mapping[str, Mapping[str, Any]], column: str) -> list[lis
             ]
         )
     return rows
+
+
+def amounts(stats: Mapping[str, Any]) -> str:
+    """How many prompts and completions were evaluated."""
+    counts = ((stats["prompts"], "prompt"), (stats["completions"], "completion"))
+    return ", ".join(f"{count} {name}{'s' if count != 1 else ''}" for count, name in counts)
 
 
 def with_error(value: Mapping[str, Any], digits: int = 4) -> str:

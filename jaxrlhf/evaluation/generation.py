@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxrlhf import runtime, weights
-from jaxrlhf.config import PPOConfig
+from jaxrlhf.config import ModelSource, PPOConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, Split, prompt_rows
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
@@ -71,7 +71,14 @@ def open_model(config: PPOConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, Pa
 
 def load_model(config: PPOConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, Params]:
     """Load the language model of a config in its compute dtype. Raises DataError if it does not match the tokenizer."""
-    source = config.model
+    model, params = load_weights(config.model, config.seed, tokenizer)
+    check_sampling(config.sampling, model.vocab_size)
+    return model, params
+
+
+def load_weights(source: ModelSource, seed: int, tokenizer: Tokenizer) -> tuple[ModelConfig, Params]:
+    """Load a language model in its compute dtype; `seed` is for random weights (`init`). Raises DataError if its
+    vocabulary does not match the tokenizer."""
     dtype = runtime.resolve_dtype(source.compute_dtype, jax.default_backend())
     model, params = weights.load(
         source.path,
@@ -80,10 +87,9 @@ def load_model(config: PPOConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, Pa
         head="lm",
         compute_dtype=dtype,
         init=source.init,
-        key=jax.random.key(config.seed),
+        key=jax.random.key(seed),
     )
     check_vocab(tokenizer, model.vocab_size)
-    check_sampling(config.sampling, model.vocab_size)
     return model, params
 
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import runtime, weights
+from jaxrlhf import weights
 from jaxrlhf.algorithms import masked
 from jaxrlhf.config import SFTConfig, replace
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import SFTRow, sft_rows
-from jaxrlhf.data.tokenizer import check_vocab
+from jaxrlhf.evaluation.generation import load_weights
 from jaxrlhf.logprobs import token_logprobs
 from jaxrlhf.models import ModelConfig, forward
 from jaxrlhf.types import Batch, Params
@@ -38,17 +38,7 @@ def measure(config: SFTConfig) -> Result:
     no_split = {"data.validation_path": "", "data.validation_split": "", "data.validation_fraction": 0.0}
     config = replace(config, **{"data.max_length": limit, **no_split})
     split = sft_rows(config.data, tokenizer, config.completion_only)
-    dtype = runtime.resolve_dtype(source.compute_dtype, jax.default_backend())
-    model, params = weights.load(
-        source.path,
-        revision=source.revision,
-        dtype=dtype,
-        head="lm",
-        compute_dtype=dtype,
-        init=source.init,
-        key=jax.random.key(config.seed),
-    )
-    check_vocab(tokenizer, model.vocab_size)
+    model, params = load_weights(source, config.seed, tokenizer)
     sums = negative_log_likelihoods(params, model, split.train, tokenizer.pad_id, config.train.eval_batch_size)
     tokens = np.array([sum(row.loss_mask) for row in split.train])
     mean, error = ratio_and_error(sums, tokens)

@@ -305,7 +305,7 @@ def test_one_prompt_without_scores_of_one_model(result):
     assert found["models"][1]["against"]["win_rate_interval_95"] is None
     assert found["models"][2]["against"]["win_rate"] is None
     shown = comparison_console.render(found, 1)
-    assert "1.000 +- ?" in shown
+    assert "1.000 +- ?" in shown and "\n1 prompt, " in shown
     assert len(list(csv.DictReader(io.StringIO(comparison_files.table(found))))) == 9
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import pytest
 from support.recorded_runs import token_record, write_lines, write_run, write_tokens
@@ -10,8 +9,6 @@ from support.recorded_runs import token_record, write_lines, write_run, write_to
 from jaxrlhf import report
 from jaxrlhf.report import tokens
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 HOSTILE = (
     "</script><script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\"> "
     "<b>bold</b> &amp; \x1b[31mred\x07 \u202egnp.exe \ud800 alone"
@@ -19,9 +16,6 @@ HOSTILE = (
 PIECES = ["He", " met", "\n", " 日", "本", "", " <b>", "</script>", "\t", " \u202eend", " !"]
 
 MINUS = "\u2212"
-
-sync_api = pytest.importorskip("playwright.sync_api")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +38,6 @@ def path(tmp_path_factory):
     for step in (1, 40):
         write_tokens(run, step, [token_record(step, 0, PIECES), token_record(step, 1, ["other"] * 3, None)])
     return report.write(run)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -1,14 +1,10 @@
 """The page of a comparison in a real browser: Chromium, headless, without a network."""
 
-import shutil
-
 import pytest
 
 from jaxrlhf.evaluation import comparison, comparison_files
 from jaxrlhf.evaluation.summary import by_group, statistics, with_reference
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 HOSTILE = (
     "</script><script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\"> "
     "<b>bold</b> &amp; \x1b[31mred\x07 \u202egnp.exe \ud800 alone"
@@ -19,9 +15,6 @@ TEXTS = {
     "two": ["the dog sat", "b", "c", "d"],
     "three": ["e", "f", "g", "h"],
 }
-
-sync_api = pytest.importorskip("playwright.sync_api")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 
 
 def evaluated(model: str) -> dict:
@@ -56,14 +49,6 @@ def path(tmp_path_factory):
     result = comparison.compare_results([evaluated(model) for model in SCORES], divergences)
     folder = tmp_path_factory.mktemp("compare")
     return comparison_files.write(result, folder)[0][0]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

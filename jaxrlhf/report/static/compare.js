@@ -13,7 +13,7 @@ function drawCompare(data, root) {
   root.append(
     element("header", {},
       element("div", { class: "over" }, "comparison of models"),
-      element("h1", {}, `${data.models.length} models on ${data.prompts.length} prompts`),
+      element("h1", {}, `${data.models.length} models on ${data.prompts.length} prompt${data.prompts.length === 1 ? "" : "s"}`),
       data.models.slice(1).map((model) => element("p", { class: "verdict" }, verdict(model, data))),
       notes.length > 0 && element("ul", { class: "warnings", "aria-label": "Notes" }, notes.map((line) => element("li", {}, line)))),
     element("nav", { "aria-label": "Parts of this page" }, parts.map(([id, title]) => element("a", { href: `#${id}` }, title))),
