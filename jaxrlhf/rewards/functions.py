@@ -156,7 +156,8 @@ def load(spec: str, *, options: Mapping[str, Any] | None = None) -> RewardFuncti
         raise RewardError(f"reward function {spec!r}: write it as path.py:name or package.module:name")
     is_file = source.endswith(".py")
     if is_file and not Path(source).is_file():
-        raise RewardError(f"reward function {spec!r}: there is no file {source}")
+        place = "" if Path(source).is_absolute() else f" in {os.getcwd()}"
+        raise RewardError(f"reward function {spec!r}: there is no file {source}{place}")
     if not is_file and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # `python -m` adds it, the console script does not
     try:

@@ -158,7 +158,8 @@ def test_files_can_import_their_neighbours_and_define_dataclasses(write):
     [
         ("mine.py", "write it as path.py:name"),
         (":f", "write it as path.py:name"),
-        ("/nowhere/mine.py:f", "there is no file /nowhere/mine.py"),
+        ("/nowhere/mine.py:f", "there is no file /nowhere/mine.py$"),
+        ("nowhere/mine.py:f", r"there is no file nowhere/mine\.py in /.*"),
         ("no_such_package.module:f", "ModuleNotFoundError"),
         ("math:squirt", "math has no 'squirt'; did you mean 'sqrt'"),
         ("math:pi", "'pi' is a float, not a function"),
