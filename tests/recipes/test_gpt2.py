@@ -25,7 +25,7 @@ def test_every_stage_leaves_what_the_page_says(run_recipe):
     assert "no reward: every response is preferred to grpo.rejected_text" in printed
     rows = [json.loads(line) for line in (runs / "ppo" / "samples.jsonl").read_text().splitlines()]
     logged = list(csv.DictReader((runs / "ppo" / "samples.csv").open(newline="")))
-    assert {row["step"] for row in rows} == {1, 2, 3, 4} and len(logged) == len(rows)
+    assert {row["step"] for row in rows} == {0, 1, 2, 3, 4} and len(logged) == len(rows)
     assert all({"prompt", "completion", "score"} <= {*row} for row in rows)
     bleu = json.loads((folder / "bleu" / "compare.json").read_text())
     assert len(bleu["models"]) == 4
