@@ -44,7 +44,7 @@ short=(--data.path "$pairs" --data.max_prompt_length 64 --sampling.response_leng
 episodes=$(quick 640 32)
 jaxrlhf ppo recipes/smollm2/ppo "${short[@]}" --optim.learning_rate 2e-4 \
   --ppo.num_train_epochs null --ppo.total_episodes "$episodes" --ppo.micro_batch_size 16
-jaxrlhf ppo recipes/smollm2/ppo "${short[@]}" --optim.learning_rate 2e-3 \
+jaxrlhf ppo recipes/smollm2/ppo "${short[@]}" --optim.learning_rate 5e-4 \
   --ppo.num_train_epochs null --ppo.total_episodes "$episodes" --ppo.micro_batch_size 16 --use-lora \
   --run_dir runs/smollm2/ppo-lora
 jaxrlhf grpo recipes/smollm2/grpo "${short[@]}" --optim.learning_rate 2e-4 --grpo.total_episodes "$episodes" \
