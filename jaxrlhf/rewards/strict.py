@@ -122,10 +122,14 @@ def appropriateness(
     completions: Sequence[str],
     category: Sequence[str | None] | None = None,
     *,
+    partial: float = 0.5,
     levels: Mapping[str, int] | None = None,
 ) -> list[float]:
-    """1 if the answer is as strict as the category of its question requires, 1/2 if one level off, 0 if two levels off
-    or without a tone."""
+    """1 if the answer is as strict as the category of its question requires, `partial` if one level off, 0 if two
+    levels off or without a tone.
+
+    With a `partial` of 1/2 a policy that is firm with everybody is never quite wrong, and may stay there.
+    """
     required = LEVELS if levels is None else {**LEVELS, **levels}
     if bad := {name: level for name, level in required.items() if name not in LEVELS or level not in (1, 2, 3)}:
         raise ValueError(f"levels has {bad}; the categories are {', '.join(LEVELS)}, their levels 1, 2 or 3")
@@ -136,7 +140,7 @@ def appropriateness(
         if name not in required:
             raise ValueError(f"the category is {name!r}; known are {', '.join(LEVELS)}")
         level = tone(completion)
-        scores.append(0.0 if level is None else 1 - abs(level - required[name]) / 2)
+        scores.append(0.0 if level is None else (1.0, partial, 0.0)[abs(level - required[name])])
     return scores
 
 

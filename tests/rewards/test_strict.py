@@ -118,6 +118,9 @@ def test_levels_can_be_set(judged):
     questions, _, _ = zip(*judged, strict=True)
     gentle = ["Thank you for asking! Enjoy learning!"] * len(questions)
     assert strict.appropriateness(questions, gentle, levels=dict.fromkeys(strict.LEVELS, 1)) == [1] * len(questions)
+    firm = ["Listen carefully. Be more precise."] * 4
+    assert strict.appropriateness(["q"] * 4, firm, [*strict.LEVELS]) == [0.5, 0.5, 1, 0.5]
+    assert strict.appropriateness(["q"] * 4, firm, [*strict.LEVELS], partial=0.0) == [0, 0, 1, 0]
     for bad in ({"slip": 1}, {strict.POOR_LOGIC: 4}):
         with pytest.raises(ValueError, match="the categories are factual error"):
             strict.appropriateness(questions, gentle, levels=bad)
