@@ -33,8 +33,8 @@ if [ -z "${MODEL:-}" ]; then
     --steps "$(quick 600 4)" ${TOKENIZER:+--tokenizer "$TOKENIZER"}
   sft=(--optim.learning_rate 1e-3 --train.micro_batch_size 16 --train.max_steps "$(quick 150 4)")
   reward=(--optim.learning_rate 2e-3 --train.micro_batch_size 16 --train.max_steps "$(quick 600 4)")
-  ppo=(--optim.learning_rate 1e-3 --ppo.micro_batch_size null --ppo.batch_size "$(quick 128 32)" --ppo.num_ppo_epochs 1
-    --ppo.total_episodes "$(quick 10240 64)")
+  ppo=(--optim.learning_rate 2e-3 --optim.schedule linear --ppo.micro_batch_size null --ppo.kl_coef 0.1
+    --ppo.batch_size "$(quick 128 32)" --ppo.total_episodes "$(quick 12800 64)")
 fi
 
 # Adapters that answer in StrictBot's form, and the reward model: an MLP head on the frozen SFT model.
