@@ -8,7 +8,7 @@ import pytest
 
 import jaxrlhf
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def test_every_stage_leaves_what_the_page_says(run_recipe):

@@ -8,7 +8,7 @@ import jaxrlhf
 from jaxrlhf.config.file import load_config, presets
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_stage_leaves_what_the_page_says(run_recipe):
     folder = run_recipe("modular")
     assert (folder / "adapters" / "adapter_config.json").is_file()

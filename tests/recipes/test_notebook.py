@@ -66,7 +66,7 @@ def test_what_it_shows_holds_when_it_is_run(tmp_path, monkeypatch):
     assert "recognised" in "".join(map(text_of, made.cells))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_stage_of_the_commands_leaves_what_the_page_says(run_recipe):
     folder = run_recipe("notebook")
     printed = (folder / "printed.txt").read_text()

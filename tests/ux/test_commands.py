@@ -98,7 +98,7 @@ def shortened(method, path, options, overrides, load=training._load_with_options
     return replace(config, **{"train.max_steps": 1, "data.max_rows": 60})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_command_of_a_page_runs(page, world, tmp_path, monkeypatch, capsys):
     """Trainings are cut to one step; nothing else of a command is changed."""
