@@ -97,7 +97,8 @@ class Logger:
     def rewind(self, step: int) -> None:
         """Remove records after `step` and incomplete lines before the run resumes from `step` (0: starts)."""
         for path in (self._directory / TOKENS).glob("step-*.jsonl.gz"):
-            if int(path.name.removeprefix("step-").removesuffix(".jsonl.gz")) > step:
+            number = path.name.removeprefix("step-").removesuffix(".jsonl.gz")
+            if number.isdecimal() and int(number) > step:  # other names are not ours
                 path.unlink()
         for file in (self._metrics, self._samples):
             file.close()

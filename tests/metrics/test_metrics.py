@@ -70,8 +70,13 @@ def test_lines_are_written_at_once_and_rewind_removes_later_ones(tmp_path, capsy
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 6, "lo')
     assert [r["step"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    records = tmp_path / "tokens"
+    records.mkdir()
+    for name in ("step-000003.jsonl.gz", "step-000004.jsonl.gz", "step-notes.jsonl.gz"):
+        (records / name).touch()
     resumed = Logger(tmp_path, PLAIN, "sft", 10)
     resumed.rewind(3)
+    assert sorted(path.name for path in records.iterdir()) == ["step-000003.jsonl.gz", "step-notes.jsonl.gz"]
     assert [r["step"] for r in read_records(tmp_path / "samples.jsonl")] == [1, 1, 2, 2, 3, 3]
     for step in (4, 5):
         resumed.log(step, {"loss": step / 3})

@@ -134,3 +134,8 @@ def test_what_is_printed_is_inert_and_ends():
     assert "<script>" not in table._repr_html_() and "&lt;script&gt;" in table._repr_html_()
     assert "&amp;lt;b" in table._repr_html_() and str(table).count("\n") == SHOWN + 2
     assert str(TokenTable([], [], [])) == "" and TokenTable([], [], []).columns == {}
+
+
+def test_the_result_of_a_step_is_not_an_experience():
+    with pytest.raises(TypeError, match=r'not dict: inspect\(result\["experience"\]'):
+        jaxrlhf.inspect({"experience": None}, None)

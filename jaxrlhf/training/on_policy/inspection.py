@@ -113,7 +113,14 @@ def inspect(
         advantage: as in the loss: whitened over the batch with `ppo.whiten_advantages`.
         return: the target of the critic.
         ratio: exp(new_logprobs - logprob).
+
+    Raises TypeError for anything but an experience.
     """
+    if not isinstance(experience, Experience | GroupExperience):
+        raise TypeError(
+            f"inspect takes an experience, not {type(experience).__name__}: "
+            'inspect(result["experience"], trainer.tokenizer), where result is what ppo_step or grpo_step returned'
+        )
     experience = on_host(experience)
     series = token_series(experience)
     if new_logprobs is not None and "logprob" in series:
