@@ -387,6 +387,7 @@ config = jaxrlhf.PPOConfig(
 trainer = jaxrlhf.PPOTrainer(config, fresh=True)
 many = list(dict.fromkeys(row["prompt"] for row in read("prompts")))[:64]
 print("update    reward        KL   policy loss   value loss   ratio   clipped")
+update = {}
 for number in range(1, 6):
     update = trainer.ppo_step([TEMPLATE.format(prompt=prompt) for prompt in many])
     print(
