@@ -15,7 +15,8 @@ from jaxrlhf.config import Data, SFTConfig, TokenizerSource
 from jaxrlhf.data import formats, sources
 from jaxrlhf.data.layouts import LAYOUTS
 from jaxrlhf.data.tokenizer import Tokenizer, load_tokenizer
-from jaxrlhf.doctor.data import METHODS, first_row
+from jaxrlhf.doctor.data import METHODS, tokenised_rows
+from jaxrlhf.doctor.loss_mask import marked
 from jaxrlhf.errors import DataError
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "formats.md"
@@ -299,7 +300,8 @@ def readings(row: dict[str, Any], chat: Tokenizer, folder: Path) -> dict[str, li
         unused = layout.unused(rows)
         found[methods] = [("not used", ", ".join(unused))] if unused else []
         try:
-            found[methods] += first_row(task, config, chat)[1]
+            first = tokenised_rows(task, config, chat)[1][0]
+            found[methods] += [(name, marked(tokens, mask, chat)) for name, tokens, mask in first.sequences]
         except DataError as error:
             found[methods] += [("dropped", str(error).partition("dropped 1: ")[2].partition(" (line")[0])]
     return found
