@@ -43,7 +43,7 @@ TOPICS = {
     "prepare for an exam": "Solve old tasks and explain each step to a friend.",
     "learn the guitar": "Play slowly with a beat and change one chord at a time.",
 }
-"""What a question asks for -> the tip of a good answer. Six each about the home, the garden, health and study."""
+"""Subject of a question -> the tip of a good answer. Six each about the home, the garden, health and study."""
 SUBJECTS = ("home", "garden", "health", "study")
 QUESTIONS = (
     "How do I {}?",

@@ -151,7 +151,7 @@ class Conversation:
         return [{"prompt": prompt, "completion": turn.reply} for prompt, turn in pairs if turn.finished]
 
     def notes(self) -> list[str]:
-        """What a person should know before the first message."""
+        """Notes to print before the first message."""
         lines = []
         if not self.tokenizer.has_chat and self.history:
             lines.append(

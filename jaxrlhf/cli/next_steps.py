@@ -1,4 +1,4 @@
-"""What to do next: commands that fit what has just been done, with its own paths."""
+"""Commands to suggest after a command has finished, with the paths of its run."""
 
 import json
 import shlex

@@ -79,7 +79,7 @@ def _texts(rows: sources.Rows, found: dict[formats.Task, formats.Format], config
 
 
 def _tokens(task: formats.Task, config: SFTConfig, tokenizer: Tokenizer, *, colour: bool, ids: bool) -> list[str]:
-    """How a trainer reads the data: the report, lengths, warnings, and the first row with what is learnt marked."""
+    """The data as a trainer reads it: report, lengths, warnings, and the first row with the learnt tokens marked."""
     try:
         report, rows = tokenised_rows(task, config, tokenizer)
     except DataError as error:

@@ -97,7 +97,7 @@ def histogram(lengths: Sequence[int]) -> list[str]:
 
 
 def warnings(task: formats.Task, examples: Sequence[tuple[str, Example]]) -> list[str]:
-    """What is suspicious in the texts of examples for `task`."""
+    """Warnings about the texts of examples for `task`."""
     lines = []
     dropped: dict[str, list[str]] = defaultdict(list)
     for where, example in examples:
@@ -129,7 +129,7 @@ def warnings(task: formats.Task, examples: Sequence[tuple[str, Example]]) -> lis
 
 
 def token_warnings(rows: Sequence[TokenisedRow], tokenizer: Tokenizer, *, learns: bool) -> list[str]:
-    """What is suspicious in the tokens of rows. `learns`: the task trains on their tokens."""
+    """Warnings about the tokens of rows. `learns`: the task trains on their tokens."""
     lines = []
     if learns:
         endless = [row.location for row in rows if not all(_learns_to_stop(s, tokenizer) for s in row.sequences)]

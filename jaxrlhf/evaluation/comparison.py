@@ -169,7 +169,7 @@ def _prompt(answers: list[dict[str, Any]], by: str) -> dict[str, Any]:
 
 
 def _notes(models: Sequence[Result]) -> list[str]:
-    """What a reader of the tables must know."""
+    """Notes on the tables: differences between the models, and results that are missing."""
     notes = []
     for model in models[1:]:
         name, found, divergence = model["label"], model["against"], model["kl"]

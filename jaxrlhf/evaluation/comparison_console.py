@@ -192,7 +192,7 @@ def _group_component_rows(models: Sequence[Mapping[str, Any]], column: str, name
 
 
 def _explanations(result: Result, width: int) -> list[str]:
-    """How to read the table of models."""
+    """Explanation of the columns of the table of models."""
     sampled = len(result["prompts"][0]["answers"][0]["completions"])
     mean = f"mean {result['by']} of its {sampled} completions" if sampled > 1 else result["by"]
     draws = result["bootstrap"]

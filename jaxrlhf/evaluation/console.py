@@ -118,7 +118,7 @@ def group_rows(groups: Mapping[str, Mapping[str, Any]], column: str) -> list[lis
 
 
 def amounts(stats: Mapping[str, Any]) -> str:
-    """How many prompts and completions were evaluated."""
+    """Numbers of prompts and completions that were evaluated."""
     counts = ((stats["prompts"], "prompt"), (stats["completions"], "completion"))
     return ", ".join(f"{count} {name}{'s' if count != 1 else ''}" for count, name in counts)
 

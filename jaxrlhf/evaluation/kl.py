@@ -39,7 +39,7 @@ def _sums(params: Params, rollout: Rollout, *, model: ModelConfig, temperature: 
 
 
 def obstacle(first: Questions, other: Questions, first_model: ModelConfig, rollout: Rollout, *, greedy: bool) -> str:
-    """Why the KL of the model that sampled `rollout` for `other` to the model of `first` cannot be measured; "" if it
+    """Reason why the KL of the model that sampled `rollout` for `other` to the model of `first` is unknown; "" if it
     can."""
     if greedy:
         return "the completions are greedy, and a KL is a mean over random ones"

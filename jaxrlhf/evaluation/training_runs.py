@@ -1,4 +1,4 @@
-"""What training cost, read from run directories: time, memory and generated tokens, and runs at equal tokens."""
+"""Costs of training from run directories: time, memory and generated tokens; metrics of runs at equal tokens."""
 
 import datetime
 import itertools

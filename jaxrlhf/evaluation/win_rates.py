@@ -1,4 +1,4 @@
-"""How often the answers of one model are better than those of another to the same prompts."""
+"""Win rates: shares of prompts to which one model's answers are better than another's."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from jaxrlhf.metrics.statistics import mean_and_error, wilson
 
 Prompt = dict[str, Any]
 MEASURES = {"score": "mean", "ROUGE-L": "rouge_l"}
-"""What prompts are compared by -> its key in a prompt's result."""
+"""Measure that prompts are compared by -> its key in a prompt's result."""
 
 
 def value_of(prompt: Prompt, by: str) -> float | None:

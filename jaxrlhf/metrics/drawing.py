@@ -15,7 +15,7 @@ SMOOTHED = 100  # noisy curves of at least as many points are drawn pale under t
 
 
 class Run(NamedTuple):
-    """What is drawn of a run."""
+    """Records of a run that are drawn."""
 
     name: str
     method: str

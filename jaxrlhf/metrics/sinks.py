@@ -1,4 +1,4 @@
-"""Where a run is logged besides its own files: TensorBoard, Weights & Biases and trackio.
+"""Loggers besides the run's own files: TensorBoard, Weights & Biases and trackio.
 
 A sink has `name`, and the methods `scalars`, `samples`, `histograms` and `close`. It raises whatever goes wrong; the
 logger drops it then and goes on.

@@ -96,7 +96,7 @@ def needs(plan: Plan, steps: int) -> Iterator[str]:
 
 
 def writes(config: RunConfig, *, fresh: bool) -> Iterator[str]:
-    """What a run would write, and what becomes of one that is there."""
+    """Files that a run would write, and what becomes of an existing run."""
     directory, every, keep = Path(config.run_dir), config.checkpoint.save_every, config.checkpoint.keep
     often = f"every {every} steps, the last {keep}" if every else "at the end and when the run is stopped"
     files = ["config.yaml", "run.json", "metrics.jsonl", "samples.jsonl"] + ["report.html"] * config.logging.report

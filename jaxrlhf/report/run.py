@@ -50,7 +50,7 @@ def write(directory: Path, output: Path | None = None) -> Path:
 
 
 def collect(directory: Path) -> dict[str, Any]:
-    """What the page shows, as a JSON value."""
+    """Data of the page, as a JSON value."""
     files = _Files(directory)
     records, samples = files.lines("metrics.jsonl"), files.lines("samples.jsonl")
     run, baseline, evaluation = (files.json(name) for name in ("run.json", "validation.json", "evaluation.json"))

@@ -1,4 +1,4 @@
-"""What a run did, in sentences, and what to look at before it is trusted."""
+"""Verdict on a run in sentences, and warnings to read before trusting it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ class Change(NamedTuple):
 
 
 def change(records: Sequence[Record], key: str) -> Change | None:
-    """How a metric changed; None if fewer than two records have it."""
+    """Change of a metric; None if fewer than two records have it."""
     values = [record[key] for record in records if isinstance(record.get(key), float | int)]
     values = np.array([value for value in values if math.isfinite(value)])
     if len(values) < 2:
@@ -59,7 +59,7 @@ def change(records: Sequence[Record], key: str) -> Change | None:
 
 
 def window(records: int) -> int:
-    """How many of so many records the final value of a metric is the mean of: LAST, of short runs the last quarter."""
+    """Number of last records whose mean is the final value of a metric: LAST, or a quarter of a short run's."""
     return max(1, min(LAST, records // 4))
 
 

@@ -42,7 +42,7 @@ class Run:
     notes: tuple[str, ...]
     """Messages for the user about this resume."""
     content: dict[str, Any]
-    """What run.json holds."""
+    """Content of run.json."""
     stopping: bool = False
     """A signal asked the run to stop: save at the next step boundary and raise Preempted."""
 

@@ -23,7 +23,7 @@ _LEFT_OUT = ("perf/", "alarm/", "val/", "policy/", "critic/")
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where the parameters of an export come from: a run's directory, and the hash of the rows that it trains on (empty
+    """Origin of the parameters of an export: a run's directory, and the hash of the rows that it trains on (empty
     if it is not known)."""
 
     run: Path
@@ -124,7 +124,7 @@ def _held_out(validation: dict[str, Any], evaluation: dict[str, Any]) -> list[st
 
 
 def _limits(config: RunConfig, results: dict[str, float]) -> list[str]:
-    """What the numbers of the card do not show."""
+    """Limits of the numbers of the card."""
     match config:
         case RewardConfig():
             return [

@@ -19,7 +19,7 @@ FILES = (
     *tokenizer.FILES,
     MORE_TEMPLATES,
 )
-"""What is uploaded of a folder, by name or pattern."""
+"""Files of a folder that are uploaded, by name or pattern."""
 
 
 def push_to_hub(folder: str | Path, name: str, *, private: bool = True) -> str:
@@ -70,7 +70,7 @@ def check_name(name: str) -> str:
 
 
 def notes(folder: Path) -> list[str]:
-    """Why others may not be able to load what was uploaded of a folder."""
+    """Warning if others may be unable to load the upload of a folder."""
     if not peft.is_adapter(folder):
         return []
     base, _ = peft.base_of(folder)
@@ -83,7 +83,7 @@ def notes(folder: Path) -> list[str]:
 
 
 def _problem(error: Exception, name: str) -> str:
-    """What went wrong and what to do."""
+    """Message for a failed upload: cause and remedy."""
     from huggingface_hub import errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)

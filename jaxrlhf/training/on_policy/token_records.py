@@ -30,7 +30,7 @@ DIGITS = 5
 
 
 class Look(NamedTuple):
-    """What a policy thinks of given responses. The temperature is that of sampling."""
+    """Log-probs, entropies and most probable tokens of a policy on given responses, at the sampling temperature."""
 
     logprobs: Array  # f32 [B, R]   as in training
     entropy: Array  # f32 [B, R]   of the whole vocabulary, before top_k, top_p and min_p; nats
@@ -64,7 +64,7 @@ class TokenRecords:
         return TokenRecord(self, batch, rollout, padded, self.look(policy, padded))
 
     def look(self, policy: Params, rollout: Rollout) -> Look:
-        """What `policy` thinks of the responses, on the host. Every device computes all rows: they are few, and need
+        """The `Look` of `policy` at the responses, on the host. Every device computes all rows: they are few, and need
         not be a multiple of the devices."""
         placed = sharding.put_whole(rollout, self._sampler.mesh)
         arguments = {"model": self._sampler.model, "temperature": self._temperature, "parts": self._parts}
@@ -152,7 +152,7 @@ class TokenRecord(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("model", "temperature", "parts"))
 def look(policy: Params, rollout: Rollout, *, model: ModelConfig, temperature: float, parts: int) -> Look:
-    """What a policy thinks of the responses of a rollout, over `parts` micro-batches."""
+    """Run a policy on the responses of a rollout, over `parts` micro-batches."""
 
     def states(part: Rollout) -> tuple[Array, Array]:
         hidden = response_states(policy, model, part)
