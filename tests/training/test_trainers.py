@@ -397,6 +397,18 @@ def test_a_chat_format_that_is_added_travels_into_the_export(supervised, tiny_mo
     assert again.data.train == trainer.data.train and again.tokenizer.stop_ids == trainer.tokenizer.stop_ids
 
 
+@pytest.mark.parametrize(("chat_template", "warned"), [("chatml", True), ("none", False)])
+def test_a_reward_model_of_plain_text_with_a_chat_template_is_warned_about(supervised, tmp_path, chat_template, warned):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"input": "red", "chosen": " yes", "rejected": " no"}) + "\n")
+    options = supervised | {
+        "data": config.Data(path=str(tmp_path / "pairs.jsonl"), template="say {input}:"),
+        "tokenizer": config.TokenizerSource(chat_template=chat_template),
+        "train": config.Train(batch_size=1, max_steps=1),
+    }
+    trainer = RewardTrainer(config.RewardConfig(run_dir=str(tmp_path / "run"), **options))
+    assert ("set tokenizer.chat_template to none" in trainer.about()) == warned
+
+
 FUNCTIONS = """
 def picky(completions): return [float("nan") if len(c) % 3 == 0 else 0.25 for c in completions]
 def letters(tokens): return [[float("e" in text) for text in row] for row in tokens]

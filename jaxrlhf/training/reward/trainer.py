@@ -76,6 +76,17 @@ class RewardTrainer(SupervisedTrainer[RewardConfig]):
         self.evaluation: dict[str, Any] = {}
         """The newest evaluation in full; empty before the first."""
 
+    def about(self) -> str:
+        """Model, precision, devices, tokenizer and data, and a warning if scoring would read texts otherwise."""
+        lines = [super().about()]
+        if self.config.data.template and self.tokenizer.has_chat:
+            lines.append(
+                "warning: data.template makes plain text of the rows, but the tokenizer has a chat template, in which "
+                "the trained model would be given prompts to score; set tokenizer.chat_template to none, or give the "
+                "reward the same text as its `template`"
+            )
+        return "\n".join(lines)
+
     def _first_row(self) -> list[str]:
         first = batching.texts(self.data.train[0])
         names = {1: ["response"], 2: ["chosen", "rejected"]}.get(len(first))
