@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import yaml
 
 from jaxrlhf import runs
@@ -16,10 +15,10 @@ from jaxrlhf.config.file import METHODS
 from jaxrlhf.errors import DataError, first_line
 from jaxrlhf.files import write_whole
 from jaxrlhf.metrics import read_records
-from jaxrlhf.metrics.keys import REWARDS, definition
-from jaxrlhf.metrics.statistics import correlation
-from jaxrlhf.report import curves, tokens, verdict
+from jaxrlhf.metrics.keys import definition
+from jaxrlhf.report import curves, reward_health, tokens, verdict
 from jaxrlhf.report.page import page
+from jaxrlhf.report.samples import by_prompt, cut
 
 T = TypeVar("T")
 REPORT = "report.html"
@@ -30,13 +29,7 @@ NAMES = {
     "ppo": "PPO",
     "grpo": "GRPO",
 }
-LONGEST_TEXT = 4000
-"""Characters of a prompt or completion on the page."""
-ALL_TEXTS = 250_000
-"""Characters of all samples together."""
-STEPS = 12  # steps whose samples are shown
 VALIDATIONS = 60  # rows of the table of held-out metrics
-BINS = 20
 
 
 def write(directory: Path, output: Path | None = None) -> Path:
@@ -73,11 +66,11 @@ def collect(directory: Path) -> dict[str, Any]:
         "tradeoffs": curves.tradeoffs(records, before),
         "restarts": [start["step"] for start in starts[1:] if start.get("step")],
         "definitions": {key: definition(key) for record in records for key in record if key != "step"},
-        "samples": _samples(samples),
-        "tokens": tokens.pack(token_records, _cut),
-        "scores": _score_histogram(samples, token_records),
-        "components": _components(records),
-        "correlations": _correlations(records, token_records),
+        "samples": by_prompt(samples),
+        "tokens": tokens.pack(token_records, cut),
+        "scores": reward_health.score_histogram(samples, token_records),
+        "components": reward_health.components(records),
+        "correlations": reward_health.correlations(records, token_records),
         "validations": _validations(records, before),
         "evaluation": evaluation,
         "about": str(starts[-1].get("about") or "") if starts else "",
@@ -211,50 +204,6 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
-def _cut(content: Any) -> str:
-    content = str(content)
-    left = len(content) - LONGEST_TEXT
-    return f"{content[:LONGEST_TEXT]} ... ({left:,} more characters)" if left > 0 else content
-
-
-def _samples(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Samples by prompt: {"steps": [...], "fixed": [...], "others": [...]}.
-
-    A prompt of "fixed" was sampled at several steps: {"prompt", "held_out", "answers": {step: [completion, score]}}. If
-    it was sampled several times at one step, each time makes a row. "others" are the samples of prompts that did not
-    come back, of the first and the last step.
-    """
-    grouped: dict[tuple[str, bool, int], dict[int, tuple[str, float | None]]] = {}
-    times: dict[tuple[str, bool, int], int] = {}
-    for row in rows:
-        key = str(row.get("prompt", "")), bool(row.get("held_out")), row["step"]
-        times[key] = times.get(key, -1) + 1
-        score = row.get("score")
-        answer = str(row.get("completion", "")), curves.rounded(score) if isinstance(score, float | int) else None
-        grouped.setdefault((key[0], key[1], times[key]), {})[row["step"]] = answer
-    several = {key: answers for key, answers in grouped.items() if len(answers) > 1}
-    steps = sorted({step for answers in several.values() for step in answers})
-    shown = {steps[i] for i in tokens.spread(len(steps), STEPS)}
-    budget, fixed = ALL_TEXTS, []
-    for (prompt, held_out, _), answers in several.items():
-        kept = {step: [_cut(text), score] for step, (text, score) in sorted(answers.items())}
-        ends = (min(kept), max(kept))
-        kept = {step: answer for step, answer in kept.items() if step in shown or step in ends}
-        budget -= sum(len(answer[0]) for answer in kept.values()) + min(len(prompt), LONGEST_TEXT)
-        if budget < 0 and fixed:
-            break
-        fixed.append({"prompt": _cut(prompt), "held_out": held_out, "answers": kept})
-    single = [(*key, *next(iter(answers.items()))) for key, answers in grouped.items() if len(answers) == 1]
-    ends = {step for *_, step, _ in single}
-    ends = {min(ends), max(ends)} if ends and not fixed else set()
-    others = [
-        {"step": step, "prompt": _cut(prompt), "completion": _cut(answer[0]), "score": answer[1]}
-        for prompt, _, _, step, answer in single
-        if step in ends
-    ]
-    return {"fixed": fixed, "left_out": len(several) - len(fixed), "others": others[: STEPS * 2]}
-
-
 def _validations(records: Sequence[Mapping[str, Any]], before: Mapping[str, float]) -> list[dict[str, Any]]:
     """The held-out metrics of the records that have any, evenly thinned, and those of the initial policy."""
     rows = [row for row in [{"step": 0, **before}, *records] if any(key.startswith("eval/") for key in row)]
@@ -263,92 +212,6 @@ def _validations(records: Sequence[Mapping[str, Any]], before: Mapping[str, floa
         {"step": row["step"]} | {key: curves.rounded(row[key]) for key in row if key.startswith("eval/")}
         for row in rows
     ]
-
-
-def _score_histogram(
-    samples: Sequence[Mapping[str, Any]], token_records: Sequence[Mapping[str, Any]]
-) -> dict[str, Any] | None:
-    """Histograms of early and late scores, of what has most of them: held-out prompts at the first and last step, or
-    samples of training or recorded sequences in the first and last third of their steps."""
-    sources = {
-        "held-out prompts": [row for row in samples if row.get("held_out")],
-        "samples": [row for row in samples if not row.get("held_out")],
-        "recorded sequences": token_records,
-    }
-    scores = {
-        name: [(row["step"], row["score"]) for row in rows if curves.is_finite(row.get("score"))]
-        for name, rows in sources.items()
-    }
-    of, rows = max(scores.items(), key=lambda item: len(item[1]))
-    steps = sorted({step for step, _ in rows})
-    if len(steps) < 2:
-        return None
-    part = 1 if of == "held-out prompts" else max(1, len(steps) // 3)
-    ends = steps[:part], steps[-part:]
-    groups = [[score for step, score in rows if step in end] for end in ends]
-    edges = np.histogram_bin_edges(np.concatenate(groups), BINS)
-    names = [f"step {end[0]}" if len(end) == 1 else f"steps {end[0]} to {end[-1]}" for end in ends]
-    return {
-        "of": of,
-        "edges": [curves.rounded(float(edge)) for edge in edges],
-        "series": [
-            {"label": f"{name} ({len(group)})", "counts": np.histogram(group, edges)[0].tolist()}
-            for name, group in zip(names, groups, strict=True)
-        ],
-    }
-
-
-def _components(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each component of the score: first and last mean, and what was unscored, cut or failed."""
-    keys = {key for record in records for key in record if key.startswith(REWARDS) and key.endswith("/errors")}
-    rows = []
-    for name in sorted(key.split("/")[1] for key in keys):
-
-        def values(part: str, suffix: str = "", name: str = name) -> list[float]:
-            key = f"{REWARDS}{name}{suffix}/{part}"
-            return [record[key] for record in records if isinstance(record.get(key), float | int)]
-
-        def last(*key: str) -> float | int | None:
-            found = values(*key)
-            found = found[-verdict.window(len(found)) :]
-            return curves.rounded(float(np.mean(found))) if found else None
-
-        means = values("mean")
-        rows.append(
-            {
-                "name": name,
-                "first": curves.rounded(means[0]) if means else None,
-                "last": last("mean"),
-                "std": last("std"),
-                "length": last("length_correlation"),
-                "unanswered": last("mean", "_unanswered"),
-                "truncated": last("mean", "_truncated"),
-                "errors": int(sum(values("errors"))),
-            }
-        )
-    return rows
-
-
-def _correlations(
-    records: Sequence[Mapping[str, Any]], token_records: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Correlations of score with length and KL: [{"name", "value", "count", "of"}]."""
-    found = []
-    scored = [r for r in token_records if isinstance(r.get("score"), float | int)]
-    score = np.array([r["score"] for r in scored], np.float64)
-    for name, of in (("length", lambda r: len(r["pieces"])), ("KL", lambda r: sum(v or 0 for v in r["kl"]))):
-        if len(scored) > 3 and (name == "length" or all(isinstance(r.get("kl"), list) for r in scored)):
-            value = correlation(score, np.array([of(r) for r in scored], np.float64))
-            found.append({"name": name, "value": value, "count": len(scored), "of": "recorded sequences"})
-    for name, key in (("length", "tokens/mean_length"), ("KL", "objective/kl")):
-        rows = [(r["objective/scores"], r[key]) for r in records if "objective/scores" in r and key in r]
-        rows = [row for row in rows if np.isfinite(row).all()]
-        if len(rows) > 3:
-            scores, others = np.array(rows, np.float64).T
-            found.append(
-                {"name": f"mean {name}", "value": correlation(scores, others), "count": len(rows), "of": "updates"}
-            )
-    return found
 
 
 def _reproduce(
