@@ -332,7 +332,8 @@ def test_generate_with_prompts_writes_selected_rows(config, drawn, tmp_path, cap
     assert main([*asked, "--keep", "pairs", "--threshold", "2", "--max-pass-rate", "0.4"]) == 0
     shown = capsys.readouterr().out
     assert "generate step 5/5 score=0.8571" in shown
-    assert shown.endswith(f"wrote {tmp_path}/out.jsonl\n")
+    assert f"wrote {tmp_path}/out.jsonl\n" in shown
+    assert shown.endswith(f"--data.path {tmp_path}/out.jsonl  # train on them\n")
     assert [row["answer"] for row in read(tmp_path / "out.jsonl")] == [0, 1, 2]
     assert main(asked) == 7, "not over a file that is there"
     assert main(["generate", "m", "--prompt", "x", "--best-by", "r.yaml"]) == 3
