@@ -48,13 +48,13 @@ def token_logprobs(
     weight, rows = lm_weight(params, model)
     layout = "tvd" if model.tie_embeddings else "dtv"
     tokens = model.adapters.tokens if model.adapters and rows is not None else ()
-    chunks = _chunks(layout, model.vocab_size, targets.size, model.dtype, entropy_gradient, tokens)
+    chunks = _chunks(layout, model, targets.size, entropy_gradient, tokens)
     return _token_logprobs(chunks, weight, rows, hidden, targets, support, jnp.asarray(temperature, jnp.float32))
 
 
 def logits_bytes(model: ModelConfig, positions: int) -> int:
     """Peak size in bytes of the logits that `token_logprobs` holds for this number of positions."""
-    chunks = _chunks("tvd", model.vocab_size, positions, model.dtype, False, ())
+    chunks = _chunks("tvd", model, positions, False, ())
     return 4 * positions * chunks.shares * chunks.width
 
 
@@ -134,16 +134,17 @@ class _Chunks:
 
 
 def _chunks(
-    layout: str, vocabulary: int, positions: int, dtype: str, entropy_gradient: bool, row_tokens: tuple[int, ...]
+    layout: str, model: ModelConfig, positions: int, entropy_gradient: bool, row_tokens: tuple[int, ...]
 ) -> _Chunks:
+    vocabulary = model.vocab_size
     shares = SHARES if vocabulary % (8 * SHARES) == 0 else 1
     size = vocabulary // shares
-    target = max(8, runtime.logits_alive(jax.default_backend()) // positions // shares, MIN_CHUNK // shares)
+    target = max(8, runtime.logits_alive(model.platform) // positions // shares, MIN_CHUNK // shares)
     step = width = size
     if target < size:
         step = 8 * math.ceil(size / math.ceil(size / target) / 8)
         width = step + size % 8
-    return _Chunks(layout, shares, size, step, width, dtype, entropy_gradient, row_tokens)
+    return _Chunks(layout, shares, size, step, width, model.dtype, entropy_gradient, row_tokens)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -5,10 +5,13 @@ shard and gathers when needed) and `tensor` (each device computes its share of h
 Gradients and Adam's moments are sharded like their parameters, because their paths end in the parameter's path.
 """
 
+import contextlib
 import math
 import re
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +26,7 @@ from jaxrlhf.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))
+Platform = Literal["cpu", "gpu", "tpu"]
 HOST = "pinned_host"  # memory kind for offloading: host memory that devices can access
 
 # By the end of the path; a leading None is the stacked layer axis. A packed kernel (models/packed.py) is sharded like
@@ -40,12 +44,37 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
+_devices: ContextVar[Sequence[Any] | None] = ContextVar("devices", default=None)
+
+
+@contextlib.contextmanager
+def on_devices(devices: Sequence[Any]) -> Iterator[None]:
+    """While the block runs, meshes are made of these devices in place of jax's own: those of a topology, for which
+    programs are compiled and which need not exist."""
+    token = _devices.set(devices)
+    try:
+        yield
+    finally:
+        _devices.reset(token)
+
+
+def platform(mesh: jax.sharding.Mesh | None = None) -> Platform:
+    """The platform of a mesh's devices; without a mesh that of jax's own."""
+    name = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return name if name in ("cpu", "tpu") else "gpu"
+
+
+def is_here(mesh: jax.sharding.Mesh) -> bool:
+    """Return True for a mesh of jax's own devices, False for one of a topology, which can hold no arrays."""
+    return mesh.devices.flat[0] in jax.devices()
+
+
 def make_mesh(shape: config.Mesh) -> jax.sharding.Mesh:
     """Create the mesh of a run from the first data * fsdp * tensor devices. `data: 0` uses all devices.
 
     Raises ConfigError if there are fewer devices, or if `data: 0` leaves a remainder.
     """
-    devices = jax.devices()
+    devices = _devices.get() or jax.devices()
     inner = shape.fsdp * shape.tensor
     data = shape.data or len(devices) // inner
     total = data * inner
@@ -109,7 +138,7 @@ def element_indices(shape: tuple[int, ...], first: ArrayLike = 0) -> Array:
 
 def put_rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Put arrays on the devices, their leading axis (rows) split over `data` and `fsdp`."""
-    return jax.device_put(tree, NamedSharding(mesh, ROWS))
+    return _put(tree, NamedSharding(mesh, ROWS))
 
 
 def rows_shape(array: Any, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
@@ -119,7 +148,14 @@ def rows_shape(array: Any, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
 
 def put_whole(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Put arrays on the devices, replicated."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    return _put(tree, NamedSharding(mesh, P()))
+
+
+def _put(tree: Any, to: NamedSharding) -> Any:
+    """Arrays with this sharding; on a mesh that is not here, their shapes."""
+    if next(iter(to.device_set)) in jax.devices():
+        return jax.device_put(tree, to)
+    return jax.tree.map(lambda x: with_shardings(x, to), tree)
 
 
 def to_host(tree: Any) -> Any:
@@ -139,17 +175,25 @@ def to_device(tree: Any) -> Any:
 
     ShapeDtypeStructs (with shardings) become ShapeDtypeStructs in device memory.
     """
-    return _with_memory_kind(tree, jax.local_devices()[0].default_memory().kind)
+    return _with_memory_kind(tree, None)
 
 
-def _with_memory_kind(tree: Any, kind: str) -> Any:
+def _with_memory_kind(tree: Any, kind: str | None) -> Any:
+    """Move arrays to another memory; None: the default memory of their devices."""
+
     def move(x: Any) -> Any:
-        if x.sharding.memory_kind == kind:
+        goal = kind or _default_memory(x.sharding)
+        if x.sharding.memory_kind == goal:
             return x
-        target = x.sharding.with_memory_kind(kind)
+        target = x.sharding.with_memory_kind(goal)
         return jax.device_put(x, target) if isinstance(x, Array) else with_shardings(x, target)
 
     return jax.tree.map(move, tree)
+
+
+def _default_memory(sharding: jax.sharding.Sharding) -> str:
+    device = next(iter(sharding.device_set))
+    return device.default_memory().kind if device in jax.devices() else "device"  # a topology of GPUs has none
 
 
 def check_host_memory(mesh: jax.sharding.Mesh, what: str) -> None:

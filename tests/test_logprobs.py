@@ -48,8 +48,8 @@ def cut_at(monkeypatch, tokens):
 @pytest.mark.parametrize(("tied", "temperature"), [(True, 1.0), (False, 0.6)])
 def test_values_and_gradients_are_those_of_log_softmax(monkeypatch, vocabulary, tokens, pieces, tied, temperature):
     cut_at(monkeypatch, tokens)
-    assert logprobs._chunks("tvd", vocabulary, 21, "float32", False, ()).count == pieces
     model = dataclasses.replace(TINY, tie_embeddings=tied, vocab_size=vocabulary)
+    assert logprobs._chunks("tvd", model, 21, False, ()).count == pieces
     params, hidden, targets = case(model)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=targets.shape).astype(np.float32))
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrlhf import memory, weights
+from jaxrlhf import memory, sharding, weights
 from jaxrlhf.config import Data, PPOConfig
 from jaxrlhf.data import datasets, tokenise
 from jaxrlhf.data.examples import Example
@@ -60,7 +60,8 @@ class Trial:
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
-        self.model = setup.model_config(config.model, self.tokenizer, "lm", config.lora)
+        mesh = sharding.make_mesh(config.mesh)
+        self.model = setup.model_config(config.model, self.tokenizer, "lm", config.lora, mesh)
         self.stops = {*self.tokenizer.stops(config.sampling.stop_strings), *config.sampling.stop_token_ids}
         self.rows = datasets.prompts_from_texts(built_in_prompts(self.tokenizer), {}, Data(), self.tokenizer)
         self.trainer: PPOTrainer | None = None

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrlhf import runtime, weights
+from jaxrlhf import runtime, sharding, weights
 from jaxrlhf.config import ModelSource, PPOConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, Split, prompt_rows
@@ -79,7 +79,7 @@ def load_model(config: PPOConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, Pa
 def load_weights(source: ModelSource, seed: int, tokenizer: Tokenizer) -> tuple[ModelConfig, Params]:
     """Load a language model in its compute dtype; `seed` is for random weights (`init`). Raises DataError if its
     vocabulary does not match the tokenizer."""
-    dtype = runtime.resolve_dtype(source.compute_dtype, jax.default_backend())
+    dtype = runtime.resolve_dtype(source.compute_dtype, sharding.platform())
     model, params = weights.load(
         source.path,
         revision=source.revision,

@@ -72,6 +72,7 @@ class ModelConfig:
     num_labels: int = 1  # of a scalar head; 2: the score is the probability of label 1
     attention_scale: float | None = None  # None: head_dim ** -0.5
     attention_scale_by_layer: bool = False  # GPT-2's scale_attn_by_inverse_layer_idx
+    platform: Literal["cpu", "gpu", "tpu"] = "cpu"  # that computes it: sizes of chunks, layouts for decoding
     dtype: Literal["float32", "bfloat16"] = "float32"  # operands of matrix products; they accumulate in float32
     kernels: Literal["float", "int8"] = "float"  # int8: for inference only, see rollout/inference_copy.py
     remat: Literal["none", "full", "dots"] = "none"

@@ -148,7 +148,7 @@ def _on_policy_phases(trainer: PPOTrainer | GRPOTrainer, found: Programs) -> Ite
     shares = sharding.row_shards(trainer.mesh)
     reward_models = [model.params for model in trainer.scorer.models.values()]
     annotating = learning = standing = _standing(state, trainer.frozen, reward_models)
-    apart = jax.default_backend() != "cpu"  # whether the host has memory of its own
+    apart = sharding.platform(trainer.mesh) != "cpu"  # whether the host has memory of its own
     if config.optim.offload and apart:  # on the device for the update alone
         annotating = standing = {**standing, "optimizer state": 0}
     if config.reference.offload and apart:  # on the device for annotation alone

@@ -99,7 +99,7 @@ def check_slots(model: ModelConfig, slots: int, columns: int, mesh: jax.sharding
     """Raise ConfigError for less than one slot, or if a cache [slots, columns] does not fit in device memory."""
     if slots < 1:
         raise ConfigError(f"rollout.slots is {slots}; it must be at least 1")
-    shards = sharding.row_shards(mesh) if mesh and jax.default_backend() != "cpu" else 1  # CPU devices share memory
+    shards = sharding.row_shards(mesh) if mesh and sharding.platform(mesh) != "cpu" else 1  # CPU devices share memory
     itemsize = jnp.dtype(model.dtype).itemsize
     slot_bytes = 2 * model.num_layers * model.num_kv_heads * columns * model.head_dim * itemsize
     free = memory.free_on_device()

@@ -41,7 +41,7 @@ def inference_copy(model: ModelConfig, params: Params, dtype: RolloutDType) -> t
 def inference_model(model: ModelConfig, dtype: RolloutDType) -> ModelConfig:
     """Model config that `inference_copy` returns."""
     # on CPUs, XLA's float32 products read W[in, out] 20 % faster than W[out, in], the layout of an embedding
-    untie = model.tie_embeddings and dtype == "float32" and jax.default_backend() == "cpu"
+    untie = model.tie_embeddings and dtype == "float32" and model.platform == "cpu"
     return dataclasses.replace(
         model,
         dtype=model.dtype if dtype == "int8" else dtype,

@@ -45,7 +45,7 @@ def export(run: Path, target: Path, role: Literal["policy", "critic"] = "policy"
     if role == "critic":
         model, params, source = _critic(settings, tokenizer, mesh, trained, identity)
     else:
-        model = setup.model_config(source, tokenizer, head, settings.lora)
+        model = setup.model_config(source, tokenizer, head, settings.lora, mesh)
         params = trained["reward" if method == "reward" else "policy"]
         if settings.lora.enabled or (method == "reward" and settings.frozen_trunk):
             name = "reference" if method in ("ppo", "grpo") else "frozen parameters"
@@ -103,7 +103,7 @@ def _critic(
     settings: PPOConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, trained: dict[str, Params], identity: Identity
 ) -> tuple[ModelConfig, Params, ModelSource]:
     """(model, parameters, source of its config.json) of the critic of a PPO run."""
-    source, policy = settings.model, setup.model_config(settings.model, tokenizer, "lm", settings.lora)
+    source, policy = settings.model, setup.model_config(settings.model, tokenizer, "lm", settings.lora, mesh)
     reward_model: RewardModel | None = None
     trunk: Params = {}
     frozen_trunk = settings.critic.trunk == "frozen" or settings.lora.enabled

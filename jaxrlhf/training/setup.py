@@ -37,28 +37,32 @@ def keys(seed: int) -> jax.Array:
     return jax.random.split(jax.random.key(seed), 4)
 
 
-def model_config(source: ModelSource, tokenizer: Tokenizer, head: str | None, lora: LoRA) -> ModelConfig:
+def model_config(
+    source: ModelSource, tokenizer: Tokenizer, head: str | None, lora: LoRA, mesh: jax.sharding.Mesh
+) -> ModelConfig:
     """The model of a run, before any weights are read. Raises ConfigError for adapters on matrices and layers that it
     does not have."""
     model = weights.load_config(
         source.path,
         revision=source.revision,
         head=head,
-        compute_dtype=runtime.resolve_dtype(source.compute_dtype, jax.default_backend()),
-        remat=runtime.resolve_remat(source.remat, jax.default_backend()),
+        compute_dtype=source.compute_dtype,
+        remat=source.remat,
+        platform=sharding.platform(mesh),
     )
     if tokenizer.added and tokenizer.size > model.vocab_size:
         model = dataclasses.replace(model, vocab_size=tokenizer.size)
     added = tuple(range(tokenizer.size - tokenizer.added, tokenizer.size))
-    return with_attention(with_adapters(model, lora, added), source)
+    return with_attention(with_adapters(model, lora, added), source, trial=sharding.is_here(mesh))
 
 
-def with_attention(model: ModelConfig, source: ModelSource) -> ModelConfig:
-    """The model with the attention that `source` asks for; ConfigError if that is cudnn and cannot be used."""
-    kind = runtime.resolve_attention(source.attention, jax.default_backend(), model.dtype)
+def with_attention(model: ModelConfig, source: ModelSource, *, trial: bool = True) -> ModelConfig:
+    """The model with the attention that `source` asks for; ConfigError if that is cudnn and cannot be used. Without a
+    `trial`, cudnn is taken to work for the shapes that it has kernels for."""
+    kind = runtime.resolve_attention(source.attention, model.platform, model.dtype)
     if kind == "cudnn":
         reason = "it computes in bfloat16, and the model's products are in float32" * (model.dtype != "bfloat16")
-        reason = reason or cudnn_trouble(model.num_heads, model.num_kv_heads, model.head_dim)
+        reason = reason or cudnn_trouble(model.num_heads, model.num_kv_heads, model.head_dim, trial)
         if reason and source.attention == "cudnn":
             raise ConfigError(f"model.attention is cudnn, which cannot be used: {reason}. Use plain, or auto")
         kind = "plain" if reason else "cudnn"
@@ -75,10 +79,10 @@ def load_model(config: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh,
     model, params = weights.load(
         source.path,
         revision=source.revision,
-        dtype=param_dtype(config),
-        compute_dtype=runtime.resolve_dtype(source.compute_dtype, jax.default_backend()),
+        dtype=param_dtype(config, mesh),
+        compute_dtype=source.compute_dtype,
         head=head,
-        remat=runtime.resolve_remat(source.remat, jax.default_backend()),
+        remat=source.remat,
         init=source.init,
         key=keys(config.seed)[0],
         mesh=mesh,
@@ -96,14 +100,14 @@ def load_model(config: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh,
     return params
 
 
-def param_dtype(config: RunConfig) -> DType:
+def param_dtype(config: RunConfig, mesh: jax.sharding.Mesh) -> DType:
     """Storage dtype of the parameters that a run loads. auto: float32 if they train, the compute dtype under
     adapters."""
     if config.model.param_dtype != "auto":
         return config.model.param_dtype
     if not config.lora.enabled:
         return "float32"
-    return runtime.resolve_dtype(config.model.compute_dtype, jax.default_backend())
+    return runtime.resolve_dtype(config.model.compute_dtype, sharding.platform(mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "mesh"))
@@ -151,15 +155,16 @@ def describe(config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, report
     """Model, precision, devices, tokenizer and data of a run, one line each."""
     shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))
     millions = sum(x.size for x in jax.tree.leaves(shapes)) / 1e6
-    device = jax.devices()[0]
+    device = mesh.devices.flat[0]
     new = f" and the rows of {tokenizer.added} new tokens" if tokenizer.added else ""
     base = "the base model" + (f", in {config.lora.quantize}," if config.lora.quantize != "none" else "")
     grid = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     lines = [
         f"model {config.model.path}: {model.family}, {millions:.1f} M parameters, context {model.max_positions}, "
-        f"parameters {param_dtype(config)}, products {model.dtype}, attention {model.attention}"
+        f"parameters {param_dtype(config, mesh)}, products {model.dtype}, attention {model.attention}"
     ]
     if config.lora.enabled:
         lines.append(f"adapters of rank {config.lora.rank}{new} train, {base} is frozen")
-    lines.append(f"devices: {grid} of {jax.device_count()} {device.platform} ({device.device_kind})")
+    count = jax.device_count() if sharding.is_here(mesh) else mesh.size
+    lines.append(f"devices: {grid} of {count} {device.platform} ({device.device_kind})")
     return "\n".join([*lines, *tokenizer.notes, str(report)])

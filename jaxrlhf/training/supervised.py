@@ -41,7 +41,7 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
         sharding.check_rows(train.eval_batch_size, self.mesh, "train.eval_batch_size")
         self._num_micro = train.batch_size // micro
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
-        self.model = setup.model_config(config.model, self.tokenizer, head, config.lora)
+        self.model = setup.model_config(config.model, self.tokenizer, head, config.lora, self.mesh)
         _, self.key, _, self._lora_key = setup.keys(config.seed)
         self._results: dict[str, float] = {}
         self._origin: Origin | None = None  # once `.train()` has opened the run

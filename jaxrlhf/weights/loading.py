@@ -18,12 +18,12 @@ from jaxrlhf.config import DType, ModelSource, TokenizerSource
 from jaxrlhf.data.tokenizer import Tokenizer, load_tokenizer
 from jaxrlhf.errors import ConfigError, DataError
 from jaxrlhf.models import ModelConfig
-from jaxrlhf.runtime import resolve_dtype
+from jaxrlhf.runtime import resolve_dtype, resolve_remat
 from jaxrlhf.types import Params
 from jaxrlhf.weights import families, mapping, peft, safetensors
 from jaxrlhf.weights.hub import CONFIG, base_and_adapters, listing, resolve, tokenizer_folder
 
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["auto", "none", "full", "dots"]
 _abstract = ContextVar("abstract_weights", default=False)
 
 
@@ -69,7 +69,7 @@ def load(
         raise ConfigError(f"dtype must be 'auto', 'float32' or 'bfloat16', got {dtype!r}")
     read_files = init == "pretrained" and (dtype == "auto" or not _abstract.get())
     folder = resolve(path, revision, weights=read_files)
-    model, new_head = _read_config(folder, head, compute_dtype, remat)
+    model, new_head = _read_config(folder, head, compute_dtype, remat, sharding.platform(mesh))
     folder, adapters = base_and_adapters(folder, weights=read_files)
     if adapters:
         if init == "random":
@@ -132,19 +132,25 @@ def load_config(
     head: str | None = None,
     compute_dtype: DType = "auto",
     remat: Remat = "none",
+    platform: sharding.Platform | None = None,
 ) -> ModelConfig:
-    """The `ModelConfig` that `load` returns, from config.json alone; arguments and errors as in `load`."""
-    return _read_config(resolve(path, revision, weights=False), head, compute_dtype, remat)[0]
+    """The `ModelConfig` that `load` returns, from config.json alone; arguments and errors as in `load`. `platform` is
+    that of the devices that will compute it (None: jax's default)."""
+    folder = resolve(path, revision, weights=False)
+    return _read_config(folder, head, compute_dtype, remat, platform or sharding.platform())[0]
 
 
-def _read_config(folder: Path, head: str | None, compute_dtype: DType, remat: Remat) -> tuple[ModelConfig, bool]:
+def _read_config(
+    folder: Path, head: str | None, compute_dtype: DType, remat: Remat, platform: sharding.Platform
+) -> tuple[ModelConfig, bool]:
     """(the model, whether it needs a new score head)."""
     folder, adapters = base_and_adapters(folder)
     labels = 0 if adapters is None else peft.num_labels(adapters)
     if labels:  # the score head is stored with the adapters
         if head not in (None, "linear"):
             raise DataError(f"{adapters}: adapters with a trained linear score head, and '{head}' was asked for")
-        return dataclasses.replace(_read_config(folder, "linear", compute_dtype, remat)[0], num_labels=labels), False
+        model, _ = _read_config(folder, "linear", compute_dtype, remat, platform)
+        return dataclasses.replace(model, num_labels=labels), False
     file = folder / CONFIG
     if not file.is_file():
         raise DataError(f"{folder}: no {CONFIG}; the folder holds: {listing(folder)}")
@@ -162,7 +168,13 @@ def _read_config(folder: Path, head: str | None, compute_dtype: DType, remat: Re
         raise DataError(f"{stored}, not '{head}' as asked; ask for '{model.head}', or start from a language model")
     if new_head:
         model = dataclasses.replace(model, head=head, num_labels=1)
-    return dataclasses.replace(model, dtype=resolve_dtype(compute_dtype, jax.default_backend()), remat=remat), new_head
+    model = dataclasses.replace(
+        model,
+        platform=platform,
+        dtype=resolve_dtype(compute_dtype, platform),
+        remat=resolve_remat(remat, platform),
+    )
+    return model, new_head
 
 
 def resize_embeddings(model: ModelConfig, params: Params, vocab_size: int) -> tuple[ModelConfig, Params]:

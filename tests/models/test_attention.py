@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +73,7 @@ def test_without_a_gpu_cudnn_is_refused_and_auto_is_plain(make, monkeypatch):
         with_attention(model, ModelSource(attention="cudnn"))
     with pytest.raises(ConfigError, match="products are in float32"):
         with_attention(make(head_dim=8), ModelSource(attention="cudnn"))
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # a card whose trial fails
+    model = dataclasses.replace(model, platform="gpu")  # a card whose trial fails
     assert with_attention(model, ModelSource()).attention == "plain"
     monkeypatch.setattr(attention, "cudnn_attend", attention.attend)  # one whose trial agrees
     attention.cudnn_trouble.cache_clear()

@@ -60,7 +60,7 @@ class RewardModel:
         tokenizer: TokenizerSource | None = None,
     ) -> None:
         self.path, self.revision, self.mesh = path, revision, mesh
-        self.dtype: DType = runtime.resolve_dtype(dtype, jax.default_backend())
+        self.dtype: DType = runtime.resolve_dtype(dtype, sharding.platform(mesh))
         self.model_config = weights.load_config(path, revision=revision)
         if self.model_config.head == "lm":
             raise DataError(

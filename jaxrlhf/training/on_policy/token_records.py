@@ -165,7 +165,7 @@ def look(policy: Params, rollout: Rollout, *, model: ModelConfig, temperature: f
 
     logprobs, hidden = from_micro_batches(jax.lax.map(states, to_micro_batches(rollout, parts)))
     positions = hidden.reshape(-1, hidden.shape[-1])
-    at_a_time = max(1, min(len(positions), runtime.logits_alive(jax.default_backend()) // model.vocab_size))
+    at_a_time = max(1, min(len(positions), runtime.logits_alive(model.platform) // model.vocab_size))
     found = jax.lax.map(alternatives, positions, batch_size=at_a_time)  # never all logits at once
     return Look(logprobs, *(x.reshape(*logprobs.shape, *x.shape[1:]) for x in found))
 

@@ -59,7 +59,7 @@ class OnPolicyTrainer(Generic[Config]):
         self.keys = setup.keys(config.seed)
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = prompt_rows(config.data, self.tokenizer) if config.data.path else None
-        self.model = setup.model_config(config.model, self.tokenizer, "lm", config.lora)
+        self.model = setup.model_config(config.model, self.tokenizer, "lm", config.lora, self.mesh)
         train, held_out = (self.data.train, self.data.validation) if self.data else ([], [])
         longest = max((len(row.tokens) for row in [*train, *held_out]), default=0)
         self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, longest)
