@@ -295,6 +295,12 @@ class Tokenizer:
         added = self.added + len(hf) - len(self._hf)
         return Tokenizer(hf, self._source, hf.pad_token_id, self.stop_ids, added, None)
 
+    def without_chat_template(self) -> "Tokenizer":
+        """A tokenizer with the same tokens and no chat template: prompts are plain text."""
+        hf = copy.deepcopy(self._hf)
+        hf.chat_template = None
+        return Tokenizer(hf, self._source, self.pad_id, self.stop_ids, self.added, None)
+
     def save(self, directory: Path | str) -> None:
         """Write the tokenizer to a folder; an unchanged one is copied byte for byte. Template arguments become
         defaults of its chat template."""

@@ -29,10 +29,13 @@ def save(
 
     Of a run with adapters only those are written, in PEFT's layout, unless they are to be merged or would not be enough
     (see `_base_model`). A classifier gets two labels, so that its score is the probability of the good one. A reward
-    model gets a pad token that ends no text, if possible (see `padding_note`).
+    model gets a pad token that ends no text, if possible (see `padding_note`), and no chat template if `data.template`
+    made plain text of its rows: it is given prompts to score as it was trained.
     """
     if isinstance(config, RewardConfig) and config.loss == "classification" and model.num_labels == 1:
         model, params = with_two_labels(model, params)
+    if isinstance(config, RewardConfig) and config.data.template and tokenizer.has_chat:
+        tokenizer = tokenizer.without_chat_template()
     base = _base_model(config, model) if "lora" in params and not merge_lora else None
     if config.tokenizer.pad_token is None:
         model, params, tokenizer = with_pad_token(model, params, tokenizer, may_grow=base is None)

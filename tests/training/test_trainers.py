@@ -12,8 +12,11 @@ from support.runs import equal, length_reward, records
 
 import jaxrlhf
 from jaxrlhf import config, sharding
+from jaxrlhf.data.tokenizer import load_tokenizer
 from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted, RewardError, StorageError
+from jaxrlhf.rewards.sources.model import RewardModel
 from jaxrlhf.training import setup
+from jaxrlhf.training.export import export
 from jaxrlhf.training.on_policy.sampler import occurrences
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.reward.trainer import RewardTrainer
@@ -397,8 +400,8 @@ def test_a_chat_format_that_is_added_travels_into_the_export(supervised, tiny_mo
     assert again.data.train == trainer.data.train and again.tokenizer.stop_ids == trainer.tokenizer.stop_ids
 
 
-@pytest.mark.parametrize(("chat_template", "warned"), [("chatml", True), ("none", False)])
-def test_a_reward_model_of_plain_text_with_a_chat_template_is_warned_about(supervised, tmp_path, chat_template, warned):
+@pytest.mark.parametrize(("chat_template", "noted"), [("chatml", True), ("none", False)])
+def test_a_reward_model_of_plain_text_scores_plain_text(supervised, tmp_path, chat_template, noted):
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"input": "red", "chosen": " yes", "rejected": " no"}) + "\n")
     options = supervised | {
         "data": config.Data(path=str(tmp_path / "pairs.jsonl"), template="say {input}:"),
@@ -406,7 +409,15 @@ def test_a_reward_model_of_plain_text_with_a_chat_template_is_warned_about(super
         "train": config.Train(batch_size=1, max_steps=1),
     }
     trainer = RewardTrainer(config.RewardConfig(run_dir=str(tmp_path / "run"), **options))
-    assert ("set tokenizer.chat_template to none" in trainer.about()) == warned
+    assert ("exported without the tokenizer's chat template" in trainer.about()) == noted
+    text = trainer.data.train[0].chosen.tokens
+    for folder in (trainer.save_pretrained(tmp_path / "saved"), trainer.train() and tmp_path / "run"):
+        model = RewardModel(str(folder), micro_batch_size=1)
+        assert not model.tokenizer.has_chat
+        expected, _ = model.score_ids([text])
+        np.testing.assert_array_equal(model.score_texts(["say red:"], [" yes"], [True])[0], expected)
+    export(tmp_path / "run", tmp_path / "exported")
+    assert not load_tokenizer(tmp_path / "exported").has_chat
 
 
 FUNCTIONS = """

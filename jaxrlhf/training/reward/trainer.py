@@ -77,13 +77,13 @@ class RewardTrainer(SupervisedTrainer[RewardConfig]):
         """The newest evaluation in full; empty before the first."""
 
     def about(self) -> str:
-        """Model, precision, devices, tokenizer and data, and a warning if scoring would read texts otherwise."""
+        """Model, precision, devices, tokenizer and data, and the format of prompts to score if it is not the
+        tokenizer's."""
         lines = [super().about()]
         if self.config.data.template and self.tokenizer.has_chat:
             lines.append(
-                "warning: data.template makes plain text of the rows, but the tokenizer has a chat template, in which "
-                "the trained model would be given prompts to score; set tokenizer.chat_template to none, or give the "
-                "reward the same text as its `template`"
+                "data.template makes plain text of the rows: the model is exported without the tokenizer's chat "
+                "template, and reads the prompts that it scores as plain text"
             )
         return "\n".join(lines)
 
