@@ -32,9 +32,9 @@ if [ -z "${MODEL:-}" ]; then
   [ -d model ] || python "$scripts/stand_in.py" qwen2.5-0.5b-instruct model --text data/text.jsonl \
     --steps "$(quick 600 4)" ${TOKENIZER:+--tokenizer "$TOKENIZER"}
   sft=(--optim.learning_rate 1e-3 --train.micro_batch_size 16 --train.max_steps "$(quick 150 4)")
-  reward=(--optim.learning_rate 2e-3 --train.micro_batch_size 16 --train.max_steps "$(quick 600 4)")
+  reward=(--optim.learning_rate 2e-3 --train.micro_batch_size 16 --train.max_steps "$(quick 400 4)")
   ppo=(--optim.learning_rate 2e-3 --optim.schedule linear --ppo.micro_batch_size null --ppo.kl_coef 0.1
-    --ppo.batch_size "$(quick 128 32)" --ppo.total_episodes "$(quick 12800 64)")
+    --ppo.batch_size "$(quick 128 32)" --ppo.total_episodes "$(quick 10240 64)")
 fi
 
 # Adapters that answer in StrictBot's form, and the reward model: an MLP head on the frozen SFT model.
