@@ -95,7 +95,7 @@ def test_the_tables_hold_the_numbers_and_sort(opened):
     rows = [row.inner_text().split("\t") for row in table.locator("tbody tr").all()]
     head = [cell.inner_text() for cell in table.locator("thead th").all()]
     second = dict(zip(head, rows[1], strict=True))
-    assert second["win rate"].startswith("0.67 [") and second["KL to A"] == "0.25 ± 0.05"
+    assert second["win rate"].startswith("0.67 [") and second["KL to A"] == "0.250 ± 0.050"
     assert second["wins \u2013 ties \u2013 losses"] == "2 \u2013 0 \u2013 1"
     assert dict(zip(head, rows[2], strict=True))["KL to A"] == "\u2013"
     table.get_by_role("button", name="difference from A").click()

@@ -22,9 +22,17 @@ function drawCompare(data, root) {
 
 // ---------------------------------------------------------------------------------------------------- numbers
 
-function withError(value, digits = 3) {
+// Mean and standard error to the decimals that the first two digits of the error have.
+function withError(value) {
   if (!value || value.mean === undefined || value.mean === null) return "–";
-  return `${number(value.mean, digits)} ± ${value.standard_error === null ? "?" : number(value.standard_error, 2)}`;
+  return plusMinus(value.mean, value.standard_error);
+}
+
+function plusMinus(mean, error) {
+  if (error === null || error === 0) return `${number(mean, 3)} ± ${error === null ? "?" : 0}`;
+  const decimals = Math.min(6, Math.max(0, 1 - Math.floor(Math.log10(error))));
+  const text = (x) => x.toLocaleString("en", { minimumFractionDigits: decimals, maximumFractionDigits: decimals });
+  return `${text(mean)} ± ${text(error)}`.replace(/-/g, "−");
 }
 
 function withInterval(share, interval) {
@@ -46,8 +54,8 @@ function verdict(model, data) {
   const found = model.against, name = `${model.label} (${visible(model.model)})`;
   if (!found.prompts) return `${name} cannot be compared with A.`;
   const gain = found.difference.mean;
-  const difference = gain === 0 ? "scores as A does" : `${data.by === "score" ? "scores" : "is"} ${number(Math.abs(gain), 3)}`
-    + (found.difference.standard_error === null ? "" : ` ± ${number(found.difference.standard_error, 2)}`)
+  const difference = gain === 0 ? "scores as A does" : `${data.by === "score" ? "scores" : "is"} `
+    + (found.difference.standard_error === null ? number(Math.abs(gain), 3) : plusMinus(Math.abs(gain), found.difference.standard_error))
     + ` ${gain > 0 ? "higher" : "lower"} than A${data.by === "score" ? "" : ` in ${data.by}`}`;
   const controlled = found.length_controlled;
   return `${name} ${difference}; win rate ${withInterval(found.win_rate, found.win_rate_interval_95)}, at equal length `
