@@ -3,7 +3,9 @@
 Imports no jax. Variables that are already set in the environment are never changed.
 """
 
+import contextlib
 import hashlib
+import importlib.util
 import math
 import os
 import platform
@@ -45,7 +47,7 @@ def configure() -> None:
         if _devices_started():
             late.append(f"{setting.name}={setting.value}")
         elif setting.read == "jax" and "jax" in sys.modules:
-            value = setting.value if setting.name.endswith("_DIR") else float(setting.value)
+            value = float(setting.value) if setting.name.endswith("_SECS") else setting.value
             sys.modules["jax"].config.update(setting.name.lower(), value)
     if late:
         warnings.warn(
@@ -70,6 +72,9 @@ def defaults() -> list[Setting]:
     if quota is not None and quota < _processors():
         # XLA starts a thread per processor; those beyond the container's CPU quota would be throttled
         settings.append(Setting("PJRT_NPROC", str(quota), "devices"))
+    if _only_compilers():
+        # jax would look for a GPU or TPU, and print that it failed
+        settings.append(Setting("JAX_PLATFORMS", "cpu", "jax"))
     if Path("/proc/driver/nvidia/version").exists() and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         # jax's default is 0.75; it refuses to start if this name and the older one are both set
         settings.append(Setting("XLA_CLIENT_MEM_FRACTION", "0.9", "devices"))
@@ -156,6 +161,22 @@ def _processors() -> int:
 def _devices_started() -> bool:
     bridge = sys.modules.get("jax._src.xla_bridge")  # no public function tells without starting them
     return bridge is not None and bool(getattr(bridge, "backends_are_initialized", lambda: True)())
+
+
+def _only_compilers(root: Path = Path("/")) -> bool:
+    """Return True if jax's plugins for GPUs or TPUs are installed, but no such device is there: they serve to compile
+    (extras plan-gpu and plan-tpu)."""
+    spec = importlib.util.find_spec("jax_plugins")
+    plugins = {
+        file.name for place in (spec and spec.submodule_search_locations) or () for file in Path(place).iterdir()
+    }
+    if not plugins <= {"xla_cuda12", "xla_cuda13"} or not (plugins or importlib.util.find_spec("libtpu")):
+        return False
+    nvidia = any((root / file).exists() for file in ("proc/driver/nvidia", "dev/nvidiactl", "dev/dxg"))
+    with contextlib.suppress(OSError):
+        vendors = {file.read_text(encoding="ascii").strip() for file in (root / "sys/bus/pci/devices").glob("*/vendor")}
+        return not nvidia and "0x1ae0" not in vendors  # Google's, as jax recognises a TPU
+    return False
 
 
 def _huge_pages_on_request(file: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")) -> bool:

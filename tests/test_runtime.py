@@ -40,7 +40,8 @@ def test_a_setting_that_comes_too_late_is_named_with_the_remedy():
     done = python(f"import jax; {share} runtime.configure(); {show}", XDG_CACHE_HOME="/tmp/some")
     assert done.stderr == "", "no device has been used"
     assert done.stdout.startswith("/tmp/some/jaxrlhf/xla-") and done.stdout.endswith(" 0.0\n")
-    done = python(f"import jax; jax.devices(); {share} runtime.configure(); runtime.configure()")
+    code = f"import jax; jax.devices(); {share} runtime.configure(); runtime.configure()"
+    done = python(code, JAX_PLATFORMS="cpu")
     assert done.stderr.count("jax had started before jaxrlhf.runtime.configure()") == 1
     assert "so 3 settings have no effect: JAX_COMPILATION_CACHE_DIR=" in done.stderr and "PJRT_NPROC=2" in done.stderr
     assert "before anything uses jax" in done.stderr
@@ -111,3 +112,31 @@ def test_a_command_that_computes_starts_again_with_huge_pages():
 )
 def test_auto_dtype_by_backend(requested, backend, dtype):
     assert runtime.resolve_dtype(requested, backend) == dtype
+
+
+@pytest.mark.parametrize(
+    "plugins, libtpu, device, expected",
+    [
+        ([], False, "", False),  # plain jax
+        (["xla_cuda13"], False, "", True),
+        ([], True, "", True),
+        (["xla_cuda13"], True, "dev/nvidiactl", False),
+        (["xla_cuda12"], False, "dev/dxg", False),  # WSL
+        ([], True, "sys/bus/pci/devices/0/vendor", False),  # a TPU VM
+        (["xla_cuda13", "xla_rocm7"], False, "", False),  # another accelerator's plugin, of which we know nothing
+    ],
+)
+def test_compilers_without_an_accelerator_leave_jax_on_the_cpu(
+    plugins, libtpu, device, expected, tmp_path, monkeypatch
+):
+    packages = tmp_path / "packages"
+    for name in ["jax_plugins", *(f"jax_plugins/{plugin}" for plugin in plugins), *["libtpu"] * libtpu]:
+        (packages / name).mkdir(parents=True)
+    file = tmp_path / "root" / (device or "dev/null")
+    file.parent.mkdir(parents=True)
+    file.write_text("0x1ae0\n")
+    monkeypatch.setattr(sys, "path", [str(packages)])
+    for name in ("jax_plugins", "libtpu"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    sys.path_importer_cache.clear()
+    assert runtime._only_compilers(tmp_path / "root") is expected
