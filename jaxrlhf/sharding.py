@@ -1,8 +1,9 @@
 """Device mesh and sharding rules: one table from parameter path to PartitionSpec.
 
-The mesh has three axes. Rows of a batch are split over `data` and `fsdp`; parameters over `fsdp` (each device keeps a
-shard and gathers when needed) and `tensor` (each device computes its share of heads, mlp columns and vocabulary).
-Gradients and Adam's moments are sharded like their parameters, because their paths end in the parameter's path.
+The mesh has four axes. Rows of a batch are split over `replica`, `data` and `fsdp`; parameters over `fsdp` (each device
+keeps a shard and gathers when needed) and `tensor` (each device computes its share of heads, mlp columns and
+vocabulary). `replica` differs from `data` only in where its devices are: across hosts or slices of a TPU. Gradients and
+Adam's moments are sharded like their parameters, because their paths end in the parameter's path.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
@@ -24,8 +26,9 @@ from jax.typing import ArrayLike
 from jaxrlhf import config
 from jaxrlhf.errors import ConfigError
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = P(("data", "fsdp"))
+AXES = ("replica", "data", "fsdp", "tensor")
+ROW_AXES = ("replica", "data", "fsdp")
+ROWS = P(ROW_AXES)
 Platform = Literal["cpu", "gpu", "tpu"]
 HOST = "pinned_host"  # memory kind for offloading: host memory that devices can access
 
@@ -69,23 +72,69 @@ def is_here(mesh: jax.sharding.Mesh) -> bool:
     return mesh.devices.flat[0] in jax.devices()
 
 
-def make_mesh(shape: config.Mesh) -> jax.sharding.Mesh:
-    """Create the mesh of a run from the first data * fsdp * tensor devices. `data: 0` uses all devices.
+def mesh_sizes(shape: config.Mesh, devices: int) -> dict[str, int]:
+    """The size of every axis of a mesh of at most this number of devices, that of -1 (or `data: 0`) inferred.
 
-    Raises ConfigError if there are fewer devices, or if `data: 0` leaves a remainder.
+    Raises ConfigError if the mesh needs more devices, or if the other axes do not divide their number.
     """
-    devices = _devices.get() or jax.devices()
-    inner = shape.fsdp * shape.tensor
-    data = shape.data or len(devices) // inner
-    total = data * inner
-    if not 0 < total <= len(devices) or (shape.data == 0 and total != len(devices)):
+    sizes = {axis: getattr(shape, axis) for axis in AXES}
+    free = next((axis for axis, size in sizes.items() if size < 1), None)
+    given = math.prod(size for axis, size in sizes.items() if axis != free)
+    text = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    if free and devices % given:
+        divisors = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
         raise ConfigError(
-            f"mesh: data {shape.data} x fsdp {shape.fsdp} x tensor {shape.tensor} does not fit "
-            f"{len(devices)} {devices[0].platform} device(s); to simulate more on a CPU, set "
-            "XLA_FLAGS=--xla_force_host_platform_device_count=N"
+            f"mesh: {text} does not fit {devices} devices: the axes beside {free} need {given}, which does not divide "
+            f"them; use sizes with a product among {divisors}"
         )
-    grid = np.asarray(devices[:total]).reshape(data, shape.fsdp, shape.tensor)
+    if not free and given > devices:
+        raise ConfigError(
+            f"mesh: {text} does not fit {devices} device{'s' * (devices > 1)}, it needs {given}; use smaller sizes, or "
+            "-1 for one axis, which then takes the devices that the others leave"
+        )
+    return sizes | ({free: devices // given} if free else {})
+
+
+def make_mesh(shape: config.Mesh) -> jax.sharding.Mesh:
+    """Create the mesh of a run from the first devices, as many as it needs. Raises ConfigError if it does not fit."""
+    devices = _devices.get() or jax.devices()
+    try:
+        sizes = mesh_sizes(shape, len(devices))
+    except ConfigError as error:
+        if devices[0].platform != "cpu":
+            raise
+        more = "to simulate more CPU devices, set XLA_FLAGS=--xla_force_host_platform_device_count=N"
+        raise ConfigError(f"{error}; {more}") from None
+    needed = math.prod(sizes.values())
+    grid = arrange(devices[:needed], tuple(sizes.values()), whole=needed == len(devices))
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(devices: Sequence[Any], sizes: tuple[int, ...], *, whole: bool = True) -> np.ndarray:
+    """Devices as a grid of these sizes: outer axes across hosts and slices, inner ones along fast connections.
+
+    CPUs and GPUs, which jax lists host by host, keep their order. TPUs are arranged along the torus of their slice,
+    where they are all of it (`whole`), and slices along the outermost axes. Raises ConfigError if `tensor` would have
+    to cross slices.
+    """
+    if devices[0].platform != "tpu" or not whole:
+        return np.asarray(devices).reshape(sizes)
+    left = len({device.slice_index for device in devices})
+    if left == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    across = []
+    for size in sizes[:-1]:
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    if left > 1:
+        slices = math.prod(across) * left
+        raise ConfigError(
+            f"mesh.tensor ({sizes[-1]}) would cross the {slices} TPU slices, whose connections are too slow for it; "
+            f"set mesh.replica to {slices}"
+        )
+    across.append(1)
+    within = [size // n for size, n in zip(sizes, across, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
@@ -137,7 +186,7 @@ def element_indices(shape: tuple[int, ...], first: ArrayLike = 0) -> Array:
 
 
 def put_rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Put arrays on the devices, their leading axis (rows) split over `data` and `fsdp`."""
+    """Put arrays on the devices, their leading axis (rows) split over `replica`, `data` and `fsdp`."""
     return _put(tree, NamedSharding(mesh, ROWS))
 
 
@@ -209,12 +258,12 @@ def check_host_memory(mesh: jax.sharding.Mesh, what: str) -> None:
 
 
 def row_shards(mesh: jax.sharding.Mesh) -> int:
-    """Number of shards of a batch: data x fsdp."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    """Number of shards of a batch: replica x data x fsdp."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def check_rows(rows: int, mesh: jax.sharding.Mesh, what: str) -> None:
     """Raise ConfigError if the mesh cannot split a batch evenly. `what` is the config key to change."""
     shards = row_shards(mesh)
     if rows % shards:
-        raise ConfigError(f"{what} ({rows}) must be a multiple of mesh.data x mesh.fsdp ({shards})")
+        raise ConfigError(f"{what} ({rows}) must be a multiple of mesh.replica x mesh.data x mesh.fsdp ({shards})")

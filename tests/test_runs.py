@@ -40,7 +40,7 @@ def test_files_of_a_run_directory(config):
         and settings["sampling"]["stop_token_ids"] == []
     )
     record = json.loads((run.directory / "run.json").read_text())
-    assert record["method"] == "sft" and record["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert record["method"] == "sft" and record["mesh"] == {"replica": 1, "data": 1, "fsdp": 1, "tensor": 1}
     assert record["versions"]["jax"] and record["starts"][0]["command"] == sys.argv
     assert record["starts"][0]["outcome"] == "done" and len(record["starts"][0]["config_sha256"]) == 64
     assert record["starts"][0]["peak_memory"].keys() == {"host", "device"}

@@ -1,5 +1,7 @@
 """The mesh and the rule table."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,15 +20,70 @@ def abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def test_the_data_axis_takes_the_remaining_devices():
-    assert dict(mesh(data=0, fsdp=2).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+def test_one_axis_takes_the_devices_that_the_others_leave():
+    assert dict(mesh(data=-1, fsdp=2).shape) == {"replica": 1, "data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(mesh(replica=2, fsdp=-1, tensor=2).shape) == {"replica": 2, "data": 1, "fsdp": 2, "tensor": 2}
+    assert mesh(replica=-1).shape["replica"] == mesh(tensor=-1).shape["tensor"] == 8
+    assert mesh(data=0, fsdp=2).shape == mesh(data=-1, fsdp=2).shape, "0 is the older spelling"
     assert mesh().size == 1
 
 
-@pytest.mark.parametrize("shape", [{"data": 9}, {"data": 0, "fsdp": 3}, {"fsdp": 4, "tensor": 4}])
-def test_mesh_that_does_not_fit_is_refused_with_its_numbers(shape: dict[str, int]):
-    with pytest.raises(ConfigError, match=r"does not fit 8 cpu device"):
+@pytest.mark.parametrize(
+    ("shape", "numbers"),
+    [
+        ({"data": 9}, r"data 9 .* does not fit 8 devices, it needs 9; .*--xla_force_host_platform_device_count"),
+        ({"fsdp": 4, "tensor": 4}, "it needs 16"),
+        ({"data": -1, "fsdp": 3}, "axes beside data need 3, which does not divide them; .* among 1, 2, 4, 8"),
+        ({"data": 0, "fsdp": 16}, "axes beside data need 16"),
+        ({"data": -1, "fsdp": -1}, r"mesh.data \(-1\) and mesh.fsdp \(-1\) would each take"),
+        ({"tensor": 0}, "mesh.tensor is 0: an axis has at least one device"),
+        ({"replica": -2}, "replica"),
+    ],
+)
+def test_mesh_that_does_not_fit_is_refused_with_its_numbers(shape: dict[str, int], numbers: str):
+    with pytest.raises(ConfigError, match=numbers):
         mesh(**shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """What the arrangement of TPUs reads of a device: 2 x 4 chips a slice."""
+
+    id: int
+    device_kind: str = "TPU v5 lite"
+    platform: str = "tpu"
+    core_on_chip: int = 0
+
+    @property
+    def slice_index(self) -> int:
+        return self.id // 8
+
+    @property
+    def coords(self) -> tuple[int, int, int]:
+        return self.id % 2, self.id % 8 // 2, 0
+
+
+def test_outer_axes_go_across_the_slices_of_a_tpu_and_inner_ones_stay_within():
+    devices = [Tpu(i) for i in range(32)]
+
+    def slices(grid: np.ndarray, axis: str) -> set[int]:
+        """In how many slices a group of devices along this axis lies."""
+        lines = np.moveaxis(grid, sharding.AXES.index(axis), -1).reshape(-1, grid.shape[sharding.AXES.index(axis)])
+        return {len({device.slice_index for device in line}) for line in lines}
+
+    grid = sharding.arrange(devices, (4, 1, 2, 4))
+    assert sorted(device.id for device in grid.flat) == list(range(32))
+    assert slices(grid, "replica") == {4} and slices(grid, "fsdp") == slices(grid, "tensor") == {1}
+    grid = sharding.arrange(devices, (2, 2, 2, 4))
+    assert slices(grid, "replica") == slices(grid, "data") == {2} and slices(grid, "tensor") == {1}
+    assert slices(sharding.arrange(devices, (1, 1, 8, 4)), "fsdp") == {4}
+    grid = sharding.arrange(devices[:8], (1, 1, 2, 4))
+    assert sorted(device.id for device in grid.flat) == list(range(8))
+    assert [device.id for device in grid.flat] != list(range(8)), "along the torus, by jax's own arrangement"
+    with pytest.raises(ConfigError, match=r"mesh.tensor \(32\) would cross the 4 TPU slices"):
+        sharding.arrange(devices, (1, 1, 1, 32))
+    part = sharding.arrange(devices[:6], (1, 1, 3, 2), whole=False)
+    assert [device.id for device in part.flat] == list(range(6))
 
 
 def test_rules_split_layers_and_leave_norms_whole():

@@ -14,6 +14,7 @@ from jaxrlhf.errors import ConfigError
 T = TypeVar("T")
 Count = Annotated[int, Field(strict=True, ge=1)]
 Natural = Annotated[int, Field(strict=True, ge=0)]
+AxisSize = Annotated[int, Field(strict=True, ge=-1)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]  # PRNG keys keep 32 bits: larger seeds would collide
 Bool = Annotated[bool, Field(strict=True)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from jaxrlhf.config.base import (
+    AxisSize,
     Bool,
     Count,
     Fraction,
@@ -142,14 +143,32 @@ class Train:
 
 @section
 class Mesh:
-    """Device mesh: data x fsdp x tensor."""
+    """Device mesh: replica x data x fsdp x tensor. One of the sizes may be -1: all devices that the others leave."""
 
-    data: Natural = 1
-    """Data-parallel size. 0: all devices not used by the other two axes."""
-    fsdp: Count = 1
+    replica: AxisSize = 1
+    """Number of groups of devices with a copy of the parameters each; batches are split over them. The outermost axis:
+    use it across hosts or TPU slices, whose connections are slow."""
+    data: AxisSize = 1
+    """Data-parallel size: the same as `replica`, within a host or slice. 0 means -1, as in older configs."""
+    fsdp: AxisSize = 1
     """Number of devices to shard parameters and optimizer state over (batches are sharded too)."""
-    tensor: Count = 1
-    """Tensor-parallel size."""
+    tensor: AxisSize = 1
+    """Tensor-parallel size: each device computes a share of the attention heads, MLP columns and vocabulary. Must
+    divide the numbers of heads and of key-value heads."""
+
+    def __post_init__(self) -> None:
+        for axis in ("replica", "fsdp", "tensor"):
+            if getattr(self, axis) == 0:
+                raise ValueError(
+                    f"mesh.{axis} is 0: an axis has at least one device; -1 takes all devices that the others leave"
+                )
+        free = [axis for axis in ("replica", "data", "fsdp", "tensor") if getattr(self, axis) < 1]
+        if len(free) > 1:
+            sizes = " and ".join(f"mesh.{axis} ({getattr(self, axis)})" for axis in free)
+            raise ValueError(
+                f"{sizes} would each take the devices that the other axes leave, which only one axis can; give the "
+                "others a size"
+            )
 
 
 @section

@@ -1,5 +1,6 @@
 """Output of `jaxrlhf plan`: memory per phase, whether it fits, minimum time of a step, and options that save memory."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxrlhf import memory, runtime
+from jaxrlhf import memory, runtime, sharding
 from jaxrlhf.config import DType, GRPOConfig, PPOConfig, replace
 from jaxrlhf.errors import JaxrlhfError, first_line
 from jaxrlhf.plan import PARTS, Plan, RunConfig, costs, plan
@@ -103,7 +104,8 @@ def knobs(config: RunConfig, devices: int) -> list[Knob]:
         section, batch = "train", config.train.batch_size
         micro = config.train.micro_batch_size or batch
     mesh, lora, backend = config.mesh, config.lora, jax.default_backend()
-    row_shards = mesh.fsdp * (mesh.data or devices // (mesh.fsdp * mesh.tensor))
+    sizes = sharding.mesh_sizes(mesh, devices)
+    row_shards = math.prod(sizes[axis] for axis in sharding.ROW_AXES)
     slower, rounded, adapters = "same result, slower", "nearly the same result", "trains adapters, not the model"
 
     def is_wide(dtype: DType) -> bool:
@@ -117,8 +119,12 @@ def knobs(config: RunConfig, devices: int) -> list[Knob]:
         (lora.enabled and is_wide(config.model.param_dtype), {"model.param_dtype": "bfloat16"}, rounded),
         (config.optim.state_dtype != "bfloat16", {"optim.state_dtype": "bfloat16"}, rounded),
         (
-            mesh.fsdp * mesh.tensor < devices,
-            {"mesh.data": 1, "mesh.fsdp": devices // mesh.tensor},
+            sizes["fsdp"] * sizes["tensor"] < devices,
+            {
+                **({"mesh.replica": 1} if mesh.replica != 1 else {}),
+                "mesh.data": 1,
+                "mesh.fsdp": devices // sizes["tensor"],
+            },
             "same result; parameters are sharded instead of replicated",
         ),
     ]

@@ -23,7 +23,7 @@ from typing import Any, TextIO, TypeVar
 
 import yaml
 
-from jaxrlhf import checkpoint, memory
+from jaxrlhf import checkpoint, memory, sharding
 from jaxrlhf.config import replace, text
 from jaxrlhf.errors import Preempted, StorageError, first_line
 from jaxrlhf.files import write_whole
@@ -201,7 +201,7 @@ def _record(previous: dict[str, Any], config: Any, method: str) -> dict[str, Any
         "method": method,
         "versions": previous.get("versions") or start["versions"],
         "platform": platform.platform(),
-        "mesh": dataclasses.asdict(config.mesh),
+        "mesh": dict(sharding.make_mesh(config.mesh).shape),
         "starts": [*previous.get("starts", []), start],
     }
 

@@ -296,7 +296,7 @@ def test_options_that_the_models_contradict_are_refused_before_weights_are_read(
     (narrow / "config.json").write_text(json.dumps(described | {"max_position_embeddings": 16}))
     for options, said in {
         "no such folder": (second, "none"),
-        "rows": (rows | judge, r"a mini-batch, \(2\) must be a multiple of mesh.data x mesh.fsdp \(4\)"),
+        "rows": (rows | judge, r"a mini-batch, \(2\) must be a multiple of mesh.replica x mesh.data x mesh.fsdp \(4\)"),
         "context": (ppo | {"reward": config.RewardSource(model=str(narrow))}, "for the reward model .* context is 16"),
     }.values():
         with pytest.raises((ConfigError, DataError), match=said):
