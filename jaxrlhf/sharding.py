@@ -48,17 +48,19 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 _devices: ContextVar[Sequence[Any] | None] = ContextVar("devices", default=None)
+_memory: ContextVar[int | None] = ContextVar("memory", default=None)
 
 
 @contextlib.contextmanager
-def on_devices(devices: Sequence[Any]) -> Iterator[None]:
+def on_devices(devices: Sequence[Any], memory: int | None = None) -> Iterator[None]:
     """While the block runs, meshes are made of these devices in place of jax's own: those of a topology, for which
-    programs are compiled and which need not exist."""
-    token = _devices.set(devices)
+    programs are compiled and which need not exist. `memory` is the bytes that each has, if known."""
+    tokens = _devices.set(devices), _memory.set(memory)
     try:
         yield
     finally:
-        _devices.reset(token)
+        _devices.reset(tokens[0])
+        _memory.reset(tokens[1])
 
 
 def platform(mesh: jax.sharding.Mesh | None = None) -> Platform:
@@ -70,6 +72,14 @@ def platform(mesh: jax.sharding.Mesh | None = None) -> Platform:
 def is_here(mesh: jax.sharding.Mesh) -> bool:
     """Return True for a mesh of jax's own devices, False for one of a topology, which can hold no arrays."""
     return mesh.devices.flat[0] in jax.devices()
+
+
+def device_memory(mesh: jax.sharding.Mesh) -> int | None:
+    """Bytes of memory of one device of the mesh, for a topology those that `on_devices` was given; None if not known,
+    as on CPUs."""
+    if not is_here(mesh):
+        return _memory.get()
+    return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 
 
 def mesh_sizes(shape: config.Mesh, devices: int) -> dict[str, int]:

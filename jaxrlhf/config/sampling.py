@@ -50,6 +50,10 @@ class Generation:
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """Dtype of the decoding copy. auto: model.compute_dtype. Any other choice samples from a slightly different policy:
     training log-probs are always recomputed, and val/sampler_logprob_gap reports the difference."""
+    layout: Literal["auto", "replicated", "sharded"] = "auto"
+    """Layout of the decoding copy on the mesh. replicated: split over mesh.tensor only, so that each device decodes its
+    rows by itself. sharded: split over mesh.fsdp too, as in training: less memory, but devices exchange activations of
+    all rows at every token. auto: replicated if that takes at most a quarter of a device's memory."""
     slots: Natural = 0
     """Number of rows decoded concurrently; a finished row is replaced by the next prompt (continuous batching). 0: the
     whole batch. Fewer slots use less memory, and less time if response lengths vary a lot."""

@@ -18,6 +18,7 @@ from jaxrlhf.logprobs import logits_bytes
 from jaxrlhf.models import empty_cache
 from jaxrlhf.plan import costs
 from jaxrlhf.plan.programs import Programs, Trainer, abstract_trainer, compile_longest
+from jaxrlhf.rollout import engine
 from jaxrlhf.training.dpo.trainer import DPOTrainer
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
 from jaxrlhf.training.ppo.trainer import PPOTrainer
@@ -159,7 +160,8 @@ def _on_policy_phases(trainer: PPOTrainer | GRPOTrainer, found: Programs) -> Ite
     slots = min(sampler.slots or batch, batch)
     cache = jax.eval_shape(lambda: empty_cache(sampler.decoder, slots, sampler.columns + length))
     copy = {"decoding copy": size(found["convert"][0].outputs)}
-    cached = {"keys and values": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // shares}
+    apiece = engine.cache_shards(sampler.decoder, trainer.mesh)
+    cached = {"keys and values": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // apiece}
     drawn = [one for name in ("generate", "admit", "advance") for one in found.get(name, ())]
     if "advance" in found:  # an argument of that program
         copy, cached = copy | cached, {}

@@ -105,7 +105,7 @@ def _compile_dpo(trainer: DPOTrainer, programs: Programs) -> None:
 
 
 def _compile_samples(samples: Samples, params: Params, key: jax.Array, programs: Programs) -> None:
-    decoder_params = programs.compile(convert, params, samples.model, samples.decoder)
+    decoder_params = programs.compile(convert, params, *samples.conversion)
     programs.compile(generate, decoder_params, samples.decoder, samples.prompts, key, samples.sampling, *samples.stops)
 
 
@@ -149,7 +149,7 @@ def _compile_rollout(
     sampler = trainer.sampler
     group = sampler.shared(len(rows))
     prompts = sampler.prompts(rows, group)
-    decoder_params = programs.compile(convert, policy, sampler.model, sampler.decoder)
+    decoder_params = programs.compile(convert, policy, *sampler.conversion)
     options = sampler.sampling, *sampler.stops
     if not 0 < sampler.slots < len(rows):
         return programs.compile(generate, decoder_params, sampler.decoder, prompts, KEY, *options, group)

@@ -48,7 +48,7 @@ def generate_in_slots(
     if mesh is not None:
         sharding.check_rows(queue.slots, mesh, "rollout.slots")
         state = jax.device_put(state, _shardings(state, mesh))
-    may_shrink = mesh is None or mesh.size == 1
+    shards = 1 if mesh is None else sharding.row_shards(mesh)
     table = SlotTable(queue.slots)
     names = ("tokens", "logprobs", "count", "ended", *(("support",) if sampling.renormalise_logprobs else ()))
     rows = len(queue.prompts.index) * queue.group
@@ -57,15 +57,15 @@ def generate_in_slots(
         while queue and table.free >= queue.slots_needed(table.busy):
             admitted, starting = queue.take(table.free)
             state = _admit(params, decoding, state, admitted, table.assign(starting), key)
-        smaller = table.size // SHRINK
-        if not queue and 0 < table.busy <= smaller and may_shrink:
-            state = _select(state, table.shrink(smaller))
-            smaller = table.size // SHRINK
+        smaller = _fewer(table.size, shards)
+        if not queue and 0 < table.busy <= smaller:
+            state = _select(state, table.shrink(smaller), mesh)
+            smaller = _fewer(table.size, shards)
         # idle slots at which to stop: for the next prefill, for fewer slots, or all
         if queue:
             enough = table.free + min(queue.slots_needed(table.busy), table.busy)
         else:
-            enough = table.size - (smaller if table.busy > smaller and may_shrink else 0)
+            enough = table.size - (smaller if table.busy > smaller else 0)
         state = _advance(params, decoding, state, np.int32(enough))
         on_host = jax.device_get({name: getattr(state, name) for name in names})
         busy = ~on_host["ended"] & (on_host["count"] < sampling.response_length)
@@ -99,7 +99,9 @@ def check_slots(model: ModelConfig, slots: int, columns: int, mesh: jax.sharding
     """Raise ConfigError for less than one slot, or if a cache [slots, columns] does not fit in device memory."""
     if slots < 1:
         raise ConfigError(f"rollout.slots is {slots}; it must be at least 1")
-    shards = sharding.row_shards(mesh) if mesh and sharding.platform(mesh) != "cpu" else 1  # CPU devices share memory
+    shards = 1
+    if mesh is not None and sharding.platform(mesh) != "cpu":  # CPU devices share memory
+        shards = cache_shards(model, mesh)
     itemsize = jnp.dtype(model.dtype).itemsize
     slot_bytes = 2 * model.num_layers * model.num_kv_heads * columns * model.head_dim * itemsize
     free = memory.free_on_device()
@@ -111,8 +113,28 @@ def check_slots(model: ModelConfig, slots: int, columns: int, mesh: jax.sharding
         )
 
 
+def _fewer(slots: int, shards: int) -> int:
+    """The next smaller number of slots that a mesh can split evenly; 0 if there is none."""
+    return slots // SHRINK // shards * shards
+
+
+def cache_shards(model: ModelConfig, mesh: jax.sharding.Mesh) -> int:
+    """Number of shards of the keys and values of a cache: rows, and heads if `tensor` divides them."""
+    tensor = mesh.shape["tensor"]
+    return sharding.row_shards(mesh) * (tensor if model.num_kv_heads % tensor == 0 else 1)
+
+
 def _shardings(slots: Slots, mesh: jax.sharding.Mesh) -> Any:
-    return jax.tree.map(lambda x: NamedSharding(mesh, sharding.ROWS if x.ndim else P()), slots)
+    """Rows are split like those of a batch, heads of keys and values over `tensor`."""
+    rows, replicated = NamedSharding(mesh, sharding.ROWS), NamedSharding(mesh, P())
+    tensor = mesh.shape["tensor"]
+
+    def heads(x: Array) -> NamedSharding:
+        return NamedSharding(mesh, P(*sharding.ROWS, "tensor")) if tensor > 1 and x.shape[1] % tensor == 0 else rows
+
+    cache = jax.tree.map(lambda _: rows, slots.cache)
+    cache = dataclasses.replace(cache, k=jax.tree.map(heads, slots.cache.k), v=jax.tree.map(heads, slots.cache.v))
+    return dataclasses.replace(jax.tree.map(lambda x: rows if x.ndim else replicated, slots), cache=cache)
 
 
 _empty_slots = jax.jit(empty_slots, static_argnames=("decoding", "batch", "prompt_columns"))
@@ -146,7 +168,8 @@ def _admit(params: Params, decoding: Decoding, slots: Slots, prompts: Prompts, t
 _advance = partial(jax.jit, static_argnames="decoding", donate_argnames="slots")(advance)
 
 
-@jax.jit
-def _select(slots: Slots, kept: Array) -> Slots:
-    """Keep the slots with the numbers `kept`."""
-    return jax.tree.map(lambda x: x[kept] if x.ndim else x, slots)
+@partial(jax.jit, static_argnames="mesh")
+def _select(slots: Slots, kept: Array, mesh: jax.sharding.Mesh | None) -> Slots:
+    """Keep the slots with the numbers `kept`, split over the mesh as before."""
+    fewer = jax.tree.map(lambda x: x[kept] if x.ndim else x, slots)
+    return fewer if mesh is None else jax.lax.with_sharding_constraint(fewer, _shardings(fewer, mesh))

@@ -2,6 +2,10 @@
 
 Training uses stacked layers and float32 parameters. Decoding reads every weight once per token and is faster with
 separate layers, weights in the precision of the products, and the memory layout the device multiplies fastest.
+
+On a mesh the copy is laid out anew. Training splits its weights over `fsdp`, which a decode step would pay for at every
+token, by gathering weights or by adding up partial sums of all rows. The copy is split over `tensor` alone, if it fits,
+so that each device decodes its own rows and exchanges no more than tensor parallelism needs.
 """
 
 import dataclasses
@@ -11,13 +15,16 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf import lora
+from jaxrlhf import lora, sharding
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.models import ModelConfig, unstack
+from jaxrlhf.models import ModelConfig, init, unstack
 from jaxrlhf.sharding import path_of
 from jaxrlhf.types import Params
 
 RolloutDType = Literal["float32", "bfloat16", "int8"]
+Layout = Literal["auto", "replicated", "sharded"]
+SHARE = 1 / 4
+"""Part of a device's memory that the copy may take on each device to be replicated by layout "auto"."""
 
 
 def inference_copy(model: ModelConfig, params: Params, dtype: RolloutDType) -> tuple[ModelConfig, Params]:
@@ -53,9 +60,54 @@ def inference_model(model: ModelConfig, dtype: RolloutDType) -> ModelConfig:
     )
 
 
-@partial(jax.jit, static_argnames=("model", "inference"))
-def convert(params: Params, model: ModelConfig, inference: ModelConfig) -> Params:
-    """Convert parameters of `model` to those of `inference` (see `inference_model`), with adapters merged."""
+def split_axes(inference: ModelConfig, mesh: jax.sharding.Mesh, layout: Layout) -> tuple[str, ...]:
+    """Axes of the mesh over which the weights of a copy are split, by layout.
+
+    replicated: `tensor` only. sharded: `fsdp` too, as in training. auto: replicated if the copy then takes at most
+    `SHARE` of a device's memory, or if that is not known, as on CPUs.
+    """
+    if layout == "auto":
+        capacity = sharding.device_memory(mesh)
+        weights = jax.eval_shape(lambda: init(dataclasses.replace(inference, kernels="float"), jax.random.key(0)))
+        itemsize = 1 if inference.kernels == "int8" else jnp.dtype(inference.dtype).itemsize
+        each = sum(x.size for x in jax.tree.leaves(weights)) * itemsize // mesh.shape["tensor"]
+        layout = "replicated" if capacity is None or each <= SHARE * capacity else "sharded"
+    return ("tensor",) if layout == "replicated" else ("fsdp", "tensor")
+
+
+def copy_shardings(copy: Params, inference: ModelConfig, mesh: jax.sharding.Mesh, axes: tuple[str, ...]) -> Params:
+    """NamedShardings of a copy: those of training (`sharding.RULES`), with `axes` alone."""
+
+    def place(keys, x):
+        path, shape = path_of(keys), x.shape
+        transposed = inference.kernels == "int8" and path.endswith("kernel")  # see `_int8`
+        if transposed:
+            shape = shape[::-1]
+        stacked = path.startswith("layers/")
+        spec = tuple(sharding.spec(path, (1, *shape) if stacked else shape, mesh))[stacked:]
+        kept = [axis if axis in axes else None for axis in spec + (None,) * (len(shape) - len(spec))]
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(kept[::-1] if transposed else kept)))
+
+    return jax.tree_util.tree_map_with_path(place, copy)
+
+
+@partial(jax.jit, static_argnames=("model", "inference", "mesh", "axes"))
+def convert(
+    params: Params,
+    model: ModelConfig,
+    inference: ModelConfig,
+    mesh: jax.sharding.Mesh | None = None,
+    axes: tuple[str, ...] = (),
+) -> Params:
+    """Convert parameters of `model` to those of `inference` (see `inference_model`), with adapters merged; on a mesh
+    also to the layout of `copy_shardings`."""
+    copy = _converted(params, model, inference)
+    if mesh is None or mesh.size == 1:
+        return copy
+    return jax.lax.with_sharding_constraint(copy, copy_shardings(copy, inference, mesh, axes))
+
+
+def _converted(params: Params, model: ModelConfig, inference: ModelConfig) -> Params:
     if inference.kernels == "int8":  # merged all layers at once, as the int8 result is small
         return unstack(_int8(lora.merge(params, model)), model)
     quantised = "codes" in params["layers"]["mlp"]["up"]

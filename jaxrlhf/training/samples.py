@@ -12,7 +12,7 @@ from jaxrlhf.data.datasets import PromptRow, SFTRow, Split
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rollout.decode import generate
-from jaxrlhf.rollout.inference_copy import convert, inference_model
+from jaxrlhf.rollout.inference_copy import convert, inference_model, split_axes
 from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.rollout.text import decode_completions
 from jaxrlhf.training import setup
@@ -36,6 +36,8 @@ class Samples:
     ) -> None:
         check_sampling(config.sampling, model.vocab_size)
         self.model, self.decoder, self.tokenizer = model, inference_model(model, model.dtype), tokenizer
+        self.conversion = model, self.decoder, mesh, split_axes(self.decoder, mesh, "auto")
+        """Arguments of `convert` besides the parameters."""
         examples = (rows.validation or rows.train)[: config.logging.num_samples]
         prompts = [_prompt(batching.texts(row)[0], index) for index, row in enumerate(examples)]
         length = batching.bucket(max(len(row.tokens) for row in prompts), model.max_positions)
@@ -51,7 +53,7 @@ class Samples:
 
     def draw(self, params: Params, key: jax.Array) -> list[dict[str, Any]]:
         """A record {"prompt", "completion"} for each row."""
-        decoder_params = convert(params, self.model, self.decoder)
+        decoder_params = convert(params, *self.conversion)
         stops, strings = self.stops, self.sampling.stop_strings
         rollout = generate(decoder_params, self.decoder, self.prompts, key, self.sampling, *stops)
         _, completions = decode_completions(rollout, self.tokenizer, strings)

@@ -15,7 +15,7 @@ from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rollout import engine
 from jaxrlhf.rollout.decode import Decoding, generate, trim
-from jaxrlhf.rollout.inference_copy import RolloutDType, inference_copy, inference_model
+from jaxrlhf.rollout.inference_copy import RolloutDType, convert, inference_model, split_axes
 from jaxrlhf.rollout.queue import PromptQueue
 from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.rollout.text import decode_completions
@@ -44,9 +44,10 @@ class Sampler:
         self.sampling, self.model, self.tokenizer, self.mesh = config.sampling, model, tokenizer, mesh
         self.batch, self._group, self.longest = config.settings.batch_size, config.settings.group, longest
         dtype: RolloutDType = model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
-        self._dtype: RolloutDType = dtype
         self.decoder = inference_model(model, dtype)
         """The model that decodes."""
+        self.conversion = model, self.decoder, mesh, split_axes(self.decoder, mesh, config.rollout.layout)
+        """Arguments of `convert` besides the parameters."""
         self.columns = 0
         """Prompt columns that fit every known prompt, so that few programs are compiled."""
         self.stops = tokenizer.stops(config.sampling.stop_strings), tokenizer.pad_id
@@ -65,7 +66,7 @@ class Sampler:
 
     def inference_copy(self, params: Params) -> Params:
         """The policy's parameters, prepared for decoding."""
-        return inference_copy(self.model, params, self._dtype)[1]
+        return convert(params, *self.conversion)
 
     def generate(
         self, params: Params, rows: Sequence[PromptRow], key: Array, *, greedy: bool = False
