@@ -11,6 +11,7 @@ classes with tracers, ShapeDtypeStructs and shardings in place of arrays.
 
 import functools
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,12 +110,20 @@ class Prompts:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values per layer, and the position and validity of each slot, shared by all layers."""
+    """Keys and values of all layers, and the position and validity of each slot, shared by all layers.
 
-    k: tuple[Array, ...]  # per layer [B, K, S, H], twice as fast to read on a CPU as [B, S, K, H]
-    v: tuple[Array, ...]  # per layer [B, K, S, H]
+    Keys and values are one array per layer, or stacked (`ModelConfig.scans_layers`).
+    """
+
+    k: tuple[Array, ...] | Array  # per layer [B, K, S, H], twice as fast to read on a CPU as [B, S, K, H]
+    v: tuple[Array, ...] | Array  # stacked: [L, B, K, S, H]
     positions: Array  # int32 [B, S]
     valid: Array  # bool [B, S]   slots that hold a real token
+
+
+def map_layers(function: Callable[..., Any], *layers: Any) -> Any:
+    """Apply a function of the keys or values [B, K, S, H] of one layer to those of all layers of a cache."""
+    return jax.tree.map(function, *layers) if isinstance(layers[0], tuple) else jax.vmap(function)(*layers)
 
 
 @jax.tree_util.register_dataclass

@@ -1,11 +1,15 @@
 """Masked attention: a plain implementation, and cuDNN's fused kernel for whole sequences on NVIDIA GPUs."""
 
 import functools
+import math
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
@@ -45,11 +49,29 @@ def cudnn_attend(
     mask: Bool[Array, "B T S"],
     dtype: DTypeLike,
     kernel: Literal["cudnn", "xla"] = "cudnn",
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`attend` as one fused kernel, which does not store the [T, S] weights; `kernel` is for tests without a GPU."""
+    """`attend` as one fused kernel, which does not store the [T, S] weights; `kernel` is for tests without a GPU.
+
+    On a `mesh` rows are split over all axes but `tensor`, and heads over `tensor` if it divides both numbers of heads:
+    the kernel wants one sharding for q, k and v, and jax does not bring them to it.
+    """
     q, k, v = q.astype(dtype), k.swapaxes(1, 2).astype(dtype), v.swapaxes(1, 2).astype(dtype)
-    y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=1.0, implementation=kernel)
+    mask = mask[:, None]
+    if mesh is None:
+        place = whole = lambda x: x
+    else:
+        row_axes = tuple(axis for axis in mesh.axis_names if axis != "tensor")
+        rows = row_axes if len(q) % math.prod(mesh.shape[axis] for axis in row_axes) == 0 else None
+        heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == k.shape[2] % mesh.shape["tensor"] == 0 else None
+        place, whole = (partial(_constrained, mesh, spec) for spec in (P(rows, None, heads), P(rows)))
+    q, k, v, mask = place(q), place(k), place(v), whole(mask)
+    y = place(jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0, implementation=kernel))
     return y.astype(jnp.float32)
+
+
+def _constrained(mesh: jax.sharding.Mesh, spec: P, x: Array) -> Array:
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 @functools.cache

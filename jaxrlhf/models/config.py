@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from jax.sharding import Mesh
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
@@ -76,8 +78,15 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # operands of matrix products; they accumulate in float32
     kernels: Literal["float", "int8"] = "float"  # int8: for inference only, see rollout/inference_copy.py
     remat: Literal["none", "full", "dots"] = "none"
+    mesh: Mesh | None = None  # over which the parameters are sharded; None: not known, or one device
     attention: Literal["plain", "cudnn"] = "plain"  # for whole sequences; with a key-value cache always plain
     adapters: Adapters | None = None
+
+    @property
+    def scans_layers(self) -> bool:
+        """Whether decoding scans over stacked layers and a stacked cache. Unrolled layers are faster on CPUs; a TPU's
+        compiler takes minutes for thirty of them, and copies their caches."""
+        return self.platform == "tpu"
 
     @property
     def adapted_layers(self) -> tuple[int, int]:

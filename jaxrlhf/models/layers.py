@@ -137,12 +137,13 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention. With a cache, new keys and values are written to slots `slot` .. `slot` + T - 1."""
+    """Causal self-attention. With a cache, new keys and values are written to slots `slot` .. `slot` + T - 1, of layer
+    `layer` if the cache is stacked."""
 
     model: ModelConfig
 
     @nn.compact
-    def __call__(self, x, rotation, mask, scale, cache, slot, keys):
+    def __call__(self, x, rotation, mask, scale, cache, slot, keys, layer):
         m = self.model
         heads = {"q": m.num_heads, "k": m.num_kv_heads, "v": m.num_kv_heads}
         q, k, v = (
@@ -154,11 +155,18 @@ class Attention(nn.Module):
         q, k = rotate(q, rotation) * scale, rotate(k, rotation)
         # rounded here, so that training uses exactly the keys and values that a cache would hold
         k, v = (heads.astype(m.dtype).swapaxes(1, 2) for heads in (k, v))
-        if cache is not None:
+        if cache is not None and layer is None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), slot, axis=2)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), slot, axis=2)
             cache = k, v
-        attention = cudnn_attend if m.attention == "cudnn" and cache is None and fits_cudnn(q) else attend
+        elif cache is not None:
+            start = layer, 0, 0, slot, 0
+            all_k = jax.lax.dynamic_update_slice(cache[0], k[None].astype(cache[0].dtype), start)
+            all_v = jax.lax.dynamic_update_slice(cache[1], v[None].astype(cache[1].dtype), start)
+            cache = all_k, all_v
+            k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)
+        fused = m.attention == "cudnn" and cache is None and fits_cudnn(q)
+        attention = partial(cudnn_attend, mesh=m.mesh) if fused else attend
         y = attention(q, k, v, mask, m.dtype).reshape(*x.shape[:2], -1)
         return Dense(x.shape[-1], m.attention_out_bias, m, name="o")(y, keys), cache
 
@@ -180,7 +188,7 @@ class Mlp(nn.Module):
         return Dense(x.shape[-1], m.mlp_bias, m, name="down")(inner, keys)
 
 
-Cached = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None
+Cached = tuple[Float[Array, "*L B K S H"], Float[Array, "*L B K S H"]] | None
 
 
 class Block(nn.Module):
@@ -198,11 +206,13 @@ class Block(nn.Module):
         cache: Cached = None,
         slot: Int[Array, ""] | int = 0,
         keys: Key[Array, " B"] | None = None,
+        layer: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cached]:
-        """Hidden states [B, T, D] and the updated cache (None without a cache). `keys` are for adapter dropout."""
+        """Hidden states [B, T, D] and the updated cache (None without a cache): that of this layer, or with `layer`
+        those of all layers, stacked. `keys` are for adapter dropout."""
         norm = partial(Norm, self.model.norm, self.model.norm_eps)
         y, cache = Attention(self.model, name="attention")(
-            norm(name="attention_norm")(x), rotation, mask, scale, cache, slot, keys
+            norm(name="attention_norm")(x), rotation, mask, scale, cache, slot, keys, layer
         )
         x = x + y
         return x + Mlp(self.model, name="mlp")(norm(name="mlp_norm")(x), keys), cache

@@ -2,8 +2,8 @@
 
 Parameters are a plain nested dict. The leaves of all layers are stacked on their first axis, so that the whole-sequence
 pass is a scan: one layer is traced and compiled, and rematerialisation saves memory. Decoding needs neither and unrolls
-the layers over `unstack`ed parameters, so that no weight is sliced out of a stack at every token. Both run
-`layers.Block`.
+the layers over `unstack`ed parameters, so that no weight is sliced out of a stack at every token; on a TPU, which
+slices without cost and compiles slowly, it is a scan too (`ModelConfig.scans_layers`). All run `layers.Block`.
 """
 
 from functools import partial
@@ -76,13 +76,13 @@ def forward(
         return Block(model).apply(variables, x, turn, may_attend, scale, keys=layer_keys)[0], None
 
     scales = jnp.array(_attention_scales(model), jnp.float32)
-    adapters = _adapters_of_all_layers(params, model)
+    adapters = adapters_of_all_layers(params, model)
     inputs = params["layers"], adapters, jnp.arange(model.num_layers), scales, jnp.array(model.sliding_layers)
     x, _ = jax.lax.scan(_rematerialised(layer, model), _embed(params, model, tokens, positions), inputs)
     return _apply(Norm(model.norm, model.norm_eps), params["norm"], x)
 
 
-def _adapters_of_all_layers(params: Params, model: ModelConfig) -> Params:
+def adapters_of_all_layers(params: Params, model: ModelConfig) -> Params:
     """Stacked adapters, padded for layers without adapters: with zeros and a magnitude of NaN, which have no effect."""
     adapters = params.get("lora", {}).get("layers", {})
     first, last = model.adapted_layers
@@ -100,17 +100,25 @@ def _adapters_of_all_layers(params: Params, model: ModelConfig) -> Params:
 def empty_cache(model: ModelConfig, batch: int, slots: int) -> KVCache:
     """Empty cache, with keys and values in `model.dtype`."""
     shape = (batch, model.num_kv_heads, slots, model.head_dim)
-    layers = range(model.num_layers)
+
+    def zeros() -> tuple[Array, ...] | Array:
+        if model.scans_layers:
+            return jnp.zeros((model.num_layers, *shape), model.dtype)
+        return tuple(jnp.zeros(shape, model.dtype) for _ in range(model.num_layers))
+
     return KVCache(
-        k=tuple(jnp.zeros(shape, model.dtype) for _ in layers),
-        v=tuple(jnp.zeros(shape, model.dtype) for _ in layers),
+        k=zeros(),
+        v=zeros(),
         positions=jnp.zeros((batch, slots), jnp.int32),
         valid=jnp.zeros((batch, slots), bool),
     )
 
 
 def unstack(params: Params, model: ModelConfig) -> Params:
-    """Parameters with "layers" a tuple of one tree per layer. Call it inside jit but outside the decode loop."""
+    """Parameters with "layers" a tuple of one tree per layer; stacked as they are for a model that scans layers. Call
+    it inside jit but outside the decode loop."""
+    if model.scans_layers:
+        return params
     layers = range(model.num_layers)
     return {**params, "layers": tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in layers)}
 
@@ -134,13 +142,26 @@ def forward_cached(
     full, windowed = _may_attend(model, positions, key_positions, valid, None)
     turn = rotation(model, positions)
     x = _embed(unstacked, model, tokens, positions)
-    scales, written = _attention_scales(model), []
-    for i, weights in enumerate(unstacked["layers"]):
-        may_attend = windowed if model.sliding_layers[i] else full
-        pair = cache.k[i], cache.v[i]
-        x, pair = _apply(Block(model), weights, x, turn, may_attend, jnp.float32(scales[i]), pair, slot)
-        written.append(pair)
-    keys, values = zip(*written, strict=True)
+    scales = _attention_scales(model)
+    if model.scans_layers:
+
+        def layer(carry, inputs):
+            x, pair = carry  # the stacks are carried: as inputs and outputs of the scan they would be copied
+            weights, number, scale, sliding = inputs
+            may_attend = jnp.where(sliding, windowed, full)
+            return _apply(Block(model), weights, x, turn, may_attend, scale, pair, slot, None, number), None
+
+        numbers, sliding = jnp.arange(model.num_layers), jnp.array(model.sliding_layers)
+        inputs = unstacked["layers"], numbers, jnp.array(scales, jnp.float32), sliding
+        (x, (keys, values)), _ = jax.lax.scan(layer, (x, (cache.k, cache.v)), inputs)
+    else:
+        written = []
+        for i, weights in enumerate(unstacked["layers"]):
+            may_attend = windowed if model.sliding_layers[i] else full
+            pair = cache.k[i], cache.v[i]
+            x, pair = _apply(Block(model), weights, x, turn, may_attend, jnp.float32(scales[i]), pair, slot)
+            written.append(pair)
+        keys, values = zip(*written, strict=True)
     x = _apply(Norm(model.norm, model.norm_eps), unstacked["norm"], x)
     return x, KVCache(k=keys, v=values, positions=key_positions, valid=valid)
 

@@ -6,6 +6,7 @@ of finished rows with waiting prompts.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from jaxrlhf.config import Sampling
 from jaxrlhf.models import ModelConfig, empty_cache, forward_cached, lm_logits
 from jaxrlhf.rollout.sampling import sample
-from jaxrlhf.types import KVCache, Params, Prompts, Rollout, Slots
+from jaxrlhf.types import KVCache, Params, Prompts, Rollout, Slots, map_layers
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,33 @@ def generate(
     decoding = Decoding(model, sampling, stop_ids, pad_id)
     slots = start(params, decoding, prompts, key, group)
     length, batch = sampling.response_length, len(slots.count)
-    padding = ((0, 0), (0, 0), (0, length), (0, 0))
-    cache = KVCache(
-        k=tuple(jnp.pad(k, padding) for k in slots.cache.k),
-        v=tuple(jnp.pad(v, padding) for v in slots.cache.v),
-        positions=jnp.pad(slots.cache.positions, ((0, 0), (0, length))),
-        valid=jnp.pad(slots.cache.valid, ((0, 0), (0, length))),
-    )
-    slots = advance(params, decoding, dataclasses.replace(slots, cache=cache), batch)
+    slots = dataclasses.replace(slots, cache=widened(slots.cache, length))
+    slots = advance(params, decoding, slots, batch)
     return as_rollout(jnp, prompts, group, slots.tokens, slots.logprobs, slots.count, slots.ended, slots.support)
+
+
+def widened(cache: KVCache, more: int) -> KVCache:
+    """The cache with `more` empty columns."""
+
+    def pad(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))
+
+    return KVCache(
+        k=map_layers(pad, cache.k),
+        v=map_layers(pad, cache.v),
+        positions=jnp.pad(cache.positions, ((0, 0), (0, more))),
+        valid=jnp.pad(cache.valid, ((0, 0), (0, more))),
+    )
+
+
+def by_rows(function: Callable[[Array], Array], cache: KVCache) -> KVCache:
+    """Apply a function of arrays whose first axis is rows to a cache."""
+    return KVCache(
+        k=map_layers(function, cache.k),
+        v=map_layers(function, cache.v),
+        positions=function(cache.positions),
+        valid=function(cache.valid),
+    )
 
 
 def as_rollout(
@@ -114,7 +133,8 @@ def start(params: Params, decoding: Decoding, prompts: Prompts, key: Array, grou
     positions = jnp.maximum(jnp.cumsum(prompts.mask, axis=1, dtype=jnp.int32) - 1, 0)
     cache = empty_cache(decoding.model, batch, width)
     hidden, cache = forward_cached(params, decoding.model, prompts.tokens, prompts.mask, positions, cache, 0)
-    prompts, hidden, cache = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), (prompts, hidden[:, -1], cache))
+    repeat = partial(jnp.repeat, repeats=group, axis=0)
+    prompts, hidden, cache = jax.tree.map(repeat, prompts), repeat(hidden[:, -1]), by_rows(repeat, cache)
     rows = batch * group
     samples = prompts.sample + jnp.arange(rows) % group
     slots = dataclasses.replace(

@@ -20,9 +20,9 @@ from jaxtyping import Array
 from jaxrlhf import memory, sharding
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import ModelConfig
-from jaxrlhf.rollout.decode import Decoding, advance, as_rollout, empty_slots, start
+from jaxrlhf.rollout.decode import Decoding, advance, as_rollout, by_rows, empty_slots, start
 from jaxrlhf.rollout.queue import PromptQueue, SlotTable
-from jaxrlhf.types import KVCache, Params, Prompts, Rollout, Slots
+from jaxrlhf.types import KVCache, Params, Prompts, Rollout, Slots, map_layers
 
 SHRINK = 4
 """With no prompt waiting, generation continues in a quarter of the slots once the busy rows fit there."""
@@ -130,7 +130,8 @@ def _shardings(slots: Slots, mesh: jax.sharding.Mesh) -> Any:
     tensor = mesh.shape["tensor"]
 
     def heads(x: Array) -> NamedSharding:
-        return NamedSharding(mesh, P(*sharding.ROWS, "tensor")) if tensor > 1 and x.shape[1] % tensor == 0 else rows
+        spec = (*sharding.ROWS, "tensor") if tensor > 1 and x.shape[-3] % tensor == 0 else (*sharding.ROWS,)
+        return NamedSharding(mesh, P(*(None,) * (x.ndim - 4), *spec))
 
     cache = jax.tree.map(lambda _: rows, slots.cache)
     cache = dataclasses.replace(cache, k=jax.tree.map(heads, slots.cache.k), v=jax.tree.map(heads, slots.cache.v))
@@ -156,8 +157,8 @@ def _admit(params: Params, decoding: Decoding, slots: Slots, prompts: Prompts, t
 
     padding = ((0, 0), (first, length))
     cache = KVCache(
-        k=jax.tree.map(write_columns, slots.cache.k, started.cache.k),
-        v=jax.tree.map(write_columns, slots.cache.v, started.cache.v),
+        k=map_layers(write_columns, slots.cache.k, started.cache.k),
+        v=map_layers(write_columns, slots.cache.v, started.cache.v),
         positions=write(slots.cache.positions, jnp.pad(started.cache.positions, padding)),
         valid=write(slots.cache.valid, jnp.pad(started.cache.valid, padding)),
     )
@@ -171,5 +172,6 @@ _advance = partial(jax.jit, static_argnames="decoding", donate_argnames="slots")
 @partial(jax.jit, static_argnames="mesh")
 def _select(slots: Slots, kept: Array, mesh: jax.sharding.Mesh | None) -> Slots:
     """Keep the slots with the numbers `kept`, split over the mesh as before."""
-    fewer = jax.tree.map(lambda x: x[kept] if x.ndim else x, slots)
+    rest = jax.tree.map(lambda x: x[kept] if x.ndim else x, dataclasses.replace(slots, cache=None))
+    fewer = dataclasses.replace(rest, cache=by_rows(lambda x: x[kept], slots.cache))
     return fewer if mesh is None else jax.lax.with_sharding_constraint(fewer, _shardings(fewer, mesh))

@@ -1,7 +1,8 @@
 """Copy of a model for decoding, created for each rollout phase and dropped after it.
 
 Training uses stacked layers and float32 parameters. Decoding reads every weight once per token and is faster with
-separate layers, weights in the precision of the products, and the memory layout the device multiplies fastest.
+separate layers (except on TPUs), weights in the precision of the products, and the memory layout the device multiplies
+fastest.
 
 On a mesh the copy is laid out anew. Training splits its weights over `fsdp`, which a decode step would pay for at every
 token, by gathering weights or by adding up partial sums of all rows. The copy is split over `tensor` alone, if it fits,
@@ -14,10 +15,11 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxrlhf import lora, sharding
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.models import ModelConfig, init, unstack
+from jaxrlhf.models import ModelConfig, adapters_of_all_layers, init, unstack
 from jaxrlhf.sharding import path_of
 from jaxrlhf.types import Params
 
@@ -79,14 +81,14 @@ def copy_shardings(copy: Params, inference: ModelConfig, mesh: jax.sharding.Mesh
     """NamedShardings of a copy: those of training (`sharding.RULES`), with `axes` alone."""
 
     def place(keys, x):
-        path, shape = path_of(keys), x.shape
-        transposed = inference.kernels == "int8" and path.endswith("kernel")  # see `_int8`
-        if transposed:
-            shape = shape[::-1]
-        stacked = path.startswith("layers/")
-        spec = tuple(sharding.spec(path, (1, *shape) if stacked else shape, mesh))[stacked:]
+        path, order = path_of(keys), [*range(x.ndim)]
+        if inference.kernels == "int8" and path.endswith("kernel"):  # transposed, see `_int8`
+            order[-2:] = order[:-3:-1]
+        shape = tuple(x.shape[i] for i in order)
+        unstacked = path.startswith("layers/") and not inference.scans_layers
+        spec = tuple(sharding.spec(path, (1, *shape) if unstacked else shape, mesh))[unstacked:]
         kept = [axis if axis in axes else None for axis in spec + (None,) * (len(shape) - len(spec))]
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(kept[::-1] if transposed else kept)))
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(kept[i] for i in order)))
 
     return jax.tree_util.tree_map_with_path(place, copy)
 
@@ -111,18 +113,25 @@ def _converted(params: Params, model: ModelConfig, inference: ModelConfig) -> Pa
     if inference.kernels == "int8":  # merged all layers at once, as the int8 result is small
         return unstack(_int8(lora.merge(params, model)), model)
     quantised = "codes" in params["layers"]["mlp"]["up"]
-    params = _merge_by_layer(params, model) if "lora" in params or quantised else unstack(params, model)
+    if "lora" in params or quantised:
+        params = _merge_by_layer(params, model, inference.dtype)
+    else:
+        params = unstack(params, model)
     if model.tie_embeddings and not inference.tie_embeddings:
         params = {**params, "lm_head": {"kernel": params["embed"]["embedding"].T}}
+    return _cast(params, inference.dtype)
 
+
+def _cast(params: Params, dtype: DTypeLike) -> Params:
     def cast(keys, x):
-        return x.astype(inference.dtype) if path_of(keys).endswith(("kernel", "embedding")) else x
+        return x.astype(dtype) if path_of(keys).endswith(("kernel", "embedding")) else x
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def _merge_by_layer(params: Params, model: ModelConfig) -> Params:
-    """`lora.merge` and `unstack` one layer at a time: a stack of all merged kernels would double the memory."""
+def _merge_by_layer(params: Params, model: ModelConfig, dtype: DTypeLike) -> Params:
+    """`lora.merge` and `unstack` one layer at a time, with kernels of `dtype`: a stack of all merged kernels would
+    double the memory."""
     adapters = params.get("lora", {})
     first, last = model.adapted_layers
     layer_adapters = model.adapters and dataclasses.replace(model.adapters, layers=None, tokens=())
@@ -130,14 +139,24 @@ def _merge_by_layer(params: Params, model: ModelConfig) -> Params:
         model, num_layers=1, sliding_layers=model.sliding_layers[:1], adapters=layer_adapters
     )
 
-    def layer(index: int) -> Params:
-        stack = {"layers": jax.tree.map(lambda x: x[index][None], params["layers"])}
-        if adapters and first <= index < last:
-            stack["lora"] = {"layers": jax.tree.map(lambda x: x[index - first][None], adapters["layers"])}
-        return jax.tree.map(lambda x: x[0], lora.merge(stack, layer_model)["layers"])
+    def layer(weights: Params, adapter: Params) -> Params:
+        stack = {"layers": jax.tree.map(lambda x: x[None], weights)}
+        if adapter:
+            stack["lora"] = {"layers": jax.tree.map(lambda x: x[None], adapter)}
+        return _cast(jax.tree.map(lambda x: x[0], lora.merge(stack, layer_model)["layers"]), dtype)
 
+    if model.scans_layers:
+        layers = jax.lax.map(lambda x: layer(*x), (params["layers"], adapters_of_all_layers(params, model)))
+    else:
+        layers = tuple(
+            layer(
+                jax.tree.map(lambda x, i=i: x[i], params["layers"]),
+                jax.tree.map(lambda x, i=i: x[i - first], adapters["layers"]) if adapters and first <= i < last else {},
+            )
+            for i in range(model.num_layers)
+        )
     outside = {**params, "layers": {}} | ({"lora": {**adapters, "layers": {}}} if adapters else {})
-    return {**lora.merge(outside, model), "layers": tuple(layer(i) for i in range(model.num_layers))}
+    return {**lora.merge(outside, model), "layers": layers}
 
 
 def _int8(params: Params) -> Params:

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxrlhf.models import ModelConfig, empty_cache, forward_cached
-from jaxrlhf.rollout.decode import Decoding, draw_tokens, empty_slots
+from jaxrlhf.rollout.decode import Decoding, draw_tokens, empty_slots, widened
 from jaxrlhf.types import KVCache, Params, Slots
 
 PIECES = (16, 128)
@@ -57,10 +57,10 @@ class Stream:
 
     def _start(self, prompt: list[int], key: Array) -> Slots:
         """Read the prompt and draw the first token."""
-        columns = self._cache.valid.shape[1]
+        columns = before = self._cache.valid.shape[1]
         while columns < len(prompt) + max(self._decoding.sampling.response_length, PIECES[-1]):
             columns *= 2
-        cache = _widened(self._cache, columns) if columns > self._cache.valid.shape[1] else self._cache
+        cache = widened(self._cache, columns - before) if columns > before else self._cache
         start = next((i for i, pair in enumerate(zip(prompt, self._read, strict=False)) if pair[0] != pair[1]), None)
         start = min(len(prompt), len(self._read)) if start is None else start
         start = min(start, len(prompt) - 1)  # the last token's hidden state is needed
@@ -117,14 +117,3 @@ def _advance(params: Params, decoding: Decoding, slots: Slots, tokens: Array) ->
 
     end = slots.clock + tokens
     return lax.while_loop(lambda slots: slots.busy[0] & (slots.clock < end), step, slots)
-
-
-def _widened(cache: KVCache, columns: int) -> KVCache:
-    """The cache with empty columns added."""
-    more = columns - cache.valid.shape[1]
-    return KVCache(
-        k=tuple(jnp.pad(k, ((0, 0), (0, 0), (0, more), (0, 0))) for k in cache.k),
-        v=tuple(jnp.pad(v, ((0, 0), (0, 0), (0, more), (0, 0))) for v in cache.v),
-        positions=jnp.pad(cache.positions, ((0, 0), (0, more))),
-        valid=jnp.pad(cache.valid, ((0, 0), (0, more))),
-    )

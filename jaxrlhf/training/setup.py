@@ -53,7 +53,8 @@ def model_config(
     if tokenizer.added and tokenizer.size > model.vocab_size:
         model = dataclasses.replace(model, vocab_size=tokenizer.size)
     added = tuple(range(tokenizer.size - tokenizer.added, tokenizer.size))
-    return with_attention(with_adapters(model, lora, added), source, trial=sharding.is_here(mesh))
+    model = dataclasses.replace(with_adapters(model, lora, added), mesh=mesh)
+    return with_attention(model, source, trial=sharding.is_here(mesh))
 
 
 def with_attention(model: ModelConfig, source: ModelSource, *, trial: bool = True) -> ModelConfig:
