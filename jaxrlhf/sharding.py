@@ -129,7 +129,7 @@ def arrange(devices: Sequence[Any], sizes: tuple[int, ...], *, whole: bool = Tru
     """
     if devices[0].platform != "tpu" or not whole:
         return np.asarray(devices).reshape(sizes)
-    left = len({device.slice_index for device in devices})
+    left = len({getattr(device, "slice_index", 0) for device in devices})  # that of one slice has none in a topology
     if left == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     across = []
