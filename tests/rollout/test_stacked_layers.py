@@ -1,6 +1,7 @@
 """Decoding as a scan over stacked layers, as on TPUs, draws what unrolled layers draw."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jaxrlhf.config import Mesh, Sampling
 from jaxrlhf.models import Adapters
 from jaxrlhf.rollout import engine, stream
 from jaxrlhf.rollout.decode import Decoding, generate
-from jaxrlhf.rollout.inference_copy import inference_copy
+from jaxrlhf.rollout.inference_copy import copy_shardings, inference_copy
 from jaxrlhf.rollout.queue import PromptQueue
 from jaxrlhf.types import Prompts
 from jaxrlhf.weights import peft
@@ -80,20 +81,25 @@ def test_a_batch(model, dtype, key):
     same(stacked, unrolled)
 
 
-@pytest.mark.parametrize("mesh", [None, Mesh(data=4)], ids=["one device", "four"])
-def test_slots(mesh, key):
+@pytest.mark.parametrize(("sizes", "dtype"), [(None, "float32"), (Mesh(data=2, tensor=2), "int8")])
+def test_slots(sizes, dtype, key):
     """Refilled slots, groups that share a prefill, and fewer slots for the last rows."""
-    (model, params), (scanning, stack) = copies(LLAMA)
+    (model, params), (scanning, stack) = copies(LLAMA, dtype)
     expected = generate(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, 2)
-    mesh = mesh and sharding.make_mesh(mesh)
+    mesh = None
+    if sizes:
+        mesh = sharding.make_mesh(sizes)
+        stack = jax.device_put(stack, copy_shardings(stack, scanning, mesh, ("tensor",)))
+        kernel = stack["layers"]["mlp"]["up"]["kernel"]
+        assert kernel.addressable_shards[0].data.size == kernel.size // 2
     queue = PromptQueue(PROMPTS, 8, 2)
-    placed = sharding.put_whole(stack, mesh) if mesh else stack
-    same(engine.generate_in_slots(placed, Decoding(scanning, SAMPLING, STOPS, PAD), queue, key, mesh), expected)
+    same(engine.generate_in_slots(stack, Decoding(scanning, SAMPLING, STOPS, PAD), queue, key, mesh), expected)
 
 
 def test_a_stream(key):
     """A cache that grows and outlives its response."""
-    unrolled, stacked = (stream.Stream(params, Decoding(model, SAMPLING, STOPS, PAD)) for model, params in copies(LLAMA))
+    both = copies(LLAMA)
+    unrolled, stacked = (stream.Stream(params, Decoding(model, SAMPLING, STOPS, PAD)) for model, params in both)
     prompt = np.random.default_rng(1).integers(3, 40, 500).tolist()
     for length in (5, 500, 9):
         ours, theirs = ([*source.generate(prompt[:length], key, limit=20)] for source in (stacked, unrolled))
@@ -110,5 +116,5 @@ def test_merged_adapters(quantize, layers, key):
     if quantize != "none":
         base = lora.pack(base, quantize, True)
     (_, unrolled), (_, stacked) = copies(model, params={**base, **added})
-    for i, layer in enumerate(unrolled["layers"]):
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x[i], y, rtol=1e-5, atol=1e-6), stacked["layers"], layer)
+    restacked = jax.tree.map(lambda *x: jnp.stack(x), *unrolled["layers"])
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), stacked["layers"], restacked)
