@@ -16,6 +16,13 @@ import jax
 import pytest
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """`pytest -m gpu` is about the GPU of this machine, if it has one; all other tests run on its CPU."""
+    if config.getoption("markexpr") == "gpu" and pathlib.Path("/proc/driver/nvidia/version").exists():
+        del os.environ["JAX_PLATFORMS"]
+        jax.config.update("jax_platforms", None)
+
+
 def pytest_collection_finish() -> None:
     """Tracing makes many small objects that live on. Looking through all of them for garbage was a fifteenth of the
     tests' time: what was imported is left out, and the rest is looked through less often."""
