@@ -20,6 +20,8 @@ class JaxrlhfError(Exception):
     """Base class of errors that a user can fix. `exit_code` is returned by the command line."""
 
     exit_code = 1
+    in_all_processes = False
+    """Raised by every process of a run on several, of which process 0 reports it."""
 
 
 class ConfigError(JaxrlhfError, ValueError):
@@ -52,6 +54,10 @@ class StorageError(JaxrlhfError, OSError):
     exit_code = 7
 
 
+class DamagedCheckpoint(StorageError):
+    """A checkpoint that cannot be read or differs from what was written."""
+
+
 class OutOfMemory(JaxrlhfError, MemoryError):
     """The device or the host is out of memory."""
 
@@ -62,3 +68,9 @@ class Preempted(JaxrlhfError):
     """The run was asked to stop and saved its state. Run the same command again to resume."""
 
     exit_code = 75
+
+
+class PeerLost(JaxrlhfError):
+    """Another process of a run on several is gone. Run the same command in all of them again to resume."""
+
+    exit_code = 9

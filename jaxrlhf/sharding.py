@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
@@ -213,8 +213,39 @@ def put_whole(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 def _put(tree: Any, to: NamedSharding) -> Any:
     """Arrays with this sharding; on a mesh that is not here, their shapes."""
     if next(iter(to.device_set)) in jax.devices():
-        return jax.device_put(tree, to)
+        return place(tree, jax.tree.map(lambda _: to, tree))
     return jax.tree.map(lambda x: with_shardings(x, to), tree)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Put arrays on the devices of their shardings. On a mesh of several processes each has the whole array, or at
+    least the rows of its own devices, and puts those; an array that is on the mesh already is resharded there."""
+
+    def put(x: Any, to: jax.sharding.Sharding) -> Array:
+        if to.is_fully_addressable:
+            return jax.device_put(x, to)
+        if isinstance(x, Array) and not x.is_fully_addressable:
+            return x if x.sharding == to else _reshard(x, to)
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, to, lambda index: host[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def fetch(tree: Any) -> Any:
+    """NumPy arrays of a tree of arrays, whole in every process: a collective where processes have other rows."""
+
+    def whole(x: Any) -> Any:
+        if isinstance(x, Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+            return multihost_utils.process_allgather(x, tiled=True)
+        return x
+
+    return jax.device_get(jax.tree.map(whole, tree))
+
+
+@partial(jax.jit, static_argnames="to")
+def _reshard(x: Array, to: jax.sharding.Sharding) -> Array:
+    return jax.lax.with_sharding_constraint(x, to)
 
 
 def to_host(tree: Any) -> Any:

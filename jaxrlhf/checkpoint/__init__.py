@@ -1,7 +1,8 @@
 """Checkpoints of a run: which to keep, how to handle failed saves, and which one to resume from.
 
 storage.py writes and reads single checkpoints. A checkpoint that is damaged is renamed `corrupt-<step>-<time>`, and the
-one before it is used. Only one process writes a directory, as it holds the lock of the run (see runs).
+one before it is used. Only one run writes a directory, as it holds its lock (see runs). Each of its processes writes
+the shards of its own devices; process 0 decides what depends on the content of the directory.
 """
 
 import contextlib
@@ -15,11 +16,11 @@ from typing import Any, Literal, TypeVar
 
 import jax
 
-from jaxrlhf import memory, sharding
+from jaxrlhf import distributed, memory, sharding
 from jaxrlhf.checkpoint import storage
 from jaxrlhf.checkpoint.digest import leaves_by_name, total_bytes
-from jaxrlhf.checkpoint.storage import TEMPORARY, DamagedCheckpoint
-from jaxrlhf.errors import StorageError
+from jaxrlhf.checkpoint.storage import TEMPORARY
+from jaxrlhf.errors import DamagedCheckpoint, StorageError
 
 State = TypeVar("State")
 CORRUPT = "corrupt-"
@@ -36,12 +37,13 @@ def exists(directory: Path | str) -> bool:
 
 
 def short_of_memory(state: Any) -> bool:
-    """True if free host memory is less than the size of `state`, which a background save holds as a second copy.
+    """True if free host memory is less than the size of `state`, which a background save holds as a second copy, on any
+    of the hosts, which hold equal parts of it.
 
     False where free memory is unknown (not Linux).
     """
-    free = memory.free_on_host()
-    return free is not None and free < total_bytes(leaves_by_name(state))
+    free, share = memory.free_on_host(), total_bytes(leaves_by_name(state)) / distributed.count()
+    return any(distributed.gather(free is not None and free < share))
 
 
 class Checkpoints:
@@ -69,16 +71,12 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """Steps with a committed checkpoint, ascending."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit() and p.is_dir())
+        return distributed.on_primary(self._steps_here)
 
     @property
     def best_step(self) -> int | None:
         """Step with the best metric (the first of equals), or None if no checkpoint has one."""
-        sign = -1.0 if self._best == "min" else 1.0
-        scored = [(step, sign * m) for step in self.steps if (m := self._metric(step)) is not None and m == m]
-        return max(scored, key=lambda pair: pair[1])[0] if scored and self._best else None
+        return distributed.on_primary(self._best_step_here)
 
     def save(self, step: int, state: Any, extra: dict, metric: float | None = None, block: bool = False) -> None:
         """Save `state` (a pytree of jax arrays) and `extra` (JSON: data position, seed, ...) as checkpoint `step`.
@@ -92,11 +90,10 @@ class Checkpoints:
         """
         self.wait()
         if step not in self.steps:
-            self._remove_temporary()
             leaves = leaves_by_name(state)
             record = storage.make_record(step, leaves, extra, metric)
             try:
-                self._check_disk_space(total_bytes(leaves))
+                distributed.on_primary(lambda: self._prepare(total_bytes(leaves)))
                 response = storage.write_checkpoint(self.directory, leaves, record)
             except Exception as error:
                 self._on_failure(step, error)
@@ -118,13 +115,30 @@ class Checkpoints:
         if self._pending is None:
             return
         (step, response), self._pending = self._pending, None
+
+        def finish() -> None:
+            try:
+                response.result()
+            except Exception as error:
+                raise StorageError(storage.reason(error)) from error
+
         try:
-            response.result()
-        except Exception as error:
+            distributed.shared(finish)
+        except StorageError as error:
             self._on_failure(step, error)
         else:
             self._failures = 0
-            self._prune()
+            if distributed.is_primary():
+                self._prune()
+
+    def close(self) -> None:
+        """`wait`; on several processes this one alone, which may have left the others."""
+        if distributed.count() == 1:
+            self.wait()
+        elif self._pending is not None:
+            (_, response), self._pending = self._pending, None
+            with contextlib.suppress(Exception):  # the run ends with another error
+                response.result()
 
     def restore(self, template: State) -> tuple[int, State, dict] | None:
         """Restore the newest intact checkpoint: (step, state, extra), or None if there has never been one.
@@ -143,6 +157,10 @@ class Checkpoints:
                 self._rename_damaged(step, str(error))
             else:
                 return step, state, extra
+        distributed.on_primary(self._refuse_if_damaged)
+        return None
+
+    def _refuse_if_damaged(self) -> None:
         damaged = [p for p in self.directory.glob(f"{CORRUPT}*") if p.is_dir()] if self.directory.is_dir() else []
         if damaged:
             raise StorageError(
@@ -150,7 +168,6 @@ class Checkpoints:
                 + "\n".join(f"  {p.name}: {_recorded_reason(p)}" for p in sorted(damaged))
                 + "\nPut a good copy of a checkpoint back under its step number, or start over with --fresh."
             )
-        return None
 
     def restore_step(self, step: int | Literal["best"], template: State) -> tuple[int, State, dict]:
         """Restore a checkpoint by step, or the best one: (step, state, extra). Safe while the run is training, as
@@ -185,6 +202,16 @@ class Checkpoints:
         except DamagedCheckpoint as error:
             raise StorageError(f"checkpoint {found} in {self.directory} is damaged: {error}") from error
 
+    def _steps_here(self) -> list[int]:
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit() and p.is_dir())
+
+    def _best_step_here(self) -> int | None:
+        sign = -1.0 if self._best == "min" else 1.0
+        scored = [(step, sign * m) for step in self._steps_here() if (m := self._metric(step)) is not None and m == m]
+        return max(scored, key=lambda pair: pair[1])[0] if scored and self._best else None
+
     def _metric(self, step: int) -> float | None:
         if step not in self._metrics:
             try:
@@ -193,16 +220,22 @@ class Checkpoints:
                 self._metrics[step] = None
         return self._metrics[step]
 
-    def _check_disk_space(self, size: int) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.directory).free
+    def _prepare(self, size: int) -> None:
+        """Make room for a checkpoint of `size` bytes. Raises StorageError."""
+        self._remove_temporary()
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.directory).free
+        except OSError as error:
+            raise StorageError(storage.reason(error)) from error
         needed = size + size // 20 + 2**20  # orbax compresses, but weights and moments hardly shrink
         if free < needed:
-            raise OSError(f"it needs up to {needed / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free")
+            raise StorageError(f"it needs up to {needed / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free")
 
     def _on_failure(self, step: int, error: Exception) -> None:
         """Remove partial files and warn, or stop the run after MAX_FAILURES."""
-        self._remove_temporary()
+        if distributed.is_primary():
+            self._remove_temporary()
         self._failures += 1
         self._last_failure = f"checkpoint {step} was not saved in {self.directory}: {storage.reason(error)}"
         if self._failures >= MAX_FAILURES:
@@ -218,8 +251,9 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def _prune(self) -> None:
-        kept = {*self.steps[-self._keep :], self.best_step}
-        for step in self.steps:
+        steps = self._steps_here()
+        kept = {*steps[-self._keep :], self._best_step_here()}
+        for step in steps:
             if step not in kept:
                 # renamed first, as a half-deleted checkpoint must not look like a complete one
                 doomed = self.directory / f"{step}{TEMPORARY}"
@@ -227,6 +261,8 @@ class Checkpoints:
                 shutil.rmtree(doomed, ignore_errors=True)
 
     def _rename_damaged(self, step: int, reason: str) -> None:
+        if not distributed.is_primary():
+            return
         target = self.directory / f"{CORRUPT}{step}-{time.strftime('%Y%m%dT%H%M%S')}"
         _log.warning("checkpoint %d is damaged: %s. Renamed to %s", step, reason, target.name)
         os.rename(self.directory / str(step), target)

@@ -19,18 +19,15 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf import distributed
 from jaxrlhf.checkpoint.digest import check_leaves, digests, first_few, leaves_by_name, path_name, shape_of, with_seal
-from jaxrlhf.errors import StorageError, first_line
+from jaxrlhf.errors import DamagedCheckpoint, StorageError, first_line
 from jaxrlhf.types import set_leaf
 
 State = TypeVar("State")
 FORMAT = 1
 TEMPORARY = ".orbax-checkpoint-tmp"
 """Suffix of folders that are being written or deleted."""
-
-
-class DamagedCheckpoint(Exception):
-    """A checkpoint that cannot be read or differs from what was written."""
 
 
 def make_record(step: int, leaves: dict[str, jax.Array], extra: dict, metric: float | None) -> dict[str, Any]:
@@ -49,13 +46,13 @@ def write_checkpoint(directory: Path, leaves: dict[str, jax.Array], record: dict
 def read_checkpoint(directory: Path, step: int, template: State, partial: bool = False) -> tuple[State, dict]:
     """Read (state, extra) of a checkpoint, with the structure, shapes and shardings of `template`.
 
-    With `partial`, leaves that the template lacks are skipped.
+    With `partial`, leaves that the template lacks are skipped. Each process reads the shards of its own devices.
 
     Raises:
         DamagedCheckpoint: it cannot be read or differs from what was written.
         StorageError: it belongs to another model or optimizer, or has the format of another version.
     """
-    record = read_record(directory, step)
+    record = distributed.on_primary(lambda: read_record(directory, step))
     expected = leaves_by_name(template)
     stored = {name: digest for name, digest in record["leaves"].items() if name in expected or not partial}
     check_leaves(f"checkpoint {step} in {directory}", stored, expected)
@@ -63,19 +60,28 @@ def read_checkpoint(directory: Path, step: int, template: State, partial: bool =
     ocp, context = _orbax()
     context = ocp.Context(context)
     context.pytree.loading.partial_load = partial
-    try:
-        with context:
-            loaded = ocp.load_checkpointables(directory / str(step), {"state": abstract})["state"]
-    except Exception as error:
-        if _is_shortage(error):
-            raise
-        raise DamagedCheckpoint(f"orbax cannot read it ({reason(error)})") from error
+    loaded: dict[str, jax.Array] = {}
+
+    def load() -> None:
+        try:
+            with context:
+                loaded.update(ocp.load_checkpointables(directory / str(step), {"state": abstract})["state"])
+        except Exception as error:
+            if _is_shortage(error):
+                raise
+            raise DamagedCheckpoint(f"orbax cannot read it ({reason(error)})") from error
+
+    distributed.shared(load)
     wrong = [name for name, digest in digests(loaded).items() if record["leaves"][name] != digest]
     if wrong:
         raise DamagedCheckpoint(f"the data of {first_few(wrong)} does not match the recorded digest")
     leaves, structure = jax.tree_util.tree_flatten_with_path(template)
-    full = [loaded[path_name(path)] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves]
+    full = [loaded[path_name(path)] if leaf.size else _empty(leaf) for path, leaf in leaves]
     return jax.tree.unflatten(structure, full), record["extra"]
+
+
+def _empty(leaf: Any) -> jax.Array:
+    return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
 
 
 def stored_shapes(directory: Path, step: int, branch: str) -> dict[str, Any]:
@@ -84,7 +90,7 @@ def stored_shapes(directory: Path, step: int, branch: str) -> dict[str, Any]:
     Raises as `read_checkpoint` does.
     """
     tree: dict[str, Any] = {}
-    for name, digest in read_record(directory, step)["leaves"].items():
+    for name, digest in distributed.on_primary(lambda: read_record(directory, step))["leaves"].items():
         if name.startswith(f"{branch}."):
             set_leaf(tree, tuple(name.split(".")), shape_of(digest))
     return tree

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from jaxrlhf import runtime
 from jaxrlhf.cli.commands import COMMANDS, CONFIG_KEYS, USING_DEVICES, Command
@@ -37,17 +38,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except SystemExit as stop:  # argparse has printed the error
         return stop.code if isinstance(stop.code, int) else 0
-    except KeyboardInterrupt:
-        return _report("interrupted", 130, debug)
+    except KeyboardInterrupt as error:
+        return _end_all(error, _report("interrupted", 130, debug))
     except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         user_error = _as_user_error(error)
         if user_error is None:
+            if _distributed() is not None:
+                traceback.print_exc()
+                return _end_all(error, 1)
             raise
-        prefix = "" if isinstance(user_error, Preempted) else "error: "
-        return _report(f"{prefix}{user_error}", user_error.exit_code, debug)
+        if isinstance(user_error, Preempted):
+            return _report(str(user_error), user_error.exit_code, debug, once=True)
+        once = user_error.in_all_processes
+        return _end_all(user_error, _report(f"error: {user_error}", user_error.exit_code, debug, once=once))
 
 
 def _as_user_error(error: Exception) -> JaxrlhfError | None:
@@ -56,6 +62,8 @@ def _as_user_error(error: Exception) -> JaxrlhfError | None:
         return error
     if isinstance(error, MemoryError):
         return OutOfMemory(_OUT_OF_MEMORY.format(reason=error or "this computer has no more"))
+    if (processes := _distributed()) and (lost := processes.lost_peer(error)):
+        return lost
     if "RESOURCE_EXHAUSTED" in str(error):
         return OutOfMemory(_OUT_OF_MEMORY.format(reason=str(error).partition("\n")[0]))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -63,10 +71,26 @@ def _as_user_error(error: Exception) -> JaxrlhfError | None:
     return None
 
 
-def _report(message: str, code: int, debug: bool) -> int:
+def _distributed() -> Any:
+    """The module `distributed`, if this is one of several processes."""
+    module = sys.modules.get("jaxrlhf.distributed")
+    return module if module is not None and module.count() > 1 else None
+
+
+def _end_all(error: BaseException, code: int) -> int:
+    """End the other processes of a run after this one has failed; returns its exit code if it is the only one."""
+    if processes := _distributed():
+        processes.end(error, code)
+    return code
+
+
+def _report(message: str, code: int, debug: bool, *, once: bool = False) -> int:
+    """Print a message and return the exit code; with `once` only in process 0 of a run on several."""
     if debug:
         traceback.print_exc()
-    print(f"jaxrlhf: {message}", file=sys.stderr)
+    number = processes.index() if (processes := _distributed()) else 0
+    if number == 0 or not once:
+        print(f"jaxrlhf: {f'process {number}: ' if number else ''}{message}", file=sys.stderr)
     return code
 
 
@@ -83,7 +107,7 @@ def _dispatch(argv: list[str]) -> int:
     if verb in METHODS and _asks_for_help(argv):
         return train_help(verb)
     overrides: Overrides = []
-    if verb in COMMANDS:
+    if verb in COMMANDS and verb != "launch":  # whose arguments are those of another command
         overrides, argv = _split_overrides(argv, COMMANDS[verb])
     options = _parser().parse_args(argv)
     if options.version:

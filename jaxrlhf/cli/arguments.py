@@ -32,6 +32,14 @@ TRAIN: dict[str, dict[str, Any]] = {
         "help": "print the resolved config, the first batch, and the memory and files of the run, then stop",
     },
     "--use-lora": USE_LORA,
+    "--distributed": {
+        "action": "store_true",
+        "help": "this is one of several processes that train together; in a job of SLURM, Open MPI or Kubernetes or on "
+        "a TPU slice they find each other",
+    },
+    "--coordinator-address": {"metavar": "HOST:PORT", "help": "elsewhere: host of process 0, and a free port of it"},
+    "--num-processes": {"type": count, "metavar": "N", "help": "elsewhere: number of processes"},
+    "--process-id": {"type": natural, "metavar": "I", "help": "elsewhere: number of this process, from 0"},
 }
 SAMPLING: dict[str, dict[str, Any]] = {
     "--greedy": sets("sampling.greedy", "greedy decoding", action="store_const", const="true"),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxrlhf.cli import chat, completion, evaluation, models, training
+from jaxrlhf.cli import chat, completion, evaluation, launch, models, training
 from jaxrlhf.cli.arguments import (
     CONFIG,
     EVALUATION,
@@ -76,6 +76,7 @@ COMMANDS: dict[str, Command] = {
             "grpo": "train with GRPO, a related method without a critic, or online DPO",
         }.items()
     },
+    "launch": Command(launch.launch, launch.HELP, launch.ARGUMENTS),
     "plan": Command(
         training.plan,
         "estimate the memory of a run, whether it fits, and the minimum time of a step, without running it; exit code "

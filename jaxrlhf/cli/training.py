@@ -33,11 +33,12 @@ def _config_path(given: str | None) -> Path | None:
 def train_help(method: str) -> int:
     print(
         f"usage: jaxrlhf {method} CONFIG.yaml [--section.key value ...] [--use-lora] [--fresh] [--dry-run] [--debug]\n"
+        "       [--distributed [--coordinator-address HOST:PORT --num-processes N --process-id I]]\n"
         "\n"
         f"CONFIG.yaml is a file or the name of a preset; `jaxrlhf new {method}` prints one with all options.\n"
         "Overrides follow it; their values are YAML, and hyphens in names are underscores. A run in an existing run\n"
         "directory is resumed; --fresh starts over. --dry-run prints the resolved config, the first batch, and the\n"
-        "memory and files of the run."
+        "memory and files of the run. --distributed makes this process one of several that train together."
     )
     print(config_text.render_help(METHODS[method]))
     return 0
@@ -52,20 +53,39 @@ def train(options: Options, overrides: Overrides) -> int | None:
     if options.config is None and not overrides:
         print(f"jaxrlhf {options.verb}: give a CONFIG.yaml; `jaxrlhf new {options.verb}` prints one", file=sys.stderr)
         return 2
+    _join_processes(options)
     config = _load_with_options(options.verb, _config_path(options.config), options, overrides)
     if options.dry_run:
         from jaxrlhf.plan import dry_run
 
         dry_run.show(config, fresh=options.fresh, colour=_colour())
         return 0
-    from jaxrlhf import runs
+    from jaxrlhf import distributed, runs
 
+    runs.check_processes(config)
     runs.check_run_directory(config, options.verb, options.fresh)
-    with announce_compilations(sys.stdout, quiet=config.logging.quiet):
+    quiet = config.logging.quiet or not distributed.is_primary()
+    with announce_compilations(sys.stdout, quiet=quiet):
         _trainer_class(options.verb)(config, fresh=options.fresh).train()
-    if not config.logging.quiet:
+    if not quiet:
         print("\n".join(["next:", *next_steps.after_training(config)]))
     return 0
+
+
+def _join_processes(options: Options) -> None:
+    """Connect this process with the others of a run on several, before jax uses a device."""
+    given = [
+        name for name in ("coordinator_address", "num_processes", "process_id") if getattr(options, name) is not None
+    ]
+    if not options.distributed:
+        if given:
+            raise ConfigError(f"--{given[0].replace('_', '-')} has no use without --distributed")
+        return
+    if options.dry_run:
+        raise ConfigError("--dry-run looks at a run in one process; leave --distributed out")
+    from jaxrlhf import distributed
+
+    distributed.start(options.coordinator_address, options.num_processes, options.process_id)
 
 
 def _trainer_class(method: str) -> Any:

@@ -163,6 +163,13 @@ class Logger:
                     sink.close()
 
 
+class Silence:
+    """A logger that writes nothing: that of a process which leaves the log to process 0."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return contextlib.nullcontext if name == "paused" else lambda *_, **__: None
+
+
 def read_records(path: Path | str) -> list[dict[str, Any]]:
     """Read the records of a metrics.jsonl or the rows of a samples.jsonl, except an incomplete last line.
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxrlhf import distributed
 from jaxrlhf.config import Component, TokenizerSource
 from jaxrlhf.config.reward_source import function_label
 from jaxrlhf.data.tokenizer import Tokenizer
@@ -66,6 +67,25 @@ def open_source(
         return Endpoint(config.url, timeout=config.timeout)
     assert config.human
     return Human(config.human, directory / "human.jsonl" if directory else None)
+
+
+def _score_in_parts(source: RewardFunction | Worker | Endpoint | Human, request: ScoreRequest) -> SourceScores:
+    """The scores of a batch, of which each process scores a part, in the order of the rows; process 0 asks a person. A
+    RewardError of one process is raised in all of them."""
+    if distributed.count() == 1:
+        return source(request)
+    rows = np.array_split(np.arange(len(request.completions)), 1 if isinstance(source, Human) else distributed.count())
+    mine = rows[distributed.index()].tolist() if distributed.index() < len(rows) else []
+
+    def score() -> list[Any]:
+        if not mine:
+            return [[], [], ""]
+        values, failed, problem = source(request.rows(mine))
+        return [list(values), [mine[i] for i in failed], problem]
+
+    parts = distributed.shared(score)
+    values, failed = ([item for part in parts for item in part[i]] for i in (0, 1))
+    return SourceScores(values, failed, next((problem for _, _, problem in parts if problem), ""))
 
 
 class ComponentScores(NamedTuple):
@@ -141,7 +161,7 @@ class RewardComponent:
             else:
                 if self.config.template:
                     request = request._replace(completions=template.fill(self.config.template, request))
-                scores = self.source(request)
+                scores = _score_in_parts(self.source, request)
             if scores.problem and self.config.on_error == "fail":
                 raise RewardError(scores.problem)
         except RewardError as error:

@@ -1,5 +1,6 @@
 """Reward of a run: the weighted sum of its components."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from jaxrlhf import sharding
 from jaxrlhf.config import Component, RewardSource
 from jaxrlhf.data import datasets
 from jaxrlhf.data.datasets import PromptRow
@@ -208,6 +210,7 @@ class Scorer:
         context), NAME_unanswered for sources that may leave completions unscored (1 where they did), and NAME_spread
         for ensembles. Raises RewardError if a component with on_error: fail has no usable score.
         """
+        rollout = sharding.fetch(dataclasses.replace(rollout, support=None))
         needs_tokens = any(c.per_token and not isinstance(c.source, RewardModel) for c in self.components.values())
         tokens = token_texts(rollout, self._tokenizer) if needs_tokens else None
         request = ScoreRequest(list(prompts), list(completions), columns, tokens, step)
@@ -228,7 +231,7 @@ class Scorer:
             if term.config.ensemble:
                 arrays[term.label] = term_scores.totals
                 arrays[f"{term.label}_spread"] = np.stack([arrays[name] for name in term.members]).std(axis=0)
-        metrics = self._metrics(by_name, arrays, np.asarray(rollout.response_mask).sum(1))
+        metrics = self._metrics(by_name, arrays, rollout.response_mask.sum(1))
         notes = tuple(component.note for component in by_name.values() if component.note)
         return Scored(np.where(unscored, np.float32(np.nan), scores), token_scores, arrays, metrics, notes)
 

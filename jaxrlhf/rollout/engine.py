@@ -44,11 +44,10 @@ def generate_in_slots(
     """
     sampling = decoding.sampling
     check_slots(decoding.model, queue.slots, queue.columns + sampling.response_length, mesh)
-    state = _empty_slots(decoding, queue.slots, queue.columns)
     if mesh is not None:
         sharding.check_rows(queue.slots, mesh, "rollout.slots")
-        state = jax.device_put(state, _shardings(state, mesh))
     shards = 1 if mesh is None else sharding.row_shards(mesh)
+    state = _empty_slots(decoding, queue.slots, queue.columns, mesh)
     table = SlotTable(queue.slots)
     names = ("tokens", "logprobs", "count", "ended", *(("support",) if sampling.renormalise_logprobs else ()))
     rows = len(queue.prompts.index) * queue.group
@@ -67,7 +66,7 @@ def generate_in_slots(
         else:
             enough = table.size - (smaller if table.busy > smaller else 0)
         state = _advance(params, decoding, state, np.int32(enough))
-        on_host = jax.device_get({name: getattr(state, name) for name in names})
+        on_host = sharding.fetch({name: getattr(state, name) for name in names})
         busy = ~on_host["ended"] & (on_host["count"] < sampling.response_length)
         ended, ended_rows = table.release(busy)
         for name in names:
@@ -138,7 +137,10 @@ def _shardings(slots: Slots, mesh: jax.sharding.Mesh) -> Any:
     return dataclasses.replace(jax.tree.map(lambda x: rows if x.ndim else replicated, slots), cache=cache)
 
 
-_empty_slots = jax.jit(empty_slots, static_argnames=("decoding", "batch", "prompt_columns"))
+@partial(jax.jit, static_argnames=("decoding", "batch", "prompt_columns", "mesh"))
+def _empty_slots(decoding: Decoding, batch: int, prompt_columns: int, mesh: jax.sharding.Mesh | None) -> Slots:
+    slots = empty_slots(decoding, batch, prompt_columns)
+    return slots if mesh is None else jax.lax.with_sharding_constraint(slots, _shardings(slots, mesh))
 
 
 @partial(jax.jit, static_argnames="decoding", donate_argnames="slots")

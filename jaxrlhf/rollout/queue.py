@@ -2,9 +2,9 @@
 
 import collections
 
-import jax
 import numpy as np
 
+from jaxrlhf import sharding
 from jaxrlhf.data.batching import bucket
 from jaxrlhf.types import Prompts
 
@@ -31,7 +31,7 @@ class PromptQueue:
     """
 
     def __init__(self, prompts: Prompts, slots: int, group: int = 1, columns: int = 0) -> None:
-        self.prompts = jax.tree.map(np.asarray, prompts)
+        self.prompts = sharding.fetch(prompts)
         count, longest = self.prompts.tokens.shape
         slots = min(slots, count * group)
         self.group = group

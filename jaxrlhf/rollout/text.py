@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
+from jaxrlhf import sharding
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.types import Rollout
 
@@ -34,7 +35,7 @@ def decode_completions(
     texts = response_texts(rollout, tokenizer)
     if not stop_strings:
         return rollout, texts
-    rollout = jax.device_get(rollout)
+    rollout = sharding.fetch(rollout)
     mask, finished = rollout.response_mask.copy(), rollout.finished.copy()
     for i, (prompt, ids, _) in enumerate(_token_ids(rollout)):
         length, text = first_stop(ids, prompt, tokenizer, stop_strings)
@@ -126,7 +127,7 @@ def token_pieces(ids: Sequence[int], prompt: Sequence[int], tokenizer: Tokenizer
 
 def _token_ids(rollout: Rollout) -> Iterator[tuple[list[int], list[int], list[int]]]:
     """Token ids of each row: (prompt, response, the stop token that ended it or none)."""
-    rollout = jax.device_get(rollout)
+    rollout = sharding.fetch(rollout)
     width = rollout.tokens.shape[1] - rollout.response_mask.shape[1]
     for i, tokens in enumerate(rollout.tokens):
         prompt = tokens[:width][rollout.mask[i, :width]].tolist()

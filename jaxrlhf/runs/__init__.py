@@ -23,7 +23,7 @@ from typing import Any, TextIO, TypeVar
 
 import yaml
 
-from jaxrlhf import checkpoint, memory, sharding
+from jaxrlhf import checkpoint, distributed, memory, sharding
 from jaxrlhf.config import replace, text
 from jaxrlhf.errors import Preempted, StorageError, first_line
 from jaxrlhf.files import write_whole
@@ -49,7 +49,8 @@ class Run:
     def record(self, **facts: Any) -> None:
         """Add facts about this start to run.json. Raises StorageError."""
         self.content["starts"][-1] |= facts
-        write_whole(self.directory / "run.json", json.dumps(self.content, indent=1) + "\n")
+        if distributed.is_primary():
+            write_whole(self.directory / "run.json", json.dumps(self.content, indent=1) + "\n")
 
 
 @contextlib.contextmanager
@@ -65,15 +66,23 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
         StorageError: the directory cannot be used, is in use, or holds a run that `config` cannot resume.
     """
     directory = Path(config.run_dir).resolve()
-    if fresh:
-        with _lock(directory):
-            _move_aside(directory)
-    with _lock(directory):
-        resumed = checkpoint.exists(directory / "checkpoints")
-        previous, notes = check_resume(directory, config, method) if resumed else ({}, ())
-        run = Run(directory, resumed, notes, _record(previous, config, method))
-        write_whole(directory / "config.yaml", f"# jaxrlhf {method}, every option resolved\n" + text.dump(config))
-        run.record()
+    with contextlib.ExitStack() as held:
+
+        def lock_and_write() -> list[Any]:
+            if fresh:
+                with _lock(directory):
+                    _move_aside(directory)
+            held.enter_context(_lock(directory))
+            resumed = checkpoint.exists(directory / "checkpoints")
+            previous, notes = check_resume(directory, config, method) if resumed else ({}, ())
+            content = _record(previous, config, method)
+            write_whole(directory / "config.yaml", f"# jaxrlhf {method}, every option resolved\n" + text.dump(config))
+            Run(directory, resumed, notes, content).record()
+            return [resumed, notes, content]
+
+        resumed, notes, content = distributed.on_primary(lock_and_write)
+        run = Run(directory, resumed, tuple(notes), content)
+        _check_shared(directory, content)
         outcome = {"outcome": "done"}
         memory.reset_peak_on_host()
         try:
@@ -91,6 +100,14 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
                 run.record(end=_now(), **outcome, peak_memory=peak)
 
 
+def check_processes(config: Any) -> None:
+    """Raise ConfigError, in every process of a run on several, if they differ in code or config. A trainer calls it
+    first."""
+    if distributed.count() > 1:
+        distributed.require_same_code()
+        distributed.require_agreement("config", flatten(yaml.safe_load(text.dump(config))))
+
+
 def with_template_date(config: T, fresh: bool) -> T:
     """The config with a `tokenizer.template_date`: its own, else that of the run it resumes, else today's.
 
@@ -99,21 +116,46 @@ def with_template_date(config: T, fresh: bool) -> T:
     settings: Any = config
     if settings.tokenizer.template_date:
         return config
-    directory, date = Path(settings.run_dir), ""
-    if not fresh and checkpoint.exists(directory / "checkpoints"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # named by check_resume
-            stored = yaml.safe_load((directory / "config.yaml").read_text())
-            date = str(stored["tokenizer"]["template_date"])
-    return replace(config, **{"tokenizer.template_date": date or str(datetime.date.today())})
+    directory = Path(settings.run_dir)
+
+    def find() -> str:
+        date = ""
+        if not fresh and checkpoint.exists(directory / "checkpoints"):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # named by check_resume
+                stored = yaml.safe_load((directory / "config.yaml").read_text())
+                date = str(stored["tokenizer"]["template_date"])
+        return date or str(datetime.date.today())
+
+    return replace(config, **{"tokenizer.template_date": distributed.on_primary(find)})
 
 
 def check_run_directory(config: Any, method: str, fresh: bool) -> None:
     """Raise what `open_run` would, before anything is loaded; does not change the directory."""
     directory, config = Path(config.run_dir).resolve(), with_template_date(config, fresh)
-    if directory.is_dir() and not fresh:
-        with _lock(directory):
-            if checkpoint.exists(directory / "checkpoints"):
-                check_resume(directory, config, method)
+
+    def check() -> None:
+        if directory.is_dir() and not fresh:
+            with _lock(directory):
+                if checkpoint.exists(directory / "checkpoints"):
+                    check_resume(directory, config, method)
+
+    distributed.on_primary(check)
+
+
+def _check_shared(directory: Path, content: dict[str, Any]) -> None:
+    """Raise StorageError, in every process, if one does not see the run.json that process 0 has written."""
+
+    def check() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads((directory / "run.json").read_bytes())["starts"] == content["starts"]:
+                return
+        raise StorageError(
+            f"run_dir {directory} on host {socket.gethostname()} is not the folder that process 0 writes to; the "
+            "processes of a run need one folder that all of their hosts share (a network file system)"
+        )
+
+    if distributed.count() > 1:
+        distributed.shared(check)
 
 
 def method_and_last_start(directory: Path) -> tuple[str, dict[str, Any]]:
@@ -194,6 +236,7 @@ def _record(previous: dict[str, Any], config: Any, method: str) -> dict[str, Any
         "process": os.getpid(),
         "command": sys.argv,
         "directory": os.getcwd(),
+        "processes": distributed.count(),
         "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "versions": versions(),
     }

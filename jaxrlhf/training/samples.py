@@ -59,7 +59,7 @@ class Samples:
         _, completions = decode_completions(rollout, self.tokenizer, strings)
         del decoder_params  # before its memory is given back
         memory.release_free_memory()
-        rows = zip(np.asarray(self.prompts.tokens), np.asarray(self.prompts.mask), strict=True)
+        rows = zip(*sharding.fetch((self.prompts.tokens, self.prompts.mask)), strict=True)
         prompts = [self.tokenizer.decode(tokens[mask].tolist()) for tokens, mask in rows]
         return [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, completions, strict=True)]
 

@@ -5,9 +5,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal
 
-import jax
-
-from jaxrlhf import checkpoint, compilation, metrics, report, runs
+from jaxrlhf import checkpoint, compilation, distributed, metrics, report, runs, sharding
 from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.config.spelling import did_you_mean
 from jaxrlhf.errors import ConfigError, NumericsError, Preempted, RewardError, StorageError
@@ -40,7 +38,8 @@ class Session:
         self.directory, self.config, self.total_steps = run.directory, config, total_steps
         self._state = state
         self.best, self.metric = best_of(config), metric_of(config)
-        self.logger = metrics.Logger(run.directory, config.logging, config.method, total_steps, self.metric)
+        arguments = run.directory, config.logging, config.method, total_steps, self.metric
+        self.logger: Any = metrics.Logger(*arguments) if distributed.is_primary() else metrics.Silence()
         self.note = self.logger.note
         self.watch: Callable[[Metrics], tuple[Metrics, list[str]]] | None = None
         """Alarms: called with each record before it is written; returns metrics to add and lines to print."""
@@ -50,6 +49,7 @@ class Session:
         synchronous |= policy.synchronous == "auto" and checkpoint.short_of_memory(state.template)
         self._checkpoints = checkpoint.Checkpoints(run.directory / "checkpoints", policy.keep, synchronous, self.best)
         self._pending: tuple[int, Metrics] | None = None
+        self._stop = distributed.Request()
         self._skipped = 0
         self._report_due = 0.0  # time when the next report may be written
 
@@ -86,7 +86,7 @@ class Session:
         """Write report.html, unless `logging.report` is false. With `due` only if the last one is REPORT_EVERY seconds
         old, or more if it took long to write."""
         started = time.monotonic()
-        if not self.config.logging.report or (due and started < self._report_due):
+        if not (self.config.logging.report and distributed.is_primary()) or (due and started < self._report_due):
             return
         try:
             report.write(self.directory)
@@ -105,7 +105,7 @@ class Session:
 
     def records(self) -> list[Metrics]:
         """The records logged so far."""
-        return metrics.read_records(self.directory / "metrics.jsonl")
+        return distributed.on_primary(lambda: metrics.read_records(self.directory / "metrics.jsonl"))
 
     def record_of(self, step: int) -> Metrics:
         """The logged record of `step`, without the step; empty if there is none."""
@@ -121,7 +121,7 @@ class Session:
         if self._pending is None:
             return
         (step, record), self._pending = self._pending, None
-        values = {k: float(v) for k, v in jax.device_get(record).items()}
+        values = {k: float(v) for k, v in sharding.fetch(record).items()}
         marks, lines = self.watch(values) if self.watch else ({}, [])
         self.logger.log(step, values | marks)
         for line in lines:
@@ -169,9 +169,13 @@ class Session:
         block = block or step == self.total_steps
         self._checkpoints.save(step, self._state.value, self._identity, metric=metric, block=block)
 
+    def stopping(self) -> bool:
+        """Return True if a signal asked the run to stop, in any process: all of them call this."""
+        return self._stop.seen(self.run.stopping)
+
     def stop_if_asked(self, step: int, *, saved: bool = False) -> None:
         """Save the state, which is that of `step`, and raise Preempted if a signal asked the run to stop."""
-        if self.run.stopping:
+        if self.stopping():
             if not saved:
                 self.save(step, block=True)
             raise Preempted(f"stopped after step {step} of {self.total_steps}; run the same command again to resume")
@@ -212,7 +216,7 @@ class Session:
     def close(self) -> None:
         """Wait for pending saves and close the files."""
         with contextlib.closing(self.logger):
-            self._checkpoints.wait()
+            self._checkpoints.close()
 
 
 @contextlib.contextmanager

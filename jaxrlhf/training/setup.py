@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf import runtime, sharding, weights
+from jaxrlhf import distributed, runtime, sharding, weights
 from jaxrlhf.checkpoint.digest import digests, leaves_by_name
 from jaxrlhf.config import (
     DPOConfig,
@@ -92,7 +92,7 @@ def load_model(config: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh,
         old, model = model, dataclasses.replace(model, vocab_size=tokenizer.size)
         params = build(lambda p: weights.resize_embeddings(old, p, tokenizer.size)[1], mesh, params)
         if not is_abstract(params):
-            params = jax.device_put(params, sharding.shardings(params, mesh))
+            params = sharding.place(params, sharding.shardings(params, mesh))
     check_vocab(tokenizer, model.vocab_size)
     base, adapters_folder = weights.base_and_adapters(weights.resolve(source.path, source.revision, weights=False))
     if source.merged_path and adapters_folder and not is_abstract(params):
@@ -131,6 +131,13 @@ def fingerprint(rows: Sequence[Any]) -> str:
     for row in rows:
         total.update(repr(row).encode())
     return total.hexdigest()
+
+
+def check_data(model: ModelConfig, rows: Sequence[Any]) -> None:
+    """Raise ConfigError, in every process of a run on several, if they have read another model or other rows."""
+    if distributed.count() > 1:
+        facts = {"model": str(model), "number of rows": len(rows), "tokens of the rows (sha256)": fingerprint(rows)}
+        distributed.require_agreement("data", facts)
 
 
 def params_fingerprint(params: Any) -> str:

@@ -33,6 +33,7 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
     """
 
     def __init__(self, config: Config, *, role: Literal["policy", "reward"], head: str, fresh: bool) -> None:
+        runs.check_processes(config)
         self.config = config = runs.with_template_date(config, fresh)
         self.role, self._fresh = role, fresh
         train, self.mesh = config.train, sharding.make_mesh(config.mesh)
@@ -50,6 +51,7 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
         """Train on `rows`, packed if `train.packing`. `evaluations` are the metrics of held-out rows, `texts` the
         number of texts in a row of a batch. Raises ConfigError for texts longer than the model's context."""
         train = self.config.train
+        setup.check_data(self.model, (*rows.train, *rows.validation))
         check_metric(self.config, evaluations, bool(rows.validation))
         longest = max(map(batching.row_length, (*rows.train, *rows.validation)))
         setup.check_context(longest, self.model, "the longest row", "data.max_length")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf import lora
+from jaxrlhf import distributed, lora, sharding
 from jaxrlhf.data.tokenizer import FILES as TOKENIZER_FILES
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError, StorageError
@@ -46,38 +46,47 @@ def export(
     dtype: of the written tensors; None: that of the parameters.
     max_shard_size: bytes, or text such as "5GB".
     Everything is written to a hidden folder beside `directory`, which is renamed at the end. An existing directory is
-    replaced if it is empty or an earlier export; otherwise, or if the disk is too small, StorageError is raised.
+    replaced if it is empty or an earlier export; otherwise, or if the disk is too small, StorageError is raised. Of
+    several processes, process 0 writes.
     """
     directory = Path(directory).expanduser().absolute()
-    _check_replaceable(directory)
     adapters_of = base if "lora" in params else None
     sources = []
     if adapters_of is None:
         model, params = dataclasses.replace(model, adapters=None), lora.merge(params, model)
         sources = mapping.sources(model, params, dtype)
+    else:
+        params = {**params, **sharding.fetch({name: params[name] for name in ("lora", "score") if name in params})}
     partial, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("partial", "old"))
-    try:
+    source = None if source is None else Path(source)
+
+    def prepare() -> None:
+        """Write everything but the weights."""
+        _check_replaceable(directory)
         directory.parent.mkdir(parents=True, exist_ok=True)
         size, free = sum(s.nbytes for s in sources), shutil.disk_usage(directory.parent).free
         if size > free:
             raise StorageError(f"{directory}: the export takes {size:,} bytes and the disk has {free:,} free")
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed export
         partial.mkdir()
-        source = None if source is None else Path(source)
         config = _write_configs(
             partial, model, source, tokenizer, stops, dtype or str(params["embed"]["embedding"].dtype)
         )
         inherited = {} if source is None else card.inherited(source / CARD)
         text = card.card(model, config, inherited | dict(facts or {}), adapters=adapters_of is not None)
         (partial / CARD).write_text(text, encoding="utf-8")
-        if adapters_of is None:
-            writer.write(partial, sources, _bytes(max_shard_size))
-        else:
+        if adapters_of is not None:
             (partial / CONFIG).unlink()  # adapters are described by the config.json of the base model
             peft.write(partial, model, params, *adapters_of)
-        _rename(partial, directory, old)
+
+    try:
+        distributed.on_primary(prepare)
+        if adapters_of is None:
+            writer.write(partial, sources, _bytes(max_shard_size))
+        distributed.on_primary(lambda: _rename(partial, directory, old))
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if distributed.is_primary():
+            shutil.rmtree(partial, ignore_errors=True)
     return directory
 
 

@@ -114,7 +114,7 @@ def _load_merged(
     # Merge on one device, so that the sums are the same on every mesh
     with jax.default_device(None if mesh is None else _merge_device(mesh)):
         params = lora.merge({**load_base()[1], **arrays}, dataclasses.replace(model, adapters=static))
-    return params if mesh is None else jax.device_put(jax.device_get(params), sharding.shardings(params, mesh))
+    return params if mesh is None else sharding.place(jax.device_get(params), sharding.shardings(params, mesh))
 
 
 def _merge_device(mesh: jax.sharding.Mesh) -> Any:
@@ -191,7 +191,7 @@ def resize_embeddings(model: ModelConfig, params: Params, vocab_size: int) -> tu
 
     def grow(table: Array, axis: int) -> Array:
         # On the host: the rounding of a sum over devices would depend on the sharding
-        mean = np.mean(jax.device_get(table).astype(np.float32), axis=axis, keepdims=True).astype(table.dtype)
+        mean = np.mean(sharding.fetch(table).astype(np.float32), axis=axis, keepdims=True).astype(table.dtype)
         return jnp.concatenate([table, jnp.repeat(mean, added, axis=axis)], axis=axis)
 
     params = {**params, "embed": {"embedding": grow(params["embed"]["embedding"], 0)}}

@@ -1,9 +1,10 @@
 """Conversion between the tensors of a model folder and the parameter tree, one tensor at a time.
 
 A leaf is filled on its device: the host holds one tensor at a time, transposition and dtype conversion run on the
-device, and each device receives only its own shard.
+device, and each device receives only its own shard. A process reads no bytes but those of its devices' shards.
 """
 
+import functools
 import re
 from collections import defaultdict
 from functools import partial
@@ -16,6 +17,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxrlhf import sharding
 from jaxrlhf.errors import DataError
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.types import Params, leaf_at, set_leaf
@@ -101,9 +103,12 @@ def fill(
         leaf = None if leaf_tensors[0].layer is None else jnp.zeros(shape, leaf_dtype, device=leaf_sharding)
         for tensor in leaf_tensors:
             entry = entries[tensor.name]
-            if not entry.nbytes <= buffer.nbytes <= 2 * entry.nbytes:
-                buffer = safetensors.allocate(entry.nbytes)
-            piece = _to_device(safetensors.read(entry, buffer), tensor, leaf_sharding)
+            if leaf_sharding is None or leaf_sharding.is_fully_addressable:
+                if not entry.nbytes <= buffer.nbytes <= 2 * entry.nbytes:
+                    buffer = safetensors.allocate(entry.nbytes)
+                piece = _to_device(safetensors.read(entry, buffer), tensor, leaf_sharding)
+            else:
+                piece = _read_shards(entry, tensor, leaf_sharding)
             leaf = _insert(leaf, piece, tensor.layer or 0, tensor.transpose, leaf_dtype, leaf_sharding)
             leaf.block_until_ready()  # `buffer` is overwritten next
         set_leaf(params, path, leaf)
@@ -142,21 +147,46 @@ def _to_device(array: np.ndarray, tensor: Tensor, leaf_sharding: NamedSharding |
         array = array.astype(np.float32)
     if leaf_sharding is None:
         return jax.device_put(array)
+    to = _sharding_of(tensor, array.ndim, leaf_sharding)
+    return jax.make_array_from_callback(array.shape, to, lambda index: array[index])
+
+
+def _sharding_of(tensor: Tensor, ndim: int, leaf_sharding: NamedSharding) -> NamedSharding:
+    """The sharding of a stored tensor that is split like its leaf."""
     stacked = int(tensor.layer is not None)
-    axes = (*leaf_sharding.spec, *(None,) * (array.ndim + stacked - len(leaf_sharding.spec)))[stacked:]
-    sharding = NamedSharding(leaf_sharding.mesh, P(*(reversed(axes) if tensor.transpose else axes)))
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    axes = (*leaf_sharding.spec, *(None,) * (ndim + stacked - len(leaf_sharding.spec)))[stacked:]
+    return NamedSharding(leaf_sharding.mesh, P(*(reversed(axes) if tensor.transpose else axes)))
 
 
-@partial(jax.jit, donate_argnums=0, static_argnames=("transpose", "dtype", "sharding"))
+def _read_shards(entry: Entry, tensor: Tensor, leaf_sharding: NamedSharding) -> Array:
+    """The part of a stored tensor that `tensor` is, on the mesh, of which this process reads the shards of its own
+    devices."""
+    number, count = tensor.part
+    axis = 0 if tensor.transpose else len(entry.shape) - 1
+    shape = tuple(size // count if dim == axis else size for dim, size in enumerate(entry.shape))
+    first = number * shape[axis]  # of the part, along `axis`
+
+    @functools.cache  # devices that hold the same shard
+    def read(*bounds: tuple[int, int]) -> np.ndarray:
+        index = (slice(a + first, b + first) if dim == axis else slice(a, b) for dim, (a, b) in enumerate(bounds))
+        array = safetensors.read_part(entry, tuple(index))
+        return array.astype(np.float32) if array.dtype == np.float64 else array
+
+    def shard(index: Any) -> np.ndarray:
+        return read(*(part.indices(size)[:2] for part, size in zip(index, shape, strict=True)))
+
+    return jax.make_array_from_callback(shape, _sharding_of(tensor, len(shape), leaf_sharding), shard)
+
+
+@partial(jax.jit, donate_argnums=0, static_argnames=("transpose", "dtype", "to"))
 def _insert(
-    leaf: Array | None, piece: Array, layer: int, transpose: bool, dtype: np.dtype, sharding: NamedSharding | None
+    leaf: Array | None, piece: Array, layer: int, transpose: bool, dtype: np.dtype, to: NamedSharding | None
 ) -> Array:
     """Write a tensor into its layer of `leaf`, or make it the leaf if there is none."""
     piece = (piece.T if transpose else piece).astype(dtype)
     # copied even if it is the leaf: memory that jax does not own could not be donated to an update
     whole = jnp.copy(piece) if leaf is None else jax.lax.dynamic_update_index_in_dim(leaf, piece, layer, 0)
-    return whole if sharding is None else jax.lax.with_sharding_constraint(whole, sharding)
+    return whole if to is None else jax.lax.with_sharding_constraint(whole, to)
 
 
 def sources(model: ModelConfig, params: Params, dtype: str | None) -> list[writer.Source]:
@@ -177,6 +207,7 @@ def _to_host(params: Params, parts: list[Tensor], dtype: np.dtype) -> np.ndarray
     arrays = []
     for tensor in sorted(parts, key=lambda t: t.part):
         leaf = leaf_at(params, tensor.path)
-        arrays.append(np.asarray(leaf if tensor.layer is None else leaf[tensor.layer]).astype(dtype, copy=False))
+        part = sharding.fetch(leaf if tensor.layer is None else leaf[tensor.layer])
+        arrays.append(part.astype(dtype, copy=False))
     joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
     return joined.T if parts[0].transpose else joined

@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -187,6 +188,28 @@ def read(entry: Entry, buffer: np.ndarray | None = None) -> np.ndarray:
     return raw.view(entry.dtype).reshape(entry.shape)
 
 
+def read_part(entry: Entry, index: tuple[slice, ...]) -> np.ndarray:
+    """Read the part `tensor[index]` of a tensor, of slices without steps, and no other bytes of the file.
+
+    Raises DataError if the file has become shorter since it was scanned.
+    """
+    bounds = [part.indices(size)[:2] for part, size in zip(index, entry.shape, strict=True)]
+    shape = [stop - start for start, stop in bounds]
+    whole = len(shape)  # the trailing axes that are read whole make one run of bytes with the one before them
+    while whole > 0 and shape[whole - 1] == entry.shape[whole - 1]:
+        whole -= 1
+    outer = max(whole - 1, 0)
+    strides = [math.prod(entry.shape[axis + 1 :]) * entry.dtype.itemsize for axis in range(len(shape))]
+    run = math.prod(shape[outer:]) * entry.dtype.itemsize
+    raw = allocate(math.prod(shape) * entry.dtype.itemsize)
+    starts = [start * stride for (start, _), stride in zip(bounds, strides, strict=True)]
+    with entry.file.open("rb", buffering=0) as stream:
+        for number, position in enumerate(np.ndindex(*shape[:outer])):
+            begin = sum(starts) + sum(i * stride for i, stride in zip(position, strides, strict=False))
+            _read_from(stream, entry, begin, raw[number * run : (number + 1) * run])
+    return raw.view(entry.dtype).reshape(shape)
+
+
 def same(a: Entry, b: Entry) -> bool:
     """Return True if two tensors are equal bit for bit, compared chunk by chunk."""
     if a.dtype != b.dtype or a.shape != b.shape:
@@ -202,14 +225,18 @@ def same(a: Entry, b: Entry) -> bool:
 
 def _read_bytes(entry: Entry, begin: int, raw: np.ndarray) -> None:
     """Fill `raw` with the bytes of a tensor from `begin` on."""
-    view, done = raw.data, 0
     with entry.file.open("rb", buffering=0) as stream:
-        stream.seek(entry.offset + begin)
-        while done < len(view):
-            count = stream.readinto(view[done:])
-            if not count:
-                raise DataError(f"{entry.file}: ended inside '{entry.name}'; it changed while it was read")
-            done += count
+        _read_from(stream, entry, begin, raw)
+
+
+def _read_from(stream: FileIO, entry: Entry, begin: int, raw: np.ndarray) -> None:
+    view, done = raw.data, 0
+    stream.seek(entry.offset + begin)
+    while done < len(view):
+        count = stream.readinto(view[done:])
+        if not count:
+            raise DataError(f"{entry.file}: ended inside '{entry.name}'; it changed while it was read")
+        done += count
 
 
 def _parse_json(text: bytes, where: str) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Writer of the safetensors format: sharded, one tensor in memory at a time."""
+"""Writer of the safetensors format: sharded, one tensor in memory at a time.
+
+Of several processes, process 0 writes; the others read the same tensors in the same order, as the shards of a tensor
+come from all of them.
+"""
 
 import json
 import os
@@ -9,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrlhf import distributed
 from jaxrlhf.weights import safetensors
 
 _DTYPE_NAMES = {dtype: name for name, dtype in safetensors.DTYPES.items()}
@@ -36,6 +41,8 @@ def write(folder: Path, sources: Iterable[Source], max_shard_size: int) -> None:
         write_file(folder / name, shard)
     total = sum(source.nbytes for shard in shards for source in shard)
     weight_map = {source.name: name for name, shard in files.items() for source in shard}
+    if not distributed.is_primary():
+        return
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / safetensors.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -43,6 +50,10 @@ def write(folder: Path, sources: Iterable[Source], max_shard_size: int) -> None:
 def write_file(file: Path, sources: Sequence[Source]) -> None:
     """Write one file and sync it to disk. Tensors are ordered by decreasing item size, then by name."""
     ordered = sorted(sources, key=lambda s: (-s.dtype.itemsize, s.name))
+    if not distributed.is_primary():
+        for source in ordered:
+            source.read()
+        return
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     end = 0
     for source in ordered:

@@ -241,7 +241,7 @@ class RewardModel:
             pending.append((indices, program(self.params, self.model, *batch)))
         scores: list[Any] = [None] * len(rows)
         for indices, values in pending:  # fetched after all micro-batches have been dispatched
-            for i, value in zip(indices, np.asarray(values, np.float32), strict=False):
+            for i, value in zip(indices, sharding.fetch(values).astype(np.float32), strict=False):
                 scores[i] = value[: len(rows[i])] if value.ndim else value
         return scores, truncated
 

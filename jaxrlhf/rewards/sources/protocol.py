@@ -20,6 +20,19 @@ class ScoreRequest(NamedTuple):
     """For per-token rewards: the text of each response token, including the end token."""
     step: int | None = None
 
+    def rows(self, numbers: Sequence[int]) -> "ScoreRequest":
+        """The request for these rows alone."""
+
+        def pick(values: Sequence[Any]) -> list[Any]:
+            return [values[i] for i in numbers]
+
+        return self._replace(
+            prompts=pick(self.prompts),
+            completions=pick(self.completions),
+            columns={name: pick(values) for name, values in self.columns.items()},
+            tokens=None if self.tokens is None else pick(self.tokens),
+        )
+
     def error_prefix(self, source: str) -> str:
         return f"reward {source}" + (f" (step {self.step})" if self.step is not None else "")
 

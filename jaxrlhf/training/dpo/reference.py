@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxrlhf import distributed
 from jaxrlhf.errors import NumericsError, first_line
 from jaxrlhf.files import write_whole
 
@@ -22,18 +23,21 @@ def cached_logprobs(
     and StorageError if it cannot be written.
     """
     path = folder / f"{key}.npz"
+    known: np.ndarray | None = None
     try:
         with np.load(path, allow_pickle=False) as file:
-            logprobs = file["logprobs"]
-        if (logprobs.shape, logprobs.dtype) != (shape, np.float32):
-            raise ValueError(f"it holds {logprobs.dtype} {logprobs.shape}, expected float32 {shape}")
+            stored = file["logprobs"]
+        if (stored.shape, stored.dtype) != (shape, np.float32):
+            raise ValueError(f"it holds {stored.dtype} {stored.shape}, expected float32 {shape}")
+        known = stored
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         note(f"{path} cannot be used ({first_line(error)}): log-probs of the reference are computed anew")
-    else:
-        note(f"log-probs of the reference: {len(logprobs)} rows read from {path}")
-        return logprobs
+    if all(distributed.gather(known is not None)):
+        assert known is not None
+        note(f"log-probs of the reference: {len(known)} rows read from {path}")
+        return known
     logprobs = np.asarray(compute(), np.float32)
     bad = np.flatnonzero(~np.isfinite(logprobs.reshape(len(logprobs), -1)).all(axis=1))
     if bad.size:
@@ -42,7 +46,8 @@ def cached_logprobs(
             f"{bad[0] + 1} of those kept): the model of model.path cannot be trained as it is; "
             "`jaxrlhf doctor MODEL` says more"
         )
-    file = io.BytesIO()
-    np.savez(file, logprobs=logprobs)
-    write_whole(path, file.getvalue())
+    if distributed.is_primary():
+        file = io.BytesIO()
+        np.savez(file, logprobs=logprobs)
+        write_whole(path, file.getvalue())
     return logprobs

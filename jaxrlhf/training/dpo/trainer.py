@@ -69,7 +69,7 @@ class DPOTrainer(SupervisedTrainer[DPOConfig]):
     def train(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""
         with self.session(**{} if self.reference_known else {"reference": self._reference_hash}) as session:
-            self.score_reference(session.note, lambda: session.run.stopping)
+            self.score_reference(session.note, session.stopping)
             session.resume()
             for step in session.steps():
                 batch = self.batch(step)
@@ -152,7 +152,7 @@ class DPOTrainer(SupervisedTrainer[DPOConfig]):
                 raise Preempted("stopped before the first step; run the same command again to start over")
             batch = [rows[i] for i in order[start : start + size]]
             batch += batch[:1] * (size - len(batch))  # filled up; cut off below
-            parts.append(jax.device_get(score(params, self.collate(batch), model=self.model)))
+            parts.append(sharding.fetch(score(params, self.collate(batch), model=self.model)))
             if time.monotonic() - last_note > PROGRESS:
                 last_note = time.monotonic()
                 note(f"log-probs of the reference: {start + size} of {len(rows)} rows")

@@ -63,7 +63,7 @@ def rollout_with_greedy(
     padded = [*prompts, *[prompts[-1]] * padding]
     greedy = trainer.generate_and_score(padded, step, session, use=GREEDY, greedy=True)
     of_row = np.repeat(np.arange(len(prompts)), group)
-    rollout = jax.tree.map(lambda x: x[of_row], jax.device_get(greedy.rollout))
+    rollout = jax.tree.map(lambda x: x[of_row], sharding.fetch(greedy.rollout))
     scores = greedy.scored.totals[of_row]
     metrics = _add_costs(batch, greedy)
     if not np.isnan(scores).all():
@@ -91,7 +91,7 @@ def _replace_groups(
     ]
     width = max(p for p, _ in widths), max(r for _, r in widths)
     pad_id, mesh = trainer.tokenizer.pad_id, trainer.mesh
-    rollouts = [jax.device_get(pad_rollout(part.rollout, None, width, pad_id, mesh)[0]) for part in (batch, more)]
+    rollouts = [sharding.fetch(pad_rollout(part.rollout, None, width, pad_id, mesh)[0]) for part in (batch, more)]
 
     def merge(first: Any, second: Any) -> np.ndarray:
         return np.concatenate([first, second])[source]

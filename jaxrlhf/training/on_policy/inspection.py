@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from jaxrlhf import sharding
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.metrics.console import visible
 from jaxrlhf.rollout.text import token_pieces
@@ -124,7 +125,7 @@ def inspect(
     experience = on_host(experience)
     series = token_series(experience)
     if new_logprobs is not None and "logprob" in series:
-        new = np.asarray(jax.device_get(new_logprobs)).reshape(series["logprob"].shape)
+        new = np.asarray(sharding.fetch(new_logprobs)).reshape(series["logprob"].shape)
         series["ratio"] = np.exp(new - series["logprob"])
     rollout, rows, sequences, labels = experience.rollout, [], [], []
     first = {index: i for i, index in reversed([*enumerate(rollout.index.tolist())])}
@@ -142,11 +143,11 @@ def on_host(experience: Experience | GroupExperience) -> Any:
     """The experience in NumPy arrays [B, ...], a pair of responses in two rows, without what only an update reads."""
     rollout = dataclasses.replace(experience.rollout, support=None)
     if isinstance(experience, Experience):
-        return jax.device_get(dataclasses.replace(experience, rollout=rollout, features=None, weights=None))
+        return sharding.fetch(dataclasses.replace(experience, rollout=rollout, features=None, weights=None))
     paired = rollout.tokens.ndim == 3
     if paired:
         rollout = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), rollout)
-    return jax.device_get(dataclasses.replace(experience, rollout=rollout))
+    return sharding.fetch(dataclasses.replace(experience, rollout=rollout))
 
 
 def token_series(experience: Any) -> dict[str, np.ndarray]:

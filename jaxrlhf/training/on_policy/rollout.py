@@ -37,13 +37,13 @@ class ScoredRollout(NamedTuple):
 
     def distributions(self) -> dict[str, np.ndarray]:
         """Scores, and response lengths in tokens, of all responses [B], for histograms."""
-        lengths = np.asarray(jax.device_get(self.rollout.response_mask)).sum(-1)
+        lengths = np.asarray(sharding.fetch(self.rollout.response_mask)).sum(-1)
         return {"scores": self.scored.totals, "response_length": lengths}
 
     def result(self, metrics: Metrics, experience: Experience | GroupExperience) -> dict[str, Any]:
         """The result of `ppo_step` and `grpo_step`: completions, scores, the experience, and `metrics` as Python
         numbers."""
-        numbers = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        numbers = {k: float(v) for k, v in sharding.fetch(metrics).items()}
         return {
             "generated_texts": self.completions,
             "rewards": self.scored.as_list(),
@@ -64,7 +64,7 @@ def leave_out_unscored(rollout: Rollout, scores: np.ndarray, pad_id: int, mesh: 
         )
     if not unscored.any():
         return rollout
-    rollout, kept = jax.device_get(rollout), ~unscored
+    rollout, kept = sharding.fetch(rollout), ~unscored
     return sharding.put_rows(
         shortened(rollout, rollout.response_mask & kept[:, None], rollout.finished & kept, pad_id), mesh
     )
@@ -95,7 +95,7 @@ def shape_scores(
     raw = sharding.put_rows(np.asarray(scores, np.float32), mesh)
     longest = config.sampling.response_length
     final, stats = shaped(raw, rollout.response_mask, rollout.finished, stats, config=section, longest=longest)
-    return sharding.put_rows(np.asarray(final), mesh), sharding.put_whole(jax.device_get(stats), mesh)
+    return sharding.put_rows(final, mesh), sharding.put_whole(sharding.fetch(stats), mesh)
 
 
 def reference_stats(batches: Iterable[Scored], stats: ScoreStats) -> ScoreStats:
@@ -122,7 +122,7 @@ def pad_rollout(
 ) -> tuple[Rollout, np.ndarray | None]:
     """The rollout on the mesh, and the scores of its tokens [B, R], padded to `width` (P, R)."""
     right = width[1] - rollout.response_mask.shape[1]
-    padded = sharding.put_rows(padded_rollout(jax.device_get(rollout), width, pad_id), mesh)
+    padded = sharding.put_rows(padded_rollout(sharding.fetch(rollout), width, pad_id), mesh)
     return padded, None if token_scores is None else np.pad(token_scores, [(0, 0), (0, right)])
 
 

@@ -56,7 +56,7 @@ class TokenRecords:
         rollout = batch.rollout
         if rollout.support is not None:  # the one large array
             rollout = dataclasses.replace(rollout, support=rollout.support[: self.count])
-        rollout = jax.tree.map(lambda x: x[: self.count], jax.device_get(rollout))
+        rollout = jax.tree.map(lambda x: x[: self.count], sharding.fetch(rollout))
         width = sampler.columns, sampler.sampling.response_length
         padded = padded_rollout(rollout, width, sampler.tokenizer.pad_id)
         fill = -self.count % self._parts  # so that all forward passes have the same number of rows
@@ -68,7 +68,7 @@ class TokenRecords:
         not be a multiple of the devices."""
         placed = sharding.put_whole(rollout, self._sampler.mesh)
         arguments = {"model": self._sampler.model, "temperature": self._temperature, "parts": self._parts}
-        return jax.device_get(look(policy, placed, **arguments))
+        return sharding.fetch(look(policy, placed, **arguments))
 
     def text(self, token: int) -> str:
         """The text of a token inside a text, or the vocabulary's entry of one that is part of a character."""

@@ -51,6 +51,7 @@ class OnPolicyTrainer(Generic[Config]):
     def __init__(
         self, config: Config, reward: Callable[..., Sequence[float | None]] | None = None, *, fresh: bool = False
     ) -> None:
+        runs.check_processes(config)
         self.config = config = runs.with_template_date(config, fresh)
         self._fresh = fresh
         if config.sampling.greedy:
@@ -61,6 +62,7 @@ class OnPolicyTrainer(Generic[Config]):
         self.data = prompt_rows(config.data, self.tokenizer) if config.data.path else None
         self.model = setup.model_config(config.model, self.tokenizer, "lm", config.lora, self.mesh)
         train, held_out = (self.data.train, self.data.validation) if self.data else ([], [])
+        setup.check_data(self.model, (*train, *held_out))
         longest = max((len(row.tokens) for row in [*train, *held_out]), default=0)
         self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, longest)
         directory, required = Path(config.run_dir), config.needs_reward
@@ -129,7 +131,7 @@ class OnPolicyTrainer(Generic[Config]):
             session.note(note) if session else warnings.warn(note, stacklevel=4)
         if session:
             session.stop_if_asked(step)
-        seconds, tokens = generated - started, int(np.sum(jax.device_get(rollout.response_mask)))
+        seconds, tokens = generated - started, int(np.sum(sharding.fetch(rollout.response_mask)))
         timings = {
             "perf/rollout_seconds": seconds,
             "perf/reward_seconds": time.monotonic() - generated,
@@ -212,7 +214,7 @@ class OnPolicyTrainer(Generic[Config]):
                 yield self.scorer.score_rows(rows, completions, rollout)
 
         stats = reference_stats(scored(), stats)
-        placed = sharding.put_whole(jax.device_get(stats), self.mesh)
+        placed = sharding.put_whole(sharding.fetch(stats), self.mesh)
         self.state.value = dataclasses.replace(self.state.value, score_stats=placed)
 
     def _progress(self, batch: ScoredRollout, step: int) -> Metrics:

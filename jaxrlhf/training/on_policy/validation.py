@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxrlhf import sharding
+from jaxrlhf import distributed, sharding
 from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.kl import k1
 from jaxrlhf.config import GRPOConfig, PPOConfig, RewardSource
@@ -79,14 +79,15 @@ class Validator:
         if step == 0:
             metrics, scores = self._measure(session, 0, policy, reference)
             self._baseline = {"scores": scores, "metrics": metrics}
-            write_whole(file, json.dumps(self._baseline) + "\n")
+            if distributed.is_primary():
+                write_whole(file, json.dumps(self._baseline) + "\n")
             if session.best and metric in metrics:
                 session.save(0, metrics[metric])
             kl = f", KL {metrics['eval/kl']:.3g}" if "eval/kl" in metrics else ""
             score = f", score {metrics['eval/scores']:.4g}" if "eval/scores" in metrics else ""
             session.note(f"before training: {len(self.rows)} held-out prompts{score}{kl}")
-        elif file.is_file():
-            self._baseline = json.loads(file.read_text(encoding="utf-8"))
+        elif stored := distributed.on_primary(lambda: file.read_text(encoding="utf-8") if file.is_file() else ""):
+            self._baseline = json.loads(stored)
         else:
             session.note(f"{file} is missing: no win rate against the initial policy")
         records = [self.before, *(record for record in session.records() if "eval/scores" in record)]
@@ -157,7 +158,7 @@ class Validator:
             "eval/finished": float(np.mean(np.asarray(sampled.finished)[:count])),
         }
         if (reference_params := reference()) is not None:
-            metrics["eval/kl"] = float(np.mean(np.asarray(self._kl(policy, reference_params, sampled))[:count]))
+            metrics["eval/kl"] = float(np.mean(sharding.fetch(self._kl(policy, reference_params, sampled))[:count]))
             del reference_params
         if self._second:
             metrics |= _mean("eval/heldout_scores", self._score(session, self._second, completions, sampled))

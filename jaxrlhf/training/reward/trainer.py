@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import sharding
+from jaxrlhf import distributed, sharding
 from jaxrlhf.config import RewardConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import Split, pair_rows
@@ -109,7 +109,7 @@ class RewardTrainer(SupervisedTrainer[RewardConfig]):
             self._write_evaluation(session)
             folder = self.save_pretrained(session.directory / "export")
             session.note(f"exported to {folder}")
-            if note := pretrained.padding_note(folder):
+            if note := distributed.on_primary(lambda: pretrained.padding_note(folder)):
                 session.note(note)
         return self._results
 
@@ -143,8 +143,8 @@ class RewardTrainer(SupervisedTrainer[RewardConfig]):
         parts: list[tuple[np.ndarray, ...]] = []
         for start, batch in zip(range(0, len(rows), size), self.eval_batches(rows), strict=True):
             count = len(rows[start : start + size])
-            scores = np.asarray(evaluate(self.params, batch, model=self.model), np.float32)[:count]
-            real, target = np.asarray(batch.real)[:count], np.asarray(batch.target)[:count]
+            arrays = evaluate(self.params, batch, model=self.model).astype(np.float32), batch.real, batch.target
+            scores, real, target = (array[:count] for array in sharding.fetch(arrays))
             valid = real[..., 0]
             parts.append((scores[valid], real[valid], target[valid]))
         scores, real, target = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -167,7 +167,9 @@ class RewardTrainer(SupervisedTrainer[RewardConfig]):
             return
         if not self.evaluation:  # the run was already complete
             self._evaluate()
-        path = write_whole(session.directory / EVALUATION, json.dumps(self.evaluation, indent=2) + "\n")
+        path = session.directory / EVALUATION
+        if distributed.is_primary():
+            write_whole(path, json.dumps(self.evaluation, indent=2) + "\n")
         for line in [*summary(self.evaluation), f"wrote {path}"]:
             session.note(line)
 
