@@ -116,6 +116,13 @@ def make_mesh(shape: config.Mesh) -> jax.sharding.Mesh:
         more = "to simulate more CPU devices, set XLA_FLAGS=--xla_force_host_platform_device_count=N"
         raise ConfigError(f"{error}; {more}") from None
     needed = math.prod(sizes.values())
+    idle = {device.process_index for device in devices} - {device.process_index for device in devices[:needed]}
+    if idle and _devices.get() is None:
+        raise ConfigError(
+            f"mesh: {' x '.join(f'{axis} {size}' for axis, size in sizes.items())} takes {needed} of the "
+            f"{len(devices)} devices, and none of process {min(idle)}; a run on several processes uses devices of all "
+            "of them: make the mesh larger (-1 for one axis takes them all), or start fewer processes"
+        )
     grid = arrange(devices[:needed], tuple(sizes.values()), whole=needed == len(devices))
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

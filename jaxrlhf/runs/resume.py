@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from jaxrlhf import runtime
+from jaxrlhf import distributed, runtime
 from jaxrlhf.config import text
 from jaxrlhf.errors import StorageError
 
@@ -87,6 +87,8 @@ def check_resume(directory: Path, config: Any, method: str) -> tuple[dict[str, A
             + f"\nSet these back to resume (the old config is {directory / 'config.yaml'}), start over with --fresh "
             "(the old run is kept beside it), or choose another run_dir."
         )
+    processes = record["starts"][-1].get("processes", 1), distributed.count()
+    rounding += ["processes: {} -> {}".format(*processes)] if processes[0] != processes[1] else []
     notes = [f"{change}: equal up to rounding, not bit for bit" for change in rounding]
     notes += [
         f"{package} was {old_versions.get(package)} when this run started and is {version} now: not bit for bit"
