@@ -25,6 +25,8 @@ class Compiled(NamedTuple):
     """jax's CompiledMemoryStats: bytes on one device."""
     outputs: Any
     """Shapes and shardings of its results."""
+    executable: Any
+    """jax.stages.Compiled; None for a program that was only traced."""
 
 
 def compile_shapes(program: Any, *args: Any, **kwargs: Any) -> Compiled:
@@ -33,7 +35,7 @@ def compile_shapes(program: Any, *args: Any, **kwargs: Any) -> Compiled:
     lowered = traced.lower()
     compiled = lowered.compile()
     outputs = with_shardings(lowered.out_info, compiled.output_shardings)
-    return Compiled(program.__name__.lstrip("_"), traced.jaxpr, compiled.memory_analysis(), outputs)
+    return Compiled(program.__name__.lstrip("_"), traced.jaxpr, compiled.memory_analysis(), outputs, compiled)
 
 
 _listeners: list[Callable[[str], None]] = []

@@ -86,6 +86,11 @@ COMMANDS: dict[str, Command] = {
             "--method": {**METHOD, "help": "method of the config; default: recognised from the file"},
             "--use-lora": USE_LORA,
             "--knobs": {"action": "store_true", "help": "try memory-saving options even if the run fits"},
+            "--devices": {
+                "metavar": "TARGET",
+                "help": "plan for these devices, which need not exist: h100:8, v5e:4x4, ...; the programs are compiled "
+                "by XLA's compiler for them (extras plan-gpu and plan-tpu), or estimated without it",
+            },
         },
         overrides=True,
     ),

@@ -100,9 +100,24 @@ def plan(options: Options, overrides: Overrides) -> int:
             raise ConfigError("plan: give a CONFIG.yaml, or --method and overrides")
         method = method_of(path)
     config = _load_with_options(method, path, options, overrides)
-    from jaxrlhf.plan import report
+    if options.devices is None:
+        from jaxrlhf.plan import report
 
-    return 0 if report.examine(config, every_knob=options.knobs) else OutOfMemory.exit_code
+        fits = report.examine(config, every_knob=options.knobs)
+    else:
+        fits = _plan_for(options.devices, config, every_knob=options.knobs)
+    return 0 if fits else OutOfMemory.exit_code
+
+
+def _plan_for(devices: str, config: Any, *, every_knob: bool) -> bool:
+    """Plan for devices that need not exist; jax itself computes on the CPU."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # programs for other devices cannot be read back
+    from jaxrlhf.plan import report, targets
+
+    target = targets.parse(devices)
+    with announce_compilations(sys.stdout, quiet=False):
+        return report.examine_target(config, target, every_knob=every_knob)
 
 
 def demo(options: Options, overrides: Overrides) -> None:

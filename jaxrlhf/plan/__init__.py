@@ -1,12 +1,14 @@
 """`jaxrlhf plan`: the memory of a run by phase and the matrix products of its steps, before it runs.
 
-The programs are compiled for shapes, of the longest rows of the data. XLA reports the memory that each program needs
-besides its arguments; the memory of everything else follows from the shapes.
+The programs are compiled for shapes, of the longest rows of the data: for the devices at hand, or for a target by the
+compiler of its platform. XLA reports the memory that each program needs besides its arguments; the memory of everything
+else follows from the shapes.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -16,8 +18,9 @@ from jaxrlhf.compilation import Compiled
 from jaxrlhf.config import PPO
 from jaxrlhf.logprobs import logits_bytes
 from jaxrlhf.models import empty_cache
-from jaxrlhf.plan import costs
-from jaxrlhf.plan.programs import Programs, Trainer, abstract_trainer, compile_longest
+from jaxrlhf.plan import costs, hlo, topology
+from jaxrlhf.plan.programs import Programs, Traced, Trainer, abstract_trainer, compile_longest
+from jaxrlhf.plan.targets import Target
 from jaxrlhf.rollout import engine
 from jaxrlhf.training.dpo.trainer import DPOTrainer
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
@@ -44,15 +47,36 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of a step: bytes on one device by kind, and its matrix products."""
+    """A phase of a step: bytes on one device by kind, and the programs that run in it."""
 
     name: str
     bytes: dict[str, int]
-    products: list[costs.Product]
+    programs: tuple[Compiled, ...]
+    trips: float = 1
+    """Iterations of the loops that end by a condition on data."""
+    times: int = 1
 
     @property
     def total(self) -> int:
         return sum(self.bytes.values())
+
+    @cached_property
+    def products(self) -> list[costs.Product]:
+        """The matrix products of the traced programs, on all devices together."""
+        found = (p for one in self.programs for p in costs.products(one.jaxpr, self.trips))
+        return [p._replace(times=p.times * self.times) for p in found]
+
+    @property
+    def compiled(self) -> bool:
+        return any(one.executable is not None for one in self.programs)
+
+    def figures(self, devices: int) -> hlo.Figures:
+        """What each device does in the compiled programs."""
+        found = hlo.Figures()
+        for one in self.programs:
+            if one.executable is not None:
+                found.add(hlo.read(one.executable.as_text(), devices, self.trips))
+        return found.repeated(self.times)
 
 
 @dataclass(frozen=True)
@@ -63,26 +87,42 @@ class Plan:
     phases: tuple[Phase, ...]
     state: int  # bytes of a checkpoint on one device
     devices: int
+    islands: tuple[int, ...] = ()  # for a target: the host (GPU) or slice (TPU) of each device of the mesh
 
     @property
     def peak(self) -> Phase:
         return max(self.phases, key=lambda phase: phase.total)
 
 
-def plan(config: RunConfig) -> Plan:
-    """Compile the programs of a run without loading a model. Raises what its trainer raises."""
-    return plan_of(abstract_trainer(config))
+def plan(config: RunConfig, target: Target | None = None) -> Plan:
+    """Compile the programs of a run without loading a model, for a target if one is given.
+
+    Raises what its trainer raises, and MissingCompiler where the compiler of the target is not installed.
+    """
+    if target is None:
+        return plan_of(abstract_trainer(config))
+    with sharding.on_devices(topology.devices(target)):
+        return plan_of(abstract_trainer(config))
 
 
-def plan_of(trainer: Trainer) -> Plan:
+def estimate(config: RunConfig, target: Target) -> Plan:
+    """Plan a run for a target without its compiler: shapes and shardings are exact, what programs need besides is
+    estimated from their traces."""
+    with sharding.on_devices(topology.stand_ins(target)):
+        return plan_of(abstract_trainer(config), Traced())
+
+
+def plan_of(trainer: Trainer, programs: Programs | None = None) -> Plan:
     """Compile the programs of a trainer, whose parameters may be shapes."""
-    programs = compile_longest(trainer)
+    programs = compile_longest(trainer, programs)
     if isinstance(trainer, PPOTrainer | GRPOTrainer):
         phases = tuple(_on_policy_phases(trainer, programs))
     else:
         phases = tuple(_supervised_phases(trainer, programs))
     about = f"{trainer.config.model.path}, {trainer.total_steps} steps"
-    return Plan(about, phases, size(trainer.state.template), trainer.mesh.size)
+    mesh = trainer.mesh
+    islands = () if sharding.is_here(mesh) else tuple(map(topology.island, mesh.devices.flat))
+    return Plan(about, phases, size(trainer.state.template), mesh.size, islands)
 
 
 def size(*trees: Any) -> int:
@@ -124,8 +164,7 @@ def _phase(
     besides their arguments that has a name."""
     known = known or {}
     rest = max(0, max((_beside(one) for one in ran), default=0) - sum(known.values()))
-    found = [p._replace(times=p.times * times) for one in ran for p in costs.products(one.jaxpr, trips)]
-    return Phase(name, {**standing, **known, "activations, rest": rest}, found)
+    return Phase(name, {**standing, **known, "activations, rest": rest}, tuple(ran), trips, times)
 
 
 def _supervised_phases(trainer: SFTTrainer | RewardTrainer | DPOTrainer, found: Programs) -> Iterator[Phase]:

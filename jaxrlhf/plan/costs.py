@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.interpreters.partial_eval import dce_jaxpr
 
 MATRIX_SIZE = 1024  # rows and columns of the matrices multiplied to measure FLOPs per second
@@ -70,6 +70,60 @@ def _product(equation: Any, times: float) -> Product:
     contracted = math.prod(left.shape[axis] for axis in equation.params["dimension_numbers"][0][0])
     moved = sum(x.size * x.dtype.itemsize for x in (left, right, result))
     return Product(2.0 * result.size * contracted, moved, right.dtype.name, times)
+
+
+def live_bytes(program: ClosedJaxpr) -> int:
+    """Estimate the largest memory that intermediate results of a traced program take, on all devices together.
+
+    Results of matrix products, reductions, gathers and loops are taken to be in memory from the operation that computes
+    them to the last that reads them, elementwise operations to be fused into those that read their results.
+    """
+    needed, _ = dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
+    return _live(needed)[0]
+
+
+_FREE = ("pjit", "jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint", "core_call")
+_IN_MEMORY = ("dot_general", "gather", "dynamic_update_slice", "sort", "concatenate", "scan", "while", "cond", "cumsum")
+_IN_MEMORY_TOO = ("reduce", "scatter", "arg", "conv")  # beginnings of names
+
+
+def _live(jaxpr: Jaxpr) -> tuple[int, list[int]]:
+    """The most bytes alive at a time, and the bytes of each result (0 for one that is fused into its readers)."""
+    last = {}
+    for i, equation in enumerate(jaxpr.eqns):
+        last |= {var: i for var in equation.invars if not isinstance(var, Literal)}
+    last |= {var: len(jaxpr.eqns) for var in jaxpr.outvars if not isinstance(var, Literal)}
+    sizes: dict[Any, int] = {}
+    dying: dict[int, list[Any]] = {}
+    alive = most = 0
+    for i, equation in enumerate(jaxpr.eqns):
+        name = equation.primitive.name
+        inner = [_live(getattr(v, "jaxpr", v)) for v in _inner(equation.params)]
+        within = max((peak for peak, _ in inner), default=0)
+        if inner and name in _FREE:
+            results = inner[0][1]
+        elif name in _IN_MEMORY or name.startswith(_IN_MEMORY_TOO):
+            results = [_bytes(var.aval) for var in equation.outvars]
+        else:
+            results = [0] * len(equation.outvars)
+        for var, size in zip(equation.outvars, results, strict=False):
+            sizes[var] = size
+            alive += size
+            dying.setdefault(last.get(var, i), []).append(var)
+        most = max(most, alive + within)
+        alive -= sum(sizes[var] for var in dying.get(i, ()))
+    return most, [sizes.get(var, 0) if not isinstance(var, Literal) else 0 for var in jaxpr.outvars]
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, Jaxpr | ClosedJaxpr):
+                yield one
+
+
+def _bytes(aval: Any) -> int:
+    return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 4)
 
 
 def least_seconds(products: Iterable[Product], rates: Rates, devices: int) -> float:

@@ -15,14 +15,13 @@ from jaxrlhf.doctor import loss_mask
 from jaxrlhf.metrics.console import duration
 from jaxrlhf.plan import Plan, costs, plan_of
 from jaxrlhf.plan.programs import Trainer, abstract_trainer
-from jaxrlhf.plan.report import available_memory
+from jaxrlhf.plan.report import NOT_OF_A_STEP, available_memory
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.setup import RunConfig
 
 ROWS = 3  # of the first batch
 TOKENS = 300  # of a row
-NOT_OF_A_STEP = ("evaluation", "samples")  # phases of supervised runs
 
 
 def show(config: RunConfig, *, fresh: bool = False, colour: bool = False) -> None:

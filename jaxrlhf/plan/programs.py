@@ -1,16 +1,19 @@
 """The programs of a run, compiled for the longest rows of its data without loading a model."""
 
+import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrlhf import sharding, weights
 from jaxrlhf.compilation import Compiled, compile_shapes
 from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.data import batching
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.plan import costs
 from jaxrlhf.rewards.sources.model import sequence_scores_jit, token_scores_jit
 from jaxrlhf.rollout import engine
 from jaxrlhf.rollout.decode import Decoding, generate
@@ -35,14 +38,69 @@ Trainer = SFTTrainer | RewardTrainer | DPOTrainer | PPOTrainer | GRPOTrainer
 KEY = jax.random.key(0)
 
 
+class Memory(NamedTuple):
+    """Bytes of a program on one device where there is no CompiledMemoryStats of jax."""
+
+    temp_size_in_bytes: int
+    output_size_in_bytes: int = 0
+    alias_size_in_bytes: int = 0
+
+
 class Programs(dict[str, list[Compiled]]):
     """Compiled programs by the name of the function."""
 
     def compile(self, program: Any, *args: Any, **kwargs: Any) -> Any:
         """Add a program; returns the shapes of its results."""
-        compiled = compile_shapes(program, *args, **kwargs)
+        try:
+            compiled = compile_shapes(program, *args, **kwargs)
+        except jax.errors.JaxRuntimeError as error:
+            needed = _too_large(str(error))
+            if needed is None:
+                raise
+            compiled = _traced(program, args, kwargs, lambda *_: needed)
         self.setdefault(compiled.name, []).append(compiled)
         return compiled.outputs
+
+
+class Traced(Programs):
+    """Programs that are traced but not compiled, for devices whose compiler is not at hand."""
+
+    def compile(self, program: Any, *args: Any, **kwargs: Any) -> Any:
+        traced = _traced(program, args, kwargs, lambda jaxpr, devices: costs.live_bytes(jaxpr) // devices)
+        self.setdefault(traced.name, []).append(traced)
+        return traced.outputs
+
+
+def _too_large(error: str) -> int | None:
+    """Bytes that a program needs on one device besides its arguments, according to the TPU compiler's refusal; None for
+    other errors."""
+    if "RESOURCE_EXHAUSTED" not in error:
+        return None
+    found = re.search(r"\bprogram +([\d.]+)([KMGT])|temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT])", error)
+    number, unit = filter(None, found.groups()) if found else ("", "")
+    return int(float(number) * 1024 ** " KMGT".index(unit)) if found else None
+
+
+def _traced(program: Any, args: Any, kwargs: Any, needed: Callable[[Any, int], int]) -> Compiled:
+    """A program that has no executable. Results whose shardings it does not fix are taken to be sharded like parameters
+    (`convert`) or by rows."""
+    traced = program.trace(*args, **kwargs)
+    name = program.__name__.lstrip("_")
+    places = (getattr(x, "sharding", None) for x in jax.tree.leaves((args, kwargs)))
+    meshes = (place.mesh for place in places if isinstance(place, NamedSharding))
+    mesh = next(mesh for mesh in meshes if isinstance(mesh, jax.sharding.Mesh))
+
+    def place(keys: Any, x: Any) -> NamedSharding:
+        if isinstance(x.sharding, NamedSharding):
+            return x.sharding
+        if name == "convert":
+            return NamedSharding(mesh, sharding.spec(sharding.path_of(keys), x.shape, mesh))
+        rows = x.ndim and x.shape[0] % sharding.row_shards(mesh) == 0
+        return NamedSharding(mesh, sharding.ROWS if rows else PartitionSpec())
+
+    info = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), traced.out_info)
+    outputs = sharding.with_shardings(info, jax.tree_util.tree_map_with_path(place, info))
+    return Compiled(name, traced.jaxpr, Memory(needed(traced.jaxpr, mesh.size)), outputs, None)
 
 
 def abstract_trainer(config: RunConfig, reward: Callable[..., Any] | None = None) -> Trainer:
@@ -61,12 +119,12 @@ def abstract_trainer(config: RunConfig, reward: Callable[..., Any] | None = None
                 return SFTTrainer(config)
 
 
-def compile_longest(trainer: Trainer) -> Programs:
+def compile_longest(trainer: Trainer, programs: Programs | None = None) -> Programs:
     """Compile every program of the run for the longest rows of its data. The trainer's parameters may be shapes.
 
     Raises ConfigError for an on-policy run without prompts.
     """
-    programs = Programs()
+    programs = Programs() if programs is None else programs
     match trainer:
         case PPOTrainer() | GRPOTrainer():
             _compile_on_policy(trainer, programs)
@@ -153,7 +211,7 @@ def _compile_rollout(
     options = sampler.sampling, *sampler.stops
     if not 0 < sampler.slots < len(rows):
         return programs.compile(generate, decoder_params, sampler.decoder, prompts, KEY, *options, group)
-    queue = PromptQueue(prompts, sampler.slots, group, sampler.columns)
+    queue = PromptQueue(sampler.prompts_on_host(rows, group), sampler.slots, group, sampler.columns)
     decoding = Decoding(sampler.decoder, *options)
     for program, args in engine.slot_programs(decoder_params, decoding, queue, KEY, sampler.mesh):
         programs.compile(program, *args)

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import jax
 from jaxrlhf import memory, runtime, sharding
 from jaxrlhf.config import DType, GRPOConfig, PPOConfig, replace
 from jaxrlhf.errors import JaxrlhfError, first_line
-from jaxrlhf.plan import PARTS, Plan, RunConfig, costs, plan
+from jaxrlhf.plan import PARTS, Phase, Plan, RunConfig, costs, estimate, plan, roofline, topology
+from jaxrlhf.plan.targets import Target
+
+NOT_OF_A_STEP = ("evaluation", "samples")  # phases of supervised runs
 
 
 def process_bytes() -> int:
@@ -35,26 +39,45 @@ class AvailableMemory:
 
 def available_memory(devices: int) -> AvailableMemory:
     """Measure the available memory. CPU devices share the host's memory with each other and with the process."""
-    free, is_cpu = memory.free_on_device(), jax.default_backend() == "cpu"
+    free, is_cpu = memory.free_on_device(), sharding.platform() == "cpu"
     process = process_bytes() if is_cpu else 0
     if free is None or not is_cpu:
         return AvailableMemory(free, process)
     return AvailableMemory((free + process) // devices, process // devices)
 
 
+class _Table:
+    """Lines of a table with a column for each phase."""
+
+    def __init__(self, phases: Sequence[Phase], labels: list[str]):
+        self.widths = [max(len(phase.name), 7) for phase in phases]
+        self.first = max(map(len, labels))
+
+    def line(self, label: str, cells: Iterable[str]) -> str:
+        cells = (cell.rjust(width) for cell, width in zip(cells, self.widths, strict=True))
+        return "  ".join([label.ljust(self.first), *cells])
+
+
+def _gigabytes(value: float) -> str:
+    return f"{value / 1e9:.2f}" if value >= 5e6 else "<0.01" if value else "-"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.005 else "<0.01" if value else "-"
+
+
+def _memory(plan: Plan, labels: Iterable[str] = ()) -> tuple[_Table, list[str]]:
+    parts = [part for part in PARTS if any(phase.bytes.get(part) for phase in plan.phases)]
+    table = _Table(plan.phases, [*parts, "GB on each device", *labels])
+    return table, [
+        table.line("GB on each device", [phase.name for phase in plan.phases]),
+        *(table.line(part, [_gigabytes(phase.bytes.get(part, 0)) for phase in plan.phases]) for part in parts),
+        table.line("total", [_gigabytes(phase.total) for phase in plan.phases]),
+    ]
+
+
 def text(plan: Plan, available: AvailableMemory, rates: costs.Rates) -> str:
     """A table of memory by phase, whether the run fits, and the minimum time of a step."""
-    parts = [part for part in PARTS if any(phase.bytes.get(part) for phase in plan.phases)]
-    headers = [phase.name for phase in plan.phases]
-    widths = [max(len(header), 7) for header in headers]
-    first = max(map(len, [*parts, "GB on each device"]))
-
-    def line(label: str, cells: list[str]) -> str:
-        return "  ".join([label.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))])
-
-    def gigabytes(value: int) -> str:
-        return f"{value / 1e9:.2f}" if value >= 5e6 else "<0.01" if value else "-"
-
     seconds = [costs.least_seconds(phase.products, rates, plan.devices) for phase in plan.phases]
     peak = plan.peak
     process = f", and {available.process / 1e9:.2f} for the process" if available.process else ""
@@ -64,22 +87,71 @@ def text(plan: Plan, available: AvailableMemory, rates: costs.Rates) -> str:
         fits = "it fits" if available.fits(peak.total) else "it does NOT fit"
         verdict = f"{available.free / 1e9:.2f} GB are free: {fits}"
     speeds = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in sorted(rates.flops.items()))
+    table, lines = _memory(plan)
     return "\n".join(
         (
             plan.about,
             "",
-            line("GB on each device", headers),
-            *(line(part, [gigabytes(phase.bytes.get(part, 0)) for phase in plan.phases]) for part in parts),
-            line("total", [gigabytes(phase.total) for phase in plan.phases]),
+            *lines,
             "",
             f"peak in {peak.name}: {peak.total / 1e9:.2f} GB{process}; {verdict}",
             f"a checkpoint is {plan.state / 1e9:.2f} GB; a background save holds a copy of it in memory",
             "",
-            line("minimum seconds", [f"{s:.2f}" if s >= 0.005 else "<0.01" if s else "-" for s in seconds]),
+            table.line("minimum seconds", map(_seconds, seconds)),
             f"all phases once: at least {sum(seconds):.3g} s, counting only matrix products at the {speeds} and "
             f"{rates.bytes / 1e9:.0f} GB/s just measured on this device",
         )
     )
+
+
+PRODUCTS, NEAR, FAR = "seconds of products", "seconds of sending", "seconds of network"
+
+
+def target_text(plan: Plan, target: Target, compiler: str) -> str:
+    """The tables of `text` for devices that are not here, and the collectives of the compiled programs. `compiler` says
+    where the figures come from."""
+    one, phases = target.accelerator, plan.phases
+    figures = [phase.figures(plan.devices) for phase in phases]
+    least = [roofline.least(phase, plan, target) for phase in phases]
+    kinds = sorted({c.kind for figure in figures for c in figure.collectives})
+    table, lines = _memory(plan, [*kinds, PRODUCTS])
+    peak, usable = plan.peak, one.memory
+    fits = "it fits" if peak.total <= usable else "it does NOT fit"
+    step = [phase for phase in phases if phase.name not in NOT_OF_A_STEP]
+    total = sum(bound.total for phase, bound in zip(phases, least, strict=True) if phase in step)
+    used = roofline.utilisation(step, total, plan.devices, target)
+    lines = [f"{plan.about}, on {plan.devices} x {one.title} ({target}); {compiler}", "", *lines, ""]
+    lines += [
+        f"peak in {peak.name}: {peak.total / 1e9:.2f} GB of {usable / 1e9:.2f} GB that a run can use: {fits}",
+        f"a checkpoint is {plan.state / 1e9:.2f} GB of each device",
+        "",
+    ]
+    if any(phase.compiled for phase in phases):
+        lines.append(table.line("collectives", [phase.name for phase in phases]))
+        for kind in kinds:
+            times = (sum(c.times for c in figure.collectives if c.kind == kind) for figure in figures)
+            lines.append(table.line(kind, [f"{count:.0f}" if count else "-" for count in times]))
+        traffic = [roofline.traffic(figure, plan.islands) for figure in figures]
+        lines.append(table.line("GB sent by each", (_gigabytes(one.near + one.far) for one in traffic)))
+        if any(one.far for one in traffic):
+            lines.append(table.line("of it by network", (_gigabytes(one.far) for one in traffic)))
+        lines.append("")
+    lines.append(table.line("at least", [phase.name for phase in phases]))
+    lines.append(table.line(PRODUCTS, (_seconds(bound.products) for bound in least)))
+    if any(bound.near for bound in least):
+        lines.append(table.line(NEAR, (_seconds(bound.near) for bound in least)))
+    if any(bound.far for bound in least):
+        lines.append(table.line(FAR, (_seconds(bound.far) for bound in least)))
+    if any(figure.cycles for figure in figures):
+        lines.append(table.line("TPU's estimate", (_seconds(figure.cycles / one.clock) for figure in figures)))
+    place, peak = "host" if one.platform == "gpu" else "slice", one.flops["bfloat16"] / 1e12
+    lines.append(
+        f"a step takes at least {total:.3g} s, {used:.0%} of the bfloat16 peak (MFU); of each phase the longest "
+        f"counts: products at {peak:.0f} TFLOP/s in bfloat16 and {one.bandwidth / 1e9:.0f} GB/s of memory, sending at "
+        f"{one.link / 1e9:.0f} GB/s in a {place} and {one.network / 1e9:.3g} GB/s beyond it. These "
+        "speeds are published ones; nothing has run"
+    )
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -95,15 +167,15 @@ class Knob:
         )
 
 
-def knobs(config: RunConfig, devices: int) -> list[Knob]:
-    """The memory-saving options that the config does not use yet."""
+def knobs(config: RunConfig, devices: int, backend: sharding.Platform) -> list[Knob]:
+    """The memory-saving options that the config does not use yet, on devices of this platform."""
     if isinstance(config, PPOConfig | GRPOConfig):
         section, batch = config.method, config.settings.batch_size
         micro = config.settings.micro_rows(batch)
     else:
         section, batch = "train", config.train.batch_size
         micro = config.train.micro_batch_size or batch
-    mesh, lora, backend = config.mesh, config.lora, jax.default_backend()
+    mesh, lora = config.mesh, config.lora
     sizes = sharding.mesh_sizes(mesh, devices)
     row_shards = math.prod(sizes[axis] for axis in sharding.ROW_AXES)
     slower, rounded, adapters = "same result, slower", "nearly the same result", "trains adapters, not the model"
@@ -155,12 +227,12 @@ def knobs(config: RunConfig, devices: int) -> list[Knob]:
     return [Knob(keys, effect) for applies, keys, effect in candidates if applies]
 
 
-def savings(config: RunConfig, devices: int) -> list[tuple[Knob, Plan]]:
+def savings(config: RunConfig, devices: int, target: Target | None = None) -> list[tuple[Knob, Plan]]:
     """Plan the run with each knob alone, and print a line for each. Returns the plans by peak memory, lowest first."""
     plans = []
-    for knob in knobs(config, devices):
+    for knob in knobs(config, devices, target.accelerator.platform if target else sharding.platform()):
         try:
-            changed = plan(replace(config, **knob.keys))
+            changed = plan(replace(config, **knob.keys), target)
         except (JaxrlhfError, ValueError) as error:
             print(f"{knob}: not possible here: {first_line(error)}", flush=True)
             continue
@@ -177,10 +249,29 @@ def examine(config: RunConfig, *, every_knob: bool) -> bool:
     dtypes = {product.dtype for phase in current.phases for product in phase.products}
     print(text(current, available, costs.measure(dtypes)), flush=True)
     fits = available.fits(current.peak.total)
-    if fits and not every_knob:
-        return fits
+    if every_knob or not fits:
+        _show_savings(config, current, available, None)
+    return fits
+
+
+def examine_target(config: RunConfig, target: Target, *, every_knob: bool) -> bool:
+    """`examine` for devices that are not here. Without the compiler of the target, the plan is an estimate, which is
+    said. Returns True if the run fits."""
+    try:
+        current, compiler = plan(config, target), "compiled by XLA for it"
+    except topology.MissingCompiler as error:
+        print(f"estimated from shapes, because {error}\n", flush=True)
+        current, compiler = estimate(config, target), "not compiled: activations are estimated, collectives unknown"
+    available = AvailableMemory(target.accelerator.memory, 0)
+    print(target_text(current, target, compiler), flush=True)
+    if every_knob:
+        _show_savings(config, current, available, target)
+    return available.fits(current.peak.total)
+
+
+def _show_savings(config: RunConfig, current: Plan, available: AvailableMemory, target: Target | None) -> None:
     print("\noptions that save memory, each on its own:", flush=True)
-    plans = savings(config, jax.device_count())
+    plans = savings(config, target.devices if target else jax.device_count(), target)
     best = [(knob, changed) for knob, changed in plans if changed.peak.total < current.peak.total]
     print("\nlargest savings:" if best else "none of them helps")
     for knob, changed in best[:3]:
@@ -189,4 +280,3 @@ def examine(config: RunConfig, *, every_knob: bool) -> bool:
             f"  {knob}: {changed.peak.total / 1e9:.2f} GB instead of {current.peak.total / 1e9:.2f}; {enough}; "
             f"{knob.effect}"
         )
-    return fits

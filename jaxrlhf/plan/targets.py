@@ -48,6 +48,7 @@ class Accelerator:
     host: int  # devices of a host
     sizes: Sizes | None = None  # GPUs
     axes: int = 0  # TPUs: dimensions of a slice
+    clock: float = 0.0  # TPUs: cycles per second
 
 
 def _gpu(name: str, title: str, memory: float, *figures: float, host: int = 8, sizes: Sizes) -> Accelerator:
@@ -58,11 +59,14 @@ def _gpu(name: str, title: str, memory: float, *figures: float, host: int = 8, s
     return Accelerator(name, title, "gpu", usable, bandwidth * 1e9, flops, link * 1e9, network * 1e9, host, sizes)
 
 
-def _tpu(name: str, title: str, memory: float, *figures: float, host: int = 4, axes: int) -> Accelerator:
+def _tpu(name: str, title: str, memory: float, *figures: float, host: int = 4, axes: int, units: int) -> Accelerator:
     bandwidth, bfloat16, int8, link, network = figures
     flops = {"bfloat16": bfloat16 * 1e12, "float32": bfloat16 / 6 * 1e12, "int8": int8 * 1e12}
     usable = int(memory * GIB)
-    return Accelerator(name, title, "tpu", usable, bandwidth * 1e9, flops, link * 1e9, network * 1e9, host, axes=axes)
+    # `units` are 128 x 128 multipliers, each with two FLOPs per cell and cycle, in a chip
+    clock = bfloat16 * 1e12 / (units * 2 * 128**2)
+    near, far = link * 1e9, network * 1e9
+    return Accelerator(name, title, "tpu", usable, bandwidth * 1e9, flops, near, far, host, axes=axes, clock=clock)
 
 
 _HOPPER = Sizes((9, 0), 132, 228 * 1024, 50 * 2**20, 1.98)
@@ -89,10 +93,10 @@ ACCELERATORS: dict[str, Accelerator] = {
             sizes=Sizes((8, 9), 142, 100 * 1024, 96 * 2**20, 2.52),
         ),
         # GiB of memory, GB/s of it; TFLOP/s of bfloat16, int8; GB/s between chips of a slice, between slices
-        _tpu("v4", "TPU v4", 30.75, 1200, 275, 275, 300, 6.25, axes=3),
-        _tpu("v5e", "TPU v5e", 15.75, 819, 197, 393, 200, 3.125, axes=2),
-        _tpu("v5p", "TPU v5p", 95.73, 2765, 459, 918, 600, 6.25, axes=3),
-        _tpu("v6e", "TPU v6e", 31.24, 1600, 918, 1836, 400, 12.5, axes=2),
+        _tpu("v4", "TPU v4", 30.75, 1200, 275, 275, 300, 6.25, axes=3, units=8),
+        _tpu("v5e", "TPU v5e", 15.75, 819, 197, 393, 200, 3.125, axes=2, units=4),
+        _tpu("v5p", "TPU v5p", 95.73, 2765, 459, 918, 600, 6.25, axes=3, units=8),
+        _tpu("v6e", "TPU v6e", 31.24, 1600, 918, 1836, 400, 12.5, axes=2, units=16),
     )
 }
 

@@ -7,9 +7,11 @@ Needs the extra `plan-gpu` or `plan-tpu`: the compiler of the installed version 
 """
 
 import importlib.util
+import math
 import os
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,32 @@ def devices(target: str | Target) -> list[Any]:
         raise MissingCompiler(
             f"{target}: the compiler could not be started: {text}\n{written.text}".rstrip()
         ) from error
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A device for which programs can be traced, but not compiled."""
+
+    id: int
+    platform: str
+    device_kind: str
+    process_index: int
+    slice_index: int
+    coords: tuple[int, ...] = ()
+    core_on_chip: int = 0
+
+
+def stand_ins(target: Target) -> list[StandIn]:
+    """Devices that have the places of those of a target, without its compiler."""
+    one = target.accelerator
+    each = one.host if one.platform == "tpu" else target.shape[-1]
+    per_slice = math.prod(target.shape)
+    return [StandIn(i, one.platform, one.title, i // each, i // per_slice) for i in range(target.devices)]
+
+
+def island(device: Any) -> int:
+    """The host of a GPU or the slice of a TPU: devices of one island are joined by fast connections."""
+    return device.process_index if device.platform != "tpu" else getattr(device, "slice_index", None) or 0
 
 
 def check_compiler(accelerator: Accelerator) -> None:

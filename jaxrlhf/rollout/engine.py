@@ -98,6 +98,8 @@ def check_slots(model: ModelConfig, slots: int, columns: int, mesh: jax.sharding
     """Raise ConfigError for less than one slot, or if a cache [slots, columns] does not fit in device memory."""
     if slots < 1:
         raise ConfigError(f"rollout.slots is {slots}; it must be at least 1")
+    if mesh is not None and not sharding.is_here(mesh):
+        return  # `jaxrlhf plan` tells what its devices need
     shards = 1
     if mesh is not None and sharding.platform(mesh) != "cpu":  # CPU devices share memory
         shards = cache_shards(model, mesh)

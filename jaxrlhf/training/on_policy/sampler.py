@@ -109,11 +109,14 @@ class Sampler:
     def prompts(self, rows: Sequence[PromptRow], group: int = 1) -> Prompts:
         """The prompts of every `group`-th row on the mesh, padded to one length. Raises ConfigError if they leave no
         room for the response."""
+        return sharding.put_rows(self.prompts_on_host(rows, group), self.mesh)
+
+    def prompts_on_host(self, rows: Sequence[PromptRow], group: int = 1) -> Prompts:
+        """`prompts` as arrays of NumPy."""
         longest = max(len(row.tokens) for row in rows)
         self._check_context(longest)
         length = batching.bucket(longest, self.model.max_positions - self.sampling.response_length)
-        prompts = batching.prompts(rows[::group], self.tokenizer.pad_id, length, occurrences(rows)[::group])
-        return sharding.put_rows(prompts, self.mesh)
+        return batching.prompts(rows[::group], self.tokenizer.pad_id, length, occurrences(rows)[::group])
 
     def _check_context(self, longest: int) -> None:
         length = longest + self.sampling.response_length
