@@ -95,9 +95,10 @@ def test_a_plan_reports_whether_it_fits_and_which_options_help(rewarded, capsys,
     assert plan.plan(config.replace(told, **small[1].keys)).peak.total < made.peak.total
 
 
-def test_every_suggested_option_changes_the_config(rewarded, supervised):
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_every_suggested_option_changes_the_config(rewarded, supervised, platform):
     for told in (config.PPOConfig(**rewarded), config.SFTConfig(**supervised), config.RewardConfig(**supervised)):
-        offered = report.knobs(told, 8)
+        offered = report.knobs(told, 8, platform)
         assert len(offered) > 3
         for knob in offered:
             assert config.replace(told, **knob.keys) != told
