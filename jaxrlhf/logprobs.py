@@ -8,7 +8,7 @@ each row of the head's gradient is written once. No array of shape [B, R, V] eve
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,14 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from jaxrlhf import runtime
 from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.masked import Scalar
-from jaxrlhf.models import ModelConfig, forward, lm_weight, scalar_head
+from jaxrlhf.models import ModelConfig, forward, lm_weight, place, row_axes, scalar_head
 from jaxrlhf.models.attention import MASKED
 from jaxrlhf.models.product import product
 from jaxrlhf.types import Params, Rollout
 
 MIN_CHUNK = 1024  # tokens in a chunk at least: narrower products are slow
 SHARES = 8  # a chunk has columns of each eighth of the vocabulary, so that every device of a sharded one takes part
+LOGITS = ("rows", None, "tensor", None)  # placement of a chunk [B, R, t, w]
 
 
 def token_logprobs(
@@ -48,14 +49,17 @@ def token_logprobs(
     weight, rows = lm_weight(params, model)
     layout = "tvd" if model.tie_embeddings else "dtv"
     tokens = model.adapters.tokens if model.adapters and rows is not None else ()
-    chunks = _chunks(layout, model, targets.size, entropy_gradient, tokens)
+    positions = targets.size // (
+        math.prod(model.mesh.shape[axis] for axis in row_axes(model.mesh)) if model.mesh else 1
+    )
+    chunks = _chunks(layout, model, positions, entropy_gradient, tokens)
     return _token_logprobs(chunks, weight, rows, hidden, targets, support, jnp.asarray(temperature, jnp.float32))
 
 
 def logits_bytes(model: ModelConfig, positions: int) -> int:
-    """Peak size in bytes of the logits that `token_logprobs` holds for this number of positions."""
+    """Peak size in bytes of the logits that `token_logprobs` holds on a device for this number of positions on it."""
     chunks = _chunks("tvd", model, positions, False, ())
-    return 4 * positions * chunks.shares * chunks.width
+    return 4 * positions * chunks.shares * chunks.width // _tensor(model)
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,11 @@ class _Chunks:
     """
 
     layout: str  # axes of the weight, the vocabulary split into shares: "tvd" or "dtv"
+    model: ModelConfig
     shares: int
     size: int
     step: int
     width: int
-    dtype: str
     entropy_gradient: bool
     row_tokens: tuple[int, ...]  # tokens with trained rows of their own, which replace those of the weight
 
@@ -87,21 +91,42 @@ class _Chunks:
     def start(self, chunk: Array) -> Array:
         return jnp.minimum(chunk * self.step, self.size - self.width)
 
+    @property
+    def dtype(self) -> str:
+        return self.model.dtype
+
+    @property
+    def missing(self) -> int:
+        """Columns that the shares have beyond the vocabulary, at the end of the last ones."""
+        return self.shares * self.size - self.model.vocab_size
+
     def split(self, weight: Array) -> Array:
-        """[V, D] -> [t, v, D], or [D, V] -> [D, t, v]."""
+        """[V, D] -> [t, v, D], or [D, V] -> [D, t, v], with zeros for missing columns."""
         axis = self.axis - 1
-        return weight.reshape(*weight.shape[:axis], self.shares, self.size, *weight.shape[axis + 1 :])
+        padding = [(0, self.missing if i == axis else 0) for i in range(weight.ndim)]
+        weight = jnp.pad(weight, padding) if self.missing else weight
+        return self.place(weight.reshape(*weight.shape[:axis], self.shares, self.size, *weight.shape[axis + 1 :]))
+
+    def joined(self, split: Array) -> Array:
+        """Inverse of `split`."""
+        axis = self.axis - 1
+        whole = split.reshape(*split.shape[:axis], self.shares * self.size, *split.shape[axis + 2 :])
+        return lax.slice_in_dim(whole, 0, self.model.vocab_size, axis=axis)
+
+    def place(self, split: Array, d: Literal["fsdp"] | None = "fsdp") -> Array:
+        """Split weight, or a slice of it, with its shares over `tensor` and D over `fsdp` or whole."""
+        return place(split, self.model, *({"t": "tensor", "v": None, "d": d}[axis] for axis in self.layout))
 
     def slice(self, split: Array, chunk: Array) -> Array:
         return lax.dynamic_slice_in_dim(split, self.start(chunk), self.width, self.axis)
 
     def weight(self, split: Array, rows: Array | None, chunk: Array) -> Array:
-        """Slice of the weight, with the trained rows of tokens in place of its own."""
-        weight = self.slice(split, chunk)
+        """Slice of the weight, as an operand, with the trained rows of tokens in place of its own."""
+        weight = self.place(self.slice(split, chunk).astype(self.dtype), None)
         if rows is None:
             return weight
         index = (slice(None),) * (self.axis - 1) + self.row_indices(chunk)
-        return weight.astype(self.dtype).at[index].set(rows.astype(self.dtype), mode="drop")
+        return weight.at[index].set(rows.astype(self.dtype), mode="drop")
 
     def row_indices(self, chunk: Array) -> tuple[Array, Array]:
         """(share, column) [n] of `row_tokens` in the chunk; a column of `width`, out of bounds, for tokens outside."""
@@ -122,12 +147,17 @@ class _Chunks:
 
         MASKED is finite so that padding, whose support is empty, stays finite (its cotangent is 0, and 0 * nan is nan).
         """
-        inside = self.tokens(chunk)[1]
+        ids, inside = self.tokens(chunk)
+        if self.missing:
+            inside &= ids < self.model.vocab_size
         if support is not None:
+            if self.missing:
+                support = jnp.pad(support, ((0, 0), (0, 0), (0, self.shares * self.size // 8 - support.shape[-1])))
             share = support.reshape(*support.shape[:2], self.shares, -1)
             bits = lax.dynamic_slice_in_dim(share, self.start(chunk) // 8, math.ceil(self.width / 8), axis=3)
             inside &= jnp.unpackbits(bits, axis=-1, count=self.width).astype(bool)
-        return jnp.where(inside, self.product(f"brd,{self.layout}->brtv", hidden, weight) / temperature, MASKED)
+        logits = place(self.product(f"brd,{self.layout}->brtv", hidden, weight), self.model, *LOGITS)
+        return jnp.where(inside, logits / temperature, MASKED)
 
     def product(self, subscripts: str, a: Array, b: Array) -> Array:
         return product(subscripts, a, b, self.dtype)
@@ -136,15 +166,23 @@ class _Chunks:
 def _chunks(
     layout: str, model: ModelConfig, positions: int, entropy_gradient: bool, row_tokens: tuple[int, ...]
 ) -> _Chunks:
-    vocabulary = model.vocab_size
-    shares = SHARES if vocabulary % (8 * SHARES) == 0 else 1
-    size = vocabulary // shares
-    target = max(8, runtime.logits_alive(model.platform) // positions // shares, MIN_CHUNK // shares)
+    """Chunks for this number of positions on a device. A vocabulary that cannot be divided into shares of whole bytes
+    is one share, or on a mesh with `tensor` filled up."""
+    vocabulary, tensor = model.vocab_size, _tensor(model)
+    shares = math.lcm(SHARES, tensor)
+    if tensor == 1 and vocabulary % (8 * shares):
+        shares = 1
+    size = vocabulary if shares == 1 else 8 * math.ceil(vocabulary / (8 * shares))
+    target = max(8, runtime.logits_alive(model.platform) * tensor // positions // shares, MIN_CHUNK // shares)
     step = width = size
     if target < size:
         step = 8 * math.ceil(size / math.ceil(size / target) / 8)
         width = step + size % 8
-    return _Chunks(layout, shares, size, step, width, model.dtype, entropy_gradient, row_tokens)
+    return _Chunks(layout, model, shares, size, step, width, entropy_gradient, row_tokens)
+
+
+def _tensor(model: ModelConfig) -> int:
+    return model.mesh.shape["tensor"] if model.mesh else 1
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -153,7 +191,7 @@ def _token_logprobs(chunks: _Chunks, *arrays: Any) -> tuple[Array, Array]:
 
 
 def _forward(chunks, weight, rows, hidden, targets, support, temperature):
-    split, hidden = chunks.split(weight), hidden.astype(chunks.dtype)
+    split, hidden = chunks.split(weight), place(hidden.astype(chunks.dtype), chunks.model, "rows", None, None)
 
     def add(sums, chunk):
         """Running sums relative to the largest logit so far: mass of exp(x), moment of x exp(x)."""
@@ -199,19 +237,22 @@ def _backward(chunks, residuals, cotangents):
         if chunks.entropy_gradient:  # derivative of -sum p log p by a logit: -p (log p + entropy)
             grad_logits -= probabilities * (logprobs + entropy[..., None, None]) * entropy_scale
         grad_logits = grad_logits.astype(chunks.dtype)
-        grad_hidden += chunks.product(f"brtv,{chunks.layout}->brd", grad_logits, weight_chunk)
+        share = chunks.product(f"brtv,{chunks.layout}->brd", grad_logits, weight_chunk)
+        grad_hidden += place(share, chunks.model, "rows", None, None)
         if rows is not None:
             index = (slice(None), slice(None), *chunks.row_indices(chunk))
             grad_rows += grad_logits.at[index].get(mode="fill", fill_value=0)
             grad_logits = grad_logits.at[index].set(0, mode="drop")
         grad_chunk = chunks.slice(grad_split, chunk) + chunks.product(f"brtv,brd->{chunks.layout}", grad_logits, hidden)
-        grad_split = lax.dynamic_update_slice_in_dim(grad_split, grad_chunk, chunks.start(chunk), chunks.axis)
+        grad_split = lax.dynamic_update_slice_in_dim(
+            grad_split, chunks.place(grad_chunk), chunks.start(chunk), chunks.axis
+        )
         return (grad_split, grad_hidden, grad_rows), None
 
     shapes = split.shape, hidden.shape, (*targets.shape, len(chunks.row_tokens))
     zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
     (grad_split, grad_hidden, grad_rows), _ = lax.scan(add, zeros, jnp.arange(chunks.count))
-    grad_weight = grad_split.reshape(weight.shape).astype(weight.dtype)
+    grad_weight = chunks.joined(grad_split).astype(weight.dtype)
     if rows is None:
         return grad_weight, None, grad_hidden, None, None, None
     subscripts = f"brv,brd->{chunks.layout.replace('t', '')}"

@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 
 from jaxrlhf import config
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.models import ModelConfig
 
 AXES = ("replica", "data", "fsdp", "tensor")
 ROW_AXES = ("replica", "data", "fsdp")
@@ -32,18 +33,28 @@ ROWS = P(ROW_AXES)
 Platform = Literal["cpu", "gpu", "tpu"]
 HOST = "pinned_host"  # memory kind for offloading: host memory that devices can access
 
+BOTH = ("tensor", "fsdp")  # in this order, a gather over fsdp leaves the share of a tensor device
+
 # By the end of the path; a leading None is the stacked layer axis. A packed kernel (models/packed.py) is sharded like
-# the kernel itself. Other arrays are replicated: norms, other biases, scalar heads, counters.
-RULES: tuple[tuple[str, P], ...] = (
-    (r"embed/embedding", P("tensor", "fsdp")),
-    (r"positions/embedding", P(None, "fsdp")),
-    (r"attention/[qkv]/(kernel|codes|scale|step)", P(None, "fsdp", "tensor")),
-    (r"attention/[qkv]/bias", P(None, "tensor")),
-    (r"attention/o/(kernel|codes|scale|step)", P(None, "tensor", "fsdp")),
-    (r"mlp/(gate|up)/(kernel|codes|scale|step)", P(None, "fsdp", "tensor")),
-    (r"mlp/(gate|up)/bias", P(None, "tensor")),
-    (r"mlp/down/(kernel|codes|scale|step)", P(None, "tensor", "fsdp")),
-    (r"lm_head/kernel", P("fsdp", "tensor")),
+# the kernel itself. Of several specs the one with the most shards is used: a vocabulary is often indivisible. Other
+# arrays are small and replicated: norms, other biases, linear scalar heads, counters.
+RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
+    (r"lora/rows/embedding", (P(None, BOTH),)),
+    (r"lora/rows/kernel", (P(BOTH),)),
+    (r"embed/embedding", (P("tensor", "fsdp"), P(None, BOTH))),
+    (r"positions/embedding", (P(None, BOTH),)),
+    (r"attention/[qkv]/(kernel|codes|scale|step)", (P(None, "fsdp", "tensor"),)),
+    (r"attention/[qkv]/bias", (P(None, "tensor"),)),
+    (r"attention/o/(kernel|codes|scale|step)", (P(None, "tensor", "fsdp"),)),
+    (r"mlp/(gate|up)/(kernel|codes|scale|step)", (P(None, "fsdp", "tensor"),)),
+    (r"mlp/(gate|up)/bias", (P(None, "tensor"),)),
+    (r"mlp/down/(kernel|codes|scale|step)", (P(None, "tensor", "fsdp"),)),
+    (r"lora/layers/.*/a", (P(None, BOTH),)),
+    (r"lora/layers/.*/b", (P(None, None, BOTH),)),
+    (r"lora/layers/.*/magnitude", (P(None, BOTH),)),
+    (r"lm_head/kernel", (P("fsdp", "tensor"), P(BOTH))),
+    (r"score/dense_\d/kernel", (P(BOTH),)),
+    (r"replay/.*", (P(None, ROW_AXES),)),
 )
 
 
@@ -154,19 +165,40 @@ def arrange(devices: Sequence[Any], sizes: tuple[int, ...], *, whole: bool = Tru
     return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
-def spec(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
-    """PartitionSpec of one array. A dimension that the size of its mesh axis does not divide is replicated.
+def rule_of(path: str) -> tuple[str, tuple[P, ...]]:
+    """The first rule that matches a path: its pattern and its specs; ("", ()) if there is none."""
+    return next((rule for rule in RULES if re.search(f"(^|/){rule[0]}$", path)), ("", ()))
 
-    Axes of size 1 and trailing Nones are left out, as in XLA's own output shardings: the shardings of an update's
-    output and input must compare equal, or every function that takes the state compiles twice.
+
+def spec(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
+    """PartitionSpec of one array: that spec of its rule that makes the most shards, the first of equals.
+
+    A dimension is not split over an axis whose size does not divide it. Axes of size 1 and trailing Nones are left out,
+    as in XLA's own output shardings: the shardings of an update's output and input must compare equal, or every
+    function that takes the state compiles twice.
     """
-    rule = next((spec for pattern, spec in RULES if re.search(f"(^|/){pattern}$", path)), P())
-    if len(rule) > len(shape):
-        return P()
-    axes = [a if a and mesh.shape[a] > 1 and shape[d] % mesh.shape[a] == 0 else None for d, a in enumerate(rule)]
-    while axes and axes[-1] is None:
-        axes.pop()
-    return P(*axes)
+    found = [_divided(rule, shape, mesh) for rule in rule_of(path)[1] if len(rule) <= len(shape)]
+    return max(found, key=lambda spec: math.prod(mesh.shape[axis] for axis in axes_of(spec)), default=P())
+
+
+def axes_of(spec: P) -> list[str]:
+    """The axes that a spec splits an array over."""
+    return [axis for part in spec if part for axis in (part if isinstance(part, tuple) else (part,))]
+
+
+def _divided(rule: P, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
+    """The spec without axes of size 1, and without those that do not divide their dimension."""
+    parts = []
+    for part, left in zip(rule, shape, strict=False):
+        axes = []
+        for axis in axes_of(P(part)):
+            if mesh.shape[axis] > 1 and left % mesh.shape[axis] == 0:
+                axes.append(axis)
+                left //= mesh.shape[axis]
+        parts.append(tuple(axes) if len(axes) > 1 else axes[0] if axes else None)
+    while parts and parts[-1] is None:
+        parts.pop()
+    return P(*parts)
 
 
 path_of = partial(jax.tree_util.keystr, simple=True, separator="/")
@@ -315,3 +347,14 @@ def check_rows(rows: int, mesh: jax.sharding.Mesh, what: str) -> None:
     shards = row_shards(mesh)
     if rows % shards:
         raise ConfigError(f"{what} ({rows}) must be a multiple of mesh.replica x mesh.data x mesh.fsdp ({shards})")
+
+
+def check_heads(model: ModelConfig, mesh: jax.sharding.Mesh, what: str) -> None:
+    """Raise ConfigError if `tensor` cannot split the heads of a model, which `what` names."""
+    tensor, heads = mesh.shape["tensor"], math.gcd(model.num_heads, model.num_kv_heads)
+    if heads % tensor:
+        sizes = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ConfigError(
+            f"mesh.tensor ({tensor}) must divide the {model.num_heads} attention heads and {model.num_kv_heads} "
+            f"key-value heads of {what}: it can be {sizes}. More devices than that are for mesh.fsdp or mesh.data"
+        )

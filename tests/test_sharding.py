@@ -94,8 +94,17 @@ def test_rules_split_layers_and_leave_norms_whole():
 
 
 def test_axis_that_does_not_divide_is_left_whole():
-    assert sharding.spec("embed/embedding", (50257, 32), mesh(fsdp=2, tensor=4)) == P(None, "fsdp")
+    assert sharding.spec("layers/mlp/up/kernel", (2, 32, 63), mesh(fsdp=2, tensor=4)) == P(None, "fsdp")
     assert sharding.spec("layers/mlp/down/kernel", (2, 63, 32), mesh(data=4, tensor=2)) == P()
+
+
+def test_an_indivisible_vocabulary_is_split_along_the_hidden_size():
+    both = mesh(fsdp=2, tensor=4)
+    assert sharding.spec("embed/embedding", (50264, 32), both) == P("tensor", "fsdp")
+    assert sharding.spec("embed/embedding", (50257, 32), both) == P(None, ("tensor", "fsdp"))
+    assert sharding.spec("embed/embedding", (50257, 12), both) == P(None, "tensor")
+    assert sharding.spec("lm_head/kernel", (32, 50257), both) == P(("tensor", "fsdp"))
+    assert sharding.spec("embed/embedding", (50257, 32), mesh(fsdp=2)) == P(None, "fsdp")
 
 
 def test_moments_are_sharded_like_their_parameters():

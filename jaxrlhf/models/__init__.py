@@ -4,4 +4,5 @@ from jaxrlhf.models.attention import cudnn_trouble
 from jaxrlhf.models.config import Adapters, ModelConfig, Rope
 from jaxrlhf.models.heads import init_head, label_logits, lm_logits, lm_weight, log_odds, scalar_head, with_two_labels
 from jaxrlhf.models.packed import Bits, pack, unpack
+from jaxrlhf.models.placement import place, row_axes
 from jaxrlhf.models.transformer import adapters_of_all_layers, empty_cache, forward, forward_cached, init, unstack

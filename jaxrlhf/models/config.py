@@ -78,7 +78,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # operands of matrix products; they accumulate in float32
     kernels: Literal["float", "int8"] = "float"  # int8: for inference only, see rollout/inference_copy.py
     remat: Literal["none", "full", "dots"] = "none"
-    mesh: Mesh | None = None  # over which the parameters are sharded; None: not known, or one device
+    mesh: Mesh | None = None  # over which its parameters are sharded, see placement.py; None: one device, or not known
     attention: Literal["plain", "cudnn"] = "plain"  # for whole sequences; with a key-value cache always plain
     adapters: Adapters | None = None
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Key, Shaped
 from jaxrlhf.models.attention import attend, cudnn_attend, fits_cudnn
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.packed import packed_product, unpack
+from jaxrlhf.models.placement import place
 from jaxrlhf.models.product import product
 from jaxrlhf.models.rope import Rotation, rotate
 
@@ -155,11 +156,14 @@ class Attention(nn.Module):
         q, k = rotate(q, rotation) * scale, rotate(k, rotation)
         # rounded here, so that training uses exactly the keys and values that a cache would hold
         k, v = (heads.astype(m.dtype).swapaxes(1, 2) for heads in (k, v))
-        if cache is not None and layer is None:
+        if cache is None:  # with one, the layout of its parameters decides
+            q = place(q, m, "rows", None, "tensor", None)
+            k, v = (place(heads, m, "rows", "tensor", None, None) for heads in (k, v))
+        elif layer is None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), slot, axis=2)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), slot, axis=2)
             cache = k, v
-        elif cache is not None:
+        else:
             start = layer, 0, 0, slot, 0
             all_k = jax.lax.dynamic_update_slice(cache[0], k[None].astype(cache[0].dtype), start)
             all_v = jax.lax.dynamic_update_slice(cache[1], v[None].astype(cache[1].dtype), start)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.heads import init_head
 from jaxrlhf.models.layers import Block, Norm
+from jaxrlhf.models.placement import place
 from jaxrlhf.models.rope import rotation
 from jaxrlhf.types import KVCache, Params
 
@@ -73,12 +74,14 @@ def forward(
         layer_keys = None if keys is None else jax.vmap(partial(jax.random.fold_in, data=number))(keys)
         variables = {"params": weights, "lora": adapters}
         may_attend = jnp.where(sliding, windowed, full)
-        return Block(model).apply(variables, x, turn, may_attend, scale, keys=layer_keys)[0], None
+        x, _ = Block(model).apply(variables, x, turn, may_attend, scale, keys=layer_keys)
+        return place(x, model, "rows", None, None), None
 
     scales = jnp.array(_attention_scales(model), jnp.float32)
     adapters = adapters_of_all_layers(params, model)
     inputs = params["layers"], adapters, jnp.arange(model.num_layers), scales, jnp.array(model.sliding_layers)
-    x, _ = jax.lax.scan(_rematerialised(layer, model), _embed(params, model, tokens, positions), inputs)
+    x = place(_embed(params, model, tokens, positions), model, "rows", None, None)
+    x, _ = jax.lax.scan(_rematerialised(layer, model), x, inputs)
     return _apply(Norm(model.norm, model.norm_eps), params["norm"], x)
 
 

@@ -53,7 +53,8 @@ def model_config(
     if tokenizer.added and tokenizer.size > model.vocab_size:
         model = dataclasses.replace(model, vocab_size=tokenizer.size)
     added = tuple(range(tokenizer.size - tokenizer.added, tokenizer.size))
-    model = dataclasses.replace(with_adapters(model, lora, added), mesh=mesh)
+    sharding.check_heads(model, mesh, source.path)
+    model = dataclasses.replace(with_adapters(model, lora, added), mesh=mesh if mesh.size > 1 else None)
     return with_attention(model, source, trial=sharding.is_here(mesh))
 
 

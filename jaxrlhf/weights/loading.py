@@ -70,6 +70,8 @@ def load(
     read_files = init == "pretrained" and (dtype == "auto" or not _abstract.get())
     folder = resolve(path, revision, weights=read_files)
     model, new_head = _read_config(folder, head, compute_dtype, remat, sharding.platform(mesh))
+    if mesh is not None and mesh.size > 1:
+        model = dataclasses.replace(model, mesh=mesh)
     folder, adapters = base_and_adapters(folder, weights=read_files)
     if adapters:
         if init == "random":

@@ -1,4 +1,7 @@
-"""SFT on eight devices is SFT on one. (PPO's update: test_ppo_update.py.)"""
+"""A run on eight devices is the run on one, on every mesh."""
+
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -7,27 +10,87 @@ import pytest
 from support.runs import length_reward, supervised_step
 
 from jaxrlhf import config, models, sharding
+from jaxrlhf.training.dpo.trainer import DPOTrainer
+from jaxrlhf.training.grpo.trainer import GRPOTrainer
 from jaxrlhf.training.ppo.trainer import PPOTrainer
+from jaxrlhf.training.reward.trainer import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
 
+SHAPES = (
+    config.Mesh(data=8),
+    config.Mesh(fsdp=8),
+    config.Mesh(fsdp=2, tensor=4),
+    config.Mesh(replica=2, fsdp=2, tensor=2),
+)
+LORA = config.LoRA(enabled=True, rank=8, alpha=8.0)
+PROMPTS = [f"say {word} " for word in ("red", "green", "blue", "black", "white", "grey", "pink", "brown")]
 
-@pytest.mark.parametrize("shape", [config.Mesh(data=8), config.Mesh(fsdp=2, tensor=4)])
-def test_sft_on_eight_devices_equals_one(supervised, tmp_path, shape):
+
+@pytest.fixture(scope="session")
+def wide_model(tiny_model, tmp_path_factory):
+    """The tiny model with heads for four devices of `tensor`, and matrices beside which norms are small."""
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("wide") / "model")
+    file = folder / "config.json"
+    changes = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64, "intermediate_size": 64}
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def first_update(method, options, shape):
+    """The trainer after one update on a mesh, the loss, and the tokens it trained on."""
+    options |= {"mesh": shape}
+    if method in ("ppo", "grpo"):
+        sizes = {"batch_size": 8, "total_episodes": 16, "num_mini_batches": 1}
+        options |= {"sampling": config.Sampling(response_length=8)}
+        if method == "ppo":
+            settings = {"ppo": config.PPO(num_ppo_epochs=1, kl_coef=0.2, **sizes)}
+            trainer = PPOTrainer(config.PPOConfig(**options | settings), reward=length_reward)
+            result = trainer.ppo_step(PROMPTS)
+            loss = result["policy_loss"] + result["value_loss"]
+        else:
+            settings = {"grpo": config.GRPO(num_generations=2, kl_coef=0.2, **sizes)}
+            trainer = GRPOTrainer(config.GRPOConfig(**options | settings), reward=length_reward)
+            result = trainer.grpo_step(PROMPTS[:4])
+            loss = result["policy_loss"]
+        return trainer, loss, jax.device_get(result["experience"].rollout.tokens)
+    options |= {"train": config.Train(max_steps=2, batch_size=8, eval_batch_size=8)}
+    makers = {
+        "sft": lambda: SFTTrainer(config.SFTConfig(**options)),
+        "reward": lambda: RewardTrainer(config.RewardConfig(head="mlp", **options)),
+        "dpo": lambda: DPOTrainer(config.DPOConfig(**options)),
+    }
+    trainer = makers[method]()
+    return trainer, supervised_step(trainer, 0)["loss"], jax.device_get(trainer.batch(0))
+
+
+@pytest.mark.parametrize("method", ["sft", "sft lora", "reward", "dpo", "ppo", "grpo"])
+def test_an_update_of_each_trainer_on_any_mesh_equals_that_on_one_device(method, parts, wide_model):
+    """Loss, parameters, and the tokens that PPO and GRPO sampled. Parameters and moments are split over the devices."""
+    method, *adapters = method.split()
     # A large eps: Adam magnifies the rounding of a gradient near zero by learning_rate / eps.
-    train = config.Train(max_steps=2, batch_size=8, eval_batch_size=8)
-    options = supervised | {"train": train, "optim": config.Optim(learning_rate=1e-2, eps=1e-3)}
-    runs = []
-    for mesh in (config.Mesh(), shape):
-        trainer = SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / str(mesh.tensor)), mesh=mesh, **options))
-        supervised_step(trainer, 0), supervised_step(trainer, 1)
-        runs.append(trainer)
-    alone, together = runs
-    kernel = together.params["layers"]["mlp"]["up"]["kernel"]
-    assert len(kernel.sharding.device_set) == 8 and kernel.addressable_shards[0].data.size == kernel.size // (
-        shape.fsdp * shape.tensor
-    )
-    a, b = jax.device_get((alone.params, together.params))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
+    options = parts | {
+        "model": config.ModelSource(path=str(wide_model), init="random"),
+        "optim": config.Optim(learning_rate=1e-2, eps=1e-3),
+        "lora": LORA if adapters else config.LoRA(),
+        "data": config.replace(parts["data"], validation_fraction=0.0),
+    }
+    alone, expected, tokens = first_update(method, dict(options), config.Mesh())
+    before = jax.device_get(alone.state.value.params)
+    for shape in SHAPES:
+        trainer, loss, read = first_update(method, dict(options), shape)
+        # of GRPO it is 0 but for rounding: advantages of a group add up to 0, and the ratios are 1
+        np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-7, err_msg=str(shape))
+        jax.tree.map(np.testing.assert_array_equal, read, tokens)
+        state, template = trainer.state.value, trainer.state.template
+        after = jax.device_get(state.params)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6), after, before)
+        placed = jax.tree.map(lambda x, y: x.sharding == y.sharding, state, template)
+        assert all(jax.tree.leaves(placed)), "an update returns the shardings it was given"
+        trained = jax.tree.leaves((state.params, state.opt_state))
+        local, total = (
+            sum(x) for x in zip(*((x.addressable_shards[0].data.nbytes, x.nbytes) for x in trained), strict=True)
+        )
+        assert local <= 1.1 * total / (shape.fsdp * shape.tensor), (shape, local, total)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
@@ -83,7 +146,7 @@ def test_a_run_on_eight_devices_saves_at_every_step_and_resumes(method, supervis
         ),
     }
     options = (supervised if method == "sft" else ppo) | {
-        "mesh": config.Mesh(fsdp=2, tensor=4),
+        "mesh": config.Mesh(fsdp=4, tensor=2),
         "run_dir": str(tmp_path / "run"),
         "checkpoint": config.Checkpoint(save_every=1),
         "optim": config.Optim(learning_rate=1e-3, schedule="constant"),

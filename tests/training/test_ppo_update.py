@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from support.ppo_case import MODEL, STOPS, B, R, V, case, close
 
-from jaxrlhf import sharding
-from jaxrlhf.config import PPO, Mesh
+from jaxrlhf.config import PPO
 from jaxrlhf.logprobs import response_states
 from jaxrlhf.models import lm_logits
 from jaxrlhf.training.ppo import update as ppo_update
@@ -211,23 +210,6 @@ def test_each_program_compiles_once():
     for _ in range(3):
         state, *_ = problem.run(state)
     assert ppo_update.annotate._cache_size() == 1 and ppo_update.update._cache_size() == 1
-
-
-@pytest.mark.parametrize("shape", [Mesh(data=8), Mesh(fsdp=2, tensor=4)])
-def test_update_on_eight_devices_equals_one(shape):
-    alone, _, expected = case(micro_batch_size=None, num_mini_batches=1).run()
-    problem = case(mesh=shape, num_mini_batches=1)
-    mesh = problem.spec.mesh
-    problem.policy, problem.frozen = (
-        jax.device_put(tree, sharding.shardings(tree, mesh)) for tree in (problem.policy, problem.frozen)
-    )
-    problem.rollout, problem.scores = sharding.put_rows((problem.rollout, problem.scores), mesh)
-    state = problem.state()
-    placed = jax.tree.map(lambda x: x.sharding, state)
-    together, _, metrics = problem.run(state)
-    assert jax.tree.map(lambda x: x.sharding, together) == placed
-    close(together.params, alone.params, atol=2e-5)
-    close(metrics["loss/policy_avg"], expected["loss/policy_avg"], rtol=1e-3, atol=1e-5)
 
 
 def test_no_transfer_happens_inside_annotation_and_update():

@@ -67,6 +67,8 @@ class RewardModel:
                 f"{path} is a language model, not a reward model: its config.json names no sequence classification "
                 "architecture. Train a reward model from it with `jaxrlhf reward`"
             )
+        if mesh is not None:
+            sharding.check_heads(self.model_config, mesh, f"the reward model {path}")
         self.tokenizer = load_tokenizer(weights.tokenizer_folder(path, revision), tokenizer or TokenizerSource())
         check_vocab(self.tokenizer, self.model_config.vocab_size)
         self.max_length = min(self.model_config.max_positions, max_length or self.model_config.max_positions)

@@ -47,7 +47,8 @@ def critic_model(config: PPOConfig, policy: ModelConfig, reward: ModelConfig | N
                 f"critic.init is 'reward' but the reward model has {model.vocab_size} token rows and the policy "
                 f"{policy.vocab_size}; use critic.init: policy"
             )
-    model = dataclasses.replace(model, head=config.critic.head, num_labels=1, dtype=policy.dtype, remat=policy.remat)
+    as_policy = {name: getattr(policy, name) for name in ("dtype", "remat", "platform", "mesh")}
+    model = dataclasses.replace(model, head=config.critic.head, num_labels=1, **as_policy)
     added = policy.adapters.tokens if policy.adapters else ()
     return with_attention(with_adapters(model, config.lora, added), config.model)
 

@@ -92,4 +92,5 @@ def _replay(config: PPOConfig, spec: PPOSpec, sampler: Sampler, *, abstract: boo
     if abstract:
         return abstract_call(lambda: empty_replay(config, spec, width), spec.mesh)
     # np.array copies: each leaf is a buffer of its own, because the state is donated
-    return sharding.put_whole(jax.tree.map(lambda x: np.array(x), empty_replay(config, spec, width)), spec.mesh)
+    field = {"replay": jax.tree.map(lambda x: np.array(x), empty_replay(config, spec, width))}
+    return sharding.place(field, sharding.shardings(field, spec.mesh))["replay"]
