@@ -68,7 +68,7 @@ class Phase:
 
     @property
     def compiled(self) -> bool:
-        return any(one.executable is not None for one in self.programs)
+        return all(one.executable is not None for one in self.programs)
 
     def figures(self, devices: int) -> hlo.Figures:
         """What each device does in the compiled programs."""

@@ -121,20 +121,27 @@ def target_text(plan: Plan, target: Target, compiler: str) -> str:
     total = sum(bound.total for phase, bound in zip(phases, least, strict=True) if phase in step)
     used = roofline.utilisation(step, total, plan.devices, target)
     lines = [f"{plan.about}, on {plan.devices} x {one.title} ({target}); {compiler}", "", *lines, ""]
+    if refused := [phase.name for phase in phases if not phase.compiled and any(one.compiled for one in phases)]:
+        lines += [f"the compiler refused {', '.join(refused)}: it needs more memory than the device has", ""]
     lines += [
         f"peak in {peak.name}: {peak.total / 1e9:.2f} GB of {usable / 1e9:.2f} GB that a run can use: {fits}",
         f"a checkpoint is {plan.state / 1e9:.2f} GB of each device",
         "",
     ]
     if any(phase.compiled for phase in phases):
+        traffic = [roofline.traffic(figure, plan.islands) for figure in figures]
+
+        def known(cells: Iterable[str]) -> list[str]:
+            """Cells with a question mark for phases whose programs are not all compiled."""
+            return [cell if phase.compiled else "?" for phase, cell in zip(phases, cells, strict=True)]
+
         lines.append(table.line("collectives", [phase.name for phase in phases]))
         for kind in kinds:
             times = (sum(c.times for c in figure.collectives if c.kind == kind) for figure in figures)
-            lines.append(table.line(kind, [f"{count:.0f}" if count else "-" for count in times]))
-        traffic = [roofline.traffic(figure, plan.islands) for figure in figures]
-        lines.append(table.line("GB sent by each", (_gigabytes(one.near + one.far) for one in traffic)))
+            lines.append(table.line(kind, known(f"{count:.0f}" if count else "-" for count in times)))
+        lines.append(table.line("GB sent by each", known(_gigabytes(one.near + one.far) for one in traffic)))
         if any(one.far for one in traffic):
-            lines.append(table.line("of it by network", (_gigabytes(one.far) for one in traffic)))
+            lines.append(table.line("of it by network", known(_gigabytes(one.far) for one in traffic)))
         lines.append("")
     lines.append(table.line("at least", [phase.name for phase in phases]))
     lines.append(table.line(PRODUCTS, (_seconds(bound.products) for bound in least)))

@@ -59,7 +59,7 @@ def least(phase: Phase, plan: Plan, target: Target) -> Least:
     """Least time of a phase. Without compiled programs, products are shared evenly and nothing is sent."""
     one = target.accelerator
     rates = Rates(defaultdict(lambda: one.flops["float32"], one.flops), one.bandwidth)
-    if any(program.executable is None for program in phase.programs):
+    if not phase.compiled:
         return Least(least_seconds(phase.products, rates, plan.devices), 0, 0)
     figures = phase.figures(plan.devices)
     moved = traffic(figures, plan.islands)

@@ -1,6 +1,7 @@
 """`jaxrlhf plan`: memory and work of a run, from shapes alone."""
 
 import dataclasses
+import gc
 import json
 
 import jax
@@ -33,11 +34,11 @@ def rewarded(ppo, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"mesh": config.Mesh(fsdp=2)},
+        {"mesh": config.Mesh(fsdp=4, tensor=2)},
         {"lora": config.LoRA(enabled=True, rank=2, quantize="int8")},
         {"critic": config.Critic(trunk="frozen"), "reference": config.Reference(sync_every=2)},
     ],
-    ids=["two-devices", "adapters", "moving"],
+    ids=["eight-devices", "adapters", "moving"],
 )
 def test_planned_state_has_the_shapes_and_bytes_of_a_real_ppo_run(ppo, options):
     settings = config.PPOConfig(**ppo | options)
@@ -47,6 +48,29 @@ def test_planned_state_has_the_shapes_and_bytes_of_a_real_ppo_run(ppo, options):
     )
     assert plan.size(outlined.state.template) == there(real.state.value)
     assert plan.size(outlined.frozen) == there(real.frozen), "what roles share counts once"
+
+
+def test_what_a_run_on_eight_devices_holds_is_what_its_plan_says(ppo, tmp_path):
+    """While rewards are computed, a device holds the standing arrays and the rollout, and nothing else of size."""
+    held = []
+
+    def reward(prompts, completions, **_):
+        gc.collect()
+        held.append(sum(shard.data.nbytes for x in jax.live_arrays() for shard in x.addressable_shards[:1]))
+        return [0.0] * len(prompts)
+
+    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": "abcdefgh"}] * 8))
+    data = dataclasses.replace(ppo["data"], path=str(tmp_path / "prompts.json"))
+    settings = config.PPOConfig(**ppo | {"data": data, "mesh": config.Mesh(fsdp=4, tensor=2)})
+    made = plan.plan_of(programs.abstract_trainer(settings, reward))
+    gc.collect()
+    before = sum(shard.data.nbytes for x in jax.live_arrays() for shard in x.addressable_shards[:1])
+    trainer = PPOTrainer(settings, reward)
+    trainer.generate_and_score(trainer.prompts(0), 0)
+    parts = next(phase.bytes for phase in made.phases if phase.name == "annotation")
+    standing = sum(parts[part] for part in ("trained parameters", "optimizer state", "frozen models", "kept rollouts"))
+    assert standing <= held[0] - before <= 1.15 * standing
+    assert standing > 50_000, "more than counters and keys"
 
 
 def test_a_plan_compiles_the_programs_that_the_run_calls(ppo, tmp_path):
