@@ -113,6 +113,7 @@ def _plan_for(devices: str, config: Any, *, every_knob: bool) -> bool:
     """Plan for devices that need not exist; jax itself computes on the CPU."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # programs for other devices cannot be read back
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # errors are raised; the log would name programs that compile slowly
     from jaxrlhf.plan import report, targets
 
     target = targets.parse(devices)
