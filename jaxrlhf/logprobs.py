@@ -111,6 +111,10 @@ class _Chunks:
         """Inverse of `split`."""
         axis = self.axis - 1
         whole = split.reshape(*split.shape[:axis], self.shares * self.size, *split.shape[axis + 2 :])
+        if not self.missing:
+            return whole
+        # such a weight is stored split along D
+        whole = place(whole, self.model, *({"v": None, "d": "both"}[axis] for axis in self.layout.replace("t", "")))
         return lax.slice_in_dim(whole, 0, self.model.vocab_size, axis=axis)
 
     def place(self, split: Array, d: Literal["fsdp"] | None = "fsdp") -> Array:

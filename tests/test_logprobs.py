@@ -5,8 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from support.tiny import tiny
 
 from jaxrlhf import logprobs, models, runtime, sharding
@@ -334,22 +332,49 @@ def test_a_row_without_tokens_has_a_finite_score():
     assert jnp.isfinite(jax.jit(lambda x, m: last_token_scores(params, model, x, m))(tokens, mask)).all()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_vocabulary_that_is_spread_over_devices_is_never_gathered(monkeypatch, tied):
-    monkeypatch.setattr(runtime, "logits_alive", lambda backend: 24 * 64)
+@pytest.mark.parametrize(
+    ("shape", "vocabulary", "tied", "supported"),
+    [
+        (Mesh(data=2, tensor=4), 512, True, False),
+        (Mesh(data=2, tensor=4), 512, False, True),
+        (Mesh(fsdp=4, tensor=2), 512, True, False),
+        (Mesh(tensor=8), 512, False, False),
+        (Mesh(fsdp=4, tensor=2), 509, False, True),
+        (Mesh(fsdp=2, tensor=4), 509, True, False),
+        (Mesh(tensor=8), 509, True, False),
+    ],
+)
+def test_a_vocabulary_that_is_spread_over_tensor_is_never_gathered(monkeypatch, shape, vocabulary, tied, supported):
+    """Neither weight nor logits, forward and backward, whether or not the vocabulary can be divided; over fsdp a device
+    gathers its share of the weight. 509 is prime: such a weight is stored split along the hidden size."""
+    monkeypatch.setattr(runtime, "logits_alive", lambda backend: 2**12)
     monkeypatch.setattr(logprobs, "MIN_CHUNK", 64)
-    mesh = sharding.make_mesh(Mesh(data=2, tensor=4))
-    model = dataclasses.replace(TINY, vocab_size=512, tie_embeddings=tied)
-    params, hidden, targets = case(model, rows=4, columns=6)
+    mesh = sharding.make_mesh(shape)
+    model = dataclasses.replace(TINY, vocab_size=vocabulary, tie_embeddings=tied, hidden_size=48)
+    params, hidden, targets = case(model, rows=8, columns=32)
     head = {"embed": params["embed"]} if tied else {"lm_head": params["lm_head"]}
-    placed = jax.device_put(head, NamedSharding(mesh, P("tensor") if tied else P(None, "tensor")))
-    rows = sharding.put_rows((hidden, targets), mesh)
+    placed = jax.device_put(head, sharding.shardings(head, mesh))
+    (stored,) = jax.tree.leaves(placed)
+    assert stored.addressable_shards[0].data.size * shape.fsdp * shape.tensor == stored.size
+    inside = np.random.default_rng(1).random((*targets.shape, vocabulary)) < 0.3
+    inside |= np.arange(vocabulary) == targets[..., None]
+    support = jnp.packbits(jnp.asarray(inside), axis=-1) if supported else None
+    rows = sharding.put_rows((hidden, targets, support), mesh)
 
-    def gradient(params, hidden, targets):
-        return jax.grad(lambda p, h: token_logprobs(p, model, h, targets, 1.0)[0].sum(), argnums=(0, 1))(params, hidden)
+    def gradient(params, hidden, targets, support, *, model):
+        def loss(params, hidden):
+            picked, entropy = token_logprobs(params, model, hidden, targets, 1.0, support, entropy_gradient=True)
+            return jnp.sum(picked) + jnp.sum(entropy)
 
-    compiled = jax.jit(gradient).lower(placed, *rows).compile()
-    text = compiled.as_text()
-    assert "all-reduce" in text and "all-gather" not in text and "all-to-all" not in text
-    whole = jax.jit(gradient)(head, hidden, targets)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), compiled(placed, *rows), whole)
+        return jax.value_and_grad(loss, argnums=(0, 1))(params, hidden)
+
+    run = jax.jit(gradient, static_argnames="model")
+    compiled = run.lower(placed, *rows, model=dataclasses.replace(model, mesh=mesh)).compile()
+    shapes = re.findall(r"(?:f32|bf16)\[([\d,]+)\]", compiled.as_text())
+    largest = max(np.prod([int(size) for size in text.split(",")]) for text in shapes)
+    positions = 8 * 32 // sharding.row_shards(mesh)
+    share = 512 // shape.tensor
+    assert largest == max(48 * share, 48 * positions), "the share of the weight, the hidden states"
+    assert largest < min(48 * vocabulary, positions * share), "the whole weight, the share of all logits"
+    together, alone = compiled(placed, *rows), run(head, hidden, targets, support, model=model)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), together, alone)

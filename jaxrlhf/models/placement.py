@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from jaxrlhf.models.config import ModelConfig
 
-Over = Literal["rows", "fsdp", "tensor", "free"]
+Over = Literal["rows", "fsdp", "tensor", "both", "free"]
 
 
 def row_axes(mesh: Mesh) -> tuple[str, ...]:
@@ -23,7 +23,8 @@ def row_axes(mesh: Mesh) -> tuple[str, ...]:
 
 
 def place(x: Array, model: ModelConfig, *dimensions: Over | None) -> Array:
-    """`x` constrained to the mesh of `model`: each dimension split over an axis or all axes of rows, or whole (None).
+    """`x` constrained to the mesh of `model`: each dimension split over an axis, over `tensor` and `fsdp` ("both"),
+    over all axes of rows, or whole (None).
 
     "free" dimensions, and those that their axes do not divide, are left to the compiler. Without a mesh `x` is returned
     as it is.
@@ -33,7 +34,9 @@ def place(x: Array, model: ModelConfig, *dimensions: Over | None) -> Array:
         return x
     spec = []
     for over, size in zip(dimensions, x.shape, strict=True):
-        axes = row_axes(mesh) if over == "rows" else (over,) if over in ("fsdp", "tensor") else ()
+        axes = {"rows": row_axes(mesh), "fsdp": ("fsdp",), "tensor": ("tensor",), "both": ("tensor", "fsdp")}.get(
+            over, ()
+        )
         divides = size % math.prod(mesh.shape[axis] for axis in axes) == 0
         spec.append((axes or None) if divides and over != "free" else P.UNCONSTRAINED)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
