@@ -145,7 +145,7 @@ def arrange(devices: Sequence[Any], sizes: tuple[int, ...], *, whole: bool = Tru
     where they are all of it (`whole`), and slices along the outermost axes. Raises ConfigError if `tensor` would have
     to cross slices.
     """
-    if devices[0].platform != "tpu" or not whole:
+    if devices[0].platform != "tpu" or not whole or not devices[0].coords:  # without: those of a planned target
         return np.asarray(devices).reshape(sizes)
     left = len({getattr(device, "slice_index", 0) for device in devices})  # that of one slice has none in a topology
     if left == 1:
@@ -184,6 +184,18 @@ def spec(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
 def axes_of(spec: P) -> list[str]:
     """The axes that a spec splits an array over."""
     return [axis for part in spec if part for axis in (part if isinstance(part, tuple) else (part,))]
+
+
+def undivided(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> list[str]:
+    """What an array's rule would split and the mesh cannot: "dimension 1 (63) is not a multiple of tensor (4)"."""
+    used = axes_of(spec(path, shape, mesh))
+    return [
+        f"dimension {dimension} ({size}) is not a multiple of {axis} ({mesh.shape[axis]})"
+        for rule in rule_of(path)[1][:1]
+        for dimension, (part, size) in enumerate(zip(rule, shape, strict=False))
+        for axis in axes_of(P(part))
+        if size > 1 and mesh.shape[axis] > 1 and axis not in used
+    ]
 
 
 def _divided(rule: P, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:

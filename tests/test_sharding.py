@@ -1,15 +1,21 @@
 """The mesh and the rule table."""
 
 import dataclasses
+import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from support.tiny import tiny
 
-from jaxrlhf import config, sharding
+from jaxrlhf import config, lora, models, sharding, weights
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.training.optim import make_optimizer
+from jaxrlhf.training.ppo.replay import empty_replay
+from jaxrlhf.weights.families import FAMILIES
 
 
 def mesh(**shape: int) -> jax.sharding.Mesh:
@@ -105,6 +111,52 @@ def test_an_indivisible_vocabulary_is_split_along_the_hidden_size():
     assert sharding.spec("embed/embedding", (50257, 12), both) == P(None, "tensor")
     assert sharding.spec("lm_head/kernel", (32, 50257), both) == P(("tensor", "fsdp"))
     assert sharding.spec("embed/embedding", (50257, 32), mesh(fsdp=2)) == P(None, "fsdp")
+
+
+FOLDERS = pathlib.Path(__file__).parent / "fixtures" / "models"
+
+
+def arrays_of_a_run():
+    """Trees of all that a run keeps on its mesh: each family, head, precision, adapters, moments, kept rollouts."""
+    families = {folder.name: weights.load_config(folder) for folder in sorted(FOLDERS.iterdir())}
+    assert {model.family for model in families.values()} == set(FAMILIES)
+    for model in families.values():
+        yield jax.eval_shape(lambda model=model: models.init(model, jax.random.key(0)))
+    adapted = tiny(tie_embeddings=False, mlp_bias=True, adapters=models.Adapters(4, 8.0, tokens=(3, 4)))
+    for head, bits, double in (("lm", "int8", False), ("linear", "nf4", False), ("mlp", "nf4", True)):
+        model = dataclasses.replace(adapted, head=head)
+
+        def packed(model=model, bits=bits, double=double):
+            params = models.init(model, jax.random.key(0))
+            base = lora.pack(params, bits, double)
+            modules = lora.modules_of(params["layers"])
+            return {**base, **lora.init(model, base, modules, jax.random.key(1), magnitudes=True)}
+
+        params = jax.eval_shape(packed)
+        yield params
+        for dtype in ("float32", "bfloat16"):
+            chain = make_optimizer(config.Optim(state_dtype=dtype, weight_decay=0.1), 1e-3, 10).chain
+            trained = {name: part for name, part in params.items() if name in ("lora", "score")}
+            yield {"opt_state": jax.eval_shape(chain.init, trained), "reference": trained}
+    run = config.PPOConfig(
+        ppo=config.PPO(replay=2, batch_size=8, num_mini_batches=1), sampling=config.Sampling(renormalise_logprobs=True)
+    )
+    spec = types.SimpleNamespace(policy=adapted, critic=adapted, trunk="frozen")
+    yield {"replay": jax.eval_shape(lambda: empty_replay(run, spec, (6, 7)))}
+
+
+def test_every_matrix_of_a_run_has_a_rule_and_every_rule_a_matrix_or_bias():
+    """Without a rule are vectors, of each layer or each of two labels."""
+    used = set()
+    for tree in arrays_of_a_run():
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            path = sharding.path_of(keys)
+            pattern, specs = sharding.rule_of(path)
+            assert all(len(spec) <= len(leaf.shape) for spec in specs), path
+            used |= {pattern}
+            sizes = leaf.shape[1:] if "layers/" in path else leaf.shape
+            assert pattern or sum(size > 2 for size in sizes) < 2, f"{path} {leaf.shape} would be on every device"
+    assert used - {""} == {pattern for pattern, _ in sharding.RULES}, "rules that match nothing"
 
 
 def test_moments_are_sharded_like_their_parameters():

@@ -86,6 +86,11 @@ COMMANDS: dict[str, Command] = {
             "--method": {**METHOD, "help": "method of the config; default: recognised from the file"},
             "--use-lora": USE_LORA,
             "--knobs": {"action": "store_true", "help": "try memory-saving options even if the run fits"},
+            "--explain": {
+                "action": "store_true",
+                "help": "show how every array is split over the devices of the mesh and by which rule, instead of the "
+                "memory of the run; nothing is compiled",
+            },
             "--devices": {
                 "metavar": "TARGET",
                 "help": "plan for these devices, which need not exist: h100:8, v5e:4x4, ...; the programs are compiled "

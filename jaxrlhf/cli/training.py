@@ -100,6 +100,8 @@ def plan(options: Options, overrides: Overrides) -> int:
             raise ConfigError("plan: give a CONFIG.yaml, or --method and overrides")
         method = method_of(path)
     config = _load_with_options(method, path, options, overrides)
+    if options.explain:
+        return _explain(options.devices, config)
     if options.devices is None:
         from jaxrlhf.plan import report
 
@@ -107,6 +109,15 @@ def plan(options: Options, overrides: Overrides) -> int:
     else:
         fits = _plan_for(options.devices, config, every_knob=options.knobs)
     return 0 if fits else OutOfMemory.exit_code
+
+
+def _explain(devices: str | None, config: Any) -> int:
+    if devices:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    from jaxrlhf.plan import explain, targets
+
+    print(explain.explain(config, targets.parse(devices) if devices else None), flush=True)
+    return 0
 
 
 def _plan_for(devices: str, config: Any, *, every_knob: bool) -> bool:

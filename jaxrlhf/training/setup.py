@@ -176,4 +176,11 @@ def describe(config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, report
         lines.append(f"adapters of rank {config.lora.rank}{new} train, {base} is frozen")
     count = jax.device_count() if sharding.is_here(mesh) else mesh.size
     lines.append(f"devices: {grid} of {count} {device.platform} ({device.device_kind})")
+    paths = jax.tree_util.tree_leaves_with_path(shapes)
+    whole = {
+        note: sharding.path_of(keys)
+        for keys, x in paths
+        for note in sharding.undivided(sharding.path_of(keys), x.shape, mesh)
+    }
+    lines += [f"not split over the mesh as much as others: {path}: {note}" for note, path in whole.items()]
     return "\n".join([*lines, *tokenizer.notes, str(report)])

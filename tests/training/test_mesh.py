@@ -10,6 +10,7 @@ import pytest
 from support.runs import length_reward, supervised_step
 
 from jaxrlhf import config, models, sharding
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.training.dpo.trainer import DPOTrainer
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
 from jaxrlhf.training.ppo.trainer import PPOTrainer
@@ -164,3 +165,28 @@ def test_rollout_on_eight_devices_gives_the_same_tokens(ppo):
         trainer = PPOTrainer(config.PPOConfig(mesh=mesh, **options), reward=lambda prompts, completions: [0.0] * 8)
         texts.append(trainer.generate(trainer.data.train[:8], 0)[1])
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("heads", [(16, 2), (8, 4), (4, 4)])
+def test_heads_that_tensor_cannot_split_are_refused_with_the_sizes_that_can(heads, supervised, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    count, kv = heads
+    changes = {"num_attention_heads": count, "num_key_value_heads": kv, "head_dim": 8}
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+    sizes = ", ".join(str(n) for n in (1, 2, 4) if kv % n == 0)
+    options = {"model": config.ModelSource(path=str(folder), init="random"), "mesh": config.Mesh(tensor=8)}
+    with pytest.raises(ConfigError, match=rf"tensor \(8\) .* {count} attention .* {kv} key-value .* can be {sizes}\."):
+        SFTTrainer(config.SFTConfig(**supervised | options))
+
+
+def test_a_reward_model_with_fewer_heads_than_the_policy_is_refused_by_its_name(ppo, wide_model, tiny_model, tmp_path):
+    judge = shutil.copytree(tiny_model, tmp_path / "judge")
+    changes = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+    (judge / "config.json").write_text(json.dumps(json.loads((judge / "config.json").read_text()) | changes))
+    options = ppo | {
+        "model": config.ModelSource(path=str(wide_model), init="random"),
+        "reward": config.RewardSource(model=str(judge)),
+        "mesh": config.Mesh(fsdp=2, tensor=4),
+    }
+    with pytest.raises(ConfigError, match=r"2 key-value heads of the reward model .*judge: it can be 1, 2\."):
+        PPOTrainer(config.PPOConfig(**options))
