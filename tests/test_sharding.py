@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,12 @@ def arrays_of_a_run():
     for model in families.values():
         yield jax.eval_shape(lambda model=model: models.init(model, jax.random.key(0)))
     adapted = tiny(tie_embeddings=False, mlp_bias=True, adapters=models.Adapters(4, 8.0, tokens=(3, 4)))
-    for head, bits, double in (("lm", "int8", False), ("linear", "nf4", False), ("mlp", "nf4", True)):
+    kinds: tuple[tuple[Any, models.Bits, bool], ...] = (
+        ("lm", "int8", False),
+        ("linear", "nf4", False),
+        ("mlp", "nf4", True),
+    )
+    for head, bits, double in kinds:
         model = dataclasses.replace(adapted, head=head)
 
         def packed(model=model, bits=bits, double=double):
@@ -139,9 +145,10 @@ def arrays_of_a_run():
             trained = {name: part for name, part in params.items() if name in ("lora", "score")}
             yield {"opt_state": jax.eval_shape(chain.init, trained), "reference": trained}
     run = config.PPOConfig(
-        ppo=config.PPO(replay=2, batch_size=8, num_mini_batches=1), sampling=config.Sampling(renormalise_logprobs=True)
+        ppo=config.PPO(replay=2, batch_size=8, num_mini_batches=1),
+        sampling=config.Sampling(renormalise_logprobs=True, top_k=5),
     )
-    spec = types.SimpleNamespace(policy=adapted, critic=adapted, trunk="frozen")
+    spec: Any = types.SimpleNamespace(policy=adapted, critic=adapted, trunk="frozen")
     yield {"replay": jax.eval_shape(lambda: empty_replay(run, spec, (6, 7)))}
 
 
