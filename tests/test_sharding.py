@@ -132,7 +132,7 @@ def arrays_of_a_run():
     for head, bits, double in kinds:
         model = dataclasses.replace(adapted, head=head)
 
-        def packed(model=model, bits=bits, double=double):
+        def packed(model=model, bits: models.Bits = bits, double=double):
             params = models.init(model, jax.random.key(0))
             base = lora.pack(params, bits, double)
             modules = lora.modules_of(params["layers"])
