@@ -41,7 +41,10 @@ def launch(options: Options, overrides: Overrides) -> int:
     """Run the command in all processes; returns the exit code of the first that fails, 0 if none does."""
     command = list(options.command)
     if command and command[0] not in METHODS and Path(command[0]).is_file():
-        command.insert(0, method_of(Path(command[0])))
+        try:
+            command.insert(0, method_of(Path(command[0])))
+        except ConfigError as error:
+            raise ConfigError(f"{error}: name the command before it (launch ppo {command[0]})") from None
     if not command or command[0] not in METHODS:
         shown = f", not '{command[0]}'" if command else ""
         raise ConfigError(f"launch takes a training command or a config file ({', '.join(METHODS)}){shown}")
