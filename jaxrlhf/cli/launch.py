@@ -17,8 +17,9 @@ from jaxrlhf.cli.models import Options, Overrides
 from jaxrlhf.config.file import METHODS, method_of
 from jaxrlhf.errors import ConfigError, Preempted
 
-GRACE = 20.0
-"""Seconds for the other processes to end by themselves once one has failed."""
+GRACE = 60.0
+"""Seconds for the other processes to end by themselves once one has failed: more than `distributed.HEARTBEAT_TIMEOUT`,
+after which jax ends them."""
 _NOISE = (b"[Gloo] Rank ",)  # lines that the collectives of jax print for every connection
 
 HELP = "run a training command in several processes of this machine, on CPU, as a trial of a run on several hosts"
@@ -44,7 +45,7 @@ def launch(options: Options, overrides: Overrides) -> int:
         try:
             command.insert(0, method_of(Path(command[0])))
         except ConfigError as error:
-            raise ConfigError(f"{error}: name the command before it (launch ppo {command[0]})") from None
+            raise ConfigError(f"{str(error).rpartition('; ')[0]}; name it: launch COMMAND {command[0]}") from None
     if not command or command[0] not in METHODS:
         shown = f", not '{command[0]}'" if command else ""
         raise ConfigError(f"launch takes a training command or a config file ({', '.join(METHODS)}){shown}")
