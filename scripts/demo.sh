@@ -4,4 +4,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 prepare plots
-exec jaxrlhf demo "$@"
+jaxrlhf demo "$@"
+[ -n "${VIRTUAL_ENV:-}" ] || echo "to run jaxrlhf's commands: source ${JAXRLHF_VENV:-.venv}/bin/activate"

@@ -56,8 +56,8 @@ def test_the_python_examples_run_as_they_stand(demo_folder):
     assert len(examples) == 2
     for example in examples:
         exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
-    assert changed(demo_folder, "runs/ppo/export")
-    assert set(jaxrlhf.load("runs/grpo/export")[1]) == set(demo_folder)
+    assert changed(demo_folder, "runs/ppo-python/export")
+    assert set(jaxrlhf.load("runs/grpo-python/export")[1]) == set(demo_folder)
 
 
 def test_the_python_example_of_one_update_runs_as_it_stands(demo_folder, capsys):
@@ -104,6 +104,13 @@ def test_every_command_parses(line, monkeypatch):
     assert main(words) == 0, words
     if words[0] in METHODS:
         assert set(seen) <= {key for key, _ in keys(METHODS[words[0]])}
+
+
+def test_examples_and_commands_have_run_directories_of_their_own():
+    """Who runs the examples in Python first can still type every command."""
+    python = "".join(block for language, block in BLOCKS if language == "python")
+    runs = re.findall(r'run_dir="(\S+)"', python)
+    assert len(runs) == 2 and not [line for line in LINES for run in runs if run in line]
 
 
 def test_there_are_commands_to_check():

@@ -27,5 +27,11 @@ def chat(options: Options, overrides: Overrides) -> None:
                 if asked:
                     raise
                 print(f"note: replies are not scored, as the run's reward cannot be used: {error}", file=sys.stderr)
+        elif overrides_from_run(options.model, "reward", methods=("ppo", "grpo")):
+            print(
+                "note: replies are not scored: the run's config names no reward. If it was given in Python, give its "
+                "file and name: --reward.function FILE.py:NAME",
+                file=sys.stderr,
+            )
         conversation.warm_up()
         Terminal(conversation).run()

@@ -4,7 +4,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.cli.models import Options, Overrides, date_of_run, notes_on_stderr, overrides_from_run, template_of_run
+from jaxrlhf.cli.models import (
+    Options,
+    Overrides,
+    date_of_run,
+    notes_on_stderr,
+    overrides_from_run,
+    reward_of_run,
+    template_of_run,
+)
 from jaxrlhf.config.file import load_config
 from jaxrlhf.errors import ConfigError
 
@@ -45,17 +53,17 @@ def compare(options: Options, overrides: Overrides) -> None:
 
 
 def _evaluation(options: Options, models: list[str], overrides: Overrides) -> tuple[list[Any], dict[str, Any]]:
-    """Configs of `models` for evaluation on the same prompts, and what is asked of them. Sampling and reward default to
-    those of the first model that was trained by PPO or GRPO, or else by SFT or DPO; the template of prompts to that of
-    the first run that has one."""
-    has_reward = any(key.startswith("reward.") for key, _ in overrides)
-    sections = ["sampling"] if has_reward else ["sampling", "reward"]
+    """Configs of `models` for evaluation on the same prompts, and what is asked of them. Sampling defaults to that of
+    the first model that was trained by PPO or GRPO, or else by SFT or DPO; the reward and the template of prompts to
+    those of the first run that has one."""
     runs = (
-        overrides_from_run(model, *sections, methods=methods)
+        overrides_from_run(model, "sampling", methods=methods)
         for methods in (("ppo", "grpo"), ("sft", "dpo"))
         for model in models
     )
     run = [*next(filter(None, runs), []), *date_of_run(*models), *template_of_run(*models)]
+    if not any(key.startswith("reward.") for key, _ in overrides):
+        run += reward_of_run(*models)
     overrides = [*run, ("data.path", options.prompts[0]), *overrides]
     configs = [load_config("ppo", None, [*overrides, ("model.path", path)], partial=True) for path in models]
     greedy = configs[0].sampling.greedy

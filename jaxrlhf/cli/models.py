@@ -176,6 +176,14 @@ def date_of_run(*models: str) -> Overrides:
     return _option_of_run("tokenizer.template_date", models)
 
 
+def reward_of_run(*models: str) -> Overrides:
+    """The reward of the first of `models` that is a run of PPO or GRPO whose config names one, as overrides. One that
+    was given to its trainer in Python is not in the config."""
+    named = ("reward.model", "reward.function", "reward.components")
+    rewards = (overrides_from_run(model, "reward", methods=("ppo", "grpo")) for model in models)
+    return next((r for r in rewards if any(key in named and json.loads(value) for key, value in r)), [])
+
+
 def template_of_run(*models: str) -> Overrides:
     """The template of prompts of the first of `models` that is a run with one, and its reading of control tokens."""
     return [*_option_of_run("data.template", models), *_option_of_run("data.control_tokens", models)]

@@ -119,6 +119,11 @@ class GRPO(OnPolicy):
         return self.recipe.max_refills if self.max_refills is None else self.max_refills
 
     @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of an update."""
+        return self.num_iterations * self.num_mini_batches
+
+    @property
     def has_reference(self) -> bool:
         return self.kl_weight > 0 or self.recipe.loss == "dpo"
 
@@ -144,7 +149,7 @@ class GRPO(OnPolicy):
                 f"grpo.batch_size ({self.batch_size}) counts completions and must be a multiple of "
                 f"grpo.num_generations ({group}); {nearest} would do"
             )
-        if recipe.loss == "reinforce" and self.num_iterations * self.num_mini_batches > 1:
+        if recipe.loss == "reinforce" and self.optimizer_steps > 1:
             raise ValueError(
                 f"{self.method} has no ratio pi / pi_old to correct for off-policy responses: grpo.num_iterations and "
                 "grpo.num_mini_batches must be 1; grpo, dapo and cispo have a ratio"

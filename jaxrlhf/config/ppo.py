@@ -98,6 +98,11 @@ class PPO(OnPolicy):
     bootstrap_truncated: Bool = False
     """Treat truncated responses as unfinished episodes: bootstrap from the value after the last token."""
 
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of a pass over an experience."""
+        return self.num_ppo_epochs * self.num_mini_batches
+
     def __post_init__(self) -> None:
         if reason := WRONG_KL.get((self.kl_estimator, self.kl_in)):
             raise ValueError(f"ppo.kl_estimator {self.kl_estimator} does not go with ppo.kl_in {self.kl_in}: {reason}")

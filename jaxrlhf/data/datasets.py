@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from jaxrlhf.config import Data
-from jaxrlhf.data import held_out, labels
+from jaxrlhf.data import checks, held_out, labels
 from jaxrlhf.data.examples import Content, Example, to_examples
 from jaxrlhf.data.file_readers import SourceLocation
 from jaxrlhf.data.formats import Task, recognise
@@ -70,6 +70,7 @@ class Report:
     cut: dict[str, list[str]] = field(default_factory=dict)  # what was cut -> locations
     lengths: list[int] = field(default_factory=list)  # tokens of each row, with its longest completion
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # about its texts, for a run: `jaxrlhf data` has them in its own
 
     def __str__(self) -> str:
         held_out = f", {self.validation} held out" if self.validation else ""
@@ -296,6 +297,8 @@ def _prepare(
     if escaped := sum(example.has_escapes for example in rendered):
         report.notes.append(f"{escaped} rows spell control tokens of the tokenizer; they are read as ordinary text")
     report.notes += omissions.notes()
+    located = [(rows.locations[i].short, example) for i, example in examples]
+    report.warnings += [*checks.missing_space(located), *checks.unknown_words(located, tokenizer)]
     return kept, report
 
 

@@ -81,12 +81,11 @@ def configs(directory: Path, seed: int) -> tuple[config.SFTConfig, config.Reward
     data = directory / "data"
     logging = config.Logging(quiet=True, tensorboard=False, sample_every=0)
     checkpoint = config.Checkpoint(save_every=0)
-    shape = {"completion_prefix": " ", "max_length": 64}
     sft = config.SFTConfig(
         run_dir=str(directory / "sft"),
         seed=seed,
         model=config.ModelSource(path=str(directory / "base"), init="random"),
-        data=config.Data(path=str(data / "sft.jsonl"), **shape),
+        data=config.Data(path=str(data / "sft.jsonl"), max_length=64),
         train=config.Train(batch_size=64, max_steps=150, num_train_epochs=100),
         optim=config.Optim(learning_rate=5e-3, schedule="cosine", warmup_steps=10, final_lr_fraction=0.05),
         logging=logging,
@@ -96,7 +95,7 @@ def configs(directory: Path, seed: int) -> tuple[config.SFTConfig, config.Reward
         run_dir=str(directory / "reward"),
         seed=seed,
         model=config.ModelSource(path=str(directory / "sft")),
-        data=config.Data(path=str(data / "preferences.jsonl"), validation_fraction=0.1, **shape),
+        data=config.Data(path=str(data / "preferences.jsonl"), validation_fraction=0.1, max_length=64),
         train=config.Train(batch_size=32, max_steps=340, num_train_epochs=100, eval_every=340, eval_batch_size=64),
         optim=config.Optim(learning_rate=1e-3, schedule="cosine", warmup_steps=5, final_lr_fraction=0.05),
         logging=logging,
@@ -106,7 +105,7 @@ def configs(directory: Path, seed: int) -> tuple[config.SFTConfig, config.Reward
         run_dir=str(directory / "ppo"),
         seed=seed,
         model=config.ModelSource(path=str(directory / "sft")),
-        data=config.Data(path=str(data / "prompts.jsonl"), **shape),
+        data=config.Data(path=str(data / "prompts.jsonl"), max_length=64),
         reward=config.RewardSource(model=str(directory / "reward"), micro_batch_size=64),
         critic=config.Critic(init="reward", learning_rate=2e-3),
         ppo=config.PPO(
@@ -128,7 +127,8 @@ def configs(directory: Path, seed: int) -> tuple[config.SFTConfig, config.Reward
 
 
 def write_data(directory: Path, seed: int) -> None:
-    """Write data/*.jsonl and the folder of the untrained model, base/."""
+    """Write data/*.jsonl and the folder of the untrained model, base/. Answers begin with the space that follows their
+    prompt."""
     write_base(directory / "base")
     for name, rows in {
         "sft": task.make_sft_rows(4096, seed),
@@ -136,6 +136,9 @@ def write_data(directory: Path, seed: int) -> None:
         "prompts": task.make_prompts(576, seed),
         "held_out": task.make_prompts(HELD_OUT, seed, held_out=True),
     }.items():
+        rows = [
+            {key: text if key in ("prompt", "category") else f" {text}" for key, text in row.items()} for row in rows
+        ]
         write_whole(directory / "data" / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxrlhf.config import Data
-from jaxrlhf.data import formats, held_out, tokenise
-from jaxrlhf.data.examples import Content, Example, to_examples
+from jaxrlhf.data import checks, formats, held_out, tokenise
+from jaxrlhf.data.checks import text_of
+from jaxrlhf.data.examples import Example, to_examples
 from jaxrlhf.data.omissions import first_few
 from jaxrlhf.data.sources import Rows
 from jaxrlhf.data.tokenizer import Tokenizer
@@ -18,7 +19,6 @@ BARS = 8  # lines of a histogram
 WIDTH = 40  # characters of its longest bar
 MANY = 0.8  # share of pairs with the longer response chosen, and of equal completions, that is worth a warning
 ENOUGH = 10  # rows below which shares say nothing
-LOSSLESS_ROWS = 1000  # whose texts are encoded and decoded
 Sequences = list[tuple[str, Sequence[int], Sequence[bool]]]
 
 
@@ -70,7 +70,7 @@ def _repeated(what: str, items: Iterable[tuple[str, Hashable]]) -> str:
 def character_lengths(examples: Sequence[tuple[str, Example]]) -> list[int]:
     """Characters of each example, with its longest completion."""
     return [
-        len(_text(example.prompt or "")) + max((len(_text(content)) for content in example.completions), default=0)
+        len(text_of(example.prompt or "")) + max((len(text_of(content)) for content in example.completions), default=0)
         for _, example in examples
     ]
 
@@ -108,18 +108,13 @@ def warnings(task: formats.Task, examples: Sequence[tuple[str, Example]]) -> lis
         lines.append(f"all {len(scores)} {task} are {scores[0]:g}: there is nothing to tell apart")
     if task == "prompts":
         return lines
-    first = [(where, example, _text(example.completions[0])) for where, example in examples if example.completions]
+    first = [(where, example, text_of(example.completions[0])) for where, example in examples if example.completions]
     text, count = Counter(text for *_, text in first).most_common(1)[0] if first else ("", 0)
     if len(first) >= ENOUGH and count >= MANY * len(first):
         lines.append(f"{count} of {len(first)} rows have the same completion: {text[:60]!r}")
-    glued = [where for where, example, text in first if _runs_together(example.prompt, text)]
-    if glued:
-        lines.append(
-            f"in {len(glued)} rows prompt and completion meet without a space ({first_few(glued)}); "
-            "data.completion_prefix inserts one"
-        )
+    lines += checks.missing_space(examples)
     if task == "pairs":
-        longer = sum(len(_text(e.completions[0])) > len(_text(e.completions[1])) for _, e in examples)
+        longer = sum(len(text_of(e.completions[0])) > len(text_of(e.completions[1])) for _, e in examples)
         if len(examples) >= ENOUGH and longer >= MANY * len(examples):
             lines.append(
                 f"chosen is longer than rejected in {longer} of {len(examples)} pairs: a model trained on them may "
@@ -138,36 +133,10 @@ def token_warnings(rows: Sequence[TokenisedRow], tokenizer: Tokenizer, *, learns
                 f"in {len(endless)} rows no stop token is trained on at the end ({first_few(endless)}): the model does "
                 "not learn to stop there"
             )
-    lossy = [row.location for row in rows[:LOSSLESS_ROWS] if not _is_lossless(row.example, tokenizer)]
-    if lossy:
-        lines.append(
-            f"the tokenizer does not restore the text of {len(lossy)} of the first {len(rows[:LOSSLESS_ROWS])} rows "
-            f"({first_few(lossy)}): it has no tokens for some characters or words, or changes them"
-        )
-    return lines
+    return lines + checks.unknown_words([(row.location, row.example) for row in rows], tokenizer)
 
 
 def _learns_to_stop(sequence: tuple[str, Sequence[int], Sequence[bool]], tokenizer: Tokenizer) -> bool:
     _, tokens, mask = sequence
     last = max((i for i, trained in enumerate(mask) if trained), default=None)
     return last is None or tokens[last] in tokenizer.stop_ids
-
-
-def _is_lossless(example: Example, tokenizer: Tokenizer) -> bool:
-    texts = [turn for content in (example.prompt, *example.completions) if content for turn in _texts(content)]
-    return all(tokenizer.decode(tokenizer.encode(text)).split() == text.split() for text in texts)
-
-
-def _runs_together(prompt: Content | None, completion: str) -> bool:
-    """A plain-text prompt ends, and its completion begins, with a character of a script that puts spaces."""
-    if not isinstance(prompt, str) or not prompt or not completion:
-        return False
-    return prompt[-1].isascii() and not prompt[-1].isspace() and completion[0].isascii() and completion[0].isalnum()
-
-
-def _texts(content: Content) -> list[str]:
-    return [content] if isinstance(content, str) else [turn["content"] for turn in content]
-
-
-def _text(content: Content) -> str:
-    return "\n".join(_texts(content))

@@ -86,7 +86,8 @@ def read(config: PPOConfig, files: Sequence[str], references: str, by: str, *, h
     if not (answers or has_reward):
         raise ConfigError(
             f"nothing to measure completions by: give a reward (--reward, --reward-model, --reward.KEY), or name the "
-            f"column of {sources} that has reference answers (--references); it has {', '.join(names)}"
+            f"column of {sources} that has reference answers (--references); it has {', '.join(names)}. A reward that "
+            "a run was given in Python is not in its config: give its file and name, --reward FILE.py:NAME"
         )
     category_from = by or (CATEGORY if CATEGORY in names else "")
     return Questions(tokenizer, found, ", ".join(answers), category_from)

@@ -34,6 +34,17 @@ def schedule(config: Optim, learning_rate: float, total_steps: int) -> optax.Sch
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
+def warmup_warnings(config: Optim, steps: int) -> list[str]:
+    """A warning if the warm-up does not end within the `steps` of a run."""
+    if config.warmup_steps < steps:
+        return []
+    highest = schedule(config, config.learning_rate, steps)(steps - 1)
+    return [
+        f"warning: optim.warmup_steps ({config.warmup_steps}) does not end within the {steps} optimizer steps of this "
+        f"run: the learning rate reaches {float(highest):.1e} of {config.learning_rate:.1e}"
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class Optimizer:
     """A role's optimizer; compared by identity, so that it can be a static argument of jit."""

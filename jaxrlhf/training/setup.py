@@ -183,4 +183,5 @@ def describe(config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, report
         for note in sharding.undivided(sharding.path_of(keys), x.shape, mesh)
     }
     lines += [f"not split over the mesh as much as others: {path}: {note}" for note, path in whole.items()]
-    return "\n".join([*lines, *tokenizer.notes, str(report)])
+    warnings = [f"warning: {text}" for text in getattr(report, "warnings", ())]
+    return "\n".join([*lines, *tokenizer.notes, str(report), *warnings])

@@ -17,13 +17,14 @@ from jaxrlhf.training import pretrained, setup
 from jaxrlhf.training.abstract import build
 from jaxrlhf.training.adapters import add_adapters, split_trainable
 from jaxrlhf.training.facts import Origin
-from jaxrlhf.training.optim import make_optimizer
-from jaxrlhf.training.session import TEMPLATE, Session, check_metric, open_session
+from jaxrlhf.training.optim import make_optimizer, warmup_warnings
+from jaxrlhf.training.session import TEMPLATE, Session, check_metric, metric_of, open_session
 from jaxrlhf.training.state import State
 from jaxrlhf.training.step import Spec
 from jaxrlhf.types import Params
 
 Config = TypeVar("Config", SFTConfig, RewardConfig, DPOConfig)
+FEW_HELD_OUT = 10  # rows below which the best state is a matter of chance
 
 
 class SupervisedTrainer(abc.ABC, Generic[Config]):
@@ -96,8 +97,22 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
         """Lines that show the first training row."""
 
     def about(self) -> str:
-        """Model, precision, devices, tokenizer and data, one line each."""
-        return setup.describe(self.config, self.model, self.tokenizer, self.rows.report, self.mesh)
+        """Model, precision, devices, tokenizer and data, one line each, and warnings about a run that is too short."""
+        config, train = self.config, self.config.train
+        lines = [setup.describe(config, self.model, self.tokenizer, self.rows.report, self.mesh)]
+        if self.total_steps < (train.max_steps or 0):
+            lines.append(
+                f"{self.total_steps} steps, fewer than train.max_steps ({train.max_steps}): train.num_train_epochs "
+                f"({train.num_train_epochs:g}) ends before it"
+            )
+        lines += warmup_warnings(config.optim, self.total_steps)
+        if train.keep_best and 0 < len(self.rows.validation) < FEW_HELD_OUT:
+            lines.append(
+                f"warning: {len(self.rows.validation)} held-out rows decide which state is kept, by "
+                f"{metric_of(config)}; so few say little, and of equal values the first one wins. Hold out more, or "
+                "set train.keep_best to false"
+            )
+        return "\n".join(lines)
 
     @contextlib.contextmanager
     def session(self, **identity: str) -> Iterator[Session]:

@@ -11,6 +11,7 @@ NEEDS = re.compile(r"#.*\bneeds (a hub|a GPU|torch|several hosts)\b")
 """The comment of a command that no test runs."""
 OWN = (
     "pip install",
+    "source .venv",
     "bash scripts/test.sh",
     "bash tests/ux",
     "bash scripts/recipe_",

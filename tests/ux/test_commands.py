@@ -56,13 +56,13 @@ def world(tmp_path_factory):
         for name in ("MODEL", "stories260K"):
             weights.export(folder / name, model, params, source=base)
         rows = [json.loads(line) for line in Path("runs/demo/data/preferences.jsonl").read_text().splitlines()[:60]]
-        write("rows.jsonl", [{"prompt": row["prompt"] + " ", "completion": row["chosen"]} for row in rows])
+        write("rows.jsonl", [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
         write(
             "labels.jsonl",
             [{"prompt": r["prompt"], "completion": r["chosen"], "label": i % 2} for i, r in enumerate(rows)],
         )
         write("pairs.jsonl", rows[:10])
-        write("texts.jsonl", [{"text": f"{row['prompt']} {row['chosen']}"} for row in rows[:10]])
+        write("texts.jsonl", [{"text": f"{row['prompt']}{row['chosen']}"} for row in rows[:10]])
         write("asked.jsonl", [{"prompt": row["prompt"]} for row in rows[:4]])
         write("held_out.jsonl", [{"prompt": row["prompt"]} for row in rows[4:12]])
         cases = [

@@ -28,7 +28,7 @@ def initial_state(
     grpo, mesh = config.grpo, sampler.mesh
     policy = load_policy(config, sampler, scorer)
     start = initial_policy(config, sampler, policy, keys[3], has_reference=grpo.has_reference)
-    steps = updates * grpo.num_iterations * grpo.num_mini_batches
+    steps = updates * grpo.optimizer_steps
     optimizers = {"policy": make_optimizer(config.optim, config.optim.learning_rate, steps)}
     spec = GRPOSpec(
         policy=sampler.model,

@@ -44,7 +44,7 @@ class GRPOSpec(UpdateSpec):
         Otherwise pi_old = stop_gradient(pi), whatever the micro-batches: advantages depend on scores alone.
         """
         grpo, recipe = self.grpo, self.grpo.recipe
-        steps = grpo.num_iterations * grpo.num_mini_batches
+        steps = grpo.optimizer_steps
         return recipe.loss != "dpo" and (steps > 1 or (grpo.has_reference and recipe.kl_in == "reward"))
 
 

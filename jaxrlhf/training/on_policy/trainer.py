@@ -27,6 +27,7 @@ from jaxrlhf.training.on_policy.rollout import ScoredRollout, reference_stats
 from jaxrlhf.training.on_policy.sampler import Sampler
 from jaxrlhf.training.on_policy.token_records import TokenRecord, TokenRecords, rollout_logprobs
 from jaxrlhf.training.on_policy.validation import Validator
+from jaxrlhf.training.optim import warmup_warnings
 from jaxrlhf.training.session import TEMPLATE, Metrics, Session, open_session
 from jaxrlhf.training.state import State
 from jaxrlhf.types import Params, Rollout
@@ -311,6 +312,7 @@ class OnPolicyTrainer(Generic[Config]):
         config, size, total = self.config, self.config.settings.batch_size, self.total_steps
         report = self.data.report if self.data else f"no data set: prompts come with {config.method}_step"
         about = [setup.describe(config, self.model, self.tokenizer, report, self.mesh)]
+        about += warmup_warnings(config.optim, total * config.settings.optimizer_steps)
         if config.lora.enabled and config.lora.dropout:
             about.append(f"lora.dropout has no effect in {config.method}, whose rollout and update are without dropout")
         if not self.scorer.components:

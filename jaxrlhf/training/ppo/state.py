@@ -47,7 +47,7 @@ def initial_state(
     def optimizer_steps(first: int) -> int:
         """Steps from update number `first` on. A rollout can be replayed only once it exists."""
         passes = sum(1 + min(number, ppo.replay) for number in range(first, updates))
-        return passes * ppo.num_ppo_epochs * ppo.num_mini_batches
+        return passes * ppo.optimizer_steps
 
     rate, optim = config.optim.learning_rate, config.optim
     critic_optim = dataclasses.replace(optim, max_grad_norm=config.critic.max_grad_norm or optim.max_grad_norm)
