@@ -24,7 +24,7 @@ from jaxrlhf.training.step import Spec
 from jaxrlhf.types import Params
 
 Config = TypeVar("Config", SFTConfig, RewardConfig, DPOConfig)
-FEW_HELD_OUT = 10  # rows below which the best state is a matter of chance
+FEW_HELD_OUT = 5  # rows below which the best state is a matter of chance
 
 
 class SupervisedTrainer(abc.ABC, Generic[Config]):
@@ -106,11 +106,12 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
                 f"({train.num_train_epochs:g}) ends before it"
             )
         lines += warmup_warnings(config.optim, self.total_steps)
-        if train.keep_best and 0 < len(self.rows.validation) < FEW_HELD_OUT:
+        held_out = len(self.rows.validation)
+        if train.keep_best and 0 < held_out < FEW_HELD_OUT:
             lines.append(
-                f"warning: {len(self.rows.validation)} held-out rows decide which state is kept, by "
-                f"{metric_of(config)}; so few say little, and of equal values the first one wins. Hold out more, or "
-                "set train.keep_best to false"
+                f"warning: which state is kept is decided by {metric_of(config)} on {held_out} held-out "
+                f"row{'s' * (held_out > 1)}; so few say little, and of equal values the first one wins. Hold out more, "
+                "or set train.keep_best to false"
             )
         return "\n".join(lines)
 

@@ -19,6 +19,7 @@ from jaxrlhf.cli import evaluation as commands_evaluation
 from jaxrlhf.cli import main, next_steps, training
 from jaxrlhf.cli import models as commands_models
 from jaxrlhf.cli.commands import COMMANDS, Command
+from jaxrlhf.cli.models import reward_of_run
 from jaxrlhf.config import Data, PPOConfig, RewardConfig, RewardSource, Sampling, TokenizerSource
 from jaxrlhf.config import text as config_text
 from jaxrlhf.config.file import METHODS, load_config, method_of, presets
@@ -593,3 +594,12 @@ def test_convert_rm_says_what_to_install_without_torch(monkeypatch, capsys, tmp_
     monkeypatch.setitem(sys.modules, "torch", None)
     assert main(["convert-rm", "rm.pt", str(tiny_model), str(tmp_path / "out")]) == 3
     assert "torch, which is not installed: run `pip install torch`" in capsys.readouterr().err
+
+
+def test_the_reward_of_a_comparison_is_that_of_the_first_run_that_names_one(tmp_path):
+    for name, reward in (("python", ""), ("named", "my.py:score")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"# jaxrlhf ppo, a test\nreward: {{function: '{reward}'}}\n")
+    runs = [str(tmp_path / name) for name in ("python", "named")]
+    assert dict(reward_of_run(*runs))["reward.function"] == '"my.py:score"'
+    assert not reward_of_run(runs[0], "somewhere/else")

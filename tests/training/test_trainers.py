@@ -479,3 +479,27 @@ def test_what_cannot_be_scored_is_refused_before_training(ppo, tmp_path):
             with pytest.raises(error, match=message):
                 refused(settings)
         assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_that_cannot_learn_as_asked_says_so_before_it_starts(supervised, ppo, tmp_path):
+    rows = [{"prompt": f"red {i}", "chosen": "yes", "rejected": "no"} for i in range(6)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = supervised | {
+        "data": config.Data(path=str(tmp_path / "pairs.jsonl"), validation_fraction=0.2),
+        "train": config.Train(batch_size=4, eval_batch_size=4, max_steps=99),
+        "optim": config.Optim(learning_rate=1e-3, warmup_steps=9),
+    }
+    about = RewardTrainer(config.RewardConfig(run_dir=str(tmp_path / "run"), **options)).about()
+    assert "warning: in 6 rows prompt and completion meet without a space" in about
+    assert "2 steps, fewer than train.max_steps (99): train.num_train_epochs (1) ends before it" in about
+    assert (
+        "warning: optim.warmup_steps (9) does not end within the 2 optimizer steps of this run: the learning" in about
+    )
+    assert "reaches 2.0e-04 of 1.0e-03" in about
+    assert "warning: which state is kept is decided by eval/accuracy on 1 held-out row;" in about
+    good = supervised | {"train": config.Train(batch_size=4, eval_batch_size=4)}
+    assert "warning" not in SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / "good"), **good)).about()
+    trainer = PPOTrainer(
+        config.PPOConfig(**ppo | {"optim": config.Optim(learning_rate=1e-3, warmup_steps=99)}), length_reward
+    )
+    assert "warning: optim.warmup_steps (99) does not end within" in trainer.describe()
