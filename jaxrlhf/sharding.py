@@ -116,9 +116,15 @@ def mesh_sizes(shape: config.Mesh, devices: int) -> dict[str, int]:
     return sizes | ({free: devices // given} if free else {})
 
 
-def make_mesh(shape: config.Mesh) -> jax.sharding.Mesh:
-    """Create the mesh of a run from the first devices, as many as it needs. Raises ConfigError if it does not fit."""
-    devices = _devices.get() or jax.devices()
+def available() -> Sequence[Any]:
+    """The devices that meshes are made of: jax's own, or those of `on_devices`."""
+    return _devices.get() or jax.devices()
+
+
+def make_mesh(shape: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """Create a mesh from the first of the devices (default: those `available`), as many as it needs. Raises ConfigError
+    if it does not fit."""
+    devices = available() if devices is None else devices
     try:
         sizes = mesh_sizes(shape, len(devices))
     except ConfigError as error:

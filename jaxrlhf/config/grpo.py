@@ -224,8 +224,13 @@ class GRPOConfig(OnPolicyConfig):
         return "grpo.beta" if self.grpo.recipe.loss == "dpo" else super().kl_option
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         grpo = self.grpo
+        if self.rollout.devices and grpo.recipe.loss == "dpo":
+            raise ValueError(
+                f"rollout.devices is {self.rollout.devices}, but online_dpo has no importance weights to correct for "
+                "responses of an older policy; set it to 0"
+            )
+        super().__post_init__()
         if grpo.rejected_text is not None and self.sampling.renormalise_logprobs:
             raise ValueError(
                 "grpo.rejected_text is set and sampling.renormalise_logprobs is true, but the text may contain tokens "

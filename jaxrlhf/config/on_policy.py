@@ -203,6 +203,12 @@ class OnPolicyConfig(BaseConfig):
                 "sampling.renormalise_logprobs is true but sampling filters nothing: nothing to renormalise; "
                 "set top_k, top_p, min_p or min_length, or leave it false"
             )
+        if self.rollout.devices and self.settings.sampler_correction == "none":
+            raise ValueError(
+                f"rollout.devices is {self.rollout.devices}: responses are drawn by a policy one update older than the "
+                f"one that trains on them; set {self.method}.sampler_correction to truncate or mask, or rollout.devices "
+                "to 0"
+            )
         self._check_batch_sizes()
         if scores.overlong_buffer > sampling.response_length:
             raise ValueError(

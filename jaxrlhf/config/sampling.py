@@ -54,6 +54,10 @@ class Generation:
     """Layout of the decoding copy on the mesh. replicated: split over mesh.tensor only, so that each device decodes its
     rows by itself. sharded: split over mesh.fsdp too, as in training: less memory, but devices exchange activations of
     all rows at every token. auto: replicated if that takes at most a quarter of a device's memory."""
+    devices: Natural = 0
+    """Number of devices, the last ones, that only roll out: they draw the responses of the next update while the others
+    train on those of the last, which `sampler_correction` then weights, as their policy is one update older. The mesh
+    is made of the other devices. 0: all devices roll out and train in turns."""
     slots: Natural = 0
     """Number of rows decoded concurrently; a finished row is replaced by the next prompt (continuous batching). 0: the
     whole batch. Fewer slots use less memory, and less time if response lengths vary a lot."""

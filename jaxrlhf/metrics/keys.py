@@ -84,6 +84,7 @@ METRICS: dict[str, str] = {
     "val/sampler_ratio_q01": "1 % quantile over response tokens of pi_old / pi_sampler",
     "val/sampler_ratio_q50": "median over response tokens of pi_old / pi_sampler",
     "val/sampler_ratio_q99": "99 % quantile over response tokens of pi_old / pi_sampler",
+    "rollout/staleness": "updates between the policy that sampled the responses and the one that trains, with rollout.devices",
     "val/sampler_corrected": "share of response tokens whose weight sampler_correction truncated or set to 0",
     "val/advantage_mean": "mean over response tokens of the advantage before whitening",
     "val/value_mean": "mean over response tokens of the value",
@@ -125,6 +126,7 @@ METRICS: dict[str, str] = {
     "objective/greedy_scores": "ReMax: mean score of the greedy responses that have one, as the reward returned it",
     "perf/response_tokens_per_second": "response tokens per second of generation (wall clock)",
     "perf/rollout_seconds": "wall-clock seconds of generation",
+    "perf/rollout_wait_seconds": "seconds of them in which training waited, with rollout.devices",
     "perf/reward_seconds": "wall-clock seconds of scoring",
 }
 """Definition of every key of a record. Only the timings, `perf/...`, differ between runs with equal configs."""

@@ -152,13 +152,17 @@ class Session:
         every = self.config.logging.sample_every
         return every > 0 and (step == 1 or step % every == 0)
 
+    def save_due(self, step: int, *, evaluated: bool) -> bool:
+        """Return True if a checkpoint of `step`, evaluated or not, is due."""
+        return self.due(step, self.config.checkpoint.save_every) or (evaluated and self.best is not None)
+
     def save_if_due(self, step: int, evaluation: Metrics) -> None:
         """End step number `step`: write a checkpoint if one is due, and stop if the run was asked to.
 
         With an `evaluation` of the state (else empty) it is also saved if the run keeps its best state. Raises
         Preempted once the state is saved.
         """
-        saved = self.due(step, self.config.checkpoint.save_every) or (bool(evaluation) and self.best is not None)
+        saved = self.save_due(step, evaluated=bool(evaluation))
         if saved:
             self.save(step, float(evaluation[self.metric]) if self.metric in evaluation else None)
         self.stop_if_asked(step, saved=saved)

@@ -72,13 +72,23 @@ class Sampler:
         self, params: Params, rows: Sequence[PromptRow], key: Array, *, greedy: bool = False
     ) -> tuple[Rollout, list[str]]:
         """A response to each row's prompt, all at once or in `rollout.slots`: the rollout and its completions."""
-        group, slots = 1 if greedy else self.shared(len(rows)), self.slots if self.slots < len(rows) else 0
         decoder_params = self.inference_copy(params)
-        rollout, completions = self.decode(decoder_params, rows, key, slots=slots, group=group, greedy=greedy)
+        rollout = self.draw(decoder_params, rows, key, greedy=greedy)
         del decoder_params  # before its memory is given back
         memory.release_free_memory()
-        if slots or self.sampling.stop_strings:
-            rollout = sharding.put_rows(rollout, self.mesh)
+        return self.finished(rollout)
+
+    def draw(self, decoder_params: Params, rows: Sequence[PromptRow], key: Array, *, greedy: bool = False) -> Rollout:
+        """`generate` with an inference copy, up to the rollout as it was drawn: on the host if there are slots."""
+        group, slots = 1 if greedy else self.shared(len(rows)), self.slots if self.slots < len(rows) else 0
+        return self._drawn(decoder_params, rows, key, slots=slots, group=group, greedy=greedy)
+
+    def finished(self, rollout: Rollout) -> tuple[Rollout, list[str]]:
+        """A rollout that was drawn, here or on another mesh, cut at stop strings and on the mesh, and its completions."""
+        rollout, completions = decode_completions(rollout, self.tokenizer, self.sampling.stop_strings)
+        devices = set(self.mesh.devices.flat)
+        if not isinstance(rollout.tokens, Array) or rollout.tokens.sharding.device_set != devices:
+            rollout = sharding.put_rows(jax.device_get(rollout), self.mesh)
         return trim(rollout), completions
 
     def decode(
@@ -93,14 +103,18 @@ class Sampler:
     ) -> tuple[Rollout, list[str]]:
         """`generate` with an inference copy, in `slots` (0: all at once). The arrays of the rollout are on the host if
         there are slots or stop strings."""
+        rollout = self._drawn(decoder_params, rows, key, slots=slots, group=group, greedy=greedy)
+        return decode_completions(rollout, self.tokenizer, self.sampling.stop_strings)
+
+    def _drawn(
+        self, decoder_params: Params, rows: Sequence[PromptRow], key: Array, *, slots: int, group: int, greedy: bool
+    ) -> Rollout:
         prompts, sampling = self.prompts(rows, group), dataclasses.replace(self.sampling, greedy=greedy)
         options = sampling, *self.stops
-        if slots:
-            queue = PromptQueue(prompts, slots, group, self.columns)
-            rollout = engine.generate_in_slots(decoder_params, Decoding(self.decoder, *options), queue, key, self.mesh)
-        else:
-            rollout = generate(decoder_params, self.decoder, prompts, key, *options, group)
-        return decode_completions(rollout, self.tokenizer, self.sampling.stop_strings)
+        if not slots:
+            return generate(decoder_params, self.decoder, prompts, key, *options, group)
+        queue = PromptQueue(prompts, slots, group, self.columns)
+        return engine.generate_in_slots(decoder_params, Decoding(self.decoder, *options), queue, key, self.mesh)
 
     def shared(self, rows: int) -> int:
         """The number of rows that share one prefill of their prompt: a group, if the mesh can split groups evenly."""

@@ -21,6 +21,7 @@ from jaxrlhf.rewards.compose import Scored, Scorer
 from jaxrlhf.training import pretrained, setup
 from jaxrlhf.training.facts import Origin
 from jaxrlhf.training.on_policy import checks
+from jaxrlhf.training.on_policy.ahead import Ahead, Drawn, meshes
 from jaxrlhf.training.on_policy.alarms import Watch
 from jaxrlhf.training.on_policy.policy import policy_params, reference_params
 from jaxrlhf.training.on_policy.rollout import ScoredRollout, reference_stats
@@ -57,7 +58,7 @@ class OnPolicyTrainer(Generic[Config]):
         self._fresh = fresh
         if config.sampling.greedy:
             raise ConfigError(f"sampling.greedy is true, but {config.method} needs random samples; leave it false")
-        self.mesh = sharding.make_mesh(config.mesh)
+        self.mesh, rollout_mesh = meshes(config)
         self.keys = setup.keys(config.seed)
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.data = prompt_rows(config.data, self.tokenizer) if config.data.path else None
@@ -66,6 +67,9 @@ class OnPolicyTrainer(Generic[Config]):
         setup.check_data(self.model, (*train, *held_out))
         longest = max((len(row.tokens) for row in [*train, *held_out]), default=0)
         self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, longest)
+        self._ahead: Ahead | None = None
+        if rollout_mesh is not None:
+            self._ahead = Ahead(Sampler(config, self.model, self.tokenizer, rollout_mesh, longest), self.sampler)
         directory, required = Path(config.run_dir), config.needs_reward
         self.scorer = Scorer(
             config.reward, self.tokenizer, reward, mesh=self.mesh, directory=directory, required=required
@@ -123,7 +127,12 @@ class OnPolicyTrainer(Generic[Config]):
         stops after either phase if it was asked to."""
         jax.block_until_ready(self.params)  # the update before is not part of the rollout's time
         started = time.monotonic()
-        rollout, completions = self.generate(rows, step, use=use, greedy=greedy)
+        if session and self._ahead and use == 0:
+            rollout, completions, seconds, staleness = self._drawn_ahead(self._ahead, rows, step, session)
+            extra = {"rollout/staleness": staleness, "perf/rollout_wait_seconds": time.monotonic() - started}
+        else:
+            rollout, completions = self.generate(rows, step, use=use, greedy=greedy)
+            seconds, extra = time.monotonic() - started, {}
         if session:
             session.stop_if_asked(step)
         generated = time.monotonic()
@@ -132,17 +141,29 @@ class OnPolicyTrainer(Generic[Config]):
             session.note(note) if session else warnings.warn(note, stacklevel=4)
         if session:
             session.stop_if_asked(step)
-        seconds, tokens = generated - started, int(np.sum(sharding.fetch(rollout.response_mask)))
+        tokens = int(np.sum(sharding.fetch(rollout.response_mask)))
         timings = {
             "perf/rollout_seconds": seconds,
             "perf/reward_seconds": time.monotonic() - generated,
             "perf/response_tokens_per_second": tokens / seconds,
             "tokens/generated": tokens,
+            **extra,
         }
         batch = ScoredRollout(rows, completions, rollout, scored, timings)
         if session and step == 0 and use == 0 and self._logs_fixed_prompts:
             self._write_fixed_prompts(session, 0, batch.samples())
         return batch
+
+    def _drawn_ahead(self, ahead: Ahead, rows: Sequence[PromptRow], step: int, session: Session) -> Drawn:
+        """The responses of update number `step`, which were drawn during the one before it if there was no checkpoint
+        in between, and begin to draw those of the next."""
+        if not ahead.has(step):
+            ahead.start(self.params, rows, self.key(step, 0), step, policy=step)
+        drawn, after = ahead.take(), step + 1
+        evaluated = self.validator.due(after, self.total_steps)
+        if after < self.total_steps and not session.save_due(after, evaluated=evaluated):
+            ahead.start(self.params, self.prompts(after), self.key(after, 0), after, policy=step)
+        return drawn
 
     def logprobs(self, rollout: Rollout) -> jax.Array:
         """Log-probs of the response tokens of a rollout under the current policy, f32 of the shape of its
