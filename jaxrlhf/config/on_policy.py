@@ -205,9 +205,9 @@ class OnPolicyConfig(BaseConfig):
             )
         if self.rollout.devices and self.settings.sampler_correction == "none":
             raise ValueError(
-                f"rollout.devices is {self.rollout.devices}: responses are drawn by a policy one update older than the "
-                f"one that trains on them; set {self.method}.sampler_correction to truncate or mask, or rollout.devices "
-                "to 0"
+                f"rollout.devices is {self.rollout.devices}, so responses are drawn by a policy one update older than "
+                f"the one that trains on them; set {self.method}.sampler_correction to truncate or mask, or "
+                "rollout.devices to 0"
             )
         self._check_batch_sizes()
         if scores.overlong_buffer > sampling.response_length:

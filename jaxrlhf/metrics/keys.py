@@ -84,7 +84,7 @@ METRICS: dict[str, str] = {
     "val/sampler_ratio_q01": "1 % quantile over response tokens of pi_old / pi_sampler",
     "val/sampler_ratio_q50": "median over response tokens of pi_old / pi_sampler",
     "val/sampler_ratio_q99": "99 % quantile over response tokens of pi_old / pi_sampler",
-    "rollout/staleness": "updates between the policy that sampled the responses and the one that trains, with rollout.devices",
+    "rollout/staleness": "with rollout.devices: updates between the policy that sampled and the one that trains",
     "val/sampler_corrected": "share of response tokens whose weight sampler_correction truncated or set to 0",
     "val/advantage_mean": "mean over response tokens of the advantage before whitening",
     "val/value_mean": "mean over response tokens of the value",

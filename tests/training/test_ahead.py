@@ -50,7 +50,11 @@ def test_rollouts_are_one_update_old_and_runs_resume_bit_for_bit(make, tmp_path,
     assert [record["rollout/staleness"] for record in log] == [0, 1, 0, 1, 0]
     gaps = [record["val/sampler_logprob_gap"] for record in log]
     assert max(gaps[0::2]) < 1e-4 < 0.01 < min(gaps[1::2]), "the older policy gives its own responses other log-probs"
-    assert any(record["val/sampler_corrected"] > 0 for record in log[1::2]) or max(gaps) < 1
+    assert all(record["val/sampler_corrected"] == 0 for record in log[0::2])
+    if "val/sampler_ratio_q01" in log[0]:  # ppo
+        assert all(
+            record["val/sampler_ratio_q01"] < 0.99 < 1.01 < record["val/sampler_ratio_q99"] for record in log[1::2]
+        )
 
     request.getfixturevalue("stop_at_two")
     with pytest.raises(Preempted, match="after step 2"):
@@ -81,11 +85,24 @@ def test_a_run_ahead_is_the_updates_written_out_one_by_one(make, tmp_path):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
 
 
+def test_a_run_stopped_between_checkpoints_goes_on_with_fresh_responses(make, tmp_path, request, capsys):
+    request.getfixturevalue("stop_at_two")
+    options = {"checkpoint": config.Checkpoint(save_every=4), "logging": config.Logging(tensorboard=False)}
+    with pytest.raises(Preempted, match="after step 2"):
+        make("parts", **options).train()
+    make("parts", **options).train()
+    assert [record["rollout/staleness"] for record in records(tmp_path / "parts")] == [0, 1, 0, 1, 0]
+    assert capsys.readouterr().out.count("update 3 has fresh responses") == 1
+
+
 def test_meshes_are_disjoint_and_options_that_cannot_work_are_refused(make):
     trainer = make("some", mesh=config.Mesh(data=-1), rollout=config.Generation(devices=4))
     used = [set(mesh.devices.flat) for mesh in (trainer.mesh, trainer._ahead._sampler.mesh)]
     assert len(used[0]) == len(used[1]) == 4 and not used[0] & used[1]
-    for devices, message in ((8, "there are 8 devices, so none would be left"), (3, r"multiple of .* \(3\)")):
+    for devices, message in (
+        (8, "there are 8 devices, so none would be left"),
+        (3, r"\(8\) must be a multiple of .* \(3\)"),
+    ):
         with pytest.raises(ConfigError, match=message):
             make("none", rollout=config.Generation(devices=devices))
     with pytest.raises(ConfigError, match=r"rollout.devices \(3\) must be a multiple of mesh.tensor \(2\)"):

@@ -84,7 +84,8 @@ class Sampler:
         return self._drawn(decoder_params, rows, key, slots=slots, group=group, greedy=greedy)
 
     def finished(self, rollout: Rollout) -> tuple[Rollout, list[str]]:
-        """A rollout that was drawn, here or on another mesh, cut at stop strings and on the mesh, and its completions."""
+        """A rollout that was drawn, here or on another mesh, cut at stop strings and put on this mesh, and its
+        completions."""
         rollout, completions = decode_completions(rollout, self.tokenizer, self.sampling.stop_strings)
         devices = set(self.mesh.devices.flat)
         if not isinstance(rollout.tokens, Array) or rollout.tokens.sharding.device_set != devices:

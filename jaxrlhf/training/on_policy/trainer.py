@@ -69,7 +69,8 @@ class OnPolicyTrainer(Generic[Config]):
         self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, longest)
         self._ahead: Ahead | None = None
         if rollout_mesh is not None:
-            self._ahead = Ahead(Sampler(config, self.model, self.tokenizer, rollout_mesh, longest), self.sampler)
+            there = dataclasses.replace(self.model, mesh=rollout_mesh)
+            self._ahead = Ahead(Sampler(config, there, self.tokenizer, rollout_mesh, longest), self.sampler)
         directory, required = Path(config.run_dir), config.needs_reward
         self.scorer = Scorer(
             config.reward, self.tokenizer, reward, mesh=self.mesh, directory=directory, required=required
@@ -157,11 +158,16 @@ class OnPolicyTrainer(Generic[Config]):
     def _drawn_ahead(self, ahead: Ahead, rows: Sequence[PromptRow], step: int, session: Session) -> Drawn:
         """The responses of update number `step`, which were drawn during the one before it if there was no checkpoint
         in between, and begin to draw those of the next."""
+
+        def saved(step: int) -> bool:
+            return session.save_due(step, evaluated=self.validator.due(step, self.total_steps))
+
         if not ahead.has(step):
+            if step and not saved(step):
+                session.note(f"update {step + 1} has fresh responses: those drawn before the run stopped are lost")
             ahead.start(self.params, rows, self.key(step, 0), step, policy=step)
         drawn, after = ahead.take(), step + 1
-        evaluated = self.validator.due(after, self.total_steps)
-        if after < self.total_steps and not session.save_due(after, evaluated=evaluated):
+        if after < self.total_steps and not saved(after):
             ahead.start(self.params, self.prompts(after), self.key(after, 0), after, policy=step)
         return drawn
 
