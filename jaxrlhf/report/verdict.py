@@ -217,6 +217,6 @@ def warnings(records: Sequence[Record]) -> list[str]:
         found.append(f"{100 * identical:.3g} % of the last responses repeat another one of their batch.")
     if (flat := last("groups/flat") / last("groups/count")) > 0.5:
         found.append(f"In {100 * flat:.3g} % of the last groups all scores are equal: nothing is learned from them.")
-    if (gap := last("val/sampler_logprob_gap")) > 0.1:
+    if (gap := last("val/sampler_logprob_gap")) > 0.1 and math.isnan(last("val/sampler_corrected")):
         found.append(f"Sampler and policy differ by {gap:.3g} nats per token: a sampler_correction is advised.")
     return found

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from support.ppo_case import MODEL, STOPS, B, R, V, case, close
 
-from jaxrlhf.config import PPO
+from jaxrlhf import sharding
+from jaxrlhf.config import PPO, Mesh
 from jaxrlhf.logprobs import response_states
 from jaxrlhf.models import lm_logits
 from jaxrlhf.training.ppo import update as ppo_update
@@ -218,3 +219,19 @@ def test_no_transfer_happens_inside_annotation_and_update():
     with jax.transfer_guard("disallow"):
         experience, _ = ppo_update.annotate(state, problem.frozen, problem.rollout, problem.scores, spec=problem.spec)
         ppo_update.update(state, problem.frozen, experience, key, spec=problem.spec)
+
+
+def test_rows_may_be_on_any_device():
+    """Sorted by length, so that some devices have the long responses and others the short ones, or not."""
+    found = []
+    for balanced in (True, False):
+        problem = case(mesh=Mesh(data=4), num_mini_batches=1, num_ppo_epochs=1, micro_batch_size=4)
+        lengths = np.asarray(problem.rollout.response_mask).sum(axis=1)
+        order = np.arange(B) if balanced else np.argsort(lengths)
+        rows = jax.tree.map(lambda x, order=order: np.asarray(x)[order], (problem.rollout, problem.scores))
+        problem.rollout, problem.scores = sharding.put_rows(rows, problem.spec.mesh)
+        state, _, metrics = problem.run()
+        found.append((state.params, {key: metrics[key] for key in ("loss/policy_avg", "objective/kl")}))
+    assert np.any(order != np.arange(B))
+    close(found[0][0], found[1][0], atol=2e-5)
+    close(found[0][1], found[1][1], rtol=1e-4)
