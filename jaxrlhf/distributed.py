@@ -46,7 +46,7 @@ def start(
 
     Arguments are those of `jax.distributed.initialize`; what is None is found out from SLURM, Open MPI, Kubernetes or a
     TPU slice. On CPUs collectives go over gloo. Ends the process with a message, as jax would end it with a trace, if
-    the others have not connected in `start_timeout` seconds.
+    the others have not connected in `start_timeout` seconds. An exception that nothing catches ends all processes.
 
     Raises ConfigError if the arguments are incomplete and no cluster is found, or if they contradict each other.
     """
@@ -88,6 +88,14 @@ def start(
         late.cancel()
     watch = threading.Thread(target=_watch, daemon=True)
     watch.start()
+
+    report = sys.excepthook
+
+    def end_all(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        report(kind, error, trace)
+        end(error, getattr(error, "exit_code", 1))
+
+    sys.excepthook = end_all  # of a program that calls this; commands end by themselves
 
     @atexit.register
     def finish() -> None:

@@ -341,6 +341,25 @@ def test_processes_that_do_not_come_are_named_with_what_to_check(number):
 
 
 @pytest.mark.slow
+def test_an_exception_in_one_process_ends_the_others():
+    code = (
+        "from jaxrlhf import distributed; distributed.start('127.0.0.1:%d', 2, %d)\n"
+        "distributed.gather(1)\n"
+        "if distributed.index(): raise ValueError('a mistake')\n"
+        "import time; time.sleep(100)"
+    )
+    port = free_port()
+    command = [sys.executable, "-c"]
+    other = subprocess.Popen([*command, code % (port, 1)], env=environment(1), stderr=subprocess.DEVNULL)
+    try:
+        result = start_alone(code=code % (port, 0))
+    finally:
+        other.kill()
+    assert result.returncode == 1
+    assert "process 0 ends because process 1 has: a mistake" in result.stderr
+
+
+@pytest.mark.slow
 def test_distributed_outside_a_cluster_is_refused_with_the_remedy():
     result = start_alone("sft", "--model.path", "x", "--distributed")
     assert result.returncode == 3 and "jax finds no cluster here" in result.stderr
