@@ -1,11 +1,13 @@
 """Commands to suggest after a command has finished, with the paths of its run."""
 
+import contextlib
 import json
 import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from jaxrlhf.config import Data, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.config import Data, GRPOConfig, PPOConfig, RewardConfig, Sampling, SFTConfig
+from jaxrlhf.errors import JaxrlhfError
 
 Step = tuple[Sequence[str], str]
 _READING = ("split", "subset", "revision", "columns", "template", "score", "completion_prefix", "control_tokens")
@@ -26,9 +28,11 @@ def after_training(config: Any) -> list[str]:
         case SFTConfig():
             reward = ("reward", "reward", "--model.path", run, "--data.path", "PAIRS.jsonl")
             ppo = ("ppo", "ppo", "--model.path", run, "--data.path", "PROMPTS.jsonl", "--reward.model", "REWARD_RUN")
+            ppo += _response_length(run)
             return _lines(talk, (reward, "train a reward model from it"), (ppo, "then train it with PPO"), report)
         case RewardConfig():
             ppo = ("ppo", "ppo", "--model.path", base, "--data.path", *_reading(data, data.path), "--reward.model", run)
+            ppo += _response_length(base)
             return _lines(
                 (("evaluate", run, "--examples", *prompts), "its scores, example by example"),
                 (ppo, "train a model with PPO on it"),
@@ -48,6 +52,17 @@ def after_selection(model: str, file: str, keep: str) -> list[str]:
             for method in methods
         ),
     )
+
+
+def _response_length(model: str) -> tuple[str, ...]:
+    """An option for models with a short context, of which the default response length would take half or more."""
+    from jaxrlhf import weights
+
+    with contextlib.suppress(JaxrlhfError):  # the command would say what is wrong with the model
+        context = weights.load_config(model).max_positions
+        if 2 * Sampling().response_length >= context:
+            return "--sampling.response_length", str(context // 3)
+    return ()
 
 
 def _reading(data: Data, path: str) -> list[str]:

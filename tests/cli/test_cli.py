@@ -603,3 +603,8 @@ def test_the_reward_of_a_comparison_is_that_of_the_first_run_that_names_one(tmp_
     runs = [str(tmp_path / name) for name in ("python", "named")]
     assert dict(reward_of_run(*runs))["reward.function"] == '"my.py:score"'
     assert not reward_of_run(runs[0], "somewhere/else")
+
+
+def test_the_next_step_of_a_model_with_a_short_context_has_a_response_length(tiny_model):
+    config = RewardConfig(model={"path": str(tiny_model)}, data={"path": "pairs.jsonl"})
+    assert any("--sampling.response_length 21" in line for line in next_steps.after_training(config))
