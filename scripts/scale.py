@@ -21,13 +21,14 @@ from typing import Any
 
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
-from jaxrlhf import plan, runtime, sharding
+from jaxrlhf import plan, runtime
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.config.file import load_config
 from jaxrlhf.demo.tokenizer import write_base
 from jaxrlhf.plan import Phase, Plan, roofline, targets, topology
 from jaxrlhf.plan.programs import Programs, Traced, abstract_trainer, compile_longest
 from jaxrlhf.plan.report import NOT_OF_A_STEP
+from jaxrlhf.training.ppo.trainer import PPOTrainer
 
 # Public numbers of Llama 3.1 (https://arxiv.org/abs/2407.21783, table 3)
 SIZES = {
@@ -78,7 +79,7 @@ def write_inputs(folder: Path, size: str, layers: int | None) -> None:
     (folder / "reward.py").write_text("def reward(completions, **_):\n    return [0.0] * len(completions)\n")
 
 
-def config_of(folder: Path, case: str, layers: int | None = None) -> PPOConfig:
+def config_of(folder: Path, case: str, layers: int | None = None, layout: str = "auto") -> PPOConfig:
     """PPO with Adam in float32: all parameters of policy and critic, or LoRA of rank 16 on a bfloat16 model."""
     size, _, kind = case.split("@")[0].partition("-")
     write_inputs(folder, size, layers)
@@ -94,6 +95,7 @@ def config_of(folder: Path, case: str, layers: int | None = None) -> PPOConfig:
         "sampling.response_length": str(LENGTH),
         "reward.function": f"{folder / 'reward.py'}:reward",
         "reference.dtype": "bfloat16",
+        "rollout.layout": layout,
         "ppo.batch_size": str(BATCH),
         "ppo.total_episodes": str(BATCH),
         "ppo.num_mini_batches": "1",
@@ -111,20 +113,23 @@ class _Done(Exception):
     pass
 
 
-class _WithoutDecoding(Programs):
-    """Traces `generate` in place of compiling it."""
+class _WithoutDecoding(Traced):
+    """Compiles all programs but `generate`."""
 
     def compile(self, program: Any, *args: Any, **kwargs: Any) -> Any:
-        kind = Traced if program.__name__ == "generate" else Programs
-        return kind.compile(self, program, *args, **kwargs)
+        if program.__name__ == "generate":
+            return super().compile(program, *args, **kwargs)
+        return Programs.compile(self, program, *args, **kwargs)
 
 
-class _OnlyDecoding(Programs):
+class _OnlyDecoding(Traced):
+    """Compiles `generate` alone, and ends with it."""
+
     def compile(self, program: Any, *args: Any, **kwargs: Any) -> Any:
         if program.__name__ == "generate":
             Programs.compile(self, program, *args, **kwargs)
             raise _Done
-        return Traced.compile(self, program, *args, **kwargs)
+        return super().compile(program, *args, **kwargs)
 
 
 @dataclasses.dataclass
@@ -149,10 +154,10 @@ class Row:
         return Row(*values)
 
 
-def decoding(folder: Path, case: str, target: targets.Target, layers: int) -> Row:
+def decoding(folder: Path, case: str, target: targets.Target, layers: int, layout: str) -> Row:
     """The rollout of a model of few layers."""
-    with sharding.on_devices(topology.devices(target)):
-        trainer = abstract_trainer(config_of(folder, case, layers))
+    with topology.on(target):
+        trainer = abstract_trainer(config_of(folder, case, layers, layout))
         programs = _OnlyDecoding()
         with contextlib.suppress(_Done):
             compile_longest(trainer, programs)
@@ -163,19 +168,25 @@ def decoding(folder: Path, case: str, target: targets.Target, layers: int) -> Ro
         return Row.of(phase, Plan("", (phase,), 0, trainer.mesh.size, islands), target)
 
 
-def examine(case: str, folder: Path) -> dict[str, Any]:
-    """Plan a case; figures by phase, bytes and seconds."""
+def examine(case: str, folder: Path, *, compiled: bool) -> dict[str, Any]:
+    """Plan a case, or estimate it without a compiler; figures by phase, bytes and seconds."""
     started = time.time()
     target = targets.parse(case.split("@")[1])
-    config, shallow = config_of(folder, case), target.accelerator.platform == "gpu"
-    with sharding.on_devices(topology.devices(target)):
-        trainer = abstract_trainer(config)
-        made = plan.plan_of(trainer, _WithoutDecoding() if shallow else None)
+    config, shallow = config_of(folder, case), compiled and target.accelerator.platform == "gpu"
+    if compiled:
+        with topology.on(target):
+            trainer = abstract_trainer(config)
+            made = plan.plan_of(trainer, _WithoutDecoding() if shallow else None)
+        assert isinstance(trainer, PPOTrainer)
+        # "auto" would choose another layout for few layers
+        layout = "sharded" if "fsdp" in trainer.sampler.conversion[-1] else "replicated"
+    else:
+        made, layout = plan.estimate(config, target), "auto"
     found = {phase.name: phase for phase in made.phases}
     rows = {}
     for name, phase in found.items():
         if name == "rollout" and shallow:
-            few, more = (decoding(folder, case, target, depth) for depth in DEPTHS)
+            few, more = (decoding(folder, case, target, depth, layout) for depth in DEPTHS)
             steps = (SIZES[case.split("-")[0]]["num_hidden_layers"] - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
             rows[name] = few.further(more, steps)
             counted = ("keys and values", "activations, rest")
@@ -187,6 +198,7 @@ def examine(case: str, folder: Path) -> dict[str, Any]:
     used = roofline.utilisation(step, seconds, made.devices, target)
     return {
         "case": case,
+        "compiled": compiled,
         "mesh": CASES[case],
         "usable": target.accelerator.memory,
         "phases": {name: dataclasses.asdict(row) for name, row in rows.items()},
@@ -208,18 +220,20 @@ def line(found: dict[str, Any]) -> str:
     seconds = " / ".join(f"{phases[name]['least']:.1f}" for name in names)
     fits = "fits" if peak <= found["usable"] else "**no**"
     model, _, devices = found["case"].partition("@")
-    cells = (model, devices, found["mesh"], memory, fits, f"{near:.0f} / {far:.0f}", seconds)
+    sent = f"{near:.0f} / {far:.0f}" if found["compiled"] else "estimate"
+    cells = (model, devices, found["mesh"], memory, fits, sent, seconds)
     return f"| {' | '.join(cells)} | {found['seconds']:.1f} | {found['mfu']:.0%} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--estimate", action="store_true", help="shapes and traces only: no compiler, a minute a case")
     parser.add_argument("--output", type=Path, help="file to which the figures are added, a JSON object per line")
     arguments = parser.parse_args()
     for case in arguments.cases or CASES:
         with tempfile.TemporaryDirectory() as folder:
-            found = examine(case, Path(folder))
+            found = examine(case, Path(folder), compiled=not arguments.estimate)
         print(line(found), flush=True)
         if arguments.output:
             with arguments.output.open("a") as file:

@@ -15,7 +15,7 @@ import jax
 
 from jaxrlhf import sharding
 from jaxrlhf.compilation import Compiled
-from jaxrlhf.config import PPO
+from jaxrlhf.config import PPO, replace
 from jaxrlhf.logprobs import logits_bytes
 from jaxrlhf.models import empty_cache
 from jaxrlhf.plan import costs, hlo, topology
@@ -101,14 +101,15 @@ def plan(config: RunConfig, target: Target | None = None) -> Plan:
     """
     if target is None:
         return plan_of(abstract_trainer(config))
-    with sharding.on_devices(topology.devices(target)):
+    with topology.on(target):
         return plan_of(abstract_trainer(config))
 
 
 def estimate(config: RunConfig, target: Target) -> Plan:
     """Plan a run for a target without its compiler: shapes and shardings are exact, what programs need besides is
-    estimated from their traces."""
-    with sharding.on_devices(topology.stand_ins(target)):
+    estimated from their traces, with plain attention (the kernel of cuDNN cannot be traced without cuDNN)."""
+    config = replace(config, **{"model.attention": "plain"})
+    with sharding.on_devices(topology.stand_ins(target), target.accelerator.memory):
         return plan_of(abstract_trainer(config), Traced())
 
 

@@ -17,7 +17,7 @@ from jaxrlhf.plan import costs
 from jaxrlhf.rewards.sources.model import sequence_scores_jit, token_scores_jit
 from jaxrlhf.rollout import engine
 from jaxrlhf.rollout.decode import Decoding, generate
-from jaxrlhf.rollout.inference_copy import convert
+from jaxrlhf.rollout.inference_copy import convert, copy_shardings
 from jaxrlhf.rollout.queue import PromptQueue
 from jaxrlhf.training import sft
 from jaxrlhf.training.dpo import update as dpo_update
@@ -82,25 +82,25 @@ def _too_large(error: str) -> int | None:
 
 
 def _traced(program: Any, args: Any, kwargs: Any, needed: Callable[[Any, int], int]) -> Compiled:
-    """A program that has no executable. Results whose shardings it does not fix are taken to be sharded like parameters
-    (`convert`) or by rows."""
+    """A program that has no executable. The results of `convert` have the shardings of an inference copy, those of
+    others are split by rows."""
     traced = program.trace(*args, **kwargs)
-    name = program.__name__.lstrip("_")
     places = (getattr(x, "sharding", None) for x in jax.tree.leaves((args, kwargs)))
     meshes = (place.mesh for place in places if isinstance(place, NamedSharding))
     mesh = next(mesh for mesh in meshes if isinstance(mesh, jax.sharding.Mesh))
 
-    def place(keys: Any, x: Any) -> NamedSharding:
-        if isinstance(x.sharding, NamedSharding):
-            return x.sharding
-        if name == "convert":
-            return NamedSharding(mesh, sharding.spec(sharding.path_of(keys), x.shape, mesh))
-        rows = x.ndim and x.shape[0] % sharding.row_shards(mesh) == 0
+    def by_rows(x: Any) -> NamedSharding:
+        rows = x.shape and x.shape[0] % sharding.row_shards(mesh) == 0
         return NamedSharding(mesh, sharding.ROWS if rows else PartitionSpec())
 
-    info = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), traced.out_info)
-    outputs = sharding.with_shardings(info, jax.tree_util.tree_map_with_path(place, info))
-    return Compiled(name, traced.jaxpr, Memory(needed(traced.jaxpr, mesh.size)), outputs, None)
+    if program is convert:
+        _, _, inference, _, axes = args
+        to = copy_shardings(traced.out_info, inference, mesh, axes)
+    else:
+        to = jax.tree.map(by_rows, traced.out_info)
+    memory = Memory(needed(traced.jaxpr, mesh.size))
+    outputs = sharding.with_shardings(traced.out_info, to)
+    return Compiled(program.__name__.lstrip("_"), traced.jaxpr, memory, outputs, None)
 
 
 def abstract_trainer(config: RunConfig, reward: Callable[..., Any] | None = None) -> Trainer:

@@ -1,25 +1,34 @@
 """Devices that need not exist, for which XLA's compilers for GPUs and TPUs compile programs on any Linux machine.
 
-    with sharding.on_devices(topology.devices("h100:8")):
+    with topology.on("h100:8"):
         ...  # meshes are made of these devices; programs traced for them can be compiled but not run
 
 Needs the extra `plan-gpu` or `plan-tpu`: the compiler of the installed version of jax, no driver and no accelerator.
 """
 
+import contextlib
 import importlib.util
-import math
+import itertools
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf import runtime
+from jaxrlhf import runtime, sharding
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.plan.targets import Accelerator, Target, parse
 
-GPU_WHEELS = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-nvrtc", "nvidia-nvjitlink", "nvidia-cuda-runtime")
+GPU_WHEELS = (
+    "nvidia-cuda-nvcc",
+    "nvidia-nvvm",
+    "nvidia-cuda-nvrtc",
+    "nvidia-nvjitlink",
+    "nvidia-cuda-runtime",
+    "nvidia-cudnn-cu13",
+)
 """Wheels of CUDA 13 that the GPU compiler needs beside jax's plugin (extra `plan-gpu`)."""
 
 _LIBTPU = {
@@ -34,6 +43,14 @@ _LIBTPU = {
 
 class MissingCompiler(ConfigError):
     """The compiler of a target is not installed, or is not that of the installed jax."""
+
+
+@contextlib.contextmanager
+def on(target: str | Target) -> Iterator[None]:
+    """While the block runs, meshes are made of the devices of a target. Raises as `devices` does."""
+    target = parse(target) if isinstance(target, str) else target
+    with sharding.on_devices(devices(target), target.accelerator.memory):
+        yield
 
 
 def devices(target: str | Target) -> list[Any]:
@@ -81,7 +98,7 @@ class StandIn:
     device_kind: str
     process_index: int
     slice_index: int
-    coords: tuple[int, ...] = ()
+    coords: tuple[int, ...]
     core_on_chip: int = 0
 
 
@@ -89,8 +106,12 @@ def stand_ins(target: Target) -> list[StandIn]:
     """Devices that have the places of those of a target, without its compiler."""
     one = target.accelerator
     each = one.host if one.platform == "tpu" else target.shape[-1]
-    per_slice = math.prod(target.shape)
-    return [StandIn(i, one.platform, one.title, i // each, i // per_slice) for i in range(target.devices)]
+    places = list(itertools.product(*(range(size) for size in reversed(target.shape))))
+    coords = [(*reversed(place), 0)[:3] for place in places]  # x first; of two dimensions the third is 0
+    return [
+        StandIn(i, one.platform, one.title, i // each, i // len(places), coords[i % len(places)])
+        for i in range(target.devices)
+    ]
 
 
 def island(device: Any) -> int:
@@ -109,11 +130,11 @@ def check_compiler(accelerator: Accelerator) -> None:
             )
         return
     remedy = f"pip install 'jaxrlhf[plan-gpu]' (or 'jax[cuda13-local]=={jax_version}' {' '.join(GPU_WHEELS)})"
-    for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt"):
+    for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu13"):
         version = runtime.version(package)
         if version is None:
             raise MissingCompiler(f"{accelerator.title} is compiled for by {package}, which is not installed: {remedy}")
-        if version != jax_version:
+        if package.startswith("jax-") and version != jax_version:
             raise MissingCompiler(f"{package} {version} does not match jax {jax_version}: {remedy}")
     if _cuda_binaries() is None:
         raise MissingCompiler(f"{accelerator.title} needs ptxas of CUDA 13, which is not installed: {remedy}")

@@ -130,7 +130,7 @@ def _shardings(slots: Slots, mesh: jax.sharding.Mesh) -> Any:
     rows, replicated = NamedSharding(mesh, sharding.ROWS), NamedSharding(mesh, P())
     tensor = mesh.shape["tensor"]
 
-    def heads(x: Array) -> NamedSharding:
+    def heads(x: Any) -> NamedSharding:
         spec = (*sharding.ROWS, "tensor") if tensor > 1 and x.shape[-3] % tensor == 0 else (*sharding.ROWS,)
         return NamedSharding(mesh, P(*(None,) * (x.ndim - 4), *spec))
 

@@ -51,3 +51,21 @@ def test_minimum_time_is_the_larger_of_compute_and_memory_time():
 def test_measured_rates_are_plausible():
     found = costs.measure({"float32", "int8"})
     assert found.bytes > 1e8 and all(1e8 < rate < 1e16 for rate in found.flops.values())
+
+
+def test_live_bytes_are_those_of_results_in_memory_at_a_time():
+    """Of x @ a, then @ b, then @ c, two results are alive at a time; what a scan stacks is alive after it; elementwise
+    operations are fused."""
+    x, w = jnp.zeros((64, 64)), jnp.zeros((3, 64, 64))
+    one = 4 * 64 * 64
+
+    def chain(x, w):
+        return jnp.tanh(jnp.tanh(x @ w[0]) @ w[1]) @ w[2]
+
+    assert one <= costs.live_bytes(jax.make_jaxpr(chain)(x, w)) <= 3 * one
+
+    def stacked(x, w):
+        return jax.lax.scan(lambda c, k: (jnp.tanh(c @ k), c @ k), x, w)[1].sum()
+
+    assert 4 * one <= costs.live_bytes(jax.make_jaxpr(stacked)(x, w)) <= 7 * one
+    assert costs.live_bytes(jax.make_jaxpr(lambda x: jnp.tanh(x) * 2 + 1)(x)) == 0

@@ -74,7 +74,12 @@ def test_a_missing_compiler_is_named_with_the_command_that_installs_it(name, ext
 
 
 def test_a_compiler_of_another_jax_is_refused_with_both_versions(monkeypatch):
-    versions = {"jax": "0.10.2", "jax-cuda13-plugin": "0.10.1", "jax-cuda13-pjrt": "0.10.1"}
+    versions = {
+        "jax": "0.10.2",
+        "jax-cuda13-plugin": "0.10.1",
+        "jax-cuda13-pjrt": "0.10.1",
+        "nvidia-cudnn-cu13": "9.28",
+    }
     monkeypatch.setattr(topology.runtime, "version", versions.get)
     with pytest.raises(MissingCompiler, match=r"jax-cuda13-plugin 0.10.1 does not match jax 0.10.2: pip install"):
         topology.devices("h100:8")

@@ -11,7 +11,7 @@ from support.runs import length_reward
 from jaxrlhf import cli, config, memory, plan
 from jaxrlhf.config import file as config_file
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.plan import costs, programs, report
+from jaxrlhf.plan import costs, programs, report, targets, topology
 from jaxrlhf.training.dpo.trainer import DPOTrainer
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.reward.trainer import RewardTrainer
@@ -137,6 +137,26 @@ def test_plans_of_supervised_runs_match_their_state(supervised, kind, trainer):
     made, real = plan.plan(told), trainer(told)
     assert made.state == there(real.state.value)
     assert made.peak.total > made.state and made.peak.name == "update"
+
+
+@pytest.mark.parametrize("slots, target", [(0, "v5e:2x4"), (4, "h100:8")])
+def test_without_its_compiler_a_target_is_planned_from_shapes(rewarded, tmp_path, slots, target, monkeypatch, capsys):
+    """For any mesh of the target, with the state that the rules give a device, and said to be an estimate."""
+    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": "abcdefgh"}] * 8))
+    data = dataclasses.replace(rewarded["data"], path=str(tmp_path / "prompts.json"))
+    mesh = config.Mesh(fsdp=4, tensor=2)
+    told = config.PPOConfig(**rewarded | {"data": data, "mesh": mesh, "rollout": config.Generation(slots=slots)})
+    monkeypatch.setattr(topology, "check_compiler", lambda one: (_ for _ in ()).throw(topology.MissingCompiler("none")))
+    parsed = targets.parse(target)
+    assert report.examine_target(told, parsed, every_knob=False)
+    said = capsys.readouterr().out
+    assert "estimated from shapes, because none" in said and "not compiled" in said
+    assert f"({target})" in said and "it fits" in said and "published" in said and "all-gather" not in said
+    made = plan.estimate(told, parsed)
+    assert made.state == there(PPOTrainer(told).state.value), "on eight CPU devices"
+    update = next(phase for phase in made.phases if phase.name == "update")
+    assert update.bytes["activations, rest"] > 0 and update.products
+    assert made.islands == (0,) * 8
 
 
 def test_plan_recognises_the_method_of_a_config_file(rewarded, tmp_path, capsys):
