@@ -67,15 +67,23 @@ class Phase:
         return [p._replace(times=p.times * self.times) for p in found]
 
     @property
-    def compiled(self) -> bool:
+    def fits_compiler(self) -> bool:
+        """Whether every program was compiled: the TPU compiler refuses those that need more memory than there is."""
         return all(one.executable is not None for one in self.programs)
 
+    @cached_property
+    def texts(self) -> list[str] | None:
+        """The HLO of the compiled programs; None where there is none, or jaxlib cannot read that of a newer libtpu."""
+        try:
+            return [one.executable.as_text() for one in self.programs] if self.fits_compiler else None
+        except jax.errors.JaxRuntimeError:
+            return None
+
     def figures(self, devices: int) -> hlo.Figures:
-        """What each device does in the compiled programs."""
+        """What each device does in the compiled programs; nothing where `texts` is None."""
         found = hlo.Figures()
-        for one in self.programs:
-            if one.executable is not None:
-                found.add(hlo.read(one.executable.as_text(), devices, self.trips))
+        for text in self.texts or ():
+            found.add(hlo.read(text, devices, self.trips))
         return found.repeated(self.times)
 
 

@@ -121,19 +121,23 @@ def target_text(plan: Plan, target: Target, compiler: str) -> str:
     total = sum(bound.total for phase, bound in zip(phases, least, strict=True) if phase in step)
     used = roofline.utilisation(step, total, plan.devices, target)
     lines = [f"{plan.about}, on {plan.devices} x {one.title} ({target}); {compiler}", "", *lines, ""]
-    if refused := [phase.name for phase in phases if not phase.compiled and any(one.compiled for one in phases)]:
-        lines += [f"the compiler refused {', '.join(refused)}: it needs more memory than the device has", ""]
+    if any(phase.fits_compiler for phase in phases):
+        if refused := [phase.name for phase in phases if not phase.fits_compiler]:
+            lines += [f"the compiler refused {', '.join(refused)}: it needs more memory than the device has", ""]
+        if unread := [phase.name for phase in phases if phase.fits_compiler and phase.texts is None]:
+            reason = "jaxlib cannot read what this libtpu compiled; install the version that jax[tpu] names"
+            lines += [f"the collectives of {', '.join(unread)} are not known: {reason}", ""]
     lines += [
         f"peak in {peak.name}: {peak.total / 1e9:.2f} GB of {usable / 1e9:.2f} GB that a run can use: {fits}",
         f"a checkpoint is {plan.state / 1e9:.2f} GB of each device",
         "",
     ]
-    if any(phase.compiled for phase in phases):
+    if any(phase.texts for phase in phases):
         traffic = [roofline.traffic(figure, plan.islands) for figure in figures]
 
         def known(cells: Iterable[str]) -> list[str]:
-            """Cells with a question mark for phases whose programs are not all compiled."""
-            return [cell if phase.compiled else "?" for phase, cell in zip(phases, cells, strict=True)]
+            """Cells with a question mark for phases whose programs cannot be read."""
+            return [cell if phase.texts is not None else "?" for phase, cell in zip(phases, cells, strict=True)]
 
         lines.append(table.line("collectives", [phase.name for phase in phases]))
         for kind in kinds:

@@ -56,10 +56,10 @@ def traffic(figures: Figures, islands: tuple[int, ...]) -> Sent:
 
 
 def least(phase: Phase, plan: Plan, target: Target) -> Least:
-    """Least time of a phase. Without compiled programs, products are shared evenly and nothing is sent."""
+    """Least time of a phase. Without the HLO of its programs, products are shared evenly and nothing is sent."""
     one = target.accelerator
     rates = Rates(defaultdict(lambda: one.flops["float32"], one.flops), one.bandwidth)
-    if not phase.compiled:
+    if phase.texts is None:
         return Least(least_seconds(phase.products, rates, plan.devices), 0, 0)
     figures = phase.figures(plan.devices)
     moved = traffic(figures, plan.islands)
