@@ -166,3 +166,14 @@ def test_auto_replicates_what_a_quarter_of_the_memory_holds(monkeypatch):
         monkeypatch.setattr(sharding, "device_memory", lambda mesh, memory=memory: memory)
         assert split_axes(inference, mesh, "auto") == axes
         assert split_axes(inference, mesh, "replicated") == ("tensor",)
+
+
+@pytest.mark.parametrize(("heads", "shares"), [(4, 8), (2, 2)])
+def test_keys_and_values_are_split_over_rows_and_the_heads_that_tensor_divides(heads, shares):
+    model, mesh = dataclasses.replace(MODEL, num_kv_heads=heads), sharding.make_mesh(Mesh(fsdp=2, tensor=4))
+    decoding = Decoding(inference_model(model, "float32"), SAMPLING, STOPS, PAD)
+    queue = PromptQueue(prompts(), ROWS)
+    *_, (_, (_, _, slots, _)) = engine.slot_programs({}, decoding, queue, jax.random.key(0), mesh)
+    assert engine.cache_shards(model, mesh) == shares
+    for x in jax.tree.leaves((slots.cache.k, slots.cache.v)):
+        assert math.prod(x.sharding.shard_shape(x.shape)) * shares == x.size
