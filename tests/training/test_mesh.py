@@ -1,6 +1,7 @@
 """A run on eight devices is the run on one, on every mesh."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -11,6 +12,7 @@ from support.runs import length_reward, supervised_step
 
 from jaxrlhf import config, models, sharding
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.training import sft
 from jaxrlhf.training.dpo.trainer import DPOTrainer
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
 from jaxrlhf.training.ppo.trainer import PPOTrainer
@@ -92,6 +94,18 @@ def test_an_update_of_each_trainer_on_any_mesh_equals_that_on_one_device(method,
             sum(x) for x in zip(*((x.addressable_shards[0].data.nbytes, x.nbytes) for x in trained), strict=True)
         )
         assert local <= 1.1 * total / (shape.fsdp * shape.tensor), (shape, local, total)
+
+
+def test_fsdp_gathers_weights_and_never_adds_up_activations(parts, wide_model):
+    """Partial results of all rows would be many times the bytes of the weights."""
+    options = parts | {"model": config.ModelSource(path=str(wide_model), init="random")}
+    trainer, *_ = first_update("sft", options, config.Mesh(fsdp=8))
+    batch = trainer.batch(0)
+    compiled = sft.update.lower(trainer.state.template, trainer.frozen, batch, trainer.key, spec=trainer.spec).compile()
+    exchanged = re.findall(r"= (\S+) (all-gather|all-reduce)(?:-start)?\(", compiled.as_text())
+    assert any("64,64" in shape for shape, kind in exchanged if kind == "all-gather")
+    positions = batch.tokens.shape[1] - 1, batch.tokens.shape[1]
+    assert not [shape for shape, _ in exchanged for length in positions if f",{length},64" in shape]
 
 
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
