@@ -135,6 +135,11 @@ class OnPolicy:
         """Completions per prompt of an update."""
         return 1
 
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of an update."""
+        raise NotImplementedError
+
     def trained_rows(self, batch: int) -> int:
         """Number of completions out of `batch` that an update trains on."""
         return batch

@@ -38,10 +38,10 @@ def warmup_warnings(config: Optim, steps: int) -> list[str]:
     """A warning if the warm-up does not end within the `steps` of a run."""
     if config.warmup_steps < steps:
         return []
-    highest = schedule(config, config.learning_rate, steps)(steps - 1)
+    highest = np.asarray(schedule(config, config.learning_rate, steps)(steps - 1))
     return [
         f"warning: optim.warmup_steps ({config.warmup_steps}) does not end within the {steps} optimizer steps of this "
-        f"run: the learning rate reaches {float(highest):.1e} of {config.learning_rate:.1e}"
+        f"run: the learning rate reaches {highest:.1e} of {config.learning_rate:.1e}"
     ]
 
 
