@@ -20,7 +20,7 @@ from jaxrlhf.errors import ConfigError, Preempted
 GRACE = 60.0
 """Seconds for the other processes to end by themselves once one has failed: more than `distributed.HEARTBEAT_TIMEOUT`,
 after which jax ends them."""
-_NOISE = (b"[Gloo] Rank ",)  # lines that the collectives of jax print for every connection
+_NOISE = b"connected peer ranks"  # in lines, or pieces of them, that gloo prints for every connection
 
 HELP = "run a training command in several processes of this machine, on CPU, as a trial of a run on several hosts"
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -131,7 +131,7 @@ def _ending(code: int) -> str:
 
 def _show(number: int, lines: Sequence[bytes]) -> None:
     for line in lines:
-        if not line.startswith(_NOISE):
+        if _NOISE not in line:
             sys.stdout.buffer.write(b"[%d] %s\n" % (number, line))
     sys.stdout.flush()
 
