@@ -59,6 +59,22 @@ def announce(note: Callable[[str], None]) -> Iterator[None]:
             jax.monitoring.unregister_event_duration_listener(_duration)
 
 
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Keep the lines of the block until its end, and give them to the enclosing `announce` then: for a block that
+    prints a line bit by bit."""
+    if not _listeners:
+        yield
+        return
+    lines: list[str] = []
+    try:
+        with announce(lines.append):
+            yield
+    finally:
+        for line in lines:
+            _listeners[-1](line)
+
+
 def _event(event: str, **_: Any) -> None:
     if event == "/jax/compilation_cache/cache_hits":
         _thread.cached = True

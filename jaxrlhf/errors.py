@@ -16,6 +16,11 @@ def quoted(value: object, width: int = 80) -> str:
     return text if len(text) <= width else text[:width] + "..."
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 class JaxrlhfError(Exception):
     """Base class of errors that a user can fix. `exit_code` is returned by the command line."""
 

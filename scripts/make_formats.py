@@ -123,6 +123,8 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"input": "Ann has 2 apples and buys 3 more.", "chosen": "Ann has 5.", "rejected": "Ann has 6."}
     ],
     "pairs (LLaMA-Factory)": [{"conversations": [human(QUESTION)], "chosen": gpt(GOOD), "rejected": gpt(BAD)}],
+    "pairs (good, bad)": [{"prompt": "2 + 3 = ", "good": GOOD, "bad": BAD}],
+    "pairs (good, bad; question)": [{"question": QUESTION, "good": GOOD, "bad": BAD}],
     "pairs with a common beginning (HH)": [
         {"chosen": f"{HH} {GOOD}", "rejected": f"{HH} {BAD}"},
         {

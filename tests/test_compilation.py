@@ -53,6 +53,18 @@ def test_a_program_can_take_what_another_returns(lines):
     assert lines == []
 
 
+def test_lines_can_be_held_back_until_the_end_of_a_block(lines):
+    with compilation.announce(lines.append):
+        with pytest.raises(KeyboardInterrupt), compilation.held_back():
+            jax.jit(lambda x: x * 5).lower(jax.ShapeDtypeStruct((3,), "float32")).compile()
+            assert lines == []
+            raise KeyboardInterrupt
+        assert len(lines) == 1
+    with compilation.held_back():  # nobody listens
+        jax.jit(lambda x: x * 6).lower(jax.ShapeDtypeStruct((3,), "float32")).compile()
+    assert len(lines) == 1
+
+
 def test_a_line_names_the_program_and_whether_it_was_cached(lines, monkeypatch, tmp_path):
     def once():
         jax.jit(lambda x: jnp.cos(x) * 3).lower(jax.ShapeDtypeStruct((32,), "float32")).compile()

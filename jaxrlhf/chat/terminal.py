@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxrlhf import compilation
 from jaxrlhf.chat.conversation import Conversation, Turn
 from jaxrlhf.config.spelling import did_you_mean
 from jaxrlhf.errors import JaxrlhfError, StorageError
@@ -81,7 +82,7 @@ class Terminal:
         """Print the reply to a message and its reward."""
         chat, before = self._chat, self._chat.forgotten
         try:
-            with _interrupts(chat):
+            with compilation.held_back(), _interrupts(chat):
                 print("model:", end="", flush=True)
                 first = True
                 for piece in chat.reply(message):

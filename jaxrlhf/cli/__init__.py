@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from jaxrlhf import runtime
 from jaxrlhf.cli.commands import COMMANDS, CONFIG_KEYS, USING_DEVICES, Command
@@ -102,7 +102,8 @@ def _dispatch(argv: list[str]) -> int:
     verb = argv[0] if argv else ""
     if verb and not verb.startswith("-") and verb not in COMMANDS:
         print(f"jaxrlhf: unknown command '{verb}'{did_you_mean(verb, list(COMMANDS))}", file=sys.stderr)
-        print(f"commands: {' '.join(COMMANDS)}; see `jaxrlhf --help`", file=sys.stderr)
+        others = " ".join(name for name in COMMANDS if name not in METHODS)
+        print(f"commands that train: {' '.join(METHODS)}\nothers: {others}; see `jaxrlhf --help`", file=sys.stderr)
         return 2
     if verb in METHODS and _asks_for_help(argv):
         return train_help(verb)
@@ -168,8 +169,15 @@ def _is_misspelt(flag: str, flags: Sequence[str], options: Sequence[str]) -> boo
     return bool(closest) and closest[0] in flags
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are not hidden under its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; `{self.prog} --help` shows its use\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="jaxrlhf",
         description="RLHF in JAX for causal language models in Hugging Face format.",
         epilog="MODEL is a Hugging Face model folder, a hub id or a run directory. --debug shows tracebacks.",

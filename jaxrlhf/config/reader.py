@@ -54,8 +54,11 @@ class ConfigReader:
         except RecursionError as error:
             raise ConfigError(f"{path}: an alias refers to the mapping that contains it") from error
         except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            raise ConfigError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {error.problem}") from error
+            mark, problem = error.problem_mark or error.context_mark, str(error.problem)
+            if "stream" in problem and error.context_mark:  # something is still open at the end of the file
+                mark, kind = error.context_mark, "quote" if "quoted" in str(error.context) else "bracket"
+                problem = f"the {kind} opened here is not closed"
+            raise ConfigError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {problem}") from error
         except yaml.YAMLError as error:
             raise ConfigError(f"{path}: not YAML: {error}") from error
         if isinstance(value, dict):

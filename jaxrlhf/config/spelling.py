@@ -1,7 +1,9 @@
 """Suggestions for misspelt names."""
 
 import difflib
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def suggestions(wrong: str, known: Sequence[str], count: int = 3) -> list[str]:
@@ -30,7 +32,25 @@ def _ratio(a: str, b: str) -> float:
 
 def did_you_mean(wrong: str, known: Sequence[str], count: int = 3) -> str:
     """`; did you mean 'a', 'b' or 'c'?`, or an empty string if no known name is similar."""
-    names = [f"'{key}'" for key in suggestions(wrong, known, count)]
+    return _question(suggestions(wrong, known, count))
+
+
+def did_you_mean_path(path: Path) -> str:
+    """`; did you mean 'mine/a.jsonl'?` with what is spelt like a path that does not exist, or an empty string."""
+    rest: list[str] = []
+    while not path.parent.is_dir() and path.parent != path:
+        rest.insert(0, path.name)
+        path = path.parent
+    try:
+        names = difflib.get_close_matches(path.name, os.listdir(path.parent), 1, 0.7)
+    except OSError:
+        return ""
+    found = [path.with_name(name).joinpath(*rest) for name in names]
+    return _question([str(place) for place in found if place.exists()])
+
+
+def _question(names: Sequence[str]) -> str:
+    names = [f"'{name}'" for name in names]
     if not names:
         return ""
     *others, last = names

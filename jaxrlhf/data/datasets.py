@@ -18,7 +18,7 @@ from jaxrlhf.data.omissions import Omissions, first_few
 from jaxrlhf.data.sources import Rows, read_rows, read_validation_rows
 from jaxrlhf.data.tokenise import RenderedExample, TokenisedExample, drop_reason, render, tokenise, truncate
 from jaxrlhf.data.tokenizer import ESCAPE, Tokenizer
-from jaxrlhf.errors import DataError
+from jaxrlhf.errors import DataError, counted
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ class Report:
 
     def __str__(self) -> str:
         held_out = f", {self.validation} held out" if self.validation else ""
-        lines = [f"data {self.source}: {self.rows} rows, {self.format}; {self.train} kept{held_out}"]
+        lines = [f"data {self.source}: {counted(self.rows, 'row')}, {self.format}; {self.train} kept{held_out}"]
         for verb, reasons in (("dropped", self.dropped), ("cut", self.cut)):
             for reason, locations in reasons.items():
                 lines.append(f"{verb} {len(locations)}: {reason} ({first_few(locations)})")
@@ -150,7 +150,7 @@ def prompts_from_texts(
     """
     for name, values in columns.items():
         if len(values) != len(texts):
-            raise DataError(f"column '{name}' has {len(values)} values for {len(texts)} prompts")
+            raise DataError(f"column '{name}' has {counted(len(values), 'value')} for {counted(len(texts), 'prompt')}")
     _check_names(columns, "prompts")
     locations = [SourceLocation("prompts", i + 1, line=False) for i in range(len(texts))]
     rows = Rows("prompts", [{"prompt": text} for text in texts], locations)
@@ -214,8 +214,8 @@ def train_validation_split(
         train, validation = held_out.split(train, len(rows.rows), config)
         if not validation or not train:
             raise DataError(
-                f"data {rows.source}: data.validation_fraction {config.validation_fraction} leaves {len(train)} rows "
-                f"to train on and {len(validation)} held out\n{report}"
+                f"data {rows.source}: data.validation_fraction {config.validation_fraction} leaves "
+                f"{counted(len(train), 'row')} to train on and {len(validation)} held out\n{report}"
             )
     elif source:
         others = read_validation_rows(config)
@@ -225,7 +225,7 @@ def train_validation_split(
         report.notes += held_out.overlap(train, validation, config, source)
     if config.validation_fraction:
         report.notes.append(
-            f"{len(validation)} rows are not trained on but evaluated: data.validation_fraction is "
+            f"{counted(len(validation), 'row')} held out for evaluation, not trained on: data.validation_fraction is "
             f"{config.validation_fraction:g}"
         )
     report.train, report.validation = len(train), len(validation)
@@ -291,11 +291,13 @@ def _prepare(
     if row_format.style == "common_beginning":
         count = sum(example.prompt == "" for _, example in examples)
         if count:
-            report.notes.append(f"{count} rows have no common beginning, so their prompt is empty")
+            report.notes.append(f"no common beginning, so an empty prompt: {counted(count, 'row')}")
     if repeated := sum(map(_repeats_prompt, (example for _, example in examples))):
-        report.notes.append(f"{repeated} rows repeat their prompt at the beginning of each completion")
+        report.notes.append(f"prompt repeated at the beginning of each completion: {counted(repeated, 'row')}")
     if escaped := sum(example.has_escapes for example in rendered):
-        report.notes.append(f"{escaped} rows spell control tokens of the tokenizer; they are read as ordinary text")
+        report.notes.append(
+            f"control tokens of the tokenizer spelt in {counted(escaped, 'row')}: read as ordinary text"
+        )
     report.notes += omissions.notes()
     located = [(rows.locations[i].short, example) for i, example in examples]
     report.warnings += [*checks.missing_space(located), *checks.unknown_words(located, tokenizer)]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxrlhf.errors import DataError
+from jaxrlhf.metrics.console import visible
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
@@ -106,7 +107,10 @@ def _parse(text: str, where: str) -> Any:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
         at = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
-        raise DataError(f"data {where}: not JSON ({error.msg}, {at})") from error
+        line = error.doc.split("\n")[error.lineno - 1].rstrip()
+        begin = max(0, error.colno - 61)
+        shown = f"{'... ' * (begin > 0)}{line[begin : error.colno + 20]}{' ...' * (len(line) > error.colno + 20)}"
+        raise DataError(f"data {where}: not JSON ({error.msg}, {at}): {visible(shown)}") from error
     except UnicodeEncodeError as error:
         raise DataError(f"data {where}: half of a surrogate pair, which is not valid text") from error
     except (ValueError, RecursionError) as error:

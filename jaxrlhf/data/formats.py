@@ -1,10 +1,15 @@
 """Recognise how a data set stores prompts and responses: the layout of layouts.py that fits its columns."""
 
 import itertools
+import math
 import re
+import shlex
 import string
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import yaml
 
 from jaxrlhf.config import Data
 from jaxrlhf.data import labels
@@ -24,6 +29,26 @@ TASK_NAMES: dict[Task, str] = {
     "scores": "scored responses",
     "rankings": "ranked responses",
 }
+_NEEDED: dict[Task, tuple[str, ...]] = {
+    "sft": ("prompt", "completion"),
+    "pairs": ("prompt", "chosen", "rejected"),
+    "prompts": ("prompt",),
+    "labels": ("prompt", "completion", "label"),
+    "scores": ("prompt", "completion", "score"),
+    "rankings": ("prompt", "responses"),
+}
+"""Columns of the simplest layout of each task."""
+_SYNONYMS = {
+    "prompt": "question instruction query problem input post context title text human user source request q",
+    "completion": "response answer output solution target reply assistant summary text a",
+    "chosen": "good better best preferred positive pos winner win accepted",
+    "rejected": "bad worse worst dispreferred negative neg loser lose",
+    "label": "good correct accepted",
+    "score": "rating reward points grade",
+    "responses": "answers completions outputs",
+}
+"""Names that columns often have instead, to guess what they hold."""
+SHOWN = 5  # layouts in an error message
 _LABELS = ("label", "kto_tag", "tag")
 FORMAT_COLUMNS = frozenset(
     {name for layout in LAYOUTS for name in re.findall(r"\w+", layout.responses)} - {"answer", "output", "solution"}
@@ -79,6 +104,8 @@ class Format:
 
     def __str__(self) -> str:
         name = "data.template" if self.style == "template" else self.layout.name
+        if self.task == "prompts" and self.prompt and self.layout.responses:
+            name = "prompts by data.template" if self.style == "template" else "prompts"
         return f"{name} from {', '.join(self.columns)}"
 
 
@@ -94,17 +121,19 @@ def recognise(rows: Rows, task: Task, config: Data) -> Format:
     found = f"data {rows.source}: columns {', '.join(rows.columns)}"
     if len(formats) > 1:
         options = "; or ".join(", ".join(f.columns) for f in formats)
+        others = {name for f in formats[1:] for name in f.columns}
+        own = next((name for name in formats[0].columns if name not in others), "")
+        hint = f", e.g. {_columns_flag({own: own})} for the first" if own else ", {known name: name in the file}"
         raise DataError(
-            f"{found} can be read as {TASK_NAMES[task]} in more than one way: {options}. Name the columns to use in "
-            "data.columns, {known name: name in the file}"
+            f"{found} can be read as {TASK_NAMES[task]} in more than one way: {options}.\n"
+            f"Name the columns to use in data.columns{hint}"
         )
     if not formats and any(name.endswith("input_ids") for name in rows.columns):
         raise DataError(f"{found} hold token ids; give the text instead, which is tokenised here")
     if not formats:
         raise DataError(
-            f"{found} are not a known format for {TASK_NAMES[task]}. Known: {known_formats(task)}. Rename columns with "
-            "data.columns, {known name: name in the file}"
-            + ("" if task in ("pairs", "rankings") else ", or write the prompt with data.template")
+            f"{found}: not a known format for {TASK_NAMES[task]}.\nKnown: {known_formats(task)}\n"
+            + _advice(rows.columns, task)
         )
     _refuse_lost_prompt(formats[0], rows, config)
     return formats[0]
@@ -116,9 +145,9 @@ def can_read(rows: Rows, task: Task, config: Data) -> bool:
 
 
 def known_formats(task: Task) -> str:
-    """The required columns of every layout that serves `task`; for `sft` and `prompts` not those with several
+    """The required columns of the first layouts that serve `task`; for `sft` and `prompts` not those with several
     responses."""
-    specs = []
+    specs: list[str] = []
     for layout in LAYOUTS:
         if _serves(layout, task) and (layout.single or task not in ("sft", "prompts")):
             score = "scores" if layout.judge is labels.by_rank else "" if layout.many else layout.verdict or "score"
@@ -126,8 +155,44 @@ def known_formats(task: Task) -> str:
             words = f"{layout.prompt} {'' if task == 'prompts' and layout.prompt else layout.responses}"
             words = f"{words} {verdict.get(task, layout.verdict)}".split()
             specs.append(", ".join(word for word in words if not word.startswith("[")))
-    others = {"sft": " | any format of preference pairs (trains on the better)", "prompts": " | those with responses"}
-    return " | ".join(dict.fromkeys(specs)).replace(">", "|") + others.get(task, "") + " (docs/formats.md)"
+    if task == "prompts":  # more columns than a prompt are not required
+        specs = [spec for spec in specs if not any({*other.split(", ")} < {*spec.split(", ")} for other in specs)]
+    others = {"sft": " | preference pairs (trains on the better)", "prompts": " | those of any other method"}
+    shown = list(dict.fromkeys(specs))
+    more = " | ..." if len(shown) > SHOWN else ""
+    return " | ".join(shown[:SHOWN]).replace(">", "|") + more + others.get(task, "") + " (all: docs/formats.md)"
+
+
+def _advice(columns: Sequence[str], task: Task) -> str:
+    """What to do about columns that are not known: the option to type, with the names of `columns` if they can be
+    guessed."""
+    needed = _NEEDED[task]
+    if task == "sft" and len(columns) == 1 and columns[0] != "prompt":
+        needed = ("text",)
+    template = "" if task in ("pairs", "rankings") else ", or write the prompt with --data.template"
+    if len(columns) < len(needed):
+        return f"Needed are {len(needed)} columns, e.g. {', '.join(needed)}; add those that are missing" + template
+    guess: dict[str, str] = {}
+    for known in needed:
+        left = [name for name in columns if name not in guess.values()]
+        words = {known, *_SYNONYMS.get(known, "").split()}
+        like = [name for name in left if name.lower() in words]
+        like += [name for name in left if words & {*re.split(r"[\W_]+", name.lower())}]
+        if like:
+            guess[known] = like[0]
+    missing, left = [k for k in needed if k not in guess], [name for name in columns if name not in guess.values()]
+    if len(missing) == len(left) == 1:
+        guess[missing[0]] = left[0]
+    if len(guess) < len(needed):
+        return f"Rename columns with {_columns_flag(dict.fromkeys(needed, 'NAME'))}, NAME as in the file{template}"
+    renamed = {known: guess[known] for known in needed if known != guess[known]}
+    return f"Rename columns, perhaps with {_columns_flag(renamed)}{template}"
+
+
+def _columns_flag(columns: Mapping[str, str]) -> str:
+    """The option that renames columns, to type in a shell."""
+    value = yaml.safe_dump(dict(columns), default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)
+    return f"--data.columns {shlex.quote(value.strip())}"
 
 
 def answer_column(rows: Rows, config: Data) -> str:

@@ -160,7 +160,8 @@ def are_ties(values: Collection[Any]) -> bool:
 
 def describe(value: Any) -> str:
     """Type and first characters of a value, for error messages."""
-    return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+    text = str(value)[:40]
+    return "null" if value is None else f"{type(value).__name__} {repr(text) if isinstance(value, str) else text}"
 
 
 def _rating(item: Any, keys: Sequence[str], where: str) -> float | None:

@@ -60,6 +60,8 @@ LAYOUTS = (
     Layout("pairs (summaries)", "input", _PAIR, _TIE, judge=labels.unless_tied, weak=True),
     Layout("pairs (LLaMA-Factory)", "messages|conversations", _PAIR, _TIE, style="as_is",
            judge=labels.unless_tied, weak=True),
+    Layout("pairs (good, bad)", "prompt", "good bad", style="as_is", weak=True),
+    Layout("pairs (good, bad; question)", "question>instruction>query>problem>input", "good bad", weak=True),
     Layout("pairs with a common beginning (HH)", "", _PAIR, _TIE, style="common_beginning",
            judge=labels.unless_tied, weak=True),
     Layout("AlpacaEval, AlpacaFarm", "instruction [input]", "output_1 output_2", "preference",

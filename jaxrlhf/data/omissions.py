@@ -8,7 +8,7 @@ from jaxrlhf.data.examples import Example
 from jaxrlhf.data.messages import Message
 from jaxrlhf.data.tokenise import RenderedExample
 from jaxrlhf.data.tokenizer import Tokenizer
-from jaxrlhf.errors import DataError
+from jaxrlhf.errors import DataError, counted
 
 
 class Omissions:
@@ -43,7 +43,9 @@ class Omissions:
             )
         if self._without_tools:
             rows = len(self._without_tools)
-            lines.append(f"the chat template leaves out the tools of {rows} rows ({first_few(self._without_tools)})")
+            lines.append(
+                f"the chat template leaves out the tools of {counted(rows, 'row')} ({first_few(self._without_tools)})"
+            )
         return lines
 
     def count(self, example: Example, rendered: RenderedExample) -> tuple[int, bool]:

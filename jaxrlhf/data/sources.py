@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config import Data
+from jaxrlhf.config.spelling import did_you_mean_path
 from jaxrlhf.data.file_readers import SUFFIXES, LocatedRows, Row, SourceLocation, is_data_file, read_file
 from jaxrlhf.errors import DataError, first_line
 
@@ -127,7 +128,7 @@ def _open(source: str, config: Data) -> LocatedRows:
     elif _is_hub_id(source):
         yield from _hub(source, config)
     else:
-        raise DataError(f"data {source}: no such file or folder")
+        raise DataError(f"data {source}: no such file or folder{did_you_mean_path(path)}")
 
 
 def _is_hub_id(source: str) -> bool:
@@ -178,7 +179,7 @@ def _hub(source: str, config: Data) -> LocatedRows:
     except Exception as error:  # network, name, split and script errors are all of different classes
         raise DataError(
             f"data {source}: no such file or folder here, and it could not be loaded from the hub "
-            f"({type(error).__name__}: {first_line(error)})"
+            f"({type(error).__name__}: {first_line(error)}){did_you_mean_path(Path(source).expanduser())}"
         ) from error
     yield from _numbered(source, data)
 

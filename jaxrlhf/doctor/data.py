@@ -31,7 +31,8 @@ def examine_data(config: SFTConfig, *, colour: bool = False, ids: bool = False) 
         DataError: the file cannot be read.
     """
     rows = sources.read_rows(config.data)
-    lines = [f"data {rows.source}: {len(rows.rows):,} rows with columns {', '.join(rows.columns)}"]
+    count = f"{len(rows.rows):,} row{'s' if len(rows.rows) != 1 else ''}"
+    lines = [f"data {rows.source}: {count} with columns {', '.join(rows.columns)}"]
     found: dict[formats.Task, formats.Format] = {}
     for task, methods in METHODS.items():
         try:
@@ -41,7 +42,7 @@ def examine_data(config: SFTConfig, *, colour: bool = False, ids: bool = False) 
                 continue
             read_as = formats.recognise(rows, task, config.data)
         except DataError as error:
-            lines.append(f"jaxrlhf {methods}: no. {error}")
+            lines.append(f"jaxrlhf {methods}: no. {error}".replace("\n", "\n    "))
             continue
         unused = read_as.unused(rows)
         lines.append(f"jaxrlhf {methods}: {read_as}" + (f"; columns not used: {', '.join(unused)}" if unused else ""))
@@ -87,7 +88,8 @@ def _tokens(task: formats.Task, config: SFTConfig, tokenizer: Tokenizer, *, colo
     lines = [f"\njaxrlhf {METHODS[task]}: {report}", *checks.histogram(report.lengths)]
     warnings = checks.token_warnings(rows, tokenizer, learns=task != "prompts")
     lines += [f"warning: {text}" for text in warnings]
-    lines.append(f"first row, {loss_mask.legend(colour)}")
+    learnt = "" if task == "prompts" else f", {loss_mask.legend(colour)}"  # of prompts nothing is learnt
+    lines.append(f"first row{learnt}:")
     for name, tokens, mask in rows[0].sequences:
         lines += [f"{name}:", loss_mask.marked(tokens, mask, tokenizer, colour=colour)]
         lines += loss_mask.token_lines(tokens, mask, tokenizer, colour=colour) if ids else []

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrlhf.errors import counted
 from jaxrlhf.metrics.statistics import correlation
 
 BINS = 10
@@ -104,7 +105,7 @@ def summary(result: dict[str, Any]) -> list[str]:
             score_line,
         ]
     if "pairs" in result:
-        count, extra = f"{result['pairs']} pairs", f"margin {result['margin']:.3f}"
+        count, extra = counted(result["pairs"], "pair"), f"margin {result['margin']:.3f}"
     else:
         count, extra = f"{result['responses']} responses", f"AUC {result['auc']:.3f}"
     by_length = "; ".join(

@@ -52,6 +52,7 @@ class Logger:
         self._sinks: list[Sink] | None = None
         self._console = Console(method, total_steps, config, metric)
         self.note, self.paused = self._console.note, self._console.paused
+        self.compiled = self._console.compiled
         self._open()
 
     def log(self, step: int, record: Mapping[str, Any]) -> None:

@@ -42,12 +42,14 @@ class Console:
     def __init__(self, method: str, total: int, config: Logging, metric: str = "") -> None:
         self._method, self._total, self._config = method, total, config
         self._labels = SUMMARY[method] | {metric: metric}
-        self._first: tuple[int, float] | None = None  # step and time of the first record, which included compilation
+        self._first: int | None = None  # step of the first record
+        self._clock: tuple[int, float] | None = None  # step and time of the first record after the last compilation
         self._bar = _progress_bar(method, total) if sys.stdout.isatty() and not config.quiet else None
 
     def progress(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Show the record of `step` if it is due: every `log_every` steps, the first, the last, and validations."""
-        first, started = self._first = self._first or (step, time.monotonic())
+        first = self._first = self._first or step
+        since, started = self._clock = self._clock or (step, time.monotonic())
         facts = [f"{label}={_short(numbers[key])}" for key, label in self._labels.items() if key in numbers]
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, facts=" ".join(facts))
@@ -56,8 +58,8 @@ class Console:
             or step % self._config.log_every == 0
             or any(key.startswith("eval/") for key in numbers)
         ):
-            if step > first:
-                remaining = (time.monotonic() - started) / (step - first) * (self._total - step)
+            if step > since:
+                remaining = (time.monotonic() - started) / (step - since) * (self._total - step)
                 facts.append(f"eta={duration(remaining)}")
             now = datetime.datetime.now().isoformat(timespec="seconds")
             self._print(f"{now} {self._method} step {step}/{self._total} {' '.join(facts)}")
@@ -81,6 +83,11 @@ class Console:
     def note(self, text: str) -> None:
         """Print a message between the progress lines."""
         self._print(visible(text))
+
+    def compiled(self, text: str) -> None:
+        """Print that a program was compiled, and leave the time until the next record out of the remaining time."""
+        self._clock = None
+        self.note(text)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -52,6 +52,7 @@ def collect(directory: Path) -> dict[str, Any]:
     starts = [start for start in run.get("starts") or [] if isinstance(start, dict)]
     before = baseline.get("metrics", {})
     token_records = tokens.sample(directory / "tokens", files.problems)
+    trained = [start for start in starts if not _was_finished(start)]
     status = _status(directory, starts, records, method)
     return {
         "title": str(config.get("run_dir") or directory.resolve().name),
@@ -59,12 +60,12 @@ def collect(directory: Path) -> dict[str, Any]:
         "written": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "status": status,
         "verdict": verdict.verdict(method, records, baseline, evaluation),
-        "facts": _facts(records, starts, config, method),
-        "changes": _changes(config, method),
+        "facts": _facts(records, trained, config, method),
+        "changes": _changes(config, method, starts[-1].get("command") or [] if starts else []),
         "warnings": [*files.problems, *verdict.warnings(records)],
         "curves": curves.charts(records, before),
         "tradeoffs": curves.tradeoffs(records, before),
-        "restarts": [start["step"] for start in starts[1:] if start.get("step")],
+        "restarts": [start["step"] for start in trained[1:] if start.get("step")],
         "definitions": {key: definition(key) for record in records for key in record if key != "step"},
         "samples": by_prompt(samples),
         "tokens": tokens.pack(token_records, cut),
@@ -112,6 +113,11 @@ class _Files:
         except (OSError, ValueError, yaml.YAMLError) as error:
             self.problems.append(f"{name} cannot be read: {first_line(error)}")
             return missing
+
+
+def _was_finished(start: Mapping[str, Any]) -> bool:
+    """The run was at its last step when it was started again."""
+    return bool(start.get("step")) and start.get("step") == start.get("total_steps")
 
 
 def _status(
@@ -168,9 +174,10 @@ def _facts(
         if seconds := sum(map(_seconds, starts)):
             again = f" in {len(starts)} starts" if len(starts) > 1 else ""
             facts.append(("Time", _duration(seconds) + again))
-        peak = starts[-1].get("peak_memory") or {}
-        if memory := peak.get("device") or peak.get("host"):
-            facts.append(("Peak memory", f"{memory / 2**30:.2f} GiB" + ("" if peak.get("device") else " (process)")))
+        peaks = [start.get("peak_memory") or {} for start in starts]
+        device, host = (max((peak.get(kind) or 0 for peak in peaks), default=0) for kind in ("device", "host"))
+        if memory := device or host:
+            facts.append(("Peak memory", f"{memory / 2**30:.2f} GiB" + ("" if device else " (process)")))
     return facts
 
 
@@ -188,16 +195,25 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _changes(config: Mapping[str, Any], method: str) -> list[tuple[str, str, str]]:
-    """[(key, value, default)] of the options that are not at their default."""
+def _changes(config: Mapping[str, Any], method: str, command: Sequence[str]) -> list[tuple[str, str, str, bool]]:
+    """[(key, value, default, whether the command sets it)] of the options that are not at their default, those that the
+    command sets first."""
     if method not in METHODS:
         return []
+    flags = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in command if word.startswith("--")}
+    typed = {"lora.enabled" if flag == "use_lora" else flag for flag in flags}
     defaults = runs.flatten(json.loads(json.dumps(dataclasses.asdict(METHODS[method]()))))  # tuples become lists
-    return [
-        (key, _value(value), _value(defaults[key]) if key in defaults else "")
+    found = [
+        (
+            key,
+            _value(value),
+            _value(defaults[key]) if key in defaults else "",
+            any(key == name or key.startswith(f"{name}.") for name in typed),
+        )
         for key, value in config.items()
         if key not in defaults or defaults[key] != value
     ]
+    return sorted(found, key=lambda change: not change[3])
 
 
 def _value(value: Any) -> str:
@@ -214,6 +230,16 @@ def _validations(records: Sequence[Mapping[str, Any]], before: Mapping[str, floa
     ]
 
 
+def _command(words: Sequence[str]) -> str:
+    """The command with an option per line, to copy into a shell."""
+    lines: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(word)
+    return " \\\n  ".join(map(shlex.join, lines))
+
+
 def _reproduce(
     directory: Path, run: Mapping[str, Any], starts: Sequence[Mapping[str, Any]], config: str
 ) -> dict[str, Any]:
@@ -221,7 +247,7 @@ def _reproduce(
     checkpoints, export = directory / "checkpoints", directory / "export"
     last = starts[-1] if starts else {}
     return {
-        "command": shlex.join(map(str, last.get("command") or [])),
+        "command": _command(runs.typed_command(last)),
         "directory": str(last.get("directory", "")),
         "config": config,
         "versions": [(str(k), str(v)) for k, v in (last.get("versions") or run.get("versions") or {}).items()],

@@ -16,8 +16,9 @@ def by_prompt(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Samples by prompt: {"steps": [...], "fixed": [...], "others": [...]}.
 
     A prompt of "fixed" was sampled at several steps: {"prompt", "held_out", "answers": {step: [completion, score]}}. If
-    it was sampled several times at one step, each time makes a row. "others" are the samples of prompts that did not
-    come back, of the first and the last step.
+    it was sampled several times at one step, each time makes a row. Where some of them were sampled at the first step
+    of all, the others, which came back by chance, are left out. "others" are the samples of prompts that did not come
+    back, of the first and the last step.
     """
     grouped: dict[tuple[str, bool, int], dict[int, tuple[str, float | None]]] = {}
     times: dict[tuple[str, bool, int], int] = {}
@@ -28,6 +29,8 @@ def by_prompt(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         answer = str(row.get("completion", "")), curves.rounded(score) if isinstance(score, float | int) else None
         grouped.setdefault((key[0], key[1], times[key]), {})[row["step"]] = answer
     several = {key: answers for key, answers in grouped.items() if len(answers) > 1}
+    start = min((row["step"] for row in rows), default=0)
+    several = {key: answers for key, answers in several.items() if start in answers} or several
     steps = sorted({step for answers in several.values() for step in answers})
     shown = {steps[i] for i in tokens.spread(len(steps), STEPS)}
     budget, fixed = ALL_TEXTS, []

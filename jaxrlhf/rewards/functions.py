@@ -109,7 +109,7 @@ class RewardFunction:
             raise RewardError(
                 f"{prefix} raised {type(error).__name__}: {error}{location}{request.error_suffix}"
             ) from error
-        return parse_scores(returned, request, self.name)
+        return parse_scores(returned, request, self.name, _defined_at(self.function))
 
 
 class CallTimeout(Exception):
@@ -157,7 +157,7 @@ def load(spec: str, *, options: Mapping[str, Any] | None = None) -> RewardFuncti
     is_file = source.endswith(".py")
     if is_file and not Path(source).is_file():
         place = "" if Path(source).is_absolute() else f" in {os.getcwd()}"
-        raise RewardError(f"reward function {spec!r}: there is no file {source}{place}")
+        raise RewardError(f"reward function {spec!r}: there is no file {source}{place}{_did_you_mean_path(source)}")
     if not is_file and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # `python -m` adds it, the console script does not
     try:
@@ -183,6 +183,12 @@ def _did_you_mean(wrong: str, known: Sequence[str]) -> str:
     return did_you_mean(wrong, known)
 
 
+def _did_you_mean_path(path: str) -> str:
+    from jaxrlhf.config.spelling import did_you_mean_path
+
+    return did_you_mean_path(Path(path))
+
+
 def _load_file(path: Path) -> ModuleType:
     name = f"jaxrlhf_reward_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -193,6 +199,12 @@ def _load_file(path: Path) -> ModuleType:
         sys.path.append(folder)  # the file can import its neighbours, as a script can
     spec.loader.exec_module(module)
     return module
+
+
+def _defined_at(function: Callable[..., Any]) -> str:
+    """FILE:LINE of a function's definition; "" if it has none."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else ""
 
 
 def _location(error: BaseException, function: Callable[..., Any] | None = None) -> str:

@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -169,6 +169,16 @@ def method_and_last_start(directory: Path) -> tuple[str, dict[str, Any]]:
         return record["method"], dict(record["starts"][-1])
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise StorageError(f"{directory / 'run.json'} cannot be read: {first_line(error)}") from error
+
+
+def typed_command(start: Mapping[str, Any]) -> list[str]:
+    """The words of the command of a start, as they can be typed: its program without the folder it is installed in."""
+    program, *arguments = map(str, start.get("command") or [""])
+    if not program:
+        return []
+    name = Path(program).name
+    ours = name in ("jaxrlhf", "jaxrlhf.exe") or Path(program).parts[-2:] == ("jaxrlhf", "__main__.py")
+    return [*(["jaxrlhf"] if ours else ["python", name]), *arguments]
 
 
 def is_open(directory: Path) -> bool:

@@ -6,9 +6,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf import metrics
+from jaxrlhf import metrics, runs
 from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig
 from jaxrlhf.config.base import default_of
+from jaxrlhf.errors import counted
 from jaxrlhf.metrics.statistics import wilson
 from jaxrlhf.training.setup import RunConfig
 
@@ -99,13 +100,7 @@ def _text(row: dict[str, Any], key: str, label: str = "") -> dict[str, str]:
 
 def _command(record: dict[str, Any]) -> str:
     """The command of the last start of a run, as it can be typed."""
-    starts = record.get("starts") or [{}]
-    program, *arguments = starts[-1].get("command") or [""]
-    if not program:
-        return ""
-    name = Path(program).name
-    ours = name in ("jaxrlhf", "jaxrlhf.exe") or Path(program).parts[-2:] == ("jaxrlhf", "__main__.py")
-    return shlex.join([*(["jaxrlhf"] if ours else ["python", name]), *arguments])
+    return shlex.join(runs.typed_command((record.get("starts") or [{}])[-1]))
 
 
 def _held_out(validation: dict[str, Any], evaluation: dict[str, Any]) -> list[str]:
@@ -117,8 +112,8 @@ def _held_out(validation: dict[str, Any], evaluation: dict[str, Any]) -> list[st
     if isinstance(count, int) and isinstance(share, float) and count:
         low, high = wilson(round(share * count), count)
         lines.append(
-            f"On {count} held-out pairs the accuracy is {share:.3g} (95 % Wilson interval {low:.3g} to {high:.3g}); "
-            f"preferring by length alone would reach {evaluation.get('length_accuracy', 0):.3g}."
+            f"On {counted(count, 'held-out pair')} the accuracy is {share:.3g} (95 % Wilson interval {low:.3g} to "
+            f"{high:.3g}); preferring by length alone would reach {evaluation.get('length_accuracy', 0):.3g}."
         )
     return lines
 

@@ -66,7 +66,13 @@ class Session:
                     "or the model it names, has changed since. Restore the old one, or start over with --fresh"
                 )
             self._state.value = value
-            self.note(f"resuming at step {step} of {self.total_steps} (--fresh starts over)")
+            finished = step == self.total_steps
+            self.note(
+                f"already finished: step {step} of {self.total_steps} is done, so only the end is repeated (--fresh "
+                "starts over)"
+                if finished
+                else f"resuming at step {step} of {self.total_steps} (--fresh starts over)"
+            )
         for note in self.run.notes:
             self.note(note)
         self.logger.rewind(step)
@@ -238,7 +244,7 @@ def open_session(
         contextlib.closing(Session(run, config, total_steps, state, identity)) as session,
     ):
         at_the_end.callback(session.report)  # when run.json tells how it ended
-        with compilation.announce(session.note):
+        with compilation.announce(session.logger.compiled):
             yield session
         session.flush()
 

@@ -27,6 +27,12 @@ _METHODS = {
     "ppo": "PPO",
     "grpo": "group-relative policy optimisation",
 }
+_MAIN = (
+    *("loss", "entropy", "accuracy", "margin", "absolute_error", "rewards/accuracies", "rewards/margins", "kl"),
+    *("objective/scores", "objective/kl", "objective/entropy_per_token", "tokens/mean_length", "tokens/finished"),
+    "episode",
+)
+"""Metrics of training that the card shows."""
 _LICENSE = ("license", "license_name", "license_link")
 _NOT_IN_TABLE = (
     *("method", "command", "config", "metrics", "before", "samples", "notes", "original"),
@@ -110,15 +116,23 @@ def _front(model: ModelConfig, facts: Mapping[str, Any], kind: str, adapters: bo
 
 
 def _results(metrics: Mapping[str, Any], before: Mapping[str, Any]) -> str:
-    """A table of metrics with their definitions; those of held-out data first."""
-    names = sorted(metrics, key=lambda name: (not str(name).startswith("eval/"), str(name)))
+    """A table of the main metrics with their definitions, those of held-out data first; the others are counted."""
+    names = sorted(filter(_is_main, metrics), key=lambda name: (not name.startswith("eval/"), name)) or sorted(metrics)
     known = [name for name in names if name in before]
     head = ("metric", "value", *(("before training",) if known else ()), "meaning")
     rows = []
     for name in names:
         then = (before.get(name, ""),) if known else ()
         rows.append((name, metrics[name], *then, definition(name)))
-    return _table(head, rows, digits=6)
+    left_out = len(metrics) - len(names)
+    others = f"\n\nThe other {left_out} metrics are in metrics.jsonl of the run." if left_out else ""
+    return _table(head, rows, digits=6) + others
+
+
+def _is_main(name: str) -> bool:
+    """The metric is measured on held-out data, one of `_MAIN`, the mean of a component of the score, or not ours."""
+    component = re.fullmatch(r"rewards/.+(?<!_unanswered)(?<!_truncated)(?<!_spread)/mean", name)
+    return name.startswith("eval/") or name in _MAIN or component is not None or not definition(name)
 
 
 def _sample(sample: Mapping[str, Any]) -> list[str]:

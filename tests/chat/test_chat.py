@@ -4,13 +4,15 @@ import io
 import json
 import string
 import sys
+import types
 
 import jax
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from jaxrlhf import weights
+from jaxrlhf import compilation, weights
 from jaxrlhf.chat.conversation import Conversation, Turn
+from jaxrlhf.chat.terminal import Terminal
 from jaxrlhf.cli import main
 from jaxrlhf.config import Data, ModelSource, PPOConfig, Sampling, SFTConfig, TokenizerSource
 from jaxrlhf.config import text as config_text
@@ -245,3 +247,16 @@ def test_control_characters_of_a_reply_are_spelt_out(folder, monkeypatch, capsys
     )
     _, out, _ = talk(monkeypatch, capsys, ["x\x1b]0;"], str(folder))
     assert "model: a\\x1b[2J\tb\\r\n" in out and "you: x\\x1b]0;" in out and "\x1b" not in out
+
+
+def test_lines_about_compiling_come_after_the_reply(monkeypatch, capsys):
+    def reply(_):
+        yield "Listen"
+        compilation._listeners[-1]("compiled jit(f) in 7.1 s")
+        yield " carefully."
+
+    chat = types.SimpleNamespace(reply=reply, forgotten=0, scorer=None, turns=[Turn("x", finished=True)], notes=list)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x\n"))
+    with compilation.announce(print):
+        Terminal(chat).run()  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "you: x\nmodel: Listen carefully.\ncompiled jit(f) in 7.1 s\n"

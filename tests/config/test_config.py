@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import pathlib
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from jaxrlhf.config import (
     Train,
     replace,
 )
+from jaxrlhf.config.spelling import did_you_mean_path
 from jaxrlhf.errors import ConfigError
 
 
@@ -173,3 +175,13 @@ def test_ppo_has_the_defaults_of_the_n_implementation_details():
 def test_add_eos_may_be_a_boolean():
     assert RewardSource(model="m", add_eos=False).parts()[0].add_eos == "false"  # type: ignore[arg-type]
     assert RewardSource(model="m").parts()[0].add_eos == "auto"
+
+
+def test_paths_that_exist_are_suggested_for_those_that_do_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "prompts.jsonl").touch()
+    for wrong in ("mine/promts.jsonl", "mien/prompts.jsonl"):
+        assert did_you_mean_path(Path(wrong)) == "; did you mean 'mine/prompts.jsonl'?"
+    for wrong in ("mine/answers.csv", "mien/answers.csv", "mine/prompts.jsonl/x"):
+        assert did_you_mean_path(Path(wrong)) == ""

@@ -186,7 +186,9 @@ def test_what_is_given_of_a_section_leaves_the_rest_at_the_methods_defaults(writ
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\nb: [1", "my.yaml:2: not YAML"),
+        ("a: 1\nb: [1", "my.yaml:2: not YAML: the bracket opened here is not closed"),
+        ("a: {b: 1\n", "my.yaml:1: not YAML: the bracket opened here is not closed"),
+        ("a: 'x\nb: 2\n", "my.yaml:1: not YAML: the quote opened here is not closed"),
         ("- 1\n", "expected a mapping"),
         ("a: 1\n---\nb: 2\n", "not YAML"),
         ("model: !!python/name:os.system {}", "my.yaml:1: the YAML tag"),

@@ -56,7 +56,7 @@ def test_held_out_rows_from_a_file(numbered, base, tmp_path):
 def test_a_fraction_that_is_held_out_is_named(numbered, base):
     split = sft_rows(Data(path=numbered, validation_fraction=0.1), base, True)
     assert (len(split.train), len(split.validation)) == (36, 4)
-    assert "4 rows are not trained on but evaluated: data.validation_fraction is 0.1" in split.report.notes
+    assert "4 rows held out for evaluation, not trained on: data.validation_fraction is 0.1" in split.report.notes
 
 
 def test_a_split_that_leaves_nothing_is_refused(tmp_path, base):
@@ -81,7 +81,7 @@ def test_every_row_is_accounted_for(tmp_path, base):
     assert report.lengths == [3, 3, 3]
     for words in ("pairs from prompt, chosen, rejected", "6 rows", "3 kept", "dropped 1: chosen", "plain text"):
         assert words in str(report)
-    assert "1 rows spell control tokens" in str(report)
+    assert "control tokens of the tokenizer spelt in 1 row: read as ordinary text" in str(report)
     cut = pair_rows(Data(path=path, max_length=80, truncation="left", max_prompt_length=20), base).report
     assert cut.cut == {
         "beginning of the prompt cut (data.truncation is left)": ["line 5"]

@@ -165,7 +165,7 @@ def test_completion_prefix():
         ({**ALPACA, "text": "a"}, "sft", {}, "more than one way: text; or instruction, input, output"),
         ({"prompt": "a", "question": "b", "chosen": "c", "rejected": "d"}, "pairs", {}, "more than one way"),
         ({"chosen": "a", "accepted": "b", "rejected": "c"}, "pairs", {}, "chosen, rejected; or accepted, rejected"),
-        ({"a": "b", "c": "d"}, "sft", {}, "columns a, c are not a known format for supervised fine-tuning"),
+        ({"a": "b", "c": "d"}, "sft", {}, "columns a, c: not a known format for supervised fine-tuning"),
         ({"text": "a"}, "pairs", {}, "not a known format for preference pairs"),
         ({"text": "a"}, "prompts", {}, "not a known format for prompts"),
         ({"input_ids": [1], "labels": [1]}, "sft", {}, "token ids; give the text instead"),
@@ -178,12 +178,12 @@ def test_completion_prefix():
         ({"input": "a"}, "prompts", {"template": "{input:{width}}"}, r"data.template: .* write \{column\}"),
         ({"input": None}, "prompts", {"template": "{input}"}, "x.jsonl:37: column 'input' is null"),
         ({"prompt": "a", "completion": None}, "sft", {}, "x.jsonl:37: column 'completion' is null"),
-        ({"prompt": 5, "completion": "a"}, "sft", {}, "x.jsonl:37: column 'prompt' is int '5'"),
+        ({"prompt": 5, "completion": "a"}, "sft", {}, "x.jsonl:37: column 'prompt' is int 5"),
         ({"text": TALK}, "sft", {}, "column 'text' should hold text"),
         ({"messages": "a"}, "sft", {}, "column 'messages' should hold messages"),
         ({"messages": [user("a"), "b"]}, "sft", {}, "column 'messages', message 2: is str 'b'"),
         ({"messages": [{"role": "us<er", "content": "a"}]}, "sft", {}, "message 1: role is"),
-        ({"messages": [{"role": "user", "content": 3}]}, "sft", {}, "message 1: content is int '3'"),
+        ({"messages": [{"role": "user", "content": 3}]}, "sft", {}, "message 1: content is int 3"),
         ({"conversations": [{"from": "martian", "value": "x"}]}, "sft", {}, "unknown speaker 'martian'"),
         ({"input": "q", "completion": TALK}, "sft", {"template": "{input}"}, "text or one assistant message"),
     ],
@@ -234,3 +234,29 @@ def test_columns_that_decide_a_format():
             assert recognise(table((*names, other)), task, config) == recognise(table(names), task, config)
         with pytest.raises(DataError, match="more than one way"):
             recognise(table((*names, "question", "answer", "text")), task, config)
+
+
+@pytest.mark.parametrize(
+    ("names", "task", "advice"),
+    [
+        (
+            ("q", "better", "worse"),
+            "pairs",
+            "perhaps with --data.columns '{prompt: q, chosen: better, rejected: worse}",
+        ),
+        (("prompt", "answer_good", "other"), "pairs", "--data.columns '{chosen: answer_good, rejected: other}'"),
+        (
+            ("a", "b", "c"),
+            "pairs",
+            "--data.columns '{prompt: NAME, chosen: NAME, rejected: NAME}', NAME as in",
+        ),
+        (("prompt",), "pairs", "Needed are 3 columns, e.g. prompt, chosen, rejected; add those that are missing"),
+        (("topic",), "prompts", "--data.columns '{prompt: topic}', or write the prompt with --data.template"),
+        (("body",), "sft", "--data.columns '{text: body}'"),
+    ],
+)
+def test_unknown_columns_are_answered_with_the_option_to_type(names, task, advice):
+    with pytest.raises(DataError) as caught:
+        recognise(table(names), task, Data(path="x"))
+    *_, known, last = str(caught.value).splitlines()
+    assert advice in last and known.startswith("Known: ") and len(known) < 260

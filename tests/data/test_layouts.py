@@ -133,7 +133,7 @@ def test_every_verdict_ties_and_no_verdict(load, name, column, meanings):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("summarize-from-feedback", {"choice": 2}, "'choice' is int '2'; expected one of 0, 1"),
+        ("summarize-from-feedback", {"choice": 2}, "'choice' is int 2; expected one of 0, 1"),
         ("summarize-from-feedback", {"info": {"id": 1}}, "expected an object with post or article"),
         ("Chatbot Arena", {"winner": "a"}, "'winner' is str 'a'; expected one of model_a"),
         ("SHP", {"labels": "x"}, "'labels' is str 'x'; expected a finite number"),
@@ -319,7 +319,7 @@ def test_roles_weights_and_reasoning(load):
     for flag in ({"train": False}, {"training": False}, {"loss": 0}):
         (example,), _ = load([{"messages": [user("q"), {**said("a"), **flag}, user("r"), said("b")]}], "sft")
         assert example.completions[0][1] == {**said("a"), "train": False}
-    with pytest.raises(DataError, match="message 2: its weight is float '0.5'; expected 1, or 0 not to train"):
+    with pytest.raises(DataError, match="message 2: its weight is float 0.5; expected 1, or 0 not to train"):
         load([{"messages": [user("q"), {**said("a"), "weight": 0.5}]}], "sft")
     for name in ("reasoning", "thinking"):
         (example,), report = load([{"messages": [user("q"), {**said("a"), name: "hm"}]}], "sft")
@@ -418,7 +418,7 @@ def test_the_prompt_of_pairs_is_not_lost(load):
 
 def test_pairs_without_a_common_beginning_are_counted(load, base):
     _, report = load([{"chosen": "fox", "rejected": "dog"}, {"chosen": "a fox", "rejected": "a dog"}], "pairs", base)
-    assert "1 rows have no common beginning, so their prompt is empty" in str(report)
+    assert "no common beginning, so an empty prompt: 1 row" in str(report)
     with pytest.raises(DataError, match="no messages before the assistant's answer; name the column"):
         load([{"query_text": "q q", "chosen": [said("a")], "rejected": [said("b")]}], "pairs")
 
@@ -456,7 +456,7 @@ def test_text_that_only_looks_like_data_stays_text(load, recwarn):
 def test_prompts_that_completions_repeat_are_counted(load):
     pair = {"prompt": "Human: a", "chosen": "Human: a\n\nAssistant: b", "rejected": "Human: a\n\nAssistant: c"}
     other = {"prompt": "Human: a", "chosen": "b", "rejected": "Human: a and c"}
-    note = "1 rows repeat their prompt at the beginning of each completion"
+    note = "prompt repeated at the beginning of each completion: 1 row"
     assert note in str(load([pair, other], "pairs")[1])
     turns = {"prompt": [user("q?")], "completion": [said("q? yes")]}
     assert note in str(load([turns, {**turns, "completion": [said("yes")]}], "sft")[1])

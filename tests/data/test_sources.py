@@ -101,7 +101,11 @@ GOOD = b'{"prompt": "a"}\n'
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", GOOD * 36 + b'{"prompt": }\n' + GOOD, r"a\.jsonl:37: not JSON \(Expecting value, column 12\)"),
+        (
+            "a.jsonl",
+            GOOD * 36 + b'{"prompt": }\n' + GOOD,
+            r'37: not JSON \(Expecting value, column 12\): \{"prompt": \}$',
+        ),
         ("a.jsonl", GOOD + b'{"prompt": "\xff"}', r"a\.jsonl:2: not UTF-8 \(invalid start byte at byte 13\)"),
         ("a.jsonl", GOOD + rb'{"prompt": "\ud800 x"}', r"a\.jsonl:2: half of a surrogate pair"),
         ("a.jsonl", b'\n{"prompt": "a", "prompt": "b"}', r"a\.jsonl:2: not JSON \(duplicate key 'prompt'\)"),

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +118,19 @@ def test_plain_console(tmp_path, capsys):
     assert [line.split(" score")[0].split("ppo ")[1] for line in lines] == [f"step {n}/12" for n in (1, 5, 10, 12)]
     assert lines[0].endswith("score=0.91 kl=2.7 len=12.1 lr=1.0e-05")
     assert " eta=" in lines[1] and "approxkl" not in lines[1] and lines[1][:2] == "20" and lines[1][10] == "T"
+
+
+def test_the_remaining_time_leaves_out_steps_that_compiled(tmp_path, capsys, monkeypatch):
+    now = iter([0.0, 500.0, 501.0, 502.0, 999.0, 1000.0, 1001.0])  # read by records that set or read the clock
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    logger = Logger(tmp_path, Logging(tensorboard=False, log_every=1), "sft", 6)
+    for step in range(1, 6):
+        if step in (2, 5):  # while this step was computed
+            logger.compiled("compiled jit(f) in 499.0 s")
+        logger.log(step, {"loss": 2.0})
+    logger.close()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "step" in line]
+    assert [line.partition("eta=")[2] for line in lines] == ["", "", "3s", "2s", ""]
 
 
 def test_every_validation_is_printed(tmp_path, capsys):

@@ -280,6 +280,11 @@ def test_the_same_prompts_are_compared_over_steps(tmp_path):
         {"prompt": "a", "held_out": True, "answers": {0: ["one", 1.0], 3: ["two", 2.0]}},
         {"prompt": "a", "held_out": True, "answers": {0: ["again", None], 3: ["twice", None]}},
     ]
+    late = [{"step": step, "prompt": "by chance", "completion": "", "score": 1.0} for step in (1, 3)]
+    write_lines(run / "samples.jsonl", rows + late)
+    assert [row["prompt"] for row in collect(run)["samples"]["fixed"]] == ["a", "a"]
+    write_lines(run / "samples.jsonl", [{"step": 0, "prompt": "b", "completion": ""}, *late])
+    assert [row["prompt"] for row in collect(run)["samples"]["fixed"]] == ["by chance"]
     write_lines(run / "samples.jsonl", [{"step": s, "prompt": f"{s}", "completion": ""} for s in (1, 2, 3)])
     samples = collect(run)["samples"]
     assert not samples["fixed"] and [row["step"] for row in samples["others"]] == [1, 3]
@@ -294,7 +299,24 @@ def test_restarts_and_options_that_differ_are_shown(tmp_path):
     (run / "config.yaml").write_text(text)
     data = collect(run)
     assert data["restarts"] == [4] and ("Time", "2 h 00 min in 2 starts") in data["facts"]
-    assert ("seed", "7", "0") in data["changes"] and ("older_option", "3", "") in data["changes"]
+    assert ("seed", "7", "0", False) in data["changes"] and ("older_option", "3", "", False) in data["changes"]
+
+
+def test_a_start_of_a_finished_run_is_no_restart_and_the_peak_is_of_all(tmp_path):
+    run = write_run(tmp_path / "run", "sft", 10)
+    content = json.loads((run / "run.json").read_text())
+    first = content["starts"][0] | {"step": 0, "total_steps": 10, "peak_memory": {"host": 2**30, "device": None}}
+    command = ["/opt/bin/jaxrlhf", "sft", "my.yaml", "--seed=7", "--optim.schedule", "a b"]
+    again = first | {"step": 10, "peak_memory": {"host": 2**20, "device": None}, "command": command}
+    content["starts"] = [first, first | {"step": 4}, again]
+    (run / "run.json").write_text(json.dumps(content))
+    text = (run / "config.yaml").read_text().replace("seed: 0", "seed: 7") + "older_option: 3\n"
+    (run / "config.yaml").write_text(text)
+    data = collect(run)
+    assert data["restarts"] == [4] and ("Time", "2 h 00 min in 2 starts") in data["facts"]
+    assert ("Peak memory", "1.00 GiB (process)") in data["facts"] and len(data["reproduce"]["starts"]) == 3
+    assert data["changes"][0] == ("seed", "7", "0", True) and not data["changes"][-1][3]
+    assert data["reproduce"]["command"] == "jaxrlhf sft my.yaml \\\n  --seed=7 \\\n  --optim.schedule 'a b'"
 
 
 def test_a_metric_is_in_one_chart_and_held_out_rows_beside_training():

@@ -87,7 +87,7 @@ def test_none_means_unscored():
         ([1, 1e39, 2], r"returned 1e\+39, not a finite float32, for completion 1"),
         ([10**400, 1, 2], r"not a finite float32, for completion 0"),
         ([1, "2", 3], r"returned '2' \(str\), not a number, for completion 1"),
-        ("abc", "returned a str; expected a list of 3 numbers"),
+        ("abc", r"returned a str for 3 completions; .*one number, or None, per completion \(defined at .*\.py:\d+\)"),
         ({0: 1}, "returned a dict"),
         (1.0, "returned a float"),
         (None, "returned a NoneType"),

@@ -225,7 +225,7 @@ def test_scores_from_python(reward_folder, judge, policy_tokenizer, talk):
         (["a"], [None], {}, "completion 0 is null; expected text"),
         (["a", None], ["b", "c"], {}, "prompt 1 is null; expected text or a list of messages"),
         ([[]], ["b"], {}, "prompt 0 is list"),
-        ([[{"role": "user", "content": 3}]], ["b"], {}, "prompt 0, message 1: content is int '3'; expected text"),
+        ([[{"role": "user", "content": 3}]], ["b"], {}, "prompt 0, message 1: content is int 3; expected text"),
         (["a"], ["b"], {"add_eos": "yes"}, "add_eos"),
         (["a"], ["b"], {"micro_batch_size": 0}, "micro_batch_size"),
     ],

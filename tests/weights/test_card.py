@@ -107,6 +107,9 @@ def test_metrics_have_definitions_and_held_out_ones_come_first():
     assert rows[2][2] == r"\`loss\` over all held-out rows" and rows[4][2].startswith(
         "mean over the completions that the component mine scored"
     )
+    minor = {"rewards/mine_unanswered/mean": 0.0, "rewards/mine/std": 1.0, "tokens/min_length": 3.0}
+    text = card(MODEL, {}, {"metrics": metrics | minor})
+    assert "The other 3 metrics are in" in text and not any(name in text for name in minor)
     assert "| eval/loss | 2 | 5 | " in card(MODEL, {}, {"metrics": metrics, "before": {"eval/loss": 5.0}})
 
 

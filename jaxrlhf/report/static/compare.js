@@ -22,15 +22,17 @@ function drawCompare(data, root) {
 
 // ---------------------------------------------------------------------------------------------------- numbers
 
-// Mean and standard error to the decimals that the first two digits of the error have.
-function withError(value) {
+// Mean and standard error to the decimals that the first two digits of the error have, or if it is 0 the largest error
+// of its `column`.
+function withError(value, column = []) {
   if (!value || value.mean === undefined || value.mean === null) return "–";
-  return plusMinus(value.mean, value.standard_error);
+  const errors = column.map((other) => (other && other.standard_error) || 0);
+  return plusMinus(value.mean, value.standard_error, value.standard_error || Math.max(0, ...errors));
 }
 
-function plusMinus(mean, error) {
-  if (error === null || error === 0) return `${number(mean, 3)} ± ${error === null ? "?" : 0}`;
-  const decimals = Math.min(6, Math.max(0, 1 - Math.floor(Math.log10(error))));
+function plusMinus(mean, error, scale = error) {
+  if (error === null || !scale) return `${number(mean, 3)} ± ${error === null ? "?" : 0}`;
+  const decimals = Math.min(6, Math.max(0, 1 - Math.floor(Math.log10(scale))));
   const text = (x) => x.toLocaleString("en", { minimumFractionDigits: decimals, maximumFractionDigits: decimals });
   return `${text(mean)} ± ${text(error)}`.replace(/-/g, "−");
 }
@@ -62,9 +64,11 @@ function verdict(model, data) {
     + `${withInterval(controlled.win_rate, controlled.interval_95)}.`;
 }
 
+// As `_duration` of run.py writes it.
 function seconds(value) {
   const whole = Math.round(value), hours = Math.floor(whole / 3600), minutes = Math.floor(whole / 60) % 60;
-  return (hours ? `${hours} h ` : "") + (hours || minutes ? `${minutes} min ` : "") + (hours ? "" : `${whole % 60} s`);
+  const two = (count) => String(count).padStart(2, "0");
+  return hours ? `${hours} h ${two(minutes)} min` : minutes ? `${minutes} min ${two(whole % 60)} s` : `${whole} s`;
 }
 
 // ---------------------------------------------------------------------------------------------------- tables
@@ -73,20 +77,21 @@ function modelsPart(data) {
   const models = data.models, against = (m, f) => m.against && m.against.prompts ? f(m.against) : null;
   const stats = (m) => m.statistics;
   const column = (label, value, show, about) => ({ label, value, show: (m) => value(m) === null || value(m) === undefined ? "–" : show(m), about });
+  const measured = (label, value, about) => column(label, (m) => (value(m) || {}).mean, (m) => withError(value(m), models.map(value)), about);
   const name = { label: "model", value: (m) => m.label, show: (m) => element("span", {}, element("b", {}, m.label), ` ${visible(m.model)}`) };
   const passes = Object.keys((stats(models[0]).passes || {}).pass_at || {});
   const columns = [name,
-    ...(data.by === "score" ? [column("score", (m) => (measure(stats(m), "score") || {}).mean, (m) => withError(stats(m)), "mean ± standard error over prompts")] : []),
-    column("difference from A", (m) => against(m, (f) => f.difference.mean), (m) => withError(m.against.difference)),
+    ...(data.by === "score" ? [measured("score", (m) => measure(stats(m), "score"), "mean ± standard error over prompts")] : []),
+    measured("difference from A", (m) => against(m, (f) => f.difference)),
     column("wins – ties – losses", (m) => against(m, (f) => f.wins), (m) => `${m.against.wins} – ${m.against.ties} – ${m.against.losses}`),
     column("win rate", (m) => against(m, (f) => f.win_rate), (m) => withInterval(m.against.win_rate, m.against.win_rate_interval_95),
       "share of prompts with a higher mean than A, a tie counts half"),
     column("at equal length", (m) => against(m, (f) => f.length_controlled.win_rate),
       (m) => withInterval(m.against.length_controlled.win_rate, m.against.length_controlled.interval_95), "length-controlled win rate"),
-    column("KL to A", (m) => m.kl && m.kl.mean, (m) => withError(m.kl), "nats per completion"),
-    ...passes.map((k) => column(`pass@${k}`, (m) => stats(m).passes.pass_at[k] && stats(m).passes.pass_at[k].mean, (m) => withError(stats(m).passes.pass_at[k]))),
-    ...(data.references_from ? ["sentence_bleu", "rouge_l"].map((key) => column(key === "rouge_l" ? "ROUGE-L" : "BLEU",
-      (m) => stats(m).references && stats(m).references[key].mean, (m) => withError(stats(m).references[key]))) : []),
+    measured("KL to A", (m) => m.kl, "nats per completion"),
+    ...passes.map((k) => measured(`pass@${k}`, (m) => stats(m).passes.pass_at[k])),
+    ...(data.references_from ? ["sentence_bleu", "rouge_l"].map((key) => measured(key === "rouge_l" ? "ROUGE-L" : "BLEU",
+      (m) => stats(m).references && stats(m).references[key])) : []),
     column("tokens", (m) => stats(m).tokens_mean, (m) => `${stats(m).tokens_mean.toFixed(1)}`, "mean length of a completion"),
     column("finished", (m) => stats(m).finished, (m) => withInterval(stats(m).finished, stats(m).finished_interval_95)),
   ];
@@ -97,9 +102,8 @@ function modelsPart(data) {
       + "At equal length: by a logistic regression on the length difference (Dubois et al. 2024).",
     nodes: [
       table("Measured on the prompts", columns, models),
-      parts.length > 1 && table("Parts of the reward, before their weights", [name, ...parts.map((key) => column(
-        key in data.weights ? `${key} (× ${number(data.weights[key])})` : key, (m) => stats(m).components[key] && stats(m).components[key].mean,
-        (m) => withError(stats(m).components[key])))], models),
+      parts.length > 1 && table("Parts of the reward, before their weights", [name, ...parts.map((key) => measured(
+        key in data.weights ? `${key} (× ${number(data.weights[key])})` : key, (m) => stats(m).components[key]))], models),
       models.some((m) => m.training) && trainingTable(models, name, column),
     ],
   };
@@ -108,7 +112,7 @@ function modelsPart(data) {
 function trainingTable(models, name, column) {
   const training = (m, f) => m.training ? f(m.training) : null, equal = models.map((m) => m.at_equal_tokens).filter(Boolean);
   const least = equal.length ? number(Math.min(...equal.map((e) => e.tokens)), 7) : "";
-  const memory = (kind) => [(m) => training(m, (t) => t.peak_memory[kind]), (m) => `${number(m.training.peak_memory[kind] / 2 ** 30, 3)} GiB`];
+  const memory = (kind) => [(m) => training(m, (t) => t.peak_memory[kind]), (m) => `${(m.training.peak_memory[kind] / 2 ** 30).toFixed(2)} GiB`];
   const at = (key) => [(m) => m.at_equal_tokens && m.at_equal_tokens[key], (m) => number(m.at_equal_tokens[key], 3)];
   return table("Training of run directories", [name,
     column("method", (m) => training(m, (t) => t.method), (m) => m.training.method),
@@ -128,7 +132,7 @@ function groupsPart(data) {
     const columns = [{ label: group, value: (row) => row }, { label: "prompts", value: (row) => data.models[0].groups[group][row].prompts }];
     for (const model of data.models) {
       const of = (row) => model.groups[group][row];
-      columns.push({ label: `${model.label} ${data.by}`, value: (row) => (measure(of(row), data.by) || {}).mean, show: (row) => withError(measure(of(row), data.by)) });
+      columns.push({ label: `${model.label} ${data.by}`, value: (row) => (measure(of(row), data.by) || {}).mean, show: (row) => withError(measure(of(row), data.by), rows.map((other) => measure(of(other), data.by))) });
       if (model.against) columns.push({ label: `${model.label} win rate`, value: (row) => of(row).against.win_rate,
         show: (row) => withInterval(of(row).against.win_rate, of(row).against.win_rate_interval_95) });
       columns.push({ label: `${model.label} tokens`, value: (row) => of(row).tokens_mean, show: (row) => of(row).tokens_mean.toFixed(1) });
@@ -246,7 +250,8 @@ function answersPart(data) {
 
   fill();
   return {
-    note: `Scores are of the sample shown${samples > 1 ? `, means of all ${samples}` : ""}; samples are independent draws, numbered as they were generated.`,
+    note: samples > 1 ? `"score" is that of the sample shown, "mean" that of all ${samples} samples of the prompt. Samples are independent draws, numbered as they were generated.`
+      : "Each model answered each prompt once.",
     nodes: [element("div", { class: "controls" },
       menu("order", [["file", "as in the file"], ["best", "largest gain first"], ["worst", "largest loss first"]], order, (v) => { order = v; fill(); }),
       models.length > 2 && menu("A against", models.slice(1).map((m, i) => [i + 1, m.label]), other, (v) => { other = Number(v); fill(); }),

@@ -96,6 +96,11 @@ function visible(text) {
   });
 }
 
+// A name that may break after its "_" and "/".
+function breakable(name) {
+  return String(name).split(/(?<=[_/])/).flatMap((part, i) => i ? [element("wbr"), part] : [part]);
+}
+
 // A text of a model, line breaks kept; `empty` stands for none at all.
 function modelText(text, empty = "(empty)") {
   return text === "" ? element("span", { class: "empty" }, empty)
@@ -180,7 +185,7 @@ function figure(spec, draw) {
     element("figcaption", {}, element("span", { class: "title" }, spec.title),
       spec.unit && element("span", { class: "unit" }, spec.unit)),
     spec.legend && spec.legend.length > 0 && element("div", { class: "legend" }, spec.legend.map(([style, label, value]) =>
-      element("span", {}, element("i", { class: `swatch ${style}` }), label,
+      element("span", {}, element("i", { class: `swatch ${style}` }), element("span", {}, breakable(label)),
         value !== undefined && element("b", {}, value)))),
     box,
     spec.about && spec.about.length > 0 && folded("What is this?", element("dl", { class: "about" },

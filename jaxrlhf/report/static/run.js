@@ -31,12 +31,20 @@ function header(data) {
     element("dl", { class: "facts" }, data.facts.map(([name, value]) =>
       element("div", {}, element("dt", {}, name), element("dd", {}, visible(value))))),
     data.changes.length > 0 && element("details", { class: "changes" },
-      element("summary", {}, data.changes.length > 1 ? `${data.changes.length} options differ from their defaults` : "1 option differs from its default"),
+      element("summary", {}, changesSummary(data.changes)),
       table("Options that differ from their defaults", [
         { label: "option", value: (row) => row[0], show: (row) => element("code", {}, visible(row[0])) },
         { label: "value", value: (row) => row[1], show: (row) => modelText(row[1]) },
         { label: "default", value: (row) => row[2], show: (row) => element("span", { class: "soft" }, visible(row[2]) || "no such option now") },
+        ...(data.changes.some((row) => row[3]) ? [{ label: "set by", value: (row) => row[3] ? "the command" : "the config file or preset" }] : []),
       ], data.changes)));
+}
+
+function changesSummary(changes) {
+  const typed = changes.filter((row) => row[3]).length, others = changes.length - typed;
+  const options = (count) => count === 1 ? "1 option differs from its default" : `${count} options differ from their defaults`;
+  if (!typed || !others) return `${options(changes.length)}${typed ? ", set by the command" : ""}`;
+  return `${options(changes.length)}: ${typed} set by the command, ${others} by its config file or preset`;
 }
 
 // ---------------------------------------------------------------------------------------------------- curves
@@ -88,7 +96,9 @@ function samplesPart(samples) {
 
 function fixedSamples(samples) {
   const steps = [...new Set(samples.fixed.flatMap((row) => Object.keys(row.answers).map(Number)))].sort((a, b) => a - b);
-  const scored = samples.fixed.some((row) => Object.values(row.answers).some(([, score]) => score !== null));
+  const scoresOf = (row) => Object.values(row.answers).map(([, score]) => score);
+  const scored = samples.fixed.some((row) => scoresOf(row).filter((score) => score !== null).length > 1);
+  const unscored = samples.fixed.some((row) => !row.held_out && scoresOf(row).includes(null) && scoresOf(row).some((score) => score !== null));
   let step = steps[steps.length - 1], order = scored ? "gain" : "log", count = 10;
   const list = element("div", { class: "cards" });
   const more = element("button", { type: "button", class: "more", onclick: () => { count += 20; fill(); } }, "Show more");
@@ -104,7 +114,7 @@ function fixedSamples(samples) {
     const later = known.filter((s) => s <= step).pop();
     const [first, last] = [known[0], later === undefined || later === known[0] ? known[0] : later];
     const [before, after] = [row.answers[first], row.answers[last]];
-    const gain = before[1] === null || after[1] === null ? null : after[1] - before[1];
+    const gain = first === last || before[1] === null || after[1] === null ? null : after[1] - before[1];
     return { row, first, last, before, after, gain };
   }
 
@@ -121,7 +131,7 @@ function fixedSamples(samples) {
     const [left, right] = diffTexts(before[0].replace(/^ /, ""), after[0].replace(/^ /, ""));
     return element("article", { class: "card" },
       element("div", { class: "prompt" }, row.held_out && element("span", { class: "tag" }, "held out"), modelText(row.prompt),
-        gain !== null && element("b", { class: `gain ${gain > 0 ? "good" : gain < 0 ? "bad" : ""}` }, signed(gain))),
+        gain !== null && element("b", { class: `gain ${gain > 0 ? "good" : gain < 0 ? "bad" : ""}` }, `gain ${signed(gain)}`)),
       element("div", { class: "pair" },
         element("div", {}, element("div", { class: "soft" }, `step ${number(first, 9)} `, scoreTag(before[1])), left),
         element("div", {}, element("div", { class: "soft" }, `step ${number(last, 9)} `, scoreTag(after[1])), right)));
@@ -129,7 +139,8 @@ function fixedSamples(samples) {
 
   fill();
   return {
-    note: "The same prompts at the first step they were sampled and at the chosen one; what changed is marked."
+    note: "The same prompts at the first step they were sampled and at the chosen one; what changed is marked. Step 0 is before training."
+      + (unscored ? " Those without a score repeat the first prompts, for which only reward models are called: other rewards may count their calls, cost or ask." : "")
       + (samples.left_out ? ` ${number(samples.left_out)} more prompts are in samples.jsonl.` : ""),
     nodes: [
       element("div", { class: "controls" },

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxrlhf.errors import RewardError, quoted
+from jaxrlhf.errors import RewardError, counted, quoted
 
 
 class ScoreRequest(NamedTuple):
@@ -52,17 +52,20 @@ class SourceScores(NamedTuple):
     """Error message for the first of them."""
 
 
-def parse_scores(returned: Any, request: ScoreRequest, source: str) -> SourceScores:
-    """Validate what a function or an endpoint returned. Raises RewardError unless there is one value per completion."""
+def parse_scores(returned: Any, request: ScoreRequest, source: str, place: str = "") -> SourceScores:
+    """Validate what a function or an endpoint returned; `place` is where it is defined.
+
+    Raises RewardError unless there is one value per completion.
+    """
     values = _to_list(returned)
     prefix, count = request.error_prefix(source), len(request.completions)
-    if not isinstance(values, list | tuple):
-        kind = "lists of numbers" if request.tokens is not None else "numbers"
+    if not isinstance(values, list | tuple) or len(values) != count:
+        what = counted(len(values), "value") if isinstance(values, list | tuple) else f"a {type(returned).__name__}"
+        kind = "list of numbers" if request.tokens is not None else "number"
         raise RewardError(
-            f"{prefix} returned a {type(returned).__name__}; expected a list of {count} {kind}{request.error_suffix}"
+            f"{prefix} returned {what} for {counted(count, 'completion')}{request.error_suffix}. It must return a list "
+            f"with one {kind}, or None, per completion{f' (defined at {place})' if place else ''}"
         )
-    if len(values) != count:
-        raise RewardError(f"{prefix} returned {len(values)} values for {count} completions{request.error_suffix}")
     parsed: list[Any] = []
     failed: list[int] = []
     problem = ""
