@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxrlhf.errors import DataError
-from jaxrlhf.metrics.console import visible
+from jaxrlhf.errors import DataError, quoted
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
@@ -110,7 +109,7 @@ def _parse(text: str, where: str) -> Any:
         line = error.doc.split("\n")[error.lineno - 1].rstrip()
         begin = max(0, error.colno - 61)
         shown = f"{'... ' * (begin > 0)}{line[begin : error.colno + 20]}{' ...' * (len(line) > error.colno + 20)}"
-        raise DataError(f"data {where}: not JSON ({error.msg}, {at}): {visible(shown)}") from error
+        raise DataError(f"data {where}: not JSON ({error.msg}, {at}): {quoted(shown, 120)}") from error
     except UnicodeEncodeError as error:
         raise DataError(f"data {where}: half of a surrogate pair, which is not valid text") from error
     except (ValueError, RecursionError) as error:

@@ -104,7 +104,7 @@ GOOD = b'{"prompt": "a"}\n'
         (
             "a.jsonl",
             GOOD * 36 + b'{"prompt": }\n' + GOOD,
-            r'37: not JSON \(Expecting value, column 12\): \{"prompt": \}$',
+            r'37: not JSON \(Expecting value, column 12\): .\{"prompt": \}.$',
         ),
         ("a.jsonl", GOOD + b'{"prompt": "\xff"}', r"a\.jsonl:2: not UTF-8 \(invalid start byte at byte 13\)"),
         ("a.jsonl", GOOD + rb'{"prompt": "\ud800 x"}', r"a\.jsonl:2: half of a surrogate pair"),
