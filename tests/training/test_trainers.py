@@ -308,15 +308,18 @@ def test_a_stopped_run_goes_on_bit_for_bit(supervised, ppo, tmp_path, request, m
     equal(resumed.state.value, whole.state.value)
 
 
-def test_a_finished_run_can_be_started_and_exported_again(ppo, tmp_path):
+def test_a_finished_run_can_be_started_and_exported_again(ppo, tmp_path, capsys):
     settings = config.PPOConfig(run_dir=str(tmp_path / "run"), **ppo)
     done = PPOTrainer(settings, reward=length_reward)
     before = done.train()
     # A key that is younger than the run has its default and is no change.
     saved = tmp_path / "run" / "config.yaml"
     saved.write_text(saved.read_text().replace("  renormalise_logprobs: false\n", ""))
-    assert before == PPOTrainer(settings, reward=length_reward).train()
+    loud = dataclasses.replace(settings, logging=dataclasses.replace(settings.logging, quiet=False))
+    assert before == PPOTrainer(loud, reward=length_reward).train()
     assert len(records(tmp_path / "run")) == 4
+    printed = capsys.readouterr().out
+    assert "already finished: step 4 of 4 is done" in printed and "resuming" not in printed
 
 
 def test_bad_input_is_refused_at_the_door(ppo, supervised, tmp_path):

@@ -97,9 +97,10 @@ function samplesPart(samples) {
 function fixedSamples(samples) {
   const steps = [...new Set(samples.fixed.flatMap((row) => Object.keys(row.answers).map(Number)))].sort((a, b) => a - b);
   const scoresOf = (row) => Object.values(row.answers).map(([, score]) => score);
-  const scored = samples.fixed.some((row) => scoresOf(row).filter((score) => score !== null).length > 1);
   const unscored = samples.fixed.some((row) => !row.held_out && scoresOf(row).includes(null) && scoresOf(row).some((score) => score !== null));
-  let step = steps[steps.length - 1], order = scored ? "gain" : "log", count = 10;
+  let step = steps[steps.length - 1], count = 10;
+  const scored = samples.fixed.some((row) => pair(row).gain !== null);
+  let order = scored ? "gain" : "log";
   const list = element("div", { class: "cards" });
   const more = element("button", { type: "button", class: "more", onclick: () => { count += 20; fill(); } }, "Show more");
   const slider = element("input", {
