@@ -34,9 +34,8 @@ def place(x: Array, model: ModelConfig, *dimensions: Over | None) -> Array:
         return x
     spec = []
     for over, size in zip(dimensions, x.shape, strict=True):
-        axes = {"rows": row_axes(mesh), "fsdp": ("fsdp",), "tensor": ("tensor",), "both": ("tensor", "fsdp")}.get(
-            over, ()
-        )
+        named = {"rows": row_axes(mesh), "fsdp": ("fsdp",), "tensor": ("tensor",), "both": ("tensor", "fsdp")}
+        axes = named.get(over or "", ())
         divides = size % math.prod(mesh.shape[axis] for axis in axes) == 0
         spec.append((axes or None) if divides and over != "free" else P.UNCONSTRAINED)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))

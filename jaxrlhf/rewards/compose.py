@@ -231,7 +231,7 @@ class Scorer:
             if term.config.ensemble:
                 arrays[term.label] = term_scores.totals
                 arrays[f"{term.label}_spread"] = np.stack([arrays[name] for name in term.members]).std(axis=0)
-        metrics = self._metrics(by_name, arrays, rollout.response_mask.sum(1))
+        metrics = self._metrics(by_name, arrays, np.asarray(rollout.response_mask).sum(1))
         notes = tuple(component.note for component in by_name.values() if component.note)
         return Scored(np.where(unscored, np.float32(np.nan), scores), token_scores, arrays, metrics, notes)
 
