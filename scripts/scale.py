@@ -52,17 +52,17 @@ DEPTHS = 2, 4
 CASES: dict[str, str] = {
     "8b-full@h100:8": "fsdp=8",
     "8b-full@h100:64": "replica=8 fsdp=8",
-    "8b-lora@h100:8": "fsdp=8",
-    "70b-lora@h100:8": "fsdp=8",
-    "70b-lora@h100:64": "fsdp=64",
-    "70b-full@h100:8": "fsdp=8",
-    "70b-full@h100:64": "fsdp=64",
     "8b-full@v5e:4x8": "fsdp=32",
     "8b-full@v5p:2x2x4": "fsdp=16",
-    "8b-lora@v5e:4x4": "fsdp=16",
-    "70b-lora@v5p:2x2x4": "fsdp=16",
-    "70b-full@v5p:4x4x4": "fsdp=64",
-    "70b-full@v5e:16x16": "fsdp=256",
+    "8b-lora@h100:8": "fsdp=8",
+    "8b-lora@v5e:4x4": "fsdp=4 tensor=4",
+    "70b-full@h100:8": "tensor=8",
+    "70b-full@h100:64": "fsdp=8 tensor=8",
+    "70b-full@v5e:16x16": "fsdp=32 tensor=8",
+    "70b-full@v5p:4x4x4": "fsdp=16 tensor=4",
+    "70b-lora@h100:8": "tensor=8",
+    "70b-lora@h100:64": "fsdp=8 tensor=8",
+    "70b-lora@v5p:2x2x4": "fsdp=4 tensor=4",
 }
 """Mesh by case: size, parameters that are trained, devices."""
 
