@@ -187,10 +187,13 @@ def examine(case: str, folder: Path, *, compiled: bool) -> dict[str, Any]:
     for name, phase in found.items():
         if name == "rollout" and shallow:
             few, more = (decoding(folder, case, target, depth, layout) for depth in DEPTHS)
-            steps = (SIZES[case.split("-")[0]]["num_hidden_layers"] - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+            layers = SIZES[case.split("-")[0]]["num_hidden_layers"]
+            steps = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
             rows[name] = few.further(more, steps)
-            counted = ("keys and values", "activations, rest")
-            rows[name].total += sum(size for part, size in phase.bytes.items() if part not in counted)
+            # scratch is not linear in the depth: that of the deeper model, with the cache of all layers
+            cache = phase.bytes["keys and values"]
+            beside = more.total - cache * DEPTHS[1] / layers
+            rows[name].total = phase.total - phase.bytes["activations, rest"] + max(0.0, beside)
         else:
             rows[name] = Row.of(phase, made, target)
     step = [found[name] for name in found if name not in NOT_OF_A_STEP]
