@@ -287,7 +287,7 @@ def _prepare(
     unused = row_format.unused(rows) + [row_format.tools] * (bool(row_format.tools) and plain == total)
     if unused:
         report.notes.append(f"columns not used: {', '.join(unused)}")
-    report.notes += [f"{count} {note}" for note, count in notes.items()]
+    report.notes += [f"{note}: {count}" for note, count in notes.items()]
     if row_format.style == "common_beginning":
         count = sum(example.prompt == "" for _, example in examples)
         if count:

@@ -52,13 +52,13 @@ def to_examples(
     stored = _responses(row, found, where)
     example = _read(row, stored, found, config, has_chat, escape, where)
     if found.system and _has_other_system(example, row.get(found.system)):
-        notes[f"rows have another system prompt in their messages, used instead of column {found.system!r}"] += 1
+        notes[f"rows with another system prompt in their messages, used instead of column {found.system!r}"] += 1
     if found.tools:
         example = replace(example, tools=read_tools(row.get(found.tools), f"{where}: column {found.tools!r}"))
     if found.task == "prompts":
         return [replace(example, completions=())], ""
     if isinstance(example.prompt, list) and example.prompt and example.prompt[-1]["role"] == "assistant":
-        notes["rows have a prompt that ends with an assistant turn; the completion is a second one after it"] += 1
+        notes["rows whose prompt ends with an assistant turn; the completion is a second one after it"] += 1
     cells = {name: row.get(name) for name in found.verdict}
     verdict = {name: None if cell == "" else parse(cell) for name, cell in cells.items()}  # "": null in CSV
     if found.task == "sft" and found.layout.single and None in verdict.values():

@@ -38,8 +38,8 @@ class Omissions:
         lines = []
         if self._locations:
             lines.append(
-                f"the chat template leaves out part of {self._messages} messages ({first_few(self._locations)}): their "
-                "role, their reasoning or their tool calls"
+                f"the chat template leaves out part of {counted(self._messages, 'message')} "
+                f"({first_few(self._locations)}): their role, their reasoning or their tool calls"
             )
         if self._without_tools:
             rows = len(self._without_tools)

@@ -357,7 +357,7 @@ def test_what_a_template_leaves_out_is_counted(byte_level_hf):
     talks = (Example(None, ([system, ask, say],)), Example([system, ask], ([say],)), Example([system, ask]))
     for talk in talks:
         (note,) = left_out(dropping, Example(None, ([ask, say],)), talk)
-        assert note.startswith("the chat template leaves out part of 1 messages (line 2)")
+        assert note.startswith("the chat template leaves out part of 1 message (line 2)")
     assert left_out(dropping, Example(None, ([ask, say],))) == []
     thinking = Pair(byte_level_hf, TEMPLATES["thinking"])
     thought = say | {"reasoning_content": "so it is"}
@@ -369,7 +369,7 @@ def test_what_a_template_leaves_out_is_counted(byte_level_hf):
     calls = Example(None, ([ask, say | {"tool_calls": [CALL]}],), TOOLS)
     assert left_out(thinking, calls) == []
     messages, tools = left_out(dropping, calls)
-    assert "part of 1 messages" in messages and "leaves out the tools of 1 row (line 1)" in tools
+    assert "part of 1 message (" in messages and "leaves out the tools of 1 row (line 1)" in tools
 
 
 def test_every_tokenizer_of_the_fixtures_shows_all_of_a_plain_conversation(real_tokenizers, small_tokenizers):

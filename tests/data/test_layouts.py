@@ -160,7 +160,7 @@ def test_lists_with_scores_are_pairs_rankings_or_scored_responses(load, tmp_path
     assert [text(c) for c in pair.completions] == [BAD, "Five?"]
     ranking, report = load([row], "rankings", score="honesty")
     assert [text(c) for c in ranking[0].completions] == [BAD, "Five?"]
-    assert "1 responses left out of rankings, as another one has the same score" in str(report)
+    assert "responses left out of rankings, as another one has the same score: 1" in str(report)
     missing = {**rated(BAD, 1, 3), "fine-grained_score": None}
     unrated = {"instruction": QUESTION, "completions": [rated(GOOD, 3, 3), missing]}
     with pytest.raises(DataError, match="it is not judged"):
@@ -324,7 +324,7 @@ def test_roles_weights_and_reasoning(load):
     for name in ("reasoning", "thinking"):
         (example,), report = load([{"messages": [user("q"), {**said("a"), name: "hm"}]}], "sft")
         assert example.completions[0][1] == {**said("a"), "reasoning_content": "hm"}
-        assert "leaves out part of 1 messages" in str(report)
+        assert "leaves out part of 1 message" in str(report)
         with pytest.raises(DataError, match=r"message 2: reasoning is list .*; expected text"):
             load([{"messages": [user("q"), {**said("a"), name: ["hm"]}]}], "sft")
 
@@ -346,7 +346,7 @@ def test_a_system_prompt_that_is_not_used_is_counted(load):
     system = {"role": "system", "content": "Be brief."}
     examples, report = load([row("Rhyme.", system), row("Be brief.", system), row(None, system), row("Rhyme.")], "sft")
     assert [example.completions[0][0]["content"] for example in examples] == ["Be brief."] * 3 + ["Rhyme."]
-    note = "1 rows have another system prompt in their messages, used instead of column 'system'"
+    note = "rows with another system prompt in their messages, used instead of column 'system': 1"
     assert note in report.notes
 
 
@@ -576,7 +576,7 @@ def test_completions_that_the_template_writes_alike_are_dropped(load):
     for task, rows in (("pairs", pairs), ("rankings", lists)):
         examples, report = load(rows, task)
         assert len(examples) == 1 and report.dropped == {"the chat template writes two completions alike": ["line 1"]}
-        assert "leaves out part of 1 messages (line 1)" in str(report)
+        assert "leaves out part of 1 message (line 1)" in str(report)
 
 
 def test_empty_cells_of_csv_are_no_verdict(tmp_path, chatty):
@@ -603,7 +603,7 @@ def test_a_message_without_content_is_refused(load):
 def test_a_prompt_that_ends_with_an_answer_is_counted(load):
     talk = [human("q"), gpt("a")]
     rows = [{"conversations": turns, "chosen": gpt("b"), "rejected": gpt("c")} for turns in (talk, talk[:1])]
-    note = "1 rows have a prompt that ends with an assistant turn; the completion is a second one after it"
+    note = "rows whose prompt ends with an assistant turn; the completion is a second one after it: 1"
     assert note in load(rows, "pairs")[1].notes
 
 
