@@ -116,14 +116,21 @@ class KVCache:
     """
 
     k: tuple[Array, ...] | Array  # per layer [B, K, S, H], twice as fast to read on a CPU as [B, S, K, H]
-    v: tuple[Array, ...] | Array  # stacked: [L, B, K, S, H]
+    v: tuple[Array, ...] | Array  # stacked: [L, S, K, B, H], in which a TPU writes a slot of all rows in one place
     positions: Array  # int32 [B, S]
     valid: Array  # bool [B, S]   slots that hold a real token
 
 
 def map_layers(function: Callable[..., Any], *layers: Any) -> Any:
     """Apply a function of the keys or values [B, K, S, H] of one layer to those of all layers of a cache."""
-    return jax.tree.map(function, *layers) if isinstance(layers[0], tuple) else jax.vmap(function)(*layers)
+    if isinstance(layers[0], tuple):
+        return jax.tree.map(function, *layers)
+    return jax.vmap(lambda *each: turned(function(*map(turned, each))))(*layers)
+
+
+def turned(layer: Array) -> Array:
+    """[S, K, B, H] of a stacked cache as [B, K, S, H], and back."""
+    return jnp.transpose(layer, (2, 1, 0, 3))
 
 
 @jax.tree_util.register_dataclass

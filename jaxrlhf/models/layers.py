@@ -19,6 +19,7 @@ from jaxrlhf.models.packed import packed_product, unpack
 from jaxrlhf.models.placement import place
 from jaxrlhf.models.product import product
 from jaxrlhf.models.rope import Rotation, rotate
+from jaxrlhf.types import turned
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -164,11 +165,11 @@ class Attention(nn.Module):
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), slot, axis=2)
             cache = k, v
         else:
-            start = layer, 0, 0, slot, 0
-            all_k = jax.lax.dynamic_update_slice(cache[0], k[None].astype(cache[0].dtype), start)
-            all_v = jax.lax.dynamic_update_slice(cache[1], v[None].astype(cache[1].dtype), start)
+            start = layer, slot, 0, 0, 0
+            all_k = jax.lax.dynamic_update_slice(cache[0], turned(k)[None].astype(cache[0].dtype), start)
+            all_v = jax.lax.dynamic_update_slice(cache[1], turned(v)[None].astype(cache[1].dtype), start)
             cache = all_k, all_v
-            k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)
+            k, v = (turned(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)) for x in cache)
         fused = m.attention == "cudnn" and cache is None and fits_cudnn(q)
         attention = partial(cudnn_attend, mesh=m.mesh) if fused else attend
         y = attention(q, k, v, mask, m.dtype).reshape(*x.shape[:2], -1)
@@ -192,7 +193,7 @@ class Mlp(nn.Module):
         return Dense(x.shape[-1], m.mlp_bias, m, name="down")(inner, keys)
 
 
-Cached = tuple[Float[Array, "*L B K S H"], Float[Array, "*L B K S H"]] | None
+Cached = tuple[Float[Array, "..."], Float[Array, "..."]] | None  # as in a KVCache
 
 
 class Block(nn.Module):

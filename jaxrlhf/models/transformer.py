@@ -102,12 +102,12 @@ def adapters_of_all_layers(params: Params, model: ModelConfig) -> Params:
 
 def empty_cache(model: ModelConfig, batch: int, slots: int) -> KVCache:
     """Empty cache, with keys and values in `model.dtype`."""
-    shape = (batch, model.num_kv_heads, slots, model.head_dim)
+    heads, width = model.num_kv_heads, model.head_dim
 
     def zeros() -> tuple[Array, ...] | Array:
         if model.scans_layers:
-            return jnp.zeros((model.num_layers, *shape), model.dtype)
-        return tuple(jnp.zeros(shape, model.dtype) for _ in range(model.num_layers))
+            return jnp.zeros((model.num_layers, slots, heads, batch, width), model.dtype)
+        return tuple(jnp.zeros((batch, heads, slots, width), model.dtype) for _ in range(model.num_layers))
 
     return KVCache(
         k=zeros(),

@@ -131,8 +131,10 @@ def _shardings(slots: Slots, mesh: jax.sharding.Mesh) -> Any:
     tensor = mesh.shape["tensor"]
 
     def heads(x: Any) -> NamedSharding:
-        spec = (*sharding.ROWS, "tensor") if tensor > 1 and x.shape[-3] % tensor == 0 else (*sharding.ROWS,)
-        return NamedSharding(mesh, P(*(None,) * (x.ndim - 4), *spec))
+        split = ("tensor",) if tensor > 1 and x.shape[-3] % tensor == 0 else ()
+        if x.ndim == 5:  # stacked [L, S, K, B, H]
+            return NamedSharding(mesh, P(None, None, *(split or (None,)), *sharding.ROWS))
+        return NamedSharding(mesh, P(*sharding.ROWS, *split))
 
     cache = jax.tree.map(lambda _: rows, slots.cache)
     cache = dataclasses.replace(cache, k=jax.tree.map(heads, slots.cache.k), v=jax.tree.map(heads, slots.cache.v))
