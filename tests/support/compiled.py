@@ -115,7 +115,6 @@ def facts_of(lowered: Any) -> Facts:
     compiled = lowered.compile()
     seconds = round(time.process_time() - before)
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    main = lowered.as_text().split("func.func public @main", 1)[1].split("{\n", 1)[0]
     header = text.split("\n", 1)[0]
     aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", header)
     facts = Facts(
@@ -123,7 +122,7 @@ def facts_of(lowered: Any) -> Facts:
         outputs=memory.output_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
         scratch=memory.temp_size_in_bytes,
-        donated=len(re.findall(r"jax\.buffer_donor|tf\.aliasing_output", main)),
+        donated=sum(one.donated for one in jax.tree.leaves(lowered.args_info)),
         aliased=len(re.findall(r"-alias\)", aliases.group(1))) if aliases else 0,
         seconds=seconds,
         places=[
