@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from support import compiled
 from support.compiled import Facts, Recorded, dims_of, size_of
 from support.runs import length_reward
+from support.tiny import tiny
 
 from jaxrlhf import config, models, sharding, weights
 from jaxrlhf.logprobs import SHARES, token_logprobs
@@ -116,7 +117,8 @@ def compiled_run(run, target, devices, record, chosen, skip=()) -> tuple[Any, Re
 def check(what: str, facts: Facts, trainer: Any, mesh: str, sizes: Sizes) -> None:
     """What holds for every program of a run."""
     assert facts.aliased == facts.donated, f"{what}: {facts.donated} arrays are donated, {facts.aliased} reused"
-    assert not facts.wide, f"{what}: products of float32: {facts.wide}"
+    if not what.endswith("convert"):  # which merges adapters in float32
+        assert not facts.wide, f"{what}: products of float32: {facts.wide}"
     check_copies(what, facts, trainer, sizes)
     check_collectives(what, facts, trainer.model, mesh, sizes)
 
@@ -127,7 +129,8 @@ def check_copies(what: str, facts: Facts, trainer: Any, sizes: Sizes) -> None:
     shapes = {tuple(sorted(shape)) for shape in state}
     copied = sum(size_of(s) * n for s, n in facts.copies.items() if tuple(sorted(dims_of(s))) in shapes)
     assert copied < sum(4 * math.prod(shape) for shape in state) / 2, f"{what}: copies {facts.copies}"
-    if "generate" in what or "advance" in what:
+    tiled = sizes is not FEW or "h100" in what  # a TPU moves a few rows of narrow heads to another layout
+    if tiled and ("generate" in what or "advance" in what):
         for shape in facts.copies:
             cached = len(dims_of(shape)) > 3 and sizes.prompt + sizes.response in dims_of(shape)
             assert not cached, f"{what}: a copy of a cache, {shape}"
@@ -213,6 +216,29 @@ def test_every_family(family, target, devices, record):
         if name == "advance":
             held = {tuple(sorted(x.shape)) for x in jax.tree.leaves((slots.cache.k, slots.cache.v))}
             assert not held & {tuple(sorted(dims_of(shape))) for shape in facts.copies}, f"{what}: copies of a cache"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("heads", "groups", "width"), [(9, 3, 64), (12, 2, 128)])
+def test_a_step_of_slots_copies_no_cache(heads, groups, width, target, devices, record):
+    """Widths of real models, 32 slots of 384 tokens: beside its arguments a step needs less than a layer's keys."""
+    here = SingleDeviceSharding(devices(target)[0])
+    model = tiny(
+        vocab_size=4096, hidden_size=heads * width, num_heads=heads, num_kv_heads=groups, head_dim=width, mlp_size=1536,
+        max_positions=2048, dtype="bfloat16", platform="gpu" if target.startswith("h100") else "tpu",
+    )  # fmt: skip
+    decoder = inference_model(model, "bfloat16")
+    decoding = Decoding(decoder, config.Sampling(response_length=256), (0,), 1)
+
+    def place(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
+
+    params = jax.eval_shape(lambda: convert(models.init(model, jax.random.key(0)), model, decoder))
+    slots, number = jax.eval_shape(lambda: (empty_slots(decoding, 32, 128), jnp.int32(0)))
+    lowered = engine._advance.lower(place(params), decoding, place(slots), place(number))
+    facts = compiled.recorded(f"slots of {groups} x {width}", lowered, target, record)
+    assert facts.aliased == facts.donated
+    assert facts.scratch < 2 * 32 * groups * 384 * width, f"{facts.scratch} bytes of scratch; copies {facts.copies}"
 
 
 @pytest.mark.parametrize("target", TARGETS)
