@@ -23,6 +23,11 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_platforms", None)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of minutes come first: at the end one worker would be left with them."""
+    items.sort(key=lambda item: not item.nodeid.startswith(("tests/ux/", "tests/recipes/")))
+
+
 def pytest_collection_finish() -> None:
     """Tracing makes many small objects that live on. Looking through all of them for garbage was a fifteenth of the
     tests' time: what was imported is left out, and the rest is looked through less often."""
