@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of minutes come first: at the end one worker would be left with them."""
-    items.sort(key=lambda item: not item.nodeid.startswith(("tests/ux/", "tests/recipes/")))
+    items.sort(key=lambda item: not item.nodeid.startswith(("tests/ux/", "tests/recipes/", "tests/distributed/")))
 
 
 def pytest_collection_finish() -> None:
