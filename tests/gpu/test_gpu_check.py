@@ -21,6 +21,7 @@ def checked(file, *arguments):
     return done, json.loads(file.read_text()) if file.exists() else None
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_rehearsal_writes_what_it_found(tmp_path):
     done, found = checked(tmp_path / "out.json", "--device", "cpu", "--tiny", "--only", "parity", "generate-T")
