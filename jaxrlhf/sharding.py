@@ -193,7 +193,7 @@ def axes_of(spec: P) -> list[str]:
 
 
 def undivided(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> list[str]:
-    """What an array's rule would split and the mesh cannot: "dimension 1 (63) is not a multiple of tensor (4)"."""
+    """Dimensions that a rule would split and the mesh cannot: "dimension 1 (63) is not a multiple of tensor (4)"."""
     used = axes_of(spec(path, shape, mesh))
     return [
         f"dimension {dimension} ({size}) is not a multiple of {axis} ({mesh.shape[axis]})"

@@ -24,10 +24,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
+
+from jaxrlhf import runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("jaxrlhf", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12",
@@ -100,7 +101,7 @@ def check(chosen: dict[str, Part], args: argparse.Namespace, work: Path) -> int:
     record: dict[str, Any] = {
         "device": devices(environment),
         "driver": driver(),
-        "versions": {name: found for name in PACKAGES if (found := version(name))},
+        "versions": {name: found for name in PACKAGES if (found := runtime.version(name))},
         "rehearsal": args.device == "cpu",
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "parts": {},
@@ -190,13 +191,6 @@ def driver() -> str | None:
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
         return None
 
 

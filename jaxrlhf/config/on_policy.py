@@ -137,8 +137,8 @@ class OnPolicy:
 
     @property
     def optimizer_steps(self) -> int:
-        """Optimizer steps of an update."""
-        raise NotImplementedError
+        """Optimizer steps of a pass over the completions of an update."""
+        return self.num_mini_batches
 
     def trained_rows(self, batch: int) -> int:
         """Number of completions out of `batch` that an update trains on."""

@@ -164,7 +164,7 @@ def known_formats(task: Task) -> str:
 
 
 def _advice(columns: Sequence[str], task: Task) -> str:
-    """What to do about columns that are not known: the option to type, with the names of `columns` if they can be
+    """Advice about columns that are not known: the option to type, with the names of `columns` if they can be
     guessed."""
     needed = _NEEDED[task]
     if task == "sft" and len(columns) == 1 and columns[0] != "prompt":

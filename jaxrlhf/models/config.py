@@ -84,7 +84,7 @@ class ModelConfig:
 
     @property
     def scans_layers(self) -> bool:
-        """Whether decoding scans over stacked layers and a stacked cache. Unrolled layers are faster on CPUs; a TPU's
+        """True if decoding scans over stacked layers and a stacked cache. Unrolled layers are faster on CPUs; a TPU's
         compiler takes minutes for thirty of them, and copies their caches."""
         return self.platform == "tpu"
 

@@ -68,7 +68,7 @@ class Phase:
 
     @property
     def fits_compiler(self) -> bool:
-        """Whether every program was compiled: the TPU compiler refuses those that need more memory than there is."""
+        """True if every program was compiled: the TPU compiler refuses those that need more memory than there is."""
         return all(one.executable is not None for one in self.programs)
 
     @cached_property
@@ -80,7 +80,7 @@ class Phase:
             return None
 
     def figures(self, devices: int) -> hlo.Figures:
-        """What each device does in the compiled programs; nothing where `texts` is None."""
+        """Work of each device in the compiled programs; none where `texts` is None."""
         found = hlo.Figures()
         for text in self.texts or ():
             found.add(hlo.read(text, devices, self.trips))

@@ -45,7 +45,7 @@ class Collective(NamedTuple):
 
 @dataclass
 class Figures:
-    """What one device does in a run of the program."""
+    """Work of one device in a run of the program."""
 
     collectives: list[Collective] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Figures:
 
     @property
     def weight(self) -> float:
-        """Which of the branches of a conditional counts: the one with the most FLOPs, then bytes, then cycles."""
+        """FLOPs, bytes and cycles together: of the branches of a conditional, the one with the most counts."""
         flops = sum(p.flops * p.times for p in self.products)
         return flops + sum(c.bytes * c.times for c in self.collectives) + self.cycles
 
