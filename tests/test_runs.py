@@ -188,7 +188,8 @@ from jaxrlhf.config import SFTConfig
 from jaxrlhf.runs import open_run
 with open_run(SFTConfig(run_dir=sys.argv[1]), "sft", fresh=False):
     print("open", flush=True)
-    time.sleep(60)
+    while True:
+        time.sleep(0.1)  # a signal just before a long sleep would be handled after it
 """
 
 
