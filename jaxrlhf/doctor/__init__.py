@@ -19,7 +19,7 @@ from jaxrlhf.doctor.data import examine_data
 from jaxrlhf.doctor.ppo import Outcome, Trial
 from jaxrlhf.errors import JaxrlhfError
 from jaxrlhf.logprobs import token_logprobs
-from jaxrlhf.models import ModelConfig, empty_cache, forward, forward_cached, unstack
+from jaxrlhf.models import ModelConfig, empty_cache, for_length, forward, forward_cached, unstack
 from jaxrlhf.types import Params
 from jaxrlhf.weights import safetensors
 
@@ -141,6 +141,7 @@ def decode_equals_forward(params: Params, model: ModelConfig, tokens: np.ndarray
     """Compare hidden states with a cache (a prefill, then single tokens) to those without, up to rounding."""
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)
     length = tokens.shape[1]
+    model = for_length(model, length)
     cuts = [0, *range(length - 4, length + 1)]
 
     @jax.jit

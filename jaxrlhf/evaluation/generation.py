@@ -15,7 +15,7 @@ from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, Split, prompt_rows
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
 from jaxrlhf.errors import DataError
-from jaxrlhf.models import ModelConfig
+from jaxrlhf.models import ModelConfig, for_length
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout import decode, engine
 from jaxrlhf.rollout.decode import Decoding
@@ -113,6 +113,7 @@ def generate(
     responses fit in `rollout.slots`, a single program generates them together.
     """
     width, responses = prompt_columns(config, model, rows), len(rows) * count
+    model = for_length(model, max(len(row.tokens) for row in rows) + config.sampling.response_length)
     prompts = batching.prompts(rows, tokenizer.pad_id, width)
     key, stops = jax.random.key(config.seed), (tokenizer.stops(config.sampling.stop_strings), tokenizer.pad_id)
     if responses <= config.rollout.slots:

@@ -10,7 +10,7 @@ from jaxrlhf.algorithms import masked
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.evaluation.prompts import Questions
 from jaxrlhf.logprobs import response_states, token_logprobs
-from jaxrlhf.models import ModelConfig
+from jaxrlhf.models import ModelConfig, for_length
 from jaxrlhf.types import Params, Rollout
 
 ROWS = 16  # per forward pass
@@ -21,7 +21,9 @@ def response_logprobs(params: Params, model: ModelConfig, rollout: Rollout, temp
 
     Normalised over the rollout's `support` if it has one, as the metric objective/kl of a run.
     """
-    count = len(rollout.index)
+    count, length = len(rollout.index), rollout.response_mask.shape[1]
+    longest_prompt = int(np.asarray(rollout.mask)[:, :-length].sum(axis=1).max())
+    model = for_length(model, longest_prompt + length)  # as it was sampled
     sums = []
     for start in range(0, count, ROWS):
         rows = np.minimum(np.arange(start, start + ROWS), count - 1)  # the last batch repeats a row: one program

@@ -5,4 +5,5 @@ from jaxrlhf.models.config import Adapters, ModelConfig, Rope
 from jaxrlhf.models.heads import init_head, label_logits, lm_logits, lm_weight, log_odds, scalar_head, with_two_labels
 from jaxrlhf.models.packed import Bits, pack, unpack
 from jaxrlhf.models.placement import place, row_axes
+from jaxrlhf.models.rope import for_length
 from jaxrlhf.models.transformer import adapters_of_all_layers, empty_cache, forward, forward_cached, init, unstack

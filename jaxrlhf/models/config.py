@@ -6,23 +6,36 @@ from typing import Literal
 
 from jax.sharding import Mesh
 
+Kind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+"""Scaling of rotary frequencies: see models/rope.py."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
     """Rotary position embeddings and their scaling. Fields that a `kind` does not use keep their defaults."""
 
     theta: float
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    kind: Kind = "default"
+    partial_rotary_factor: float = 1.0  # share of the components of a head, from the first, that turn
     factor: float = 1.0
     original_max_positions: int = 0
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn; None: 0.1 ln(factor) + 1, or from the mscale pair
+    attention_factor: float | None = None  # yarn, longrope; None: computed from `factor`, or yarn's mscale pair
     mscale: float | None = None  # yarn
     mscale_all_dim: float | None = None  # yarn
     truncate: bool = True  # yarn: round the correction range to whole dimensions
+    short_factor: tuple[float, ...] = ()  # longrope: divisors of the frequencies for lengths up to the original
+    long_factor: tuple[float, ...] = ()  # longrope: those for longer sequences
+    length: int | None = None  # dynamic, longrope: length that all sequences are rotated for; None: each row its own
+    query_scale_beta: float = 0.0  # queries times 1 + beta ln(1 + floor(position / original_max_positions)) (Llama 4)
+
+    @property
+    def depends_on_length(self) -> bool:
+        """True if the frequencies depend on the length of the sequence."""
+        return self.kind in ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class ModelConfig:
     max_positions: int  # longest sequence the model was trained for
     norm: Literal["rmsnorm", "layernorm"]
     norm_eps: float
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
+    activation: Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "tanh"]
     gated_mlp: bool  # act(x W_gate) * (x W_up) W_down, else act(x W_up) W_down
     rope: Rope | None  # None: learned absolute positions
     qkv_bias: bool

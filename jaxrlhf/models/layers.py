@@ -18,14 +18,17 @@ from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.packed import packed_product, unpack
 from jaxrlhf.models.placement import place
 from jaxrlhf.models.product import product
-from jaxrlhf.models.rope import Rotation, rotate
+from jaxrlhf.models.rope import Rotation, rotate, rotate_queries
 from jaxrlhf.types import turned
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "tanh": jnp.tanh,
 }
 
 NORMAL = nn.initializers.normal(0.02)
@@ -154,7 +157,7 @@ class Attention(nn.Module):
         )
         if m.qk_norm:
             q, k = Norm("rmsnorm", m.norm_eps, name="q_norm")(q), Norm("rmsnorm", m.norm_eps, name="k_norm")(k)
-        q, k = rotate(q, rotation) * scale, rotate(k, rotation)
+        q, k = rotate_queries(q, rotation) * scale, rotate(k, rotation)
         # rounded here, so that training uses exactly the keys and values that a cache would hold
         k, v = (heads.astype(m.dtype).swapaxes(1, 2) for heads in (k, v))
         if cache is None:  # with one, the layout of its parameters decides

@@ -1,6 +1,8 @@
 """Rotary position embeddings (Su et al. 2021) and their long-context variants."""
 
+import dataclasses
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,20 +10,29 @@ from jaxtyping import Array, Float, Int
 
 from jaxrlhf.models.config import ModelConfig, Rope
 
-Rotation = tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]
-"""Cosine and sine of every rotary angle."""
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every rotary angle, and the factor on queries (None: 1)."""
+
+    cos: Float[Array, "B T 1 half"]
+    sin: Float[Array, "B T 1 half"]
+    query_scale: Float[Array, "B T 1 1"] | None
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
-    """Angle per position of each of the head_dim / 2 planes (float32 [H/2]), and the factor on cos and sin.
+    """Angle per position of each of the R / 2 planes (float32 [R/2]), and the factor on cos and sin.
 
-    Su et al. 2021, eq. 15, theta^(-2i/H). `linear` divides all frequencies by `factor` (Chen et al. 2023); `llama3`
-    keeps wavelengths below original/high_freq_factor, divides those above original/low_freq_factor, and blends in
-    between; `yarn` blends by the number of turns over the original length and scales attention (Peng et al. 2023,
-    eq. 17-23, where the temperature appears as a factor on q and k).
+    R is the part of head_dim that turns. Su et al. 2021, eq. 15, theta^(-2i/R). `linear` divides all frequencies by
+    `factor` (Chen et al. 2023); `llama3` keeps wavelengths below original/high_freq_factor, divides those above
+    original/low_freq_factor, and blends in between; `yarn` blends by the number of turns over the original length and
+    scales attention (Peng et al. 2023, eq. 17-23, where the temperature appears as a factor on q and k); `longrope`
+    divides each frequency by a factor of its own, of one list up to the original length and of another beyond it (Ding
+    et al. 2024); `dynamic` raises theta with the length beyond the original (NTK-aware scaling: Peng et al. 2023,
+    section 3.3). `rope.length` is the length that counts; without one, the original.
     """
-    frequencies = rope.theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    scale = 1.0
+    dims = int(head_dim * rope.partial_rotary_factor)
+    frequencies = rope.theta ** (-np.arange(0, dims, 2) / dims)
+    scale, length = 1.0, rope.length or rope.original_max_positions
     if rope.kind == "linear":
         frequencies = frequencies / rope.factor
     elif rope.kind == "llama3":
@@ -29,25 +40,40 @@ def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
         keep = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
         frequencies = frequencies * (keep + (1 - keep) / rope.factor)
     elif rope.kind == "yarn":
-        keep = _yarn_keep(rope, head_dim)
+        keep = _yarn_keep(rope, dims)
         frequencies = frequencies * (keep + (1 - keep) / rope.factor)
         scale = _yarn_attention_factor(rope)
+    elif rope.kind == "longrope":
+        frequencies = frequencies / (rope.long_factor if length > rope.original_max_positions else rope.short_factor)
+        scale = _longrope_attention_factor(rope)
+    elif rope.kind == "dynamic":
+        frequencies = frequencies * _ntk_stretch(rope, dims, np.array(float(length)))
     return frequencies.astype(np.float32), scale
 
 
-def _yarn_keep(rope: Rope, head_dim: int) -> np.ndarray:
+def _ntk_stretch(rope: Rope, dims: int, length: np.ndarray | Array) -> np.ndarray | Array:
+    """Factor on the frequencies for sequences of `length` (any shape; the planes are a new last axis).
+
+    theta g^(R/(R-2)) for theta, with g = factor length / original - (factor - 1), at least 1, multiplies plane i by
+    g^(-2i/(R-2)).
+    """
+    growth = (rope.factor * length / rope.original_max_positions - (rope.factor - 1)).clip(1.0)
+    return growth[..., None] ** (-np.arange(0, dims, 2) / max(dims - 2, 1))
+
+
+def _yarn_keep(rope: Rope, dims: int) -> np.ndarray:
     """Share of each frequency that YaRN keeps: 1 for planes that turn often, 0 for those that turn less than once."""
 
     def plane(turns: float) -> float:
-        return head_dim * math.log(rope.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return dims * math.log(rope.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = plane(rope.beta_fast), plane(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, dims - 1)
     if low == high:
         high += 0.001
-    return 1 - np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
+    return 1 - np.clip((np.arange(dims // 2) - low) / (high - low), 0, 1)
 
 
 def _yarn_attention_factor(rope: Rope) -> float:
@@ -61,19 +87,69 @@ def _yarn_attention_factor(rope: Rope) -> float:
     return temperature(1.0)
 
 
+def _longrope_attention_factor(rope: Rope) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    return 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_positions))
+
+
+def for_length(model: ModelConfig, length: int | None) -> ModelConfig:
+    """The model for sequences of up to `length` tokens, all rotated alike; None: each row for its own length.
+
+    `longrope` and `dynamic` frequencies depend on the length. With a fixed one, a token has the same key and value in
+    the cache and in a pass over the whole sequence, and in every batch. Models that do not depend on the length are
+    returned unchanged.
+    """
+    rope = model.rope
+    if rope is None or not rope.depends_on_length:
+        return model
+    if length is not None:
+        length = max(length, rope.original_max_positions)
+        if rope.kind == "longrope" and length > rope.original_max_positions:
+            length = model.max_positions  # all longer ones are the same: one program
+    return dataclasses.replace(model, rope=dataclasses.replace(rope, length=length))
+
+
 def rotation(model: ModelConfig, positions: Int[Array, "B T"]) -> Rotation | None:
-    """Rotation of all layers at these positions; None for a model without rotary embeddings."""
-    if model.rope is None:
+    """Rotation of all layers at these positions; None for a model without rotary embeddings.
+
+    Without `rope.length`, frequencies that depend on the length are those of each row's highest position.
+    """
+    rope = model.rope
+    if rope is None:
         return None
-    frequencies, scale = rope_frequencies(model.rope, model.head_dim)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    frequencies, scale = rope_frequencies(rope, model.head_dim)
+    frequencies = frequencies[None, None, None, :]
+    if rope.depends_on_length and rope.length is None:
+        frequencies = _frequencies_of_rows(rope, model.head_dim, jnp.max(positions, axis=1) + 1)[:, None, None, :]
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    query_scale = None
+    if rope.query_scale_beta:
+        periods = positions[:, :, None, None] // rope.original_max_positions
+        query_scale = 1 + rope.query_scale_beta * jnp.log1p(periods.astype(jnp.float32))
+    return Rotation(jnp.cos(angles) * scale, jnp.sin(angles) * scale, query_scale)
+
+
+def _frequencies_of_rows(rope: Rope, head_dim: int, lengths: Int[Array, " B"]) -> Float[Array, "B half"]:
+    original = rope.original_max_positions
+    short, _ = rope_frequencies(rope, head_dim)
+    if rope.kind == "longrope":
+        long, _ = rope_frequencies(dataclasses.replace(rope, length=original + 1), head_dim)
+        return jnp.where((lengths > original)[:, None], long, short)
+    return jnp.asarray(_ntk_stretch(rope, 2 * len(short), lengths.astype(jnp.float32)) * short)
 
 
 def rotate(x: Float[Array, "B T heads H"], by: Rotation | None) -> Float[Array, "B T heads H"]:
-    """Rotate plane i, components i and i + H/2, by its angle."""
+    """Rotate plane i, components i and i + R/2 of the first R, by its angle; the other components stay."""
     if by is None:
         return x
-    cos, sin = by
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    width = 2 * by.cos.shape[-1]
+    first, second = jnp.split(x[..., :width] if width < x.shape[-1] else x, 2, axis=-1)
+    turned = [first * by.cos - second * by.sin, second * by.cos + first * by.sin]
+    return jnp.concatenate([*turned, x[..., width:]] if width < x.shape[-1] else turned, axis=-1)
+
+
+def rotate_queries(x: Float[Array, "B T heads H"], by: Rotation | None) -> Float[Array, "B T heads H"]:
+    """`rotate`, times the factor on queries."""
+    x = rotate(x, by)
+    return x if by is None or by.query_scale is None else x * by.query_scale

@@ -138,8 +138,10 @@ def forward_cached(
     """`forward` for T more tokens, written to slots `slot` .. `slot` + T - 1, which attend to every earlier valid slot.
 
     Adapters must be merged. `slot` + T must not exceed the cache, which is not checked: the write would be moved back.
+    A model whose rotation depends on the length needs a fixed one (`for_length`).
     """
     assert "lora" not in unstacked
+    assert model.rope is None or not model.rope.depends_on_length or model.rope.length, "a length for the rotation"
     write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
     key_positions, valid = write(cache.positions, positions), write(cache.valid, mask)
     full, windowed = _may_attend(model, positions, key_positions, valid, None)

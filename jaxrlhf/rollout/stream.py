@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxrlhf.models import ModelConfig, empty_cache, forward_cached
+from jaxrlhf.models import ModelConfig, empty_cache, for_length, forward_cached
 from jaxrlhf.rollout.decode import Decoding, draw_tokens, empty_slots, widened
 from jaxrlhf.types import KVCache, Params, Slots
 
@@ -43,6 +43,9 @@ class Stream:
         at any time.
         """
         length = min(limit, self._decoding.sampling.response_length)
+        model = for_length(self._decoding.model, len(prompt) + length)
+        if model != self._decoding.model:  # the cache holds keys rotated for another length
+            self._decoding, self._read = dataclasses.replace(self._decoding, model=model), []
         slots = self._start([*prompt], jax.random.fold_in(jax.random.fold_in(key, index), 0))
         tokens: list[int] = []
         while True:

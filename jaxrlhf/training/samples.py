@@ -10,7 +10,7 @@ from jaxrlhf.config import DPOConfig, SFTConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, SFTRow, Split
 from jaxrlhf.data.tokenizer import Tokenizer
-from jaxrlhf.models import ModelConfig
+from jaxrlhf.models import ModelConfig, for_length
 from jaxrlhf.rollout.decode import generate
 from jaxrlhf.rollout.inference_copy import convert, inference_model, split_axes
 from jaxrlhf.rollout.sampling import check_sampling
@@ -35,14 +35,15 @@ class Samples:
         mesh: jax.sharding.Mesh,
     ) -> None:
         check_sampling(config.sampling, model.vocab_size)
-        self.model, self.decoder, self.tokenizer = model, inference_model(model, model.dtype), tokenizer
-        self.conversion = model, self.decoder, mesh, split_axes(self.decoder, mesh, "auto")
-        """Arguments of `convert` besides the parameters."""
         examples = (rows.validation or rows.train)[: config.logging.num_samples]
         prompts = [_prompt(batching.texts(row)[0], index) for index, row in enumerate(examples)]
         length = batching.bucket(max(len(row.tokens) for row in prompts), model.max_positions)
         self.prompts = sharding.put_whole(batching.prompts(prompts, tokenizer.pad_id, length), mesh)
         self.sampling = setup.fit_response(config.sampling, length, model)
+        model = for_length(model, length + self.sampling.response_length)
+        self.model, self.decoder, self.tokenizer = model, inference_model(model, model.dtype), tokenizer
+        self.conversion = model, self.decoder, mesh, split_axes(self.decoder, mesh, "auto")
+        """Arguments of `convert` besides the parameters."""
         self.stops = tokenizer.stops(config.sampling.stop_strings), tokenizer.pad_id
 
     def log_if_due(self, session: Session, step: int, params: Params, key: jax.Array) -> None:

@@ -147,10 +147,17 @@ def params_fingerprint(params: Any) -> str:
 
 
 def check_context(length: int, model: ModelConfig, what: str, lower: str) -> None:
-    """Raise ConfigError if `length` tokens exceed the model's context; `what` they are, `lower` the keys to lower."""
+    """Raise ConfigError if `length` tokens exceed the model's context, or the length that its rotary embeddings are
+    fixed for; `what` they are, `lower` the keys to lower."""
     if length > model.max_positions:
         raise ConfigError(
             f"{what} comes to {length} tokens but the model's context is {model.max_positions}; lower {lower}"
+        )
+    fixed = model.rope and model.rope.length
+    if fixed and length > fixed:
+        raise ConfigError(
+            f"{what} comes to {length} tokens but the rotary embeddings of this run are those for up to {fixed}, as "
+            f"its data and options allow no more; lower {lower}, or start the run with such rows in its data"
         )
 
 

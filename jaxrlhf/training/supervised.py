@@ -13,6 +13,7 @@ from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import Split
 from jaxrlhf.data.loader import rows_at
 from jaxrlhf.data.packing import pack
+from jaxrlhf.models import for_length
 from jaxrlhf.training import pretrained, setup
 from jaxrlhf.training.abstract import build
 from jaxrlhf.training.adapters import add_adapters, split_trainable
@@ -56,6 +57,7 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
         check_metric(self.config, evaluations, bool(rows.validation))
         longest = max(map(batching.row_length, (*rows.train, *rows.validation)))
         setup.check_context(longest, self.model, "the longest row", "data.max_length")
+        self.model = for_length(self.model, longest)
         context = self.model.max_positions  # limits a text; a packed row, whose positions restart, may be longer
         limit = min(self.config.data.max_length, context) if train.packing else longest
         self.width = texts * batching.bucket(limit, context)

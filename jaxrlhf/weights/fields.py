@@ -55,6 +55,15 @@ class Fields:
 
         return self._get(key, [], is_strings, "a list of strings")
 
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """A list of `count` finite numbers above 0."""
+
+        def is_numbers(value: Any) -> bool:
+            usable = isinstance(value, list) and all(type(v) in (int, float) and 0 < v < float("inf") for v in value)
+            return usable and len(value) == count
+
+        return tuple(map(float, self._get(key, None, is_numbers, f"a list of {count} numbers above 0")))
+
     def mapping(self, key: str) -> dict[str, Any]:
         """A JSON object, empty if the key is absent."""
         return self._get(key, {}, lambda v: isinstance(v, dict), "a JSON object")

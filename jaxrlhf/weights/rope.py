@@ -1,79 +1,155 @@
 """Rotary embeddings in config.json: `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxrlhf.errors import DataError
-from jaxrlhf.models.config import Rope
+from jaxrlhf.models.config import Kind, ModelConfig, Rope
 from jaxrlhf.weights.fields import Fields
 
 _ORIGINAL = "original_max_position_embeddings"
+_POSITIONS = "max_position_embeddings"
+_QUERY_SCALE = "llama_4_scaling_beta"
+TOP_LEVEL = {"rope_theta", "rotary_emb_base", "rope_scaling", "partial_rotary_factor", "rotary_pct", _ORIGINAL}
+"""The keys at the top level of config.json that may describe rotary embeddings, `rope_parameters` aside."""
 _COMMON_OPTIONS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-_OPTIONS = {
+_OPTIONS: dict[Kind, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": ("factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", _ORIGINAL, "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("factor", _ORIGINAL, "short_factor", "long_factor", "attention_factor"),
 }
 
 
-def parse_rope(fields: Fields, max_positions: int) -> Rope:
-    """The rotary embeddings of a config.json.
+@dataclass(frozen=True)
+class RopeKeys:
+    """How the config.json of a family describes its rotary embeddings."""
 
-    Raises DataError for a scaling that is not implemented, for an option that the scaling does not have, and if
-    `rope_scaling` and `rope_parameters`, or the two places of the original length, contradict each other.
+    theta: str = "rope_theta"
+    theta_default: float = 10000.0
+    partial: str | None = None  # share of each head that turns, at the top level; None: the whole head always turns
+    partial_default: float = 1.0
+    original_default: int | None = None  # of original_max_position_embeddings; None: max_position_embeddings
+    query_scale: bool = False  # rope_parameters may have llama_4_scaling_beta
+    kinds: dict[str, Kind] = field(default_factory=lambda: {kind: kind for kind in _OPTIONS})  # {spelling: kind}
+
+
+def parse_rope(fields: Fields, values: dict[str, Any], keys: RopeKeys = RopeKeys()) -> dict[str, Any]:
+    """`rope` and `max_positions` of a config.json, from it and the ModelConfig fields read before.
+
+    The context of dynamic scaling is `factor` times the original one, which is max_position_embeddings. Raises
+    DataError for a scaling that is not implemented, for an option that the scaling does not have, and if `rope_scaling`
+    and `rope_parameters`, or the two places of a value, contradict each other.
     """
     older, newer = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
     if older and newer and {**newer, **older} != newer:
         raise DataError(f"{fields.where}: rope_scaling {older} contradicts rope_parameters {newer}; remove one of them")
     scaling = Fields(newer or older, f"{fields.where}, {'rope_parameters' if newer else 'rope_scaling'}")
-    kind = scaling.values.get("rope_type") or scaling.values.get("type") or "default"
-    if kind not in _OPTIONS:
+    spelling = scaling.values.get("rope_type") or scaling.values.get("type") or "default"
+    if spelling not in keys.kinds:
         raise DataError(
-            f"{scaling.where}: rotary scaling {kind!r} is not supported; supported are {', '.join(_OPTIONS)}. "
+            f"{scaling.where}: rotary scaling {spelling!r} is not supported; supported are {', '.join(keys.kinds)}. "
             "Sequences no longer than the original length may not need it: remove the scaling to try"
         )
+    kind, max_positions = keys.kinds[spelling], values["max_positions"]
     # transformers ignores an unknown option; refuse it, because it was meant to have an effect
-    allowed = _COMMON_OPTIONS.union(_OPTIONS[kind])
+    allowed = _COMMON_OPTIONS.union(_OPTIONS[kind], {_ORIGINAL, _POSITIONS, _QUERY_SCALE} if keys.query_scale else ())
     if unknown := sorted(key for key in scaling.values if key not in allowed and scaling.has(key)):
         raise DataError(f"{scaling.where}: rotary scaling {kind!r} has no option {', '.join(map(repr, unknown))}")
-    for place in (fields, scaling):
-        if place.number("partial_rotary_factor", 1.0) != 1.0:
-            place.refuse("partial_rotary_factor", "1.0: rotating only a part of each head is not supported")
-    theta = scaling.number("rope_theta", fields.number("rope_theta", 10000.0))
-    original = _original_length(fields, scaling, max_positions) if _ORIGINAL in _OPTIONS[kind] else 0
-    values: dict[str, Any] = {}
+    theta = scaling.number("rope_theta", fields.number(keys.theta, keys.theta_default))
+    share = _partial_factor(fields, scaling, keys)
+    turning = int(values["head_dim"] * share)
+    if share != 1.0 and (turning % 2 or not turning):
+        raise DataError(
+            f"{fields.where}: rotary embeddings would turn {turning} of the {values['head_dim']} components of each "
+            "head; expected an even number above 0"
+        )
+    beta = scaling.number(_QUERY_SCALE, 0.0, least=0.0) if keys.query_scale else 0.0
+    original = 0
+    if _ORIGINAL in _OPTIONS[kind] or beta:
+        original = _original_length(fields, scaling, keys.original_default, max_positions)
+    options: dict[str, Any] = {}
     match kind:
         case "linear":
-            values = {"factor": scaling.number("factor")}
+            options = {"factor": scaling.number("factor")}
+        case "dynamic":
+            options, original = {"factor": scaling.number("factor", least=1.0)}, max_positions
+            max_positions = int(options["factor"] * original)
         case "llama3":
-            values = {key: scaling.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
-            if values["high_freq_factor"] <= values["low_freq_factor"]:
-                scaling.refuse("high_freq_factor", f"more than low_freq_factor ({values['low_freq_factor']})")
+            options = {key: scaling.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
+            if options["high_freq_factor"] <= options["low_freq_factor"]:
+                scaling.refuse("high_freq_factor", f"more than low_freq_factor ({options['low_freq_factor']})")
         case "yarn":
             if theta <= 1:
                 raise DataError(f"{fields.where}: yarn needs rope_theta above 1, not {theta}")
-            values = {"factor": scaling.number("factor", max_positions / original)}
-            values["truncate"] = scaling.boolean("truncate", True)
+            options = {"factor": scaling.number("factor", max_positions / original)}
+            options["truncate"] = scaling.boolean("truncate", True)
             for key in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
                 if scaling.has(key):
-                    values[key] = scaling.number(key, least=None if key.startswith("beta") else 0.0)
-    return Rope(theta=theta, kind=kind, original_max_positions=original, **values)
+                    options[key] = scaling.number(key, least=None if key.startswith("beta") else 0.0)
+        case "longrope":
+            options = {"factor": scaling.number("factor", max_positions / original)}
+            for key in ("short_factor", "long_factor"):
+                options[key] = scaling.numbers(key, turning // 2)
+            if scaling.has("attention_factor"):
+                options["attention_factor"] = scaling.number("attention_factor")
+    rope = Rope(
+        theta=theta,
+        kind=kind,
+        partial_rotary_factor=share,
+        original_max_positions=original,
+        query_scale_beta=beta,
+        **options,
+    )
+    return {"rope": rope, "max_positions": max_positions}
 
 
-def _original_length(fields: Fields, scaling: Fields, max_positions: int) -> int:
-    top_level = fields.integer(_ORIGINAL, max_positions)
+def _partial_factor(fields: Fields, scaling: Fields, keys: RopeKeys) -> float:
+    """The share of each head that turns."""
+    if keys.partial is None:
+        for place in (fields, scaling):
+            if place.number("partial_rotary_factor", 1.0) != 1.0:
+                place.refuse("partial_rotary_factor", "1.0: this family always turns the whole head")
+        return 1.0
+    share = scaling.number("partial_rotary_factor", fields.number(keys.partial, keys.partial_default))
+    if share > 1:
+        inner = scaling.has("partial_rotary_factor")
+        (scaling if inner else fields).refuse("partial_rotary_factor" if inner else keys.partial, "at most 1.0")
+    return share
+
+
+def _original_length(fields: Fields, scaling: Fields, default: int | None, max_positions: int) -> int:
+    top_level = fields.integer(_ORIGINAL, default or max_positions)
     length = scaling.integer(_ORIGINAL, top_level)
-    if fields.has(_ORIGINAL) and length != top_level:
+    if (default or fields.has(_ORIGINAL)) and length != top_level:
         raise DataError(f"{fields.where}: {_ORIGINAL} is {top_level} at the top and {length} in the rotary scaling")
     return length
 
 
-def render_rope(rope: Rope) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of transformers 4, which every version reads."""
-    if rope.kind == "default":
-        return {"rope_theta": rope.theta, "rope_scaling": None}
-    values = {
+def render_rope(model: ModelConfig, keys: RopeKeys = RopeKeys()) -> dict[str, Any]:
+    """The top-level keys of `keys`, as transformers 4 writes them, which every version reads."""
+    rope = model.rope
+    assert rope is not None
+    config: dict[str, Any] = {keys.theta: rope.theta, "rope_scaling": None}
+    if keys.partial:
+        config[keys.partial] = rope.partial_rotary_factor
+    if keys.original_default:
+        config[_ORIGINAL] = rope.original_max_positions or keys.original_default
+    options = {
         key: rope.original_max_positions if key == _ORIGINAL else getattr(rope, key) for key in _OPTIONS[rope.kind]
     }
-    scaling = {key: value for key, value in values.items() if value is not None}
-    return {"rope_theta": rope.theta, "rope_scaling": {"rope_type": rope.kind, **scaling}}
+    if rope.kind == "longrope":  # transformers 4 computes the factor from the lengths, and allows only these options
+        config[_ORIGINAL] = options.pop(_ORIGINAL)
+        if options["factor"] == model.max_positions / rope.original_max_positions:
+            del options["factor"]
+        options |= {key: list(getattr(rope, key)) for key in ("short_factor", "long_factor")}
+    if rope.kind == "dynamic":
+        config[_POSITIONS] = rope.original_max_positions
+    if rope.query_scale_beta:
+        options |= {_ORIGINAL: rope.original_max_positions, _QUERY_SCALE: rope.query_scale_beta}
+    if rope.kind != "default" or options:
+        spelling = "type" if rope.kind == "longrope" else "rope_type"
+        config["rope_scaling"] = {spelling: rope.kind, **{k: v for k, v in options.items() if v is not None}}
+    return config

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -5,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.models import Rope, layers
+from jaxrlhf.models import Rope, for_length, layers
 from jaxrlhf.models.product import product
-from jaxrlhf.models.rope import rope_frequencies, rotate, rotation
+from jaxrlhf.models.rope import rope_frequencies, rotate, rotate_queries, rotation
 
 
 def normal(*shape, seed=0):
@@ -75,6 +76,74 @@ def test_yarn_turns_fast_planes_as_before_and_slow_ones_less():
     np.testing.assert_allclose(stretched[turns > 40], plain[turns > 40], rtol=1e-6)
     np.testing.assert_allclose(stretched[turns < 0.8], plain[turns < 0.8] / 4, rtol=1e-6)
     assert scale == pytest.approx(0.1 * math.log(4) + 1)
+
+
+def test_longrope_divides_every_frequency_by_a_factor_of_its_own():
+    lists = {"short_factor": (1.0, 1.5, 2.0, 2.5), "long_factor": (2.0, 3.0, 4.0, 5.0)}
+    rope = Rope(theta=1e4, kind="longrope", factor=32.0, original_max_positions=4096, **lists)
+    plain = 1e4 ** (-np.arange(4) / 4)
+    for length, factors in ((None, "short_factor"), (4096, "short_factor"), (4097, "long_factor")):
+        found, scale = rope_frequencies(dataclasses.replace(rope, length=length), 8)
+        np.testing.assert_allclose(found, plain / lists[factors], rtol=1e-6)
+        assert scale == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))  # 1.19, as for Phi-3 of 128k
+
+
+def test_dynamic_scaling_raises_theta_with_the_length():
+    rope = Rope(theta=1e4, kind="dynamic", factor=4.0, original_max_positions=64)
+    for length, theta in ((None, 1e4), (30, 1e4), (64, 1e4), (100, 1e4 * (4 * 100 / 64 - 3) ** (8 / 6))):
+        found, scale = rope_frequencies(dataclasses.replace(rope, length=length), 8)
+        np.testing.assert_allclose(found, theta ** (-np.arange(4) / 4), rtol=1e-6)
+        assert scale == 1
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_each_row_turns_for_its_own_length_unless_one_is_fixed(make, kind):
+    lists = {"short_factor": (1.0, 1.5, 2.0), "long_factor": (2.0, 3.0, 4.0)} if kind == "longrope" else {}
+    rope = Rope(theta=100.0, kind=kind, factor=4.0, original_max_positions=16, **lists)
+    model = make(head_dim=6, rope=rope)
+    positions = jnp.stack([jnp.minimum(jnp.arange(40), longest) for longest in (39, 15, 20)])
+    together = rotation(model, positions)
+    for row, length in enumerate((40, 16, 21)):
+        alone = rotation(for_length(model, length), positions[row : row + 1])
+        np.testing.assert_allclose(together.cos[row], alone.cos[0], atol=1e-5)
+        np.testing.assert_allclose(together.sin[row], alone.sin[0], atol=1e-5)
+    fixed = rotation(for_length(model, 40), positions)
+    np.testing.assert_array_equal(fixed.cos[1, :16], fixed.cos[0, :16])
+    assert np.abs(fixed.cos[1] - together.cos[1]).max() > 0.1
+
+
+def test_partial_rotation_leaves_the_other_components(make):
+    model = make(head_dim=8, rope=Rope(theta=100.0, partial_rotary_factor=0.5))
+    x, positions = normal(1, 3, 2, 8), jnp.array([[0, 5, 9]])
+    found = rotate(x, rotation(model, positions))
+    np.testing.assert_array_equal(found[..., 4:], x[..., 4:])
+    whole = make(head_dim=4, rope=Rope(theta=100.0))
+    np.testing.assert_array_equal(found[..., :4], rotate(x[..., :4], rotation(whole, positions)))
+
+
+def test_queries_grow_with_the_position(make):
+    model = make(head_dim=6, rope=Rope(theta=100.0, original_max_positions=4, query_scale_beta=0.5))
+    plain = make(head_dim=6, rope=Rope(theta=100.0))
+    x, positions = normal(1, 4, 2, 6), jnp.array([[0, 3, 4, 11]])
+    growth = np.array([1, 1, 1 + 0.5 * math.log(2), 1 + 0.5 * math.log(3)])[None, :, None, None]
+    found, turned = rotation(model, positions), rotate(x, rotation(plain, positions))
+    np.testing.assert_allclose(rotate_queries(x, found), growth * turned, rtol=1e-5)
+    np.testing.assert_array_equal(rotate(x, found), turned)
+
+
+@pytest.mark.parametrize(
+    ("name", "formula"),
+    [
+        ("quick_gelu", lambda x: x / (1 + np.exp(-1.702 * x))),
+        ("relu2", lambda x: np.where(x > 0, x * x, 0)),
+        ("tanh", np.tanh),
+        ("gelu", lambda x: x * np.array([0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x])),
+        ("gelu_tanh", lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
+    ],
+)
+def test_activations_by_the_formula(name, formula):
+    x = np.linspace(-4, 4, 33)
+    np.testing.assert_allclose(layers.ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), formula(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])

@@ -2,12 +2,14 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxrlhf
 from jaxrlhf import models
 from jaxrlhf.weights import families
 
@@ -81,6 +83,7 @@ def test_greedy_continuation_with_a_cache(language_model, rows, padded):
     model, theirs = language_model.model, reference(language_model.folder)
     prompts = rows[1:]
     width = max(map(len, prompts)) + 2
+    model = models.for_length(model, width + NEW_TOKENS)
     tokens, mask = padded(prompts, "left", width)
     theirs.generation_config.eos_token_id = None
     inputs = as_torch(tokens, mask)
@@ -111,6 +114,35 @@ def test_greedy_continuation_with_a_cache(language_model, rows, padded):
     real = jnp.concatenate([mask, jnp.ones_like(written, bool)], axis=1)
     whole = jax.jit(models.forward, static_argnums=1)(language_model.params, model, everything, real)
     np.testing.assert_allclose(hidden, whole[:, width:], atol=1e-4, rtol=0)
+
+
+LONGROPE = {"short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 3.0, 4.0], "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("options", [{"factor": 4.0}, LONGROPE], ids=["dynamic", "longrope"])
+def test_each_row_is_rotated_as_if_it_were_alone(options, rows, padded, tmp_path):
+    """Frequencies that depend on the length: transformers takes that of the longest row of a batch."""
+    config = json.loads((FOLDER / "llama" / "config.json").read_text())
+    kind = "dynamic" if "factor" in options else "longrope"
+    config |= {
+        "rope_scaling": {"rope_type": kind, **options},
+        "max_position_embeddings": 16 if kind == "dynamic" else 64,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(FOLDER / "llama" / "model.safetensors", tmp_path)
+    model, params = jaxrlhf.load(tmp_path, dtype="float32")
+    assert model.max_positions == 64
+    tokens, mask = padded(rows, "left", max(LENGTHS) + 3)
+    run = jax.jit(models.forward, static_argnums=1)
+    ours = models.lm_logits(params, model, run(params, model, tokens, mask))
+    for row, logits, real in zip(rows, ours, np.asarray(mask), strict=True):
+        expected = reference(tmp_path)(**as_torch(row[None], np.ones((1, len(row)), bool))).logits[0].detach().numpy()
+        np.testing.assert_allclose(logits[real], expected, atol=1e-4, rtol=0)
+    # fixed for the longest row, as in a run: the first row is the same, the last one, of 5 tokens, is not
+    fixed = models.for_length(model, max(LENGTHS))
+    again = models.lm_logits(params, model, run(params, fixed, tokens, mask))
+    np.testing.assert_allclose(again[0], ours[0], atol=1e-4, rtol=0)
+    assert np.abs(again[2] - ours[2])[np.asarray(mask)[2]].max() > 1e-2
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

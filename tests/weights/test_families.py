@@ -111,8 +111,18 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.8, "m
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
+LONGROPE = {
+    "factor": 2.0,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0, 1.5, 2.0, 2.5],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "attention_factor": 1.2,
+}
+
+
 @pytest.mark.parametrize(
-    ("kind", "options"), [("default", {}), ("linear", {"factor": 2.0}), ("llama3", LLAMA3), ("yarn", YARN)]
+    ("kind", "options"),
+    [("default", {}), ("linear", {"factor": 2.0}), ("llama3", LLAMA3), ("yarn", YARN), ("longrope", LONGROPE)],
 )
 def test_both_spellings_of_rotary_embeddings_mean_the_same(kind, options):
     newer = parse(LLAMA, rope_parameters={"rope_type": kind, "rope_theta": 500.0, **options}, dtype="bfloat16")
@@ -120,7 +130,20 @@ def test_both_spellings_of_rotary_embeddings_mean_the_same(kind, options):
     oldest = parse(LLAMA, rope_theta=500.0, rope_scaling={"type": kind, **options})
     assert newer == older == oldest
     renamed = {"original_max_position_embeddings": "original_max_positions"}
-    assert newer.rope == Rope(theta=500.0, kind=kind, **{renamed.get(k, k): v for k, v in options.items()})
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    assert newer.rope == Rope(theta=500.0, kind=kind, **{renamed.get(k, k): v for k, v in values.items()})
+    assert families.parse(families.render(newer, {}), "config.json") == newer
+
+
+def test_dynamic_scaling_stretches_the_context():
+    model = parse(LLAMA, **stretched("dynamic", factor=4.0))
+    assert model.rope == Rope(theta=10000.0, kind="dynamic", factor=4.0, original_max_positions=256)
+    assert model.max_positions == 1024
+    assert families.render(model, {})["max_position_embeddings"] == 256
+    # the length of a run is not part of the model
+    assert families.render(models.for_length(model, 700), LLAMA | stretched("dynamic", factor=4.0)) == (
+        LLAMA | stretched("dynamic", factor=4.0)
+    )
 
 
 def test_defaults_of_keys_that_old_files_lack():
@@ -174,8 +197,10 @@ def test_classifiers():
         (LLAMA, {"architectures": ["Qwen2ForCausalLM"]}, "architectures"),
         (LLAMA, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        (LLAMA, stretched("dynamic", factor=2.0), "'dynamic' is not supported"),
-        (LLAMA, stretched("longrope", factor=2.0), "'longrope' is not supported"),
+        (LLAMA, stretched("proportional", factor=2.0), "'proportional' is not supported"),
+        (LLAMA, stretched("dynamic", factor=0.5), "factor is 0.5"),
+        (LLAMA, stretched("longrope", **LONGROPE | {"long_factor": [1.0]}), "long_factor is .*a list of 4 numbers"),
+        (LLAMA, stretched("longrope", **LONGROPE | {"short_factor": 1.0}), "short_factor is 1.0"),
         (LLAMA, stretched("linear"), "rope_scaling: factor is missing"),
         (LLAMA, stretched("linear", factor=2.0, beta_fast=1.0), "'linear' has no option 'beta_fast'"),
         (LLAMA, stretched("yarn", factor=0), "factor is 0"),

@@ -16,7 +16,7 @@ from jaxrlhf.config import GRPOConfig, PPOConfig
 from jaxrlhf.data.datasets import PromptRow, prompt_rows, prompts_from_texts
 from jaxrlhf.data.loader import rows_at
 from jaxrlhf.errors import ConfigError, RewardError
-from jaxrlhf.models import ModelConfig
+from jaxrlhf.models import ModelConfig, for_length
 from jaxrlhf.rewards.compose import Scored, Scorer
 from jaxrlhf.training import pretrained, setup
 from jaxrlhf.training.facts import Origin
@@ -66,6 +66,8 @@ class OnPolicyTrainer(Generic[Config]):
         train, held_out = (self.data.train, self.data.validation) if self.data else ([], [])
         setup.check_data(self.model, (*train, *held_out))
         longest = max((len(row.tokens) for row in [*train, *held_out]), default=0)
+        length = (longest or config.data.max_length) + config.sampling.response_length
+        self.model = for_length(self.model, length)
         self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, longest)
         self._ahead: Ahead | None = None
         if rollout_mesh is not None:

@@ -10,7 +10,7 @@ from jax import Array
 from jaxrlhf import sharding
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.models import ModelConfig, init_head
+from jaxrlhf.models import ModelConfig, for_length, init_head
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.training.adapters import add_adapters, split_trainable, with_adapters
 from jaxrlhf.training.on_policy.policy import policy_params
@@ -49,6 +49,7 @@ def critic_model(config: PPOConfig, policy: ModelConfig, reward: ModelConfig | N
             )
     as_policy = {name: getattr(policy, name) for name in ("dtype", "remat", "platform", "mesh")}
     model = dataclasses.replace(model, head=config.critic.head, num_labels=1, **as_policy)
+    model = for_length(model, policy.rope and policy.rope.length)
     added = policy.adapters.tokens if policy.adapters else ()
     return with_attention(with_adapters(model, config.lora, added), config.model)
 

@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 from jaxrlhf.errors import DataError
-from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models import ModelConfig, for_length
 from jaxrlhf.weights.families import gpt2, llama
 from jaxrlhf.weights.families.base import Family, TensorNames
 from jaxrlhf.weights.fields import Fields
+from jaxrlhf.weights.rope import TOP_LEVEL
 
 ADD_EOS = "score_add_eos"
 """Key of a reward model's config.json: whether an end token follows every completion that it reads. Absent: those that
@@ -78,14 +79,15 @@ def render(model: ModelConfig, original: dict, stored_dtype: str | None = None) 
     `stored_dtype` is the dtype of the stored tensors ("float32", "bfloat16"); None keeps the original's value.
     Raises DataError if a config.json of the family cannot describe the model.
     """
+    model = for_length(model, None)
     config = rendered = _render_all(model)
     if original:
         before = _render_all(parse(original, "the original config.json"))
         changed = {key: value for key, value in rendered.items() if key not in before or before[key] != value}
         dropped = before.keys() - rendered.keys()
-        if changed.keys() & {"rope_theta", "rope_scaling"}:
-            changed |= {key: rendered[key] for key in ("rope_theta", "rope_scaling")}
-            dropped |= {"rope_parameters", "original_max_position_embeddings"}
+        if changed.keys() & TOP_LEVEL:
+            changed |= {key: rendered[key] for key in rendered.keys() & TOP_LEVEL}
+            dropped |= {"rope_parameters", *TOP_LEVEL}
         dropped |= {ADD_EOS}
         if "id2label" in changed:
             dropped |= {"num_labels", "problem_type"}

@@ -44,8 +44,7 @@ def _parse_llama(fields: Fields, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _render_llama(model: ModelConfig) -> dict[str, Any]:
-    assert model.rope is not None
-    return render_rope(model.rope)
+    return render_rope(model)
 
 
 def _parse_mistral(fields: Fields, values: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +91,7 @@ def _parse_layers(
         fields.refuse("layer_types", f"one entry for each of the {layers} layers, of {', '.join(sorted(allowed))}")
     sliding = tuple(kind == _SLIDING for kind in kinds)
     return {
-        "rope": parse_rope(fields, values["max_positions"]),
+        **parse_rope(fields, values),
         "sliding_window": window if any(sliding) else None,
         "sliding_layers": sliding,
     }
