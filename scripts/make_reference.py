@@ -112,10 +112,22 @@ def _section(name: str, cls: Any, methods: list[str]) -> list[str]:
     for field in dataclasses.fields(cls):
         if element := element_class(field.type):
             parts.append(f"### An element of {name}.{field.name}\n\n{_escaped(_doc(element))}\n")
-            for inner in dataclasses.fields(element):
-                defaults = dict.fromkeys(methods, default_of(element, inner.name))
-                text = field_doc(element, inner.name)
-                parts.append(_entry(f"{name}.{field.name}.N.{inner.name}", inner, text, defaults))
+            parts += _keys(f"{name}.{field.name}.N", element)
+    return parts
+
+
+def _keys(prefix: str, cls: Any) -> list[str]:
+    """The options of an element of a list, those of its own sections and of the elements of its lists included."""
+    parts = []
+    for field in dataclasses.fields(cls):
+        key, text = f"{prefix}.{field.name}", field_doc(cls, field.name)
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            parts.append(f"**`{key}`** · a section<br>\n{_escaped(f'{_doc(field.type)} {text}'.strip())}\n")
+            parts += _keys(key, field.type)
+            continue
+        parts.append(_entry(key, field, text, {"": default_of(cls, field.name)}))
+        if element := element_class(field.type):
+            parts += _keys(f"{key}.N", element)
     return parts
 
 

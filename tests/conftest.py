@@ -49,6 +49,15 @@ def shared_data() -> pathlib.Path:
     return folder
 
 
+@pytest.fixture
+def serve():
+    """Start servers whose answers are given."""
+    from support.server import serving
+
+    with serving() as start:
+        yield start
+
+
 ALPHABET = "abcdefghijklmnopqrstuvwxyz ,.?!:0123456789\n"
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from jaxrlhf.config import Component
 from jaxrlhf.config.file import METHODS
+from jaxrlhf.config.judge import Criterion
 from jaxrlhf.config.schema import keys
 from jaxrlhf.config.trl import NAMES
 from jaxrlhf.metrics.keys import COMPONENT, METRICS
@@ -34,6 +35,7 @@ def test_what_was_written_by_hand_around_a_generated_part_stays():
 def test_every_option_metric_and_name_of_trl_is_on_its_page():
     made = {path.name: text for path, text in make_reference.pages().items()}
     elements = {f"reward.components.N.{key}" for key, _ in keys(Component)}
+    elements |= {f"reward.components.N.judge.rubric.N.{key}" for key, _ in keys(Criterion)}
     assert all(f"**`{key}`** · " in made["configuration.md"] for key in elements)
     assert all(f"**`{key}`** · " in made["configuration.md"] for key in OPTIONS if key not in SECTIONS)
     assert all(f"| `{key}` | " in made["metrics.md"] for key in METRICS | COMPONENT)
@@ -53,7 +55,9 @@ def test_every_option_that_is_named_exists(page):
     for text in code(page):
         for key in re.findall(r"(?<![\w./])(\w+(?:\.\w+)+)(?![\w./(])", text):
             if key.partition(".")[0] in SECTIONS and not NOT_OPTIONS.fullmatch(key):
-                assert key in OPTIONS or re.fullmatch(r"reward\.components\.(N|\d+)\.\w+", key), key
+                assert key in OPTIONS or re.fullmatch(
+                    r"reward\.components\.(N|\d+)\.(judge\.(rubric\.N\.)?)?\w+", key
+                ), key
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -246,3 +246,16 @@ def test_resuming_may_change_failure_options_of_a_reward_but_not_its_components(
             open_run(config(*parts), "ppo", fresh=False),
         ):
             pass
+
+
+def test_an_option_of_a_component_that_is_newer_than_the_run_had_its_default(tmp_path):
+    config = PPOConfig(run_dir=str(tmp_path), reward={"components": [{"url": "http://x"}]})  # type: ignore[arg-type]
+    directory = trained(config, "ppo")
+    settings = yaml.safe_load((directory / "config.yaml").read_text())
+    del settings["reward"]["components"][0]["judge"], settings["reward"]["components"][0]["weight"]
+    (directory / "config.yaml").write_text(yaml.dump(settings))
+    with open_run(config, "ppo", fresh=False) as run:
+        assert run.resumed
+    other = PPOConfig(run_dir=str(tmp_path), reward={"components": [{"url": "http://x", "weight": 2.0}]})  # type: ignore[arg-type]
+    with pytest.raises(StorageError, match=r"reward.components.0.weight: 1.0 -> 2.0"), open_run(other, "ppo", False):
+        pass

@@ -8,6 +8,7 @@ TRL's names where they mean the same.
 from jaxrlhf.config.base import DType, replace
 from jaxrlhf.config.dpo import DPO, DPOConfig
 from jaxrlhf.config.grpo import GRPO, GRPOConfig
+from jaxrlhf.config.judge import Judge
 from jaxrlhf.config.model import LoRA, ModelSource, TokenizerSource
 from jaxrlhf.config.on_policy import Alarms, Reference, Scores, Validation
 from jaxrlhf.config.ppo import PPO, Critic, PPOConfig
@@ -30,6 +31,7 @@ __all__ = [
     "Data",
     "GRPOConfig",
     "Generation",
+    "Judge",
     "LoRA",
     "Logging",
     "Mesh",

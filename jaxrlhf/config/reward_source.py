@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from jaxrlhf.config.base import AutoBool, Bool, Count, DType, NonNegative, Positive, Real, Text, check_used, section
+from jaxrlhf.config.judge import Judge
 
 _RESERVED_SUFFIXES = ("_truncated", "_unanswered", "_spread")  # of metric keys that are logged per component
 _KINDS_USING = {
@@ -17,19 +18,20 @@ _KINDS_USING = {
     "add_eos": ("model",),
     "ensemble": ("model",),
     "options": ("function",),
-    "timeout": ("function", "url"),
+    "timeout": ("function", "url", "judge"),
     "per_token": ("model", "function", "url"),
-    "on_error": ("model", "function", "url"),
+    "on_error": ("model", "function", "url", "judge"),
 }
 """Options that only some kinds of component use."""
 
 
 @section
 class Component:
-    """One term of the reward. Set exactly one of model, function, url and human."""
+    """One term of the reward. Set exactly one of model, function, url, judge and human."""
 
     name: str = ""
-    """Name in the logs: letters, digits, underscores. Empty: the function's name, or model, endpoint or human."""
+    """Name in the logs: letters, digits, underscores. Empty: the function's name, or model, endpoint,
+    judge or human."""
     weight: Real = 1.0
     """Factor of the component's score in the sum."""
     enabled: Bool = True
@@ -42,14 +44,16 @@ class Component:
     function given to the trainer, run in the trainer's process."""
     url: str = ""
     """HTTP endpoint that receives {"prompts", "completions", "columns"} and returns {"scores": [...]}."""
+    judge: Judge = Field(default_factory=Judge)
+    """Set `url` in it to use it."""
     human: Literal["", "score", "pick"] = ""
     """Human feedback in the terminal. score: enter a number for each completion. pick: choose the best completion of
     each prompt."""
     template: Text = ""
     """Text to score, with fields {prompt}, {response} and columns, e.g. "Prompt: {prompt}\\nResponse: {response}".
     Empty: the completion; a model receives prompt and completion as a conversation, or as the policy's tokens if it
-    shares the tokenizer. Models read the text without adding a chat template; control tokens in the template are
-    parsed."""
+    shares the tokenizer, a judge both between marks. Models read the text without adding a chat template; control
+    tokens in the template are parsed."""
     revision: str | None = None
     """model: branch, tag or commit on the hub."""
     dtype: DType = "auto"
@@ -73,7 +77,7 @@ class Component:
     """Return one number per response token instead of one per completion. A function receives the tokens' texts as
     `tokens`; a model must share the policy's tokenizer."""
     timeout: Positive = 300.0
-    """function and url: seconds allowed per batch."""
+    """function, url and judge: seconds allowed per batch (judge: and criterion)."""
     on_error: Literal["fail", "skip", "value"] = "fail"
     """If a component returns no usable score. fail: save and stop the run. skip: leave the completion unscored by this
     component. value: use error_value."""
@@ -81,10 +85,14 @@ class Component:
     """Score for on_error: value."""
 
     def __post_init__(self) -> None:
-        kinds = {kind: getattr(self, kind) for kind in ("model", "function", "url", "human") if getattr(self, kind)}
+        sources = {name: getattr(self, name) for name in ("model", "function", "url", "human")}
+        kinds = {kind: value for kind, value in (sources | {"judge": self.judge.url}).items() if value}
         if len(kinds) != 1:
             given = " and ".join(f"{kind} '{value}'" for kind, value in kinds.items()) or "none of them"
-            raise ValueError(f"a component has exactly one of model, function, url and human; this one has {given}")
+            unused = "; judge has options but no url" if not self.judge.url and self.judge != Judge() else ""
+            raise ValueError(
+                f"a component has exactly one of model, function, url, judge and human; this one has {given}{unused}"
+            )
         (kind,) = kinds
         if not re.fullmatch(r"|[A-Za-z]\w*", self.name, re.ASCII) or self.name.endswith(_RESERVED_SUFFIXES):
             raise ValueError(
@@ -95,6 +103,8 @@ class Component:
             raise ValueError(f"function is '{self.function}'; write it as path.py:name or package.module:name")
         if self.url and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url is '{self.url}'; it must begin with http:// or https://")
+        if kind != "judge" and self.judge != Judge():
+            raise ValueError(f"judge has options but no url, and this component has {kind}; leave judge out")
         check_used(self, _KINDS_USING, kind, f"for a component with {kind}")
         if (self.on_error == "value") != (self.error_value is not None):
             raise ValueError(
@@ -124,11 +134,22 @@ class Component:
     def label(self) -> str:
         """Name in the logs: `name`, or the default for the kind of component."""
         function = function_label(self.function.removeprefix("passed"))
-        defaults = {"model": self.model, function: self.function, "endpoint": self.url, "human": self.human}
+        defaults = {"model": self.model, function: self.function, "endpoint": self.url}
+        defaults |= {"judge": self.judge.url, "human": self.human}
         return self.name or next(name for name, value in defaults.items() if value)
 
     def members(self) -> tuple["Component", ...]:
-        """The models of an ensemble as components NAME_1, NAME_2, ...; for any other component, itself."""
+        """The models of an ensemble as components NAME_1, NAME_2, ..., the criteria of a judge as judges
+        NAME_CRITERION; for any other component, itself."""
+        if len(self.judge.rubric) > 1:
+            return tuple(
+                dataclasses.replace(
+                    self,
+                    name=f"{self.label}_{criterion.name or number}",
+                    judge=dataclasses.replace(self.judge, rubric=(criterion,)),
+                )
+                for number, criterion in enumerate(self.judge.rubric, 1)
+            )
         if not self.ensemble:
             return (self,)
         return tuple(

@@ -34,13 +34,13 @@ def is_text(annotation: Any) -> bool:
     return annotation == Text or any(is_text(part) for part in typing.get_args(annotation))
 
 
-def known_keys(cls: type, key: str) -> dict[str, Any]:
-    """The dotted keys of a config class, or of the list element that `key` is in, with their annotations."""
-    annotations = dict(keys(cls))
+def known_keys(cls: type, key: str, prefix: str = "") -> dict[str, Any]:
+    """The dotted keys of a config class, or of the innermost list element that `key` is in, with their annotations."""
+    annotations = dict(keys(cls, prefix))
     for name, annotation in annotations.items():
         element = element_class(annotation)
         if element and (match := re.match(rf"{re.escape(name)}\.\d+\.", key)):
-            return dict(keys(element, match[0]))
+            return known_keys(element, key, match[0])
     return annotations
 
 

@@ -31,11 +31,7 @@ def render_new(method: str, cls: type) -> str:
     for field in dataclasses.fields(cls):
         value = getattr(default, field.name)
         if dataclasses.is_dataclass(value):
-            doc = field_doc(cls, field.name)
-            lines += ["", *_comment(f"{inspect.getdoc(value)} {doc}".strip(), ""), f"{field.name}:"]
-            for inner in dataclasses.fields(value):
-                lines += _entry(type(value), inner, getattr(value, inner.name), "  ")
-                lines += [f"  {line}" for line in render_element(inner.type)]
+            lines += ["", *_section(cls, field, value)]
         else:
             lines += ["", *_entry(cls, field, value, "")]
     return "\n".join(lines) + "\n"
@@ -99,11 +95,26 @@ def render_element(annotation: Any) -> list[str]:
     cls = element_class(annotation)
     if cls is None:
         return []
+    lines = _keys(cls, {field.name: default_of(cls, field.name) for field in dataclasses.fields(cls)})
+    first = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    return [f"# {'- ' if i == first else '  '}{line}" for i, line in enumerate(lines)]
+
+
+def _section(cls: type, field: dataclasses.Field, value: Any) -> list[str]:
+    doc = f"{inspect.getdoc(value)} {field_doc(cls, field.name)}".strip()
+    body = _keys(type(value), {inner.name: getattr(value, inner.name) for inner in dataclasses.fields(value)})
+    return [*_comment(doc, ""), f"{field.name}:", *(f"  {line}" for line in body)]
+
+
+def _keys(cls: type, values: dict[str, Any]) -> list[str]:
+    """The keys of a section with their documentation as comments, and after a list of sections an element of it."""
     lines: list[str] = []
-    for i, field in enumerate(dataclasses.fields(cls)):
-        *doc, entry = _entry(cls, field, default_of(cls, field.name), "")
-        lines += [f"#   {line}" for line in doc]
-        lines.append(f"# {'  ' if i else '- '}{entry}")
+    for field in dataclasses.fields(cls):
+        value = values[field.name]
+        if dataclasses.is_dataclass(value):
+            lines += _section(cls, field, value)
+        else:
+            lines += [*_entry(cls, field, value, ""), *render_element(field.type)]
     return lines
 
 

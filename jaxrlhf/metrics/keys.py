@@ -134,6 +134,9 @@ METRICS: dict[str, str] = {
 REWARDS = "rewards/"
 """Prefix of the metrics of one component of the score, `COMPONENT`."""
 
+JUDGE = "perf/judge/"
+"""Prefix of the metrics of what the scores of a judge took. They depend on what the run has asked before."""
+
 COMPONENT: dict[str, str] = {
     "rewards/NAME/mean": "mean over the completions that the component NAME scored, before its weight",
     "rewards/NAME/std": "standard deviation over the completions that the component NAME scored, before its weight",
@@ -142,15 +145,23 @@ COMPONENT: dict[str, str] = {
     "rewards/NAME_unanswered/mean": "share of completions that the component left unscored",
     "rewards/NAME_truncated/mean": "share of completions too long for a reward model to read in full",
     "rewards/NAME_spread/mean": "mean of the standard deviation between the models of an ensemble",
+    "perf/judge/NAME/requests": "number of answers from the server of the judge NAME for this update",
+    "perf/judge/NAME/cached": "number of completions whose answer was known from before",
+    "perf/judge/NAME/retries": "number of repeated attempts of these requests",
+    "perf/judge/NAME/latency": "mean seconds from a request to its answer, pauses and repeated attempts included",
+    "perf/judge/NAME/prompt_tokens": "tokens of the requests, as the server counted them (0 if it does not)",
+    "perf/judge/NAME/generated_tokens": "tokens of the answers, as the server counted them",
+    "perf/judge/NAME/cost": "price of these tokens by `input_price` and `output_price`",
 }
 """PPO and GRPO. Those over scored completions are missing where there are none."""
 
 
 def definition(key: str) -> str:
     """The definition of a metric: that of METRICS, or of COMPONENT with the component's name; "" for an unknown key."""
-    name, _, part = key.removeprefix(REWARDS).rpartition("/")
+    prefix = JUDGE if key.startswith(JUDGE) else REWARDS
+    name, _, part = key.removeprefix(prefix).rpartition("/")
     for suffix in ("_unanswered", "_truncated", "_spread", ""):
-        general = f"{REWARDS}NAME{suffix}/{part}"
+        general = f"{prefix}NAME{suffix}/{part}"
         if name.endswith(suffix) and general in COMPONENT:
             return METRICS.get(key) or COMPONENT[general].replace("NAME", name.removesuffix(suffix))
     return METRICS.get(key, "")

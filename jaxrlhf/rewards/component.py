@@ -17,14 +17,15 @@ from jaxrlhf.rewards.functions import RewardFunction
 from jaxrlhf.rewards.sources import template
 from jaxrlhf.rewards.sources.endpoint import Endpoint
 from jaxrlhf.rewards.sources.human import Human
-from jaxrlhf.rewards.sources.model import Messages, RewardModel
+from jaxrlhf.rewards.sources.judge import SAMPLE, Judge
+from jaxrlhf.rewards.sources.model import Messages, RewardModel, transcript
 from jaxrlhf.rewards.sources.protocol import ScoreRequest, SourceScores
 from jaxrlhf.rewards.sources.worker import Worker, to_json_line
 from jaxrlhf.types import Rollout
 
 PROBED = 32  # prompts on which `check` tries a source
 
-Source = RewardModel | RewardFunction | Worker | Endpoint | Human
+Source = RewardModel | RewardFunction | Worker | Endpoint | Judge | Human
 
 
 def open_source(
@@ -65,11 +66,13 @@ def open_source(
         return Worker(config.function, options=config.options, timeout=config.timeout)
     if config.url:
         return Endpoint(config.url, timeout=config.timeout)
+    if config.judge.url:
+        return Judge(config.judge, text=config.template, timeout=config.timeout, directory=directory)
     assert config.human
     return Human(config.human, directory / "human.jsonl" if directory else None)
 
 
-def _score_in_parts(source: RewardFunction | Worker | Endpoint | Human, request: ScoreRequest) -> SourceScores:
+def _score_in_parts(source: RewardFunction | Worker | Endpoint | Judge | Human, request: ScoreRequest) -> SourceScores:
     """The scores of a batch, of which each process scores a part, in the order of the rows; process 0 asks a person. A
     RewardError of one process is raised in all of them."""
     if distributed.count() == 1:
@@ -79,13 +82,14 @@ def _score_in_parts(source: RewardFunction | Worker | Endpoint | Human, request:
 
     def score() -> list[Any]:
         if not mine:
-            return [[], [], ""]
-        values, failed, problem = source(request.rows(mine))
-        return [list(values), [mine[i] for i in failed], problem]
+            return [[], [], "", {}]
+        values, failed, problem, costs = source(request.rows(mine))
+        return [list(values), [mine[i] for i in failed], problem, dict(costs)]
 
     parts = distributed.shared(score)
     values, failed = ([item for part in parts for item in part[i]] for i in (0, 1))
-    return SourceScores(values, failed, next((problem for _, _, problem in parts if problem), ""))
+    costs = {name: sum(part[3].get(name, 0) for part in parts) for name in parts[0][3]}
+    return SourceScores(values, failed, next((part[2] for part in parts if part[2]), ""), costs)
 
 
 class ComponentScores(NamedTuple):
@@ -96,6 +100,7 @@ class ComponentScores(NamedTuple):
     truncated: np.ndarray | None = None  # bool [B]   of a reward model: the text lost its beginning to fit the context
     errors: int = 0  # completions without a usable score
     note: str = ""  # the first error and how it was handled
+    costs: Mapping[str, float] = {}  # of a judge: metrics of what the scores took
 
     @property
     def totals(self) -> np.ndarray:
@@ -141,6 +146,10 @@ class RewardComponent:
                 if isinstance(source, Endpoint) or source.signature.wants(name)
             }
             to_json_line(ScoreRequest(first_prompts, [], first_values), f"reward {source.name}")
+        if isinstance(source, Judge) and first_prompts:
+            row = {name: values[:1] for name, values in columns.items()}
+            first = ScoreRequest(_readable(first_prompts[:1], messages and messages[:1]), [SAMPLE], row)
+            distributed.on_primary(lambda: source.check(first))
         if isinstance(source, RewardModel) and not self.reads_rollout:
             source.check_readable(first_prompts)
             if source.tokenizer.has_chat and not self.config.template:  # its chat format must accept the conversations
@@ -159,7 +168,9 @@ class RewardComponent:
             if isinstance(self.source, RewardModel):
                 scores, truncated = self._model_scores(self.source, request, rollout, messages)
             else:
-                if self.config.template:
+                if isinstance(self.source, Judge):
+                    request = request._replace(prompts=_readable(request.prompts, messages))
+                elif self.config.template:
                     request = request._replace(completions=template.fill(self.config.template, request))
                 scores = _score_in_parts(self.source, request)
             if scores.problem and self.config.on_error == "fail":
@@ -175,7 +186,8 @@ class RewardComponent:
         elif scores.problem:
             note = f"{scores.problem}; {errors} completions go without this reward (on_error: skip)"
         values, unscored = self._to_arrays(scores, np.asarray(rollout.response_mask))
-        return ComponentScores(values, unscored, truncated, errors, note)
+        costs = self.source.metrics(scores.costs) if isinstance(self.source, Judge) and scores.costs else {}
+        return ComponentScores(values, unscored, truncated, errors, note, costs)
 
     def _model_scores(
         self, model: RewardModel, request: ScoreRequest, rollout: Rollout, messages: Sequence[Messages | None] | None
@@ -231,3 +243,9 @@ class RewardComponent:
             else:
                 values[i] = value
         return values, unscored
+
+
+def _readable(prompts: Sequence[str], messages: Sequence[Messages | None] | None) -> list[str]:
+    """Prompts for a reader that is no model of this tokenizer: conversations as transcripts, without control tokens."""
+    conversations = messages or [None] * len(prompts)
+    return [transcript(turns) if turns else text for text, turns in zip(prompts, conversations, strict=True)]

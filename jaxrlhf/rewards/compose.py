@@ -15,6 +15,7 @@ from jaxrlhf.data import datasets
 from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.metrics.keys import JUDGE
 from jaxrlhf.metrics.statistics import correlation
 from jaxrlhf.rewards.component import ComponentScores, RewardComponent, open_source
 from jaxrlhf.rewards.sources.human import Human
@@ -31,7 +32,7 @@ class Scored(NamedTuple):
     token_scores: np.ndarray | None  # f32 [B, R]   weighted sum of the per-token components, 0 outside the response
     components: dict[str, np.ndarray]  # f32 [B] each, before weights, nan where a component left a response unscored;
     # per-token components summed over the response
-    metrics: dict[str, float]  # rewards/NAME/mean, std, errors, length_correlation
+    metrics: dict[str, float]  # rewards/NAME/mean, std, errors, length_correlation; perf/judge/NAME/...
     notes: tuple[str, ...]  # errors that did not stop the run
 
     @property
@@ -50,22 +51,33 @@ class Scored(NamedTuple):
 
 
 class _Term(NamedTuple):
-    """One term of the weighted sum: a component, or an ensemble with its members."""
+    """One term of the weighted sum: a component, an ensemble with its models, or a judge with its criteria."""
 
     label: str
     config: Component
     members: list[str]  # names in Scorer.components
 
-    def scores(self, by_name: Mapping[str, ComponentScores]) -> ComponentScores:
-        """The scores of the component, or those of the members combined.
+    @property
+    def name(self) -> str:
+        """Its name in `Scored.components`."""
+        return self.members[0] if len(self.members) == 1 else self.label
 
-        An ensemble leaves a completion unscored, with a value of 0, if any of its members does.
+    def scores(self, by_name: Mapping[str, ComponentScores]) -> ComponentScores:
+        """The scores of the component, or those of the members combined: of the models by `combine`, of the criteria
+        their weighted mean.
+
+        A completion that any of the members leaves unscored is unscored, with a value of 0.
         """
         members = [by_name[name] for name in self.members]
-        if not self.config.ensemble:
+        if len(members) == 1:
             return members[0]
         stacked = np.stack([member.values for member in members])
-        values = combine_scores(stacked, self.config.combine, self.config.spread_coef)
+        if self.config.ensemble:
+            values = combine_scores(stacked, self.config.combine, self.config.spread_coef)
+        else:
+            values = np.average(
+                stacked, axis=0, weights=[criterion.weight for criterion in self.config.judge.rubric]
+            ).astype(np.float32)
         unscored = np.any([member.unscored for member in members], axis=0)
         values[unscored] = 0
         return ComponentScores(values, unscored)
@@ -76,8 +88,8 @@ class Scorer:
 
     `function` is a Python callable that replaces `config.function`, or belongs to the component whose function is
     `passed`; it runs in this process and cannot be killed. Functions named in the config are loaded here, each in its
-    own process. Weights of reward models are loaded on first use, or by `load`. `directory` stores a person's answers.
-    Without a component (`required` false), every score is 0.
+    own process. Weights of reward models are loaded on first use, or by `load`. `directory` stores the answers of
+    people and judges. Without a component (`required` false), every score is 0.
 
     Raises ConfigError if a required reward is missing or it is inconsistent, RewardError or DataError if a source
     cannot be loaded.
@@ -140,7 +152,7 @@ class Scorer:
     @property
     def weights(self) -> dict[str, float]:
         """The weight of each term of the sum, by its name in `Scored.components`."""
-        return {term.label if term.config.ensemble else term.members[0]: term.config.weight for term in self._terms}
+        return {term.name: term.config.weight for term in self._terms}
 
     @property
     def per_token(self) -> bool:
@@ -228,8 +240,9 @@ class Scorer:
                 scores += weighted
             else:
                 token_scores = weighted if token_scores is None else token_scores + weighted
-            if term.config.ensemble:
+            if len(term.members) > 1:
                 arrays[term.label] = term_scores.totals
+            if term.config.ensemble:
                 arrays[f"{term.label}_spread"] = np.stack([arrays[name] for name in term.members]).std(axis=0)
         metrics = self._metrics(by_name, arrays, np.asarray(rollout.response_mask).sum(1))
         notes = tuple(component.note for component in by_name.values() if component.note)
@@ -250,28 +263,31 @@ class Scorer:
         self, by_name: Mapping[str, ComponentScores], arrays: Mapping[str, np.ndarray], lengths: np.ndarray
     ) -> dict[str, float]:
         metrics = {f"rewards/{name}/errors": float(component.errors) for name, component in by_name.items()}
+        metrics |= {f"{JUDGE}{name}/{key}": v for name, scores in by_name.items() for key, v in scores.costs.items()}
         for name, values in arrays.items():
             scored = ~np.isnan(values)
             if not scored.any():
                 continue
             metrics[f"rewards/{name}/mean"] = float(np.mean(values[scored]))
             metrics[f"rewards/{name}/std"] = float(np.std(values[scored]))
-            if name in self.components or name in self._ensembles:
+            if name in self.components or name in self._combined:
                 metrics[f"rewards/{name}/length_correlation"] = correlation(values[scored], lengths[scored])
         return metrics
 
     def metric_keys(self) -> list[str]:
         """The keys of `Scored.metrics`; those of a component that scores no response of a batch are missing."""
-        arrays = [*self.components, *self._ensembles, *(f"{label}_spread" for label in self._ensembles)]
+        arrays = [*self.components, *self._combined]
+        arrays += [f"{term.label}_spread" for term in self._terms if term.config.ensemble]
         arrays += [f"{name}_truncated" for name in self.models]
         arrays += [f"{name}_unanswered" for name in self.components if self._may_be_unscored(name)]
         keys = [f"rewards/{name}/{statistic}" for name in arrays for statistic in ("mean", "std")]
         keys += [f"rewards/{name}/errors" for name in self.components]
-        return keys + [f"rewards/{name}/length_correlation" for name in (*self.components, *self._ensembles)]
+        return keys + [f"rewards/{name}/length_correlation" for name in (*self.components, *self._combined)]
 
     @property
-    def _ensembles(self) -> list[str]:
-        return [term.label for term in self._terms if term.config.ensemble]
+    def _combined(self) -> list[str]:
+        """The terms of several members."""
+        return [term.label for term in self._terms if len(term.members) > 1]
 
     def _may_be_unscored(self, name: str) -> bool:
         return name not in self.models or self.components[name].config.on_error == "skip"

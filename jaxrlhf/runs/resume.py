@@ -1,5 +1,6 @@
 """Comparison of a config with that of the run it resumes."""
 
+import contextlib
 import json
 import platform
 from pathlib import Path
@@ -9,7 +10,8 @@ import yaml
 
 from jaxrlhf import distributed, runtime
 from jaxrlhf.config import text
-from jaxrlhf.errors import StorageError
+from jaxrlhf.config.file import load_config
+from jaxrlhf.errors import ConfigError, StorageError
 
 PACKAGES = ("jaxrlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers")
 FREE = (
@@ -24,7 +26,18 @@ FREE = (
     "dpo.reference_folder",
 )
 """Keys that do not affect the result."""
-REWARD_FAILURES = (".timeout", ".on_error", ".error_value")
+REWARD_FAILURES = (
+    ".timeout",
+    ".on_error",
+    ".error_value",
+    ".judge.url",
+    ".judge.api_key_env",
+    ".judge.concurrency",
+    ".judge.request_timeout",
+    ".judge.retries",
+    ".judge.input_price",
+    ".judge.output_price",
+)
 """Keys of a reward component that may change after it has failed; failed completions were not trained on."""
 TEMPLATE_DATE = "tokenizer.template_date"
 """Kept from the start of a run; free in a run that was started before there was such a key."""
@@ -58,6 +71,9 @@ def check_resume(directory: Path, config: Any, method: str) -> tuple[dict[str, A
     try:
         record = json.loads((directory / "run.json").read_text())
         before = flatten(yaml.safe_load((directory / "config.yaml").read_text()))
+        with contextlib.suppress(ConfigError):  # adds the options of list elements that are newer than the run
+            complete = load_config(method, directory / "config.yaml", partial=True)
+            before = flatten(yaml.safe_load(text.dump(complete))) | before
         old_method, old_versions = record["method"], record["versions"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise StorageError(

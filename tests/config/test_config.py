@@ -100,7 +100,7 @@ def test_renormalising_needs_a_filter():
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ({}, "exactly one of model, function, url and human; this one has none of them"),
+        ({}, "exactly one of model, function, url, judge and human; this one has none of them"),
         ({"model": "m", "url": "http://x"}, "this one has model 'm' and url 'http://x'"),
         ({"function": "r.py"}, "function is 'r.py'; write it as path.py:name"),
         ({"url": "file:///etc/passwd"}, "url is 'file:///etc/passwd'; it must begin with http"),
@@ -114,7 +114,7 @@ def test_renormalising_needs_a_filter():
         ),
         ({"model": "m", "add_eos": True, "per_token": True}, "add_eos is true, but with per_token the text ends"),
         ({"model": "m", "add_eos": "maybe"}, "add_eos: 'maybe' is not one of 'auto', 'true', 'false'"),
-        ({"model": "m", "timeout": 3.0}, r"timeout \(3.0\) has no meaning .* only with function or url"),
+        ({"model": "m", "timeout": 3.0}, r"timeout \(3.0\) has no meaning .* only with function or url or judge"),
         ({"url": "http://x", "micro_batch_size": 3}, "micro_batch_size .* only with model"),
         ({"human": "score", "per_token": True}, "per_token .* only with model or function or url"),
         ({"model": "m", "on_error": "value"}, "on_error is 'value' and error_value is None"),

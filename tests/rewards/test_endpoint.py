@@ -1,57 +1,18 @@
 """Scores from a server: what it is sent, what it may answer, and how often it is asked."""
 
-import http.server
+import datetime
+import email.utils
 import json
-import threading
 import time
 
 import pytest
 
 from jaxrlhf.errors import RewardError
-from jaxrlhf.rewards.sources import endpoint
+from jaxrlhf.rewards.sources import http
 from jaxrlhf.rewards.sources.endpoint import Endpoint
 from jaxrlhf.rewards.sources.protocol import ScoreRequest
 
 ASKED = ScoreRequest(["p", "q"], ["one", "two two"], {"answer": [1, 2]}, step=3)
-
-
-@pytest.fixture
-def serve():
-    """A server whose answers are given: (status, body) or a function of the request; the last goes on for ever."""
-    servers = []
-
-    def start(*answers):
-        seen = []
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                seen.append((self.path, self.headers["Content-Type"], json.loads(body)))
-                answer = answers[min(len(seen), len(answers)) - 1]
-                status, text = answer(seen[-1][2]) if callable(answer) else answer
-                if status is None:  # hang up
-                    return
-                self.send_response(status)
-                if status == 302:
-                    self.send_header("Location", "/elsewhere")
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, *_):
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        server.handle_error = lambda *_: None  # a client that was too impatient
-        server.block_on_close = False
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/score", seen
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def ask(url, request=ASKED, timeout=10.0):
@@ -64,8 +25,8 @@ def test_the_request_has_all_fields_and_the_scores_are_read(serve):
     answer, pauses = ask(url)
     assert answer.values == [3, 7]
     assert pauses == []
-    ((path, kind, body),) = seen
-    assert (path, kind) == ("/score", "application/json")
+    ((path, headers, body),) = seen
+    assert (path, headers["Content-Type"]) == ("/score", "application/json")
     assert {key: body[key] for key in ("prompts", "completions", "columns")} == {
         "prompts": ["p", "q"],
         "completions": ["one", "two two"],
@@ -81,13 +42,33 @@ def test_server_errors_are_retried_with_growing_pauses(serve):
     assert pauses == [0.25, 0.5, 1.0]
 
 
+@pytest.mark.parametrize(("header", "pauses"), [("2", [2.0]), ("0", [0.25]), ("soon", [0.25]), ("11", [])])
+def test_the_pause_is_what_the_server_asks_for_if_there_is_time(serve, header, pauses):
+    url, seen = serve((429, "", {"Retry-After": header}), (200, '{"scores": [1, 2]}'))
+    waited = []
+    source = Endpoint(url, timeout=10, sleep=waited.append)
+    if pauses:
+        assert source(ASKED).values == [1, 2]
+    else:
+        with pytest.raises(RewardError, match="answered 429"):
+            source(ASKED)
+    assert waited == pauses
+
+
+def test_a_date_to_retry_after_is_read(serve):
+    date = email.utils.format_datetime(datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=5), usegmt=True)
+    url, _ = serve((503, "", {"Retry-After": date}), (200, '{"scores": [1, 2]}'))
+    (pause,) = ask(url)[1]
+    assert 3 < pause <= 5
+
+
 def test_retries_are_limited(serve):
     url, seen = serve((503, "over\x1b[31mloaded"))
     with pytest.raises(
         RewardError, match=r"\(step 3\) answered 503 .*: 'over\\x1b.*loaded' \(4 attempts\); first comp"
     ):
         ask(url)
-    assert len(seen) == endpoint.ATTEMPTS == 4
+    assert len(seen) == http.ATTEMPTS == 4
 
 
 @pytest.mark.parametrize(
@@ -122,7 +103,7 @@ def test_scores_per_token(serve):
     url, seen = serve((200, '{"scores": [[1, 2], [3]]}'))
     answer, _ = ask(url, ASKED._replace(tokens=[["o", "ne"], ["two two"]]))
     assert answer.values == [[1, 2], [3]]
-    assert seen[0][2]["tokens"] == [["o", "ne"], ["two two"]]
+    assert seen[0].body["tokens"] == [["o", "ne"], ["two two"]]
 
 
 def test_a_slow_answer_times_out(serve):
@@ -139,7 +120,7 @@ def test_a_refused_connection_is_an_error():
 
 
 def test_an_answer_that_is_too_large_is_refused(serve, monkeypatch):
-    monkeypatch.setattr(endpoint, "LARGEST", 1 << 20)
+    monkeypatch.setattr(http, "LARGEST", 1 << 20)
     url, _ = serve((200, '{"scores": [' + " " * (1 << 20) + "1, 2]}"))
     with pytest.raises(RewardError, match="answered with more than 1 MiB"):
         ask(url)

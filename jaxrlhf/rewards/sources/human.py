@@ -4,15 +4,15 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxrlhf.errors import ConfigError, RewardError, StorageError
+from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.metrics.console import visible
+from jaxrlhf.rewards.sources import answers
 from jaxrlhf.rewards.sources.protocol import ScoreRequest, SourceScores
 
 _KEYS = "Enter: leave it unscored; Ctrl-D: stop"
@@ -43,7 +43,7 @@ class Human:
     def __call__(self, request: ScoreRequest) -> SourceScores:
         """Raises RewardError if the person stops (Ctrl-D); earlier answers are kept."""
         if self._answers is None:
-            self._answers = _read_answers(self.file) if self.file else {}
+            self._answers = answers.read([self.file] if self.file else [])
         try:
             with self.pause_while_asking():
                 return SourceScores(self._score(request) if self.kind == "score" else self._pick(request))
@@ -100,7 +100,7 @@ class Human:
             else:
                 self._answers[key] = None
             if self.file:
-                _append(self.file, {"key": key, "kind": self.kind, "answer": self._answers[key], "texts": texts})
+                answers.append(self.file, {"key": key, "kind": self.kind, "answer": self._answers[key], "texts": texts})
         return self._answers[key]
 
 
@@ -129,31 +129,3 @@ def _parse_choice(line: str, count: int) -> float:
     if line.isascii() and line.isdecimal() and 1 <= int(line) <= count:
         return float(line)
     raise ValueError(f"'{visible(line)}' is not one of 1 to {count}")
-
-
-def _read_answers(file: Path) -> dict[str, Any]:
-    """The answers in a file, by key; lines cut short by a crash are skipped."""
-    answers = {}
-    try:
-        lines = file.read_bytes().splitlines() if file.exists() else []
-    except OSError as error:
-        raise StorageError(f"{file} cannot be read: {error.strerror or error}") from error
-    for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            row = json.loads(line)
-            answers[row["key"]] = row["answer"]
-    return answers
-
-
-def _append(file: Path, row: dict[str, Any]) -> None:
-    """Append a line and fsync. If the last line was cut short by a crash, start a new one."""
-    line = json.dumps(row).encode() + b"\n"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "a+b", buffering=0) as out:
-            if out.seek(0, os.SEEK_END) and (out.seek(-1, os.SEEK_END), out.read(1))[1] != b"\n":
-                line = b"\n" + line
-            out.write(line)
-            os.fsync(out.fileno())
-    except OSError as error:
-        raise StorageError(f"{file} cannot be written: {error.strerror or error}") from error

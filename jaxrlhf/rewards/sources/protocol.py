@@ -50,6 +50,8 @@ class SourceScores(NamedTuple):
     """Indices of completions for which the source returned an invalid value; their value is None."""
     problem: str = ""
     """Error message for the first of them."""
+    costs: Mapping[str, float] = {}
+    """What the scores took, by name: sums over the batch."""
 
 
 def parse_scores(returned: Any, request: ScoreRequest, source: str, place: str = "") -> SourceScores:

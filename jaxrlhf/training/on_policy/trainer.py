@@ -1,5 +1,6 @@
 """The base of the PPO and GRPO trainers: everything of a run but its loop and its update."""
 
+import collections
 import contextlib
 import dataclasses
 import time
@@ -18,6 +19,7 @@ from jaxrlhf.data.loader import rows_at
 from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.models import ModelConfig, for_length
 from jaxrlhf.rewards.compose import Scored, Scorer
+from jaxrlhf.rewards.sources.judge import Judge
 from jaxrlhf.training import pretrained, setup
 from jaxrlhf.training.facts import Origin
 from jaxrlhf.training.on_policy import checks
@@ -348,7 +350,8 @@ class OnPolicyTrainer(Generic[Config]):
             about.append("no reward: every response is preferred to grpo.rejected_text, and all scores are 0")
         if penalty := config.scores.missing_eos_penalty:
             about.append(f"{penalty:g} is subtracted from scores of truncated responses (scores.missing_eos_penalty)")
-        if not self.scorer.has_human:
+        asked = [c.source.name for c in self.scorer.components.values() if isinstance(c.source, Judge)]
+        if not self.scorer.has_human and not asked:
             return about
         parts = [f"{size} in each of {total} updates"]
         if self.validator.rows:
@@ -356,7 +359,9 @@ class OnPolicyTrainer(Generic[Config]):
             parts.append(f"{2 * len(self.validator.rows)} in each of {validations} validations")
         if config.scores.normalise == "reference":
             parts.append(f"{-(-config.scores.reference_samples // size) * size} before training, for scores.normalise")
-        return [*about, f"a person is asked about completions: {', '.join(parts)}; about the same one only once"]
+        asked = [f"{name}{f' ({n} criteria)' if n > 1 else ''}" for name, n in collections.Counter(asked).items()]
+        asked += ["a person"] if self.scorer.has_human else []
+        return [*about, *(f"{who} is asked about completions: {', '.join(parts)}; once each" for who in asked)]
 
     def _total_steps(self) -> int:
         settings = self.config.settings

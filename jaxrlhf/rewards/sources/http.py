@@ -1,0 +1,99 @@
+"""HTTP with retries, for the servers that give scores."""
+
+import datetime
+import email.utils
+import http.client
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxrlhf.errors import first_line, quoted
+
+ATTEMPTS = 4
+FIRST_PAUSE = 0.25  # seconds before the second attempt; doubled each time
+LARGEST = 64 << 20  # bytes of a reply
+
+
+class HTTPFailure(Exception):
+    """The server gave no usable reply; the message says why. `about_request`: it refused this request (status 4xx), and
+    may accept another."""
+
+    def __init__(self, message: str, *, about_request: bool = False) -> None:
+        super().__init__(message)
+        self.about_request = about_request
+
+
+def post(
+    url: str,
+    body: bytes,
+    deadline: float,
+    *,
+    headers: Mapping[str, str] | None = None,
+    attempts: int = ATTEMPTS,
+    attempt_timeout: float | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> bytes:
+    """The reply to JSON sent by POST, before `deadline` (`time.monotonic`).
+
+    Connection errors and status 5xx and 429 are retried up to `attempts` attempts in all, after pauses that double, or
+    as long as the server's Retry-After says. An attempt may take `attempt_timeout` seconds. Redirects are not followed.
+    Raises HTTPFailure.
+    """
+    for attempt in range(attempts):
+        pause = FIRST_PAUSE * 2**attempt
+        seconds = max(deadline - time.monotonic(), 0.01)
+        try:
+            return _post(url, body, min(seconds, attempt_timeout or seconds), headers or {})
+        except urllib.error.HTTPError as error:
+            reason = f"answered {error.code} {error.reason}: {quoted(_error_text(error))}"
+            permanent, about_request = error.code < 500 and error.code != 429, error.code in (400, 413, 422)
+            pause = max(pause, _retry_after(error.headers.get("Retry-After")))
+        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+            reason = f"cannot be reached: {first_line(getattr(error, 'reason', None) or error)}"  # type: ignore[arg-type]
+            permanent = about_request = False
+        if permanent or attempt + 1 == attempts or time.monotonic() + pause >= deadline:
+            reason = f"{reason} ({attempt + 1} attempts)" if attempt else reason
+            raise HTTPFailure(reason, about_request=about_request)
+        sleep(pause)
+    raise AssertionError
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Send prompts, and keys, to the configured address only."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
+        return None
+
+
+_opener = urllib.request.build_opener(_NoRedirect)
+
+
+def _post(url: str, body: bytes, seconds: float, headers: Mapping[str, str]) -> bytes:
+    headers = {"Content-Type": "application/json", "Accept": "application/json", **headers}
+    with _opener.open(urllib.request.Request(url, body, headers), timeout=seconds) as response:
+        reply = response.read(LARGEST + 1)
+    if len(reply) > LARGEST:
+        raise HTTPFailure(f"answered with more than {LARGEST >> 20} MiB")
+    return reply
+
+
+def _retry_after(text: str | None) -> float:
+    """Seconds to wait by a Retry-After header, a number or a date; 0 for none, or for anything else."""
+    try:
+        return float(text or 0)
+    except ValueError:
+        pass
+    try:
+        date = email.utils.parsedate_to_datetime(text or "")
+        return (date - datetime.datetime.now(datetime.UTC)).total_seconds()
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def _error_text(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read(400).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return ""
