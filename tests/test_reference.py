@@ -55,9 +55,8 @@ def test_every_option_that_is_named_exists(page):
     for text in code(page):
         for key in re.findall(r"(?<![\w./])(\w+(?:\.\w+)+)(?![\w./(])", text):
             if key.partition(".")[0] in SECTIONS and not NOT_OPTIONS.fullmatch(key):
-                assert key in OPTIONS or re.fullmatch(
-                    r"reward\.components\.(N|\d+)\.(judge\.(rubric\.N\.)?)?\w+", key
-                ), key
+                element = r"(reward\.components\.(N|\d+)\.(judge\.(rubric\.N\.)?)?|data\.mix\.(N|\d+)\.)\w+"
+                assert key in OPTIONS or re.fullmatch(element, key), key
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -59,7 +59,10 @@ COMMANDS: dict[str, Command] = {
         training.data,
         "show the format of a data file, how each trainer reads it, what is learnt, and what is suspicious",
         {
-            "file": {"metavar": "FILE", "help": "data file, folder or hub id"},
+            "file": {
+                "metavar": "FILE",
+                "help": "data file, folder or hub id; or the config file of a run, for its data",
+            },
             "--model": sets("model.path", "model whose tokenizer to use", metavar="DIR"),
             "--tokenizer": sets("tokenizer.path", "tokenizer to use", metavar="DIR"),
             "--ids": {"action": "store_true", "help": "list the tokens of the first row with their ids"},

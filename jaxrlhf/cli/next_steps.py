@@ -15,7 +15,7 @@ _READING = ("split", "subset", "revision", "columns", "template", "score", "comp
 
 def after_training(config: Any) -> list[str]:
     """Commands for the run of `config`, each with a note. Words in capitals stand for files that are not known."""
-    run, base, data = config.run_dir, config.model.path, config.data
+    run, base, data = config.run_dir, config.model.path, config.data.sources[0]
     prompts = _reading(data, data.validation_path or data.path)
     report: Step = (("report", run), "curves, samples and alarms on one page")
     talk: Step = (("chat", run), "talk to the model")

@@ -153,7 +153,12 @@ def new(options: Options, overrides: Overrides) -> None:
 
 
 def data(options: Options, overrides: Overrides) -> None:
-    config = load_config("sft", None, [("data.path", options.file), *overrides], partial=True)
+    if options.file.endswith((".yaml", ".yml")):
+        run = load_config(method_of(Path(options.file)), Path(options.file), overrides, partial=True)
+        whole = {"completion_only": run.completion_only} if run.method == "sft" else {}
+        config = METHODS["sft"](model=run.model, tokenizer=run.tokenizer, data=run.data, **whole)
+    else:
+        config = load_config("sft", None, [("data.path", options.file), *overrides], partial=True)
     from jaxrlhf import doctor
 
     print(doctor.examine_data(config, colour=_colour(), ids=options.ids))

@@ -141,7 +141,7 @@ class ConfigReader:
             return bool((values or {}).get(leaf))
 
         for key in _REQUIRED:
-            if not is_set(key):
+            if not is_set(key) and not (key == "data.path" and is_set("data.mix")):
                 section, _, leaf = key.partition(".")
                 doc = field_doc(self.annotations[section], leaf).removesuffix(" Required.")
                 self.problems.append((self._location(key), f"{key} is required. {doc}"))

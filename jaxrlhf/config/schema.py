@@ -127,6 +127,8 @@ def problem(cls: type, key: str, error: Any) -> str:
     text = f"{key}: {describe(error)}"
     if kind == "dataclass_type" and isinstance(value, str) and f"{key}.path" in known_keys(cls, key):
         return f"{text}; did you mean '{key}.path'?"
+    if kind == "dataclass_type" and isinstance(value, list | tuple) and f"{key}.mix" in known_keys(cls, key):
+        return f"{text}; write the list as '{key}.mix'"
     if (kind in _BOUNDS or value is None) and (doc := key_doc(cls, key)):
         return f"{text}. {doc}"
     return text

@@ -1,5 +1,8 @@
 """Sections shared by several methods. The text under each field is its help in `jaxrlhf new` and `--help`."""
 
+import dataclasses
+import re
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -21,8 +24,8 @@ from jaxrlhf.config.model import LoRA, ModelSource, TokenizerSource
 
 
 @section
-class Data:
-    """The dataset. Its format is recognised from the columns; `jaxrlhf data FILE` shows how a file is read."""
+class Source:
+    """A data set, and how its rows are read."""
 
     path: str = ""
     """JSON, JSONL (.gz), CSV or Parquet file, folder saved by `datasets`, or hub id. Required."""
@@ -47,13 +50,6 @@ class Data:
     stay text."""
     max_rows: Count | None = None
     """Use only the first rows."""
-    max_length: Count = 512
-    """Maximum tokens of prompt and completion together."""
-    max_prompt_length: Count | None = None
-    """Maximum tokens of the prompt. None: limited by max_length only."""
-    truncation: Literal["drop", "error", "left", "right"] = "drop"
-    """Handling of rows that are too long. drop: skip them. error: stop. left: truncate the start of the prompt. right:
-    truncate the end of the completion."""
     validation_path: str = ""
     """Held-out rows: a file, folder or hub id, also that of `path` with another split."""
     validation_split: str = ""
@@ -61,12 +57,6 @@ class Data:
     dev that `validation_path` has."""
     validation_fraction: FractionBelowOne = 0.0
     """Fraction of `path` to hold out instead. The split depends only on `split_seed` and the number of rows."""
-    split_by: Literal["row", "prompt"] = "row"
-    """Unit that `validation_fraction` holds out. prompt: all rows of a prompt, so that no prompt is on both sides."""
-    split_seed: Natural = 0
-    """Seed of the train/validation split."""
-    shuffle: Bool = True
-    """Shuffle each epoch; the order depends only on `seed` and the epoch."""
 
     def __post_init__(self) -> None:
         for option in ("validation_path", "validation_split"):
@@ -80,6 +70,101 @@ class Data:
     def holds_out(self) -> bool:
         """Some rows are held out."""
         return bool(self.validation_path or self.validation_split or self.validation_fraction)
+
+
+@section
+class MixedSource(Source):
+    """A data set of a mixture."""
+
+    weight: Positive | None = None
+    """Share of this data set in training, relative to the other weights: 3 and 1 are three rows of one to one row of
+    the other. None, for all data sets of the mixture: their numbers of rows."""
+    name: str = ""
+    """Name in the log. Empty: that of the file, folder or hub data set."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.path:
+            raise ValueError("path is empty; every entry of data.mix names a data set")
+        if not re.fullmatch(r"|[\w.-]+", self.name):
+            raise ValueError(f"name is {self.name!r}; use letters, digits and . _ -")
+
+    @property
+    def label(self) -> str:
+        """`name`, or the last part of the path without suffixes."""
+        stem = re.sub(r"(\.(jsonl?|ndjson|csv|parquet|gz))+$", "", Path(self.path).name)
+        return self.name or re.sub(r"[^\w.-]+", "_", stem)
+
+
+@section
+class Data(Source):
+    """The dataset. Its format is recognised from the columns; `jaxrlhf data FILE` shows how a file is read."""
+
+    mix: tuple[MixedSource, ...] = ()
+    """Data sets to train on together, in place of `path`: a list. A batch has rows of each by its weight. Options that
+    say how rows are read and held out belong to the entries, which have these keys:"""
+    mix_temperature: Positive = 1.0
+    """Exponent 1 / temperature of the weights of `mix`: above 1, small data sets are seen more often."""
+    max_length: Count = 512
+    """Maximum tokens of prompt and completion together."""
+    max_prompt_length: Count | None = None
+    """Maximum tokens of the prompt. None: limited by max_length only."""
+    truncation: Literal["drop", "error", "left", "right"] = "drop"
+    """Handling of rows that are too long. drop: skip them. error: stop. left: truncate the start of the prompt. right:
+    truncate the end of the completion."""
+    split_by: Literal["row", "prompt"] = "row"
+    """Unit that `validation_fraction` holds out. prompt: all rows of a prompt, so that no prompt is on both sides."""
+    split_seed: Natural = 0
+    """Seed of the train/validation split."""
+    shuffle: Bool = True
+    """Shuffle each epoch; the order depends only on `seed` and the epoch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.mix:
+            if self.mix_temperature != 1:
+                raise ValueError(
+                    f"data.mix_temperature is {self.mix_temperature:g}, and data.mix is empty; leave it out"
+                )
+            return
+        default = Source()
+        if both := [key for key in READING if getattr(self, key) != getattr(default, key)]:
+            raise ValueError(
+                f"data.mix is given, and data.{both[0]} too ({getattr(self, both[0])!r}); it belongs to an entry: "
+                f"data.mix.0.{both[0]}, for example"
+            )
+        labels = [source.label for source in self.mix]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            raise ValueError(f"two data sets of data.mix are called {twice[0]!r} in the log; give each a name")
+        weights = [source.weight for source in self.mix]
+        if None in weights and any(weights):  # a weight is positive
+            missing = [source.path for source in self.mix if source.weight is None]
+            raise ValueError(
+                f"data.mix has weights, but none for {', '.join(missing)}; give each data set a weight, or none of "
+                "them (their numbers of rows)"
+            )
+
+    @property
+    def sources(self) -> "tuple[Data, ...]":
+        """The data sets, each as the config of it alone; empty if none is named."""
+        if not self.mix:
+            return (self,) if self.path else ()
+        values = ({key: getattr(source, key) for key in READING} for source in self.mix)
+        return tuple(dataclasses.replace(self, mix=(), mix_temperature=1.0, **options) for options in values)
+
+    @property
+    def name(self) -> str:
+        """The path, or those of a mixture."""
+        return ", ".join(source.path for source in self.sources)
+
+    @property
+    def holds_out(self) -> bool:
+        """Some rows are held out."""
+        return super().holds_out or any(source.holds_out for source in self.mix)
+
+
+READING = tuple(field.name for field in dataclasses.fields(Source))
+"""Options of a single data set."""
 
 
 @section

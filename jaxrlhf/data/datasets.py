@@ -14,6 +14,8 @@ from jaxrlhf.data.examples import Content, Example, to_examples
 from jaxrlhf.data.file_readers import SourceLocation
 from jaxrlhf.data.formats import Task, recognise
 from jaxrlhf.data.held_out import Usable
+from jaxrlhf.data.loader import rows_at
+from jaxrlhf.data.mixing import Part, draws, interleaved, mixed_rows_at, passes
 from jaxrlhf.data.omissions import Omissions, first_few
 from jaxrlhf.data.sources import Rows, read_rows, read_validation_rows
 from jaxrlhf.data.tokenise import RenderedExample, TokenisedExample, drop_reason, render, tokenise, truncate
@@ -59,7 +61,8 @@ class PromptRow:
 
 @dataclass
 class Report:
-    """Printable summary of loading: rows kept, dropped and cut, by file line or row number from 1."""
+    """Printable summary of loading: rows kept, dropped and cut, by file line or row number from 1. That of a mixture
+    has a report of each data set."""
 
     source: str
     format: str
@@ -71,10 +74,12 @@ class Report:
     lengths: list[int] = field(default_factory=list)  # tokens of each row, with its longest completion
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # about its texts, for a run: `jaxrlhf data` has them in its own
+    parts: "list[Report]" = field(default_factory=list)
 
     def __str__(self) -> str:
         held_out = f", {self.validation} held out" if self.validation else ""
         lines = [f"data {self.source}: {counted(self.rows, 'row')}, {self.format}; {self.train} kept{held_out}"]
+        lines = [*map(str, self.parts), *lines]
         for verb, reasons in (("dropped", self.dropped), ("cut", self.cut)):
             for reason, locations in reasons.items():
                 lines.append(f"{verb} {len(locations)}: {reason} ({first_few(locations)})")
@@ -86,11 +91,28 @@ class Report:
 
 @dataclass(frozen=True)
 class Split(Generic[T]):
-    """Training rows, held-out rows (perhaps none) and the report."""
+    """Training rows, held-out rows (perhaps none) and the report. `parts` are the data sets of a mixture."""
 
-    train: list[T]
-    validation: list[T]
+    train: Sequence[T]
+    validation: Sequence[T]
     report: Report
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of training rows of its data sets, which follow each other."""
+        return [part.rows for part in self.parts] or [len(self.train)]
+
+    def rows_at(self, step: int, batch_size: int, seed: int, shuffle: bool) -> list[int]:
+        """Numbers of the training rows of the batch of `step`."""
+        if self.parts:
+            return mixed_rows_at(step, batch_size, self.parts, seed, shuffle).tolist()
+        return rows_at(step, batch_size, len(self.train), seed, shuffle).tolist()
+
+    def epochs(self, rows: int) -> dict[str, float]:
+        """Metrics after training on this number of rows: passes over all of them, and over each part of a mixture."""
+        of_parts = {f"epochs/{name}": value for name, value in passes(self.parts, rows).items()} if self.parts else {}
+        return {"epoch": rows / len(self.train), **of_parts}
 
 
 def sft_rows(config: Data, tokenizer: Tokenizer, completion_only: bool) -> Split[SFTRow]:
@@ -125,12 +147,12 @@ def pair_rows(config: Data, tokenizer: Tokenizer, *, margins: bool = False, ties
         split.report.notes.append(note)
         if count in (0, len(split.train)):
             raise DataError(
-                f"data {config.path}: {note} (columns tie, tied or label, or equal scores); training with ties needs "
+                f"data {config.name}: {note} (columns tie, tied or label, or equal scores); training with ties needs "
                 "both tied and untied pairs"
             )
         if split.validation and all(pair.tied for pair in split.validation):
             raise DataError(
-                f"data {config.path}: all {len(split.validation)} held-out pairs are ties, so accuracy is undefined; "
+                f"data {config.name}: all {len(split.validation)} held-out pairs are ties, so accuracy is undefined; "
                 "hold out more rows"
             )
     return split
@@ -154,11 +176,12 @@ def prompts_from_texts(
     _check_names(columns, "prompts")
     locations = [SourceLocation("prompts", i + 1, line=False) for i in range(len(texts))]
     rows = Rows("prompts", [{"prompt": text} for text in texts], locations)
-    kept, report = _prepare(rows, replace(config, template="", columns={}), tokenizer, "prompts", _prompt_row)
+    config = replace(config, mix=(), mix_temperature=1.0, template="", columns={})
+    kept, report = _prepare(rows, config, tokenizer, "prompts", _prompt_row)
     if len(kept) < len(texts):
         raise DataError(f"not every prompt can be used\n{report}")
     given = [{"prompt": text, **{name: values[i] for name, values in columns.items()}} for i, text in enumerate(texts)]
-    return [replace(item.row, columns=row) for item, row in zip(kept, given, strict=True)]
+    return [replace(row, columns=values) for row, values in zip(kept.rows, given, strict=True)]
 
 
 def columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
@@ -206,13 +229,72 @@ def train_validation_split(
 ) -> Split[T]:
     """Load the data of `task`; `make_row(tokens, example, rows, i)` creates a row. `ties` keeps pairs of which neither
     is better. Raises DataError."""
+    if not config.mix:
+        train, validation, report = _load(config, tokenizer, task, make_row, ties)
+        return Split(train.rows, validation.rows, report)
+    loaded: list[_Loaded[T]] = []
+    for source in config.sources:
+        try:
+            loaded.append(_load(source, tokenizer, task, make_row, ties))
+        except DataError as error:
+            others = [f"{report.source} ({report.format})" for _, _, report in loaded]
+            others += [other.path for other in config.sources[len(loaded) + 1 :]]
+            raise DataError(f"{error}\nIt is part of data.mix, beside {', '.join(others) or 'nothing else'}") from error
+    return _mixed(loaded, config)
+
+
+def _mixed(loaded: "Sequence[_Loaded[T]]", config: Data) -> Split[T]:
+    """The rows of all data sets one after the other, and held-out rows evenly spread. Prompts are numbered on."""
+    trains, held_out, reports = zip(*loaded, strict=True)
+    names, sizes, others = [source.label for source in config.mix], [*map(len, trains)], [*map(len, held_out)]
+    per_epoch = draws(names, sizes, [source.weight for source in config.mix], config.mix_temperature)
+    parts = tuple(map(Part, names, sizes, others, per_epoch))
+    firsts = [sum(report.rows for report in reports[:i]) for i in range(len(reports))]
+    train = [_numbered_from(first, row) for first, part in zip(firsts, trains, strict=True) for row in part.rows]
+    places = zip(*interleaved(tuple(others)), strict=True)
+    validation = [_numbered_from(firsts[i], held_out[i].rows[k]) for i, k in places]
+    notes = []
+    for name, part in zip(names, held_out, strict=True):
+        for other, rows in zip(names, trains, strict=True):
+            if other != name and (same := int(np.isin(part.prompts, rows.prompts).sum())):
+                notes.append(f"{same} of {len(part)} held-out rows of {name} have a prompt that {other} trains on")
+    total = sum(sizes)
+    shares = [
+        f"{part.name} {part.draws / total:.1%} ({part.draws} rows of {part.rows}, {part.draws / part.rows:.3g} epochs"
+        f"{f', {part.held_out} held out' if part.held_out else ''})"
+        for part in parts
+    ]
+    report = Report(
+        source=f"mix of {', '.join(names)}",
+        format=f"in an epoch {', '.join(shares)}",
+        rows=sum(report.rows for report in reports),
+        train=total,
+        validation=len(validation),
+        lengths=[length for report in reports for length in report.lengths],
+        notes=notes,
+        warnings=[f"{report.source}: {text}" for report in reports for text in report.warnings],
+        parts=[*reports],
+    )
+    return Split(train, validation, report, parts)
+
+
+def _numbered_from(first: int, row: T) -> T:
+    """A row of a mixture: prompts are numbered on from those of the data sets before."""
+    return replace(row, index=first + row.index) if isinstance(row, PromptRow) else row
+
+
+_Loaded = tuple[Usable[T], Usable[T], Report]
+"""Rows to train on, held-out rows, and the report of a single data set."""
+
+
+def _load(config: Data, tokenizer: Tokenizer, task: Task, make_row: Callable[..., T], ties: bool) -> "_Loaded[T]":
     source = config.validation_path or (config.path if config.validation_split else "")
     rows = read_rows(config)
     train, report = _prepare(rows, config, tokenizer, task, make_row, ties)
-    validation: list[Usable[T]] = []
+    validation: Usable[T] = train.where(np.zeros(len(train), bool))
     if config.validation_fraction:
         train, validation = held_out.split(train, len(rows.rows), config)
-        if not validation or not train:
+        if not len(validation) or not len(train):
             raise DataError(
                 f"data {rows.source}: data.validation_fraction {config.validation_fraction} leaves "
                 f"{counted(len(train), 'row')} to train on and {len(validation)} held out\n{report}"
@@ -221,7 +303,7 @@ def train_validation_split(
         others = read_validation_rows(config)
         validation, validation_report = _prepare(others, config, tokenizer, task, make_row, ties)
         report.notes.append(f"held out: {validation_report}")
-    if validation:
+    if len(validation):
         report.notes += held_out.overlap(train, validation, config, source)
     if config.validation_fraction:
         report.notes.append(
@@ -229,12 +311,12 @@ def train_validation_split(
             f"{config.validation_fraction:g}"
         )
     report.train, report.validation = len(train), len(validation)
-    return Split([item.row for item in train], [item.row for item in validation], report)
+    return train, validation, report
 
 
 def _prepare(
     rows: Rows, config: Data, tokenizer: Tokenizer, task: Task, make_row: Callable[..., T], ties: bool = False
-) -> tuple[list[Usable[T]], Report]:
+) -> tuple[Usable[T], Report]:
     """Convert, tokenise and truncate rows: the usable ones, several of a row with several scores, and the report."""
     row_format = recognise(rows, task, config)
     escape = (lambda text: text) if config.control_tokens else tokenizer.escape
@@ -265,7 +347,9 @@ def _prepare(
             examples.append((i, example))
     if task == "prompts":
         rows = row_format.reward_columns(rows)
-    kept: list[Usable[T]] = []
+    kept: list[T] = []
+    numbers: list[int] = []
+    digests: list[tuple[int, int]] = []
     for (i, example), tokens in zip(examples, tokenise(rendered, tokenizer), strict=True):
         location = rows.locations[i]
         truncated, note = truncate(tokens, config, tokenizer)
@@ -274,7 +358,9 @@ def _prepare(
         if note:
             (report.dropped if truncated is None else report.cut).setdefault(note, []).append(location.short)
         if truncated is not None:
-            kept.append(held_out.usable(i, example, make_row(truncated, example, rows, i)))
+            kept.append(make_row(truncated, example, rows, i))
+            numbers.append(i)
+            digests.append(held_out.digests(example))
             report.lengths.append(len(truncated))
     report.train = len(kept)
     if not kept:
@@ -301,7 +387,8 @@ def _prepare(
     report.notes += omissions.notes()
     located = [(rows.locations[i].short, example) for i, example in examples]
     report.warnings += [*checks.missing_space(located), *checks.unknown_words(located, tokenizer)]
-    return kept, report
+    prompts, contents = np.array(digests, np.uint64).T
+    return Usable(kept, np.array(numbers), prompts, contents), report
 
 
 def _repeats_prompt(example: Example) -> bool:

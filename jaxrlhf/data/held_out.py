@@ -1,9 +1,13 @@
 """Hold out rows or prompts, and find rows that are on both sides."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from jaxrlhf.config import Data
 from jaxrlhf.data.examples import Example
@@ -14,50 +18,59 @@ T = TypeVar("T")
 _SPLIT = 0x5EED  # separates the random order of the split from those of the epochs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Usable(Generic[T]):
-    """A row made of row `number` of the data. prompt, content: text that is equal for equal prompts and rows."""
+    """The usable rows of a data set. prompts, contents: numbers that are equal for equal prompts and rows."""
 
-    number: int
-    prompt: str
-    content: str
-    row: T
+    rows: Sequence[T]
+    numbers: NDArray[np.int64]  # of the row of the data that each is made of
+    prompts: NDArray[np.uint64]
+    contents: NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, chosen: NDArray[np.bool_]) -> "Usable[T]":
+        """The rows for which `chosen` is true."""
+        rows = [self.rows[i] for i in np.flatnonzero(chosen).tolist()]
+        return Usable(rows, self.numbers[chosen], self.prompts[chosen], self.contents[chosen])
 
 
-def usable(number: int, example: Example, row: T) -> Usable[T]:
-    """Describe a usable row. The prompt of a whole conversation is what precedes its first answer, that of a text the
-    text."""
+def digests(example: Example) -> tuple[int, int]:
+    """(of the prompt, of the whole example), 64 bits each. The prompt of a whole conversation is what precedes its
+    first answer, that of a text the text."""
     prompt, completions = example.prompt, [*example.completions]
     if prompt is None:
         (content,) = completions
         answers = [i for i, turn in enumerate(content) if not isinstance(turn, str) and turn["role"] == "assistant"]
         prompt = content[: answers[0]] if answers else content
     key = json.dumps(prompt, sort_keys=True, default=str)
-    return Usable(number, key, f"{key} {json.dumps([completions, example.scores], sort_keys=True, default=str)}", row)
+    return _digest(key), _digest(f"{key} {json.dumps([completions, example.scores], sort_keys=True, default=str)}")
 
 
-def split(rows: Sequence[Usable[T]], total: int, config: Data) -> tuple[list[Usable[T]], list[Usable[T]]]:
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest())
+
+
+def split(rows: Usable[T], total: int, config: Data) -> tuple[Usable[T], Usable[T]]:
     """Hold out `config.validation_fraction` of the `total` rows of the data, or of its different prompts: (rows to
     train on, held-out rows)."""
     if config.split_by == "prompt":
-        prompts = list(dict.fromkeys(row.prompt for row in rows))
-        held_out = {prompts[i] for i in _drawn(len(prompts), config)}
-        chosen = [row.prompt in held_out for row in rows]
+        _, first, prompt = np.unique(rows.prompts, return_index=True, return_inverse=True)
+        place = np.argsort(np.argsort(first))  # of each different prompt, by its first row
+        chosen = np.isin(place[prompt], _drawn(len(first), config))
     else:
-        numbers = _drawn(total, config)
-        chosen = [row.number in numbers for row in rows]
-    parts = list(zip(rows, chosen, strict=True))
-    return [row for row, held in parts if not held], [row for row, held in parts if held]
+        chosen = np.isin(rows.numbers, _drawn(total, config))
+    return rows.where(~chosen), rows.where(chosen)
 
 
-def overlap(train: Sequence[Usable[T]], held_out: Sequence[Usable[T]], config: Data, source: str) -> list[str]:
+def overlap(train: Usable[T], held_out: Usable[T], config: Data, source: str) -> list[str]:
     """A note on held-out rows that are also trained on, or whose prompt is; [] if there are none.
 
     Raises DataError if all rows of another source are also trained on.
     """
-    contents, prompts = {row.content for row in train}, {row.prompt for row in train}
-    same = sum(row.content in contents for row in held_out)
-    same_prompt = sum(row.prompt in prompts for row in held_out)
+    same = int(np.isin(held_out.contents, train.contents).sum())
+    same_prompt = int(np.isin(held_out.prompts, train.prompts).sum())
     if same == len(held_out) and not config.validation_fraction:
         raise DataError(
             f"data {source}: all {same} held-out rows are also trained on, so they would measure memory; name other "
@@ -72,6 +85,6 @@ def overlap(train: Sequence[Usable[T]], held_out: Sequence[Usable[T]], config: D
     return [f"{same_prompt} of {len(held_out)} held-out rows have a prompt that is also trained on{equal}{remedy}"]
 
 
-def _drawn(total: int, config: Data) -> set[int]:
+def _drawn(total: int, config: Data) -> NDArray[np.int64]:
     count = max(1, round(config.validation_fraction * total))
-    return {int(i) for i in permutation(total, config.split_seed, _SPLIT)[:count]}
+    return permutation(total, config.split_seed, _SPLIT)[:count]

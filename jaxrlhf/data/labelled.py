@@ -1,6 +1,8 @@
 """Load rated responses: with a label, with a score, or ranked."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -40,8 +42,11 @@ def label_rows(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
     """Load responses with a column `label`, `kto_tag` or `tag` (`labels.by_label`); of preference pairs, the chosen
     responses as good ones and the rejected responses as bad ones.
     Raises ConfigError, and DataError, also if the training rows are all good or all bad."""
-    rows = read_rows(config)
-    if not formats.can_read(rows, "labels", config) and formats.can_read(rows, "pairs", config):
+
+    def can_read(task: formats.Task) -> bool:
+        return all(formats.can_read(read_rows(source), task, source) for source in config.sources)
+
+    if not can_read("labels") and can_read("pairs"):
         return _labels_of_pairs(config, tokenizer)
 
     def make_row(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> LabelledRow:
@@ -51,22 +56,24 @@ def label_rows(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
     good = sum(row.label for row in split.train)
     counts = f"{good} good and {len(split.train) - good} bad responses to train on"
     if good in (0, len(split.train)):
-        raise DataError(f"data {config.path}: {counts}; training on labels needs both\n{split.report}")
+        raise DataError(f"data {config.name}: {counts}; training on labels needs both\n{split.report}")
     split.report.notes.append(counts)
     return split
 
 
 def _labels_of_pairs(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
-    """All chosen responses, then all rejected ones. Raises DataError and ConfigError."""
+    """All chosen responses, then all rejected ones, of each data set. Raises DataError and ConfigError."""
 
-    def labelled(pairs: list[PairRow]) -> list[LabelledRow]:
+    def labelled(pairs: Sequence[PairRow]) -> list[LabelledRow]:
         good = [LabelledRow(pair.chosen.tokens, pair.chosen.loss_mask, True) for pair in pairs]
         return good + [LabelledRow(pair.rejected.tokens, pair.rejected.loss_mask, False) for pair in pairs]
 
     split = pair_rows(config, tokenizer)
-    train = labelled(split.train)
+    parts = tuple(replace(part, rows=2 * part.rows, draws=2 * part.draws) for part in split.parts)
+    pairs = iter(split.train)
+    train = [row for size in split.sizes for row in labelled(list(islice(pairs, size)))]
     split.report.notes.append(f"{len(train)} responses to train on: chosen ones are good, rejected ones are bad")
-    return Split(train, labelled(split.validation), split.report)
+    return Split(train, labelled(split.validation), split.report, parts)
 
 
 def score_rows(config: Data, tokenizer: Tokenizer) -> Split[ScoredRow]:
@@ -80,7 +87,7 @@ def score_rows(config: Data, tokenizer: Tokenizer) -> Split[ScoredRow]:
     scores = np.array([row.score for row in split.train])
     if np.ptp(scores) == 0:
         raise DataError(
-            f"data {config.path}: all {len(scores)} scores to train on are {scores[0]:g}; training needs scores that "
+            f"data {config.name}: all {len(scores)} scores to train on are {scores[0]:g}; training needs scores that "
             f"differ\n{split.report}"
         )
     split.report.notes.append(f"scores to train on: {scores.min():g} to {scores.max():g}, mean {scores.mean():g}")

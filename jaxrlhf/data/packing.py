@@ -5,9 +5,11 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 from jaxrlhf.data.datasets import SFTRow, Split
+from jaxrlhf.data.mixing import draws
 from jaxrlhf.errors import ConfigError
 
 T = TypeVar("T")
@@ -31,7 +33,17 @@ def pack(split: Split[T], texts: Callable[[T], Sequence[SFTRow]], width: int, le
         sizes = [sum(len(text.tokens) for text in texts(example)) for example in examples]
         return [_concatenate([text for i in row for text in texts(examples[i])]) for row in best_fit(sizes, width)]
 
-    train, validation = rows(split.train), rows(split.validation)
+    left = iter(split.train)
+    by_part = [rows(list(islice(left, size))) for size in split.sizes]  # texts of a row are of the same data set
+    train, validation = [row for part in by_part for row in part], rows(split.validation)
+    parts = split.parts
+    if parts:
+        total, packed = sum(split.sizes), list(map(len, by_part))
+        shares = draws([part.name for part in parts], packed, [part.draws / total for part in parts], 1.0)
+        parts = tuple(
+            dataclasses.replace(part, rows=size, draws=share)
+            for part, size, share in zip(parts, packed, shares, strict=True)
+        )
     if len(train) < least:
         raise ConfigError(
             f"train.packing makes {len(train)} rows of {width} tokens of {len(split.train)} examples, fewer than "
@@ -43,7 +55,7 @@ def pack(split: Split[T], texts: Callable[[T], Sequence[SFTRow]], width: int, le
     if validation:
         note += f"; {len(split.validation)} held-out examples in {len(validation)} rows"
     report = dataclasses.replace(split.report, notes=[*split.report.notes, note])
-    return Split(train, validation, report)
+    return Split(train, validation, report, parts)
 
 
 def best_fit(sizes: Sequence[int], width: int) -> list[list[int]]:

@@ -1,6 +1,9 @@
 """Report on a data file: its columns, how each method reads it, what is learnt, and what is suspicious in it. Command
 `jaxrlhf data`."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from jaxrlhf import weights
 from jaxrlhf.config import SFTConfig
 from jaxrlhf.data import datasets, formats, sources
@@ -24,12 +27,33 @@ COMMON: tuple[formats.Task, ...] = ("sft", "pairs", "prompts")  # the others are
 
 
 def examine_data(config: SFTConfig, *, colour: bool = False, ids: bool = False) -> str:
-    """Describe a data file; with a tokenizer also its lengths in tokens and the first row with what is learnt marked,
-    by `colour` or brackets, and with `ids` token by token.
+    """Describe a data file, or each of a mixture; with a tokenizer also its lengths in tokens and the first row with
+    what is learnt marked, by `colour` or brackets, and with `ids` token by token.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: a file cannot be read.
     """
+    data = config.data
+    parts = [_examine(replace(config, data=source), colour=colour, ids=ids) for source in data.sources or (data,)]
+    return "\n\n".join([*parts, *([_mixture(config)] if data.mix else [])])
+
+
+def _mixture(config: SFTConfig) -> str:
+    """Which trainers can read a mixture, and the shares of its data sets."""
+    path = config.tokenizer.path or config.model.path
+    if not path:
+        return "the shares of the mixture are left out without a tokenizer: they count the rows that can be used"
+    tokenizer, lines = load_tokenizer(weights.resolve(path, weights=False), config.tokenizer), []
+    for task in COMMON:
+        try:
+            text = str(replace(tokenised_rows(task, config, tokenizer)[0], parts=[]))
+        except DataError as error:
+            text = f"no. {error}"
+        lines.append(f"jaxrlhf {METHODS[task]}: {text}".replace("\n", "\n    "))
+    return "\n".join(lines)
+
+
+def _examine(config: SFTConfig, *, colour: bool, ids: bool) -> str:
     rows = sources.read_rows(config.data)
     count = f"{len(rows.rows):,} row{'s' if len(rows.rows) != 1 else ''}"
     lines = [f"data {rows.source}: {count} with columns {', '.join(rows.columns)}"]
@@ -98,7 +122,7 @@ def _tokens(task: formats.Task, config: SFTConfig, tokenizer: Tokenizer, *, colo
 
 def tokenised_rows(
     task: formats.Task, config: SFTConfig, tokenizer: Tokenizer
-) -> tuple[datasets.Report, list[TokenisedRow]]:
+) -> tuple[datasets.Report, Sequence[TokenisedRow]]:
     """Load data for `task`: the report and the rows to train on. Raises DataError and ConfigError."""
 
     def make_row(tokens: TokenisedExample, example: Example, rows: sources.Rows, i: int) -> TokenisedRow:

@@ -90,14 +90,18 @@ class Trial:
     def data(self) -> Outcome:
         """Read the first rows of the config's data, and check that the longest prompt and its response fit."""
         data = self.config.data
-        if not data.path:
+        if not data.sources:
             made = (
                 "" if self.rows[0].text == PROMPTS[0] else ", made of the tokenizer's own words: it lacks common ones"
             )
             return None, f"needs a config with data.path; four built-in prompts are used instead{made}"
-        max_rows = min(data.max_rows or DATA_ROWS, DATA_ROWS)
+        part = data.sources[0]
         head = dataclasses.replace(
-            data, max_rows=max_rows, validation_path="", validation_split="", validation_fraction=0.0
+            part,
+            max_rows=min(part.max_rows or DATA_ROWS, DATA_ROWS),
+            validation_path="",
+            validation_split="",
+            validation_fraction=0.0,
         )
         split = datasets.prompt_rows(head, self.tokenizer)
         self.rows = [split.train[i % len(split.train)] for i in range(ROWS)]

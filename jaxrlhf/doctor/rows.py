@@ -45,7 +45,7 @@ def duplicates(rows: Rows, examples: Sequence[tuple[str, Example]]) -> list[str]
     contents = (json.dumps(row, sort_keys=True, default=str) for row in rows.rows)
     lines = [_repeated("rows", zip((location.short for location in rows.locations), contents, strict=True))]
     prompts = [(where, example) for where, example in examples if example.prompt is not None]
-    lines.append(_repeated("prompts", ((where, held_out.usable(0, e, None).prompt) for where, e in prompts)))
+    lines.append(_repeated("prompts", ((where, held_out.digests(e)[0]) for where, e in prompts)))
     return list(filter(None, lines))
 
 

@@ -20,7 +20,7 @@ from jaxrlhf.errors import DataError, first_line, quoted
 from jaxrlhf.files import write_whole
 from jaxrlhf.metrics import sinks, tags
 from jaxrlhf.metrics.console import Console
-from jaxrlhf.metrics.keys import JUDGE, METRICS, REWARDS
+from jaxrlhf.metrics.keys import EPOCHS, JUDGE, METRICS, REWARDS
 from jaxrlhf.metrics.sinks import Sink
 
 TRACKERS = "trackers.json"
@@ -196,7 +196,7 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
 
 
 def _is_metric(key: str) -> bool:
-    return key in METRICS or key.startswith((REWARDS, JUDGE))
+    return key in METRICS or key.startswith((REWARDS, JUDGE, EPOCHS))
 
 
 def _number(value: Any) -> float | int:

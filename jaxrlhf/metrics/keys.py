@@ -21,6 +21,7 @@ HELD_OUT = ("loss", "entropy", "ties", "absolute_error", "mean_reward", *(key fo
 METRICS: dict[str, str] = {
     # all trainers
     "epoch": "passes over the training rows so far",
+    "epochs/NAME": "with data.mix, passes over the training rows of the data set NAME so far",
     "learning_rate": "learning rate of this step; PPO: of the policy",
     "grad_norm": "global norm of the gradient before clipping",
     "grad_norm_clipped": "global norm of the gradient after clipping",
@@ -131,6 +132,9 @@ METRICS: dict[str, str] = {
 }
 """Definition of every key of a record. Only the timings, `perf/...`, differ between runs with equal configs."""
 
+EPOCHS = "epochs/"
+"""Prefix of the passes over each data set of a mixture."""
+
 REWARDS = "rewards/"
 """Prefix of the metrics of one component of the score, `COMPONENT`."""
 
@@ -157,7 +161,10 @@ COMPONENT: dict[str, str] = {
 
 
 def definition(key: str) -> str:
-    """The definition of a metric: that of METRICS, or of COMPONENT with the component's name; "" for an unknown key."""
+    """The definition of a metric: that of METRICS, or of COMPONENT, with the name of the component or data set; "" for
+    an unknown key."""
+    if key.startswith(EPOCHS):
+        return METRICS[f"{EPOCHS}NAME"].replace("NAME", key.removeprefix(EPOCHS))
     prefix = JUDGE if key.startswith(JUDGE) else REWARDS
     name, _, part = key.removeprefix(prefix).rpartition("/")
     for suffix in ("_unanswered", "_truncated", "_spread", ""):

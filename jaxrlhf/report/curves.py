@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxrlhf.metrics.keys import REWARDS
+from jaxrlhf.metrics.keys import EPOCHS, REWARDS
 
 POINTS = 300
 """Points of a curve: more than a chart is pixels wide."""
@@ -75,7 +75,7 @@ def charts(records: Sequence[Record], before: Mapping[str, float]) -> list[dict[
     logged = list(dict.fromkeys(key for record in records for key in record if key != "step"))
     rows: list[Record] = [{"step": 0, **before}, *records] if before else list(records)
     groups: list[dict[str, Any]] = []
-    used: set[str] = set(HIDDEN)
+    used: set[str] = {*HIDDEN, *(key for key in logged if key.startswith(EPOCHS))}
     names = [key.removesuffix("/errors") for key in logged if key.startswith(REWARDS) and key.endswith("/errors")]
     components = [f"{name}/mean" for name in names if f"{name}/mean" in logged]
     for title, members in GROUPS.items():

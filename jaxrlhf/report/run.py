@@ -155,8 +155,9 @@ def _facts(
     if model := config.get("model.path"):
         adapters = f", LoRA of rank {config['lora.rank']}" if config.get("lora.enabled") else ""
         facts.append(("Base model", f"{model}{adapters}"))
-    if config.get("data.path"):
-        facts.append(("Data", str(config["data.path"])))
+    mixed = [str(source.get("path")) for source in config.get("data.mix") or () if isinstance(source, dict)]
+    if data := config.get("data.path") or ", ".join(mixed):
+        facts.append(("Data", str(data)))
     reward = [config.get(f"reward.{kind}") for kind in ("model", "function")]
     reward += [config.get(f"reward.components.{i}.{kind}") for i in range(16) for kind in ("model", "function", "url")]
     if method in verdict.ON_POLICY and any(reward):

@@ -37,7 +37,7 @@ def of_export(config: RunConfig, step: int, results: dict[str, float], origin: O
     facts: dict[str, Any] = {
         "method": config.method,
         "base_model": config.model.path,
-        "dataset": config.data.path,
+        "dataset": config.data.name,
         "data_sha256": origin.data if origin else "",
         "steps": step,
         "config": changes(config),

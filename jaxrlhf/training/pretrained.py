@@ -34,7 +34,11 @@ def save(
     """
     if isinstance(config, RewardConfig) and config.loss == "classification" and model.num_labels == 1:
         model, params = with_two_labels(model, params)
-    if isinstance(config, RewardConfig) and config.data.template and tokenizer.has_chat:
+    if (
+        isinstance(config, RewardConfig)
+        and any(source.template for source in config.data.sources)
+        and tokenizer.has_chat
+    ):
         tokenizer = tokenizer.without_chat_template()
     base = _base_model(config, model) if "lora" in params and not merge_lora else None
     if config.tokenizer.pad_token is None:

@@ -9,6 +9,7 @@ from jaxrlhf import checkpoint, compilation, distributed, metrics, report, runs,
 from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.config.spelling import did_you_mean
 from jaxrlhf.errors import ConfigError, NumericsError, Preempted, RewardError, StorageError
+from jaxrlhf.metrics.keys import EPOCHS
 from jaxrlhf.training.setup import RunConfig
 from jaxrlhf.training.state import State
 
@@ -212,7 +213,10 @@ class Session:
         step = int(self._state.value.step)
         if not self.due(step, self.config.checkpoint.save_every):
             self.save(step, block=True)
-        return self.record_of(step)
+        record = self.record_of(step)
+        if mixed := [f"{key.removeprefix(EPOCHS)} {record[key]:.3g}" for key in record if key.startswith(EPOCHS)]:
+            self.note(f"epochs of each data set: {', '.join(mixed)}")
+        return record
 
     def restore_best(self) -> bool:
         """Restore the best saved state. Returns False if the run keeps none."""

@@ -75,7 +75,7 @@ class SFTTrainer(SupervisedTrainer[SFTConfig]):
                 batch = self.batch(step)
                 self.state.value, metrics = update(self.state.value, self.frozen, batch, self.key, spec=self.spec)
                 evaluation = self._evaluate() if session.due(step + 1, self.eval_every) else {}
-                session.log(step + 1, metrics | {"epoch": self.epoch(step + 1)} | evaluation)
+                session.log(step + 1, metrics | self.epochs(step + 1) | evaluation)
                 self.samples.log_if_due(session, step + 1, self.params, self.key)
                 session.save_if_due(step + 1, evaluation)
             self._results = session.finish()

@@ -11,7 +11,6 @@ from jaxrlhf import runs, sharding, weights
 from jaxrlhf.config import DPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import Split
-from jaxrlhf.data.loader import rows_at
 from jaxrlhf.data.packing import pack
 from jaxrlhf.models import for_length
 from jaxrlhf.training import pretrained, setup
@@ -133,11 +132,11 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
     def order(self, step: int) -> list[int]:
         """The numbers of the rows that a step trains on."""
         config = self.config
-        return rows_at(step, config.train.batch_size, len(self.rows.train), config.seed, config.data.shuffle).tolist()
+        return self.rows.rows_at(step, config.train.batch_size, config.seed, config.data.shuffle)
 
-    def epoch(self, step: int) -> float:
-        """Passes over the rows after `step` steps."""
-        return step * self.config.train.batch_size / len(self.rows.train)
+    def epochs(self, step: int) -> dict[str, float]:
+        """Passes over the rows, and over each data set of a mixture, after `step` steps."""
+        return self.rows.epochs(step * self.config.train.batch_size)
 
     def padded_length(self, rows: Sequence[Any]) -> int:
         """Columns of a batch of these rows, unless they are packed."""

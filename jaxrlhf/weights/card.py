@@ -107,8 +107,8 @@ def _front(model: ModelConfig, facts: Mapping[str, Any], kind: str, adapters: bo
     base = next((hub_id for name in ("base_model", "original") if (hub_id := _hub_id(facts.get(name)))), None)
     if base:
         front["base_model"] = base
-    if dataset := _hub_id(facts.get("dataset")):
-        front["datasets"] = [dataset]
+    if datasets := [*filter(None, map(_hub_id, str(facts.get("dataset") or "").split(", ")))]:
+        front["datasets"] = datasets
     front |= {key: _one_line(facts[key]) for key in _LICENSE if facts.get(key)}
     method = facts.get("method")
     methods = [_one_line(method), *(["rlhf"] if method in _RLHF else [])] if method else []

@@ -48,7 +48,7 @@ class DPOTrainer(SupervisedTrainer[DPOConfig]):
         if config.dpo.loss == "kto":
             limit = min(config.data.max_length, self.model.max_positions)
             train, held_out = (kto.mismatched_pairs(part, limit) for part in (rows.train, rows.validation))
-            rows = Split(train, held_out, rows.report)
+            rows = Split(train, held_out, rows.report, rows.parts)
         self.use_rows(rows, [f"eval/{key}" for key in evaluation_keys(config.dpo)], texts=2)
         number = len(self.rows.train) + len(self.rows.validation)
         pairs = (self._max_pairs, 2) if config.train.packing else (2,)
@@ -75,7 +75,7 @@ class DPOTrainer(SupervisedTrainer[DPOConfig]):
                 batch = self.batch(step)
                 self.state.value, metrics = update(self.state.value, self.frozen, batch, self.key, spec=self.spec)
                 evaluation = self._evaluate() if session.due(step + 1, self.eval_every) else {}
-                session.log(step + 1, metrics | {"epoch": self.epoch(step + 1)} | evaluation)
+                session.log(step + 1, metrics | self.epochs(step + 1) | evaluation)
                 self.samples.log_if_due(session, step + 1, self.params, self.key)
                 session.save_if_due(step + 1, evaluation)
             self._results = session.finish()

@@ -15,7 +15,6 @@ import numpy as np
 from jaxrlhf import runs, sharding, weights
 from jaxrlhf.config import GRPOConfig, PPOConfig
 from jaxrlhf.data.datasets import PromptRow, prompt_rows, prompts_from_texts
-from jaxrlhf.data.loader import rows_at
 from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.models import ModelConfig, for_length
 from jaxrlhf.rewards.compose import Scored, Scorer
@@ -63,7 +62,7 @@ class OnPolicyTrainer(Generic[Config]):
         self.mesh, rollout_mesh = meshes(config)
         self.keys = setup.keys(config.seed)
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
-        self.data = prompt_rows(config.data, self.tokenizer) if config.data.path else None
+        self.data = prompt_rows(config.data, self.tokenizer) if config.data.sources else None
         self.model = setup.model_config(config.model, self.tokenizer, "lm", config.lora, self.mesh)
         train, held_out = (self.data.train, self.data.validation) if self.data else ([], [])
         setup.check_data(self.model, (*train, *held_out))
@@ -188,10 +187,10 @@ class OnPolicyTrainer(Generic[Config]):
         """The prompts of update number `step`, each repeated `group` times, in the order that `seed` (default: the
         run's) gives."""
         assert self.data
-        rows, config, group = self.data.train, self.config, self.config.settings.group
+        config, group = self.config, self.config.settings.group
         number = config.settings.batch_size // group
-        order = rows_at(step, number, len(rows), config.seed if seed is None else seed, config.data.shuffle)
-        return [rows[i] for i in order for _ in range(group)]
+        order = self.data.rows_at(step, number, config.seed if seed is None else seed, config.data.shuffle)
+        return [row for row in (self.data.train[i] for i in order) for _ in range(group)]
 
     def _start_step(self, texts: Sequence[str], columns: dict[str, Sequence[Any]]) -> tuple[list[PromptRow], int]:
         """Prompts given in Python, each repeated for its group, and the number of the update on them. `columns` go to
@@ -254,7 +253,15 @@ class OnPolicyTrainer(Generic[Config]):
         return batch.metrics | {
             "episode": (step + 1) * self.config.settings.batch_size,
             "tokens/identical": 1 - len(set(batch.completions)) / len(batch.completions),
+            **self._epochs(step + 1),
         }
+
+    def _epochs(self, updates: int) -> Metrics:
+        """Passes over each data set of a mixture after so many updates, refills aside."""
+        if not self.data or not self.data.parts:
+            return {}
+        settings = self.config.settings
+        return self.data.epochs(updates * (settings.batch_size // settings.group))
 
     def _samples_due(self, step: int) -> bool:
         """Return True if samples are due of update number `step` (from 1): the first, every `logging.sample_every`-th

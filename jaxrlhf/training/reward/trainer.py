@@ -80,7 +80,7 @@ class RewardTrainer(SupervisedTrainer[RewardConfig]):
         """Model, precision, devices, tokenizer and data, and the format of prompts to score if it is not the
         tokenizer's."""
         lines = [super().about()]
-        if self.config.data.template and self.tokenizer.has_chat:
+        if any(source.template for source in self.config.data.sources) and self.tokenizer.has_chat:
             lines.append(
                 "data.template makes plain text of the rows: the model is exported without the tokenizer's chat "
                 "template, and reads the prompts that it scores as plain text"
@@ -101,7 +101,7 @@ class RewardTrainer(SupervisedTrainer[RewardConfig]):
                 batch = self.batch(step)
                 self.state.value, metrics = update(self.state.value, self.frozen, batch, self.key, spec=self.spec)
                 evaluation = self._evaluate() if session.due(step + 1, self.eval_every) else {}
-                session.log(step + 1, metrics | {"epoch": self.epoch(step + 1)} | evaluation)
+                session.log(step + 1, metrics | self.epochs(step + 1) | evaluation)
                 session.save_if_due(step + 1, evaluation)
             self._results = session.finish()
             if session.restore_best():
