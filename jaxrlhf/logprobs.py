@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from jaxrlhf import runtime
 from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.masked import Scalar
-from jaxrlhf.models import ModelConfig, forward, lm_weight, place, row_axes, scalar_head
+from jaxrlhf.models import ModelConfig, finish_logits, forward, lm_weight, place, row_axes, scalar_head
 from jaxrlhf.models.attention import MASKED
 from jaxrlhf.models.product import product
 from jaxrlhf.types import Params, Rollout
@@ -146,8 +146,8 @@ class _Chunks:
 
     def logits(
         self, weight: Array, hidden: Array, support: Array | None, temperature: ArrayLike, chunk: Array
-    ) -> Array:
-        """[B, R, t, w]; MASKED for tokens of an earlier chunk or outside the support.
+    ) -> tuple[Array, Array]:
+        """([B, R, t, w]; MASKED for tokens of an earlier chunk or outside the support, the products they come from).
 
         MASKED is finite so that padding, whose support is empty, stays finite (its cotangent is 0, and 0 * nan is nan).
         """
@@ -160,8 +160,13 @@ class _Chunks:
             share = support.reshape(*support.shape[:2], self.shares, -1)
             bits = lax.dynamic_slice_in_dim(share, self.start(chunk) // 8, math.ceil(self.width / 8), axis=3)
             inside &= jnp.unpackbits(bits, axis=-1, count=self.width).astype(bool)
-        logits = place(self.product(f"brd,{self.layout}->brtv", hidden, weight), self.model, *LOGITS)
-        return jnp.where(inside, logits / temperature, MASKED)
+        products = place(self.product(f"brd,{self.layout}->brtv", hidden, weight), self.model, *LOGITS)
+        return jnp.where(inside, finish_logits(products, self.model) / temperature, MASKED), products
+
+    def grad_products(self, products: Array, grad_logits: Array) -> Array:
+        """Gradient by the products of hidden states and weight, from that by the logits before the temperature."""
+        _, backward = jax.vjp(lambda products: finish_logits(products, self.model), products)
+        return backward(grad_logits)[0]
 
     def product(self, subscripts: str, a: Array, b: Array) -> Array:
         return product(subscripts, a, b, self.dtype)
@@ -200,7 +205,7 @@ def _forward(chunks, weight, rows, hidden, targets, support, temperature):
     def add(sums, chunk):
         """Running sums relative to the largest logit so far: mass of exp(x), moment of x exp(x)."""
         largest, mass, moment, target = sums
-        logits = chunks.logits(chunks.weight(split, rows, chunk), hidden, support, temperature, chunk)
+        logits, _ = chunks.logits(chunks.weight(split, rows, chunk), hidden, support, temperature, chunk)
         ids, _ = chunks.tokens(chunk)
         largest, before = jnp.maximum(largest, jnp.max(logits, axis=(2, 3))), largest
         fall = before - largest
@@ -232,7 +237,7 @@ def _backward(chunks, residuals, cotangents):
     def add(grads, chunk):
         grad_split, grad_hidden, grad_rows = grads
         weight_chunk = chunks.weight(split, rows, chunk)
-        logits = chunks.logits(weight_chunk, hidden, support, temperature, chunk)
+        logits, products = chunks.logits(weight_chunk, hidden, support, temperature, chunk)
         logprobs = logits - total[..., None, None]
         probabilities = jnp.exp(logprobs)  # 0 for tokens of an earlier chunk
         ids, new = chunks.tokens(chunk)
@@ -240,7 +245,7 @@ def _backward(chunks, residuals, cotangents):
         grad_logits = (chosen - probabilities) * scale
         if chunks.entropy_gradient:  # derivative of -sum p log p by a logit: -p (log p + entropy)
             grad_logits -= probabilities * (logprobs + entropy[..., None, None]) * entropy_scale
-        grad_logits = grad_logits.astype(chunks.dtype)
+        grad_logits = chunks.grad_products(products, grad_logits).astype(chunks.dtype)
         share = chunks.product(f"brtv,{chunks.layout}->brd", grad_logits, weight_chunk)
         grad_hidden += place(share, chunks.model, "rows", None, None)
         if rows is not None:

@@ -1,7 +1,9 @@
 """Write tests/fixtures/models, tiny random models with results of transformers, and tests/fixtures/adapters, adapters
 for some of them with results of PEFT.
 
-    python scripts/make_fixtures.py [adapters]   (needs torch, transformers and peft: the `parity` extra)
+    python scripts/make_fixtures.py [NAME ...]   (needs torch, transformers and peft: the `parity` extra)
+
+writes the folders of these names again, or all.
 
 One folder per case, in Hugging Face layout (config.json, model.safetensors in bfloat16), with golden.safetensors:
 
@@ -83,6 +85,12 @@ def llama(*parts: dict[str, Any], **options: Any) -> dict[str, Any]:
     return case("llama", "LlamaForCausalLM", LINEAGE, *parts, **options)
 
 
+def gemma(family: str, classes: str, *parts: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """A model of Gemma 2 or 3 on top of the common sizes."""
+    sizes = {key: value for key, value in LINEAGE.items() if key not in ("hidden_act", "tie_word_embeddings")}
+    return case(family, classes, sizes, {"num_hidden_layers": 3, "head_dim": 8, "sliding_window": 5}, *parts, **options)
+
+
 LABELS = {n: {"id2label": {str(i): f"LABEL_{i}" for i in range(n)}} for n in (1, 2)}
 # the original length and theta put both ends of the correction range inside a head of 16
 YARN = {"factor": 4.0, "original_max_position_embeddings": 2048}
@@ -144,6 +152,98 @@ CASES = {
         sliding_window=4,
         max_window_layers=1,
     ),
+    # as published before transformers 5: no layer_types, the full layers scaled
+    "gemma3": gemma(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        torch_dtype="bfloat16",
+        hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=6,
+        sliding_window_pattern=3,
+        rope_theta=1000.0,
+        rope_local_base_freq=10.0,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    ),
+    "gemma3-layer-types": gemma(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        dtype="bfloat16",
+        attention_bias=True,
+        tie_word_embeddings=False,
+        final_logit_softcapping=2.0,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            "sliding_attention": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0},
+        },
+    ),
+    "gemma2": gemma(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        OLD,
+        query_pre_attn_scalar=12,
+        attn_logit_softcapping=1.5,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma2-uncapped": gemma(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        NEW,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        hidden_activation="gelu",
+        tie_word_embeddings=False,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    ),
+    "olmo2": case("olmo2", "Olmo2ForCausalLM", LINEAGE, OLD),
+    "olmo3": case(
+        "olmo3",
+        "Olmo3ForCausalLM",
+        LINEAGE,
+        YARN_SIZES,
+        num_hidden_layers=4,
+        sliding_window=5,
+        torch_dtype="bfloat16",
+        rope_theta=500000.0,
+        rope_scaling={"rope_type": "yarn", **YARN, "attention_factor": 1.2},
+    ),
+    "olmo3-layer-types": case(
+        "olmo3",
+        "Olmo3ForCausalLM",
+        LINEAGE,
+        dtype="bfloat16",
+        attention_bias=True,
+        tie_word_embeddings=True,
+        sliding_window=5,
+        layer_types=["full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
+    "smollm3": case("smollm3", "SmolLM3ForCausalLM", LINEAGE, OLD, no_rope_layers=[1, 0]),
+    "smollm3-window": case(
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        LINEAGE,
+        NEW,
+        num_hidden_layers=3,
+        no_rope_layer_interval=2,
+        use_sliding_window=True,
+        sliding_window=5,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+    ),
+    "granite": case(
+        "granite",
+        "GraniteForCausalLM",
+        LINEAGE,
+        OLD,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.3,
+        residual_multiplier=0.7,
+        logits_scaling=1.5,
+    ),
     "gpt2": case("gpt2", "GPT2LMHeadModel", GPT2),
     "gpt2-options": case(
         "gpt2",
@@ -160,6 +260,15 @@ CASES = {
     "mistral-label": case("mistral", "MistralForSequenceClassification", LINEAGE, NEW, sliding_window=5),
     "qwen2-score": case("qwen2", "Qwen2ForSequenceClassification", LINEAGE, NEW, LABELS[1], tie_word_embeddings=True),
     "qwen3-label": case("qwen3", "Qwen3ForSequenceClassification", LINEAGE, NEW, LABELS[2], head_dim=8),
+    "gemma3-score": gemma(
+        "gemma3_text", "Gemma3TextForSequenceClassification", LABELS[1], dtype="bfloat16", sliding_window_pattern=2
+    ),
+    "gemma2-label": gemma("gemma2", "Gemma2ForSequenceClassification", NEW, LABELS[2]),
+    "olmo2-score": case("olmo2", "Olmo2ForSequenceClassification", LINEAGE, NEW, LABELS[1]),
+    "olmo3-label": case("olmo3", "Olmo3ForSequenceClassification", LINEAGE, LABELS[2], sliding_window=5),
+    "smollm3-score": case(
+        "smollm3", "SmolLM3ForSequenceClassification", LINEAGE, NEW, LABELS[1], no_rope_layers=[0, 1]
+    ),
     "gpt2-score": case("gpt2", "GPT2ForSequenceClassification", GPT2, LABELS[1]),
     "gpt2-label": case("gpt2", "GPT2ForSequenceClassification", GPT2),
 }
@@ -325,17 +434,20 @@ def write_adapters(name: str, base: str, options: dict[str, Any]) -> None:
     save_file(golden, folder / "golden.safetensors", metadata={"peft": peft.__version__})
 
 
-def main(only: str = "") -> None:
-    """Rewrite all folders, or only those of adapters."""
+def main(*names: str) -> None:
+    """Write the folders of these names again, or all."""
     torch.set_num_threads(1)
-    if only != "adapters":
-        shutil.rmtree(FOLDER, ignore_errors=True)
-        for name, config in CASES.items():
-            write(name, config)
-            print(f"{name}: {sum(file.stat().st_size for file in (FOLDER / name).iterdir()):,} bytes", flush=True)
-    shutil.rmtree(FIXTURES / "adapters", ignore_errors=True)
-    for name, (base, options) in ADAPTERS.items():
-        write_adapters(name, base, options)
+    if not names:
+        for folder in (FOLDER, FIXTURES / "adapters"):
+            shutil.rmtree(folder, ignore_errors=True)
+    for name in names or (*CASES, *ADAPTERS):
+        folder = FOLDER / name if name in CASES else FIXTURES / "adapters" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        if name in CASES:
+            write(name, CASES[name])
+        else:
+            write_adapters(name, *ADAPTERS[name])
+        print(f"{name}: {sum(file.stat().st_size for file in folder.iterdir()):,} bytes", flush=True)
 
 
 if __name__ == "__main__":

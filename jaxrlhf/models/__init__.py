@@ -2,7 +2,16 @@
 
 from jaxrlhf.models.attention import cudnn_trouble
 from jaxrlhf.models.config import Adapters, ModelConfig, Rope
-from jaxrlhf.models.heads import init_head, label_logits, lm_logits, lm_weight, log_odds, scalar_head, with_two_labels
+from jaxrlhf.models.heads import (
+    finish_logits,
+    init_head,
+    label_logits,
+    lm_logits,
+    lm_weight,
+    log_odds,
+    scalar_head,
+    with_two_labels,
+)
 from jaxrlhf.models.packed import Bits, pack, unpack
 from jaxrlhf.models.placement import place, row_axes
 from jaxrlhf.models.rope import for_length

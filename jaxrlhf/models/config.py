@@ -71,7 +71,7 @@ class ModelConfig:
     head_dim: int  # H   need not be D / N
     mlp_size: int  # F
     max_positions: int  # longest sequence the model was trained for
-    norm: Literal["rmsnorm", "layernorm"]
+    norm: Literal["rmsnorm", "rmsnorm_1p", "layernorm"]  # rmsnorm_1p: x / rms(x) * (1 + scale)
     norm_eps: float
     activation: Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "tanh"]
     gated_mlp: bool  # act(x W_gate) * (x W_up) W_down, else act(x W_up) W_down
@@ -79,7 +79,7 @@ class ModelConfig:
     qkv_bias: bool
     attention_out_bias: bool
     mlp_bias: bool
-    qk_norm: bool  # RMSNorm over each head of q and k
+    qk_norm: bool  # RMSNorm of q and k, see `qk_norm_over`
     sliding_window: int | None  # a query sees itself and the window - 1 tokens before it
     sliding_layers: tuple[bool, ...]  # [L]   True for layers with the window
     tie_embeddings: bool
@@ -87,12 +87,21 @@ class ModelConfig:
     num_labels: int = 1  # of a scalar head; 2: the score is the probability of label 1
     attention_scale: float | None = None  # None: head_dim ** -0.5
     attention_scale_by_layer: bool = False  # GPT-2's scale_attn_by_inverse_layer_idx
+    attention_softcap: float | None = None  # c: attention logits x become c tanh(x / c)
+    qk_norm_over: Literal["head", "all_heads"] = "head"  # what `qk_norm` normalises: each head, or all heads together
+    norm_placement: Literal["pre", "post", "both"] = "pre"  # norms of attention's and the MLP's input, output, or both
+    sliding_rope: Rope | None = None  # of layers with the window; None: `rope`
+    rope_layers: tuple[bool, ...] = ()  # [L]   False for layers without rotary embeddings; (): all have them
+    embedding_multiplier: float = 1.0  # on the embedding, rounded to `dtype`
+    residual_multiplier: float = 1.0  # on the outputs of attention and MLP
+    logits_divisor: float = 1.0
+    logits_softcap: float | None = None  # after the division, as `attention_softcap`
     platform: Literal["cpu", "gpu", "tpu"] = "cpu"  # that computes it: sizes of chunks, layouts for decoding
     dtype: Literal["float32", "bfloat16"] = "float32"  # operands of matrix products; they accumulate in float32
     kernels: Literal["float", "int8"] = "float"  # int8: for inference only, see rollout/inference_copy.py
     remat: Literal["none", "full", "dots"] = "none"
     mesh: Mesh | None = None  # over which its parameters are sharded, see placement.py; None: one device, or not known
-    attention: Literal["plain", "cudnn"] = "plain"  # for whole sequences; with a key-value cache always plain
+    attention: Literal["plain", "cudnn"] = "plain"  # for whole sequences; with a cache or a softcap always plain
     adapters: Adapters | None = None
 
     @property
@@ -100,6 +109,15 @@ class ModelConfig:
         """True if decoding scans over stacked layers and a stacked cache. Unrolled layers are faster on CPUs; a TPU's
         compiler takes minutes for thirty of them, and copies their caches."""
         return self.platform == "tpu"
+
+    @property
+    def layer_ropes(self) -> tuple[Rope | None, ...]:
+        """[L] The rotary embeddings of every layer."""
+        with_rope = self.rope_layers or (True,) * self.num_layers
+        return tuple(
+            ((sliding and self.sliding_rope) or self.rope) if has_rope else None
+            for sliding, has_rope in zip(self.sliding_layers, with_rope, strict=True)
+        )
 
     @property
     def adapted_layers(self) -> tuple[int, int]:
@@ -111,5 +129,7 @@ class ModelConfig:
             raise ValueError(f"num_kv_heads ({self.num_kv_heads}) must divide num_heads ({self.num_heads})")
         if len(self.sliding_layers) != self.num_layers:
             raise ValueError(f"sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers")
+        if len(self.rope_layers) not in (0, self.num_layers):
+            raise ValueError(f"rope_layers has {len(self.rope_layers)} entries for {self.num_layers} layers")
         if self.rope is not None and self.head_dim % 2:
             raise ValueError(f"rotary embeddings need an even head_dim, got {self.head_dim}")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrlhf.models.attention import softcapped
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.layers import along_last, int8_product, product
 from jaxrlhf.types import Params
@@ -51,7 +52,8 @@ def lm_logits(params: Params, model: ModelConfig, hidden: Float[Array, "*lead D"
     """Next-token logits, float32."""
     if model.kernels == "int8":
         table = params["embed"] if model.tie_embeddings else params["lm_head"]
-        return int8_product(hidden, table["embedding" if model.tie_embeddings else "kernel"], table["scale"])
+        kernel = table["embedding" if model.tie_embeddings else "kernel"]
+        return finish_logits(int8_product(hidden, kernel, table["scale"]), model)
     weight, rows = lm_weight(params, model)
     if rows is not None:  # inserted into the weight: a separate product would round differently
         assert model.adapters is not None
@@ -59,7 +61,15 @@ def lm_logits(params: Params, model: ModelConfig, hidden: Float[Array, "*lead D"
         index = tokens if model.tie_embeddings else (slice(None), tokens)
         weight = weight.astype(model.dtype).at[index].set(rows.astype(model.dtype))
     lead = LEAD[: hidden.ndim - 1]
-    return product(f"{lead}d,{'vd' if model.tie_embeddings else 'dv'}->{lead}v", hidden, weight, model.dtype)
+    subscripts = f"{lead}d,{'vd' if model.tie_embeddings else 'dv'}->{lead}v"
+    return finish_logits(product(subscripts, hidden, weight, model.dtype), model)
+
+
+def finish_logits(products: Float[Array, "*lead V"], model: ModelConfig) -> Float[Array, "*lead V"]:
+    """Next-token logits from the products of hidden states and output weight: divided and softcapped."""
+    if model.logits_divisor != 1:
+        products = products / model.logits_divisor
+    return softcapped(products, model.logits_softcap)
 
 
 def label_logits(

@@ -125,7 +125,10 @@ def dora_gain(
 
 
 class Norm(nn.Module):
-    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016) over the last axis, in float32."""
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016) over the last axis, in float32.
+
+    "rmsnorm_1p" multiplies by 1 + scale in place of scale, which starts at 0.
+    """
 
     kind: str
     eps: float
@@ -133,8 +136,10 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
         width = x.shape[-1:]
-        scale = along_last(self.param("scale", nn.initializers.ones, width), x)
-        if self.kind == "rmsnorm":
+        plus_one = self.kind == "rmsnorm_1p"
+        scale = along_last(self.param("scale", nn.initializers.zeros if plus_one else nn.initializers.ones, width), x)
+        scale = 1 + scale if plus_one else scale
+        if self.kind != "layernorm":
             return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
@@ -156,7 +161,7 @@ class Attention(nn.Module):
             for name, count in heads.items()
         )
         if m.qk_norm:
-            q, k = Norm("rmsnorm", m.norm_eps, name="q_norm")(q), Norm("rmsnorm", m.norm_eps, name="k_norm")(k)
+            q, k = self._normalised(q, "q_norm"), self._normalised(k, "k_norm")
         q, k = rotate_queries(q, rotation) * scale, rotate(k, rotation)
         # rounded here, so that training uses exactly the keys and values that a cache would hold
         k, v = (heads.astype(m.dtype).swapaxes(1, 2) for heads in (k, v))
@@ -173,10 +178,15 @@ class Attention(nn.Module):
             all_v = jax.lax.dynamic_update_slice(cache[1], turned(v)[None].astype(cache[1].dtype), start)
             cache = all_k, all_v
             k, v = (turned(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)) for x in cache)
-        fused = m.attention == "cudnn" and cache is None and fits_cudnn(q)
-        attention = partial(cudnn_attend, mesh=m.mesh) if fused else attend
+        fused = m.attention == "cudnn" and cache is None and m.attention_softcap is None and fits_cudnn(q)
+        attention = partial(cudnn_attend, mesh=m.mesh) if fused else partial(attend, softcap=m.attention_softcap)
         y = attention(q, k, v, mask, m.dtype).reshape(*x.shape[:2], -1)
         return Dense(x.shape[-1], m.attention_out_bias, m, name="o")(y, keys), cache
+
+    def _normalised(self, heads: Float[Array, "B T N H"], name: str) -> Float[Array, "B T N H"]:
+        m = self.model
+        x = heads.reshape(*heads.shape[:2], -1) if m.qk_norm_over == "all_heads" else heads
+        return Norm("rmsnorm" if m.norm == "layernorm" else m.norm, m.norm_eps, name=name)(x).reshape(heads.shape)
 
 
 class Mlp(nn.Module):
@@ -200,7 +210,7 @@ Cached = tuple[Float[Array, "..."], Float[Array, "..."]] | None  # as in a KVCac
 
 
 class Block(nn.Module):
-    """Pre-norm decoder layer, for training, scoring and decoding."""
+    """Decoder layer, for training, scoring and decoding."""
 
     model: ModelConfig
 
@@ -218,9 +228,17 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Cached]:
         """Hidden states [B, T, D] and the updated cache (None without a cache): that of this layer, or with `layer`
         those of all layers, stacked. `keys` are for adapter dropout."""
-        norm = partial(Norm, self.model.norm, self.model.norm_eps)
-        y, cache = Attention(self.model, name="attention")(
-            norm(name="attention_norm")(x), rotation, mask, scale, cache, slot, keys, layer
+        m = self.model
+
+        def norm(name: str, x: Array) -> Array:
+            used = m.norm_placement in ("both", "post" if name.endswith("post_norm") else "pre")
+            return Norm(m.norm, m.norm_eps, name=name)(x) if used else x
+
+        def added(x: Array, y: Array) -> Array:
+            return x + (y if m.residual_multiplier == 1 else m.residual_multiplier * y)
+
+        y, cache = Attention(m, name="attention")(
+            norm("attention_norm", x), rotation, mask, scale, cache, slot, keys, layer
         )
-        x = x + y
-        return x + Mlp(self.model, name="mlp")(norm(name="mlp_norm")(x), keys), cache
+        x = added(x, norm("attention_post_norm", y))
+        return added(x, norm("mlp_post_norm", Mlp(m, name="mlp")(norm("mlp_norm", x), keys))), cache

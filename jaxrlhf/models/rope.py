@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -111,7 +112,7 @@ def for_length(model: ModelConfig, length: int | None) -> ModelConfig:
 
 
 def rotation(model: ModelConfig, positions: Int[Array, "B T"]) -> Rotation | None:
-    """Rotation of all layers at these positions; None for a model without rotary embeddings.
+    """Rotation by `model.rope` at these positions; None without rotary embeddings.
 
     Without `rope.length`, frequencies that depend on the length are those of each row's highest position.
     """
@@ -137,6 +138,28 @@ def _frequencies_of_rows(rope: Rope, head_dim: int, lengths: Int[Array, " B"]) -
         long, _ = rope_frequencies(dataclasses.replace(rope, length=original + 1), head_dim)
         return jnp.where((lengths > original)[:, None], long, short)
     return jnp.asarray(_ntk_stretch(rope, 2 * len(short), lengths.astype(jnp.float32)) * short)
+
+
+def rotations(model: ModelConfig, positions: Int[Array, "B T"]) -> tuple[tuple[Rotation | None, ...], tuple[int, ...]]:
+    """(the different rotations of the layers at these positions, [L] which of them each layer has)."""
+    ropes = tuple(dict.fromkeys(model.layer_ropes))
+    different = tuple(rotation(dataclasses.replace(model, rope=rope), positions) for rope in ropes)
+    return different, tuple(ropes.index(rope) for rope in model.layer_ropes)
+
+
+def select_rotation(different: tuple[Rotation | None, ...], number: Int[Array, ""] | None) -> Rotation | None:
+    """The rotation of this number, a traced one; None becomes a rotation by 0. A single one needs no number."""
+    if len(different) == 1:
+        return different[0]
+    assert number is not None
+    some = next(turn for turn in different if turn is not None)
+    turns = [turn or Rotation(jnp.ones_like(some.cos), jnp.zeros_like(some.sin), None) for turn in different]
+    cos, sin = (jax.lax.select_n(number, *(getattr(turn, part) for turn in turns)) for part in ("cos", "sin"))
+    scales = [turn.query_scale for turn in turns]
+    if all(scale is None for scale in scales):
+        return Rotation(cos, sin, None)
+    ones = jnp.ones((*cos.shape[:2], 1, 1))
+    return Rotation(cos, sin, jax.lax.select_n(number, *(ones if scale is None else scale for scale in scales)))
 
 
 def rotate(x: Float[Array, "B T heads H"], by: Rotation | None) -> Float[Array, "B T heads H"]:

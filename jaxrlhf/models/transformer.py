@@ -19,19 +19,20 @@ from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.heads import init_head
 from jaxrlhf.models.layers import Block, Norm
 from jaxrlhf.models.placement import place
-from jaxrlhf.models.rope import rotation
+from jaxrlhf.models.rope import rotations, select_rotation
 from jaxrlhf.types import KVCache, Params
 
 
 @partial(jax.jit, static_argnames=("model", "dtype"))  # repeated eval_shape calls trace only once
 def init(model: ModelConfig, key: Array, dtype: DTypeLike = "float32") -> Params:
-    """Fresh parameters of `dtype`: kernels and embeddings N(0, 0.02^2), norms 1, biases 0; heads by `init_head`.
+    """Fresh parameters of `dtype`: kernels and embeddings N(0, 0.02^2), norms 1 (in rmsnorm_1p 0, which means 1),
+    biases 0; heads by `init_head`.
 
     Runs under `jit` (with `out_shardings`) and `eval_shape`.
     """
     embed_key, position_key, layer_key, head_key = jax.random.split(key, 4)
     x = jnp.zeros((1, 1, model.hidden_size))
-    turn = rotation(model, jnp.zeros((1, 1), jnp.int32))
+    turn = rotations(model, jnp.zeros((1, 1), jnp.int32))[0][0]
 
     def layer(key):
         return Block(model).init(key, x, turn, jnp.ones((1, 1, 1), bool), jnp.float32(1))["params"]
@@ -67,19 +68,20 @@ def forward(
         assert segments is None, "packed sequences need `positions`"
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
     full, windowed = _may_attend(model, positions, positions, mask, segments)
-    turn = rotation(model, positions)
+    turns, kinds = rotations(model, positions)
 
     def layer(x, inputs):
-        weights, adapters, number, scale, sliding = inputs
+        weights, adapters, number, scale, sliding, kind = inputs
         layer_keys = None if keys is None else jax.vmap(partial(jax.random.fold_in, data=number))(keys)
         variables = {"params": weights, "lora": adapters}
-        may_attend = jnp.where(sliding, windowed, full)
+        may_attend, turn = jnp.where(sliding, windowed, full), select_rotation(turns, kind)
         x, _ = Block(model).apply(variables, x, turn, may_attend, scale, keys=layer_keys)
         return place(x, model, "rows", None, None), None
 
     scales = jnp.array(_attention_scales(model), jnp.float32)
     adapters = adapters_of_all_layers(params, model)
-    inputs = params["layers"], adapters, jnp.arange(model.num_layers), scales, jnp.array(model.sliding_layers)
+    numbers, sliding = jnp.arange(model.num_layers), jnp.array(model.sliding_layers)
+    inputs = params["layers"], adapters, numbers, scales, sliding, _traced(kinds, turns)
     x = place(_embed(params, model, tokens, positions), model, "rows", None, None)
     x, _ = jax.lax.scan(_rematerialised(layer, model), x, inputs)
     return _apply(Norm(model.norm, model.norm_eps), params["norm"], x)
@@ -145,30 +147,35 @@ def forward_cached(
     write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
     key_positions, valid = write(cache.positions, positions), write(cache.valid, mask)
     full, windowed = _may_attend(model, positions, key_positions, valid, None)
-    turn = rotation(model, positions)
+    turns, kinds = rotations(model, positions)
     x = _embed(unstacked, model, tokens, positions)
     scales = _attention_scales(model)
     if model.scans_layers:
 
         def layer(carry, inputs):
             x, pair = carry  # the stacks are carried: as inputs and outputs of the scan they would be copied
-            weights, number, scale, sliding = inputs
-            may_attend = jnp.where(sliding, windowed, full)
+            weights, number, scale, sliding, kind = inputs
+            may_attend, turn = jnp.where(sliding, windowed, full), select_rotation(turns, kind)
             return _apply(Block(model), weights, x, turn, may_attend, scale, pair, slot, None, number), None
 
         numbers, sliding = jnp.arange(model.num_layers), jnp.array(model.sliding_layers)
-        inputs = unstacked["layers"], numbers, jnp.array(scales, jnp.float32), sliding
+        inputs = unstacked["layers"], numbers, jnp.array(scales, jnp.float32), sliding, _traced(kinds, turns)
         (x, (keys, values)), _ = jax.lax.scan(layer, (x, (cache.k, cache.v)), inputs)
     else:
         written = []
         for i, weights in enumerate(unstacked["layers"]):
-            may_attend = windowed if model.sliding_layers[i] else full
+            may_attend, turn = windowed if model.sliding_layers[i] else full, turns[kinds[i]]
             pair = cache.k[i], cache.v[i]
             x, pair = _apply(Block(model), weights, x, turn, may_attend, jnp.float32(scales[i]), pair, slot)
             written.append(pair)
         keys, values = zip(*written, strict=True)
     x = _apply(Norm(model.norm, model.norm_eps), unstacked["norm"], x)
     return x, KVCache(k=keys, v=values, positions=key_positions, valid=valid)
+
+
+def _traced(kinds: tuple[int, ...], turns: tuple[Any, ...]) -> Array | None:
+    """The numbers of the layers' rotations, for a scan over them; None if all have the same."""
+    return None if len(turns) == 1 else jnp.array(kinds)
 
 
 def _apply(module: nn.Module, weights: Params, *args: Any) -> Any:
@@ -187,6 +194,8 @@ def _embed(params: Params, model: ModelConfig, tokens: Array, positions: Array) 
         x = jnp.where((row < count)[..., None], trained, x)
     if model.kernels == "int8":
         x = x * params["embed"]["scale"][tokens][..., None]
+    if model.embedding_multiplier != 1:  # rounded as in transformers, where it is a tensor of the model's dtype
+        x = x * jnp.array(model.embedding_multiplier, model.dtype).astype(jnp.float32)
     if model.rope is None:
         x = x + params["positions"]["embedding"][positions].astype(model.dtype)
     return x

@@ -136,7 +136,7 @@ def _merge_by_layer(params: Params, model: ModelConfig, dtype: DTypeLike) -> Par
     first, last = model.adapted_layers
     layer_adapters = model.adapters and dataclasses.replace(model.adapters, layers=None, tokens=())
     layer_model = dataclasses.replace(
-        model, num_layers=1, sliding_layers=model.sliding_layers[:1], adapters=layer_adapters
+        model, num_layers=1, sliding_layers=model.sliding_layers[:1], rope_layers=(), adapters=layer_adapters
     )
 
     def layer(weights: Params, adapter: Params) -> Params:

@@ -64,6 +64,9 @@ def with_attention(model: ModelConfig, source: ModelSource, *, trial: bool = Tru
     kind = runtime.resolve_attention(source.attention, model.platform, model.dtype)
     if kind == "cudnn":
         reason = "it computes in bfloat16, and the model's products are in float32" * (model.dtype != "bfloat16")
+        reason = reason or "the model caps its attention logits, for which it has no kernel" * bool(
+            model.attention_softcap
+        )
         reason = reason or cudnn_trouble(model.num_heads, model.num_kv_heads, model.head_dim, trial)
         if reason and source.attention == "cudnn":
             raise ConfigError(f"model.attention is cudnn, which cannot be used: {reason}. Use plain, or auto")

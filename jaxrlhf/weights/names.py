@@ -67,15 +67,17 @@ def _decoder_tensors(model: ModelConfig) -> Iterator[Tensor]:
 def _layer_modules(model: ModelConfig) -> dict[str, tuple[str, bool]]:
     """{module of a layer: (name of its weight in the parameter tree, whether it has a bias)}."""
     norm = ("scale", model.norm == "layernorm")
-    modules: dict[str, tuple[str, bool]] = {"attention_norm": norm}
+    before, after = model.norm_placement != "post", model.norm_placement != "pre"
+    modules: dict[str, tuple[str, bool]] = {"attention_norm": norm} if before else {}
     modules |= {f"attention/{name}": ("kernel", model.qkv_bias) for name in "qkv"}
     modules["attention/o"] = ("kernel", model.attention_out_bias)
     if model.qk_norm:
         modules |= {"attention/q_norm": ("scale", False), "attention/k_norm": ("scale", False)}
-    modules["mlp_norm"] = norm
+    modules |= {"attention_post_norm": norm} if after else {}
+    modules |= {"mlp_norm": norm} if before else {}
     for name in ("gate", "up", "down") if model.gated_mlp else ("up", "down"):
         modules[f"mlp/{name}"] = ("kernel", model.mlp_bias)
-    return modules
+    return modules | ({"mlp_post_norm": norm} if after else {})
 
 
 def _head_tensors(model: ModelConfig) -> Iterator[Tensor]:

@@ -1,5 +1,6 @@
 """Rotary embeddings in config.json: `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,11 +8,17 @@ from jaxrlhf.errors import DataError
 from jaxrlhf.models.config import Kind, ModelConfig, Rope
 from jaxrlhf.weights.fields import Fields
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Entries of `layer_types`, and keys of a `rope_parameters` that differs between them."""
 _ORIGINAL = "original_max_position_embeddings"
 _POSITIONS = "max_position_embeddings"
 _QUERY_SCALE = "llama_4_scaling_beta"
-TOP_LEVEL = {"rope_theta", "rotary_emb_base", "rope_scaling", "partial_rotary_factor", "rotary_pct", _ORIGINAL}
-"""The keys at the top level of config.json that may describe rotary embeddings, `rope_parameters` aside."""
+_LOCAL = "rope_local_base_freq"
+TOP_LEVEL = {
+    *("rope_theta", "rotary_emb_base", _LOCAL, "rope_scaling", "rope_parameters", "partial_rotary_factor"),
+    *("rotary_pct", _ORIGINAL),
+}
+"""The keys at the top level of config.json that may describe rotary embeddings."""
 _COMMON_OPTIONS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _OPTIONS: dict[Kind, tuple[str, ...]] = {
     "default": (),
@@ -153,3 +160,35 @@ def render_rope(model: ModelConfig, keys: RopeKeys = RopeKeys()) -> dict[str, An
         spelling = "type" if rope.kind == "longrope" else "rope_type"
         config["rope_scaling"] = {spelling: rope.kind, **{k: v for k, v in options.items() if v is not None}}
     return config
+
+
+def parse_ropes(
+    fields: Fields, values: dict[str, Any], sliding_layers: tuple[bool, ...], *, theta: float, local: float | None
+) -> dict[str, Any]:
+    """`rope` and `sliding_rope` of a config.json whose full and sliding layers have one each.
+
+    transformers 4 has `rope_theta` and `rope_scaling` for full layers, and for sliding ones `rope_local_base_freq` or,
+    with `local` None, `rope_theta`; transformers 5 a `rope_parameters` with an entry for each. `theta` and `local` are
+    the defaults.
+    """
+    both = fields.mapping("rope_parameters")
+    if both.keys() - {FULL, SLIDING}:
+        fields.refuse("rope_parameters", f"an entry each for {FULL} and {SLIDING}")
+    kinds: dict[str, Kind] = {"default": "default", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+    of_full = fields.values | {"rope_parameters": both.get(FULL)}
+    of_sliding = fields.values | {"rope_parameters": both.get(SLIDING), "rope_scaling": None, _ORIGINAL: None}
+    sliding_keys = RopeKeys("rope_theta" if local is None else _LOCAL, theta if local is None else local, kinds=kinds)
+    rope = parse_rope(Fields(of_full, fields.where), values, RopeKeys(theta_default=theta, kinds=kinds))["rope"]
+    sliding = parse_rope(Fields(of_sliding, f"{fields.where}, {SLIDING}"), values, sliding_keys)["rope"]
+    return {"rope": rope, "sliding_rope": sliding if any(sliding_layers) and sliding != rope else None}
+
+
+def render_ropes(model: ModelConfig, *, local: bool) -> dict[str, Any]:
+    """The inverse of `parse_ropes`, with the keys of transformers 4, which cannot scale sliding layers, and 5."""
+    config, both = render_rope(model), {}
+    for kind, rope in ((FULL, model.rope), (SLIDING, model.sliding_rope or model.rope)):
+        older = render_rope(dataclasses.replace(model, rope=rope))
+        both[kind] = {"rope_type": "default", "rope_theta": older["rope_theta"], **(older["rope_scaling"] or {})}
+    if local:
+        config[_LOCAL] = both[SLIDING]["rope_theta"]
+    return config | {"rope_parameters": both}

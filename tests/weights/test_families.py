@@ -179,7 +179,7 @@ def test_classifiers():
 @pytest.mark.parametrize(
     ("config", "changes", "says"),
     [
-        (LLAMA, {"model_type": "mamba"}, r"'mamba'.*gpt2, llama, mistral, qwen2, qwen3"),
+        (LLAMA, {"model_type": "mamba"}, r"'mamba'.*gpt2, llama, mistral, qwen2, qwen3, gemma2"),
         (LLAMA, {"model_type": None}, "model_type"),
         (LLAMA, {"hidden_size": None}, "hidden_size is None; expected a whole number"),
         (LLAMA, {"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),

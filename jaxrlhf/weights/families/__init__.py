@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxrlhf.errors import DataError
 from jaxrlhf.models import ModelConfig, for_length
-from jaxrlhf.weights.families import gpt2, llama
+from jaxrlhf.weights.families import gemma, gpt2, granite, llama, olmo, smollm3
 from jaxrlhf.weights.families.base import Family, TensorNames
 from jaxrlhf.weights.fields import Fields
 from jaxrlhf.weights.rope import TOP_LEVEL
@@ -18,7 +18,7 @@ from jaxrlhf.weights.rope import TOP_LEVEL
 ADD_EOS = "score_add_eos"
 """Key of a reward model's config.json: whether an end token follows every completion that it reads. Absent: those that
 ended by themselves. It is not kept when the model is written again, because it belongs to the stored head."""
-FAMILIES = gpt2.FAMILIES | llama.FAMILIES
+FAMILIES = gpt2.FAMILIES | llama.FAMILIES | gemma.FAMILIES | olmo.FAMILIES | smollm3.FAMILIES | granite.FAMILIES
 
 
 def tensor_names(model: ModelConfig) -> TensorNames:
@@ -44,7 +44,7 @@ def parse(config: dict, where: str) -> ModelConfig:
     try:
         return ModelConfig(
             family=name,
-            vocab_size=fields.integer("vocab_size"),
+            vocab_size=fields.integer("vocab_size", family.vocab_size),
             tie_embeddings=fields.boolean("tie_word_embeddings", family.tied_by_default),
             **_parse_head(fields, family),
             **family.parse_all(fields),
@@ -87,7 +87,7 @@ def render(model: ModelConfig, original: dict, stored_dtype: str | None = None) 
         dropped = before.keys() - rendered.keys()
         if changed.keys() & TOP_LEVEL:
             changed |= {key: rendered[key] for key in rendered.keys() & TOP_LEVEL}
-            dropped |= {"rope_parameters", *TOP_LEVEL}
+            dropped |= TOP_LEVEL
         dropped |= {ADD_EOS}
         if "id2label" in changed:
             dropped |= {"num_labels", "problem_type"}

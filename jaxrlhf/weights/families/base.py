@@ -57,12 +57,14 @@ class Family:
     parse: Callable[[Fields, dict[str, Any]], dict[str, Any]]  # config.json, `keys` read from it -> all other fields
     render: Callable[[ModelConfig], dict[str, Any]]  # the inverse of `parse`
     tensors: TensorNames
-    lm_suffix: str = "ForCausalLM"  # suffix of the class name of the language model
+    lm_class: str = ""  # class name of the language model; "": `architecture` and ForCausalLM
     tied_by_default: bool = False  # default of tie_word_embeddings
+    vocab_size: int | None = None  # default of vocab_size; None: required
+    has_classifier: bool = True  # transformers has a class for reward models
 
     @property
     def language_model(self) -> str:
-        return self.architecture + self.lm_suffix
+        return self.lm_class or f"{self.architecture}ForCausalLM"
 
     @property
     def classifier(self) -> str:
@@ -79,6 +81,18 @@ class Family:
     def render_all(self, model: ModelConfig) -> dict[str, Any]:
         """The inverse of `parse_all`."""
         return {key.name: key.render(getattr(model, field)) for field, key in self.keys.items()} | self.render(model)
+
+
+def nullable(read: Callable[[Fields, str, Any], Any]) -> Callable[[Fields, str, Any], Any]:
+    """`read` for a key whose null means that there is no such thing; only an absent key has the default, which may be
+    None."""
+
+    def read_or_none(fields: Fields, name: str, default: Any) -> Any:
+        if fields.has(name):
+            return read(fields, name, default)
+        return None if name in fields.values else default
+
+    return read_or_none
 
 
 def activation(name: str, default: str) -> Key:

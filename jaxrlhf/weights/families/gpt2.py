@@ -64,4 +64,4 @@ TENSORS = TensorNames(
     transposed=False,
 )
 
-FAMILIES = {"gpt2": Family("GPT2", _KEYS, _FIXED, _parse, _render, TENSORS, "LMHeadModel", tied_by_default=True)}
+FAMILIES = {"gpt2": Family("GPT2", _KEYS, _FIXED, _parse, _render, TENSORS, "GPT2LMHeadModel", tied_by_default=True)}

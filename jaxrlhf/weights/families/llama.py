@@ -7,12 +7,11 @@ Defaults are those of transformers, for keys that old files lack.
 from typing import Any
 
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.weights.families.base import Family, Key, TensorNames, activation
+from jaxrlhf.weights.families.base import Family, Key, TensorNames, activation, nullable
 from jaxrlhf.weights.fields import Fields
-from jaxrlhf.weights.rope import parse_rope, render_rope
+from jaxrlhf.weights.rope import FULL, SLIDING, parse_rope, render_rope
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-_FIXED = {
+FIXED = {
     "norm": "rmsnorm",
     "gated_mlp": True,
     "qkv_bias": False,
@@ -21,11 +20,12 @@ _FIXED = {
     "qk_norm": False,
 }
 _BIAS = Key("attention_bias", Fields.boolean, False)
-_BIASES = {"qkv_bias": _BIAS, "attention_out_bias": _BIAS}
+BIASES = {"qkv_bias": _BIAS, "attention_out_bias": _BIAS}
+MLP_BIAS = {"mlp_bias": Key("mlp_bias", Fields.boolean, False)}
 
 
-def _keys(*, positions: int, head_dim: int | None = None) -> dict[str, Key]:
-    """The keys of all families; `positions` and `head_dim` are the defaults of one."""
+def keys(*, positions: int, head_dim: int | None = None) -> dict[str, Key]:
+    """The keys of all families with these names; `positions` and `head_dim` are the defaults of one."""
     return {
         "hidden_size": Key("hidden_size", Fields.integer),
         "num_layers": Key("num_hidden_layers", Fields.integer),
@@ -39,43 +39,51 @@ def _keys(*, positions: int, head_dim: int | None = None) -> dict[str, Key]:
     }
 
 
-def _parse_llama(fields: Fields, values: dict[str, Any]) -> dict[str, Any]:
-    return _parse_layers(fields, values, None, every_layer=_FULL)
+def parse(fields: Fields, values: dict[str, Any]) -> dict[str, Any]:
+    """Rotary embeddings and full attention in every layer."""
+    return parse_rope(fields, values) | parse_windows(fields, values, None, every_layer=FULL)
 
 
-def _render_llama(model: ModelConfig) -> dict[str, Any]:
+def render(model: ModelConfig) -> dict[str, Any]:
+    """The inverse of `parse`."""
     return render_rope(model)
 
 
 def _parse_mistral(fields: Fields, values: dict[str, Any]) -> dict[str, Any]:
     """A sliding window in every layer or in none."""
-    absent = "sliding_window" not in fields.values  # null means no window; only an absent key has the default
-    window = fields.integer("sliding_window", 4096) if absent or fields.has("sliding_window") else None
-    return _parse_layers(fields, values, window, every_layer=_FULL if window is None else _SLIDING)
+    window = parse_window(fields)
+    return parse_rope(fields, values) | parse_windows(
+        fields, values, window, every_layer=FULL if window is None else SLIDING
+    )
 
 
 def _render_mistral(model: ModelConfig) -> dict[str, Any]:
-    return _render_llama(model) | {"sliding_window": model.sliding_window}
+    return render(model) | {"sliding_window": model.sliding_window}
 
 
 def _parse_qwen(fields: Fields, values: dict[str, Any]) -> dict[str, Any]:
     """With `use_sliding_window`, a window in the layers of `layer_types`, or from layer `max_window_layers` on."""
     enabled = fields.boolean("use_sliding_window", False)
     first = fields.number("max_window_layers", 28, least=0)
-    default = [_SLIDING if enabled and i >= first else _FULL for i in range(values["num_layers"])]
+    default = [SLIDING if enabled and i >= first else FULL for i in range(values["num_layers"])]
     window = fields.integer("sliding_window", 4096) if enabled else None
-    return _parse_layers(fields, values, window, default=default)
+    return parse_rope(fields, values) | parse_windows(fields, values, window, default=default)
 
 
 def _render_qwen(model: ModelConfig) -> dict[str, Any]:
     return _render_mistral(model) | {
         "use_sliding_window": model.sliding_window is not None,
-        "layer_types": [_SLIDING if slides else _FULL for slides in model.sliding_layers],
+        **render_layer_types(model),
         "max_window_layers": (*model.sliding_layers, True).index(True),  # read by versions without layer_types
     }
 
 
-def _parse_layers(
+def parse_window(fields: Fields) -> int | None:
+    """`sliding_window`: 4096 if the key is absent, and no window if it is null."""
+    return nullable(Fields.integer)(fields, "sliding_window", 4096)
+
+
+def parse_windows(
     fields: Fields,
     values: dict[str, Any],
     window: int | None,
@@ -83,18 +91,20 @@ def _parse_layers(
     every_layer: str | None = None,
     default: list[str] | None = None,
 ) -> dict[str, Any]:
-    """`rope`, `sliding_window` and `sliding_layers`. `every_layer` is the only kind, in families with one kind."""
+    """`sliding_window` and `sliding_layers`, from `layer_types` if it is there. `every_layer` is the only kind, in
+    families with one kind."""
     layers = values["num_layers"]
     kinds = fields.strings("layer_types") or default or [every_layer] * layers
-    allowed = {every_layer} if every_layer else {_FULL} | ({_SLIDING} if window else set())
+    allowed = {every_layer} if every_layer else {FULL} | ({SLIDING} if window else set())
     if len(kinds) != layers or not set(kinds) <= allowed:
         fields.refuse("layer_types", f"one entry for each of the {layers} layers, of {', '.join(sorted(allowed))}")
-    sliding = tuple(kind == _SLIDING for kind in kinds)
-    return {
-        **parse_rope(fields, values),
-        "sliding_window": window if any(sliding) else None,
-        "sliding_layers": sliding,
-    }
+    sliding = tuple(kind == SLIDING for kind in kinds)
+    return {"sliding_window": window if any(sliding) else None, "sliding_layers": sliding}
+
+
+def render_layer_types(model: ModelConfig) -> dict[str, Any]:
+    """`layer_types`."""
+    return {"layer_types": [SLIDING if slides else FULL for slides in model.sliding_layers]}
 
 
 TENSORS = TensorNames(
@@ -119,13 +129,13 @@ TENSORS = TensorNames(
     transposed=True,
 )
 
-_LLAMA_KEYS = _keys(positions=2048) | _BIASES | {"mlp_bias": Key("mlp_bias", Fields.boolean, False)}
-_MISTRAL_KEYS = _keys(positions=131072)
-_QWEN2_KEYS = _keys(positions=32768)
-_QWEN3_KEYS = _keys(positions=32768, head_dim=128) | _BIASES
+_LLAMA_KEYS = keys(positions=2048) | BIASES | MLP_BIAS
+_MISTRAL_KEYS = keys(positions=131072)
+_QWEN2_KEYS = keys(positions=32768)
+_QWEN3_KEYS = keys(positions=32768, head_dim=128) | BIASES
 FAMILIES = {
-    "llama": Family("Llama", _LLAMA_KEYS, _FIXED, _parse_llama, _render_llama, TENSORS),
-    "mistral": Family("Mistral", _MISTRAL_KEYS, _FIXED, _parse_mistral, _render_mistral, TENSORS),
-    "qwen2": Family("Qwen2", _QWEN2_KEYS, _FIXED | {"qkv_bias": True}, _parse_qwen, _render_qwen, TENSORS),
-    "qwen3": Family("Qwen3", _QWEN3_KEYS, _FIXED | {"qk_norm": True}, _parse_qwen, _render_qwen, TENSORS),
+    "llama": Family("Llama", _LLAMA_KEYS, FIXED, parse, render, TENSORS),
+    "mistral": Family("Mistral", _MISTRAL_KEYS, FIXED, _parse_mistral, _render_mistral, TENSORS),
+    "qwen2": Family("Qwen2", _QWEN2_KEYS, FIXED | {"qkv_bias": True}, _parse_qwen, _render_qwen, TENSORS),
+    "qwen3": Family("Qwen3", _QWEN3_KEYS, FIXED | {"qk_norm": True}, _parse_qwen, _render_qwen, TENSORS),
 }
