@@ -103,6 +103,21 @@ def start(
         watch.join()  # a thread that is inside jax when Python ends aborts the process
 
 
+JOBS = {  # a variable that jax finds the job by, and that of its number of processes
+    "SLURM": ("SLURM_STEP_NODELIST", "SLURM_NTASKS"),
+    "Open MPI": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"),
+}
+
+
+def job() -> tuple[str, int] | None:
+    """The kind of job that started this process and its number of processes, which `start` finds by itself; None
+    outside SLURM and Open MPI."""
+    for kind, (sign, number) in JOBS.items():
+        if sign in os.environ and os.environ.get(number, "").isdecimal():
+            return kind, int(os.environ[number])
+    return None
+
+
 def is_started() -> bool:
     """Return True after `start`, or `jax.distributed.initialize`, in this process."""
     return jax.distributed.is_initialized()

@@ -25,9 +25,8 @@ from jaxrlhf import plan, runtime
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.config.file import load_config
 from jaxrlhf.demo.tokenizer import write_base
-from jaxrlhf.plan import Phase, Plan, roofline, targets, topology
+from jaxrlhf.plan import Phase, roofline, targets, topology
 from jaxrlhf.plan.programs import Programs, Traced, abstract_trainer, compile_longest
-from jaxrlhf.plan.report import NOT_OF_A_STEP
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 
 # Public numbers of Llama 3.1 (https://arxiv.org/abs/2407.21783, table 3)
@@ -143,10 +142,9 @@ class Row:
     cycles: float
 
     @classmethod
-    def of(cls, phase: Phase, made: Plan, target: targets.Target) -> "Row":
-        figures = phase.figures(made.devices)
-        moved = roofline.traffic(figures, made.islands)
-        return cls(phase.total, *moved, roofline.least(phase, made, target).total, figures.cycles)
+    def of(cls, phase: Phase, target: targets.Target) -> "Row":
+        moved = roofline.traffic(phase.figures, phase.islands)
+        return cls(phase.total, *moved, roofline.least(phase, target).total, phase.figures.cycles)
 
     def further(self, other: "Row", steps: float) -> "Row":
         """Extrapolate the line through two depths."""
@@ -161,11 +159,9 @@ def decoding(folder: Path, case: str, target: targets.Target, layers: int, layou
         programs = _OnlyDecoding()
         with contextlib.suppress(_Done):
             compile_longest(trainer, programs)
-        islands = tuple(map(topology.island, trainer.mesh.devices.flat))
         one = programs["generate"][0]
         beside = one.memory.temp_size_in_bytes + one.memory.output_size_in_bytes
-        phase = Phase("rollout", {"beside": beside}, (one,), LENGTH - 1)
-        return Row.of(phase, Plan("", (phase,), 0, trainer.mesh.size, islands), target)
+        return Row.of(Phase("rollout", {"beside": beside}, (one,), trainer.mesh, LENGTH - 1), target)
 
 
 def examine(case: str, folder: Path, *, compiled: bool) -> dict[str, Any]:
@@ -195,10 +191,9 @@ def examine(case: str, folder: Path, *, compiled: bool) -> dict[str, Any]:
             beside = more.total - cache * DEPTHS[1] / layers
             rows[name].total = phase.total - phase.bytes["activations, rest"] + max(0.0, beside)
         else:
-            rows[name] = Row.of(phase, made, target)
-    step = [found[name] for name in found if name not in NOT_OF_A_STEP]
-    seconds = sum(rows[phase.name].least for phase in step)
-    used = roofline.utilisation(step, seconds, made.devices, target)
+            rows[name] = Row.of(phase, target)
+    seconds = made.step_seconds(lambda phase: rows[phase.name].least)
+    used = roofline.utilisation(made.step, seconds, made.devices, target)
     return {
         "case": case,
         "compiled": compiled,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import memory, runtime, weights
+from jaxrlhf import distributed, memory, runtime, weights
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.tokenizer import check_vocab
 from jaxrlhf.doctor.data import examine_data
@@ -49,6 +49,7 @@ def computer() -> list[str]:
         f"jaxrlhf {_version('jaxrlhf')}, python {platform.python_version()}, {platform.system()} {platform.machine()}",
         f"packages: {versions}",
         f"devices: {len(devices)} x {', '.join(kinds)}; {os.cpu_count()} processors",
+        f"processes: {_processes()}",
         f"memory: {_free_of(memory.free_on_host(), os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}",
     ]
     if stats := devices[0].memory_stats():
@@ -66,6 +67,13 @@ def computer() -> list[str]:
     if devices[0].platform == "cpu" and Path("/proc/driver/nvidia/version").exists():
         lines.append('note: this computer has an NVIDIA driver but jax finds no GPU; run: pip install "jaxrlhf[cuda]"')
     return lines
+
+
+def _processes() -> str:
+    if job := distributed.job():
+        kind, number = job
+        return f"this one alone, of {number} in a job of {kind}; training commands join them with --distributed"
+    return "this one alone; docs/hosts.md says how several hosts train together"
 
 
 def examine_model(config: PPOConfig) -> bool:

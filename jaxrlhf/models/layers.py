@@ -82,7 +82,7 @@ class Dense(nn.Module):
             y = int8_product(x, kernel, self.param("scale", nn.initializers.ones, (self.features,)))
         elif self.has_variable("params", "codes"):
             packed = {k: v for k, v in self.variables["params"].items() if k != "bias"}
-            y = packed_product(x, packed, self.model.dtype)
+            y = packed_product(x, packed, self.model.dtype, self.model.mesh)
             if self.has_variable("lora", "a"):
                 y = self._adapted(x, y, lambda: unpack(packed), keys)
         else:

@@ -20,7 +20,8 @@ from jaxrlhf.types import Params
 Bits = Literal["int8", "nf4"]
 BLOCK = 64  # inputs that share a scale
 TILE = 2**20  # weights unpacked at a time at most: 4 MiB in float32
-SHARES = 8  # a tile has outputs of each eighth, so that every device of a sharded kernel takes part
+SHARES = 8
+"""A tile has outputs of each of at least so many equal shares, so that every device of a sharded kernel takes part."""
 # Appendix E of the paper: quantiles of N(0, 1), computed separately for both signs, so that -1, 0 and 1 are exact
 _LEVELS = """
 -1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 -0.18477343022823334
@@ -66,17 +67,20 @@ def unpack(packed: Params) -> Float[Array, "*lead I O"]:
     return blocks.reshape(*lead, 2 * pairs, outputs)
 
 
-def packed_product(x: Float[Array, "B T I"], packed: Params, dtype: str) -> Float[Array, "B T O"]:
-    """x W for a packed W, without a gradient for W; operands in `dtype`, sums in float32.
+def packed_product(
+    x: Float[Array, "B T I"], packed: Params, dtype: str, mesh: jax.sharding.Mesh | None = None
+) -> Float[Array, "B T O"]:
+    """x W for a packed W, without a gradient for W; operands in `dtype`, sums in float32. W may be split over `mesh`.
 
     W is unpacked one tile at a time, in the forward pass and again in the backward pass.
     """
-    return cast(Array, _product(x, packed, dtype))
+    shares = math.lcm(SHARES, *(mesh.shape[axis] for axis in ("fsdp", "tensor"))) if mesh else SHARES
+    return cast(Array, _product(x, packed, dtype, shares))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: Array, packed: Params, dtype: str) -> Array:
-    return _forward(x, packed, dtype)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x: Array, packed: Params, dtype: str, shares: int) -> Array:
+    return _forward(x, packed, dtype, shares)[0]
 
 
 def _inputs(packed: Params) -> int:
@@ -84,40 +88,41 @@ def _inputs(packed: Params) -> int:
     return packed["codes"].shape[-2] * (1 if packed["codes"].dtype == jnp.int8 else 2)
 
 
-def _tiles(packed: Params) -> int:
+def _tiles(packed: Params, shares: int) -> int:
     """Number of tiles of the kernel: the fewest of equal size with at most TILE weights each."""
     outputs = packed["codes"].shape[-1]
-    inputs, share = _inputs(packed), outputs // math.gcd(SHARES, outputs)
+    inputs, share = _inputs(packed), outputs // math.gcd(shares, outputs)
     return next(n for n in range(1, share + 1) if share % n == 0 and (n == share or inputs * (outputs // n) <= TILE))
 
 
-def _split(x: Array, count: int) -> Array:
+def _split(x: Array, count: int, shares: int) -> Array:
     """Split the outputs (last axis) into tiles on a new first axis; arrays shared by all outputs are repeated."""
     outputs = x.shape[-1]
     if outputs == 1:
         return jnp.broadcast_to(x, (count, *x.shape))
-    shares = x.reshape(*x.shape[:-1], math.gcd(SHARES, outputs), count, -1)
-    return jnp.moveaxis(shares, -2, 0).reshape(count, *x.shape[:-1], outputs // count)
+    parts = x.reshape(*x.shape[:-1], math.gcd(shares, outputs), count, -1)
+    return jnp.moveaxis(parts, -2, 0).reshape(count, *x.shape[:-1], outputs // count)
 
 
-def _join(tiles: Array) -> Array:
+def _join(tiles: Array, shares: int) -> Array:
     """Inverse of `_split`."""
     count, *lead, width = tiles.shape
-    shares = tiles.reshape(count, *lead, math.gcd(SHARES, count * width), -1)
-    return jnp.moveaxis(shares, 0, -2).reshape(*lead, count * width)
+    parts = tiles.reshape(count, *lead, math.gcd(shares, count * width), -1)
+    return jnp.moveaxis(parts, 0, -2).reshape(*lead, count * width)
 
 
-def _forward(x, packed, dtype):
+def _forward(x, packed, dtype, shares):
     def tile_product(tile: Params) -> Array:
         return product("bti,io->bto", x, unpack(tile), dtype)
 
-    count = _tiles(packed)
-    return _join(jax.lax.map(tile_product, {k: _split(v, count) for k, v in packed.items()})), packed
+    count = _tiles(packed, shares)
+    tiles = {k: _split(v, count, shares) for k, v in packed.items()}
+    return _join(jax.lax.map(tile_product, tiles), shares), packed
 
 
-def _backward(dtype, packed, cotangent):
-    count = _tiles(packed)
-    tiles = {k: _split(v, count) for k, v in packed.items()}
+def _backward(dtype, shares, packed, cotangent):
+    count = _tiles(packed, shares)
+    tiles = {k: _split(v, count, shares) for k, v in packed.items()}
 
     def add(grad: Array, item: tuple[Params, Array]) -> tuple[Array, None]:
         tile, cotangent = item
@@ -128,7 +133,7 @@ def _backward(dtype, packed, cotangent):
         return jnp.zeros_like(leaf) if is_float else np.zeros(leaf.shape, jax.dtypes.float0)
 
     zeros = jnp.zeros((*cotangent.shape[:-1], _inputs(packed)))
-    grad, _ = jax.lax.scan(add, zeros, (tiles, _split(cotangent, count)))
+    grad, _ = jax.lax.scan(add, zeros, (tiles, _split(cotangent, count, shares)))
     return grad, jax.tree.map(zero, packed)
 
 

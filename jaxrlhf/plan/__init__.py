@@ -6,9 +6,10 @@ else follows from the shapes.
 """
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -24,11 +25,12 @@ from jaxrlhf.plan.targets import Target
 from jaxrlhf.rollout import engine
 from jaxrlhf.training.dpo.trainer import DPOTrainer
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
+from jaxrlhf.training.on_policy.sampler import Sampler
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.reward.trainer import RewardTrainer
 from jaxrlhf.training.setup import RunConfig
 from jaxrlhf.training.sft import SFTTrainer
-from jaxrlhf.types import TrainState
+from jaxrlhf.types import Params, TrainState
 
 PARTS = (
     "trained parameters",
@@ -43,6 +45,8 @@ PARTS = (
     "activations, rest",
 )
 """Kinds of memory, in the order in which they are printed."""
+NOT_OF_A_STEP = ("evaluation", "samples", "other rollouts")
+"""Phases that come once in many steps."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Phase:
     name: str
     bytes: dict[str, int]
     programs: tuple[Compiled, ...]
+    mesh: jax.sharding.Mesh
     trips: float = 1
     """Iterations of the loops that end by a condition on data."""
     times: int = 1
@@ -59,6 +64,15 @@ class Phase:
     @property
     def total(self) -> int:
         return sum(self.bytes.values())
+
+    @property
+    def devices(self) -> int:
+        return self.mesh.size
+
+    @cached_property
+    def islands(self) -> tuple[int, ...]:
+        """On a target: the host (GPU) or slice (TPU) of each device."""
+        return () if sharding.is_here(self.mesh) else tuple(map(topology.island, self.mesh.devices.flat))
 
     @cached_property
     def products(self) -> list[costs.Product]:
@@ -79,11 +93,12 @@ class Phase:
         except jax.errors.JaxRuntimeError:
             return None
 
-    def figures(self, devices: int) -> hlo.Figures:
+    @cached_property
+    def figures(self) -> hlo.Figures:
         """Work of each device in the compiled programs; none where `texts` is None."""
         found = hlo.Figures()
         for text in self.texts or ():
-            found.add(hlo.read(text, devices, self.trips))
+            found.add(hlo.read(text, self.devices, self.trips))
         return found.repeated(self.times)
 
 
@@ -95,11 +110,22 @@ class Plan:
     phases: tuple[Phase, ...]
     state: int  # bytes of a checkpoint on one device
     devices: int
-    islands: tuple[int, ...] = ()  # for a target: the host (GPU) or slice (TPU) of each device of the mesh
 
     @property
     def peak(self) -> Phase:
         return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def step(self) -> tuple[Phase, ...]:
+        """The phases of which a step consists."""
+        return tuple(phase for phase in self.phases if phase.name not in NOT_OF_A_STEP)
+
+    def step_seconds(self, seconds: Callable[[Phase], float]) -> float:
+        """The time of a step from those of its phases: rollouts on devices of their own run beside the others."""
+        by_mesh = defaultdict[jax.sharding.Mesh, float](float)
+        for phase in self.step:
+            by_mesh[phase.mesh] += seconds(phase)
+        return max(by_mesh.values())
 
 
 def plan(config: RunConfig, target: Target | None = None) -> Plan:
@@ -129,9 +155,10 @@ def plan_of(trainer: Trainer, programs: Programs | None = None) -> Plan:
     else:
         phases = tuple(_supervised_phases(trainer, programs))
     about = f"{trainer.config.model.path}, {trainer.total_steps} steps"
-    mesh = trainer.mesh
-    islands = () if sharding.is_here(mesh) else tuple(map(topology.island, mesh.devices.flat))
-    return Plan(about, phases, size(trainer.state.template), mesh.size, islands)
+    if isinstance(trainer, PPOTrainer | GRPOTrainer) and trainer.ahead:
+        about += f", the rollout on {trainer.ahead.sampler.mesh.size} devices of its own"
+    devices = sum(mesh.size for mesh in {phase.mesh for phase in phases})
+    return Plan(about, phases, size(trainer.state.template), devices)
 
 
 def size(*trees: Any) -> int:
@@ -166,6 +193,7 @@ def _phase(
     ran: list[Compiled],
     known: dict[str, int] | None = None,
     *,
+    mesh: jax.sharding.Mesh,
     trips: float = 1,
     times: int = 1,
 ) -> Phase:
@@ -173,7 +201,7 @@ def _phase(
     besides their arguments that has a name."""
     known = known or {}
     rest = max(0, max((_beside(one) for one in ran), default=0) - sum(known.values()))
-    return Phase(name, {**standing, **known, "activations, rest": rest}, tuple(ran), trips, times)
+    return Phase(name, {**standing, **known, "activations, rest": rest}, tuple(ran), mesh, trips, times)
 
 
 def _supervised_phases(trainer: SFTTrainer | RewardTrainer | DPOTrainer, found: Programs) -> Iterator[Phase]:
@@ -182,16 +210,18 @@ def _supervised_phases(trainer: SFTTrainer | RewardTrainer | DPOTrainer, found: 
     if not isinstance(trainer, RewardTrainer):
         rows = (train.micro_batch_size or train.batch_size) // sharding.row_shards(trainer.mesh)
         known["logits"] = logits_bytes(trainer.model, rows * (trainer.width - 1))
-    yield _phase("update", standing, found["update"], known)
+    phase = partial(_phase, mesh=trainer.mesh)
+    yield phase("update", standing, found["update"], known)
     if scoring := found.get("evaluate") or found.get("score"):
-        yield _phase("evaluation", standing, scoring[-1:])
+        yield phase("evaluation", standing, scoring[-1:])
     if not isinstance(trainer, RewardTrainer):
         copy = {"decoding copy": size(found["convert"][0].outputs)}
-        yield _phase("samples", standing | copy, found["generate"], trips=trainer.config.sampling.response_length)
+        yield phase("samples", standing | copy, found["generate"], trips=trainer.config.sampling.response_length)
 
 
 def _on_policy_phases(trainer: PPOTrainer | GRPOTrainer, found: Programs) -> Iterator[Phase]:
-    config, state, sampler = trainer.config, trainer.state.template, trainer.sampler
+    config, state, ahead = trainer.config, trainer.state.template, trainer.ahead
+    phase = partial(_phase, mesh=trainer.mesh)
     settings, length = config.settings, config.sampling.response_length
     batch = settings.batch_size
     shares = sharding.row_shards(trainer.mesh)
@@ -204,24 +234,37 @@ def _on_policy_phases(trainer: PPOTrainer | GRPOTrainer, found: Programs) -> Ite
         others = size([part for role, part in trainer.frozen.items() if role != "reference"], reward_models)
         standing, learning = ({**parts, "frozen models": others} for parts in (standing, learning))
 
-    yield _phase("copy for decoding", standing, found["convert"])
-    slots = min(sampler.slots or batch, batch)
-    cache = jax.eval_shape(lambda: empty_cache(sampler.decoder, slots, sampler.columns + length))
-    copy = {"decoding copy": size(found["convert"][0].outputs)}
-    apiece = engine.cache_shards(sampler.decoder, trainer.mesh)
-    cached = {"keys and values": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // apiece}
-    drawn = [one for name in ("generate", "admit", "advance") for one in found.get(name, ())]
-    if "advance" in found:  # an argument of that program
-        copy, cached = copy | cached, {}
-    yield _phase("rollout", standing | copy, drawn, cached, trips=length - 1, times=-(-batch // slots))
+    yield phase("copy for decoding", standing, found["convert"][:1])
+    copy = found["convert"][0].outputs
+    if ahead:
+        moved = sharding.with_shardings(copy, ahead.shardings(copy))
+        yield _rollout_phase("rollout", {}, moved, ahead.sampler, found)
+    if not ahead or len(found["convert"]) > 1:
+        name = "other rollouts" if ahead else "rollout"
+        yield _rollout_phase(name, standing, found["convert"][-1].outputs, trainer.sampler, found)
     experience = {"batch": size(found["annotate"][0].outputs[0])}
     if scoring := [one for name in ("last_token_scores", "token_scores_jit") for one in found.get(name, ())]:
         rows = min(model.micro_batch_size for model in trainer.scorer.models.values())
-        yield _phase("reward model", standing | experience, scoring, times=-(-batch // rows))
-    yield _phase("annotation", annotating | experience, found["annotate"])
+        yield phase("reward model", standing | experience, scoring, times=-(-batch // rows))
+    yield phase("annotation", annotating | experience, found["annotate"])
     replay = settings.replay if isinstance(settings, PPO) else 0  # a pass over each kept experience, one at a time
     if replay:
         experience = {"batch": 2 * experience["batch"]}
     logits = logits_bytes(trainer.model, settings.micro_rows(batch) // shares * length)
     known = {"gradients": _gradients(state), "logits": logits}
-    yield _phase("update", learning | experience, found["update"], known, times=1 + replay)
+    yield phase("update", learning | experience, found["update"], known, times=1 + replay)
+
+
+def _rollout_phase(name: str, standing: dict[str, int], copy: Params, sampler: Sampler, found: Programs) -> Phase:
+    """The rollout on the devices of a sampler, which hold the copy and `standing`."""
+    length, slots = sampler.sampling.response_length, min(sampler.slots or sampler.batch, sampler.batch)
+    cache = jax.eval_shape(lambda: empty_cache(sampler.decoder, slots, sampler.columns + length))
+    held = {"decoding copy": size(copy)}
+    apiece = engine.cache_shards(sampler.decoder, sampler.mesh)
+    cached = {"keys and values": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // apiece}
+    drawn = [one for program in ("generate", "admit", "advance") for one in found.get(program, ())]
+    drawn = [one for one in drawn if jax.tree.leaves(one.outputs)[0].sharding.mesh == sampler.mesh]
+    if "advance" in found:  # an argument of that program
+        held, cached = held | cached, {}
+    times = -(-sampler.batch // slots)
+    return _phase(name, standing | held, drawn, cached, mesh=sampler.mesh, trips=length - 1, times=times)

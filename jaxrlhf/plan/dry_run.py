@@ -1,6 +1,5 @@
 """`--dry-run` of a trainer: what a run would do, need and write. Reads no weights and writes nothing."""
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from jaxrlhf.doctor import loss_mask
 from jaxrlhf.metrics.console import duration
 from jaxrlhf.plan import Plan, costs, plan_of
 from jaxrlhf.plan.programs import Trainer, abstract_trainer
-from jaxrlhf.plan.report import NOT_OF_A_STEP, available_memory
+from jaxrlhf.plan.report import available_memory
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.setup import RunConfig
@@ -81,10 +80,8 @@ def needs(plan: Plan, steps: int) -> Iterator[str]:
         free = f"{available.free / 1e9:.2f} GB are free{process}: {fits}"
     yield f"\nmemory: at most {peak.total / 1e9:.2g} GB on each device, in the phase {peak.name}; {free}"
     yield f"a checkpoint is {plan.state / 1e9:.2g} GB; `jaxrlhf plan` shows the parts, and what saves memory"
-    of_step = [phase for phase in plan.phases if phase.name not in NOT_OF_A_STEP]
-    products = list(itertools.chain.from_iterable(phase.products for phase in of_step))
-    rates = costs.measure({product.dtype for product in products})
-    seconds = costs.least_seconds(products, rates, plan.devices)
+    rates = costs.measure({product.dtype for phase in plan.step for product in phase.products})
+    seconds = plan.step_seconds(lambda phase: costs.least_seconds(phase.products, rates, phase.devices))
     speeds = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in sorted(rates.flops.items()))
     yield (
         f"time: about {seconds:.2g} s for the matrix products of a step whose rows are all as long as the longest, at "

@@ -24,6 +24,7 @@ from jaxrlhf.training.dpo import update as dpo_update
 from jaxrlhf.training.dpo.trainer import DPOTrainer
 from jaxrlhf.training.grpo import update as grpo_update
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
+from jaxrlhf.training.on_policy.ahead import Ahead
 from jaxrlhf.training.on_policy.update import without_moments
 from jaxrlhf.training.ppo import update as ppo_update
 from jaxrlhf.training.ppo.trainer import PPOTrainer
@@ -174,7 +175,9 @@ def _compile_on_policy(trainer: PPOTrainer | GRPOTrainer, programs: Programs) ->
     state, frozen = trainer.state.template, trainer.frozen
     rows = batching.longest(trainer.data.train, size)
     policy = {**frozen["policy"], **state.params["policy"]}
-    rollout = _compile_rollout(trainer, policy, rows, programs)
+    rollout = _compile_rollout(trainer, trainer.ahead, policy, rows, programs)
+    if trainer.ahead and rolls_out_where_it_trains(trainer):
+        _compile_rollout(trainer, None, policy, rows, programs)
     columns = trainer.sampler.columns + sampling.response_length
     for component in trainer.scorer.components.values():
         model = trainer.scorer.models.get(component.name)
@@ -200,17 +203,29 @@ def _compile_on_policy(trainer: PPOTrainer | GRPOTrainer, programs: Programs) ->
     programs.compile(module.update, state, used, experience, KEY, spec=trainer.spec)
 
 
+def rolls_out_where_it_trains(trainer: PPOTrainer | GRPOTrainer) -> bool:
+    """Return True if devices that train roll out in spite of `rollout.devices`: for validation, and in GRPO to refill
+    groups or for greedy responses."""
+    config = trainer.config
+    drawn = isinstance(config, GRPOConfig) and (config.grpo.refills or config.grpo.recipe.advantage == "greedy")
+    return bool(trainer.validator.rows or drawn)
+
+
 def _compile_rollout(
-    trainer: PPOTrainer | GRPOTrainer, policy: Params, rows: Sequence[Any], programs: Programs
+    trainer: PPOTrainer | GRPOTrainer, ahead: Ahead | None, policy: Params, rows: Sequence[Any], programs: Programs
 ) -> Rollout:
-    """Compile the rollout of `rows`; returns its shapes."""
-    sampler = trainer.sampler
+    """Compile the rollout of `rows`, on devices of its own if `ahead` is given; returns its shapes on those that
+    train."""
+    sampler = ahead.sampler if ahead else trainer.sampler
     group = sampler.shared(len(rows))
     prompts = sampler.prompts(rows, group)
-    decoder_params = programs.compile(convert, policy, *sampler.conversion)
+    decoder_params = programs.compile(convert, policy, *(ahead or sampler).conversion)
+    if ahead:
+        decoder_params = sharding.with_shardings(decoder_params, ahead.shardings(decoder_params))
     options = sampler.sampling, *sampler.stops
     if not 0 < sampler.slots < len(rows):
-        return programs.compile(generate, decoder_params, sampler.decoder, prompts, KEY, *options, group)
+        rollout = programs.compile(generate, decoder_params, sampler.decoder, prompts, KEY, *options, group)
+        return jax.tree.map(lambda x: sharding.rows_shape(x, trainer.mesh), rollout) if ahead else rollout
     queue = PromptQueue(sampler.prompts_on_host(rows, group), sampler.slots, group, sampler.columns)
     decoding = Decoding(sampler.decoder, *options)
     for program, args in engine.slot_programs(decoder_params, decoding, queue, KEY, sampler.mesh):
@@ -218,4 +233,4 @@ def _compile_rollout(
     shapes = jax.eval_shape(
         lambda params: generate(params, sampler.decoder, prompts, KEY, *options, group), decoder_params
     )
-    return jax.tree.map(lambda x: sharding.rows_shape(x, sampler.mesh), shapes)
+    return jax.tree.map(lambda x: sharding.rows_shape(x, trainer.mesh), shapes)

@@ -15,8 +15,6 @@ from jaxrlhf.errors import JaxrlhfError, first_line
 from jaxrlhf.plan import PARTS, Phase, Plan, RunConfig, costs, estimate, plan, roofline, topology
 from jaxrlhf.plan.targets import Target
 
-NOT_OF_A_STEP = ("evaluation", "samples")  # phases of supervised runs
-
 
 def process_bytes() -> int:
     """Resident memory of this process (Python, libraries, compiled CPU programs); 0 if unknown."""
@@ -78,7 +76,7 @@ def _memory(plan: Plan, labels: Iterable[str] = ()) -> tuple[_Table, list[str]]:
 
 def text(plan: Plan, available: AvailableMemory, rates: costs.Rates) -> str:
     """A table of memory by phase, whether the run fits, and the minimum time of a step."""
-    seconds = [costs.least_seconds(phase.products, rates, plan.devices) for phase in plan.phases]
+    seconds = [costs.least_seconds(phase.products, rates, phase.devices) for phase in plan.phases]
     peak = plan.peak
     process = f", and {available.process / 1e9:.2f} for the process" if available.process else ""
     if available.free is None:
@@ -111,15 +109,14 @@ def target_text(plan: Plan, target: Target, compiler: str) -> str:
     """The tables of `text` for devices that are not here, and the collectives of the compiled programs. `compiler` says
     where the figures come from."""
     one, phases = target.accelerator, plan.phases
-    figures = [phase.figures(plan.devices) for phase in phases]
-    least = [roofline.least(phase, plan, target) for phase in phases]
+    figures = [phase.figures for phase in phases]
+    least = [roofline.least(phase, target) for phase in phases]
     kinds = sorted({c.kind for figure in figures for c in figure.collectives})
     table, lines = _memory(plan, [*kinds, PRODUCTS])
     peak, usable = plan.peak, one.memory
     fits = "it fits" if peak.total <= usable else "it does NOT fit"
-    step = [phase for phase in phases if phase.name not in NOT_OF_A_STEP]
-    total = sum(bound.total for phase, bound in zip(phases, least, strict=True) if phase in step)
-    used = roofline.utilisation(step, total, plan.devices, target)
+    total = plan.step_seconds(lambda phase: roofline.least(phase, target).total)
+    used = roofline.utilisation(plan.step, total, plan.devices, target)
     lines = [f"{plan.about}, on {plan.devices} x {one.title} ({target}); {compiler}", "", *lines, ""]
     if any(phase.fits_compiler for phase in phases):
         if refused := [phase.name for phase in phases if not phase.fits_compiler]:
@@ -133,7 +130,7 @@ def target_text(plan: Plan, target: Target, compiler: str) -> str:
         "",
     ]
     if any(phase.texts for phase in phases):
-        traffic = [roofline.traffic(figure, plan.islands) for figure in figures]
+        traffic = [roofline.traffic(phase.figures, phase.islands) for phase in phases]
 
         def known(cells: Iterable[str]) -> list[str]:
             """Cells with a question mark for phases whose programs cannot be read."""
@@ -182,7 +179,7 @@ def knobs(config: RunConfig, devices: int, backend: sharding.Platform) -> list[K
     """The memory-saving options that the config does not use yet, on devices of this platform."""
     if isinstance(config, PPOConfig | GRPOConfig):
         section, batch = config.method, config.settings.batch_size
-        micro = config.settings.micro_rows(batch)
+        micro, devices = config.settings.micro_rows(batch), devices - config.rollout.devices
     else:
         section, batch = "train", config.train.batch_size
         micro = config.train.micro_batch_size or batch

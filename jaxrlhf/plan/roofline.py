@@ -1,9 +1,10 @@
 """Least time of a phase on a target: matrix products, memory and connections each at their published speed."""
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from jaxrlhf.plan import Phase, Plan
+from jaxrlhf.plan import Phase
 from jaxrlhf.plan.costs import Rates, least_seconds
 from jaxrlhf.plan.hlo import Collective, Figures
 from jaxrlhf.plan.targets import Target
@@ -55,18 +56,17 @@ def traffic(figures: Figures, islands: tuple[int, ...]) -> Sent:
     return Sent(sum(times * one.near for times, one in each), sum(times * one.far for times, one in each))
 
 
-def least(phase: Phase, plan: Plan, target: Target) -> Least:
+def least(phase: Phase, target: Target) -> Least:
     """Least time of a phase. Without the HLO of its programs, products are shared evenly and nothing is sent."""
     one = target.accelerator
     rates = Rates(defaultdict(lambda: one.flops["float32"], one.flops), one.bandwidth)
     if phase.texts is None:
-        return Least(least_seconds(phase.products, rates, plan.devices), 0, 0)
-    figures = phase.figures(plan.devices)
-    moved = traffic(figures, plan.islands)
-    return Least(least_seconds(figures.products, rates, 1), moved.near / one.link, moved.far / one.network)
+        return Least(least_seconds(phase.products, rates, phase.devices), 0, 0)
+    moved = traffic(phase.figures, phase.islands)
+    return Least(least_seconds(phase.figures.products, rates, 1), moved.near / one.link, moved.far / one.network)
 
 
-def utilisation(phases: list[Phase], seconds: float, devices: int, target: Target) -> float:
+def utilisation(phases: Iterable[Phase], seconds: float, devices: int, target: Target) -> float:
     """Model FLOPs utilisation (https://arxiv.org/abs/2204.02311) of phases that take `seconds`: the FLOPs of the traced
     matrix products, recomputation included, over those of the devices at their bfloat16 peak."""
     flops = sum(p.flops * p.times for phase in phases for p in phase.products)

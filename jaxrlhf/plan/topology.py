@@ -21,15 +21,9 @@ from jaxrlhf import runtime, sharding
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.plan.targets import Accelerator, Target, parse
 
-GPU_WHEELS = (
-    "nvidia-cuda-nvcc",
-    "nvidia-nvvm",
-    "nvidia-cuda-nvrtc",
-    "nvidia-nvjitlink",
-    "nvidia-cuda-runtime",
-    "nvidia-cudnn-cu13",
-)
-"""Wheels of CUDA 13 that the GPU compiler needs beside jax's plugin (extra `plan-gpu`)."""
+GPU_WHEELS = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cudnn-cu13")
+"""Wheels of CUDA 13 that the GPU compiler needs beside jax's plugin (extra `plan-gpu`); of cuDNN the version alone is
+asked for, when attention is traced."""
 
 _LIBTPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it guards a TPU from a second process, and there is none

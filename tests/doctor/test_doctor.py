@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxrlhf import doctor, weights
+from jaxrlhf import distributed, doctor, weights
 from jaxrlhf.cli import main
 
 
@@ -45,6 +45,16 @@ def test_a_valid_model_passes_every_check(model_folder, capsys):
         "ok    first ratio is one",
         "ok    sampler and training log-probs agree",
     ]
+
+
+def test_the_job_of_this_process_is_named(monkeypatch):
+    for job in distributed.JOBS.values():
+        for name in job:
+            monkeypatch.delenv(name, raising=False)
+    assert "processes: this one alone; docs/hosts.md says how several hosts train together" in doctor.computer()
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert any(line.startswith("processes: this one alone, of 4 in a job of SLURM; ") for line in doctor.computer())
 
 
 def test_a_folder_without_weights_is_checked_with_random_ones(tiny_model, capsys):

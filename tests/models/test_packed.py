@@ -64,16 +64,17 @@ def test_the_product_and_its_gradient_are_those_of_the_unpacked_kernel(kernel, k
     def plain(x):
         return jnp.einsum("bti,io->bto", x, m.unpack(packed), precision="highest")
 
-    assert m._tiles(packed) == (1 if tile == m.TILE and tile > 10**5 else 12)
+    assert m._tiles(packed, m.SHARES) == (1 if tile == m.TILE and tile > 10**5 else 12)
     np.testing.assert_allclose(ours(x), plain(x), rtol=1e-5, atol=1e-6)
     weight = jax.random.normal(jax.random.fold_in(key, 1), (2, 5, 96))
     grads = [jax.grad(lambda x, f=f: jnp.sum(f(x) * weight))(x) for f in (ours, plain)]
     np.testing.assert_allclose(*grads, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("bits", "double"), KINDS)
-def test_every_device_multiplies_its_own_share_of_every_tile(kernel, key, bits, double, monkeypatch):
+@pytest.mark.parametrize(("bits", "double", "shares"), [(*kind, m.SHARES) for kind in KINDS] + [("nf4", True, 1)])
+def test_every_device_multiplies_its_own_share_of_every_tile(kernel, key, bits, double, shares, monkeypatch):
     monkeypatch.setattr(m, "TILE", 128 * 8)
+    monkeypatch.setattr(m, "SHARES", shares)  # fewer than the devices of `tensor`
     mesh = sharding.make_mesh(config.Mesh(fsdp=2, tensor=4))
     x, packed = jax.random.normal(key, (2, 5, 128)), m.pack(kernel, bits, double)
     placed = jax.device_put({"mlp": {"up": packed}}, sharding.shardings({"mlp": {"up": packed}}, mesh))["mlp"]["up"]
@@ -82,7 +83,7 @@ def test_every_device_multiplies_its_own_share_of_every_tile(kernel, key, bits, 
 
     @jax.jit
     def step(x, packed):
-        return jax.value_and_grad(lambda x: jnp.sum(jnp.sin(m.packed_product(x, packed, "float32"))))(x)
+        return jax.value_and_grad(lambda x: jnp.sum(jnp.sin(m.packed_product(x, packed, "float32", mesh))))(x)
 
     first = [jax.tree.map(lambda part: part[1], tree) for tree in (packed, placed)]
     whole, cut = step(x, first[0]), step(sharding.put_whole(x, mesh), first[1])

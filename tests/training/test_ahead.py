@@ -97,7 +97,7 @@ def test_a_run_stopped_between_checkpoints_goes_on_with_fresh_responses(make, tm
 
 def test_meshes_are_disjoint_and_options_that_cannot_work_are_refused(make):
     trainer = make("some", mesh=config.Mesh(data=-1), rollout=config.Generation(devices=4))
-    used = [set(mesh.devices.flat) for mesh in (trainer.mesh, trainer._ahead._sampler.mesh)]
+    used = [set(mesh.devices.flat) for mesh in (trainer.mesh, trainer.ahead.sampler.mesh)]
     assert len(used[0]) == len(used[1]) == 4 and not used[0] & used[1]
     for devices, message in (
         (8, "there are 8 devices, so none would be left"),

@@ -13,6 +13,7 @@ from jaxrlhf.config import file as config_file
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.plan import costs, programs, report, targets, topology
 from jaxrlhf.training.dpo.trainer import DPOTrainer
+from jaxrlhf.training.on_policy.sampler import Sampler
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.reward.trainer import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
@@ -71,6 +72,38 @@ def test_what_a_run_on_eight_devices_holds_is_what_its_plan_says(ppo, tmp_path):
     standing = sum(parts[part] for part in ("trained parameters", "optimizer state", "frozen models", "kept rollouts"))
     assert standing <= held[0] - before <= 1.15 * standing
     assert standing > 50_000, "more than counters and keys"
+
+
+def test_devices_that_roll_out_hold_the_decoding_copy_and_no_state(ppo, monkeypatch):
+    options = ppo | {
+        "ppo": config.replace(ppo["ppo"], sampler_correction="truncate"),
+        "mesh": config.Mesh(fsdp=4),
+        "rollout": config.Generation(devices=2),
+    }
+    settings = config.PPOConfig(**options)
+    made = plan.plan_of(programs.abstract_trainer(settings, length_reward), programs.Traced())
+    phases = {phase.name: phase for phase in made.phases}
+    assert {name: phase.devices for name, phase in phases.items()} == {
+        "copy for decoding": 4, "rollout": 2, "annotation": 4, "update": 4,
+    }  # fmt: skip
+    parts = {part for part, size in phases["rollout"].bytes.items() if size}
+    assert parts <= {"decoding copy", "keys and values", "activations, rest"}
+    assert made.devices == 6 and made.step_seconds(lambda phase: 1.0) == 3, "the rollout runs beside the others"
+    drawn, draw = [], Sampler.draw
+
+    def watched(self, copy, *args, **options):
+        drawn.append(there(copy))
+        return draw(self, copy, *args, **options)
+
+    monkeypatch.setattr(Sampler, "draw", watched)
+    real = PPOTrainer(settings, length_reward)
+    real.ahead.start(real.params, real.prompts(0), real.key(0, 0), 0, 0)
+    real.ahead.take()
+    assert drawn == [phases["rollout"].bytes["decoding copy"]]
+    validated = config.replace(settings, **{"data.validation_fraction": 0.25})
+    made = plan.plan_of(programs.abstract_trainer(validated, length_reward), programs.Traced())
+    phases = {phase.name: phase for phase in made.phases}
+    assert phases["other rollouts"].devices == 4 and phases["other rollouts"].bytes["optimizer state"]
 
 
 def test_a_plan_compiles_the_programs_that_the_run_calls(ppo, tmp_path):
@@ -156,7 +189,7 @@ def test_without_its_compiler_a_target_is_planned_from_shapes(rewarded, tmp_path
     assert made.state == there(PPOTrainer(told).state.value), "on eight CPU devices"
     update = next(phase for phase in made.phases if phase.name == "update")
     assert update.bytes["activations, rest"] > 0 and update.products
-    assert made.islands == (0,) * 8
+    assert update.islands == (0,) * 8
 
 
 def test_plan_recognises_the_method_of_a_config_file(rewarded, tmp_path, capsys):

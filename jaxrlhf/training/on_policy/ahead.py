@@ -9,7 +9,7 @@ responses, so that a run that resumes there goes on exactly as one that was not 
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -66,25 +66,31 @@ class Ahead:
     """Draws responses on the mesh of `sampler`, in a thread; a single rollout waits at a time."""
 
     def __init__(self, sampler: Sampler, training: Sampler) -> None:
-        self._sampler, self._training = sampler, training
+        self.sampler, self._training = sampler, training
+        model, decoder, mesh, _ = training.conversion
+        self.conversion = model, decoder, mesh, ("fsdp", "tensor")  # moved as it lies, without gathering
+        """Arguments of `convert` besides the parameters: the copy as it is made on the devices that train."""
         sharding.check_rows(sampler.batch, sampler.mesh, "completions per update, with rollout.devices,")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout")
         self._waiting: _Waiting | None = None
 
+    def shardings(self, copy: Params) -> Any:
+        """NamedShardings of the copy on the devices that roll out."""
+        _, decoder, mesh, axes = self.sampler.conversion
+        return copy_shardings(copy, decoder, mesh, axes)
+
     def start(self, params: Params, rows: Sequence[PromptRow], key: jax.Array, step: int, policy: int) -> None:
         """Begin to draw the responses of update number `step` from the parameters after `policy` updates, which may be
         donated once this returns."""
-        model, decoder, mesh, _ = self._training.conversion
-        copy = convert(params, model, decoder, mesh, ("fsdp", "tensor"))  # moved as it lies, without gathering
-        *_, target, axes = self._sampler.conversion
-        placed = jax.block_until_ready(jax.device_put(copy, copy_shardings(copy, decoder, target, axes)))
+        copy = convert(params, *self.conversion)
+        placed = jax.block_until_ready(jax.device_put(copy, self.shardings(copy)))
 
         def draw() -> tuple[Rollout, float]:
             started = time.monotonic()
-            rollout = jax.block_until_ready(self._sampler.draw(placed, rows, jax.device_put(key, target_key)))
+            rollout = jax.block_until_ready(self.sampler.draw(placed, rows, jax.device_put(key, target_key)))
             return rollout, time.monotonic() - started
 
-        target_key = jax.sharding.NamedSharding(target, jax.sharding.PartitionSpec())
+        target_key = jax.sharding.NamedSharding(self.sampler.mesh, jax.sharding.PartitionSpec())
         self._waiting = _Waiting(step, policy, rows, self._thread.submit(draw))
 
     def has(self, step: int) -> bool:

@@ -70,10 +70,10 @@ class OnPolicyTrainer(Generic[Config]):
         length = (longest or config.data.max_length) + config.sampling.response_length
         self.model = for_length(self.model, length)
         self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, longest)
-        self._ahead: Ahead | None = None
+        self.ahead: Ahead | None = None
         if rollout_mesh is not None:
             there = dataclasses.replace(self.model, mesh=rollout_mesh)
-            self._ahead = Ahead(Sampler(config, there, self.tokenizer, rollout_mesh, longest), self.sampler)
+            self.ahead = Ahead(Sampler(config, there, self.tokenizer, rollout_mesh, longest), self.sampler)
         directory, required = Path(config.run_dir), config.needs_reward
         self.scorer = Scorer(
             config.reward, self.tokenizer, reward, mesh=self.mesh, directory=directory, required=required
@@ -131,8 +131,8 @@ class OnPolicyTrainer(Generic[Config]):
         stops after either phase if it was asked to."""
         jax.block_until_ready(self.params)  # the update before is not part of the rollout's time
         started = time.monotonic()
-        if session and self._ahead and use == 0:
-            rollout, completions, seconds, staleness = self._drawn_ahead(self._ahead, rows, step, session)
+        if session and self.ahead and use == 0:
+            rollout, completions, seconds, staleness = self._drawn_ahead(self.ahead, rows, step, session)
             extra = {"rollout/staleness": staleness, "perf/rollout_wait_seconds": time.monotonic() - started}
         else:
             rollout, completions = self.generate(rows, step, use=use, greedy=greedy)
