@@ -66,8 +66,22 @@ def first_update(method, options, shape):
     return trainer, supervised_step(trainer, 0)["loss"], jax.device_get(trainer.batch(0))
 
 
-@pytest.mark.parametrize("method", ["sft", "sft lora", "reward", "dpo", "ppo", "grpo"])
-def test_an_update_of_each_trainer_on_any_mesh_equals_that_on_one_device(method, parts, wide_model):
+USUAL = {"sft": SHAPES, "ppo": SHAPES[2:]} | dict.fromkeys(
+    ("sft lora", "reward", "dpo", "dpo lora", "ppo lora", "grpo"), SHAPES[3:]
+)
+"""Meshes of each trainer in every round of tests; the last one has every axis. All on all are `long`."""
+
+
+@pytest.mark.parametrize(
+    ("method", "shapes"),
+    [pytest.param(*case, id=case[0]) for case in USUAL.items()]
+    + [
+        pytest.param(method, SHAPES[: -len(shapes)], id=f"{method} on the others", marks=pytest.mark.long)
+        for method, shapes in USUAL.items()
+        if shapes is not SHAPES
+    ],
+)
+def test_an_update_of_each_trainer_on_any_mesh_equals_that_on_one_device(method, shapes, parts, wide_model):
     """Loss, parameters, and the tokens that PPO and GRPO sampled. Parameters and moments are split over the devices."""
     method, *adapters = method.split()
     # A large eps: Adam magnifies the rounding of a gradient near zero by learning_rate / eps.
@@ -79,7 +93,7 @@ def test_an_update_of_each_trainer_on_any_mesh_equals_that_on_one_device(method,
     }
     alone, expected, tokens = first_update(method, dict(options), config.Mesh())
     before = jax.device_get(alone.state.value.params)
-    for shape in SHAPES:
+    for shape in shapes:
         trainer, loss, read = first_update(method, dict(options), shape)
         # of GRPO it is 0 but for rounding: advantages of a group add up to 0, and the ratios are 1
         np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-7, err_msg=str(shape))

@@ -104,14 +104,15 @@ class DPOTrainer(SupervisedTrainer[DPOConfig]):
     def score_reference(self, note: Callable[[str], None], stopping: Callable[[], bool] = lambda: False) -> None:
         """Compute the log-probs of the reference, the model before the first step, unless they are known.
 
-        They are kept in a file named by a hash of the model and the rows, on any mesh. `note` prints progress. Raises Preempted once
-        `stopping()`.
+        They are kept in a file named by a hash of the model and the rows, for any mesh. `note` prints progress. Raises
+        Preempted once `stopping()`.
         """
         if self.reference_known:
             return
         parts = [part for part in (self.rows.train, self.rows.validation) if part]
         rows = [row for part in parts for row in part]
-        model = dataclasses.replace(self.model, adapters=None, remat="none", mesh=None)  # the mesh only rounds
+        # on another mesh the values differ by rounding alone
+        model = dataclasses.replace(self.model, adapters=None, remat="none", mesh=None)
         content = f"{self._reference_hash} {setup.fingerprint(rows)} {model}"
 
         def compute() -> np.ndarray:
