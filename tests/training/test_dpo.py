@@ -114,7 +114,7 @@ def test_another_model_other_rows_or_another_dtype_are_another_reference(supervi
         "data": config.replace(supervised["data"], shuffle=False),
         "train": config.Train(batch_size=3, eval_batch_size=4),
     }
-    assert files(mesh=config.Mesh(data=2, fsdp=2)) == 1, "equal up to rounding"
+    assert files(mesh=config.Mesh(fsdp=2)) == 1, "equal up to rounding"
     assert files(**same, dpo=config.replace(options["dpo"], loss="ipo")) == 1
     assert files(seed=1) == 2, "random weights"
     assert files(data=config.replace(supervised["data"], max_rows=20)) == 3
