@@ -34,7 +34,8 @@ LM_HEAD = "lm_head.weight"
 def shape_of(tensor: Tensor, leaf: Any) -> tuple[int, ...]:
     """The stored shape of `tensor`, from the shape of its leaf."""
     shape = list(leaf.shape[1:] if tensor.layer is not None else leaf.shape)
-    shape[-1] *= tensor.part[1]
+    if tensor.part:
+        shape[-1] = tensor.part.groups * sum(tensor.part.widths)
     return tuple(reversed(shape)) if tensor.transpose else tuple(shape)
 
 
@@ -141,8 +142,8 @@ def _stored_dtype(leaf_tensors: list[Tensor], entries: dict[str, Entry]) -> np.d
 
 def _to_device(array: np.ndarray, tensor: Tensor, leaf_sharding: NamedSharding | None) -> Array:
     """Copy the part of a stored tensor that `tensor` is to its device, or its shards to theirs, split like the leaf."""
-    index, count = tensor.part
-    array = np.split(array, count, axis=0 if tensor.transpose else -1)[index]
+    if tensor.part:
+        array = array.take(tensor.part.columns, axis=0 if tensor.transpose else -1)
     if array.dtype == np.float64:  # jax does not accept it
         array = array.astype(np.float32)
     if leaf_sharding is None:
@@ -161,15 +162,20 @@ def _sharding_of(tensor: Tensor, ndim: int, leaf_sharding: NamedSharding) -> Nam
 def _read_shards(entry: Entry, tensor: Tensor, leaf_sharding: NamedSharding) -> Array:
     """The part of a stored tensor that `tensor` is, on the mesh, of which this process reads the shards of its own
     devices."""
-    number, count = tensor.part
     axis = 0 if tensor.transpose else len(entry.shape) - 1
-    shape = tuple(size // count if dim == axis else size for dim, size in enumerate(entry.shape))
-    first = number * shape[axis]  # of the part, along `axis`
+    columns = tensor.part.columns if tensor.part else np.arange(entry.shape[axis])
+    shape = tuple(len(columns) if dim == axis else size for dim, size in enumerate(entry.shape))
 
     @functools.cache  # devices that hold the same shard
     def read(*bounds: tuple[int, int]) -> np.ndarray:
-        index = (slice(a + first, b + first) if dim == axis else slice(a, b) for dim, (a, b) in enumerate(bounds))
-        array = safetensors.read_part(entry, tuple(index))
+        wanted = columns[slice(*bounds[axis])]
+        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)  # of neighbours in the file
+        index = [slice(*pair) for pair in bounds]
+        pieces = []
+        for run in runs:
+            index[axis] = slice(run[0], run[-1] + 1)
+            pieces.append(safetensors.read_part(entry, tuple(index)))
+        array = np.concatenate(pieces, axis=axis)
         return array.astype(np.float32) if array.dtype == np.float64 else array
 
     def shard(index: Any) -> np.ndarray:
@@ -204,10 +210,14 @@ def sources(model: ModelConfig, params: Params, dtype: str | None) -> list[write
 
 
 def _to_host(params: Params, parts: list[Tensor], dtype: np.dtype) -> np.ndarray:
-    arrays = []
-    for tensor in sorted(parts, key=lambda t: t.part):
+    joined = np.empty(())
+    for tensor in parts:
         leaf = leaf_at(params, tensor.path)
-        part = sharding.fetch(leaf if tensor.layer is None else leaf[tensor.layer])
-        arrays.append(part.astype(dtype, copy=False))
-    joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+        array = sharding.fetch(leaf if tensor.layer is None else leaf[tensor.layer]).astype(dtype, copy=False)
+        if tensor.part is None:
+            joined = array
+            break
+        if not joined.shape:
+            joined = np.empty((*array.shape[:-1], tensor.part.groups * sum(tensor.part.widths)), dtype)
+        joined[..., tensor.part.columns] = array
     return joined.T if parts[0].transpose else joined

@@ -3,11 +3,29 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.heads import MLP_SIZES
 from jaxrlhf.weights.families import tensor_names
 
 Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The columns of one matrix in a tensor that joins several: block `number` of each of `groups` equal groups."""
+
+    number: int
+    widths: tuple[int, ...]  # of the blocks of a group
+    groups: int = 1
+
+    @property
+    def columns(self) -> np.ndarray:
+        """Their indices in the joined tensor, in order."""
+        start = sum(self.widths[: self.number])
+        groups = np.arange(self.groups * sum(self.widths)).reshape(self.groups, -1)
+        return groups[:, start : start + self.widths[self.number]].ravel()
 
 
 @dataclass(frozen=True)
@@ -18,7 +36,7 @@ class Tensor:
     path: Path
     layer: int | None
     transpose: bool
-    part: tuple[int, int] = (0, 1)  # (i, n): the leaf is part i of the n that the tensor joins along its last axis
+    part: Part | None = None  # along its last axis, for a tensor that joins several leaves
 
 
 def tensors(model: ModelConfig) -> list[Tensor]:
@@ -39,6 +57,18 @@ def projections(model: ModelConfig) -> dict[str, list[Path]]:
     return result
 
 
+def part_of(model: ModelConfig, module: str) -> Part | None:
+    """The columns of a module of a layer ("attention/q") in its tensor; None if it is the whole tensor."""
+    names = tensor_names(model)
+    joined = [other for other, name in names.modules.items() if name == names.modules[module]]
+    if len(joined) == 1:
+        return None
+    kv_width = model.num_kv_heads * model.head_dim
+    widths = {"attention/q": model.num_heads * model.head_dim, "attention/k": kv_width, "attention/v": kv_width}
+    groups = model.num_heads if names.joined_by_head else 1
+    return Part(joined.index(module), tuple(widths.get(name, model.mlp_size) // groups for name in joined), groups)
+
+
 def layer_prefix(model: ModelConfig, layer: int) -> str:
     """Prefix of the names of a layer's tensors."""
     names = tensor_names(model)
@@ -53,8 +83,7 @@ def _decoder_tensors(model: ModelConfig) -> Iterator[Tensor]:
     for layer in range(model.num_layers):
         for module, (weight, has_bias) in _layer_modules(model).items():
             name, path = names.modules[module], ("layers", *module.split("/"))
-            joined = [other for other, other_name in names.modules.items() if other_name == name]
-            part, prefix = (joined.index(module), len(joined)), f"{layer_prefix(model, layer)}{name}"
+            part, prefix = part_of(model, module), f"{layer_prefix(model, layer)}{name}"
             transpose = weight == "kernel" and names.transposed
             yield Tensor(f"{prefix}.weight", (*path, weight), layer, transpose, part)
             if has_bias:

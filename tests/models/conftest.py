@@ -61,8 +61,11 @@ def params_from(model: ModelConfig, named: Mapping[str, np.ndarray]) -> dict[str
         array = np.asarray(named[tensor.name])
         used.add(tensor.name)
         array = array.T if tensor.transpose else array
-        index, count = tensor.part
-        found.setdefault(tensor.path, {})[tensor.layer] = np.split(array, count, axis=-1)[index]
+        if tensor.part is not None:
+            groups = array.reshape(*array.shape[:-1], tensor.part.groups, -1)
+            blocks = np.split(groups, np.cumsum(tensor.part.widths)[:-1], axis=-1)
+            array = blocks[tensor.part.number].reshape(*array.shape[:-1], -1)
+        found.setdefault(tensor.path, {})[tensor.layer] = array
     assert used == set(named), used ^ set(named)
     tree: dict[str, Any] = {}
     for path, layers in found.items():
@@ -77,14 +80,23 @@ def params_from(model: ModelConfig, named: Mapping[str, np.ndarray]) -> dict[str
 
 def named_from(model: ModelConfig, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The other way: what each tensor of the folder holds."""
-    parts: dict[str, dict[int, np.ndarray]] = {}
+    parts: dict[str, list[tuple[int, np.ndarray]]] = {}
+    transposed: dict[str, bool] = {}
     for tensor in names.tensors(model):
         leaf: Any = tree
         for key in tensor.path:
             leaf = leaf[key]
         array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
-        parts.setdefault(tensor.name, {})[tensor.part[0]] = array.T if tensor.transpose else array
-    return {name: np.concatenate([found[i] for i in sorted(found)], axis=-1) for name, found in parts.items()}
+        number, groups = (tensor.part.number, tensor.part.groups) if tensor.part else (0, 1)
+        block = array.reshape(*array.shape[:-1], groups, -1)
+        parts.setdefault(tensor.name, []).append((number, block))
+        transposed[tensor.name] = tensor.transpose
+    named = {}
+    for name, blocks in parts.items():
+        joined = np.concatenate([block for _, block in sorted(blocks, key=lambda pair: pair[0])], axis=-1)
+        joined = joined.reshape(*joined.shape[:-2], -1)
+        named[name] = joined.T if transposed[name] else joined
+    return named
 
 
 @pytest.fixture(scope="session")

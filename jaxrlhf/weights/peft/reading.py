@@ -16,7 +16,7 @@ from jaxrlhf.types import Params
 from jaxrlhf.weights import safetensors
 from jaxrlhf.weights.fields import Fields
 from jaxrlhf.weights.mapping import set_leaf
-from jaxrlhf.weights.names import layer_prefix, projections
+from jaxrlhf.weights.names import layer_prefix, part_of, projections
 from jaxrlhf.weights.peft import token_rows
 from jaxrlhf.weights.peft.keys import MERGE
 from jaxrlhf.weights.peft.layout import PREFIX, SCORES, read_fields, scan, widths
@@ -86,12 +86,11 @@ def read(folder: Path, model: ModelConfig) -> tuple[Adapters, Params]:
     tree: Params = {}
     for module, by_layer in by_module.items():
         stacked = _stack(by_layer, {layer: configured(module, layer).scale / adapters.scale for layer in layers})
-        paths = matrices[module]
-        ends = np.cumsum(widths(model, paths)[1])[:-1]
-        split = {part: np.split(array, ends, axis=-1) for part, array in stacked.items() if part != "a"}
-        for i, path in enumerate(paths):
-            leaf = {"a": stacked["a"]} | {part: arrays[i] for part, arrays in split.items()}
-            set_leaf(tree, path, {part: jnp.array(array) for part, array in leaf.items()})
+        for path in matrices[module]:
+            part = part_of(model, "/".join(path))
+            columns = slice(None) if part is None else part.columns
+            leaf = {name: array if name == "a" else array[..., columns] for name, array in stacked.items()}
+            set_leaf(tree, path, {name: jnp.array(array) for name, array in leaf.items()})
     span = None if len(layers) == model.num_layers else (layers.start, layers.stop)
     lora: Params = {"layers": tree} | ({"rows": rows} if rows else {})
     return dataclasses.replace(adapters, layers=span, tokens=tokens), {"lora": lora, **score}

@@ -12,9 +12,9 @@ from jaxrlhf.types import Params
 from jaxrlhf.weights import writer
 from jaxrlhf.weights.families import tensor_names
 from jaxrlhf.weights.mapping import leaf_at
-from jaxrlhf.weights.names import layer_prefix, projections
+from jaxrlhf.weights.names import Part, layer_prefix, part_of, projections
 from jaxrlhf.weights.peft import token_rows
-from jaxrlhf.weights.peft.layout import CONFIG, PREFIX, WEIGHTS, widths
+from jaxrlhf.weights.peft.layout import CONFIG, PREFIX, WEIGHTS
 
 
 def write(folder: Path, model: ModelConfig, params: Params, base: str, revision: str | None = None) -> None:
@@ -32,7 +32,8 @@ def write(folder: Path, model: ModelConfig, params: Params, base: str, revision:
     ranks: dict[str, int] = {}
     tensors: dict[str, np.ndarray] = {}
     for module, paths in matrices.items():
-        joined = _join([leaf_at(tree, path) for path in paths], widths(model, paths)[1])
+        parts = [part_of(model, "/".join(path)) for path in paths]
+        joined = _join([leaf_at(tree, path) for path in paths], parts)
         rank = joined["lora_A.weight"].shape[1]
         if rank != adapters.rank:
             ranks[module] = rank
@@ -69,19 +70,21 @@ def write(folder: Path, model: ModelConfig, params: Params, base: str, revision:
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _join(adapters: list[Params], outputs: list[int]) -> dict[str, np.ndarray]:
-    """{name in PEFT's layout: array over layers} of the tensor that joins matrices with these adapters and widths."""
-    arrays = [{part: np.asarray(value, np.float32) for part, value in leaf.items()} for leaf in adapters]
-    a = np.concatenate([parts["a"] for parts in arrays], axis=-1)
-    b, row, column = np.zeros((len(a), a.shape[-1], sum(outputs)), np.float32), 0, 0
-    for parts, width in zip(arrays, outputs, strict=True):
-        rank = parts["b"].shape[1]
-        b[:, row : row + rank, column : column + width] = parts["b"]
-        row, column = row + rank, column + width
+def _join(adapters: list[Params], parts: list[Part | None]) -> dict[str, np.ndarray]:
+    """{name in PEFT's layout: array over layers} of the tensor that joins matrices with these adapters, as `parts`."""
+    arrays = [{name: np.asarray(value, np.float32) for name, value in leaf.items()} for leaf in adapters]
+    outputs = sum(leaf["b"].shape[-1] for leaf in arrays)
+    a = np.concatenate([leaf["a"] for leaf in arrays], axis=-1)
+    b, row = np.zeros((len(a), a.shape[-1], outputs), np.float32), 0
+    magnitude = np.zeros((len(a), outputs), np.float32)
+    for leaf, part in zip(arrays, parts, strict=True):
+        rank = leaf["b"].shape[1]
+        columns = np.arange(outputs) if part is None else part.columns
+        b[:, row : row + rank, columns] = leaf["b"]
+        magnitude[:, columns] = leaf.get("magnitude", 0)
+        row += rank
     joined = {"lora_A.weight": a.swapaxes(1, 2), "lora_B.weight": b.swapaxes(1, 2)}
-    if "magnitude" in arrays[0]:
-        joined["lora_magnitude_vector"] = np.concatenate([parts["magnitude"] for parts in arrays], axis=-1)
-    return joined
+    return joined | ({"lora_magnitude_vector": magnitude} if "magnitude" in arrays[0] else {})
 
 
 def _alpha(adapters: Adapters, rank: int) -> float:
