@@ -65,6 +65,36 @@ GPT2 = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+NEOX = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "gelu",
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LISTS = {"short_factor": [1.0, 1.25, 2.0], "long_factor": [1.5, 3.0, 5.0]}
+PHI_LONG = {"hidden_size": 32, "partial_rotary_factor": 0.75, "rope_scaling": {"type": "longrope", **LISTS}}
+# the original length is short, so that queries are scaled
+MINISTRAL = {
+    "rope_parameters": {
+        "type": "yarn",
+        "rope_type": "yarn",
+        "rope_theta": 100.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 10,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.3,
+    }
+}
 
 
 def rope(kind: str, theta: float = 10000.0, **options: Any) -> dict[str, Any]:
@@ -256,6 +286,35 @@ CASES = {
         tie_word_embeddings=False,
     ),
     "gpt2-unscaled": case("gpt2", "GPT2LMHeadModel", GPT2, activation_function="relu", scale_attn_weights=False),
+    "gpt_neox": case("gpt_neox", "GPTNeoXForCausalLM", NEOX, torch_dtype="bfloat16", rotary_pct=0.25),
+    "gpt_neox-sequential": case(
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
+        NEOX,
+        dtype="bfloat16",
+        rope_parameters={"rope_type": "linear", "rope_theta": 100.0, "partial_rotary_factor": 0.5, "factor": 2.0},
+        use_parallel_residual=False,
+        attention_bias=False,
+        hidden_act="quick_gelu",
+        tie_word_embeddings=True,
+    ),
+    "phi3": case("phi3", "Phi3ForCausalLM", LINEAGE, OLD, sliding_window=5, hidden_size=32),
+    "phi3-longrope": case("phi3", "Phi3ForCausalLM", LINEAGE, OLD, PHI_LONG, original_max_position_embeddings=100),
+    # every sequence, and the first step of decoding, is longer than the original length
+    "phi3-longrope-long": case(
+        "phi3",
+        "Phi3ForCausalLM",
+        LINEAGE,
+        rope("longrope", partial_rotary_factor=0.75, **LISTS),
+        dtype="bfloat16",
+        hidden_size=32,
+        original_max_position_embeddings=4,
+        tie_word_embeddings=True,
+    ),
+    "ministral3": case("ministral3", "Ministral3ForCausalLM", LINEAGE, MINISTRAL, dtype="bfloat16", head_dim=8),
+    "ministral3-window": case(
+        "ministral3", "Ministral3ForCausalLM", LINEAGE, MINISTRAL, torch_dtype="bfloat16", head_dim=10, sliding_window=5
+    ),
     "llama-score": case("llama", "LlamaForSequenceClassification", LINEAGE, OLD, LABELS[1]),
     "mistral-label": case("mistral", "MistralForSequenceClassification", LINEAGE, NEW, sliding_window=5),
     "qwen2-score": case("qwen2", "Qwen2ForSequenceClassification", LINEAGE, NEW, LABELS[1], tie_word_embeddings=True),
@@ -268,6 +327,11 @@ CASES = {
     "olmo3-label": case("olmo3", "Olmo3ForSequenceClassification", LINEAGE, LABELS[2], sliding_window=5),
     "smollm3-score": case(
         "smollm3", "SmolLM3ForSequenceClassification", LINEAGE, NEW, LABELS[1], no_rope_layers=[0, 1]
+    ),
+    "gpt_neox-label": case("gpt_neox", "GPTNeoXForSequenceClassification", NEOX, LABELS[2], dtype="bfloat16"),
+    "phi3-score": case("phi3", "Phi3ForSequenceClassification", LINEAGE, NEW, LABELS[1]),
+    "ministral3-score": case(
+        "ministral3", "Ministral3ForSequenceClassification", LINEAGE, MINISTRAL, LABELS[1], head_dim=8
     ),
     "gpt2-score": case("gpt2", "GPT2ForSequenceClassification", GPT2, LABELS[1]),
     "gpt2-label": case("gpt2", "GPT2ForSequenceClassification", GPT2),
@@ -298,6 +362,11 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+
+
+def stored_name(name: str, config: dict[str, Any]) -> str:
+    """The name in files of a parameter that transformers 5 renames when it reads them."""
+    return name.replace("lm_head.", "embed_out.") if config["model_type"] == "gpt_neox" else name
 
 
 def digest(gradient: np.ndarray) -> np.ndarray:
@@ -346,7 +415,7 @@ def logits_of(model: Any, rows: list[np.ndarray], side: str) -> torch.Tensor:
     return model(tokens, attention_mask=mask, position_ids=positions).logits[mask.bool()]
 
 
-def language_model(model: Any, seed: int) -> dict[str, np.ndarray] | None:
+def language_model(model: Any, seed: int, config: dict[str, Any]) -> dict[str, np.ndarray] | None:
     """The golden arrays of a language model, or None if two tokens of a greedy step are too close to a tie."""
     rows, prompts = random_rows(LENGTHS, seed), random_rows(PROMPT_LENGTHS, seed + 1)
     logits = logits_of(model, rows, "right")
@@ -371,7 +440,7 @@ def language_model(model: Any, seed: int) -> dict[str, np.ndarray] | None:
         "prompts": tokens.numpy().astype(np.int32),
         "prompt_lengths": np.array(PROMPT_LENGTHS, np.int32),
         "greedy": greedy.astype(np.int32),
-    } | {f"gradient/{name}": digest(w.grad.numpy()) for name, w in model.named_parameters()}
+    } | {f"gradient/{stored_name(name, config)}": digest(w.grad.numpy()) for name, w in model.named_parameters()}
 
 
 def classifier(model: Any, seed: int) -> dict[str, np.ndarray]:
@@ -399,9 +468,11 @@ def write(name: str, config: dict[str, Any]) -> None:
     while golden is None:
         randomise(model, seed)
         model.zero_grad()
-        golden = classifier(model, seed) if "ForSequence" in kind.__name__ else language_model(model, seed)
+        golden = classifier(model, seed) if "ForSequence" in kind.__name__ else language_model(model, seed, config)
         seed += 1
-    weights = {key: value.detach().bfloat16().contiguous() for key, value in model.named_parameters()}
+    weights = {
+        stored_name(key, config): value.detach().bfloat16().contiguous() for key, value in model.named_parameters()
+    }
     save_torch(weights, folder / "model.safetensors", metadata={"format": "pt"})
     save_file(golden, folder / "golden.safetensors", metadata={"transformers": transformers.__version__})
 

@@ -96,6 +96,7 @@ class ModelConfig:
     residual_multiplier: float = 1.0  # on the outputs of attention and MLP
     logits_divisor: float = 1.0
     logits_softcap: float | None = None  # after the division, as `attention_softcap`
+    parallel_residual: bool = False  # the MLP reads the input of the layer, not that plus attention's output
     platform: Literal["cpu", "gpu", "tpu"] = "cpu"  # that computes it: sizes of chunks, layouts for decoding
     dtype: Literal["float32", "bfloat16"] = "float32"  # operands of matrix products; they accumulate in float32
     kernels: Literal["float", "int8"] = "float"  # int8: for inference only, see rollout/inference_copy.py

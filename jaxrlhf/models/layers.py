@@ -240,5 +240,6 @@ class Block(nn.Module):
         y, cache = Attention(m, name="attention")(
             norm("attention_norm", x), rotation, mask, scale, cache, slot, keys, layer
         )
-        x = added(x, norm("attention_post_norm", y))
-        return added(x, norm("mlp_post_norm", Mlp(m, name="mlp")(norm("mlp_norm", x), keys))), cache
+        attended = added(x, norm("attention_post_norm", y))
+        inner = Mlp(m, name="mlp")(norm("mlp_norm", x if m.parallel_residual else attended), keys)
+        return added(attended, norm("mlp_post_norm", inner)), cache

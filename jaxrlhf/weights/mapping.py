@@ -27,8 +27,8 @@ from jaxrlhf.weights.names import Tensor, tensors
 from jaxrlhf.weights.safetensors import Entry
 
 # Constants that older versions of transformers stored with the weights: causal masks and rotary frequencies
-_BUFFER = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
-LM_HEAD = "lm_head.weight"
+_BUFFER = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
+_LM_HEAD = "lm_head.weight"
 
 
 def shape_of(tensor: Tensor, leaf: Any) -> tuple[int, ...]:
@@ -53,23 +53,27 @@ def match(
         for tensor in tensors(model)
         if not (new_head and tensor.path[0] == "score")
     }
-    prefixes = ("", tensor_names(model).decoder)  # a bare decoder, as in the original GPT-2 files, has no prefix
+    names = tensor_names(model)
+    prefixes = ("", names.decoder)  # a bare decoder, as in the original GPT-2 files, has no prefix
+    head = f"{names.lm_head}.weight"
     matched: dict[str, Entry] = {}
     unexpected = []
     for name, entry in entries.items():
-        full_name = next((prefix + name for prefix in prefixes if prefix + name in expected), None)
+        known_name = head if name == _LM_HEAD else name  # the name in transformers 5, if the family had another before
+        full_name = next((prefix + known_name for prefix in prefixes if prefix + known_name in expected), None)
         if full_name is not None and full_name not in matched:
             matched[full_name] = entry
-        elif not _BUFFER.search(name) and not (name == LM_HEAD and new_head):
+        elif not _BUFFER.search(name) and not (known_name == head and new_head):
             unexpected.append(name)
-    if LM_HEAD in unexpected and model.head == "lm" and model.tie_embeddings:
+    stored_head = next((name for name in (head, _LM_HEAD) if name in unexpected), None)
+    if stored_head and model.head == "lm" and model.tie_embeddings:
         embedding = next(t.name for t in tensors(model) if t.path == ("embed", "embedding"))
-        if embedding in matched and not safetensors.same(entries[LM_HEAD], matched[embedding]):
+        if embedding in matched and not safetensors.same(entries[stored_head], matched[embedding]):
             raise DataError(
                 f"{where}: config.json ties the output head to the embedding (tie_word_embeddings), but there is a "
-                f"{LM_HEAD} that differs from {matched[embedding].name}; if that head is meant, make it false"
+                f"{stored_head} that differs from {matched[embedding].name}; if that head is meant, make it false"
             )
-        unexpected.remove(LM_HEAD)
+        unexpected.remove(stored_head)
     problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in matched]
     for name in unexpected:
         problems.append(f"unexpected: {name if name.isprintable() else ascii(name)} {list(entries[name].shape)}")

@@ -111,7 +111,7 @@ def _layer_modules(model: ModelConfig) -> dict[str, tuple[str, bool]]:
 
 def _head_tensors(model: ModelConfig) -> Iterator[Tensor]:
     if model.head == "lm" and not model.tie_embeddings:
-        yield Tensor("lm_head.weight", ("lm_head", "kernel"), None, True)
+        yield Tensor(f"{tensor_names(model).lm_head}.weight", ("lm_head", "kernel"), None, True)
     if model.head == "linear":
         yield Tensor("score.weight", ("score", "kernel"), None, True)
     if model.head == "mlp":  # transformers has no such head: the names are jaxrlhf's own

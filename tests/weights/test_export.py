@@ -349,7 +349,7 @@ def test_transformers_reads_what_we_write(name, tmp_path):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral-window", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama", "mistral-window", "phi3", "qwen2", "qwen3"])
 @pytest.mark.parametrize("labels", [1, 2])
 def test_transformers_gives_our_scores(name, labels, tmp_path):
     """A reward model made from a language model, on right-padded rows as transformers' pipelines score them."""

@@ -107,6 +107,149 @@ def test_gpt2_from_the_hub():
     assert parse(GPT2, scale_attn_weights=False).attention_scale == 1.0
 
 
+# as published, less their special tokens, dropout rates and, of the lists of longrope, all but the ends
+PHI3_MINI_4K = {
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "auto_map": {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    },
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 4096,
+    "model_type": "phi3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "sliding_window": 2047,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32064,
+}
+PHI35_MINI = PHI3_MINI_4K | {
+    "max_position_embeddings": 131072,
+    "rope_scaling": {
+        "long_factor": [1.08, *[3.0] * 46, 64.8],
+        "short_factor": [1.0, *[2.0] * 46, 3.05],
+        "type": "longrope",
+    },
+    "sliding_window": 262144,
+}
+PHI4_MINI = PHI35_MINI | {
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
+    "lm_head_bias": False,
+    "mlp_bias": False,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "partial_rotary_factor": 0.75,
+    "rope_scaling": {"long_factor": [1, *[20.0] * 46, 47.8], "short_factor": [1.0] * 48, "type": "longrope"},
+    "tie_word_embeddings": True,
+    "vocab_size": 200064,
+}
+PYTHIA_70M = {
+    "architectures": ["GPTNeoXForCausalLM"],
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "hidden_act": "gelu",
+    "hidden_size": 512,
+    "initializer_range": 0.02,
+    "intermediate_size": 2048,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 2048,
+    "model_type": "gpt_neox",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 6,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 0.25,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "use_cache": True,
+    "use_parallel_residual": True,
+    "vocab_size": 50304,
+}
+MINISTRAL_3B = {
+    "architectures": ["Ministral3ForCausalLM"],
+    "attention_dropout": 0.0,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "intermediate_size": 9216,
+    "max_position_embeddings": 262144,
+    "model_type": "ministral3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_parameters": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 16.0,
+        "llama_4_scaling_beta": 0.1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 16384,
+        "rope_theta": 1000000.0,
+        "rope_type": "yarn",
+        "type": "yarn",
+    },
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "vocab_size": 131072,
+}
+
+
+def test_phi3_from_the_hub():
+    short = parse(PHI3_MINI_4K)
+    assert (short.head_dim, short.sliding_window, short.max_positions) == (96, 2047, 4096)
+    assert short.sliding_layers == (True,) * 32 and short.rope == Rope(theta=10000.0) and not short.qkv_bias
+    long = parse(PHI35_MINI)
+    assert long.rope.kind == "longrope" and long.rope.factor == 32.0 and long.rope.original_max_positions == 4096
+    assert long.rope.long_factor[-1] == 64.8 and long.rope.short_factor[0] == 1.0 and long.max_positions == 131072
+    mini = parse(PHI4_MINI)
+    assert (mini.num_heads, mini.num_kv_heads, mini.head_dim) == (24, 8, 128)
+    assert mini.rope.partial_rotary_factor == 0.75 and len(mini.rope.long_factor) == 48 and mini.tie_embeddings
+    # the first files called longrope su
+    su = PHI35_MINI["rope_scaling"] | {"type": "su"}
+    assert parse(PHI35_MINI, rope_scaling=su) == long
+    # the code that auto_map names is not exported, nor needed
+    assert "auto_map" not in families.render(short, PHI3_MINI_4K)
+
+
+def test_pythia_from_the_hub():
+    model = parse(PYTHIA_70M)
+    assert (model.head_dim, model.num_kv_heads, model.norm, model.activation) == (64, 8, "layernorm", "gelu")
+    assert model.rope == Rope(theta=10000.0, partial_rotary_factor=0.25) and model.parallel_residual
+    assert model.qkv_bias and model.attention_out_bias and model.mlp_bias and not model.gated_mlp
+    newer = {"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 0.25}
+    written = {key: value for key, value in PYTHIA_70M.items() if not key.startswith("rotary")}
+    assert parse(written, rope_parameters=newer) == model
+    tensors = {tensor.name for tensor in names.tensors(model)}
+    assert {"embed_out.weight", "gpt_neox.layers.5.attention.query_key_value.bias"} <= tensors
+
+
+def test_ministral_from_the_hub():
+    model = parse(MINISTRAL_3B)
+    assert model.rope == Rope(
+        theta=1e6,
+        kind="yarn",
+        factor=16.0,
+        original_max_positions=16384,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+        query_scale_beta=0.1,
+    )
+    assert model.sliding_window is None and model.tie_embeddings and model.head_dim == 128
+    assert families.parse(families.render(model, {}), "config.json") == model
+
+
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.8, "mscale_all_dim": 0.5, "truncate": False}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
@@ -219,6 +362,17 @@ def test_classifiers():
         (MISTRAL, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         (MISTRAL, {"sliding_window": 0}, "sliding_window is 0"),
         (GPT2, {"add_cross_attention": True}, "add_cross_attention"),
+        (PHI3_MINI_4K, {"attention_bias": True}, "attention_bias"),
+        (PHI3_MINI_4K, {"hidden_size": 3000}, "hidden_size is 3000"),
+        (PHI3_MINI_4K, {"auto_map": {"AutoModelForCausalLM": "modeling_mine.Phi3ForCausalLM"}}, "auto_map"),
+        (PHI3_MINI_4K, stretched("linear", factor=2.0), "'linear' is not supported; supported are default, longrope"),
+        (PHI4_MINI, {"partial_rotary_factor": 0.5}, "short_factor is .*a list of 32 numbers"),
+        (PHI4_MINI, {"original_max_position_embeddings": None} | stretched("longrope", **LONGROPE), "4096 at the top"),
+        (PYTHIA_70M, {"rotary_pct": 1.5}, "rotary_pct is 1.5; expected at most 1.0"),
+        (PYTHIA_70M, {"rotary_pct": 0.05}, "would turn 3 of the 64 components"),
+        (PYTHIA_70M, {"num_attention_heads": 7}, "hidden_size is 512; expected a multiple"),
+        (MINISTRAL_3B, {"rope_parameters": None}, "rope_parameters is missing"),
+        (LLAMA, stretched("yarn", **YARN, llama_4_scaling_beta=0.1), "no option 'llama_4_scaling_beta'"),
         (GPT2, {"n_head": 5}, r"n_embd is 32; expected a multiple of n_head \(5\)"),
         (GPT2, {"pruned_heads": {"0": [1]}}, "pruned_heads"),
         (GPT2, {"architectures": ["GPT2DoubleHeadsModel"]}, "GPT2DoubleHeadsModel"),

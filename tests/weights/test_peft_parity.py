@@ -22,7 +22,11 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.parity
 
 TOKENS = np.array([[5, 9, 33, 4, 17, 60, 2, 8], [3, 3, 21, 50, 11, 7, 40, 12]])
-TARGETS = {"gpt2": ["c_attn", "c_proj"]}
+TARGETS = {
+    "gpt2": ["c_attn", "c_proj"],
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+    "phi3": ["qkv_proj", "gate_up_proj", "o_proj"],
+}
 LLAMA = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 32, "initializer_range": 0.2,
@@ -33,6 +37,8 @@ CONFIGS = {
     "mistral": LLAMA | {"sliding_window": 4},
     "qwen2": LLAMA | {"tie_word_embeddings": True},
     "qwen3": LLAMA | {"head_dim": 8},
+    "gpt_neox": {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"},
+    "phi3": LLAMA | {"pad_token_id": 0, "eos_token_id": 2},
 }
 FAMILIES = list(CONFIGS)
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -124,7 +130,11 @@ BY_FAMILY = list(OPTIONS)[: list(OPTIONS).index("dropout")]  # the others do not
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("family", "name"),
-    [*((f, o) for f in ("gpt2", "qwen2") for o in BY_FAMILY), *(("llama", o) for o in OPTIONS)],
+    [
+        *((f, o) for f in ("gpt2", "qwen2") for o in BY_FAMILY),
+        *((f, o) for f in ("gpt_neox", "phi3") for o in ("plain", "dora", "all-linear", "tokens")),
+        *(("llama", o) for o in OPTIONS),
+    ],
 )
 def test_a_folder_that_peft_wrote(family, name, folders, tmp_path):
     folder = folders / family
@@ -223,6 +233,7 @@ def test_a_classifier_that_peft_wrote(family, folders, tmp_path):
     [
         *((f, "plain") for f in FAMILIES),
         *((f, o) for f in ("gpt2", "llama") for o in ("rslora", "dora", "layers", "tokens")),
+        *((f, "dora") for f in ("gpt_neox", "phi3")),
     ],
 )
 @pytest.mark.parametrize("head", ["lm", "linear"])

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxrlhf.errors import DataError
 from jaxrlhf.models import ModelConfig, for_length
-from jaxrlhf.weights.families import gemma, gpt2, granite, llama, olmo, smollm3
+from jaxrlhf.weights.families import gemma, gpt2, gpt_neox, granite, llama, ministral3, olmo, phi3, smollm3
 from jaxrlhf.weights.families.base import Family, TensorNames
 from jaxrlhf.weights.fields import Fields
 from jaxrlhf.weights.rope import TOP_LEVEL
@@ -18,7 +18,8 @@ from jaxrlhf.weights.rope import TOP_LEVEL
 ADD_EOS = "score_add_eos"
 """Key of a reward model's config.json: whether an end token follows every completion that it reads. Absent: those that
 ended by themselves. It is not kept when the model is written again, because it belongs to the stored head."""
-FAMILIES = gpt2.FAMILIES | llama.FAMILIES | gemma.FAMILIES | olmo.FAMILIES | smollm3.FAMILIES | granite.FAMILIES
+_MODULES = gpt2, llama, gemma, olmo, smollm3, granite, phi3, gpt_neox, ministral3
+FAMILIES: dict[str, Family] = {name: family for module in _MODULES for name, family in module.FAMILIES.items()}
 
 
 def tensor_names(model: ModelConfig) -> TensorNames:
@@ -39,7 +40,9 @@ def parse(config: dict, where: str) -> ModelConfig:
     fields.refuse_if_set("quantization_config", "use a copy of the model that is not quantised")
     fields.refuse_if_set("is_encoder_decoder", "only decoders are supported")
     fields.refuse_if_set("pruned_heads", "only whole layers are supported")
-    if any(key.startswith("AutoModel") for key in fields.mapping("auto_map")):
+    # the code of a family that transformers has adopted since; its newest version is the one that is followed here
+    adopted = {f"modeling_{name}.{kind}" for kind in (family.language_model, family.classifier)}
+    if any(key.startswith("AutoModel") and value not in adopted for key, value in fields.mapping("auto_map").items()):
         raise DataError(f"{where}: auto_map asks for custom modelling code, which is never run")
     try:
         return ModelConfig(
@@ -88,7 +91,7 @@ def render(model: ModelConfig, original: dict, stored_dtype: str | None = None) 
         if changed.keys() & TOP_LEVEL:
             changed |= {key: rendered[key] for key in rendered.keys() & TOP_LEVEL}
             dropped |= TOP_LEVEL
-        dropped |= {ADD_EOS}
+        dropped |= {ADD_EOS, "auto_map"}  # the code that auto_map names is not written
         if "id2label" in changed:
             dropped |= {"num_labels", "problem_type"}
         config = {key: value for key, value in original.items() if key not in dropped} | changed

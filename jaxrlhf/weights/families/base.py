@@ -35,6 +35,7 @@ class TensorNames:
     final_norm: str
     modules: dict[str, str]  # module within a layer: its name in the folder; several may share one tensor, in order
     transposed: bool  # kernels of layers are stored [out, in]
+    lm_head: str = "lm_head"
     joined_by_head: bool = False  # a tensor that joins q, k and v holds those of the first head, of the second, ...
 
 
