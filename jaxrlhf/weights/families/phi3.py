@@ -3,14 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
-from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.config import Kind, ModelConfig
 from jaxrlhf.weights.families import llama
 from jaxrlhf.weights.families.base import Family
 from jaxrlhf.weights.fields import Fields
 from jaxrlhf.weights.rope import RopeKeys, parse_rope, render_rope
 
 # the first files said "su", and "yarn", for what is longrope
-_KINDS = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}
+_KINDS: dict[str, Kind] = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}
 _ROPE = RopeKeys(partial="partial_rotary_factor", original_default=4096, kinds=_KINDS)
 _KEYS = {field: key for field, key in llama.keys(positions=4096).items() if field != "head_dim"}
 _KEYS["norm_eps"] = replace(_KEYS["norm_eps"], default=1e-5)
