@@ -34,13 +34,14 @@ fi
 # The policy to start from, and the reward model.
 jaxrlhf sft recipes/smollm2/sft "${model[@]}" --data.path data/chats.jsonl --data.max_length 128 \
   --optim.learning_rate 1e-3 --train.micro_batch_size 32 --train.max_steps "$(quick 30 4)"
-jaxrlhf reward recipes/smollm2/reward "${model[@]}" --data.path "$pairs" --data.max_length 128 \
+jaxrlhf reward recipes/smollm2/reward "${model[@]}" --data.path "$pairs" --data.max_length 512 \
   --optim.learning_rate 2e-3 --train.micro_batch_size 32 --train.num_train_epochs 8 --train.max_steps "$(quick 100 4)" \
   --train.eval_every 25
 
-# PPO on all weights and with --use-lora, and GRPO, with as many generated completions.
-short=(--data.path "$pairs" --data.max_prompt_length 64 --sampling.response_length 40 --logging.log_every 5
-  --logging.sample_every 20)
+# PPO on all weights and with --use-lora, and GRPO, with as many generated completions. The questions made above are
+# short, as are good answers; with few padded lengths, few programs are compiled.
+short=(--data.path "$pairs" --logging.log_every 5 --logging.sample_every 20)
+[ -n "${DATA:-}" ] || short+=(--data.max_prompt_length 32 --sampling.response_length 24)
 episodes=$(quick 640 32)
 jaxrlhf ppo recipes/smollm2/ppo "${short[@]}" --optim.learning_rate 2e-4 \
   --ppo.num_train_epochs null --ppo.total_episodes "$episodes" --ppo.micro_batch_size 16
@@ -60,7 +61,7 @@ jaxrlhf evaluate runs/smollm2/ppo --prompts data/held_out.jsonl --num-prompts "$
 
 # The table of SFT, PPO, PPO with LoRA and GRPO: reward, KL, win rate, time and memory.
 models=(runs/smollm2/sft runs/smollm2/ppo runs/smollm2/ppo-lora runs/smollm2/grpo)
-questions=(--prompts data/held_out.jsonl --num-prompts "$(quick 72 3)" --num-completions 2 --max-new-tokens 40)
+questions=(--prompts data/held_out.jsonl --num-prompts "$(quick 72 3)" --num-completions 2 --max-new-tokens 24)
 jaxrlhf compare "${models[@]}" "${questions[@]}" --reward-model runs/smollm2/reward --show 1 --output comparison
 # The same by two functions that know the right answers and that nothing was trained on.
 jaxrlhf compare "${models[@]}" "${questions[@]}" --show 0 --output answers.json \

@@ -22,7 +22,7 @@ if [ -z "$data" ]; then
   make sft data/answers.json --rows 4000
   make pairs data/pairs.json --rows 4000
   make prompts data/questions.json --rows 278
-  make prompts data/held_out.json --rows 192 --held-out
+  make prompts data/held_out.json --rows 128 --held-out
 fi
 
 # A Qwen2.5 of two narrow layers. Small models need larger steps.
@@ -30,11 +30,11 @@ model=${MODEL:-model} sft=() reward=() ppo=()
 if [ -z "${MODEL:-}" ]; then
   make text data/text.jsonl --rows 6000
   [ -d model ] || python "$scripts/stand_in.py" qwen2.5-0.5b-instruct model --text data/text.jsonl \
-    --steps "$(quick 600 4)" ${TOKENIZER:+--tokenizer "$TOKENIZER"}
-  sft=(--optim.learning_rate 1e-3 --train.micro_batch_size 16 --train.max_steps "$(quick 150 4)")
-  reward=(--optim.learning_rate 2e-3 --train.micro_batch_size 16 --train.max_steps "$(quick 400 4)")
+    --steps "$(quick 500 4)" ${TOKENIZER:+--tokenizer "$TOKENIZER"}
+  sft=(--optim.learning_rate 1e-3 --train.micro_batch_size 16 --train.max_steps "$(quick 120 4)")
+  reward=(--optim.learning_rate 2e-3 --train.micro_batch_size 16 --train.max_steps "$(quick 300 4)")
   ppo=(--optim.learning_rate 2e-3 --optim.schedule linear --ppo.micro_batch_size null --ppo.kl_coef 0.1
-    --ppo.batch_size "$(quick 128 32)" --ppo.total_episodes "$(quick 10240 64)")
+    --ppo.batch_size "$(quick 128 32)" --ppo.total_episodes "$(quick 6144 64)" --data.max_prompt_length 32)
 fi
 
 # Adapters that answer in StrictBot's form, and the reward model: an MLP head on the frozen SFT model.
@@ -57,7 +57,7 @@ jaxrlhf ppo recipes/strictbot/ppo --data.path "$data/questions.json" "${ppo[@]}"
 jaxrlhf plot runs/strictbot/ppo
 
 # Before and after, by category: the reward with its parts, then an exact check that nothing was trained on.
-questions=(--prompts "$data/held_out.json" --num-prompts "$(quick 192 8)" --num-completions 1 --rollout.slots 64)
+questions=(--prompts "$data/held_out.json" --num-prompts "$(quick 128 8)" --num-completions 1 --rollout.slots 128)
 jaxrlhf compare runs/strictbot/merged runs/strictbot/ppo "${questions[@]}" --by category --output comparison
 if [ "$data" = data ]; then
   jaxrlhf compare runs/strictbot/merged runs/strictbot/ppo "${questions[@]}" --by category --show 0 \
@@ -65,14 +65,12 @@ if [ "$data" = data ]; then
 fi
 
 # The best of 8 candidates for each question.
-jaxrlhf generate runs/strictbot/ppo --prompts "$data/held_out.json" --data.max_rows "$(quick 192 8)" --n 8 --keep best \
-  --out best.jsonl
+jaxrlhf generate runs/strictbot/ppo --prompts "$data/held_out.json" --data.max_rows "$(quick 48 8)" --n 8 --keep best \
+  --rollout.slots 384 --out best.jsonl
 
-# A Hugging Face folder, and answers to single questions.
+# A Hugging Face folder, and the answer to a single question.
 [ -d strictbot ] || jaxrlhf export runs/strictbot/ppo strictbot
-for question in "I think that bats are blind." "Can you tell me why ice floats?"; do
-  jaxrlhf generate strictbot --prompt "<|user|> $question <|end|>"$'\n<|assistant|>' --max-new-tokens 32
-done
+jaxrlhf generate strictbot --prompt $'<|user|> I think that bats are blind. <|end|>\n<|assistant|>' --max-new-tokens 32
 
 # Scores of (question, answer) pairs.
 python - << 'END'

@@ -174,8 +174,9 @@ class Validator:
         the completions."""
         rows = [*self.rows, *[self.rows[-1]] * (-len(self.rows) % self._micro_rows)]
         slots = self._sampler.slots or self._sampler.batch
+        slots = 0 if len(rows) <= slots else slots  # all at once is a single program
         rollout, completions = self._sampler.decode(decoder_params, rows, self._key, slots=slots, greedy=greedy)
-        return rollout, completions[: len(self.rows)]
+        return sharding.fetch(rollout), completions[: len(self.rows)]
 
     def _score(self, session: Session, scorer: Scorer, completions: list[str], rollout: Rollout) -> list[float | None]:
         rollout = jax.tree.map(lambda x: x[: len(self.rows)], rollout)
