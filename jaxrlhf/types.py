@@ -207,6 +207,7 @@ class GroupExperience:
     advantages: Array  # f32 [B, R]   of pairs f32 [n, 2]: 1 if the two scores differ, 0 for a tie
     old_logprobs: Array | None  # f32 [B, R]   None: the policy's own, for a single optimizer step
     ref_logprobs: Array | None  # f32 [B, R]   None: no reference
+    entropy: Array | None = None  # f32 [B, R]   of pi_old, if tokens are selected by it
 
 
 @jax.tree_util.register_dataclass
@@ -220,4 +221,5 @@ class TrainState:
     kl_coef: Array  # f32 []
     score_stats: Any = None  # PPO, GRPO: algorithms.scores.ScoreStats
     reference: Params | None = None  # parameters of a reference that moves
+    entropy: Any = None  # GRPO: algorithms.entropy.EntropyControl
     replay: Experience | None = None  # PPO: the last n experiences [n, B, ...]; that of update u is at u % n

@@ -38,6 +38,7 @@ import trl_losses
 from make_fixtures import digest
 from safetensors.numpy import save_file
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # pyright: ignore[reportMissingImports]
+from trl.experimental.gmpo import GMPOConfig, GMPOTrainer  # pyright: ignore[reportMissingImports]
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # pyright: ignore[reportMissingImports]
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax  # pyright: ignore[reportMissingImports]
 
@@ -261,7 +262,10 @@ GROUP = 4  # responses to a prompt
 # the second group is without variance, the third nearly so
 GROUP_SCORES = (1.0, 0.0, 0.0, 1.0, 2.0, 2.0, 2.0, 2.0, 0.5, 0.5, 0.5, 0.5078125, 3.0, -1.0, 0.25, 7.5)
 GROUP_LENGTHS = (3, R, 1, 5, R, 6, 2, 4, 1, 1, R, 5, 4, 2, 3, 6)
-# name: what is set; `rloo` is RLOOTrainer's, the others GRPOTrainer's
+# a second component of the reward, which leaves a completion unscored
+OTHER_SCORES = (0.0, 1.0, 0.5, 0.0, 3.0, None, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0, -2.0, 0.0, 1.0, 1.5)
+REWARD_WEIGHTS = [1.0, 0.5]
+# name: what is set; `rloo` is RLOOTrainer's, `gmpo` GMPOTrainer's, the others GRPOTrainer's
 GROUP_LOSSES: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo", "epsilon": 0.2, "epsilon_high": 0.2},
     "grpo-kl": {"loss_type": "grpo", "epsilon": 0.2, "epsilon_high": 0.2, "beta": 0.3, "use_bias_correction_kl": True},
@@ -271,6 +275,12 @@ GROUP_LOSSES: dict[str, dict[str, Any]] = {
     "dapo-delta": {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28, "delta": 1.5},
     "gspo": {"loss_type": "grpo", "epsilon": 0.1, "epsilon_high": 0.15, "importance_sampling_level": "sequence"},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.25},
+    "bnpo": {"loss_type": "bnpo", "epsilon": 0.2, "epsilon_high": 0.2},
+    "luspo": {"loss_type": "luspo", "epsilon": 0.1, "epsilon_high": 0.15, "importance_sampling_level": "sequence"},
+    "gmpo": {"epsilon": 0.3, "epsilon_high": 0.2},
+    "sapo": {"loss_type": "sapo", "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05},
+    "top-entropy": {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.2, "top_entropy_quantile": 0.3},
+    "entropy-bonus": {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.2, "entropy_coef": 0.5},
     "rloo": {"epsilon": 0.2, "epsilon_high": 0.2},
 }
 
@@ -278,18 +288,22 @@ GROUP_LOSSES: dict[str, dict[str, Any]] = {
 def groups() -> None:
     """Advantages and losses of GRPOTrainer and RLOOTrainer for given scores and log-probs (B is 16: 4 groups of 4).
 
-    scores [B]; advantages/{grpo, dr_grpo, rloo} [B]; mask, logprobs, old_logprobs, ref_logprobs [B, R]; and for each
-    name of GROUP_LOSSES loss/NAME [] and gradient/NAME [B, R], of the loss to `logprobs`, with advantages/grpo (RLOO:
-    advantages/rloo).
+    scores [B]; components [B, 2], of which scores are the first; advantages/{grpo, dr_grpo, rloo, gdpo} [B]; mask,
+    logprobs, old_logprobs, ref_logprobs, entropies [B, R]; and for each name of GROUP_LOSSES loss/NAME [] and
+    gradient/NAME [B, R], of the loss to `logprobs`, with advantages/grpo (RLOO: advantages/rloo).
     """
     generator = torch.Generator().manual_seed(0)
     shape = (len(GROUP_SCORES), R)
     mask = torch.arange(R) < torch.tensor(GROUP_LENGTHS)[:, None]
     old = torch.log_softmax(3 * torch.randn((*shape, V), generator=generator), -1)[..., 0].contiguous()
     new, reference = (old + 0.3 * torch.randn(shape, generator=generator) for _ in range(2))
-    found = {"scores": torch.tensor(GROUP_SCORES), "mask": mask}
+    entropies = torch.rand(shape, generator=generator)
+    components = np.array([*zip(GROUP_SCORES, OTHER_SCORES, strict=True)], np.float32)  # None becomes nan
+    found = {"scores": torch.tensor(GROUP_SCORES), "mask": mask, "entropies": entropies}
+    found["components"] = torch.tensor(components)
     found |= {"logprobs": new, "old_logprobs": old, "ref_logprobs": reference}
-    for name, changes in {"grpo": {}, "dr_grpo": {"scale_rewards": "none"}, "rloo": {}}.items():
+    gdpo = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": REWARD_WEIGHTS}
+    for name, changes in {"grpo": {}, "dr_grpo": {"scale_rewards": "none"}, "rloo": {}, "gdpo": gdpo}.items():
         trainer = group_trainer(name, changes)
         prompts = [{"prompt": f"t{6 + i}"} for i in range(len(GROUP_SCORES) // GROUP) for _ in range(GROUP)]
         found[f"advantages/{name}"] = trainer._generate_and_score_completions(prompts)["advantages"]
@@ -297,7 +311,7 @@ def groups() -> None:
         trainer = group_trainer(name, settings)
         trainer.current_gradient_accumulation_steps = 1
         logprobs = new.clone().requires_grad_()
-        about = (logprobs, torch.zeros(shape), None)  # with entropies and no auxiliary loss
+        about = (logprobs, entropies, None)  # without an auxiliary loss
         trainer._get_per_token_logps_and_entropies = lambda *_, about=about, **__: about
         ids = torch.zeros(shape, dtype=torch.long)
         inputs = {f"{part}_{what}": ids for part in ("prompt", "completion") for what in ("ids", "mask")}
@@ -310,17 +324,23 @@ def groups() -> None:
     save_file(
         {name: value.numpy() for name, value in found.items()},
         FIXTURES / "trl" / "groups.safetensors",
-        metadata={"about": json.dumps({"trl": trl.__version__, "group": GROUP, "settings": GROUP_LOSSES})},
+        metadata={
+            "about": json.dumps(
+                {"trl": trl.__version__, "group": GROUP, "weights": REWARD_WEIGHTS, "settings": GROUP_LOSSES}
+            )
+        },
     )
 
 
 def group_trainer(name: str, settings: dict[str, Any]) -> Any:
     """The trainer of a name in GROUP_LOSSES, whose reward is GROUP_SCORES."""
-    trainer, config = (RLOOTrainer, RLOOConfig) if name == "rloo" else (GRPOTrainer, GRPOConfig)
+    kinds = {"rloo": (RLOOTrainer, RLOOConfig), "gmpo": (GMPOTrainer, GMPOConfig)}
+    trainer, config = kinds.get(name, (GRPOTrainer, GRPOConfig))
+    rewards = [lambda **_: list(GROUP_SCORES), lambda **_: list(OTHER_SCORES)]
     with tempfile.TemporaryDirectory() as folder:
         return trainer(
             model=model_of("llama"),
-            reward_funcs=lambda **_: list(GROUP_SCORES),
+            reward_funcs=rewards if name == "gdpo" else rewards[0],
             processing_class=tokenizer(),
             train_dataset=datasets.Dataset.from_dict({"prompt": ["t6"]}),
             args=config(

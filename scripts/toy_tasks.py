@@ -28,7 +28,7 @@ from toy_problems import SETTINGS, TASKS, Settings, write_model
 
 from jaxrlhf import GRPOTrainer, PPOTrainer, metrics
 from jaxrlhf import config as c
-from jaxrlhf.config.grpo import RECIPES
+from jaxrlhf.config.grpo_methods import RECIPES
 
 ROWS = 64  # per forward pass; affects only speed
 GROUP = 16

@@ -1,68 +1,29 @@
 """Config of GRPO and related methods, which compare the responses to a prompt instead of training a critic."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from jaxrlhf.config.base import Count, Natural, NonNegative, Positive, PositiveFraction, Text, default_of, section
+from jaxrlhf.config.base import (
+    Bool,
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    PositiveFraction,
+    Real,
+    Text,
+    default_of,
+    section,
+)
+from jaxrlhf.config.grpo_methods import RECIPES, USED_BY, Method, Recipe
 from jaxrlhf.config.on_policy import WRONG_KL, OnPolicy, OnPolicyConfig
 from jaxrlhf.config.sections import Optim
-
-
-class Recipe(NamedTuple):
-    """The components of a method. Numbers are defaults, from the method's paper where it gives them."""
-
-    advantage: Literal[
-        "scaled", "centred", "leave_one_out", "gpg", "greedy", "whitened_tokens", "whitened_group", "pairs"
-    ]
-    """Advantage estimator (algorithms/groups.py). pairs: none; best and worst response of a group are a DPO pair."""
-    loss: Literal["clip", "gspo", "cispo", "reinforce", "dpo"]
-    """clip: PPO's. reinforce: -A log pi, with one optimizer step per rollout."""
-    normalise: Literal["sequence", "constant", "token", "sum"]
-    """Loss aggregation (`algorithms.grpo.token_weights`). sum: sum over tokens, mean over responses."""
-    cliprange: float | None
-    cliprange_high: float | None
-    kl_coef: float
-    kl_in: Literal["loss", "reward"] = "loss"
-    max_refills: int = 0
-
-    @property
-    def needs_group(self) -> bool:
-        """True if a response is compared with other responses to its prompt."""
-        return self.advantage not in ("greedy", "whitened_tokens")
-
-
-RECIPES = {
-    "grpo": Recipe("scaled", "clip", "sequence", 0.2, 0.2, 0.04),
-    "dr_grpo": Recipe("centred", "clip", "constant", 0.2, 0.2, 0.0),
-    "dapo": Recipe("scaled", "clip", "token", 0.2, 0.28, 0.0, max_refills=3),
-    "gspo": Recipe("scaled", "gspo", "sequence", 3e-4, 4e-4, 0.0),
-    "cispo": Recipe("scaled", "cispo", "token", 1.0, 4.0, 0.0),  # weights up to 5 (https://arxiv.org/abs/2510.13786)
-    "rloo": Recipe("leave_one_out", "reinforce", "sum", None, None, 0.05, "reward"),
-    "reinforce_pp": Recipe("whitened_tokens", "clip", "token", 0.2, 0.2, 0.01, "reward"),
-    "reinforce_pp_baseline": Recipe("whitened_group", "clip", "token", 0.2, 0.2, 0.01),
-    "remax": Recipe("greedy", "reinforce", "sum", None, None, 0.0),
-    "gpg": Recipe("gpg", "reinforce", "token", None, None, 0.0),
-    "online_dpo": Recipe("pairs", "dpo", "sequence", None, None, 0.0),
-}
-"""Components of each method; docs/grpo.md helps to choose one."""
 
 
 @section
 class GRPO(OnPolicy):
     """Group relative policy optimisation and related methods. Options left at None use the default of `method`."""
 
-    method: Literal[
-        "grpo",
-        "dr_grpo",
-        "dapo",
-        "gspo",
-        "cispo",
-        "rloo",
-        "reinforce_pp",
-        "reinforce_pp_baseline",
-        "remax",
-        "gpg",
-        "online_dpo",
-    ] = "grpo"
+    method: Method = "grpo"
     """Algorithm: sets the advantage estimator, the loss and its aggregation over tokens. See docs/grpo.md."""
     batch_size: Count = 64
     """Completions per update; must be a multiple of num_generations."""
@@ -87,6 +48,38 @@ class GRPO(OnPolicy):
     cliprange_high: Positive | None = None
     """Upper clip range: the ratio is clipped to at most 1 + cliprange_high. None: cliprange if it is set, else the
     method's default."""
+    mask_truncated_completions: Bool = False
+    """Leave truncated completions out of the loss (https://arxiv.org/abs/2503.14476, "overlong filtering"). They
+    remain part of their group's baseline."""
+    entropy_coef: NonNegative = 0.0
+    """Entropy bonus coefficient, per nat of mean token entropy; with `entropy_target` the initial value."""
+    entropy_target: Positive | None = None
+    """Adaptive entropy control (https://arxiv.org/abs/2505.22312): target of the mean token entropy, in nats. After
+    each update the coefficient rises by entropy_coef_delta if the entropy was at or below the target, else it falls.
+    The bonus only applies while the entropy is at or below the target. None: constant entropy_coef."""
+    entropy_coef_delta: Positive = 0.005
+    """Step of the adaptive entropy coefficient."""
+    entropy_coef_min: NonNegative = 0.0
+    """Minimum of the adaptive entropy coefficient."""
+    entropy_coef_max: Positive = 1.0
+    """Maximum of the adaptive entropy coefficient."""
+    top_entropy_quantile: PositiveFraction = 1.0
+    """Compute the policy loss only on this share of tokens, those with the highest entropy
+    (https://arxiv.org/abs/2506.01939, which uses 0.2). 1: on all."""
+    sapo_temperature_pos: Positive = 1.0
+    """sapo: temperature of the gate for tokens with a positive advantage."""
+    sapo_temperature_neg: Positive = 1.05
+    """sapo: temperature of the gate for tokens with a negative advantage; higher values decay faster."""
+    cov_ratio: PositiveFraction = 2e-4
+    """clip_cov, kl_cov: share of tokens selected for their covariance of log-prob and advantage."""
+    clip_cov_low: Real = 1.0
+    """clip_cov: lower bound of the covariance of tokens to select."""
+    clip_cov_high: Real = 5.0
+    """clip_cov: upper bound of the covariance of tokens to select."""
+    kl_cov_coef: Positive = 1.0
+    """kl_cov: coefficient of the KL penalty on the selected tokens."""
+    pass_k: Count = 4
+    """pass_at_k: size k of the subsets of a group whose maximum score is optimised; below num_generations."""
     gamma: PositiveFraction = 1.0
     """reinforce_pp: discount factor per token."""
     beta: Positive = 0.1
@@ -128,6 +121,15 @@ class GRPO(OnPolicy):
         return self.kl_weight > 0 or self.recipe.loss == "dpo"
 
     @property
+    def has_entropy_bonus(self) -> bool:
+        return self.entropy_coef > 0 or self.entropy_target is not None
+
+    @property
+    def selects_tokens(self) -> bool:
+        """True if some tokens of a rollout are selected by their entropy or covariance."""
+        return self.top_entropy_quantile < 1 or self.recipe.loss in ("clip_cov", "kl_cov")
+
+    @property
     def group(self) -> int:
         return self.num_generations
 
@@ -155,8 +157,8 @@ class GRPO(OnPolicy):
                 "grpo.num_mini_batches must be 1; grpo, dapo and cispo have a ratio"
             )
         for key in ("cliprange", "cliprange_high"):
-            if getattr(self, key) is not None and recipe.loss in ("reinforce", "dpo"):
-                raise ValueError(f"grpo.{key} is set, but {self.method} has no ratio to clip; leave it out")
+            if getattr(self, key) is not None and recipe.cliprange is None:
+                raise ValueError(f"grpo.{key} is set, but {self.method} clips no ratio; leave it out")
         if self.gamma != 1 and recipe.advantage != "whitened_tokens":
             raise ValueError(
                 f"grpo.gamma is {self.gamma:g}, but in {self.method} all tokens of a response have one advantage; "
@@ -165,15 +167,35 @@ class GRPO(OnPolicy):
         self._check_kl()
         if self.refills and not recipe.needs_group:
             raise ValueError(f"grpo.max_refills is {self.refills}, but {self.method} compares no groups; set it to 0")
+        for key, methods in USED_BY.items():
+            if self.method not in methods and getattr(self, key) != default_of(type(self), key):
+                hint = "; the KL penalty coefficient is grpo.kl_coef" if key == "beta" else ""
+                users = ", ".join(methods) if len(methods) <= 2 else f"methods other than {self.method}"
+                raise ValueError(f"grpo.{key} is set, but {self.method} does not use it; it is for {users}{hint}")
         if recipe.loss == "dpo":
             self._check_online_dpo()
-        else:
-            for key in ("beta", "dpo_loss", "rejected_text"):
+        self._check_entropy()
+        if recipe.advantage == "pass_at_k" and self.pass_k >= group:
+            raise ValueError(
+                f"grpo.pass_k is {self.pass_k} and grpo.num_generations {group}: every subset of that size would have "
+                "the same maximum; give fewer, or more completions per prompt"
+            )
+        if self.clip_cov_low >= self.clip_cov_high:
+            raise ValueError(
+                f"grpo.clip_cov_low ({self.clip_cov_low:g}) must be below grpo.clip_cov_high ({self.clip_cov_high:g})"
+            )
+
+    def _check_entropy(self) -> None:
+        if self.entropy_target is None:
+            for key in ("entropy_coef_delta", "entropy_coef_min", "entropy_coef_max"):
                 if getattr(self, key) != default_of(type(self), key):
-                    hint = "; the KL penalty coefficient is grpo.kl_coef" if key == "beta" else ""
-                    raise ValueError(
-                        f"grpo.{key} is set, but {self.method} does not use it; it is for online_dpo{hint}"
-                    )
+                    raise ValueError(f"grpo.{key} is set without grpo.entropy_target, which it belongs to; give both")
+        elif not self.entropy_coef_min <= self.entropy_coef <= self.entropy_coef_max:
+            raise ValueError(
+                f"grpo.entropy_coef ({self.entropy_coef:g}), where the adaptive coefficient starts, must be between "
+                f"grpo.entropy_coef_min ({self.entropy_coef_min:g}) and grpo.entropy_coef_max "
+                f"({self.entropy_coef_max:g})"
+            )
 
     def _check_kl(self) -> None:
         recipe = self.recipe
@@ -231,6 +253,11 @@ class GRPOConfig(OnPolicyConfig):
                 "responses of an older policy; set it to 0"
             )
         super().__post_init__()
+        if grpo.recipe.advantage == "decoupled" and self.scores != default_of(type(self), "scores"):
+            raise ValueError(
+                f"an option of scores is set, but {grpo.method} normalises each component of the reward, and scores "
+                "shape their sum; leave them out, and make a penalty a component of reward.components"
+            )
         if grpo.rejected_text is not None and self.sampling.renormalise_logprobs:
             raise ValueError(
                 "grpo.rejected_text is set and sampling.renormalise_logprobs is true, but the text may contain tokens "

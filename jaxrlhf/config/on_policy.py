@@ -122,13 +122,23 @@ class OnPolicy:
     update. Affects memory and speed, not the result."""
     log_ratio_clamp: Positive = 20.0
     """Clamp on |log pi - log pi_old|, so that the ratio stays finite; tokens beyond it have no gradient."""
-    sampler_correction: Literal["none", "truncate", "mask"] = "none"
-    """Importance correction if the sampler's log-probs differ from those of training (pi_old / pi_sampler), e.g.
-    because of precision. truncate: weight each token by the ratio (gspo: each response by the geometric mean), at most
-    `sampler_cap` (https://fengyao.notion.site/off-policy-rl). mask: drop responses whose product of ratios is outside
-    [1 / sampler_cap, sampler_cap]."""
+    sampler_correction: Literal["none", "truncate", "sequence_truncate", "mask", "sequence_mask", "token_mask"] = "none"
+    """Importance correction if the sampler's log-probs differ from those of training (ratio = pi_old / pi_sampler),
+    e.g. because of precision. truncate: weight each token by its ratio (gspo, luspo and gmpo: each response by the
+    geometric mean), at most `sampler_cap` (https://fengyao.notion.site/off-policy-rl). sequence_truncate: weight each
+    response by the product of its ratios, at most `sampler_cap`. mask: drop responses whose product is outside
+    [sampler_floor, sampler_cap]. sequence_mask: drop them, and weight the others by the product (masked importance
+    sampling). token_mask: weight each token by its ratio, and drop tokens with a ratio outside that range (IcePop)."""
     sampler_cap: AboveOne = 3.0
-    """Bound of the sampler correction."""
+    """Upper bound of the sampler correction."""
+    sampler_floor: PositiveFraction | None = None
+    """Lower bound of the sampler correction, of the modes that mask. None: 1 / sampler_cap. IcePop's range is 0.5 to
+    5."""
+
+    @property
+    def sampler_bounds(self) -> tuple[float, float]:
+        """Lower and upper bound of the ratio in the sampler correction."""
+        return self.sampler_floor or 1 / self.sampler_cap, self.sampler_cap
 
     @property
     def group(self) -> int:
@@ -213,6 +223,11 @@ class OnPolicyConfig(BaseConfig):
                 f"rollout.devices is {self.rollout.devices}, so responses are drawn by a policy one update older than "
                 f"the one that trains on them; set {self.method}.sampler_correction to truncate or mask, or "
                 "rollout.devices to 0"
+            )
+        if self.settings.sampler_floor is not None and not self.settings.sampler_correction.endswith("mask"):
+            raise ValueError(
+                f"{self.method}.sampler_floor is set, but {self.method}.sampler_correction "
+                f"{self.settings.sampler_correction} has no lower bound; it is for mask, sequence_mask and token_mask"
             )
         self._check_batch_sizes()
         if scores.overlong_buffer > sampling.response_length:

@@ -53,6 +53,7 @@ NAMES: dict[str, tuple[tuple[str, ...], str]] = {
     "mini_batch_size": (("ppo.num_mini_batches", "grpo.num_mini_batches"), "their number, not their size"),
     "model_name_or_path": (("model.path",), ""),
     "model_revision": (("model.revision",), ""),
+    "multi_objective_aggregation": (("grpo.method",), "gdpo normalises each component, then sums"),
     "num_sample_generations": (("logging.sample_every",), "steps between samples"),
     "output_dir": (("run_dir",), ""),
     "overwrite_output_dir": (("run_dir",), "`--fresh` starts over in an existing one"),
@@ -73,8 +74,16 @@ NAMES: dict[str, tuple[tuple[str, ...], str]] = {
     "sync_ref_model": (("reference.sync_every",), ""),
     "target": (("ppo.kl_target",), ""),
     "torch_dtype": (_DTYPES, ""),
+    "use_adaptive_entropy": (("grpo.entropy_target",), "set it, or leave it at null"),
     "use_bnb_nested_quant": (("lora.double_quant",), ""),
     "use_peft": (("lora.enabled",), "or `--use-lora`"),
+    "vllm_importance_sampling_clip_max": (("ppo.sampler_cap", "grpo.sampler_cap"), ""),
+    "vllm_importance_sampling_clip_min": (("ppo.sampler_floor", "grpo.sampler_floor"), ""),
+    "vllm_importance_sampling_correction": (("ppo.sampler_correction", "grpo.sampler_correction"), ""),
+    "vllm_importance_sampling_mode": (
+        ("ppo.sampler_correction", "grpo.sampler_correction"),
+        "truncate, token_mask, sequence_truncate or sequence_mask",
+    ),
     "warmup_ratio": (("optim.warmup_steps",), "a number of steps"),
 }
 """Name there -> our options, in all methods, and a remark."""

@@ -185,20 +185,22 @@ def _compile_on_policy(trainer: PPOTrainer | GRPOTrainer, programs: Programs) ->
             program = token_scores_jit if component.per_token else sequence_scores_jit
             programs.compile(program, model.params, model.model, *model.padded_rows(columns))
     scores = sharding.put_rows(np.zeros(size, np.float32), trainer.mesh)
-    other_scores = None  # PPO: of single tokens; GRPO: of greedy responses
+    other_scores: list[Any] = []  # PPO: of single tokens; GRPO: of greedy responses and of components
     if isinstance(trainer, PPOTrainer):
         module = ppo_update
         if state.replay is not None:  # rollouts are padded to the width of the kept ones
             one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state.replay.rollout)
             rollout = jax.tree.map(lambda x: sharding.rows_shape(x, trainer.mesh), one)
         if trainer.scorer.per_token:
-            other_scores = sharding.put_rows(np.zeros((size, sampling.response_length), np.float32), trainer.mesh)
+            other_scores = [sharding.put_rows(np.zeros((size, sampling.response_length), np.float32), trainer.mesh)]
     else:
         module = grpo_update
         if trainer.config.grpo.recipe.advantage == "greedy":
-            other_scores = scores
-    args = without_moments(state), frozen, rollout, scores, other_scores
-    experience, _ = programs.compile(module.annotate, *args, spec=trainer.spec)
+            other_scores = [scores]
+        if weights := trainer.spec.reward_weights:
+            other_scores = [None, sharding.put_rows(np.zeros((size, len(weights)), np.float32), trainer.mesh)]
+    args = without_moments(state), frozen, rollout, scores
+    experience, _ = programs.compile(module.annotate, *args, *other_scores, spec=trainer.spec)
     used = {role: frozen[role] for role in ("policy", "critic") if role in frozen}
     programs.compile(module.update, state, used, experience, KEY, spec=trainer.spec)
 

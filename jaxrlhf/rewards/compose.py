@@ -155,6 +155,11 @@ class Scorer:
         return {term.name: term.config.weight for term in self._terms}
 
     @property
+    def summed(self) -> dict[str, float]:
+        """`weights` without those of 0."""
+        return {name: weight for name, weight in self.weights.items() if weight}
+
+    @property
     def per_token(self) -> bool:
         """True if there will be token_scores."""
         return any(component.per_token for component in self.components.values())

@@ -1,4 +1,6 @@
 import functools
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,17 @@ def standardised(x):
 
 def leave_one_out(x):
     return [x[i] - np.delete(x, i).mean() for i in range(len(x))] if len(x) > 1 else 0
+
+
+def of_subsets(x, k):
+    """arXiv 2508.10751 over every subset: the mean of the maxima with a response in it, less that of all, over their
+    deviation."""
+    if len(x) <= k:
+        return 0
+    subsets = list(itertools.combinations(range(len(x)), k))
+    maxima = np.array([x[list(subset)].max() for subset in subsets])
+    mine = [np.mean([m for m, s in zip(maxima, subsets, strict=True) if i in s]) for i in range(len(x))]
+    return (mine - maxima.mean()) / (maxima.std() + 1e-4)
 
 
 METHODS = {
@@ -94,6 +107,96 @@ def test_gpg_is_finite_where_every_group_is_flat():
     np.testing.assert_array_equal(groups.gpg(jnp.full(4, 0.1), jnp.array([0, 0, 1, 2])), np.zeros(4))
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_pass_at_k_is_the_mean_over_subsets(k):
+    """Groups of 7, 4 and 1 with ties, in any order; the last has one score, and its advantages are exactly 0."""
+    rng = np.random.default_rng(k)
+    group = rng.permutation(np.repeat([5, 3, 8, 1], [7, 4, 1, 6]))
+    scores = np.where(group == 1, 0.1, np.round(2 * rng.normal(size=18)) / 2).astype(np.float32)
+    expected = np.zeros(18)
+    for name in (5, 3):
+        rows = np.flatnonzero(group == name)
+        expected[rows] = of_subsets(np.float64(scores[rows]), k)
+    found = groups.pass_at_k(jnp.asarray(scores), jnp.asarray(group), k)
+    assert np.abs(expected).max() > 0.5 and len(np.unique(scores[group == 5])) < 7
+    close(found, expected, atol=5e-6)
+    np.testing.assert_array_equal(np.asarray(found)[np.isin(group, [1, 8])], 0)
+    close(groups.pass_at_k(jnp.asarray(scores + 1024), jnp.asarray(group), k), expected, atol=5e-6)
+
+
+def test_pass_at_k_is_the_analytical_form_for_right_and_wrong_answers():
+    """arXiv 2508.10751, for N responses of which n are wrong: mean 1 - C(n, k) / C(N, k), deviation sqrt(m (1 - m)),
+    advantages (1 - m) / s of a right answer and (1 - m - C(n - 1, k - 1) / C(N - 1, k - 1)) / s of a wrong one."""
+    for number, wrong, k in ((8, 5, 4), (8, 7, 2), (16, 12, 8)):
+        scores = jnp.arange(number) >= wrong
+        found = groups.pass_at_k(scores.astype(jnp.float32), jnp.zeros(number, int), k)
+        mean = 1 - math.comb(wrong, k) / math.comb(number, k)
+        deviation = math.sqrt(mean * (1 - mean)) + 1e-4
+        at_wrong = 1 - mean - math.comb(wrong - 1, k - 1) / math.comb(number - 1, k - 1)
+        close(found, np.where(scores, 1 - mean, at_wrong) / deviation, rtol=2e-5)
+    few_wrong = groups.pass_at_k(jnp.array([1.0, 1, 1, 0]), jnp.zeros(4, int), 2)
+    np.testing.assert_array_equal(few_wrong, 0)  # every two of them hold a right one: nothing is left to improve
+
+
+def test_large_groups_of_pass_at_k_lose_few_digits():
+    scores = np.random.default_rng(0).normal(size=64).astype(np.float32)
+    shares = [[math.comb(j, 15) / math.comb(64, 16) for j in range(64)]]
+    maxima = np.sort(scores.astype(np.float64))
+    mean = np.dot(shares[0], maxima)
+    deviation = np.sqrt(np.dot(shares[0], (maxima - mean) ** 2)) + 1e-4
+    with_i = [
+        sum(maxima[j] * math.comb(j - 1, 14) for j in range(i + 1, 64)) + maxima[i] * math.comb(i, 15)
+        for i in range(64)
+    ]
+    expected = (np.array(with_i) / math.comb(63, 15) - mean) / deviation
+    found = np.asarray(groups.pass_at_k(jnp.asarray(scores), jnp.zeros(64, int), 16))
+    close(found[np.argsort(scores)], expected, rtol=1e-5, atol=5e-6)
+
+
+OTHER = np.array([0.0, 1.0, 1.0, 2.0, 0.0, -1.0, 0.5, 0.5, 3.0, 0.5, 2.0, 2.0], np.float32)
+
+
+def decoupled_by_hand(columns, weights):
+    """arXiv 2601.05242: GRPO's advantages of each component, summed with weights and normalised over the batch."""
+    total = np.zeros(len(GROUP))
+    for column, weight in zip(columns, weights, strict=True):
+        for name in np.unique(GROUP):
+            rows = np.flatnonzero(np.equal(GROUP, name) & ~np.isnan(column))
+            total[rows] += weight * standardised(np.float64(column[rows])) if len(rows) else 0
+    scored = ~np.isnan(columns).all(0)
+    centred = np.where(scored, total - total[scored].mean(), 0)
+    return centred / (total[scored].std(ddof=1) + 1e-4)
+
+
+def test_gdpo_normalises_each_component_and_then_the_batch():
+    some = np.where(np.arange(12) == 4, np.nan, OTHER)
+    without = np.where(np.isin(np.arange(12), [4, 9]), np.nan, [SCORES, some])  # rows 4 and 9 have no score at all
+    for columns in ([SCORES, OTHER], [SCORES, some], without):
+        expected = decoupled_by_hand(np.array(columns), (1.0, 0.4))
+        apart = np.where(np.isnan(columns).all(0), -1 - np.arange(12), GROUP)
+        found = groups.gdpo(jnp.asarray(np.array(columns, np.float32).T), jnp.array([1.0, 0.4]), jnp.asarray(apart))
+        close(found, expected, atol=2e-6)
+        order = np.random.default_rng(0).permutation(12)
+        shuffled = groups.gdpo(
+            jnp.asarray(np.array(columns, np.float32).T[order]), jnp.array([1.0, 0.4]), jnp.asarray(apart[order])
+        )
+        close(shuffled, expected[order], atol=2e-6)
+
+
+def test_gdpo_tells_apart_what_a_sum_makes_equal():
+    """Scores (1, 0) and (0, 1) have one sum, and GRPO no advantage; (2, 0) of rare twos is worth more than (0, 1)."""
+    first, second = jnp.array([2.0, 0, 0, 0]), jnp.array([0.0, 2, 2, 0])
+    same = jnp.zeros(4, int)
+    summed = groups.grpo(first + second, same, scale=True)
+    apart = groups.gdpo(jnp.stack([first, second], axis=1), jnp.ones(2), same)
+    close(summed[0], summed[1])
+    close(apart[0] / apart[1], (1.5 - 0.75**0.5) / (0.75**0.5 - 0.5), rtol=1e-3)
+    flat = groups.group_metrics(jnp.array([2.0, 2, 2, 2]), same, jnp.array([[2.0, 0], [0, 2], [0, 2], [jnp.nan, 2]]))
+    assert flat["groups/flat"] == 0
+    flat = groups.group_metrics(jnp.array([2.0, 2, 2, 2]), same, jnp.array([[2.0, 0], [2, 0], [2, 0], [jnp.nan, 0]]))
+    assert flat["groups/flat"] == 1
+
+
 def test_remax_takes_the_greedy_score_away():
     np.testing.assert_array_equal(groups.remax(jnp.array([1.0, 2.0]), jnp.array([3.0, 0.5])), [-2, 1.5])
 
@@ -134,6 +237,9 @@ def test_advantages_are_those_of_trl():
     scores, group = jnp.asarray(case["scores"]), jnp.arange(len(case["scores"])) // case.about["group"]
     for name in ("grpo", "dr_grpo", "rloo"):
         close(METHODS[name][0](scores, group), case[f"advantages/{name}"], err_msg=name)
+    decoupled = groups.gdpo(jnp.asarray(case["components"]), jnp.array(case.about["weights"]), group)
+    close(decoupled, case["advantages/gdpo"])
+    assert np.isnan(case["components"]).sum() == 1
     # 1e-4 is added to the deviation, which is in no paper: little at 0.577, of scores 1, 0, 0, 1, more at 0.004
     for rows, paper, trl in ((0, 0.866025, 0.865875), (8, -0.5, -0.487520)):
         of_group = case["scores"][rows : rows + 4].astype(np.float64)

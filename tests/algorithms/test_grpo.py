@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support import recorded
 
-from jaxrlhf.algorithms import groups, grpo
+from jaxrlhf.algorithms import groups, grpo, masked, token_selection
 from jaxrlhf.algorithms.kl import k3, kl_loss
 from jaxrlhf.algorithms.ppo import Clip, policy_loss
 
@@ -83,6 +83,56 @@ def gspo_by_hand(new, case):
     return sum(losses) / len(case.mask)
 
 
+def luspo_by_hand(new, case):
+    """arXiv 2602.05261: GSPO's loss of a sequence times its length."""
+    losses = []
+    for i in range(len(case.mask)):
+        at = np.flatnonzero(case.mask[i])
+        ratio = np.exp(np.mean(new[i, at] - case.old[i, at])) if len(at) else 1.0
+        losses.append(-clipped(ratio, case.advantages[i, 0]) * len(at) * (case.weights[i, at[0]] if len(at) else 0))
+    return sum(losses) / len(case.mask)
+
+
+def gmpo_by_hand(new, case):
+    """arXiv 2507.20673: the product of the clipped ratios to the power 1 / length, times the advantage; the minimum of
+    both sides is of |A|, so that the ratio of a negative advantage is only bounded from below."""
+    losses = []
+    for i in range(len(case.mask)):
+        at = np.flatnonzero(case.mask[i])
+        if len(at):
+            ratios, advantage = np.exp(new[i, at] - case.old[i, at]), case.advantages[i, at[0]]
+            sides = np.minimum(ratios, 1.28) if advantage > 0 else np.maximum(ratios, 0.8)
+            losses.append(-(np.prod(sides) ** (1 / len(at))) * advantage * case.weights[i, at[0]])
+    return sum(losses) / len(case.mask)
+
+
+TEMPERATURES = 1.0, 1.4
+
+
+def sapo_by_hand(new, case):
+    """arXiv 2511.20347: the gate 4 / tau sigmoid(tau (rho - 1)) in place of the ratio."""
+
+    def gated(ratio, advantage):
+        tau = TEMPERATURES[0] if advantage > 0 else TEMPERATURES[1]
+        return 4 / tau / (1 + np.exp(-tau * (ratio - 1))) * advantage
+
+    rows = by_token(new, case, gated)
+    return sum(row.mean() for row in rows if len(row)) / len(rows)
+
+
+PENALTY = 0.7
+
+
+def kl_cov_by_hand(new, case):
+    """arXiv 2505.22617: every third token has the penalty here; nothing is clipped."""
+    total = 0.0
+    for i, t in np.argwhere(case.mask):
+        log_ratio = new[i, t] - case.old[i, t]
+        penalty = PENALTY * abs(log_ratio) if t % 3 == 0 else 0.0
+        total -= case.weights[i, t] * (np.exp(log_ratio) * case.advantages[i, t] - penalty)
+    return total / case.mask.sum()
+
+
 def cispo_by_hand(new, case):
     """arXiv 2506.13585, eq. 4 and 5; weights are of `case.new`, whatever `new` is: they have no gradient."""
     at = case.mask
@@ -99,11 +149,20 @@ def reinforce(new, _old, advantages, mask, count, _clip, weights):
     return grpo.reinforce_loss(new, advantages, mask, count, weights)
 
 
+def kl_cov(*ratio):
+    selected = jnp.broadcast_to(jnp.arange(ratio[3].shape[1]) % 3 == 0, ratio[3].shape)
+    return grpo.kl_cov_loss(*ratio, selected, PENALTY)
+
+
 METHODS = {
     "grpo": (policy_loss, "sequence", grpo_by_hand),
     "dr_grpo": (policy_loss, "constant", dr_grpo_by_hand),
     "dapo": (policy_loss, "token", dapo_by_hand),
     "gspo": (grpo.gspo_loss, "sequence", gspo_by_hand),
+    "luspo": (grpo.gspo_loss, "sum", luspo_by_hand),
+    "gmpo": (grpo.gmpo_loss, "sequence", gmpo_by_hand),
+    "sapo": (functools.partial(grpo.sapo_loss, temperatures=TEMPERATURES), "sequence", sapo_by_hand),
+    "kl_cov": (kl_cov, "token", kl_cov_by_hand),
     "cispo": (grpo.cispo_loss, "token", cispo_by_hand),
     "reinforce": (reinforce, "token", reinforce_by_hand),
 }
@@ -119,7 +178,8 @@ def run(name, case, rows=slice(None), columns=0, bad=0.0):
     new, old, advantages, weights = (jnp.where(mask, x, bad) for x in padded)
 
     def of(new):
-        normaliser = grpo.token_weights(mask, count, sequences, normalise, LONGEST)
+        how = ("constant", 1) if normalise == "sum" else (normalise, LONGEST)
+        normaliser = grpo.token_weights(mask, count, sequences, *how)
         return loss(new, old, advantages, mask, count, CLIP, normaliser * weights)
 
     return jax.value_and_grad(of, has_aux=True)(new)
@@ -129,7 +189,7 @@ def run(name, case, rows=slice(None), columns=0, bad=0.0):
 def test_loss_and_gradient_are_those_of_the_paper(name):
     """The gradient by central differences of the paper's equation."""
     case, (*_, by_hand) = batch(0, np.float64), METHODS[name]
-    if name == "gspo":
+    if name in ("gspo", "luspo", "gmpo"):
         case = case._replace(weights=np.tile(case.weights[:, :1], 5))
     with jax.enable_x64(True):
         (loss, metrics), gradient = jax.tree.map(np.asarray, run(name, case))
@@ -141,7 +201,7 @@ def test_loss_and_gradient_are_those_of_the_paper(name):
         differences[at] = (by_hand(case.new + step, case) - by_hand(case.new - step, case)) / 2e-6
     np.testing.assert_allclose(gradient, differences, rtol=1e-6, atol=1e-8)
     assert np.abs(differences).max() > 0.01 and metrics["loss/policy_avg"] == loss
-    if name != "reinforce":
+    if name not in ("reinforce", "sapo", "kl_cov"):
         assert 0.1 < metrics["policy/clipfrac_avg"] < 0.8  # the case is not trivial
 
 
@@ -195,6 +255,29 @@ def test_no_token_is_without_a_gradient_in_cispo():
     close(bounded(new), -np.array([[1.28, 0.8, np.exp(0.1)]]) / 3)
 
 
+def test_ratios_that_overflow_have_no_gradient():
+    new = jnp.array([[200.0, -200.0, 0.1]])
+    ones = jnp.ones((1, 3))
+    wide = Clip(1.0, 1e30, None, 20.0)
+    for loss in (METHODS["sapo"][0], METHODS["kl_cov"][0], grpo.gmpo_loss):
+        gradient = jax.grad(lambda x: loss(x, 0 * ones, -ones, ones > 0, 3, wide, ones)[0])(new)  # noqa: B023
+        assert np.isfinite(gradient).all() and not gradient[0, :2].any() and gradient[0, 2], loss
+
+
+def test_sapo_begins_with_the_gradient_of_the_ratio():
+    """At rho = 1 its slope is 1 for every temperature, and it falls to both sides."""
+    ones = jnp.ones((1, 3))
+    for sign in (1.0, -1.0):
+        run = jax.grad(
+            lambda x: grpo.sapo_loss(x, 0 * ones, sign * ones, ones > 0, 3, CLIP, ones, (0.5, 3.0))[0]  # noqa: B023
+        )
+        at_one = run(jnp.zeros((1, 3)))
+        close(at_one, -sign / 3)
+        ratio = jnp.array([[0.5, 1.0, 2.0]])
+        slopes = np.abs(run(jnp.log(ratio)) / ratio)[0]
+        assert slopes[1] == slopes.max() and slopes[0] < slopes[1] > slopes[2]
+
+
 def test_the_expected_gradient_of_rloo_is_that_of_the_score():
     """Over every pair of answers of one token that can be drawn, against the exact sum.
 
@@ -229,6 +312,12 @@ OF_TRL = {
     "dapo-delta": (policy_loss, "token", Clip(0.2, 0.28, 1.5, 20.0)),
     "gspo": (grpo.gspo_loss, "sequence", Clip(0.1, 0.15, None, 20.0)),
     "cispo": (grpo.cispo_loss, "token", Clip(1.0, 0.25, None, 20.0)),
+    "bnpo": (policy_loss, "token", Clip(0.2, 0.2, None, 20.0)),
+    "luspo": (grpo.gspo_loss, "sum", Clip(0.1, 0.15, None, 20.0)),
+    "gmpo": (grpo.gmpo_loss, "sequence", Clip(1 - np.exp(-0.3), np.exp(0.2) - 1, None, 20.0)),  # TRL's are logarithms
+    "sapo": (functools.partial(grpo.sapo_loss, temperatures=(1.0, 1.05)), "sequence", CLIP),
+    "top-entropy": (policy_loss, "token", Clip(0.2, 0.2, None, 20.0)),
+    "entropy-bonus": (policy_loss, "token", Clip(0.2, 0.2, None, 20.0)),
 }
 
 
@@ -243,11 +332,16 @@ def of_trl(name):
 def test_loss_and_gradient_are_those_of_trl(name):
     case, mask, new, old, ref, advantages = of_trl(name)
     loss, normalise, clip = OF_TRL[name.removesuffix("-kl")]
-    count = mask.sum()
-    weights = grpo.token_weights(mask, count, len(mask), normalise, mask.shape[1])
+    count, entropies = mask.sum(), jnp.asarray(case["entropies"])
+    how = ("constant", 1) if normalise == "sum" else (normalise, mask.shape[1])
+    weights = grpo.token_weights(mask, count, len(mask), *how)
+    if name == "top-entropy":
+        weights *= token_selection.high_entropy(entropies, mask, 0.3)
 
     def of(new):
         policy, metrics = loss(new, old, advantages, mask, count, clip, weights)
+        if name == "entropy-bonus":
+            policy -= 0.5 * masked.total(entropies, mask) / count
         if name == "grpo-kl":
             policy += 0.3 * kl_loss(new, old, ref, mask, count, "k3", weights)[0]
         return policy, metrics
@@ -255,7 +349,8 @@ def test_loss_and_gradient_are_those_of_trl(name):
     (found, metrics), gradient = jax.value_and_grad(of, has_aux=True)(new)
     close(found, case[f"loss/{name}"])
     close(gradient, case[f"gradient/{name}"])
-    assert 0.05 < metrics["policy/clipfrac_avg"] < 0.8 and not np.asarray(mask).all()
+    assert name == "sapo" or 0.05 < metrics["policy/clipfrac_avg"] < 0.8
+    assert not np.asarray(mask).all()
 
 
 def test_k3_in_the_loss_carries_importance_weights():

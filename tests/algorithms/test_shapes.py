@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from jaxrlhf import algorithms, config
-from jaxrlhf.algorithms import dpo, masked, ppo, scores
+from jaxrlhf.algorithms import dpo, entropy, masked, ppo, scores
 
 AXES = {"B": 4, "R": 3, "T": 3, "K": 3, "*shape": 3}
 ELEMENTWISE = {"dpo.divergence_scores", "reward.smoothed"}  # of one array: no shape is wrong, but integers are
 NO_ARRAYS = {"scores.no_stats"}
 STATS = scores.ScoreStats(np.float32(1), np.float32(0), np.float32(1))  # not checked: only functions here build them
+SELVES = {"ScoreStats": STATS, "EntropyControl": entropy.EntropyControl(np.float32(0), np.float32(0))}
 METRICS = [
     *("val/ratio", "val/ratio_spread"),
     *(f"{name}/{kind}" for name in ("rewards", "logps", "share") for kind in ("chosen", "rejected")),
@@ -84,7 +85,7 @@ def argument(annotation):
 def arguments(name: str) -> list[typing.Any]:
     """Arguments of the right shapes, in the order of the parameters."""
     parameters = inspect.signature(FUNCTIONS[name]).parameters.values()
-    return [STATS if p.name == "self" else argument(p.annotation) for p in parameters]
+    return [SELVES[name.split(".")[1]] if p.name == "self" else argument(p.annotation) for p in parameters]
 
 
 def call(name: str, given: list[typing.Any]):

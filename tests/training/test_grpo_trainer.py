@@ -63,6 +63,49 @@ def test_a_stopped_run_with_refills_goes_on_bit_for_bit_and_is_exported(grpo, tm
     assert jaxrlhf.load(tmp_path / "exported")[0].vocab_size == whole.model.vocab_size
 
 
+def test_a_stopped_run_with_decoupled_rewards_and_entropy_control_goes_on_bit_for_bit(grpo, tmp_path, request):
+    (tmp_path / "reward.py").write_text(
+        "def length(prompts, completions):\n    return [float(len(text)) for text in completions]\n\n"
+        "def short(prompts, completions):\n    return [float(len(text) < 6) for text in completions]\n"
+    )
+    names = {"length": 1.0, "short": 0.5, "unused": 0.0}
+    components = tuple(
+        config.Component(
+            name=name, function=f"{tmp_path / 'reward.py'}:{name.replace('unused', 'short')}", weight=weight
+        )
+        for name, weight in names.items()
+    )
+    method = config.replace(
+        grpo["grpo"],
+        method="gdpo",
+        kl_coef=0.0,
+        entropy_target=10.0,
+        entropy_coef=0.01,
+        mask_truncated_completions=True,
+    )
+    options = grpo | {"reward": config.RewardSource(components=components), "grpo": method}
+    made = plan.plan(config.GRPOConfig(**options))
+    assert [phase.name for phase in made.phases] == ["copy for decoding", "rollout", "annotation", "update"]
+
+    def make(name):
+        return GRPOTrainer(config.GRPOConfig(run_dir=str(tmp_path / name), **options))
+
+    whole = make("whole")
+    assert whole.spec.reward_weights == (1.0, 0.5)
+    whole.train()
+    request.getfixturevalue("stop_at_two")
+    with pytest.raises(Preempted, match="after step 2"):
+        make("parts").train()
+    resumed = make("parts")
+    resumed.train()
+    log = records(tmp_path / "whole")
+    assert records(tmp_path / "parts") == log
+    equal(jax.device_get(resumed.state.value), jax.device_get(whole.state.value))
+    coefs = [record["policy/entropy_coef"] for record in log]
+    np.testing.assert_allclose(coefs, [0, 0.015, 0.02, 0.025], rtol=1e-5)
+    assert all("tokens/masked" in record for record in log)
+
+
 def test_a_refill_replaces_whole_zero_variance_groups_and_no_others(grpo):
     trainer = GRPOTrainer(config.GRPOConfig(**grpo), reward=coarse)
     rows = trainer.prompts(0)
@@ -164,7 +207,18 @@ def test_a_run_has_a_plan(grpo, tmp_path):
         ({"batch_size": 9}, r"must be a multiple of grpo.num_generations \(2\); 8 would do"),
         ({"method": "cispo", "cliprange": 1.5}, "must be at most 1"),
         ({"method": "rloo", "num_mini_batches": 2}, "rloo has no ratio"),
-        ({"method": "gpg", "cliprange_high": 0.3, "num_mini_batches": 1}, "gpg has no ratio to clip"),
+        ({"method": "gpg", "cliprange_high": 0.3, "num_mini_batches": 1}, "gpg clips no ratio"),
+        ({"method": "sapo", "cliprange": 0.1}, "sapo clips no ratio"),
+        ({"sapo_temperature_neg": 2.0}, "does not use it; it is for sapo"),
+        ({"method": "kl_cov", "clip_cov_low": 0.0}, "it is for clip_cov"),
+        ({"method": "clip_cov", "clip_cov_low": 6.0}, r"must be below grpo.clip_cov_high \(5\)"),
+        ({"method": "pass_at_k", "pass_k": 2}, "every subset of that size would have the same maximum"),
+        ({"method": "gmpo", "top_entropy_quantile": 0.2}, "it is for methods other than gmpo"),
+        ({"method": "online_dpo", "entropy_coef": 0.1}, "it is for methods other than online_dpo"),
+        ({"entropy_coef_delta": 0.1}, "without grpo.entropy_target"),
+        ({"entropy_target": 0.3, "entropy_coef": 2.0}, r"must be between grpo.entropy_coef_min \(0\)"),
+        ({"method": "kl_cov", "top_entropy_quantile": 0.0}, "top_entropy_quantile"),
+        ({"sampler_correction": "truncate", "sampler_floor": 0.5}, "has no lower bound; it is for mask"),
         ({"kl_estimator": "k1"}, "its expected gradient is zero"),
         ({"method": "dr_grpo", "kl_estimator": "k2"}, "has no KL to estimate; give a grpo.kl_coef, or leave it out"),
         ({"method": "rloo", "kl_estimator": "k3", "num_mini_batches": 1}, "the part that flows through the estimate"),
@@ -182,6 +236,13 @@ def test_a_run_has_a_plan(grpo, tmp_path):
 def test_contradicting_options_are_refused_with_a_remedy(grpo, changes, said):
     with pytest.raises(ValueError, match=said):
         config.GRPOConfig(**grpo | {"grpo": config.replace(grpo["grpo"], **changes)})
+
+
+def test_decoupled_rewards_refuse_what_shapes_their_sum(grpo):
+    with pytest.raises(ValueError, match="make a penalty a component of reward.components"):
+        config.GRPOConfig(
+            **grpo | {"grpo": config.replace(grpo["grpo"], method="gdpo"), "scores": config.Scores(clip=1.0)}
+        )
 
 
 @pytest.mark.parametrize(

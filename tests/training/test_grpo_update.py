@@ -9,17 +9,21 @@ import pytest
 from support.ppo_case import PAD, B, R, case, close
 
 from jaxrlhf import sharding
+from jaxrlhf.algorithms import token_selection
+from jaxrlhf.algorithms.entropy import EntropyControl
 from jaxrlhf.config import GRPO, Mesh, Optim, Reference
-from jaxrlhf.config.grpo import RECIPES
+from jaxrlhf.config.grpo_methods import RECIPES
 from jaxrlhf.training import setup
 from jaxrlhf.training.grpo import update as grpo_update
 from jaxrlhf.training.on_policy.rollout import leave_out_unscored
-from jaxrlhf.training.on_policy.update import sequence_logprobs
+from jaxrlhf.training.on_policy.update import sampler_weights, sequence_logprobs
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.state import State
 
 G = 4
 SCORES = jnp.asarray([1.0, 0.0, 0.5, -1.0, 2.0, 2.5, 0.0, 0.25])
+COMPONENTS = jnp.stack([SCORES, jnp.asarray([0.0, 1.0, 1.0, 0.5, 3.0, 0.0, 2.0, 2.5])], axis=1)
+WEIGHTS = 1.0, 0.5
 GREEDY = jnp.asarray([0.25, 0.5]).repeat(G)
 OPTIMIZERS = (("policy", make_optimizer(Optim(eps=1e-3), 1e-2, 100)),)  # one for all: programs are shared; see ppo_case
 KEY = jax.random.key(3)
@@ -32,34 +36,43 @@ def problem():
     return made
 
 
-def run(problem, grpo, scores=SCORES, *, rollout=None, key=KEY, mesh=None, rejected=()):
-    """(the policy after the update, what was compared, metrics)."""
-    mesh = mesh or problem.spec.mesh
-    roles = grpo_update.GRPOSpec(
+def spec_of(problem, grpo, *, mesh=None, rejected=()):
+    return grpo_update.GRPOSpec(
         policy=problem.spec.policy,
         optimizers=OPTIMIZERS,
         temperature=0.7,
-        mesh=mesh,
+        mesh=mesh or problem.spec.mesh,
         reference=Reference(),
         grpo=grpo,
         response_length=R,
         rejected=rejected,
+        reward_weights=WEIGHTS if grpo.recipe.advantage == "decoupled" else (),
     )
+
+
+def run(problem, grpo, scores=SCORES, *, rollout=None, key=KEY, mesh=None, rejected=()):
+    """(the policy after the update, what was compared, metrics)."""
+    mesh = mesh or problem.spec.mesh
+    roles = spec_of(problem, grpo, mesh=mesh, rejected=rejected)
     policy, reference = problem.policy, problem.frozen["reference"]
     rollout = rollout or problem.rollout
     if mesh.size > 1:
         policy, reference = (jax.device_put(tree, sharding.shardings(tree, mesh)) for tree in (policy, reference))
         rollout, scores = sharding.put_rows((rollout, scores), mesh)
     params = {"policy": setup.cast_copy(policy, "float32", mesh)}
-    state = State(params, dict(OPTIMIZERS), mesh, grpo.kl_weight).value
+    control = None if grpo.entropy_target is None else EntropyControl(jnp.float32(0.2), jnp.float32(0.2))
+    state = State(params, dict(OPTIMIZERS), mesh, grpo.kl_weight, entropy=control).value
     frozen = {"policy": {}} | ({"reference": reference} if grpo.has_reference else {})
     greedy = GREEDY if grpo.recipe.advantage == "greedy" else None
-    compared, before = grpo_update.annotate(state, frozen, rollout, scores, greedy, spec=roles)
+    components = COMPONENTS if grpo.recipe.advantage == "decoupled" else None
+    compared, before = grpo_update.annotate(state, frozen, rollout, scores, greedy, components, spec=roles)
     state, after = grpo_update.update(state, {"policy": {}}, compared, key, spec=roles)
     return state.params["policy"], compared, before | after
 
 
 def settings(method, **options):
+    if method == "pass_at_k":
+        options = {"pass_k": 2} | options
     return GRPO(method=method, batch_size=B, num_generations=G, **options)
 
 
@@ -80,7 +93,15 @@ def oracle(method, problem, kl):
 
     rewards = -0.01 * kl
     rewards[np.arange(B), lengths - 1] += scores
+    of_components = np.float64(COMPONENTS).reshape(-1, G, 2)
+    spread = of_components.std(1, ddof=1, keepdims=True) + 1e-4
+    summed = ((of_components - of_components.mean(1, keepdims=True)) / spread @ WEIGHTS).reshape(-1)
+    maxima = np.array([[max(a, b) for j, b in enumerate(one) if j != i] for one in group for i, a in enumerate(one)])
+    every = maxima.reshape(2, -1)
+    of_pairs = (maxima.mean(1) - every.mean(1).repeat(G)) / (every.std(1).repeat(G) + 1e-4)
     advantages = {
+        "gdpo": (summed - summed.mean()) / (summed.std(ddof=1) + 1e-4),
+        "pass_at_k": of_pairs,
         "dr_grpo": centred,
         "rloo": centred * G / (G - 1),
         "gpg": centred,
@@ -90,9 +111,12 @@ def oracle(method, problem, kl):
     }.get(method, scaled)
     advantages = (advantages if advantages.ndim == 2 else advantages[:, None]) * mask
     terms = advantages * (logprobs if method in ("rloo", "remax", "gpg", "cispo") else 1)
+    by_sequence = np.mean(terms.sum(1) / lengths)
     loss = {
-        "grpo": np.mean(terms.sum(1) / lengths),
-        "gspo": np.mean(terms.sum(1) / lengths),
+        **dict.fromkeys(("grpo", "gspo", "gmpo", "gdpo"), by_sequence),
+        "sapo": np.mean((terms * np.where(terms > 0, 2.0, 2 / 1.05)).sum(1) / lengths),  # the gate at a ratio of 1
+        "luspo": terms.sum() / B,
+        "clip_cov": terms.sum() / mask.sum(),  # no token has such a covariance
         "dr_grpo": terms.sum() / (B * R),
         "rloo": terms.sum() / B,
         "remax": terms.sum() / B,
@@ -122,7 +146,9 @@ def test_every_method_matches_its_equations(problem, method):
 def test_gamma_discounts_the_score_for_earlier_tokens(problem):
     mask = np.asarray(problem.rollout.response_mask)
     none = settings("reinforce_pp", gamma=0.5, kl_coef=0.0)
-    made = grpo_update.group_advantages(SCORES, problem.rollout, None, None, None, jnp.float32(0), none)
+    made = grpo_update.group_advantages(
+        SCORES, problem.rollout, None, None, None, None, jnp.float32(0), spec_of(problem, none)
+    )
     left = mask.sum(1, keepdims=True) - 1 - np.arange(R)
     worth = np.float64(SCORES)[:, None] * 0.5**left
     close(made, np.where(mask, (worth - worth[mask].mean()) / worth[mask].std(ddof=1), 0), rtol=1e-5, atol=1e-5)
@@ -140,7 +166,7 @@ def test_unscored_responses_are_neither_baselines_nor_trained_on(problem):
         ("remax", known - 0.25),
     ):
         made = grpo_update.group_advantages(
-            SCORES, apart, GREEDY, None, None, jnp.float32(0), settings(method, kl_coef=0.0)
+            SCORES, apart, GREEDY, None, None, None, jnp.float32(0), spec_of(problem, settings(method, kl_coef=0.0))
         )
         expected[[0, 2, 3]] = worth
         close(made, expected[:, None] * np.asarray(apart.response_mask), rtol=1e-5)
@@ -257,3 +283,114 @@ def test_online_dpo_against_a_text_that_is_always_rejected(problem):
     _, entropy = sequence_logprobs(policy, problem.spec.policy, chosen, 0.7)
     np.testing.assert_allclose(metrics["objective/entropy_per_token"], entropy[mask].mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["objective/entropy"], entropy.sum(axis=1).mean(), rtol=1e-4)
+
+
+SELECTING = {
+    "top_entropy": ("grpo", {"top_entropy_quantile": 0.3}),
+    "clip_cov": ("clip_cov", {"cov_ratio": 0.2, "clip_cov_low": -100.0, "clip_cov_high": 100.0}),
+    "kl_cov": ("kl_cov", {"cov_ratio": 0.2, "kl_cov_coef": 2.0}),
+}
+
+
+@pytest.mark.parametrize("name", SELECTING)
+def test_tokens_are_selected_over_the_rollout_whatever_the_micro_batches_and_the_padding(problem, name):
+    method, options = SELECTING[name]
+    options |= {"num_iterations": 2, "num_mini_batches": 2}
+    whole, compared, expected = run(problem, settings(method, **options))
+    wide = dataclasses.replace(
+        problem.rollout,
+        **{
+            key: jnp.pad(getattr(problem.rollout, key), ((0, 0), (0, 3)), constant_values=value)
+            for key, value in (("tokens", 0), ("mask", False), ("response_mask", False), ("logprobs", 0))
+        },
+    )
+    parts, _, metrics = run(problem, settings(method, micro_batch_size=1, **options), rollout=wide)
+    close(parts, whole, atol=2e-5)
+    close({k: metrics[k] for k in expected}, expected, rtol=1e-3, atol=1e-5)
+    mask = problem.rollout.response_mask
+    covariance = token_selection.covariances(compared.old_logprobs, compared.advantages, mask)
+    share = {
+        "top_entropy": lambda: metrics["policy/trained"],
+        "clip_cov": lambda: 1 - metrics["policy/trained"],
+        "kl_cov": lambda: metrics["policy/penalised"],
+    }[name]()
+    assert (0.3 if name == "top_entropy" else 0.2) == pytest.approx(float(share), abs=0.05)
+    plain, *_ = run(problem, settings("dapo", max_refills=0, num_iterations=2, num_mini_batches=2))
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (plain, whole)), strict=True))
+    assert np.asarray(covariance).any()
+
+
+def test_truncated_completions_are_baselines_but_not_trained_on(problem):
+    """The loss is that of the others, with the advantages of all; if none is finished, nothing changes."""
+    cut = np.isin(np.arange(B), [0, 3, 6])
+    rollout = dataclasses.replace(problem.rollout, finished=jnp.asarray(~cut))
+    _, everyone, _ = run(problem, settings("dapo"), rollout=rollout)
+    options = {"mask_truncated_completions": True}
+    params, compared, metrics = run(problem, settings("dapo", **options), rollout=rollout)
+    advantages, mask = np.asarray(everyone.advantages), np.asarray(problem.rollout.response_mask)
+    np.testing.assert_allclose(metrics["loss/policy_avg"], -advantages[~cut][mask[~cut]].mean(), rtol=1e-4)
+    np.testing.assert_array_equal(compared.advantages, advantages * ~cut[:, None])
+    assert metrics["tokens/masked"] == 3 / 8 and metrics["groups/count"] == 2
+    again, _, several = run(problem, settings("dapo", micro_batch_size=1, num_iterations=2, **options), rollout=rollout)
+    assert several["val/first_log_ratio_max"] < 1e-5
+    none = dataclasses.replace(problem.rollout, finished=jnp.zeros(B, bool))
+    unchanged, _, metrics = run(problem, settings("dapo", **options), rollout=none)
+    close(unchanged, problem.policy, rtol=0, atol=0)
+    assert metrics["policy/steps"] == 0 and all(np.isfinite(value) for value in metrics.values())
+
+
+def test_the_entropy_bonus_has_the_gradient_of_the_mean_entropy(problem):
+    """Without advantages only the bonus moves the policy, by its own gradient."""
+    flat = jnp.full(B, 0.5)
+    options = {"entropy_coef": 0.3, "kl_coef": 0.0}
+    params, _, metrics = run(problem, settings("grpo", **options), flat)
+    rollout, mask = problem.rollout, problem.rollout.response_mask
+
+    def entropy(policy):
+        found = sequence_logprobs(policy, problem.spec.policy, rollout, 0.7, entropy_gradient=True)[1]
+        return jnp.sum(jnp.where(mask, found, 0)) / jnp.sum(mask)
+
+    gradient = jax.grad(entropy)(problem.policy)
+    norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(gradient)))
+    np.testing.assert_allclose(metrics["policy/grad_norm"], 0.3 * norm, rtol=1e-3)
+    assert entropy(params) > entropy(problem.policy) + 1e-3
+    parts, *_ = run(problem, settings("grpo", micro_batch_size=1, **options), flat)
+    close(parts, params, atol=2e-5)
+
+
+def test_the_adaptive_entropy_coefficient_is_applied_and_moves(problem):
+    """The state's coefficient of 0.2 is that of this update; its entropy is above the target, so the next has none."""
+    flat, options = jnp.full(B, 0.5), {"kl_coef": 0.0, "entropy_target": 1e-3, "entropy_coef_delta": 0.05}
+    constant, *_ = run(problem, settings("grpo", entropy_coef=0.2, kl_coef=0.0), flat)
+    adaptive, _, metrics = run(problem, settings("grpo", **options), flat)
+    close(adaptive, constant, atol=1e-7)
+    np.testing.assert_allclose(metrics["policy/entropy_coef"], 0.2)
+
+
+BOUNDS = {"sampler_cap": 1.5, "sampler_floor": 0.8}
+
+
+@pytest.mark.parametrize("mode", ["truncate", "sequence_truncate", "mask", "sequence_mask", "token_mask"])
+def test_sampler_weights_are_those_of_their_equations(problem, mode):
+    """token_mask is IcePop's; sequence_mask is masked importance sampling; mask only drops."""
+    rng = np.random.default_rng(0)
+    gap = 0.3 * rng.normal(size=problem.rollout.logprobs.shape)
+    gap[0], gap[1] = 100.0, -100.0
+    mask = np.asarray(problem.rollout.response_mask)
+    bounds = {"sampler_cap": 1.5} if mode.endswith("truncate") else BOUNDS
+    grpo = settings("grpo", sampler_correction=mode, **bounds)
+    weights, cut = sampler_weights(jnp.where(mask, gap, 0).astype(jnp.float32), jnp.asarray(mask), grpo)
+    for row, real in enumerate(mask):
+        token = np.exp(gap[row, real])
+        ratio = token if mode in ("truncate", "token_mask") else np.full(real.sum(), np.prod(token))
+        inside = (ratio >= 0.8) & (ratio <= 1.5)
+        expected = {
+            "truncate": np.minimum(ratio, 1.5),
+            "sequence_truncate": np.minimum(ratio, 1.5),
+            "mask": inside,
+            "sequence_mask": np.where(inside, ratio, 0),
+            "token_mask": np.where(inside, ratio, 0),
+        }[mode]
+        np.testing.assert_allclose(np.asarray(weights)[row, real], expected, rtol=1e-5, atol=1e-12)
+        np.testing.assert_array_equal(np.asarray(cut)[row, real], ratio > 1.5 if "truncate" in mode else ~inside)
+        assert not np.asarray(weights)[row, ~real].any()

@@ -115,7 +115,7 @@ def test_a_response_without_a_score_has_no_rows(make):
     table = jaxrlhf.inspect(trainer.ppo_step(PROMPTS)["experience"], trainer.tokenizer)
     assert [sequence["tokens"] > 0 for sequence in table.sequences] == [True, False, True, True]
     assert {row["index"] for row in table.rows} == {0, 2, 3}
-    assert "prompt 1, sample 0" in str(table) and "left out: no score" in str(table)
+    assert "prompt 1, sample 0" in str(table) and "left out of the update" in str(table)
 
 
 def test_what_is_printed_is_inert_and_ends():

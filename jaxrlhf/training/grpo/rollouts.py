@@ -27,29 +27,36 @@ def rollout_with_refills(
     Prompts of refills come in an order of their own, so each prompt of the run still comes once per epoch. Metrics of
     the reward are those of the first rollout: the others are a selection.
     """
-    group = trainer.config.settings.group
+    group, components = trainer.config.settings.group, decoupled(trainer)
     batch = trainer.generate_and_score(rows, step, session)
     replaced = rollouts = 0
     for number in range(refills):
-        wanted = zero_variance_groups(batch, group)
+        wanted = zero_variance_groups(batch, group, components)
         if not len(wanted):
             break
         more_rows = trainer.prompts(step * refills + number, trainer.config.seed + REFILL_SEED)
         more = trainer.generate_and_score(more_rows, step, session, use=FIRST_REFILL + number)
         groups = np.arange(len(more_rows) // group)
-        usable = np.setdiff1d(groups, zero_variance_groups(more, group))[: len(wanted)]
+        usable = np.setdiff1d(groups, zero_variance_groups(more, group, components))[: len(wanted)]
         batch = _replace_groups(trainer, batch, wanted[: len(usable)], more, usable)
         replaced, rollouts = replaced + len(usable), rollouts + 1
     return batch._replace(metrics=batch.metrics | {"groups/refills": rollouts, "groups/replaced": replaced})
 
 
-def zero_variance_groups(batch: ScoredRollout, group: int) -> np.ndarray:
-    """Indices of the groups, of `group` rows each, whose raw scores are all equal. Unscored responses do not count."""
-    scores = batch.scored.totals.reshape(-1, group)
+def decoupled(trainer: OnPolicyTrainer) -> list[str]:
+    """The components of the reward whose advantages are computed apart (GDPO); none for other methods."""
+    return list(trainer.scorer.summed) if trainer.config.grpo.recipe.advantage == "decoupled" else []
+
+
+def zero_variance_groups(batch: ScoredRollout, group: int, components: Sequence[str] = ()) -> np.ndarray:
+    """Indices of the groups, of `group` rows each, whose raw scores are all equal, those of each of the `components` if
+    there are any. Unscored responses do not count."""
+    columns = [batch.scored.components[name] for name in components] or [batch.scored.totals]
+    scores = np.stack(columns).reshape(len(columns), -1, group)
     unscored = np.isnan(scores)
-    highest = scores.max(axis=1, initial=-np.inf, where=~unscored)
-    lowest = scores.min(axis=1, initial=np.inf, where=~unscored)
-    return np.flatnonzero(highest <= lowest)
+    highest = scores.max(axis=2, initial=-np.inf, where=~unscored)
+    lowest = scores.min(axis=2, initial=np.inf, where=~unscored)
+    return np.flatnonzero(np.all(highest <= lowest, axis=0))
 
 
 def rollout_with_greedy(

@@ -1,10 +1,12 @@
 """The initial state of a group-relative run: policy and reference parameters, the optimizer, and the update's spec."""
 
+import jax.numpy as jnp
 from jax import Array
 
 from jaxrlhf import sharding
+from jaxrlhf.algorithms.entropy import EntropyControl
 from jaxrlhf.algorithms.scores import no_stats
-from jaxrlhf.config import GRPOConfig
+from jaxrlhf.config import GRPO, GRPOConfig
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.rewards.compose import Scorer
@@ -39,6 +41,7 @@ def initial_state(
         mesh=mesh,
         reference=config.reference,
         rejected=_rejected_tokens(config, sampler.tokenizer),
+        reward_weights=tuple(scorer.summed.values()) if grpo.recipe.advantage == "decoupled" else (),
     )
     state = State(
         {"policy": start.trained},
@@ -48,10 +51,18 @@ def initial_state(
         config.optim.offload,
         score_stats=sharding.put_whole(no_stats(), mesh),
         reference=start.moving,
+        entropy=sharding.put_whole(_entropy_control(grpo), mesh),
     )
     if not is_abstract(policy):
         sampler.check_memory()
     return state, start.frozen, spec, start.digest
+
+
+def _entropy_control(grpo: GRPO) -> EntropyControl | None:
+    """The entropy control of a run that begins, with `grpo.entropy_target`."""
+    if grpo.entropy_target is None:
+        return None
+    return EntropyControl(jnp.float32(grpo.entropy_coef), jnp.float32(0))
 
 
 def _rejected_tokens(config: GRPOConfig, tokenizer: Tokenizer) -> tuple[int, ...]:

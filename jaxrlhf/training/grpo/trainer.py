@@ -10,7 +10,7 @@ import numpy as np
 from jaxrlhf import sharding
 from jaxrlhf.config import GRPOConfig
 from jaxrlhf.data.datasets import PromptRow
-from jaxrlhf.training.grpo.rollouts import rollout_with_greedy, rollout_with_refills
+from jaxrlhf.training.grpo.rollouts import decoupled, rollout_with_greedy, rollout_with_refills
 from jaxrlhf.training.grpo.state import initial_state
 from jaxrlhf.training.grpo.update import annotate, filled, update
 from jaxrlhf.training.on_policy.rollout import (
@@ -77,13 +77,15 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
         scores: np.ndarray,
         step: int,
         greedy: tuple[Rollout, np.ndarray] | None = None,
+        components: np.ndarray | None = None,
         *,
         fill: bool = False,
     ) -> tuple[GroupExperience, Metrics]:
         """Compute the advantages of a rollout with scores f32 [B] and train on it: update number `step`. Returns the
-        experience and the metrics. `greedy` is the greedy response to each row's prompt and its score, for ReMax. A
-        response whose score is nan, or that of its greedy response, is left out. With `fill` the experience has the
-        policy's log-probs also where the update does without them (`GRPOSpec.annotates_policy`)."""
+        experience and the metrics. `greedy` is the greedy response to each row's prompt and its score, for ReMax,
+        and `components` f32 [B, K] the scores of each component of the reward, in the order of `Scorer.summed`, for
+        GDPO. A response whose score is nan, or that of its greedy response, is left out. With `fill` the experience has
+        the policy's log-probs also where the update does without them (`GRPOSpec.annotates_policy`)."""
         config, state = self.config, without_moments(self.state.value)
         scores = scores if greedy is None else np.where(np.isnan(greedy[1]), np.nan, scores)
         rollout = leave_out_unscored(rollout, scores, self.tokenizer.pad_id, self.mesh)
@@ -94,7 +96,9 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
         final_scores, stats = shape_scores(config, self.mesh, rollout, scores, state.score_stats)
         baseline = shape_scores(config, self.mesh, *greedy, stats, count=False)[0] if greedy else None
         frozen = {role: sharding.to_device(part) for role, part in self.frozen.items()}
-        experience, metrics = annotate(state, frozen, rollout, final_scores, baseline, spec=self.spec)
+        if components is not None:
+            components = sharding.put_rows(np.asarray(components, np.float32), self.mesh)
+        experience, metrics = annotate(state, frozen, rollout, final_scores, baseline, components, spec=self.spec)
         seen = experience
         if fill and not self.spec.annotates_policy:
             seen = filled(state, frozen, experience, spec=self.spec)
@@ -118,7 +122,11 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
         else:
             batch = self.generate_and_score(rows, step, session)
         record = self._token_record(session, step + 1, batch)
-        experience, metrics = self.learn(batch.rollout, batch.scored.totals, step, batch.greedy, fill=session is None)
+        names = decoupled(self)
+        components = np.stack([batch.scored.components[name] for name in names], axis=1) if names else None
+        experience, metrics = self.learn(
+            batch.rollout, batch.scored.totals, step, batch.greedy, components, fill=session is None
+        )
         if session and record:
             session.log_tokens(step + 1, record.after(self.params, experience, step + 1))
         return batch, experience, metrics | batch.scored.metrics

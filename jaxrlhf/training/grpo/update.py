@@ -15,7 +15,7 @@ from jaxrlhf.algorithms.grpo import token_weights
 from jaxrlhf.algorithms.kl import k1, k3
 from jaxrlhf.algorithms.ppo import finalize_metrics, response_metrics, token_rewards
 from jaxrlhf.config import GRPO
-from jaxrlhf.training.grpo.loss import preference, surrogate
+from jaxrlhf.training.grpo.loss import Selected, preference, select, surrogate
 from jaxrlhf.training.on_policy.policy import policy_params, reference_params
 from jaxrlhf.training.on_policy.update import (
     UpdateSpec,
@@ -36,16 +36,19 @@ class GRPOSpec(UpdateSpec):
     grpo: GRPO
     response_length: int
     rejected: tuple[int, ...] = ()  # the tokens of grpo.rejected_text
+    reward_weights: tuple[float, ...] = ()  # gdpo: of the components of the reward
 
     @property
     def annotates_policy(self) -> bool:
-        """Return True if the policy's log-probs are needed before the update: several steps, or a KL in the reward.
+        """Return True if the policy's log-probs are needed before the update: several steps, a KL in the reward, or
+        tokens selected over the whole rollout.
 
         Otherwise pi_old = stop_gradient(pi), whatever the micro-batches: advantages depend on scores alone.
         """
         grpo, recipe = self.grpo, self.grpo.recipe
         steps = grpo.optimizer_steps
-        return recipe.loss != "dpo" and (steps > 1 or (grpo.has_reference and recipe.kl_in == "reward"))
+        kl_in_reward = grpo.has_reference and recipe.kl_in == "reward"
+        return recipe.loss != "dpo" and (steps > 1 or kl_in_reward or grpo.selects_tokens)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -55,21 +58,23 @@ def annotate(
     rollout: Rollout,
     scores: Array,
     greedy_scores: Array | None = None,
+    components: Array | None = None,
     *,
     spec: GRPOSpec,
 ) -> tuple[GroupExperience, Metrics]:
     """Add group advantages, and log-probs of policy and reference where the update needs them, to a scored rollout.
 
     `scores` f32 [B] are final, and so are `greedy_scores` f32 [B], those of the greedy response to each row's prompt
-    (ReMax). Forward passes run over `annotation_rows` at a time. Responses without real tokens are unscored: each gets
-    a negative index of its own, so that it is neither trained on nor a baseline for others.
+    (ReMax), and `components` f32 [B, K], the scores of each component of the reward (GDPO). Forward passes run over
+    `annotation_rows` at a time. Responses without real tokens are unscored: each gets a negative index of its own, so
+    that it is neither trained on nor a baseline for others.
     """
     grpo, unscored = spec.grpo, ~masked.rows(rollout.response_mask)
     rollout = dataclasses.replace(rollout, index=jnp.where(unscored, -1 - jnp.arange(len(scores)), rollout.index))
     metrics = response_metrics(scores, rollout.response_mask, rollout.finished)
     metrics["objective/kl_coef"] = state.kl_coef
     if grpo.recipe.needs_group and not spec.rejected:
-        metrics |= groups.group_metrics(scores, rollout.index)
+        metrics |= groups.group_metrics(scores, rollout.index, components)
     valid = None
     if grpo.recipe.advantage == "pairs":
         rollout, valid = pairs(rollout, scores, grpo.num_generations, spec.rejected)
@@ -93,8 +98,13 @@ def annotate(
     if old is not None:
         assert entropy is not None
         metrics |= policy_metrics(rollout, old, entropy, ref, *_size(rollout.response_mask), grpo)
-    advantages = group_advantages(scores, rollout, greedy_scores, old, ref, state.kl_coef, grpo)
-    return GroupExperience(rollout, advantages, old, ref), metrics
+    advantages = group_advantages(scores, rollout, greedy_scores, components, old, ref, state.kl_coef, spec)
+    if grpo.mask_truncated_completions:  # the baseline of their group is theirs too
+        kept = rollout.response_mask & rollout.finished[:, None]
+        rollout = dataclasses.replace(rollout, response_mask=kept)
+        advantages, old, ref = jax.tree.map(lambda x: masked.keep(x, kept), (advantages, old, ref))
+        metrics["tokens/masked"] = 1 - jnp.sum(masked.rows(kept)) / jnp.maximum(jnp.sum(~unscored), 1)
+    return GroupExperience(rollout, advantages, old, ref, entropy if grpo.top_entropy_quantile < 1 else None), metrics
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -117,14 +127,15 @@ def group_advantages(
     scores: Array,
     rollout: Rollout,
     greedy_scores: Array | None,
+    components: Array | None,
     logprobs: Array | None,
     ref_logprobs: Array | None,
     kl_coef: Array,
-    grpo: GRPO,
+    spec: GRPOSpec,
 ) -> Array:
     """Advantages f32 [B, R] of a whole rollout by `grpo.method`: 0 outside the response mask and in unscored responses,
     whose `index` is negative."""
-    mask, group = rollout.response_mask, rollout.index
+    mask, group, grpo = rollout.response_mask, rollout.index, spec.grpo
     if grpo.recipe.kl_in == "reward" and grpo.has_reference:
         assert logprobs is not None and ref_logprobs is not None
     else:
@@ -137,6 +148,12 @@ def group_advantages(
             advantages = groups.rloo(scores - kl_coef * kl, group)
         case "gpg":
             advantages = groups.gpg(scores, group)
+        case "decoupled":
+            assert components is not None
+            known = jnp.where((group < 0)[:, None], jnp.nan, components)
+            advantages = groups.gdpo(known, jnp.array(spec.reward_weights, jnp.float32), group)
+        case "pass_at_k":
+            advantages = groups.pass_at_k(scores, group, grpo.pass_k)
         case "greedy":
             assert greedy_scores is not None
             advantages = groups.remax(scores, greedy_scores)
@@ -212,14 +229,13 @@ def policy_metrics(
 
 
 def sampler_correction(rollout: Rollout, logprobs: Array, grpo: GRPO) -> tuple[Array, Array]:
-    """Token weights for a sampler that differs from pi_old, and which were cut; gspo uses the mean over the response,
-    as in its ratio."""
+    """Token weights for a sampler that differs from pi_old, and which were cut; losses on the geometric mean of a
+    response's ratios truncate that of its weights."""
     mask, gap = rollout.response_mask, sampler_gap(rollout, logprobs)
-    assert grpo.sampler_correction != "none"
-    if grpo.recipe.loss == "gspo" and grpo.sampler_correction == "truncate":
+    if grpo.recipe.loss in ("gspo", "gmpo") and grpo.sampler_correction == "truncate":
         mean = jnp.sum(gap, axis=1, keepdims=True) / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
         gap = jnp.broadcast_to(mean, gap.shape)
-    return sampler_weights(gap, mask, grpo.sampler_correction, grpo.sampler_cap)
+    return sampler_weights(gap, mask, grpo)
 
 
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
@@ -232,20 +248,27 @@ def update(
     paired = grpo.recipe.loss == "dpo"
     each = items // grpo.num_mini_batches
     num_micro = each * (2 if paired else 1) // (grpo.micro_batch_size or each * (2 if paired else 1))
-    number, kl_coef = state.step, state.kl_coef
+    number, kl_coef, control = state.step, state.kl_coef, state.entropy
+    entropy_coef = grpo.entropy_coef if control is None else control.applied
+    order_key, selection_key = jax.random.split(key) if grpo.recipe.loss == "clip_cov" else (key, key)
+    selected = select(experience, selection_key, grpo)
 
     def mini_batch(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
-        chosen = jax.tree.map(lambda x: x[rows], experience)
+        chosen, parts = jax.tree.map(lambda x: x[rows], (experience, selected))
         mask = chosen.rollout.response_mask[:, 0] if spec.rejected else chosen.rollout.response_mask
         size = _size(mask)
         count = jnp.maximum(jnp.sum(chosen.advantages[:, 0]), 1) if paired else size.tokens
-        grads, metrics = gradients(lambda p, part: loss(p, part, count, size), state.params, chosen, num_micro)
+        grads, metrics = gradients(
+            lambda p, part: loss(p, *part, count, size), state.params, (chosen, parts), num_micro
+        )
         used = jnp.any(mask)
         state, norms = apply(state, grads, metrics.pop("loss"), spec.optimizers, {"policy": used})
         metrics = metrics if "val/ratio_spread" not in metrics else finalize_metrics(metrics)
         return sharding.constrain(state, spec.mesh), metrics | norms | {"policy/steps": used.astype(jnp.float32)}
 
-    def loss(params: dict[str, Params], part: GroupExperience, count: Array, size: _Size) -> tuple[Array, Metrics]:
+    def loss(
+        params: dict[str, Params], part: GroupExperience, selected: Selected, count: Array, size: _Size
+    ) -> tuple[Array, Metrics]:
         policy = policy_params(params, frozen)
         if paired:
             rollout, ref = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (part.rollout, part.ref_logprobs))
@@ -255,37 +278,47 @@ def update(
                 rollout, logprobs, entropy, ref = jax.tree.map(lambda x: x[::2], (rollout, logprobs, entropy, ref))
             return value, metrics | policy_metrics(rollout, logprobs, entropy, ref, *size, grpo)
         mask = part.rollout.response_mask
-        logprobs, entropy = _logprobs(policy, part.rollout, spec)
+        logprobs, entropy = _logprobs(policy, part.rollout, spec, entropy_gradient=grpo.has_entropy_bonus)
         old_metrics, old = {}, part.old_logprobs
         if old is None:
             old = jax.lax.stop_gradient(logprobs)
-            old_metrics = policy_metrics(part.rollout, old, entropy, part.ref_logprobs, *size, grpo)
+            measured = jax.lax.stop_gradient(entropy)
+            old_metrics = policy_metrics(part.rollout, old, measured, part.ref_logprobs, *size, grpo)
         normalise, longest = grpo.recipe.normalise, spec.response_length
         if normalise == "sum":
             normalise, longest = "constant", 1
         weights = token_weights(mask, count, size.rows, normalise, longest)
         if grpo.sampler_correction != "none":
             weights *= sampler_correction(part.rollout, old, grpo)[0]
-        value, metrics = surrogate(logprobs, old, part, count, weights, kl_coef, grpo)
+        value, metrics = surrogate(logprobs, old, part, count, weights, kl_coef, selected, grpo)
+        if grpo.has_entropy_bonus:
+            value -= entropy_coef * masked.total(entropy, mask) / count
+        for name, tokens in selected._asdict().items():
+            if tokens is not None:
+                metrics[f"policy/{name}"] = jnp.sum(tokens & mask) / count
         return value, metrics | old_metrics | {
             "policy/entropy_avg": masked.total(entropy, mask) / count,
             "val/log_ratio_max": jnp.max(jnp.abs(logprobs - old)),
         }
 
-    orders = shuffled_rows(key, grpo.num_iterations, items, grpo.num_mini_batches)
+    orders = shuffled_rows(order_key, grpo.num_iterations, items, grpo.num_mini_batches)
     state, stacked = jax.lax.scan(mini_batch, state, orders)
     of_old = "objective/", "val/sampler"  # those of the first step, where pi is pi_old
     used = stacked.pop("policy/steps")
     first = jnp.argmax(used)
-    metrics = {
-        k: v[first] if k.startswith(of_old) else masked.total(v, used > 0) / jnp.sum(used) for k, v in stacked.items()
-    }
+    metrics = {k: v[first] if k.startswith(of_old) else masked.mean(v, used > 0) for k, v in stacked.items()}
     metrics["policy/steps"] = jnp.sum(used)
     metrics["skipped_updates"] = jnp.sum(stacked["skipped_updates"])
     if not paired:
         metrics["val/first_log_ratio_max"] = stacked["val/log_ratio_max"][first]
         metrics["val/log_ratio_max"] = jnp.max(stacked["val/log_ratio_max"])
-    state = dataclasses.replace(state, step=number + 1, reference=sync_reference(state, number, spec.reference))
+    if control is not None:
+        metrics["policy/entropy_coef"] = control.applied
+        bounds = grpo.entropy_coef_delta, grpo.entropy_coef_min, grpo.entropy_coef_max
+        control = control.after(metrics["policy/entropy_avg"], grpo.entropy_target, *bounds)
+    state = dataclasses.replace(
+        state, step=number + 1, reference=sync_reference(state, number, spec.reference), entropy=control
+    )
     return sharding.constrain(state, spec.mesh), metrics
 
 
@@ -301,6 +334,8 @@ def _size(mask: Array) -> _Size:
     return _Size(jnp.maximum(jnp.sum(mask), 1), jnp.maximum(jnp.sum(masked.rows(mask)), 1))
 
 
-def _logprobs(params: Params, rollout: Rollout, spec: GRPOSpec) -> tuple[Array, Array]:
+def _logprobs(
+    params: Params, rollout: Rollout, spec: GRPOSpec, *, entropy_gradient: bool = False
+) -> tuple[Array, Array]:
     """(log-probs, entropy) of every response token, f32 [B, R]."""
-    return sequence_logprobs(params, spec.policy, rollout, spec.temperature)
+    return sequence_logprobs(params, spec.policy, rollout, spec.temperature, entropy_gradient=entropy_gradient)

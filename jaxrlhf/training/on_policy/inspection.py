@@ -28,7 +28,7 @@ class TokenTable:
     """A dict for each token, all with the same keys: those of `inspect`."""
     sequences: list[dict[str, Any]]
     """A dict for each sequence: `index`, `sample`, `prompt` and `completion` (text), `finished`, `tokens` (their
-    number: 0 for a response that was left out, for it had no score) and, of PPO, `score`."""
+    number: 0 for a response that was left out: it had no score, or was truncated) and, of PPO, `score`."""
     labels: list[str] = dataclasses.field(repr=False)
     """The token of each row as printed: its text, or the vocabulary's entry if that is empty."""
 
@@ -69,7 +69,7 @@ class TokenTable:
             title = f"prompt {sequence['index']}, sample {sequence['sample']}{score}: "
             title += prompt if len(prompt) <= _TAIL else f"... {prompt[-_TAIL:]}"
             if not sequence["tokens"]:
-                yield f"{title}  (left out: no score)", [], []
+                yield f"{title}  (left out of the update)", [], []
                 continue
             rows = self.rows[start : min(start + sequence["tokens"], SHOWN)]
             names = [name for name in rows[0] if name not in ("index", "sample", "position", "state", "token", "id")]

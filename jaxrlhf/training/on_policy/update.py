@@ -1,8 +1,8 @@
 """Parts of the jitted updates that PPO and GRPO share."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax import Array
 
 from jaxrlhf.algorithms import masked
 from jaxrlhf.config import Reference
+from jaxrlhf.config.on_policy import OnPolicy
 from jaxrlhf.logprobs import response_states, token_logprobs
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.training.optim import Optimizer
@@ -56,20 +57,19 @@ def sampler_gap(rollout: Rollout, logprobs: Array) -> Array:
     return masked.keep(logprobs, rollout.response_mask) - masked.keep(rollout.logprobs, rollout.response_mask)
 
 
-def sampler_weights(
-    gap: Array, mask: Array, correction: Literal["truncate", "mask"], cap: float
-) -> tuple[Array, Array]:
-    """Importance weights exp(gap) for a sampler that differs from pi_old.
-
-    Returns the weights f32 [B, R], capped per token (`truncate`) or 0 for whole responses outside [1 / cap, cap]
-    (`mask`), and which tokens were capped or dropped, bool [B, R].
-    """
-    if correction == "truncate":
-        weights = jnp.minimum(jnp.exp(jnp.minimum(gap, jnp.log(cap))), cap)
-        cut = gap > jnp.log(cap)
+def sampler_weights(gap: Array, mask: Array, settings: OnPolicy) -> tuple[Array, Array]:
+    """Importance weights for a sampler that differs from pi_old, by `settings.sampler_correction`, f32 [B, R], and
+    which tokens were capped or dropped, bool [B, R]. `gap` [B, R] is `sampler_gap`."""
+    correction, (low, high) = settings.sampler_correction, map(math.log, settings.sampler_bounds)
+    assert correction != "none"
+    if correction not in ("truncate", "token_mask"):
+        gap = jnp.broadcast_to(jnp.sum(gap, axis=1, keepdims=True), gap.shape)
+    if correction.endswith("truncate"):
+        cut = gap > high
+        weights = jnp.minimum(jnp.exp(jnp.minimum(gap, high)), settings.sampler_cap)
     else:
-        cut = jnp.broadcast_to(jnp.abs(jnp.sum(gap, axis=1, keepdims=True)) > jnp.log(cap), mask.shape)
-        weights = jnp.where(cut, 0.0, 1.0)
+        cut = (gap < low) | (gap > high)
+        weights = jnp.where(cut, 0.0, jnp.exp(jnp.where(cut | (correction == "mask"), 0.0, gap)))
     return masked.keep(weights, mask), cut & mask
 
 

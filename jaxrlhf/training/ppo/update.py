@@ -216,7 +216,7 @@ def _sampler_correction(rollout: Rollout, logprobs: Array, ppo: PPO) -> tuple[Ar
     }
     if ppo.sampler_correction == "none":
         return None, metrics
-    weights, cut = sampler_weights(gap, mask, ppo.sampler_correction, ppo.sampler_cap)
+    weights, cut = sampler_weights(gap, mask, ppo)
     return weights, metrics | {"val/sampler_corrected": jnp.sum(cut) / jnp.maximum(jnp.sum(mask), 1)}
 
 
