@@ -82,7 +82,7 @@ RECIPES: dict[Method, Recipe] = {
 """Components of each method; docs/grpo.md helps to choose one."""
 
 _SAMPLED = tuple(name for name, recipe in RECIPES.items() if recipe.loss != "dpo")
-USED_BY: dict[str, tuple[Method, ...]] = {
+USED_BY: dict[str, tuple[str, ...]] = {
     "beta": ("online_dpo",),
     "dpo_loss": ("online_dpo",),
     "rejected_text": ("online_dpo",),

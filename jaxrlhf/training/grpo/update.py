@@ -259,7 +259,7 @@ def update(
         size = _size(mask)
         count = jnp.maximum(jnp.sum(chosen.advantages[:, 0]), 1) if paired else size.tokens
         grads, metrics = gradients(
-            lambda p, part: loss(p, *part, count, size), state.params, (chosen, parts), num_micro
+            lambda p, part: loss(p, part[0], part[1], count, size), state.params, (chosen, parts), num_micro
         )
         used = jnp.any(mask)
         state, norms = apply(state, grads, metrics.pop("loss"), spec.optimizers, {"policy": used})
