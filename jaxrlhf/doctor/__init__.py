@@ -193,7 +193,7 @@ def copy_has_no_divergence(params: Params, model: ModelConfig, tokens: np.ndarra
 
 def export_is_identical(folder: Path) -> Outcome:
     """Load the model and export it to a temporary folder; every tensor must be equal bit for bit."""
-    entries = safetensors.scan_folder(folder)
+    entries = weights.tensors_of(folder)
     size = sum(entry.nbytes for entry in entries.values())
     if size > min(EXPORT_LIMIT, shutil.disk_usage(tempfile.gettempdir()).free // 2):
         return None, f"the model is too large to export here ({size / 2**30:.1f} GiB)"

@@ -77,7 +77,8 @@ def export(
         (partial / CARD).write_text(text, encoding="utf-8")
         if adapters_of is not None:
             (partial / CONFIG).unlink()  # adapters are described by the config.json of the base model
-            peft.write(partial, model, params, *adapters_of)
+            multimodal = families.multimodal.is_multimodal(_read(source, CONFIG))
+            peft.write(partial, model, params, *adapters_of, multimodal=multimodal)
 
     try:
         distributed.on_primary(prepare)
@@ -99,10 +100,7 @@ def _write_configs(
     dtype: str,
 ) -> dict[str, Any]:
     """Write config.json, generation_config.json and the tokenizer; returns the content of config.json."""
-    original, generation = (
-        safetensors.read_json(source / name) if source is not None and (source / name).is_file() else {}
-        for name in (CONFIG, GENERATION_CONFIG)
-    )
+    original, generation = (_read(source, name) for name in (CONFIG, GENERATION_CONFIG))
     config = families.render(model, original, dtype)
     if tokenizer is not None:
         tokenizer.save(folder)
@@ -120,6 +118,11 @@ def _write_configs(
     if generation and model.head == "lm":
         _write_json(folder / GENERATION_CONFIG, generation)
     return config
+
+
+def _read(folder: Path | None, name: str) -> dict[str, Any]:
+    """The content of a JSON file; {} without one."""
+    return safetensors.read_json(folder / name) if folder is not None and (folder / name).is_file() else {}
 
 
 def _with_token_ids(config: dict[str, Any], ids: dict[str, Any]) -> dict[str, Any]:

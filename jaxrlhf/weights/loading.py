@@ -1,6 +1,8 @@
 """Loading of models and tokenizers from a folder in Hugging Face layout, a run directory or the hub."""
 
 import dataclasses
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -85,7 +87,7 @@ def load(
     shardings = None if mesh is None else sharding.shardings(shapes, mesh)
     entries = {}
     if read_files:
-        entries = mapping.match(model, shapes, safetensors.scan_folder(folder), new_head=new_head, where=str(folder))
+        entries = mapping.match(model, shapes, tensors_of(folder), new_head=new_head, where=str(folder))
     if _abstract.get():
         shapes = mapping.with_stored_dtypes(model, shapes, entries)
         return model, shapes if shardings is None else sharding.with_shardings(shapes, shardings)
@@ -125,6 +127,32 @@ def _merge_device(mesh: jax.sharding.Mesh) -> Any:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS excludes the CPU
         return mesh.local_devices[0]
+
+
+def tensors_of(folder: Path) -> dict[str, safetensors.Entry]:
+    """The tensors of a model folder by name; of a multimodal one those of its text model, by their names in a folder of
+    that. The others are left out with a warning."""
+    entries, config = safetensors.scan_folder(folder), safetensors.read_json(folder / CONFIG)
+    if not families.multimodal.is_multimodal(config):
+        return entries
+    model = families.parse(config, str(folder / CONFIG))
+    others = families.multimodal.left_out(entries)
+    if others:
+        size = sum(entries[name].nbytes for name in others) / 1e6
+        parts = ", ".join(f"{part} ({count})" for part, count in Counter(others.values()).items())
+        warnings.warn(
+            f"{folder}: {len(others)} tensors ({size:,.1f} MB) are left out: {parts}. The text model ({model.family}) "
+            "is used alone, and exported alone",
+            stacklevel=3,
+        )
+    decoder, named = families.tensor_names(model).decoder, {}
+    for name, entry in entries.items():
+        if name not in others:
+            text_name = families.multimodal.text_name(name, decoder)
+            if text_name in named:
+                raise DataError(f"{folder}: {name} and {named[text_name].name} are the same tensor of the text model")
+            named[text_name] = entry
+    return named
 
 
 def load_config(

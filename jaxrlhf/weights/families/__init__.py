@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxrlhf.errors import DataError
 from jaxrlhf.models import ModelConfig, for_length
-from jaxrlhf.weights.families import gemma, gpt2, gpt_neox, granite, llama, ministral3, olmo, phi3, smollm3
+from jaxrlhf.weights.families import gemma, gpt2, gpt_neox, granite, llama, ministral3, multimodal, olmo, phi3, smollm3
 from jaxrlhf.weights.families.base import Family, TensorNames
 from jaxrlhf.weights.fields import Fields
 from jaxrlhf.weights.rope import TOP_LEVEL
@@ -30,9 +30,10 @@ def tensor_names(model: ModelConfig) -> TensorNames:
 def parse(config: dict, where: str) -> ModelConfig:
     """The model that a config.json describes; dtype, remat and attention keep their defaults.
 
-    `where` names the file in messages. Raises DataError for an unknown `model_type`, a missing or malformed value, or
-    an option that is not implemented.
+    That of a multimodal model (multimodal.py) gives its text model. `where` names the file in messages. Raises
+    DataError for an unknown `model_type`, a missing or malformed value, or an option that is not implemented.
     """
+    config = multimodal.text_config(config, where, FAMILIES)
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise DataError(f"{where}: model_type {name!r} is not supported; supported are {', '.join(FAMILIES)}")
@@ -79,12 +80,14 @@ def _parse_head(fields: Fields, family: Family) -> dict[str, Any]:
 def render(model: ModelConfig, original: dict, stored_dtype: str | None = None) -> dict:
     """The config.json of `model`: `original` with only the differing keys rewritten; `{}` writes a new one.
 
-    `stored_dtype` is the dtype of the stored tensors ("float32", "bfloat16"); None keeps the original's value.
-    Raises DataError if a config.json of the family cannot describe the model.
+    A multimodal `original` gives the config.json of its text model. `stored_dtype` is the dtype of the stored tensors
+    ("float32", "bfloat16"); None keeps the original's value. Raises DataError if a config.json of the family cannot
+    describe the model.
     """
     model = for_length(model, None)
     config = rendered = _render_all(model)
     if original:
+        original = multimodal.text_config(original, "the original config.json", FAMILIES)
         before = _render_all(parse(original, "the original config.json"))
         changed = {key: value for key, value in rendered.items() if key not in before or before[key] != value}
         dropped = before.keys() - rendered.keys()

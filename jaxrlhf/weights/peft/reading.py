@@ -14,6 +14,7 @@ from jaxrlhf.errors import DataError
 from jaxrlhf.models import Adapters, ModelConfig
 from jaxrlhf.types import Params
 from jaxrlhf.weights import safetensors
+from jaxrlhf.weights.families import multimodal, tensor_names
 from jaxrlhf.weights.fields import Fields
 from jaxrlhf.weights.mapping import set_leaf
 from jaxrlhf.weights.names import layer_prefix, part_of, projections
@@ -49,7 +50,7 @@ def read(folder: Path, model: ModelConfig) -> tuple[Adapters, Params]:
     row_arrays: dict[str, np.ndarray] = {}
     problems = []
     for full_name, entry in scan(folder).items():
-        name = full_name.removeprefix(PREFIX)
+        name = multimodal.text_name(full_name.removeprefix(PREFIX), tensor_names(model).decoder)
         if location := _location(name, model, matrices):
             module, layer, part = location
             array = safetensors.read(entry).astype(np.float32)

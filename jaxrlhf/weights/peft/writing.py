@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +10,23 @@ import numpy as np
 from jaxrlhf.lora import modules_of
 from jaxrlhf.models import Adapters, ModelConfig
 from jaxrlhf.types import Params
-from jaxrlhf.weights import writer
-from jaxrlhf.weights.families import tensor_names
+from jaxrlhf.weights import families, writer
 from jaxrlhf.weights.mapping import leaf_at
 from jaxrlhf.weights.names import Part, layer_prefix, part_of, projections
 from jaxrlhf.weights.peft import token_rows
 from jaxrlhf.weights.peft.layout import CONFIG, PREFIX, WEIGHTS
 
 
-def write(folder: Path, model: ModelConfig, params: Params, base: str, revision: str | None = None) -> None:
+def write(
+    folder: Path, model: ModelConfig, params: Params, base: str, revision: str | None = None, multimodal: bool = False
+) -> None:
     """Write the adapters in `params` for the model `base`, with token rows and a linear score head if there are any.
 
-    `base` must have rows for the tokens. Where the folder joins several matrices in one tensor (GPT-2's c_attn), their
-    A are concatenated and their B placed on the block diagonal: the same product, at the sum of their ranks.
+    For a `multimodal` base, names and target modules are those of the text model inside it. `base` must have rows for
+    the tokens. Where the folder joins several matrices in one tensor (GPT-2's c_attn), their A are
+    concatenated and their B placed on the block diagonal: the same product, at the sum of their ranks.
     """
-    adapters, names = model.adapters, tensor_names(model)
+    adapters, names = model.adapters, families.tensor_names(model)
     assert adapters is not None
     tree = params["lora"]["layers"]
     trained = set(modules_of(tree))
@@ -44,6 +47,10 @@ def write(folder: Path, model: ModelConfig, params: Params, base: str, revision:
         tensors["score.weight"] = np.asarray(params["score"]["kernel"], np.float32).T
     row_arrays, token_ids = token_rows.to_tensors(model, params["lora"].get("rows", {}))
     tensors |= row_arrays
+    targets: list[str] | str = list(matrices)
+    if multimodal:
+        tensors = {families.multimodal.outer_name(name, names.decoder): array for name, array in tensors.items()}
+        targets = rf".*\.language_model\..*\.({'|'.join(map(re.escape, matrices))})"
     writer.write_file(folder / WEIGHTS, [_source(PREFIX + name, array) for name, array in tensors.items()])
     config = {
         "peft_type": "LORA",
@@ -55,7 +62,7 @@ def write(folder: Path, model: ModelConfig, params: Params, base: str, revision:
         "lora_dropout": adapters.dropout,
         "use_rslora": adapters.rank_stabilised,
         "use_dora": any("magnitude" in leaf_at(tree, path) for path in trained),
-        "target_modules": list(matrices),
+        "target_modules": targets,
         "layers_to_transform": None if adapters.layers is None else list(range(first, last)),
         "layers_pattern": None if adapters.layers is None else names.layer.partition(".")[0],
         "rank_pattern": ranks,
