@@ -92,6 +92,30 @@ def test_on_a_support_they_are_those_of_log_softmax_over_it(monkeypatch, vocabul
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), whole, full)
 
 
+@pytest.mark.parametrize(("vocabulary", "tokens"), [(29, 2**24), (192, 64)])
+def test_divided_and_capped_logits(monkeypatch, vocabulary, tokens):
+    """Values and gradients, where the support leaves tokens out, in one piece and in three."""
+    cut_at(monkeypatch, tokens)
+    model = dataclasses.replace(TINY, vocab_size=vocabulary, logits_divisor=0.7, logits_softcap=2.0)
+    params, hidden, targets = case(model)
+    inside = (np.random.default_rng(1).random((*targets.shape, vocabulary)) < 0.5) | (
+        np.arange(vocabulary) == targets[..., None]
+    )
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=(2, *targets.shape)).astype(np.float32))
+    raw = jnp.einsum("brd,vd->brv", hidden, params["embed"]["embedding"])
+    np.testing.assert_allclose(models.lm_logits(params, model, hidden), 2 * np.tanh(raw / 0.7 / 2), atol=1e-5)
+
+    def run(function, over, **more):
+        def loss(params, hidden):
+            picked, entropy = function(params, model, hidden, targets, 0.6, over, **more)
+            return jnp.sum(weights[0] * picked + weights[1] * entropy)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, hidden)
+
+    ours = run(token_logprobs, jnp.packbits(jnp.asarray(inside), axis=-1), entropy_gradient=True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), ours, run(materialised, inside))
+
+
 @pytest.mark.parametrize(("vocabulary", "tokens", "supported"), [(29, 2**24, False), (128, 1, True), (192, 64, False)])
 def test_a_gradient_through_the_entropy_where_it_is_asked_for(monkeypatch, vocabulary, tokens, supported):
     cut_at(monkeypatch, tokens)

@@ -15,6 +15,7 @@ import yaml
 from jaxrlhf.metrics.console import visible
 from jaxrlhf.metrics.keys import definition
 from jaxrlhf.models import ModelConfig
+from jaxrlhf.weights import families
 
 TAG = "jaxrlhf"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
@@ -153,6 +154,10 @@ def _notes(model: ModelConfig, config: Mapping[str, Any]) -> list[str]:
         notes.append(
             "The head is an MLP, for which transformers has no class: AutoModelForSequenceClassification would load "
             "the decoder with a random head. jaxrlhf.load reads the whole model."
+        )
+    elif not families.FAMILIES[model.family].has_classifier:
+        notes.append(
+            f"transformers has no class for reward models of this family ({model.family}); jaxrlhf.load reads it."
         )
     pad, eos = config.get("pad_token_id"), config.get("eos_token_id")
     if pad is None:

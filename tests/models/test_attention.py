@@ -15,14 +15,16 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def test_attention_against_a_loop():
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_attention_against_a_loop(softcap):
     q, k, v = normal(2, 3, 4, 6), normal(2, 5, 2, 6, seed=1), normal(2, 5, 2, 6, seed=2)
     mask = np.random.default_rng(3).random((2, 3, 5)) < 0.6
     mask[:, :, 0] = True
-    found = attention.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(mask), "float32")
+    found = attention.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(mask), "float32", softcap)
     for b, t, n in np.ndindex(2, 3, 4):
         seen = np.flatnonzero(mask[b, t])
-        weights = np.exp([float(q[b, t, n] @ k[b, s, n // 2]) for s in seen])
+        logits = np.array([float(q[b, t, n] @ k[b, s, n // 2]) for s in seen])
+        weights = np.exp(logits if softcap is None else softcap * np.tanh(logits / softcap))
         expected = sum(w * v[b, s, n // 2] for w, s in zip(weights / weights.sum(), seen, strict=True))
         np.testing.assert_allclose(found[b, t, n], expected, atol=1e-5)
 
@@ -78,4 +80,8 @@ def test_without_a_gpu_cudnn_is_refused_and_auto_is_plain(make, monkeypatch):
     monkeypatch.setattr(attention, "cudnn_attend", attention.attend)  # one whose trial agrees
     attention.cudnn_trouble.cache_clear()
     assert with_attention(model, ModelSource()).attention == "cudnn"
+    capped = dataclasses.replace(model, attention_softcap=50.0)
+    assert with_attention(capped, ModelSource()).attention == "plain"
+    with pytest.raises(ConfigError, match="caps its attention logits"):
+        with_attention(capped, ModelSource(attention="cudnn"))
     attention.cudnn_trouble.cache_clear()

@@ -146,7 +146,7 @@ def test_activations_by_the_formula(name, formula):
     np.testing.assert_allclose(layers.ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), formula(x), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+@pytest.mark.parametrize("kind", ["rmsnorm", "rmsnorm_1p", "layernorm"])
 def test_norms_by_the_formula(kind):
     x, scale, bias = normal(2, 3, 8) * 5 + 2, normal(8, seed=1), normal(8, seed=2)
     params = {"scale": scale} | ({"bias": bias} if kind == "layernorm" else {})
@@ -155,5 +155,5 @@ def test_norms_by_the_formula(kind):
     if kind == "layernorm":
         expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-2) * scale + bias
     else:
-        expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-2) * scale
+        expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-2) * (1 + scale if kind == "rmsnorm_1p" else scale)
     np.testing.assert_allclose(found, expected, atol=1e-5)

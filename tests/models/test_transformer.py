@@ -28,7 +28,16 @@ def absolute(make, **changes):
     return make(family="gpt2", num_kv_heads=4, head_dim=4, **parts, **biases, **changes)
 
 
-@pytest.fixture(params=[mixed, absolute])
+def ropes(make, **changes):
+    """What Gemma, OLMo, SmolLM3 and Granite have: two rotations and a layer without, norms on both sides, caps."""
+    scales = {"embedding_multiplier": 2.0, "residual_multiplier": 0.7, "logits_divisor": 1.5}
+    caps = {"attention_softcap": 5.0, "logits_softcap": 20.0}
+    norms = {"norm": "rmsnorm_1p", "norm_placement": "both", "qk_norm_over": "all_heads"}
+    layers = {"sliding_layers": (True, False, False), "rope_layers": (True, True, False), "num_layers": 3}
+    return make(sliding_window=3, sliding_rope=Rope(theta=5.0), **layers, **norms, **caps, **scales, **changes)
+
+
+@pytest.fixture(params=[mixed, absolute, ropes])
 def model(request, make):
     return request.param(make)
 
@@ -240,7 +249,13 @@ def test_a_window_as_long_as_the_sequence_is_no_window(make, big_weights):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_kv_heads": 3}, {"sliding_layers": (False,)}, {"head_dim": 5, "rope": Rope(theta=10.0)}]
+    "changes",
+    [
+        {"num_kv_heads": 3},
+        {"sliding_layers": (False,)},
+        {"rope_layers": (True,)},
+        {"head_dim": 5, "rope": Rope(theta=10.0)},
+    ],
 )
 def test_inconsistent_configs_are_refused(make, changes):
     with pytest.raises(ValueError, match=next(iter(changes))):

@@ -26,8 +26,17 @@ QWEN = tiny(
 GPT2 = dataclasses.replace(
     QWEN, family="gpt2", rope=None, norm="layernorm", gated_mlp=False, mlp_bias=True, attention_out_bias=True
 )
+CAPPED = dataclasses.replace(
+    QWEN,
+    norm="rmsnorm_1p",
+    norm_placement="both",
+    embedding_multiplier=8.0,
+    attention_softcap=2.0,
+    logits_softcap=3.0,
+    rope_layers=(True, False, True),
+)
 UNTIED = dataclasses.replace(QWEN, tie_embeddings=False)
-MODELS = pytest.mark.parametrize("model", [QWEN, GPT2, UNTIED], ids=["qwen2", "gpt2", "untied"])
+MODELS = pytest.mark.parametrize("model", [QWEN, GPT2, UNTIED, CAPPED], ids=["qwen2", "gpt2", "untied", "capped"])
 
 
 def logits(params, model, tokens):

@@ -39,6 +39,23 @@ GPT2 = dataclasses.replace(
     sliding_window=None,
     sliding_layers=(False,) * 3,
 )
+ROPES = (
+    dataclasses.replace(  # another rotation in the sliding layer and none in the last, and all else that is not GPT-2's
+        LLAMA,
+        family="gemma3_text",
+        norm="rmsnorm_1p",
+        norm_placement="both",
+        qk_norm=True,
+        qk_norm_over="all_heads",
+        sliding_rope=models.Rope(theta=10.0),
+        rope_layers=(True, True, False),
+        attention_softcap=2.0,
+        logits_softcap=4.0,
+        logits_divisor=0.5,
+        embedding_multiplier=4.0,
+        residual_multiplier=0.5,
+    )
+)
 
 
 def prompts_of(lengths, width):
@@ -72,7 +89,7 @@ def same(rollout, other):
             np.testing.assert_array_equal(ours, theirs, err_msg=field.name)
 
 
-@pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("model", [LLAMA, GPT2, ROPES], ids=["llama", "gpt2", "ropes"])
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_a_batch(model, dtype, key):
     unrolled, stacked = (
