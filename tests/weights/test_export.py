@@ -165,6 +165,15 @@ def test_a_reward_model_is_a_sequence_classifier(pretrained, tmp_path):
         np.testing.assert_array_equal(read["score"]["kernel"], params["score"]["kernel"])
 
 
+def test_a_reward_model_without_a_class_of_transformers_is_read_here(tmp_path):
+    model, params = weights.load(FOLDERS / "granite", head="linear", key=jax.random.key(2))
+    out = weights.export(tmp_path / "out", model, params, source=FOLDERS / "granite")
+    again, read = weights.load(out)
+    assert again == model
+    assert jax.tree.all(jax.tree.map(np.array_equal, read, params))
+    assert "no class for reward models of this family" in (out / "README.md").read_text()
+
+
 def test_an_mlp_head_round_trips_and_is_named_in_the_card(tmp_path):
     model, params = weights.load(FOLDERS / "gpt2", head="mlp", key=jax.random.key(2))
     out = weights.export(tmp_path / "out", model, params, source=FOLDERS / "gpt2")
@@ -349,7 +358,9 @@ def test_transformers_reads_what_we_write(name, tmp_path):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama", "mistral-window", "phi3", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["gemma3", "gpt2", "gpt_neox", "llama", "mistral-window", "olmo2", "phi3", "qwen2", "qwen3"]
+)
 @pytest.mark.parametrize("labels", [1, 2])
 def test_transformers_gives_our_scores(name, labels, tmp_path):
     """A reward model made from a language model, on right-padded rows as transformers' pipelines score them."""

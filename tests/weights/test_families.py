@@ -29,6 +29,10 @@ QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 GPT2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 100, "n_embd": 32, "n_layer": 2}
 GPT2 |= {"n_head": 4, "n_positions": 64}
+GEMMA3 = LLAMA | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+GEMMA2 = LLAMA | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
+OLMO3 = LLAMA | {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3"}
+SMOLLM3 = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
 CLASSIFIER = {"architectures": ["LlamaForSequenceClassification"]}
 
 
@@ -311,6 +315,45 @@ def test_sliding_layers_of_qwen2():
     assert given.sliding_layers == (True, False) and given.sliding_window == 8
 
 
+def test_layers_of_families_with_a_pattern():
+    assert parse(GEMMA3, num_hidden_layers=7).sliding_layers == (*[True] * 5, False, True)
+    assert parse(GEMMA3, sliding_window_pattern=2).sliding_layers == (True, False)
+    assert parse(GEMMA3, sliding_window_pattern=1).sliding_window is None
+    assert parse(GEMMA2, num_hidden_layers=3).sliding_layers == (True, False, True)
+    assert parse(GEMMA2).sliding_window == 4096
+    assert parse(OLMO3, num_hidden_layers=5).sliding_layers == (True, True, True, False, True)
+    assert parse(SMOLLM3, num_hidden_layers=5).rope_layers == (True, True, True, False, True)
+    assert parse(SMOLLM3, no_rope_layers=[1, 1, 1, 0]).rope_layers == ()
+    window = {"use_sliding_window": True, "sliding_window": 8}
+    assert parse(SMOLLM3, num_hidden_layers=4, **window).sliding_layers == (False, False, False, True)
+
+
+def test_rotary_embeddings_of_each_kind_of_layer():
+    old = parse(GEMMA3, rope_theta=50.0, rope_local_base_freq=7.0, rope_scaling={"type": "linear", "factor": 2.0})
+    of_full = {"rope_type": "linear", "rope_theta": 50.0, "factor": 2.0}
+    of_sliding = {"rope_type": "default", "rope_theta": 7.0}
+    new = parse(GEMMA3, rope_parameters={"full_attention": of_full, "sliding_attention": of_sliding})
+    assert old == new and new.sliding_rope == Rope(theta=7.0)
+    assert new.rope == Rope(theta=50.0, kind="linear", factor=2.0)
+    assert parse(GEMMA3).rope == Rope(theta=1e6) and parse(GEMMA3).sliding_rope == Rope(theta=1e4)
+    assert parse(GEMMA3, rope_parameters={"full_attention": of_full}).sliding_rope == Rope(theta=1e4)
+    one = parse(OLMO3, rope_theta=50.0)
+    assert one.rope == Rope(theta=50.0) and one.sliding_rope is None and parse(OLMO3).rope == Rope(theta=5e5)
+    # in Olmo 3 scaling is for full layers
+    scaled = parse(OLMO3, rope_theta=50.0, rope_scaling={"type": "linear", "factor": 2.0})
+    assert scaled.rope == new.rope and scaled.sliding_rope == one.rope
+    assert parse(SMOLLM3).rope == Rope(theta=2e6)
+
+
+def test_changed_rotary_embeddings_of_sliding_layers_are_written_for_every_version():
+    original = GEMMA3 | {"rope_theta": 50.0, "rope_local_base_freq": 7.0}
+    model = dataclasses.replace(parse(original), sliding_rope=Rope(theta=9.0))
+    written = families.render(model, original)
+    assert (written["rope_theta"], written["rope_local_base_freq"]) == (50.0, 9.0)
+    assert written["rope_parameters"]["sliding_attention"] == {"rope_type": "default", "rope_theta": 9.0}
+    assert families.parse(written, "config.json") == model
+
+
 def test_classifiers():
     assert parse(LLAMA, **CLASSIFIER, id2label={"0": "score"}).num_labels == 1
     assert parse(LLAMA, **CLASSIFIER, num_labels=1).num_labels == 1
@@ -374,6 +417,23 @@ def test_classifiers():
         (MINISTRAL_3B, {"rope_parameters": None}, "rope_parameters is missing"),
         (LLAMA, stretched("yarn", **YARN, llama_4_scaling_beta=0.1), "no option 'llama_4_scaling_beta'"),
         (GPT2, {"n_head": 5}, r"n_embd is 32; expected a multiple of n_head \(5\)"),
+        (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        (GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention.*causal"),
+        (GEMMA3, {"layer_types": ["chunked_attention", "full_attention"]}, "layer_types"),
+        (GEMMA3, {"sliding_window": None}, "layer_types"),
+        (GEMMA3, {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        (GEMMA3, {"query_pre_attn_scalar": 0.5}, "query_pre_attn_scalar is 0.5"),
+        (GEMMA3, {"rope_parameters": {"rope_type": "default"}}, "an entry each for full_attention and sliding_att"),
+        (GEMMA3, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
+        (
+            GEMMA3,
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 0}}},
+            "sliding_attention, rope_parameters: factor is 0",
+        ),
+        (GEMMA2, {"final_logit_softcapping": -1.0}, "final_logit_softcapping is -1.0"),
+        (SMOLLM3, {"no_rope_layers": [1]}, "no_rope_layers is .*each of the 2 layers"),
+        (SMOLLM3, {"no_rope_layers": [1, 2]}, "no_rope_layers"),
+        (SMOLLM3, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         (GPT2, {"pruned_heads": {"0": [1]}}, "pruned_heads"),
         (GPT2, {"architectures": ["GPT2DoubleHeadsModel"]}, "GPT2DoubleHeadsModel"),
     ],
