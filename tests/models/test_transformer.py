@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import models
+from jaxrlhf import models, sharding
+from jaxrlhf.config import Mesh
 from jaxrlhf.models import Rope
 
 quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # halves the time of compilation
@@ -182,6 +183,19 @@ def test_packed_sequences_do_not_see_each_other(model, big_weights):
     packed = forward(params, model, tokens, jnp.ones((1, 9), bool), positions, segments)
     apart = [forward(params, model, part, jnp.ones_like(part, bool)) for part in (tokens[:, :4], tokens[:, 4:])]
     np.testing.assert_allclose(packed, jnp.concatenate(apart, axis=1), atol=2e-5)
+
+
+def test_gradients_on_a_mesh_are_those_of_one_device(make, big_weights):
+    """Norms over all heads of q and k too, which `tensor` splits."""
+    model, mesh = ropes(make), sharding.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
+    params = jax.tree.map(lambda leaf: 0.5 * leaf, big_weights(model))
+    tokens, mask = jnp.arange(24, dtype=jnp.int32).reshape(4, 6), jnp.ones((4, 6), bool)
+    expected = quick(jax.grad(loss_of(model, tokens, mask)))(params)
+    on_mesh = dataclasses.replace(model, mesh=mesh)
+    tokens, mask = sharding.put_rows((tokens, mask), mesh)
+    sharded = jax.device_put(params, sharding.shardings(params, mesh))
+    found = quick(jax.grad(loss_of(on_mesh, tokens, mask)))(sharded)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), found, expected)
 
 
 def test_rematerialisation_changes_memory_and_nothing_else(make, big_weights):

@@ -126,22 +126,27 @@ VISION = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14,
 }  # fmt: skip
-FRAMES = {
-    "gemma3": ("gemma3_text", "siglip_vision_model", VISION, {"mm_tokens_per_image": 4}),
-    "mistral3": ("mistral", "pixtral", VISION, {"tie_word_embeddings": False}),
-    "llava": ("llama", "clip_vision_model", VISION, {"tie_word_embeddings": False}),
-    "internvl": ("qwen2", "internvl_vision", VISION | {"image_size": [28, 28], "patch_size": [14, 14]}, {}),
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4, "mscale": 1.0,
+    "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
+MODELS = {  # the text model: its frame, its vision tower, options of the frame and of the text model
+    "gemma3_text": ("gemma3", "siglip_vision_model", VISION, {"mm_tokens_per_image": 4}, {}),
+    "mistral": ("mistral3", "pixtral", VISION, {"tie_word_embeddings": False}, {}),
+    "ministral3": ("mistral3", "pixtral", VISION, {"tie_word_embeddings": False}, {"rope_parameters": YARN}),
+    "llama": ("llava", "clip_vision_model", VISION, {"tie_word_embeddings": False}, {}),
+    "qwen2": ("internvl", "internvl_vision", VISION | {"image_size": [28, 28], "patch_size": [14, 14]}, {}, {}),
 }
 
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("frame", FRAMES)
-def test_a_model_that_transformers_wrote(frame, tmp_path):
+@pytest.mark.parametrize("text", MODELS)
+def test_a_model_that_transformers_wrote(text, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     hf_peft = pytest.importorskip("peft")
-    text, vision, sizes, options = FRAMES[frame]
-    sub = {"text_config": {"model_type": text, **TINY}, "vision_config": {"model_type": vision, **sizes}}
+    frame, vision, sizes, options, more = MODELS[text]
+    sub = {"text_config": {"model_type": text, **TINY, **more}, "vision_config": {"model_type": vision, **sizes}}
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(frame, **sub, **options)
     theirs = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()

@@ -2,7 +2,7 @@
 
 Keys of transformers 4 (`torch_dtype`, `rope_theta`, `rope_scaling`) and 5 (`dtype`, `rope_parameters`) are read. A key
 that would change the output and is not implemented is refused; keys without effect on the forward pass (dropout rates,
-special tokens, ...) are ignored. To add a family, write a module with a FAMILIES table and add it to FAMILIES here.
+special tokens, ...) are ignored. To add a family, see docs/families.md.
 """
 
 from dataclasses import replace
