@@ -315,6 +315,20 @@ CASES = {
     "ministral3-window": case(
         "ministral3", "Ministral3ForCausalLM", LINEAGE, MINISTRAL, torch_dtype="bfloat16", head_dim=10, sliding_window=5
     ),
+    "qwen3_moe": case(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        LINEAGE,
+        NEW,
+        head_dim=8,
+        num_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+    ),
+    "olmoe": case(
+        "olmoe", "OlmoeForCausalLM", LINEAGE, OLD, intermediate_size=16, num_experts=4, num_experts_per_tok=3
+    ),
     "llama-score": case("llama", "LlamaForSequenceClassification", LINEAGE, OLD, LABELS[1]),
     "mistral-label": case("mistral", "MistralForSequenceClassification", LINEAGE, NEW, sliding_window=5),
     "qwen2-score": case("qwen2", "Qwen2ForSequenceClassification", LINEAGE, NEW, LABELS[1], tie_word_embeddings=True),
@@ -327,6 +341,16 @@ CASES = {
     "olmo3-label": case("olmo3", "Olmo3ForSequenceClassification", LINEAGE, LABELS[2], sliding_window=5),
     "smollm3-score": case(
         "smollm3", "SmolLM3ForSequenceClassification", LINEAGE, NEW, LABELS[1], no_rope_layers=[0, 1]
+    ),
+    "qwen3_moe-score": case(
+        "qwen3_moe",
+        "Qwen3MoeForSequenceClassification",
+        LINEAGE,
+        OLD,
+        LABELS[1],
+        num_experts=4,
+        num_experts_per_tok=1,
+        moe_intermediate_size=20,
     ),
     "gpt_neox-label": case("gpt_neox", "GPTNeoXForSequenceClassification", NEOX, LABELS[2], dtype="bfloat16"),
     "phi3-score": case("phi3", "Phi3ForSequenceClassification", LINEAGE, NEW, LABELS[1]),
@@ -364,9 +388,19 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def stored_name(name: str, config: dict[str, Any]) -> str:
-    """The name in files of a parameter that transformers 5 renames when it reads them."""
-    return name.replace("lm_head.", "embed_out.") if config["model_type"] == "gpt_neox" else name
+def stored(name: str, array: torch.Tensor, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What files hold of a parameter that transformers 5 renames, or joins, when it reads them."""
+    if config["model_type"] == "gpt_neox":
+        name = name.replace("lm_head.", "embed_out.")
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    prefix, _, module = name.rpartition(".")
+    if not prefix.endswith("experts"):
+        return {name: array}
+    return {
+        f"{prefix}.{number}.{part}.weight": piece
+        for number, expert in enumerate(array)
+        for part, piece in zip(parts[module], expert.chunk(len(parts[module])), strict=True)
+    }
 
 
 def digest(gradient: np.ndarray) -> np.ndarray:
@@ -388,7 +422,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
         elif "embed" in name or "wte" in name or "wpe" in name:
             new = 0.5 * noise
         else:
-            new = 1.5 * noise * min(weight.shape) ** -0.5
+            new = 1.5 * noise * min(weight.shape[-2:]) ** -0.5
         weight.data = new.bfloat16().float()
 
 
@@ -440,7 +474,11 @@ def language_model(model: Any, seed: int, config: dict[str, Any]) -> dict[str, n
         "prompts": tokens.numpy().astype(np.int32),
         "prompt_lengths": np.array(PROMPT_LENGTHS, np.int32),
         "greedy": greedy.astype(np.int32),
-    } | {f"gradient/{stored_name(name, config)}": digest(w.grad.numpy()) for name, w in model.named_parameters()}
+    } | {
+        f"gradient/{stored_name}": digest(gradient.numpy())
+        for name, weight in model.named_parameters()
+        for stored_name, gradient in stored(name, weight.grad, config).items()
+    }
 
 
 def classifier(model: Any, seed: int) -> dict[str, np.ndarray]:
@@ -471,7 +509,9 @@ def write(name: str, config: dict[str, Any]) -> None:
         golden = classifier(model, seed) if "ForSequence" in kind.__name__ else language_model(model, seed, config)
         seed += 1
     weights = {
-        stored_name(key, config): value.detach().bfloat16().contiguous() for key, value in model.named_parameters()
+        stored_name: piece.detach().bfloat16().contiguous()
+        for name, weight in model.named_parameters()
+        for stored_name, piece in stored(name, weight, config).items()
     }
     save_torch(weights, folder / "model.safetensors", metadata={"format": "pt"})
     save_file(golden, folder / "golden.safetensors", metadata={"transformers": transformers.__version__})

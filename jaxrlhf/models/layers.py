@@ -11,46 +11,19 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int, Int8, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxrlhf.models.activations import ACTIVATIONS
 from jaxrlhf.models.attention import attend, cudnn_attend, fits_cudnn
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.experts import Experts
 from jaxrlhf.models.packed import packed_product, unpack
 from jaxrlhf.models.placement import place
-from jaxrlhf.models.product import product
+from jaxrlhf.models.product import along_last, int8_product, product
 from jaxrlhf.models.rope import Rotation, rotate, rotate_queries
 from jaxrlhf.types import turned
 
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "relu": jax.nn.relu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-    "tanh": jnp.tanh,
-}
-
 NORMAL = nn.initializers.normal(0.02)
-
-
-def along_last(vector: Float[Array, " D"], like: Shaped[Array, "*lead D"]) -> Float[Array, "*ones D"]:
-    """Add leading axes of size 1 to a vector, to broadcast along the last axis of `like`."""
-    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
-
-
-def int8_product(
-    x: Float[Array, "*lead I"], kernel: Int8[Array, "O I"], scale: Float[Array, " O"]
-) -> Float[Array, "*lead O"]:
-    """x W in int8: `kernel` has W's columns as rows, with a scale each; each x is quantised by its absolute maximum.
-
-    Both operands are int8, because converting the weights at every use would cost more than it saves. Not
-    differentiable.
-    """
-    step = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-30) / 127
-    rounded = jnp.round(x / step).astype(jnp.int8)
-    y = jax.lax.dot_general(rounded, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-    return y.astype(jnp.float32) * step * along_last(scale, y)
 
 
 def dropout(x: Float[Array, "B T I"], keys: Key[Array, " B"], rate: float, site: str) -> Float[Array, "B T I"]:
@@ -241,5 +214,6 @@ class Block(nn.Module):
             norm("attention_norm", x), rotation, mask, scale, cache, slot, keys, layer
         )
         attended = added(x, norm("attention_post_norm", y))
-        inner = Mlp(m, name="mlp")(norm("mlp_norm", x if m.parallel_residual else attended), keys)
+        mlp_input = norm("mlp_norm", x if m.parallel_residual else attended)
+        inner = Experts(m, name="experts")(mlp_input) if m.num_experts else Mlp(m, name="mlp")(mlp_input, keys)
         return added(attended, norm("mlp_post_norm", inner)), cache

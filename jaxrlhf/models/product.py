@@ -1,11 +1,11 @@
-"""Mixed-precision matrix product, for the forward and the backward pass."""
+"""Matrix products: in mixed precision, for the forward and the backward pass, and in int8."""
 
 from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8, Shaped
 
 
 def product(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
@@ -44,3 +44,22 @@ def _product_backward(subscripts, dtype, residuals, cotangent):
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+def along_last(vector: Float[Array, " D"], like: Shaped[Array, "*lead D"]) -> Float[Array, "*ones D"]:
+    """Add leading axes of size 1 to a vector, to broadcast along the last axis of `like`."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def int8_product(
+    x: Float[Array, "*lead I"], kernel: Int8[Array, "O I"], scale: Float[Array, " O"]
+) -> Float[Array, "*lead O"]:
+    """x W in int8: `kernel` has W's columns as rows, with a scale each; each x is quantised by its absolute maximum.
+
+    Both operands are int8, because converting the weights at every use would cost more than it saves. Not
+    differentiable.
+    """
+    step = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-30) / 127
+    rounded = jnp.round(x / step).astype(jnp.int8)
+    y = jax.lax.dot_general(rounded, kernel, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    return y.astype(jnp.float32) * step * along_last(scale, y)

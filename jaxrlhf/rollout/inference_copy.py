@@ -112,7 +112,7 @@ def convert(
 def _converted(params: Params, model: ModelConfig, inference: ModelConfig) -> Params:
     if inference.kernels == "int8":  # merged all layers at once, as the int8 result is small
         return unstack(_int8(lora.merge(params, model)), model)
-    quantised = "codes" in params["layers"]["mlp"]["up"]
+    quantised = "codes" in params["layers"]["attention"]["q"]
     if "lora" in params or quantised:
         params = _merge_by_layer(params, model, inference.dtype)
     else:
@@ -166,7 +166,7 @@ def _int8(params: Params) -> Params:
     """
     quantised: Params = {}
     for name, value in params.items():
-        if name in ("positions", "score"):
+        if name in ("positions", "score", "router"):  # the choice of experts is not rounded
             quantised[name] = value
         elif isinstance(value, dict):
             quantised[name] = _int8(value)

@@ -19,6 +19,11 @@ def with_adapters(model: ModelConfig, lora: LoRA, added: tuple[int, ...] = ()) -
     if not lora.enabled:
         return model
     peft.modules(model, lora.target_modules)
+    if model.num_experts and lora.quantize != "none":
+        raise ConfigError(
+            f"lora.quantize is {lora.quantize}, and a {model.family} has experts, whose matrices cannot be quantised "
+            "yet; leave it at none (model.param_dtype: bfloat16 takes 2 bytes per weight)"
+        )
     if lora.layers and lora.layers[1] > model.num_layers:
         raise ConfigError(f"lora.layers is {list(lora.layers)}, and the model has {model.num_layers} layers")
     adapters = Adapters(lora.rank, lora.alpha, lora.use_rslora, lora.dropout, lora.layers, added)
@@ -36,7 +41,7 @@ def add_adapters(params: Params, model: ModelConfig, lora: LoRA, key: jax.Array)
 
 def quantize(params: Params, lora: LoRA) -> Params:
     """The base model as `lora.quantize` stores it; unchanged if it is quantized already."""
-    if lora.quantize == "none" or "codes" in params["layers"]["mlp"]["up"]:
+    if lora.quantize == "none" or "codes" in params["layers"]["attention"]["q"]:
         return params
     return jax.jit(lora_params.pack, static_argnames=("bits", "double"))(params, lora.quantize, lora.double_quant)
 

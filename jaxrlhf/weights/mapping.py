@@ -23,7 +23,7 @@ from jaxrlhf.models import ModelConfig
 from jaxrlhf.types import Params, leaf_at, set_leaf
 from jaxrlhf.weights import safetensors, writer
 from jaxrlhf.weights.families import tensor_names
-from jaxrlhf.weights.names import Tensor, tensors
+from jaxrlhf.weights.names import Index, Tensor, tensors
 from jaxrlhf.weights.safetensors import Entry
 
 # Constants that older versions of transformers stored with the weights: causal masks and rotary frequencies
@@ -33,7 +33,7 @@ _LM_HEAD = "lm_head.weight"
 
 def shape_of(tensor: Tensor, leaf: Any) -> tuple[int, ...]:
     """The stored shape of `tensor`, from the shape of its leaf."""
-    shape = list(leaf.shape[1:] if tensor.layer is not None else leaf.shape)
+    shape = list(leaf.shape[len(tensor.index) :])
     if tensor.part:
         shape[-1] = tensor.part.groups * sum(tensor.part.widths)
     return tuple(reversed(shape)) if tensor.transpose else tuple(shape)
@@ -105,7 +105,7 @@ def fill(
         leaf_tensors, shape = by_leaf[path], leaf_at(shapes, path).shape
         leaf_sharding = None if shardings is None else leaf_at(shardings, path)
         leaf_dtype = _stored_dtype(leaf_tensors, entries) if dtype == "auto" else np.dtype(dtype)
-        leaf = None if leaf_tensors[0].layer is None else jnp.zeros(shape, leaf_dtype, device=leaf_sharding)
+        leaf = jnp.zeros(shape, leaf_dtype, device=leaf_sharding) if leaf_tensors[0].index else None
         for tensor in leaf_tensors:
             entry = entries[tensor.name]
             if leaf_sharding is None or leaf_sharding.is_fully_addressable:
@@ -114,7 +114,7 @@ def fill(
                 piece = _to_device(safetensors.read(entry, buffer), tensor, leaf_sharding)
             else:
                 piece = _read_shards(entry, tensor, leaf_sharding)
-            leaf = _insert(leaf, piece, tensor.layer or 0, tensor.transpose, leaf_dtype, leaf_sharding)
+            leaf = _insert(leaf, piece, tensor.index, tensor.transpose, leaf_dtype, leaf_sharding)
             leaf.block_until_ready()  # `buffer` is overwritten next
         set_leaf(params, path, leaf)
     return params
@@ -158,7 +158,7 @@ def _to_device(array: np.ndarray, tensor: Tensor, leaf_sharding: NamedSharding |
 
 def _sharding_of(tensor: Tensor, ndim: int, leaf_sharding: NamedSharding) -> NamedSharding:
     """The sharding of a stored tensor that is split like its leaf."""
-    stacked = int(tensor.layer is not None)
+    stacked = len(tensor.index)
     axes = (*leaf_sharding.spec, *(None,) * (ndim + stacked - len(leaf_sharding.spec)))[stacked:]
     return NamedSharding(leaf_sharding.mesh, P(*(reversed(axes) if tensor.transpose else axes)))
 
@@ -190,12 +190,15 @@ def _read_shards(entry: Entry, tensor: Tensor, leaf_sharding: NamedSharding) -> 
 
 @partial(jax.jit, donate_argnums=0, static_argnames=("transpose", "dtype", "to"))
 def _insert(
-    leaf: Array | None, piece: Array, layer: int, transpose: bool, dtype: np.dtype, to: NamedSharding | None
+    leaf: Array | None, piece: Array, index: Index, transpose: bool, dtype: np.dtype, to: NamedSharding | None
 ) -> Array:
-    """Write a tensor into its layer of `leaf`, or make it the leaf if there is none."""
+    """Write a tensor into its layer (and expert) of `leaf`, or make it the leaf if there is none."""
     piece = (piece.T if transpose else piece).astype(dtype)
-    # copied even if it is the leaf: memory that jax does not own could not be donated to an update
-    whole = jnp.copy(piece) if leaf is None else jax.lax.dynamic_update_index_in_dim(leaf, piece, layer, 0)
+    if leaf is None:
+        whole = jnp.copy(piece)  # even so: memory that jax does not own could not be donated to an update
+    else:
+        stacked = piece.reshape((1,) * len(index) + piece.shape)
+        whole = jax.lax.dynamic_update_slice(leaf, stacked, (*index, *(0,) * piece.ndim))
     return whole if to is None else jax.lax.with_sharding_constraint(whole, to)
 
 
@@ -217,7 +220,7 @@ def _to_host(params: Params, parts: list[Tensor], dtype: np.dtype) -> np.ndarray
     joined = np.empty(())
     for tensor in parts:
         leaf = leaf_at(params, tensor.path)
-        array = sharding.fetch(leaf if tensor.layer is None else leaf[tensor.layer]).astype(dtype, copy=False)
+        array = sharding.fetch(leaf[tensor.index]).astype(dtype, copy=False)
         if tensor.part is None:
             joined = array
             break

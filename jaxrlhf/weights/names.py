@@ -10,6 +10,8 @@ from jaxrlhf.models.heads import MLP_SIZES
 from jaxrlhf.weights.families import tensor_names
 
 Path = tuple[str, ...]
+Index = tuple[int, ...]
+"""Position of a tensor in its leaf: () the leaf itself, (layer,) or (layer, expert)."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a folder: the leaf at `path`, or its layer `layer`, stored as it is or transposed."""
+    """One tensor of a folder: the part `index` of the leaf at `path`, stored as it is or transposed."""
 
     name: str
     path: Path
-    layer: int | None
+    index: Index
     transpose: bool
     part: Part | None = None  # along its last axis, for a tensor that joins several leaves
 
@@ -42,8 +44,8 @@ class Tensor:
 def tensors(model: ModelConfig) -> list[Tensor]:
     """All leaves of `init(model)` and all tensors of its folder.
 
-    A leaf stacked over layers has one entry per layer; a tensor that joins several leaves (GPT-2's c_attn) has one
-    entry per leaf.
+    A leaf stacked over layers (and experts) has one entry for each; a tensor that joins several leaves (GPT-2's c_attn)
+    has one entry per leaf.
     """
     return [*_decoder_tensors(model), *_head_tensors(model)]
 
@@ -77,20 +79,32 @@ def layer_prefix(model: ModelConfig, layer: int) -> str:
 
 def _decoder_tensors(model: ModelConfig) -> Iterator[Tensor]:
     names = tensor_names(model)
-    yield Tensor(f"{names.decoder}{names.embedding}.weight", ("embed", "embedding"), None, False)
+    yield Tensor(f"{names.decoder}{names.embedding}.weight", ("embed", "embedding"), (), False)
     if model.rope is None:
-        yield Tensor(f"{names.decoder}{names.positions}.weight", ("positions", "embedding"), None, False)
+        yield Tensor(f"{names.decoder}{names.positions}.weight", ("positions", "embedding"), (), False)
     for layer in range(model.num_layers):
         for module, (weight, has_bias) in _layer_modules(model).items():
             name, path = names.modules[module], ("layers", *module.split("/"))
             part, prefix = part_of(model, module), f"{layer_prefix(model, layer)}{name}"
             transpose = weight == "kernel" and names.transposed
-            yield Tensor(f"{prefix}.weight", (*path, weight), layer, transpose, part)
+            yield Tensor(f"{prefix}.weight", (*path, weight), (layer,), transpose, part)
             if has_bias:
-                yield Tensor(f"{prefix}.bias", (*path, "bias"), layer, False, part)
-    yield Tensor(f"{names.decoder}{names.final_norm}.weight", ("norm", "scale"), None, False)
+                yield Tensor(f"{prefix}.bias", (*path, "bias"), (layer,), False, part)
+        if model.num_experts:
+            yield from _expert_tensors(model, layer)
+    yield Tensor(f"{names.decoder}{names.final_norm}.weight", ("norm", "scale"), (), False)
     if model.norm == "layernorm":
-        yield Tensor(f"{names.decoder}{names.final_norm}.bias", ("norm", "bias"), None, False)
+        yield Tensor(f"{names.decoder}{names.final_norm}.bias", ("norm", "bias"), (), False)
+
+
+def _expert_tensors(model: ModelConfig, layer: int) -> Iterator[Tensor]:
+    names, prefix = tensor_names(model).modules, layer_prefix(model, layer)
+    yield Tensor(f"{prefix}{names['experts/router']}.weight", ("layers", "experts", "router", "kernel"), (layer,), True)
+    for module in ("gate", "up", "down"):
+        path = ("layers", "experts", module, "kernel")
+        for expert in range(model.num_experts):
+            name = names[f"experts/{module}"].format(expert)
+            yield Tensor(f"{prefix}{name}.weight", path, (layer, expert), True)
 
 
 def _layer_modules(model: ModelConfig) -> dict[str, tuple[str, bool]]:
@@ -104,17 +118,17 @@ def _layer_modules(model: ModelConfig) -> dict[str, tuple[str, bool]]:
         modules |= {"attention/q_norm": ("scale", False), "attention/k_norm": ("scale", False)}
     modules |= {"attention_post_norm": norm} if after else {}
     modules |= {"mlp_norm": norm} if before else {}
-    for name in ("gate", "up", "down") if model.gated_mlp else ("up", "down"):
-        modules[f"mlp/{name}"] = ("kernel", model.mlp_bias)
+    names = () if model.num_experts else ("gate", "up", "down") if model.gated_mlp else ("up", "down")
+    modules |= {f"mlp/{name}": ("kernel", model.mlp_bias) for name in names}
     return modules | ({"mlp_post_norm": norm} if after else {})
 
 
 def _head_tensors(model: ModelConfig) -> Iterator[Tensor]:
     if model.head == "lm" and not model.tie_embeddings:
-        yield Tensor(f"{tensor_names(model).lm_head}.weight", ("lm_head", "kernel"), None, True)
+        yield Tensor(f"{tensor_names(model).lm_head}.weight", ("lm_head", "kernel"), (), True)
     if model.head == "linear":
-        yield Tensor("score.weight", ("score", "kernel"), None, True)
+        yield Tensor("score.weight", ("score", "kernel"), (), True)
     if model.head == "mlp":  # transformers has no such head: the names are jaxrlhf's own
         for i in range(len(MLP_SIZES) + 1):
-            yield Tensor(f"score.dense_{i}.weight", ("score", f"dense_{i}", "kernel"), None, True)
-            yield Tensor(f"score.dense_{i}.bias", ("score", f"dense_{i}", "bias"), None, False)
+            yield Tensor(f"score.dense_{i}.weight", ("score", f"dense_{i}", "kernel"), (), True)
+            yield Tensor(f"score.dense_{i}.bias", ("score", f"dense_{i}", "bias"), (), False)

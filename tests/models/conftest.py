@@ -55,7 +55,7 @@ def load(name: str) -> Case:
 def params_from(model: ModelConfig, named: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The parameter tree; fails if a tensor or a leaf is left over, or a shape is wrong."""
     abstract = jax.eval_shape(lambda key: models.init(model, key), jax.random.key(0))
-    found: dict[tuple[str, ...], dict[int | None, np.ndarray]] = {}
+    found: dict[tuple[str, ...], dict[tuple[int, ...], np.ndarray]] = {}
     used = set()
     for tensor in names.tensors(model):
         array = np.asarray(named[tensor.name])
@@ -65,15 +65,16 @@ def params_from(model: ModelConfig, named: Mapping[str, np.ndarray]) -> dict[str
             groups = array.reshape(*array.shape[:-1], tensor.part.groups, -1)
             blocks = np.split(groups, np.cumsum(tensor.part.widths)[:-1], axis=-1)
             array = blocks[tensor.part.number].reshape(*array.shape[:-1], -1)
-        found.setdefault(tensor.path, {})[tensor.layer] = array
+        found.setdefault(tensor.path, {})[tensor.index] = array
     assert used == set(named), used ^ set(named)
     tree: dict[str, Any] = {}
-    for path, layers in found.items():
+    for path, pieces in found.items():
         here = tree
         for key in path[:-1]:
             here = here.setdefault(key, {})
-        stacked = layers[None] if None in layers else np.stack([layers[i] for i in range(model.num_layers)])
-        here[path[-1]] = jnp.asarray(stacked)
+        lead = tuple(max(index[axis] for index in pieces) + 1 for axis in range(len(next(iter(pieces)))))
+        stacked = np.stack([pieces[index] for index in np.ndindex(*lead)])
+        here[path[-1]] = jnp.asarray(stacked.reshape(*lead, *stacked.shape[1:]))
     assert jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, abstract)
     return tree
 
@@ -86,7 +87,7 @@ def named_from(model: ModelConfig, tree: Mapping[str, Any]) -> dict[str, np.ndar
         leaf: Any = tree
         for key in tensor.path:
             leaf = leaf[key]
-        array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+        array = np.asarray(leaf[tensor.index])
         number, groups = (tensor.part.number, tensor.part.groups) if tensor.part else (0, 1)
         block = array.reshape(*array.shape[:-1], groups, -1)
         parts.setdefault(tensor.name, []).append((number, block))

@@ -3,6 +3,7 @@ import json
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 
 from jaxrlhf import models
@@ -210,6 +211,75 @@ MINISTRAL_3B = {
 }
 
 
+QWEN3_30B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+OLMOE = {
+    "architectures": ["OlmoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "clip_qkv": None,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "max_position_embeddings": 4096,
+    "model_type": "olmoe",
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 16,
+    "output_router_logits": False,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "router_aux_loss_coef": 0.01,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 50304,
+}
+
+
+def test_mixtures_of_experts_from_the_hub():
+    qwen = parse(QWEN3_30B)
+    assert (qwen.num_experts, qwen.experts_per_token, qwen.mlp_size, qwen.head_dim) == (128, 8, 768, 128)
+    assert qwen.normalise_expert_shares and qwen.router_aux_coef == 0 and qwen.sliding_window is None
+    assert parse(QWEN3_30B, output_router_logits=True).router_aux_coef == 0.001
+    assert sum(1 for _ in names.tensors(qwen)) == 3 + 48 * (9 + 3 * 128)
+    olmoe = parse(OLMOE)
+    assert (olmoe.num_experts, olmoe.experts_per_token, olmoe.mlp_size, olmoe.norm_eps) == (64, 8, 1024, 1e-5)
+    assert olmoe.qk_norm_over == "all_heads" and not olmoe.normalise_expert_shares
+
+
 def test_phi3_from_the_hub():
     short = parse(PHI3_MINI_4K)
     assert (short.head_dim, short.sliding_window, short.max_positions) == (96, 2047, 4096)
@@ -411,6 +481,12 @@ def test_classifiers():
         (PHI3_MINI_4K, stretched("linear", factor=2.0), "'linear' is not supported; supported are default, longrope"),
         (PHI4_MINI, {"partial_rotary_factor": 0.5}, "short_factor is .*a list of 32 numbers"),
         (PHI4_MINI, {"original_max_position_embeddings": None} | stretched("longrope", **LONGROPE), "4096 at the top"),
+        (QWEN3_30B, {"mlp_only_layers": [0]}, "mlp_only_layers"),
+        (QWEN3_30B, {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        (QWEN3_30B, {"num_experts": 4}, r"num_experts_per_tok is 8; expected at most num_experts \(4\)"),
+        (QWEN3_30B, {"n_shared_experts": 1}, "n_shared_experts is 1.*shared experts"),
+        (QWEN3_30B, {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'; expected one of softmax"),
+        (OLMOE, {"clip_qkv": 8.0}, "clip_qkv"),
         (PYTHIA_70M, {"rotary_pct": 1.5}, "rotary_pct is 1.5; expected at most 1.0"),
         (PYTHIA_70M, {"rotary_pct": 0.05}, "would turn 3 of the 64 components"),
         (PYTHIA_70M, {"num_attention_heads": 7}, "hidden_size is 512; expected a multiple"),
@@ -519,11 +595,13 @@ def test_every_leaf_has_its_tensors(case):
     shapes, covered = leaves(model), {}
     for tensor in names.tensors(model):
         assert tensor.path in shapes
-        covered.setdefault(tensor.path, []).append(tensor.layer)
-        assert tensor.transpose <= (len(shapes[tensor.path]) - (tensor.layer is not None) == 2)
+        covered.setdefault(tensor.path, []).append(tensor.index)
+        assert tensor.transpose <= (len(shapes[tensor.path]) - len(tensor.index) == 2)
     assert covered.keys() == shapes.keys()
     for path, found in covered.items():
-        assert found == (list(range(model.num_layers)) if path[0] == "layers" else [None])
+        lead = len(found[0])
+        assert lead == (path[0] == "layers") + (path[1:2] == ("experts",) and path[2] != "router")
+        assert found == list(np.ndindex(*shapes[path][:lead]))
     by_name = {}
     for tensor in names.tensors(model):
         by_name.setdefault(tensor.name, []).append(tensor.part)

@@ -27,6 +27,7 @@ TARGETS = {
     "gpt2": ["c_attn", "c_proj"],
     "gpt_neox": ["query_key_value", "dense_4h_to_h"],
     "phi3": ["qkv_proj", "gate_up_proj", "o_proj"],
+    "qwen3_moe": ["q_proj", "o_proj"],
 }
 LLAMA = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -47,6 +48,7 @@ CONFIGS = {
     "granite": LLAMA | {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     "gpt_neox": {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"},
     "phi3": LLAMA | {"pad_token_id": 0, "eos_token_id": 2},
+    "qwen3_moe": LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
 }
 FAMILIES = list(CONFIGS)
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -141,6 +143,7 @@ BY_FAMILY = list(OPTIONS)[: list(OPTIONS).index("dropout")]  # the others do not
     [
         *((f, o) for f in ("gpt2", "qwen2") for o in BY_FAMILY),
         *((f, o) for f in ("gpt_neox", "phi3") for o in ("plain", "dora", "all-linear", "tokens")),
+        ("qwen3_moe", "all-linear"),
         *(("llama", o) for o in OPTIONS),
         *(("gemma3_text", o) for o in ("plain", "tokens", "tied tokens")),  # the embedding is scaled
         ("olmo2", "dora"),

@@ -63,7 +63,7 @@ def test_no_other_bytes_are_read(files, bytes_read, index):
     assert len(bytes_read) == (1 if array[index].shape[1] == 6 else len(array[index]))  # whole rows at once
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama", "llama-score", "phi3", "qwen2"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama", "llama-score", "phi3", "qwen2", "qwen3_moe"])
 @pytest.mark.parametrize("shape", [config.Mesh(data=1, fsdp=4, tensor=2), config.Mesh(data=4, fsdp=2)])
 def test_shards_are_those_of_the_whole_tensor(name, shape, bytes_read):
     folder, mesh = FIXTURES / name, sharding.make_mesh(shape)

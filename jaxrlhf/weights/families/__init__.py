@@ -10,7 +10,20 @@ from typing import Any
 
 from jaxrlhf.errors import DataError
 from jaxrlhf.models import ModelConfig, for_length
-from jaxrlhf.weights.families import gemma, gpt2, gpt_neox, granite, llama, ministral3, multimodal, olmo, phi3, smollm3
+from jaxrlhf.weights.families import (
+    gemma,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    ministral3,
+    multimodal,
+    olmo,
+    olmoe,
+    phi3,
+    qwen3_moe,
+    smollm3,
+)
 from jaxrlhf.weights.families.base import Family, TensorNames
 from jaxrlhf.weights.fields import Fields
 from jaxrlhf.weights.rope import TOP_LEVEL
@@ -18,7 +31,7 @@ from jaxrlhf.weights.rope import TOP_LEVEL
 ADD_EOS = "score_add_eos"
 """Key of a reward model's config.json: whether an end token follows every completion that it reads. Absent: those that
 ended by themselves. It is not kept when the model is written again, because it belongs to the stored head."""
-_MODULES = gpt2, llama, gemma, olmo, smollm3, granite, phi3, gpt_neox, ministral3
+_MODULES = gpt2, llama, gemma, olmo, smollm3, granite, phi3, gpt_neox, ministral3, qwen3_moe, olmoe
 FAMILIES: dict[str, Family] = {name: family for module in _MODULES for name, family in module.FAMILIES.items()}
 
 
@@ -100,7 +113,7 @@ def render(model: ModelConfig, original: dict, stored_dtype: str | None = None) 
         config = {key: value for key, value in original.items() if key not in dropped} | changed
     if stored_dtype is not None:
         config["dtype" if "dtype" in config else "torch_dtype"] = stored_dtype
-    execution = "platform", "dtype", "remat", "mesh", "attention", "adapters"
+    execution = "platform", "dtype", "remat", "mesh", "attention", "adapters", "router_aux_coef"
     not_in_file = {name: getattr(model, name) for name in execution}
     if replace(parse(config, "the config.json to write"), **not_in_file) != model:
         raise DataError(f"a config.json of model_type {model.family} cannot describe this model: {model}")

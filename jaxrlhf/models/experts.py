@@ -1,0 +1,182 @@
+"""Mixture of experts: a router that picks a few of many gated MLPs for every token (Shazeer et al. 2017).
+
+Every token gets its experts, whatever the other tokens get: there is no capacity beyond which tokens are dropped, so a
+token's result does not depend on padding or on its batch. Tokens are sorted by expert, and those of each expert are
+filled up to whole blocks; a block is multiplied by the weights of one expert. The shapes do not depend on what the
+router decides, and the work is that of the chosen experts and of less than one block more for each expert.
+"""
+
+from functools import partial
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxrlhf.models.activations import ACTIVATIONS
+from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.placement import row_axes
+from jaxrlhf.models.product import int8_product, product
+from jaxrlhf.types import Params
+
+LARGEST_BLOCK = 256  # rows
+
+
+class Experts(nn.Module):
+    """Router and gated MLPs in place of `Mlp`, with kernels [E, in, out].
+
+    Sows the router's probabilities [B, T, E] into the collection "router" where it is mutable.
+    """
+
+    model: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        m, width = self.model, x.shape[-1]
+        router = _Kernel((width, m.num_experts), name="router")()["kernel"]
+        # the input is not rounded, as that could change the choice of experts; the weight is, as in an inference copy
+        router = router.astype(m.dtype).astype(jnp.float32)
+        probabilities = jax.nn.softmax(product("btd,de->bte", x, router, "float32"), axis=-1)
+        self.sow("router", "probabilities", probabilities)
+        shares, chosen = jax.lax.top_k(probabilities, m.experts_per_token)
+        if m.normalise_expert_shares:
+            shares = shares / jnp.sum(shares, axis=-1, keepdims=True)
+        inward, outward = (m.num_experts, width, m.mlp_size), (m.num_experts, m.mlp_size, width)
+        int8 = m.kernels == "int8"
+        weights = {name: _Kernel(inward, int8, name=name)() for name in ("gate", "up")}
+        weights["down"] = _Kernel(outward, int8, name="down")()
+        return _mixed_on_mesh(m, x, shares, chosen, weights)
+
+
+class _Kernel(nn.Module):
+    """Kernels [..., in, out], or their int8 form [..., out, in] with a scale for each output."""
+
+    shape: tuple[int, ...]
+    int8: bool = False
+
+    @nn.compact
+    def __call__(self) -> Params:
+        if not self.int8:
+            return {"kernel": self.param("kernel", nn.initializers.normal(0.02), self.shape)}
+        *lead, inputs, outputs = self.shape
+        kernel = self.param("kernel", nn.initializers.zeros, (*lead, outputs, inputs), jnp.int8)
+        return {"kernel": kernel, "scale": self.param("scale", nn.initializers.ones, (*lead, outputs))}
+
+
+def _mixed_on_mesh(m: ModelConfig, x: Array, shares: Array, chosen: Array, weights: Params) -> Array:
+    """`_mixed`, on the mesh of the model: each device sorts its own rows, and has a share of every expert's width."""
+    mixed = partial(_mixed, activation=m.activation, dtype=m.dtype)
+    if m.mesh is None or m.mesh.size == 1:
+        return mixed(x, shares, chosen, weights)
+    sizes, rows = m.mesh.shape, row_axes(m.mesh)
+    split = len(x) % (m.mesh.size // sizes["tensor"]) == 0
+    by_row = P(rows if split else None)
+    width = "tensor" if m.mlp_size % sizes["tensor"] == 0 else None
+    kernel_specs = {"gate": P(None, None, width), "up": P(None, None, width), "down": P(None, width)}
+    if m.kernels == "int8":
+        kernel_specs = {"gate": P(None, width), "up": P(None, width), "down": P(None, None, width)}
+    scale_specs = {"gate": P(None, width), "up": P(None, width), "down": P()}
+    specs = {
+        name: {"kernel": kernel_specs[name]} | ({"scale": scale_specs[name]} if "scale" in weight else {})
+        for name, weight in weights.items()
+    }
+
+    def local(x: Array, shares: Array, chosen: Array, weights: Params) -> Array:
+        y = mixed(x, shares, chosen, weights)
+        return y if width is None else jax.lax.psum(y, width)
+
+    on_mesh = jax.shard_map(
+        local, mesh=m.mesh, in_specs=(by_row, by_row, by_row, specs), out_specs=by_row, check_vma=False
+    )
+    return on_mesh(x, shares, chosen, weights)
+
+
+def _mixed(
+    x: Float[Array, "B T D"],
+    shares: Float[Array, "B T k"],
+    chosen: Int[Array, "B T k"],
+    weights: Params,
+    *,
+    activation: str,
+    dtype: str,
+) -> Float[Array, "B T D"]:
+    """Sum of the outputs of every token's chosen experts, times their shares."""
+    experts, k, width = len(weights["gate"]["kernel"]), chosen.shape[-1], x.shape[-1]
+    expert = chosen.reshape(-1)  # of every choice of every token
+    mean = max(len(expert) // experts, 1)
+    block = min(max(8, 1 << (mean - 1).bit_length()), LARGEST_BLOCK)
+    blocks = -(-len(expert) // block) + experts  # no choice needs more
+    counts = jnp.bincount(expert, length=experts)
+    in_blocks = -(-counts // block) * block
+    ends = jnp.cumsum(in_blocks)
+    order = jnp.argsort(expert, stable=True)
+    ordered = expert[order]
+    rank = jnp.arange(len(expert)) - (jnp.cumsum(counts) - counts)[ordered]
+    row = jnp.zeros_like(expert).at[order].set((ends - in_blocks)[ordered] + rank, unique_indices=True)
+    # by rows that are all different, so that the gradients are no sums in an order that is not fixed
+    repeated = jnp.repeat(x.reshape(-1, width), k, axis=0)
+    filled = jnp.zeros((blocks * block, width), x.dtype).at[row].set(repeated, unique_indices=True)
+    expert_of_block = jnp.searchsorted(ends, jnp.arange(blocks) * block, side="right").clip(max=experts - 1)
+    y = cast(Array, _blocks(filled.reshape(blocks, block, width), expert_of_block, weights, activation, dtype))
+    y = y.reshape(-1, width).at[row].get(unique_indices=True, mode="promise_in_bounds")
+    return jnp.sum(y.reshape(*chosen.shape, width) * shares[..., None], axis=-2)
+
+
+def _expert(x: Float[Array, "b D"], weights: Params, activation: str, dtype: str) -> Float[Array, "b D"]:
+    """One gated MLP."""
+
+    def times(x: Array, weight: Params) -> Array:
+        if "scale" in weight:
+            return int8_product(x, weight["kernel"], weight["scale"])
+        return product("bi,io->bo", x, weight["kernel"], dtype)
+
+    return times(ACTIVATIONS[activation](times(x, weights["gate"])) * times(x, weights["up"]), weights["down"])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _blocks(
+    x: Float[Array, "blocks b D"], expert: Int[Array, " blocks"], weights: Params, activation: str, dtype: str
+) -> Float[Array, "blocks b D"]:
+    """Each block through its expert."""
+    weights = _rounded(weights, dtype)
+
+    def step(carry: None, block: tuple[Array, Array]) -> tuple[None, Array]:
+        return None, _expert(block[0], _of(block[1], weights), activation, dtype)
+
+    return jax.lax.scan(step, None, (x, expert))[1]
+
+
+def _blocks_forward(x, expert, weights, activation, dtype):
+    return _blocks(x, expert, weights, activation, dtype), (x, expert, weights)
+
+
+def _blocks_backward(activation, dtype, residuals, cotangent):
+    # By jax's own rule, every block would add a gradient of all experts, nearly all of it zero.
+    x, expert, weights = residuals
+    rounded = _rounded(weights, dtype)
+
+    def step(sums, block):
+        x, expert, cotangent = block
+        # in float32, as the gradient of a weight would be rounded to the dtype of the weight
+        of_expert = jax.tree.map(lambda w: w.astype(jnp.float32), _of(expert, rounded))
+        _, pull = jax.vjp(lambda x, weights: _expert(x, weights, activation, dtype), x, of_expert)
+        grad_x, grads = pull(cotangent)
+        return jax.tree.map(lambda total, grad: total.at[expert].add(grad), sums, grads), grad_x
+
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+    sums, grad_x = jax.lax.scan(step, zeros, (x, expert, cotangent))
+    return grad_x, None, jax.tree.map(lambda total, w: total.astype(w.dtype), sums, weights)
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def _rounded(weights: Params, dtype: str) -> Params:
+    """Kernels in the dtype of products, so that a block does not convert them again; int8 as it is."""
+    return jax.tree.map(lambda w: w.astype(dtype) if w.ndim == 3 and w.dtype != jnp.int8 else w, weights)
+
+
+def _of(expert: Array, weights: Params) -> Params:
+    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, expert, keepdims=False), weights)

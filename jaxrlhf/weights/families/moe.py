@@ -1,0 +1,45 @@
+"""What the families with mixtures of experts share: the router's options in config.json and the tensors' names."""
+
+from dataclasses import replace
+from typing import Any
+
+from jaxrlhf.weights.families.base import Key, TensorNames
+from jaxrlhf.weights.fields import Fields
+
+KEYS = {
+    "experts_per_token": Key("num_experts_per_tok", Fields.integer, 8),
+    "normalise_expert_shares": Key("norm_topk_prob", Fields.boolean, False),
+}
+_MODULES = {
+    "experts/router": "mlp.gate",
+    "experts/gate": "mlp.experts.{}.gate_proj",
+    "experts/up": "mlp.experts.{}.up_proj",
+    "experts/down": "mlp.experts.{}.down_proj",
+}
+# of other routers: transformers would ignore them here, but a file that has them means another model
+_SHARED = ("n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size", "shared_intermediate_size")
+_GROUPED = ("n_group", "topk_group", "moe_router_enable_expert_bias", "e_score_correction_bias")
+
+
+def with_experts(tensors: TensorNames) -> TensorNames:
+    """The names of a family whose layers have experts in place of an MLP."""
+    kept = {module: name for module, name in tensors.modules.items() if not module.startswith("mlp/")}
+    return replace(tensors, modules=kept | _MODULES)
+
+
+def parse_router(fields: Fields, values: dict[str, Any], *, experts: int, aux_coef: float) -> dict[str, Any]:
+    """`num_experts` and `router_aux_coef`, whose defaults are given. Raises DataError for another kind of router."""
+    for key in _SHARED:
+        fields.refuse_if_set(key, "shared experts are not implemented")
+    for key in _GROUPED:
+        fields.refuse_if_set(key, "only a router that takes the top experts of a softmax is implemented")
+    fields.choice("scoring_func", ("softmax",))
+    fields.refuse_if_set("mlp_only_layers", "only models with experts in every layer are supported")
+    if fields.integer("decoder_sparse_step", 1) != 1:
+        fields.refuse("decoder_sparse_step", "1: only models with experts in every layer are supported")
+    key = "num_local_experts" if fields.has("num_local_experts") else "num_experts"
+    count = fields.integer(key, experts)
+    if values["experts_per_token"] > count:
+        fields.refuse("num_experts_per_tok", f"at most {key} ({count})")
+    coef = fields.number("router_aux_loss_coef", aux_coef, least=0.0)
+    return {"num_experts": count, "router_aux_coef": coef if fields.boolean("output_router_logits", False) else 0.0}

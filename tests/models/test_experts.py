@@ -1,0 +1,139 @@
+"""Mixtures of experts against a loop over tokens and experts, alone and on a mesh."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import config, models, sharding
+from jaxrlhf.models import experts
+from jaxrlhf.rollout.inference_copy import inference_copy
+
+B, T = 8, 9
+
+
+@pytest.fixture(scope="module")
+def model(make):
+    return make(
+        family="qwen3_moe", num_experts=6, experts_per_token=3, normalise_expert_shares=True, mlp_size=8, hidden_size=16
+    )
+
+
+@pytest.fixture(scope="module")
+def weights(model):
+    generator = np.random.default_rng(0)
+    shapes = jax.eval_shape(experts.Experts(model).init, jax.random.key(0), jnp.zeros((1, 1, 16)))["params"]
+    return jax.tree.map(lambda x: generator.normal(0, 0.4, x.shape).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def x():
+    return np.random.default_rng(1).normal(size=(B, T, 16)).astype(np.float32)
+
+
+def by_hand(weights, x, k, normalise):
+    """In float64, token by token."""
+    kernels = {name: tree["kernel"].astype(np.float64) for name, tree in weights.items()}
+    y = np.zeros(x.shape)
+    for at in np.ndindex(x.shape[:2]):
+        token = x[at].astype(np.float64)
+        scores = np.exp(token @ kernels["router"])
+        scores /= scores.sum()
+        chosen = np.argsort(-scores)[:k]
+        for expert in chosen:
+            gate, up = token @ kernels["gate"][expert], token @ kernels["up"][expert]
+            out = (gate / (1 + np.exp(-gate)) * up) @ kernels["down"][expert]
+            y[at] += scores[expert] / (scores[chosen].sum() if normalise else 1) * out
+    return y
+
+
+def run(model, weights, x):
+    return experts.Experts(model).apply({"params": jax.tree.map(jnp.asarray, weights)}, jnp.asarray(x))
+
+
+@pytest.mark.parametrize(("k", "normalise"), [(1, False), (3, True), (6, False)])
+def test_a_token_gets_the_sum_of_its_experts(model, weights, x, k, normalise):
+    model = dataclasses.replace(model, experts_per_token=k, normalise_expert_shares=normalise)
+    np.testing.assert_allclose(run(model, weights, x), by_hand(weights, x, k, normalise), atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_is_dropped_if_all_tokens_want_the_same_experts(model, weights, x):
+    router = weights["router"]["kernel"].copy()
+    router[:, 4] = 10 * np.abs(router[:, 4])
+    one_sided = {**weights, "router": {"kernel": router}}
+    positive = np.abs(x)
+    np.testing.assert_allclose(
+        run(model, one_sided, positive), by_hand(one_sided, positive, 3, True), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_a_token_does_not_depend_on_the_others(model, weights, x):
+    together = run(model, weights, x)
+    alone = run(model, weights, x[2:3, 5:6])
+    np.testing.assert_allclose(alone[0, 0], together[2, 5], atol=1e-5)
+    others = np.where(np.arange(T)[:, None] == 5, x, 100.0)
+    np.testing.assert_allclose(run(model, weights, others)[2, 5], together[2, 5], atol=1e-5)
+
+
+def dense(model, weights, x):
+    """All experts for all tokens, times a share that is 0 for most."""
+    probabilities = jax.nn.softmax(jnp.einsum("btd,de->bte", x, weights["router"]["kernel"]))
+    least = jnp.sort(probabilities)[..., -model.experts_per_token][..., None]
+    shares = jnp.where(probabilities >= least, probabilities, 0)
+    shares = shares / shares.sum(-1, keepdims=True)
+    gate, up = (jnp.einsum("btd,edf->btef", x, weights[name]["kernel"]) for name in ("gate", "up"))
+    return jnp.einsum("btef,efd,bte->btd", jax.nn.silu(gate) * up, weights["down"]["kernel"], shares)
+
+
+def gradients(function, model, weights, x):
+    return jax.jit(jax.grad(lambda w, x: jnp.sum(jnp.sin(function(model, w, x))), (0, 1)))(weights, x)
+
+
+def test_gradients_are_those_of_all_experts_for_all_tokens(model, weights, x):
+    ours, expected = (gradients(function, model, weights, x) for function in (run, dense))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4), ours, expected)
+
+
+def test_gradient_of_a_stored_expert_keeps_its_precision(model, weights, x):
+    """In bfloat16 products, the gradient of a float32 weight is a float32 sum, as that of any kernel."""
+    half = dataclasses.replace(model, dtype="bfloat16")
+    grads, _ = gradients(run, half, weights, x)
+    kernel = grads["down"]["kernel"]
+    assert kernel.dtype == jnp.float32
+    assert not np.array_equal(kernel, kernel.astype(jnp.bfloat16).astype(np.float32))
+
+
+@pytest.mark.parametrize("shape", [config.Mesh(data=2, fsdp=2, tensor=2), config.Mesh(data=1, fsdp=8)])
+def test_a_mesh_changes_nothing(model, weights, x, shape):
+    mesh = sharding.make_mesh(shape)
+    on_mesh = dataclasses.replace(model, mesh=mesh)
+    stacked = {"layers": {"experts": jax.tree.map(lambda w: w[None], weights)}}
+    places = sharding.shardings(stacked, mesh)["layers"]["experts"]
+    split = places["gate"]["kernel"].spec
+    assert "fsdp" in split and ("tensor" in split or shape.tensor == 1)
+    placed = jax.tree.map(lambda w, place: jax.device_put(w[None], place)[0], weights, places)
+    rows = jax.device_put(x, jax.sharding.NamedSharding(mesh, sharding.ROWS))
+    found = jax.jit(partial(run, on_mesh))(placed, rows)
+    np.testing.assert_allclose(found, run(model, weights, x), atol=1e-5, rtol=1e-5)
+    ours, expected = gradients(run, on_mesh, placed, rows), gradients(run, model, weights, x)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4), ours, expected)
+
+
+def test_decoding_with_a_cache_equals_forward_in_every_copy(model, big_weights, padded):
+    params = big_weights(model)
+    params["layers"]["experts"] = jax.tree.map(lambda w: w / 2, params["layers"]["experts"])
+    tokens, mask = padded([np.arange(1, 7), np.arange(3, 6)], "left", 7)
+    whole = jax.jit(models.forward, static_argnums=1)(params, model, tokens, mask)
+    for dtype, tolerance in (("float32", 1e-4), ("int8", 0.2)):
+        inference, copy = inference_copy(model, params, dtype)
+        cache = models.empty_cache(inference, 2, 7)
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+        step = jax.jit(models.forward_cached, static_argnums=1)
+        first, cache = step(copy, inference, tokens[:, :6], mask[:, :6], positions[:, :6], cache, 0)
+        last, _ = step(copy, inference, tokens[:, 6:], mask[:, 6:], positions[:, 6:], cache, 6)
+        found = np.concatenate([first, last], axis=1)
+        real = np.asarray(mask)
+        assert np.abs(found - whole)[real].mean() < tolerance
