@@ -219,7 +219,7 @@ class TrainState:
     params: dict[str, Params]  # by role ("policy", "critic", "reward"): trainable parameters only
     opt_state: dict[str, Any]  # by role
     kl_coef: Array  # f32 []
-    score_stats: Any = None  # PPO, GRPO: algorithms.scores.ScoreStats
+    score_stats: Any = None  # PPO, GRPO: algorithms.scores.ScoreStats; bco_pair: algorithms.dpo.RunningMean
     reference: Params | None = None  # parameters of a reference that moves
     entropy: Any = None  # GRPO: algorithms.entropy.EntropyControl
     replay: Experience | None = None  # PPO: the last n experiences [n, B, ...]; that of update u is at u % n

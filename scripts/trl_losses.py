@@ -6,7 +6,10 @@ stand-in for the trainer; B pairs, log-probs of whole responses:
     chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens    [B]
     scores                      [2, B]     of a reward model, (chosen, rejected)
     margins, kl_logprobs, ref_kl_logprobs    [B]
+    tokens, mask [2 B, T], logits [2 B, T, V]      of the policy
+    running_means               [3]        of BCO's statistics, after each 3 of kl_logprobs
     loss/CASE                   []
+    token-gradient/CASE         [2 B, T - 1]    by the log-probs of tokens
     gradient/CASE               [2, B]     by the log-probs, or scores, of (chosen, rejected)
     metric/CASE/NAME            []         as TRL logs it
 
@@ -24,9 +27,11 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import trl  # pyright: ignore[reportMissingImports]
 from safetensors.numpy import save_file
+from trl.experimental.bco.bco_trainer import BCOTrainer, RunningMoments  # pyright: ignore[reportMissingImports]
 from trl.experimental.cpo import CPOTrainer  # pyright: ignore[reportMissingImports]
 from trl.experimental.orpo import ORPOTrainer  # pyright: ignore[reportMissingImports]
 from trl.trainer import dpo_trainer, kto_trainer, reward_trainer  # pyright: ignore[reportMissingImports]
+from trl.trainer.sft_trainer import dft_loss  # pyright: ignore[reportMissingImports]
 
 FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "tests" / "fixtures"
 B, T, V = 8, 8, 9
@@ -34,12 +39,17 @@ BETA, GAMMA, TAU = 0.3, 0.4, 0.05
 METRICS = ("rewards/", "logps/", "kl", "log_odds", "accuracy", "margin", "mean_reward")
 DPO_CASES: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("sigmoid", "hinge", "ipo", "nca_pair", "sppo_hard", "aot", "aot_unpaired")},
-    **{name: {} for name in ("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")},
+    **{name: {} for name in ("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "bco_pair")},
+    "sigmoid-wpo": {"use_weighting": True},
+    "sigmoid-ld": {"ld_alpha": 0.4},
+    "sigmoid-several": {"loss_types": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
     **{f"{name}-smooth": {"label_smoothing": 0.2} for name in ("sigmoid", "robust", "exo_pair", "aot")},
     **{f"sigmoid-{name}": {"f_divergence_type": name} for name in ("forward_kl", "js_divergence")},
     "discopop-far": {},  # with chosen responses of almost zero probability
     "sigmoid-alpha": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
 }
+BY_TOKEN = ("sft", "sigmoid-ld")  # the gradient differs between the tokens of a response; that of sft is not recorded
+BASELINE = 0.15
 CPO_CASES: dict[str, dict[str, Any]] = {
     "cpo": {"loss_type": "sigmoid"},
     "cpo-smooth": {"loss_type": "sigmoid", "label_smoothing": 0.2},
@@ -122,21 +132,30 @@ def main() -> None:
 
     for name, changes in DPO_CASES.items():
         settings = {"f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5} | changes
-        stub = trainer(
-            ld_alpha=None,
-            precompute_ref_logps=True,
-            use_weighting=False,
-            loss_types=[name.split("-")[0]],
-            loss_weights=[1.0],
-            args=types.SimpleNamespace(discopop_tau=TAU),
-            **settings,
-        )
+        plain = {"ld_alpha": None, "use_weighting": False, "loss_types": [name.split("-")[0]], "loss_weights": [1.0]}
+        stub = trainer(precompute_ref_logps=True, args=types.SimpleNamespace(discopop_tau=TAU), **plain | settings)
         inputs = batch.inputs(everything) | {"ref_chosen_logps": batch.ref[:B], "ref_rejected_logps": batch.ref[B:]}
         if name == "discopop-far":
             inputs["ref_chosen_logps"] = batch.ref[:B] + 1000
         loss = dpo_trainer.DPOTrainer._compute_loss(stub, model, inputs, False)
         loss.backward()
-        record(name, stub, loss, None if name == "sft" else batch.gradient(seen[-1]), changes)
+        record(name, stub, loss, None if name in BY_TOKEN else batch.gradient(seen[-1]), changes)
+        if name in BY_TOKEN and name != "sft":
+            found[f"token-gradient/{name}"] = seen[-1].grad.numpy()
+
+    stub = trainer(running=types.SimpleNamespace(mean=BASELINE), match_underlying_distribution=False)
+    logprobs = batch.logprobs.clone().requires_grad_()
+    sides = logprobs[:B], logprobs[B:], batch.ref[:B], batch.ref[B:], None, None
+    loss = BCOTrainer.bco_loss(stub, *sides, do_train=False)[0].mean()
+    record("bco", stub, loss, torch.autograd.grad(loss, logprobs)[0].numpy(), {"baseline": BASELINE})
+    moments = RunningMoments(types.SimpleNamespace(use_distributed=False))
+    means = [moments.mean for part in batch.kl.split(3) if moments.update(part)]
+    found["running_means"] = np.array(means, np.float32)
+
+    labels = torch.where(batch.mask.bool(), batch.tokens, -100)
+    loss = dft_loss(types.SimpleNamespace(logits=batch.logits), labels)
+    found["loss/dft"] = loss.detach().numpy()
+    found["gradient/dft-logits"] = torch.autograd.grad(loss, batch.logits)[0].numpy()
 
     logprobs = batch.logprobs.clone().requires_grad_()
     for name, settings in CPO_CASES.items():
@@ -173,6 +192,7 @@ def main() -> None:
         record(name, stub, loss, gradient, {"center_rewards_coefficient": centre})
 
     arrays = {"scores": batch.scores.detach().reshape(2, B), "margins": batch.margins}
+    arrays |= {"logits": batch.logits.detach(), "tokens": batch.tokens.int(), "mask": batch.mask.bool()}
     arrays |= {"kl_logprobs": batch.kl, "ref_kl_logprobs": batch.ref_kl}
     for side, rows in (("chosen", slice(B)), ("rejected", slice(B, None))):
         arrays |= {side: batch.logprobs[rows], f"ref_{side}": batch.ref[rows]}

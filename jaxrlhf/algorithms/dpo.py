@@ -37,6 +37,7 @@ class Coefs(NamedTuple):
     beta: Scalar  # above 0
     label_smoothing: Scalar  # probability that a pair is mislabelled; at least 0, below 0.5
     discopop_tau: Scalar  # above 0 and below 1
+    baseline: Scalar = 0.0  # bco_pair: mean of the rewards beta log(pi / ref) of all responses
 
 
 class Divergence(NamedTuple):
@@ -76,6 +77,13 @@ def ratios(logprobs: Logprobs, mask: Bool[Array, " B"], divergence: Divergence) 
         divergence_scores(logprobs.chosen - logprobs.ref_chosen, divergence),
         divergence_scores(logprobs.rejected - logprobs.ref_rejected, divergence),
     )
+
+
+def log_ratios(logprobs: Logprobs, mask: Bool[Array, " B"], divergence: Divergence) -> Scores:
+    """log(pi / ref) of whole responses, whatever the divergence."""
+    del divergence
+    chex.assert_equal_shape([*logprobs, mask])
+    return logprobs.chosen - logprobs.ref_chosen, logprobs.rejected - logprobs.ref_rejected
 
 
 def per_token(logprobs: Logprobs, mask: Bool[Array, " B"], divergence: Divergence) -> Scores:
@@ -189,6 +197,30 @@ def apo_down(chosen: Float[Array, " B"], rejected: Float[Array, " B"], coefs: Co
     return jax.nn.sigmoid(coefs.beta * chosen) + jax.nn.sigmoid(-coefs.beta * (chosen - rejected))
 
 
+def bco_pair(chosen: Float[Array, " B"], rejected: Float[Array, " B"], coefs: Coefs) -> Float[Array, " B"]:
+    """-log s(beta c - d) - log s(-(beta r - d)), d the running mean of rewards (https://arxiv.org/abs/2404.04656).
+
+    A classifier of the responses by their rewards, shifted by their mean.
+    """
+    chex.assert_equal_shape([chosen, rejected])
+    chosen, rejected = coefs.beta * chosen - coefs.baseline, coefs.beta * rejected - coefs.baseline
+    return -jax.nn.log_sigmoid(chosen) - jax.nn.log_sigmoid(-rejected)
+
+
+class RunningMean(NamedTuple):
+    """Mean of all implicit rewards so far, for `bco_pair`, and their number."""
+
+    seen: Float[Array, ""]
+    mean: Float[Array, ""]
+
+    def add(self, mean: Scalar, count: Scalar) -> "RunningMean":
+        """Add `count` rewards with this mean; none if it is not finite."""
+        total = jnp.maximum(self.seen + count, 1)
+        finite = jnp.isfinite(mean)
+        moved = self.mean + (mean - self.mean) * count / total
+        return RunningMean(jnp.where(finite, self.seen + count, self.seen), jnp.where(finite, moved, self.mean))
+
+
 def discopop(chosen: Float[Array, " B"], rejected: Float[Array, " B"], coefs: Coefs) -> Float[Array, " B"]:
     """-(1 - w) log s(m) + w exp(-m), m = beta (c - r), w = s(m / tau) (https://arxiv.org/abs/2406.08414, eq. 5).
 
@@ -222,22 +254,31 @@ LOSSES = {
     "apo_zero": Loss(ratios, apo_zero),
     "apo_down": Loss(ratios, apo_down),
     "discopop": Loss(ratios, discopop),
+    "bco_pair": Loss(log_ratios, bco_pair),
 }
 """Losses by TRL's names. `ipo` is per token, as in its authors' code, though eq. 17 is for whole responses."""
 
 
 def preference_loss(
-    logprobs: Logprobs, mask: Bool[Array, " B"], count: Scalar, loss: Loss, divergence: Divergence, coefs: Coefs
+    logprobs: Logprobs,
+    mask: Bool[Array, " B"],
+    count: Scalar,
+    loss: Loss,
+    divergence: Divergence,
+    coefs: Coefs,
+    weights: Float[Array, " B"] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """1 / count  sum of the losses of the pairs, and `pair_metrics` with rewards beta log(pi / ref).
 
-    `mask` marks the rows that are pairs, and `count` is the number of pairs of the whole optimizer batch. Loss and
-    gradient are finite for finite log-probs and coefficients in their ranges.
+    `mask` marks the rows that are pairs, and `count` is the number of pairs of the whole optimizer batch. `weights`
+    multiply the losses of the pairs (None: 1); they fit no loss that ranks responses. Loss and gradient are finite for
+    finite log-probs and coefficients in their ranges.
     """
     chex.assert_equal_shape([*logprobs, mask])
     kept = Logprobs(*(jnp.where(mask, values, 0) for values in logprobs))
     chosen, rejected = loss.scores(kept, mask, divergence)
-    value = masked.total(loss.pair_loss(chosen, rejected, coefs), mask) / count
+    losses = loss.pair_loss(chosen, rejected, coefs)
+    value = masked.total(losses if weights is None else losses * masked.keep(weights, mask), mask) / count
     rewards = coefs.beta * (kept.chosen - kept.ref_chosen), coefs.beta * (kept.rejected - kept.ref_rejected)
     return value, {"loss": value} | pair_metrics(rewards, (kept.chosen, kept.rejected), mask, count)
 

@@ -22,7 +22,8 @@ _LogRatioLoss = Literal[
     "apo_down",
     "discopop",
 ]
-Loss = Literal[_LogRatioLoss, "sigmoid_norm", "ipo", "aot", "aot_unpaired", "simpo", "orpo", "cpo", "kto"]
+PairLoss = Literal[_LogRatioLoss, "sigmoid_norm", "ipo", "bco_pair", "aot", "aot_unpaired"]
+Loss = Literal[PairLoss, "simpo", "orpo", "cpo", "kto"]
 _LOG_RATIO_LOSSES = get_args(_LogRatioLoss)
 _DIVERGENCE_LOSSES = (*_LOG_RATIO_LOSSES, "sigmoid_norm", "ipo", "aot_unpaired")
 _LOSSES_USING = {
@@ -34,7 +35,9 @@ _LOSSES_USING = {
     "simpo_gamma": ("simpo",),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
-    "reference_folder": (*_DIVERGENCE_LOSSES, "aot", "kto"),
+    "reference_folder": (*get_args(PairLoss), "kto"),
+    "use_weighting": (*_LOG_RATIO_LOSSES, "sigmoid_norm", "ipo", "bco_pair"),
+    "ld_alpha": (*get_args(PairLoss), "cpo"),
 }
 """Options that only some losses use. All losses use the other options, except `sft_coef`, which kto does not."""
 
@@ -43,10 +46,12 @@ _LOSSES_USING = {
 class DPO:
     """The preference loss. Losses and options have TRL's names where they mean the same."""
 
-    loss: Loss = "sigmoid"
+    loss: Loss | tuple[Literal[PairLoss, "sft"], ...] = "sigmoid"
     """Type of loss; docs/preferences.md describes each. sigmoid is DPO. simpo, orpo and cpo use no reference model. kto
     trains on rows (prompt, completion, label); of pairs, it uses chosen responses as desirable and rejected ones as
-    undesirable."""
+    undesirable. A list is a sum of losses of pairs with a reference, and of sft, the SFT loss on chosen responses."""
+    loss_weights: tuple[Positive, ...] | None = None
+    """Weight of each loss of a list. None: 1 each."""
     beta: Positive = 0.1
     """Strength of the implicit KL constraint; higher values keep the policy closer to the reference. simpo uses 2 or
     more; in orpo it weights the odds ratio term."""
@@ -65,6 +70,12 @@ class DPO:
     parameter is 1 - alpha."""
     length_normalised: Bool = False
     """Divide log-ratios by the response length. Always on for ipo, sigmoid_norm, simpo and orpo."""
+    use_weighting: Bool = False
+    """Weight the loss of each pair by how likely both responses are under the policy, without a gradient (WPO,
+    https://arxiv.org/abs/2406.11827)."""
+    ld_alpha: Fraction | None = None
+    """Weight of the log-probs of tokens beyond the length of the shorter response of a pair (LD-DPO,
+    https://arxiv.org/abs/2409.06411); lower values reduce the preference for long responses. None: 1."""
     sft_coef: NonNegative | None = None
     """Coefficient of an additional SFT loss on chosen responses (negative log-likelihood per token). None: 1 for orpo
     and cpo, else 0."""
@@ -78,23 +89,41 @@ class DPO:
     """Folder that caches the reference's log-probs, addressed by content. Empty: `reference` in the run directory."""
 
     @property
+    def losses(self) -> dict[str, float]:
+        """The weight of each loss, without that of sft."""
+        return {name: weight for name, weight in self._weights.items() if name != "sft"}
+
+    @property
     def sft_weight(self) -> float:
-        """`sft_coef`, or the loss's default."""
-        return float(self.loss in ("orpo", "cpo")) if self.sft_coef is None else self.sft_coef
+        """`sft_coef`, or the loss's default, and the weight of sft in a list of losses."""
+        coef = float(self.loss in ("orpo", "cpo")) if self.sft_coef is None else self.sft_coef
+        return coef + self._weights.get("sft", 0.0)
+
+    @property
+    def _loss_text(self) -> str:
+        return self.loss if isinstance(self.loss, str) else f"[{', '.join(self.loss)}]"
+
+    @property
+    def _weights(self) -> dict[str, float]:
+        names = (self.loss,) if isinstance(self.loss, str) else self.loss
+        return dict(zip(names, self.loss_weights or [1.0] * len(names), strict=True))
 
     def __post_init__(self) -> None:
+        self._check_losses()
         for field in dataclasses.fields(self):
             value, losses = getattr(self, field.name), _LOSSES_USING.get(field.name)
-            if losses and self.loss not in losses and value != field.default:
+            every = field.name == "use_weighting"  # a loss that ranks responses mixes up the pairs
+            used = losses and (all if every else any)(name in losses for name in self.losses)
+            if losses and not used and value != field.default:
                 no_reference = self.loss in REFERENCE_FREE and field.name == "reference_folder"
                 raise ValueError(
-                    f"dpo.{field.name} is {value} and dpo.loss {self.loss}, which does not use it"
+                    f"dpo.{field.name} is {value} and dpo.loss {self._loss_text}, which does not use it"
                     f"{': it needs no reference' if no_reference else ''}; leave it at {field.default!r}. "
                     f"It is for {', '.join(losses)}"
                 )
         if self.loss == "kto" and self.sft_coef:
             raise ValueError(f"dpo.sft_coef is {self.sft_coef:g} and dpo.loss kto, which has no SFT term; leave it out")
-        if self.loss == "exo_pair" and not self.label_smoothing:
+        if "exo_pair" in self.losses and not self.label_smoothing:
             raise ValueError(
                 "dpo.label_smoothing is 0 and dpo.loss exo_pair, whose divergence from a one-hot label is infinite; "
                 "give 0.001, say"
@@ -109,6 +138,22 @@ class DPO:
             raise ValueError(
                 f"dpo.beta_schedule is {self.beta_schedule} and dpo.beta_final {final}: linear and cosine need a "
                 "beta_final, and constant takes none"
+            )
+
+    def _check_losses(self) -> None:
+        if isinstance(self.loss, str):
+            if self.loss_weights is not None:
+                raise ValueError("dpo.loss_weights is set and dpo.loss is a single loss; leave it out, or give a list")
+            return
+        given = self._loss_text
+        if not self.loss or set(self.loss) == {"sft"}:
+            raise ValueError(f"dpo.loss is {given}, which has no loss of pairs; give one, e.g. [sigmoid, sft]")
+        if len(set(self.loss)) < len(self.loss):
+            raise ValueError(f"dpo.loss is {given}, which has a loss twice; give its weight in dpo.loss_weights")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss):
+            raise ValueError(
+                f"dpo.loss_weights has {len(self.loss_weights)} weights and dpo.loss {len(self.loss)} losses; give one "
+                "for each"
             )
 
 
@@ -127,10 +172,11 @@ class DPOConfig(SupervisedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         loss, train = self.dpo.loss, self.train
-        if loss.startswith("aot") and (train.micro_batch_size or train.batch_size) != train.batch_size:
+        ranking = [name for name in self.dpo.losses if name.startswith("aot")]
+        if ranking and (train.micro_batch_size or train.batch_size) != train.batch_size:
             raise ValueError(
-                f"train.micro_batch_size is {train.micro_batch_size} and dpo.loss {loss}, which ranks the pairs of the "
-                "whole batch; leave it out (lora.enabled and model.remat: full save memory too)"
+                f"train.micro_batch_size is {train.micro_batch_size} and dpo.loss {ranking[0]}, which ranks the pairs "
+                "of the whole batch; leave it out (lora.enabled and model.remat: full save memory too)"
             )
         if loss == "kto" and train.packing:
             raise ValueError(

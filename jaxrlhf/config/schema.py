@@ -108,9 +108,16 @@ def message(cls: type, error: Any) -> str:
 
 
 def located(error: Any) -> Iterator[tuple[str, Any]]:
-    """The single errors of a pydantic ValidationError with their dotted keys."""
+    """The single errors of a pydantic ValidationError with their dotted keys. Of an option that is a name or a list of
+    names, those of the kind that was given."""
     for item in error.errors(include_url=False):
-        yield ".".join(str(part) for part in item["loc"]), item
+        parts = [str(part) for part in item["loc"]]
+        kinds = [part for part in parts if part.startswith(("literal[", "tuple["))]
+        if kinds and kinds[0].startswith("literal[") and isinstance(item["input"], list | tuple):
+            continue
+        if kinds and kinds[0].startswith("tuple[") and item["type"] == "tuple_type":
+            continue
+        yield ".".join(part for part in parts if part not in kinds), item
 
 
 def problem(cls: type, key: str, error: Any) -> str:

@@ -1,5 +1,7 @@
 """Config of supervised fine-tuning, and what the configs of all supervised methods share."""
 
+from typing import Literal
+
 from jaxrlhf.config.base import Bool, check_divides, section
 from jaxrlhf.config.sampling import Sampling
 from jaxrlhf.config.sections import BaseConfig, Train
@@ -33,5 +35,8 @@ class SFTConfig(SupervisedConfig):
     completion_only: Bool = True
     """Compute the loss on completions (assistant turns) only; false: on all tokens. Plain text without a prompt is
     always trained on in full."""
+    loss_type: Literal["nll", "dft"] = "nll"
+    """Training loss per token. nll: cross-entropy, -log p. dft: dynamic fine-tuning, -p log p with p as a weight
+    without a gradient (https://arxiv.org/abs/2508.05629). Held-out rows are measured with nll in either case."""
     sampling: Sampling = Sampling()
     """Used for the samples printed during training."""

@@ -7,6 +7,8 @@ PREFERENCES: dict[str, str] = {
     "rewards/margins": "rewards/chosen - rewards/rejected",
     "logps/chosen": "mean over pairs (KTO: rows with label true) of log p(chosen), summed over its tokens, nats",
     "logps/rejected": "mean over pairs (KTO: rows with label false) of log p(rejected), summed over its tokens, nats",
+    "rewards/baseline": "bco_pair: mean of the implicit rewards of all responses before this step",
+    "pair_weights": "WPO: mean over pairs of the weight of the loss",
     "nll_loss": "SFT term before its weight: mean over tokens of chosen responses of -log p, nats",
     "log_odds_chosen": "ORPO: mean over pairs of the log odds ratio of chosen to rejected",
     "log_odds_ratio": "ORPO: mean over pairs of log sigmoid(log odds ratio)",
@@ -17,7 +19,14 @@ PREFERENCES: dict[str, str] = {
 }
 """DPO and its relatives. Implicit reward: beta log(policy / reference), or without a reference beta log p per token."""
 
-HELD_OUT = ("loss", "entropy", "ties", "absolute_error", "mean_reward", *(key for key in PREFERENCES if key != "beta"))
+HELD_OUT = (
+    "loss",
+    "entropy",
+    "ties",
+    "absolute_error",
+    "mean_reward",
+    *(key for key in PREFERENCES if key not in ("beta", "rewards/baseline")),
+)
 METRICS: dict[str, str] = {
     # all trainers
     "epoch": "passes over the training rows so far",
@@ -28,8 +37,8 @@ METRICS: dict[str, str] = {
     "num_tokens": "tokens in the loss of this step",
     "skipped_updates": "optimizer steps of this record that were skipped because loss or gradient was not finite",
     # SFT
-    "loss": "SFT: mean over loss tokens of -log p, nats; reward model: mean over rows of the training loss; "
-    "DPO: mean over rows of the loss `dpo.loss`, plus the weighted SFT term",
+    "loss": "SFT: mean over loss tokens of -log p (dft: of -p log p), nats; reward model: mean over rows of the "
+    "training loss; DPO: mean over rows of the loss `dpo.loss`, plus the weighted SFT term",
     "entropy": "mean over loss tokens of the entropy of the next-token distribution, nats",
     # reward model
     "accuracy": "share of pairs whose chosen response scores higher (labelled ties count as wrong); rankings: share of "

@@ -159,7 +159,7 @@ def _compile_dpo(trainer: DPOTrainer, programs: Programs) -> None:
     for params, part in [*scored, (policy, rows.validation)]:
         if part:
             pairs = trainer.collate(batching.longest(part, train.eval_batch_size))
-            programs.compile(dpo_update.score, params, pairs, model=trainer.model)
+            programs.compile(dpo_update.score, params, pairs, model=trainer.model, settings=trainer.config.dpo)
     _compile_samples(trainer.samples, policy, trainer.key, programs)
 
 

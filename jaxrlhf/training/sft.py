@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf import sharding
-from jaxrlhf.algorithms.sft import sft_loss
+from jaxrlhf.algorithms.sft import dft_loss, sft_loss
 from jaxrlhf.config import SFTConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import sft_rows
@@ -20,14 +20,16 @@ from jaxrlhf.training.step import Metrics, Spec, supervised_step
 from jaxrlhf.training.supervised import SupervisedTrainer
 from jaxrlhf.types import Batch, Params, TrainState
 
+LOSSES = {"nll": sft_loss, "dft": dft_loss}
+
 
 def loss(
-    params: Params, batch: Batch, keys: jax.Array | None, *, model: ModelConfig, count: jax.Array
+    params: Params, batch: Batch, keys: jax.Array | None, *, model: ModelConfig, count: jax.Array, name: str
 ) -> tuple[jax.Array, Metrics]:
-    """Cross-entropy of the tokens under `loss_mask`, summed and divided by `count`; `keys` [B] are for dropout."""
+    """The loss `name` of the tokens under `loss_mask`, summed and divided by `count`; `keys` [B] are for dropout."""
     hidden = forward(params, model, batch.tokens, batch.mask, batch.positions, batch.segments, keys)
     logprobs, entropy = token_logprobs(params, model, hidden[:, :-1], batch.tokens[:, 1:], 1.0)
-    return sft_loss(logprobs, entropy, batch.loss_mask[:, 1:], count)
+    return LOSSES[name](logprobs, entropy, batch.loss_mask[:, 1:], count)
 
 
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
@@ -36,16 +38,16 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on `batch`. `frozen` is the base model under adapters, else empty; `key` is the run's."""
     tokens = jnp.sum(batch.loss_mask)
-    mean_loss = functools.partial(loss, model=spec.model, count=jnp.maximum(tokens, 1))
+    mean_loss = functools.partial(loss, model=spec.model, count=jnp.maximum(tokens, 1), name=spec.objective)
     state, metrics = supervised_step(mean_loss, state, frozen, batch, key, spec)
     return state, metrics | {"num_tokens": tokens}
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def evaluate(params: Params, batch: Batch, *, model: ModelConfig) -> tuple[jax.Array, Metrics]:
-    """Number of tokens of a held-out batch, and its mean loss and entropy."""
+    """Number of tokens of a held-out batch, and its mean cross-entropy and entropy."""
     tokens = jnp.sum(batch.loss_mask)
-    return tokens, loss(params, batch, None, model=model, count=jnp.maximum(tokens, 1))[1]
+    return tokens, loss(params, batch, None, model=model, count=jnp.maximum(tokens, 1), name="nll")[1]
 
 
 class SFTTrainer(SupervisedTrainer[SFTConfig]):
@@ -59,7 +61,7 @@ class SFTTrainer(SupervisedTrainer[SFTConfig]):
         self.data = sft_rows(config.data, self.tokenizer, config.completion_only)
         self.use_rows(self.data, ("eval/loss", "eval/entropy"), texts=1)
         self.samples = Samples(self.data, config, self.model, self.tokenizer, self.mesh)
-        self.load()
+        self.load(config.loss_type)
 
     def _first_row(self) -> list[str]:
         row = self.data.train[0]

@@ -70,15 +70,15 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
         """Optimizer steps of `.train()`; the last batch is filled up from the next epoch."""
         self.eval_every = train.eval_every or math.ceil(len(rows.train) / train.batch_size)
 
-    def load(self, objective: Any = None, *, frozen_trunk: bool = False) -> None:
-        """Read or initialise the parameters, and split them into `state` and `frozen`."""
+    def load(self, objective: Any = None, *, frozen_trunk: bool = False, **more: Any) -> None:
+        """Read or initialise the parameters, and split them into `state`, with `more` fields, and `frozen`."""
         config = self.config
         optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
         self.spec = Spec(self.model, optimizer, self._num_micro, self.mesh, objective)
         params = setup.load_model(config, self.tokenizer, self.mesh, self.model.head)
         params = build(lambda p: add_adapters(p, self.model, config.lora, self._lora_key), self.mesh, params)
         trained, self.frozen = split_trainable(params, frozen_trunk or config.lora.enabled)
-        self.state = State({self.role: trained}, {self.role: optimizer}, self.mesh)
+        self.state = State({self.role: trained}, {self.role: optimizer}, self.mesh, **more)
 
     @property
     def params(self) -> Params:

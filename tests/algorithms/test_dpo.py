@@ -10,7 +10,8 @@ import pytest
 from jaxrlhf.algorithms import dpo
 
 B, BETA, SMOOTHING, TAU = 8, 0.3, 0.2, 0.05
-COEFS = dpo.Coefs(BETA, SMOOTHING, TAU)
+BASELINE = 0.4
+COEFS = dpo.Coefs(BETA, SMOOTHING, TAU, BASELINE)
 REVERSE = dpo.Divergence("reverse_kl", 0.0)
 REAL = np.array([True, False, True, True, True, False, True, True])
 SPLIT = sorted(dpo.LOSSES.keys() - {"aot", "aot_unpaired"})  # those that are sums over pairs
@@ -50,6 +51,7 @@ EQUATIONS = {  # of c, r, whole and per token, and of the log-probs themselves
         -(1 - sigmoid(BETA * (c - r) / TAU)) * log_sigmoid(BETA * (c - r))
         + sigmoid(BETA * (c - r) / TAU) * np.exp(-BETA * (c - r))
     ),
+    "bco_pair": lambda c, r, **_: -log_sigmoid(BETA * c - BASELINE) - log_sigmoid(BASELINE - BETA * r),
     "aot": lambda p, **_: smoothed(BETA * (np.sort(p[0] - p[1]) - np.sort(p[2] - p[3]))),
     "aot_unpaired": lambda c, r, **_: smoothed(BETA * (np.sort(c) - np.sort(r))),
 }

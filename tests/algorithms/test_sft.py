@@ -1,8 +1,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from jaxrlhf.algorithms.sft import sft_loss
+from jaxrlhf.algorithms.sft import dft_loss, sft_loss
 
 
 def case():
@@ -21,13 +22,25 @@ def test_every_token_weighs_the_same():
     assert abs(loss - np.mean(row_means)) > 1e-3  # a mean of means is another number
 
 
-def test_masked_tokens_have_no_gradient_and_micro_batches_add_up():
+def test_dft_is_cross_entropy_weighted_by_the_probability():
+    """arXiv 2508.05629; the weight has no gradient: that of p log p would have another sign below 1 / e."""
+    logprobs, entropy, mask = case()
+    run = jax.value_and_grad(lambda x: dft_loss(x, jnp.asarray(entropy), jnp.asarray(mask), 10)[0])
+    loss, gradient = run(jnp.asarray(logprobs))
+    p = np.exp(np.float64(logprobs))
+    np.testing.assert_allclose(loss, -(p * logprobs)[mask].sum() / 10, rtol=1e-6)
+    np.testing.assert_allclose(gradient, np.where(mask, -p / 10, 0), rtol=1e-5)
+    assert p[mask].min() < 1 / np.e
+
+
+@pytest.mark.parametrize(("of", "weight"), [(sft_loss, lambda x: 0 * x + 1), (dft_loss, np.exp)])
+def test_masked_tokens_have_no_gradient_and_micro_batches_add_up(of, weight):
     logprobs, entropy, mask = case()
     poisoned = jnp.asarray(np.where(mask, logprobs, -np.inf).astype(np.float32))
-    run = jax.value_and_grad(lambda x, e, m: sft_loss(x, e, m, 10), has_aux=True)
+    run = jax.value_and_grad(lambda x, e, m: of(x, e, m, 10), has_aux=True)
     (loss, metrics), gradient = run(poisoned, jnp.asarray(np.where(mask, entropy, np.nan)), jnp.asarray(mask))
-    np.testing.assert_allclose(gradient, np.where(mask, -0.1, 0), rtol=1e-6)
+    np.testing.assert_allclose(gradient, np.where(mask, -0.1 * weight(logprobs), 0), rtol=1e-6)
     rows = zip(poisoned, jnp.asarray(entropy), jnp.asarray(mask), strict=True)
-    parts = [sft_loss(*(x[None] for x in row), 10) for row in rows]
+    parts = [of(*(x[None] for x in row), 10) for row in rows]
     np.testing.assert_allclose(sum(p[0] for p in parts), loss, rtol=1e-6)
     np.testing.assert_allclose(sum(p[1]["entropy"] for p in parts), metrics["entropy"], rtol=1e-6)

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from support import recorded
 
+from jaxrlhf import config
 from jaxrlhf.algorithms import dpo, kto, reward
 from jaxrlhf.algorithms.reference_free import orpo_loss, simpo_loss
+from jaxrlhf.algorithms.sft import dft_loss
+from jaxrlhf.training.dpo.update import PairLogprobs, objective
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 CASE = recorded.load("losses")
@@ -25,19 +28,19 @@ TOKENS = jnp.stack([CASE["chosen_tokens"], CASE["rejected_tokens"]])
 REVERSE = dpo.Divergence("reverse_kl", 0.0)
 SAME = (
     *("sigmoid", "hinge", "ipo", "nca_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop"),
-    *("sigmoid_norm", "robust-smooth", "exo_pair-smooth", "aot-smooth"),
+    *("sigmoid_norm", "bco_pair", "robust-smooth", "exo_pair-smooth", "aot-smooth"),
     *("sigmoid-forward_kl", "sigmoid-js_divergence", "sigmoid-alpha"),
 )
 
 
 @functools.partial(jax.jit, static_argnames=("name", "divergence"))
-def preference(policy, reference, label_smoothing, *, name, divergence=REVERSE):
+def preference(policy, reference, label_smoothing, *, name, divergence=REVERSE, baseline=0.0, weights=None):
     """((loss, metrics), gradient by policy [2, B])."""
-    coefs = dpo.Coefs(BETA, label_smoothing, CASE.about["discopop_tau"])
+    coefs = dpo.Coefs(BETA, label_smoothing, CASE.about["discopop_tau"], baseline)
 
     def loss(policy):
         logprobs = dpo.Logprobs(*policy, *reference, *TOKENS)
-        return dpo.preference_loss(logprobs, MASK, COUNT, dpo.LOSSES[name], divergence, coefs)
+        return dpo.preference_loss(logprobs, MASK, COUNT, dpo.LOSSES[name], divergence, coefs, weights)
 
     return jax.value_and_grad(loss, has_aux=True)(policy)
 
@@ -60,6 +63,78 @@ def test_preference_losses(name):
     smoothing = settings.get("label_smoothing", 0.0)
     agrees(name, preference(POLICY, REFERENCE, smoothing, name=name.split("-")[0], divergence=divergence))
     assert len(CASE.group(f"metric/{name}/")) == 6
+
+
+def token_logprobs():
+    """log p of every token but the first [2 B, T - 1], 0 outside the mask, and log sum_v p_v^2, float64."""
+    logits = np.float64(CASE["logits"])[:, :-1]
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    mask = CASE["mask"][:, 1:]
+    taken = np.take_along_axis(logprobs, CASE["tokens"][:, 1:, None].astype(int), axis=-1)[..., 0]
+    return np.where(mask, taken, 0), np.where(mask, np.log(np.exp(2 * logprobs).sum(-1)), 0), mask
+
+
+def test_bco_is_shifted_by_the_running_mean_of_rewards():
+    """TRL's BCOTrainer takes the mean over responses, half of that over pairs."""
+    (loss, _), gradient = preference(
+        POLICY, REFERENCE, 0.0, name="bco_pair", baseline=CASE.about["cases"]["bco"]["baseline"]
+    )
+    close(loss / 2, CASE["loss/bco"])
+    close(gradient / 2, CASE["gradient/bco"])
+    assert abs(loss - CASE["loss/bco_pair"]) > 1e-3
+    running = dpo.RunningMean(jnp.float32(0), jnp.float32(0))
+    for part, mean in zip(np.split(CASE["kl_logprobs"], [3, 6]), CASE["running_means"], strict=True):
+        running = running.add(jnp.float32(part.mean()), len(part))
+        close(running.mean, mean)
+    assert running.add(jnp.float32(np.nan), 3) == running and running.seen == COUNT
+
+
+def test_wpo_weights_a_pair_by_the_probability_of_its_responses():
+    """Relative to sum p^2, the probability of a token that the policy draws (https://arxiv.org/abs/2406.11827)."""
+    taken, collision, mask = token_logprobs()
+    weights = np.exp((taken - collision).sum(1) / mask.sum(1)).reshape(2, -1).prod(0)
+    assert weights.max() > 3 * weights.min()
+    agrees("sigmoid-wpo", preference(POLICY, REFERENCE, 0.0, name="sigmoid", weights=jnp.asarray(weights, jnp.float32)))
+
+
+def test_ld_dpo_weights_the_tokens_beyond_the_shorter_response():
+    taken, _, mask = token_logprobs()
+    number, sizes = mask.cumsum(1), mask.sum(1)
+    weights = np.where(number > np.tile(np.minimum(*np.split(sizes, 2)), 2)[:, None], 0.4, 1.0)
+    policy = jnp.asarray((weights * taken).sum(1).reshape(2, -1), jnp.float32)
+    (loss, metrics), gradient = preference(policy, REFERENCE, 0.0, name="sigmoid")
+    close(loss, CASE["loss/sigmoid-ld"])
+    close(metrics["logps/chosen"], CASE["metric/sigmoid-ld/logps/chosen"])
+    by_token = np.asarray(gradient).reshape(-1, 1) * weights * mask
+    close(by_token, CASE["token-gradient/sigmoid-ld"] * mask)
+    assert (weights[mask] == 0.4).any()
+
+
+def test_losses_add_up_with_their_weights():
+    settings = CASE.about["cases"]["sigmoid-several"]
+    assert settings == {"loss_types": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
+    (sigmoid, _), slope = preference(POLICY, REFERENCE, 0.0, name="sigmoid")
+    (bco, _), other = preference(POLICY, REFERENCE, 0.0, name="bco_pair")
+    close(0.8 * sigmoid + 0.2 * bco + CASE["loss/sft"], CASE["loss/sigmoid-several"])
+    close(0.8 * slope + 0.2 * other, CASE["gradient/sigmoid-several"])
+    scored = PairLogprobs(POLICY.T, TOKENS.T, MASK)
+    made = config.DPO(loss=("sigmoid", "bco_pair", "sft"), loss_weights=(0.8, 0.2, 1.0), beta=BETA)
+    value, metrics = objective(scored, REFERENCE.T, COUNT, TOKENS[0].sum(), BETA, 0.0, made)
+    close(value, CASE["loss/sigmoid-several"])
+    close(metrics["nll_loss"], CASE["loss/sft"])
+
+
+def test_dft_weights_each_token_by_its_probability():
+    mask = jnp.asarray(CASE["mask"][:, 1:])
+    targets = jnp.asarray(CASE["tokens"][:, 1:, None], int)
+
+    def loss(logits):
+        logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], targets, axis=-1)[..., 0]
+        return dft_loss(logprobs, 0 * logprobs, mask, mask.sum())[0]
+
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(CASE["logits"]))
+    close(value, CASE["loss/dft"])
+    close(gradient, CASE["gradient/dft-logits"])
 
 
 @pytest.mark.parametrize("name", ["cpo", "cpo-smooth"])

@@ -51,6 +51,28 @@ def test_a_run_begins_at_its_reference_learns_and_goes_on_bit_for_bit(supervised
     equal(resumed.state.value, whole.state.value)
 
 
+def test_a_running_mean_of_rewards_goes_on_bit_for_bit(supervised, tmp_path, request):
+    """Several losses, with weights of pairs and of late tokens; the mean follows the rewards of the steps before."""
+    settings = config.DPO(
+        loss=("bco_pair", "sigmoid", "sft"), loss_weights=(1.0, 0.5, 0.1), use_weighting=True, ld_alpha=0.5
+    )
+    options = supervised | {"dpo": settings, "train": config.replace(supervised["train"], max_steps=4)}
+    whole = made(options, run_dir=str(tmp_path / "whole"))
+    result = whole.train()
+    log = records(tmp_path / "whole")
+    rewards = np.cumsum([0.5 * (record["rewards/chosen"] + record["rewards/rejected"]) for record in log])
+    expected = [0.0, *rewards[:-1] / np.arange(1, 4)]
+    np.testing.assert_allclose([record["rewards/baseline"] for record in log], expected, rtol=1e-4, atol=1e-7)
+    assert abs(expected[-1]) > 1e-4 and "eval/pair_weights" in result
+    request.getfixturevalue("stop_at_two")
+    with pytest.raises(Preempted, match="after step 2"):
+        made(options, run_dir=str(tmp_path / "parts")).train()
+    resumed = made(options, run_dir=str(tmp_path / "parts"))
+    resumed.train()
+    assert records(tmp_path / "parts") == log
+    equal(resumed.state.value, whole.state.value)
+
+
 def test_adapters_have_the_model_under_them_as_reference(supervised, on_disk, tmp_path):
     options = (
         supervised

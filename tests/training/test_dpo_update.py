@@ -1,6 +1,5 @@
 """An optimizer step on preferences: its gradient, and what it does not depend on."""
 
-import dataclasses
 import functools
 import typing
 
@@ -11,8 +10,8 @@ import pytest
 from support.tiny import tiny
 
 from jaxrlhf import config, models, sharding
-from jaxrlhf.algorithms.dpo import LOSSES
-from jaxrlhf.config.dpo import REFERENCE_FREE
+from jaxrlhf.algorithms.dpo import LOSSES, RunningMean
+from jaxrlhf.config.dpo import REFERENCE_FREE, Loss
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PairRow, Report, SFTRow, Split
 from jaxrlhf.data.packing import pack
@@ -26,7 +25,8 @@ MESH = sharding.make_mesh(config.Mesh())
 PARAMS = jax.tree.map(lambda x: jnp.where(x == 1, x, 10 * x), models.init(MODEL, jax.random.key(0)))  # far from flat
 PROMPTS, SIZES = (2, 3, 1, 4), ((3, 5), (4, 2), (6, 1), (1, 2))
 GOOD = jnp.array([True, False, False, True])
-NAMES = typing.get_args({f.name: f.type for f in dataclasses.fields(config.DPO)}["loss"])
+NAMES = typing.get_args(Loss)
+PLAIN_DPO = config.DPO()
 # Adam's first step is g / (|g| + eps): with an eps and a rate of 1 the gradient can be read from it
 PLAIN = make_optimizer(config.Optim(learning_rate=1.0, schedule="constant", eps=1.0, max_grad_norm=1e9), 1.0, 1)
 
@@ -62,9 +62,12 @@ def packed():
 
 def step(settings, batch, num_micro=1):
     """(gradient, metrics) of one update of a policy that begins as PARAMS."""
-    state = State({"policy": jax.tree.map(jnp.copy, PARAMS)}, {"policy": PLAIN}, MESH).value
+    running = RunningMean(jnp.float32(10), jnp.float32(0.25)) if "bco_pair" in settings.losses else None
+    state = State({"policy": jax.tree.map(jnp.copy, PARAMS)}, {"policy": PLAIN}, MESH, score_stats=running).value
     spec = Spec(MODEL, PLAIN, num_micro, MESH, (settings, 1))
     state, metrics = update(state, {}, jax.tree.map(jnp.asarray, batch), jax.random.key(1), spec=spec)
+    if running:
+        metrics["running"] = state.score_stats.mean
     moved = jax.tree.map(lambda new, old: np.asarray(old - new, np.float64), state.params["policy"], PARAMS)
     return jax.tree.map(lambda u: u / (1 - np.abs(u)), moved), jax.device_get(metrics)
 
@@ -95,6 +98,36 @@ def dpo(params):
     return jnp.mean(jnp.log1p(jnp.exp(-margin))) - 0.7 * jnp.sum(chosen) / sum(sizes[0] for sizes in SIZES)
 
 
+MIXED = config.DPO(
+    loss=("sigmoid", "bco_pair", "sft"), loss_weights=(0.8, 0.2, 0.5), beta=0.3, use_weighting=True, ld_alpha=0.4
+)
+
+
+def mixed(params):
+    """0.8 DPO + 0.2 BCO, of LD-DPO's log-probs and with WPO's weights, + 0.5 nats per token of the chosen responses."""
+    sides, plain, aligned = [], [], 0.0
+    for side in ("chosen", "rejected"):
+        batch = jax.tree.map(jnp.asarray, getattr(preferences().pairs, side))
+        logits = models.forward(params, MODEL, batch.tokens, batch.mask) @ params["embed"]["embedding"].T
+        p = jnp.exp(logits) / jnp.sum(jnp.exp(logits), axis=2, keepdims=True)
+        found = [[], [], []]
+        for i, (prompt, sizes) in enumerate(zip(PROMPTS, SIZES, strict=True)):
+            at = prompt + np.arange(sizes[side == "rejected"])
+            taken = jnp.log(p[i, at - 1, batch.tokens[i, at]])
+            found[0].append(jnp.sum(taken * np.where(np.arange(len(at)) < min(sizes), 1.0, 0.4)))
+            found[1].append(jnp.sum(taken))
+            found[2].append(jnp.mean(taken - jnp.log(jnp.sum(jnp.square(p[i, at - 1]), axis=1))))
+        sides.append(jnp.stack(found[0]))
+        plain.append(jnp.stack(found[1]))
+        aligned += jnp.stack(found[2])
+    weights = jax.lax.stop_gradient(jnp.exp(aligned))
+    chosen, rejected = (0.3 * (side - REFERENCE[:, k]) for k, side in enumerate(sides))
+    sigmoid = jnp.log1p(jnp.exp(rejected - chosen))
+    bco = jnp.log1p(jnp.exp(-(chosen - 0.25))) + jnp.log1p(jnp.exp(rejected - 0.25))
+    pairs = jnp.mean(weights * (0.8 * sigmoid + 0.2 * bco))
+    return pairs - 0.5 * jnp.sum(plain[0]) / sum(sizes[0] for sizes in SIZES)
+
+
 def kto(params):
     """The loss of https://arxiv.org/abs/2402.01306: lambda 1.5 and 1, z0 of the whole batch."""
     own, other = log_p(params, "chosen"), log_p(params, "rejected")
@@ -105,7 +138,11 @@ def kto(params):
 
 @pytest.mark.parametrize(
     ("by_hand", "settings"),
-    [(dpo, config.DPO(beta=0.3, sft_coef=0.7)), (kto, config.DPO(loss="kto", beta=0.3, desirable_weight=1.5))],
+    [
+        (dpo, config.DPO(beta=0.3, sft_coef=0.7)),
+        (mixed, MIXED),
+        (kto, config.DPO(loss="kto", beta=0.3, desirable_weight=1.5)),
+    ],
 )
 def test_the_gradient_of_an_update_is_that_of_the_papers_formula(by_hand, settings):
     loss, gradient = jax.jit(jax.value_and_grad(by_hand))(PARAMS)
@@ -113,10 +150,13 @@ def test_the_gradient_of_an_update_is_that_of_the_papers_formula(by_hand, settin
     agree(found, gradient)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     assert metrics.get("kl", 1) > 0.1
+    if "running" in metrics:  # of the ten rewards before and the eight of this step
+        rewards = 0.5 * (metrics["rewards/chosen"] + metrics["rewards/rejected"])
+        np.testing.assert_allclose(metrics["running"], (10 * 0.25 + 8 * rewards) / 18, rtol=1e-5)
 
 
-def test_padding_and_packing_do_not_change_an_update():
-    settings = config.DPO(loss="sigmoid_norm", beta=0.3, sft_coef=0.5)
+@pytest.mark.parametrize("settings", [config.DPO(loss="sigmoid_norm", beta=0.3, sft_coef=0.5), MIXED])
+def test_padding_and_packing_do_not_change_an_update(settings):
     gradient, metrics = step(settings, preferences())
     for other in (preferences(width=20), packed()):
         found, told = step(settings, other)
@@ -134,9 +174,11 @@ def scored_and_back(width=12):
 
     @jax.jit
     def back(cotangent):
-        return jax.vjp(lambda params: score(params, pairs, model=MODEL).logprobs, PARAMS)[1](cotangent)
+        return jax.vjp(lambda params: score(params, pairs, model=MODEL, settings=PLAIN_DPO).logprobs, PARAMS)[1](
+            cotangent
+        )
 
-    return score(PARAMS, pairs, model=MODEL), back
+    return score(PARAMS, pairs, model=MODEL, settings=PLAIN_DPO), back
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -151,7 +193,7 @@ def test_every_loss_moves_the_policy_by_finite_numbers_whatever_the_padding(name
         def loss(logprobs):
             if name == "kto":
                 return kto_objective(logprobs[:, 0], reference[:, 0], GOOD, 0.0, 4, 0.3, settings)
-            return objective(found._replace(logprobs=logprobs), reference, 4, 14, 0.3, settings)
+            return objective(found._replace(logprobs=logprobs), reference, 4, 14, 0.3, 0.0, settings)
 
         (value, metrics), slope = jax.value_and_grad(loss, has_aux=True)(found.logprobs)
         return value, metrics, jax.tree.leaves(back(slope))
@@ -190,6 +232,14 @@ def test_the_losses_of_a_config_are_those_there_are():
         ({"loss": "kto", "sft_coef": 0.1}, "kto, which has no SFT term"),
         ({"beta_schedule": "linear"}, "dpo.beta_final not given"),
         ({"beta_final": 0.2}, "constant takes none"),
+        ({"loss_weights": (1.0,)}, "is a single loss; leave it out, or give a list"),
+        ({"loss": ("sft",)}, "no loss of pairs; give one"),
+        ({"loss": ("sigmoid", "sigmoid")}, "a loss twice"),
+        ({"loss": ("sigmoid", "sft"), "loss_weights": (1.0,)}, "1 weights and dpo.loss 2 losses"),
+        ({"loss": ("sigmoid", "simpo")}, "simpo"),
+        ({"loss": ("sigmoid", "aot"), "use_weighting": True}, "does not use it"),
+        ({"loss": "kto", "ld_alpha": 0.5}, "kto, which does not use it"),
+        ({"loss": "bco_pair", "divergence": "forward_kl"}, "bco_pair, which does not use it"),
     ],
 )
 def test_settings_that_a_loss_does_not_take_are_refused(options, said):
@@ -202,6 +252,7 @@ def test_settings_that_a_loss_does_not_take_are_refused(options, said):
     [
         ("aot", {"micro_batch_size": 2}, "aot, which ranks the pairs of the whole batch; leave it out"),
         ("aot_unpaired", {"micro_batch_size": 4}, "ranks the pairs of the whole batch"),
+        (("sigmoid", "aot"), {"micro_batch_size": 2}, "dpo.loss aot, which ranks the pairs"),
         ("kto", {"packing": True}, "train.packing is true and dpo.loss kto"),
     ],
 )

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import sharding
+from jaxrlhf.algorithms.dpo import RunningMean
 from jaxrlhf.config import DPOConfig
 from jaxrlhf.config.dpo import REFERENCE_FREE
 from jaxrlhf.data import batching, kto
@@ -58,7 +60,8 @@ class DPOTrainer(SupervisedTrainer[DPOConfig]):
         self.reference_known = config.dpo.loss in REFERENCE_FREE
         """True once the reference log-probs are known, or if the loss needs none."""
         self.samples = Samples(self.data, config, self.model, self.tokenizer, self.mesh)
-        self.load((config.dpo, self.total_steps))
+        running = RunningMean(jnp.float32(0), jnp.float32(0)) if "bco_pair" in config.dpo.losses else None
+        self.load((config.dpo, self.total_steps), score_stats=sharding.put_whole(running, self.mesh))
 
     def _first_row(self) -> list[str]:
         first = self.data.train[0]
@@ -114,6 +117,8 @@ class DPOTrainer(SupervisedTrainer[DPOConfig]):
         # on another mesh the values differ by rounding alone
         model = dataclasses.replace(self.model, adapters=None, remat="none", mesh=None)
         content = f"{self._reference_hash} {setup.fingerprint(rows)} {model}"
+        if self.config.dpo.ld_alpha is not None:
+            content += f" {self.config.dpo.ld_alpha}"
 
         def compute() -> np.ndarray:
             note(f"log-probs of the reference: {counts} rows, once for this model and these rows")
@@ -153,7 +158,7 @@ class DPOTrainer(SupervisedTrainer[DPOConfig]):
                 raise Preempted("stopped before the first step; run the same command again to start over")
             batch = [rows[i] for i in order[start : start + size]]
             batch += batch[:1] * (size - len(batch))  # filled up; cut off below
-            parts.append(sharding.fetch(score(params, self.collate(batch), model=self.model)))
+            parts.append(sharding.fetch(score(params, self.collate(batch), model=self.model, settings=self.config.dpo)))
             if time.monotonic() - last_note > PROGRESS:
                 last_note = time.monotonic()
                 note(f"log-probs of the reference: {start + size} of {len(rows)} rows")
@@ -165,7 +170,9 @@ class DPOTrainer(SupervisedTrainer[DPOConfig]):
         rows, (settings, total_steps) = self.rows.validation, self.spec.objective
         if not rows:
             return {}
-        known = self.reference[len(self.rows.train) :], _desirable(rows), self.state.value.step
+        state = self.state.value
+        baseline = 0.0 if state.score_stats is None else state.score_stats.mean
+        known = self.reference[len(self.rows.train) :], _desirable(rows), state.step, baseline
         metrics = evaluate(self._logprobs(self.params, rows), *known, settings=settings, total_steps=total_steps)
         return {f"eval/{key}": float(value) for key, value in metrics.items()}
 

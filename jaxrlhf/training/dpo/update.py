@@ -1,5 +1,6 @@
 """Programs of preference training: response log-probs, the loss over them, and an optimizer step."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jaxrlhf import sharding
 from jaxrlhf.algorithms import kto, masked
-from jaxrlhf.algorithms.dpo import LOSSES, Coefs, Divergence, Logprobs, per_token, preference_loss, sft_term
+from jaxrlhf.algorithms.dpo import LOSSES, Coefs, Divergence, Logprobs, per_token, preference_loss, ratios, sft_term
 from jaxrlhf.algorithms.masked import Scalar
 from jaxrlhf.algorithms.reference_free import orpo_loss, simpo_loss
 from jaxrlhf.config import DPO
@@ -34,9 +36,11 @@ class Preferences(NamedTuple):
 class PairLogprobs(NamedTuple):
     """Log-probs of pairs of responses, chosen and rejected on the last axis."""
 
-    logprobs: Array  # f32 [B, 2], of packed pairs [B, M, 2]   log p, summed over the tokens
+    logprobs: Array  # f32 [B, 2], of packed pairs [B, M, 2]   log p, summed over the tokens; LD-DPO: with their weights
     tokens: Array  # int32, the same shape   number of tokens summed
     valid: Array  # bool [B], of packed pairs [B, M]   pairs that exist
+    plain: Array | None = None  # f32, the same shape   LD-DPO: log p without weights
+    weights: Array | None = None  # f32 as valid   WPO: weight of each pair, without a gradient
 
 
 def beta_schedule(settings: DPO, total_steps: int) -> optax.Schedule:
@@ -49,14 +53,26 @@ def beta_schedule(settings: DPO, total_steps: int) -> optax.Schedule:
     return optax.cosine_decay_schedule(settings.beta, steps, settings.beta_final / settings.beta)
 
 
-def _token_logprobs(params: Params, batch: Batch, model: ModelConfig, keys: Array | None) -> Array:
-    """log p [B, T - 1] of the tokens from the second on, 0 outside the loss mask."""
+def _token_logprobs(
+    params: Params, batch: Batch, model: ModelConfig, keys: Array | None, *, weighting: bool = False
+) -> tuple[Array, Array]:
+    """log p [B, T - 1] of the tokens from the second on, and with `weighting` (else 0) the logarithm of p relative to
+    its mean under the policy, log (p / sum_v p_v^2), without a gradient. Both are 0 outside the loss mask."""
     hidden = forward(params, model, batch.tokens, batch.mask, batch.positions, batch.segments, keys)
-    logprobs, _ = token_logprobs(params, model, hidden[:, :-1], batch.tokens[:, 1:], 1.0)
-    return masked.keep(logprobs, batch.loss_mask[:, 1:])
+    targets, mask = batch.tokens[:, 1:], batch.loss_mask[:, 1:]
+    logprobs, _ = token_logprobs(params, model, hidden[:, :-1], targets, 1.0)
+    logprobs = masked.keep(logprobs, mask)
+    if not weighting:
+        return logprobs, jnp.zeros_like(logprobs)
+    # sum_v p_v^2 is the normaliser of p^2, which is the distribution at temperature 1/2: p^2 / sum_v p_v^2 = p_1/2
+    fixed, states = jax.lax.stop_gradient((params, hidden[:, :-1]))
+    sharper, _ = token_logprobs(fixed, model, states, targets, 0.5)
+    return logprobs, masked.keep(sharper, mask) - jax.lax.stop_gradient(logprobs)
 
 
-def pair_logprobs(params: Params, pairs: Pairs | PackedPairs, model: ModelConfig, keys: Array | None) -> PairLogprobs:
+def pair_logprobs(
+    params: Params, pairs: Pairs | PackedPairs, model: ModelConfig, keys: Array | None, settings: DPO
+) -> PairLogprobs:
     """One forward over 2B rows, of packed pairs over B rows. `keys` [B] are for dropout."""
     if isinstance(pairs, PackedPairs):
         texts, segments = pairs.texts, pairs.texts.segments
@@ -73,26 +89,51 @@ def pair_logprobs(params: Params, pairs: Pairs | PackedPairs, model: ModelConfig
         def summed(values: Array) -> Array:
             return jnp.sum(values, axis=1).reshape(2, -1).T
 
-    logprobs = summed(_token_logprobs(params, texts, model, keys))
-    return PairLogprobs(logprobs, summed(texts.loss_mask[:, 1:].astype(jnp.int32)), pairs.valid)
+    logprobs, aligned = _token_logprobs(params, texts, model, keys, weighting=settings.use_weighting)
+    mask = texts.loss_mask[:, 1:].astype(jnp.int32)
+    plain, tokens, weights = summed(logprobs), summed(mask), None
+    if settings.use_weighting:
+        means = summed(aligned) / jnp.maximum(tokens, 1)
+        weights = jnp.exp(jnp.sum(means, axis=-1))
+    if settings.ld_alpha is None:
+        return PairLogprobs(plain, tokens, pairs.valid, None, weights)
+    common = jnp.broadcast_to(jnp.min(tokens, axis=-1, keepdims=True), tokens.shape)  # the shorter response of the pair
+    number = jnp.cumsum(mask, axis=1)  # of a token in its row, from 1
+    if isinstance(pairs, PackedPairs):
+        assert texts.segments is not None
+        flat = tokens.reshape(len(tokens), -1)
+        before = jnp.cumsum(flat, axis=1) - flat
+        number -= jnp.take_along_axis(before, texts.segments[:, 1:], axis=1)
+        limit = jnp.take_along_axis(common.reshape(flat.shape), texts.segments[:, 1:], axis=1)
+    else:
+        limit = common.T.reshape(-1, 1)
+    return PairLogprobs(
+        summed(jnp.where(number > limit, settings.ld_alpha, 1.0) * logprobs), tokens, pairs.valid, plain, weights
+    )
 
 
 def _logprobs(params: Params, batch: Batch, model: ModelConfig, keys: Array | None) -> Array:
     """log p [B] of the response in each row."""
-    return jnp.sum(_token_logprobs(params, batch, model, keys), axis=1)
+    return jnp.sum(_token_logprobs(params, batch, model, keys)[0], axis=1)
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def score(params: Params, pairs: Pairs | PackedPairs, *, model: ModelConfig) -> PairLogprobs:
+@functools.partial(jax.jit, static_argnames=("model", "settings"))
+def score(params: Params, pairs: Pairs | PackedPairs, *, model: ModelConfig, settings: DPO) -> PairLogprobs:
     """`pair_logprobs` without dropout, for the reference and for held-out pairs."""
-    return pair_logprobs(params, pairs, model, None)
+    return pair_logprobs(params, pairs, model, None, settings)
 
 
 def objective(
-    scored: PairLogprobs, reference: Array, count: Scalar, chosen_tokens: Scalar, beta: Scalar, settings: DPO
+    scored: PairLogprobs,
+    reference: Array,
+    count: Scalar,
+    chosen_tokens: Scalar,
+    beta: Scalar,
+    baseline: Scalar,
+    settings: DPO,
 ) -> tuple[Array, Metrics]:
-    """Loss over pairs with its SFT term, and metrics. `count` is the number of pairs in the whole optimizer batch and
-    `chosen_tokens` that of the tokens in their chosen responses."""
+    """Loss over pairs with its SFT term, and metrics. `count` is the number of pairs in the whole optimizer batch,
+    `chosen_tokens` that of the tokens in their chosen responses, and `baseline` the running mean of bco_pair."""
     whole, known, tokens = (x.reshape(-1, 2) for x in (scored.logprobs, reference, scored.tokens))
     pairs = Logprobs(whole[:, 0], whole[:, 1], known[:, 0], known[:, 1], tokens[:, 0], tokens[:, 1])
     sides = pairs.chosen, pairs.rejected, pairs.chosen_tokens, pairs.rejected_tokens
@@ -102,13 +143,22 @@ def objective(
     elif settings.loss == "orpo":
         value, metrics = orpo_loss(*sides, mask, count, beta)
     else:
-        loss = LOSSES["sigmoid" if settings.loss == "cpo" else settings.loss]
-        loss = loss._replace(scores=per_token) if settings.length_normalised else loss
         divergence = Divergence(settings.divergence, settings.alpha)
-        coefs = Coefs(beta, smoothing, settings.discopop_tau)
-        value, metrics = preference_loss(pairs, mask, count, loss, divergence, coefs)
+        coefs = Coefs(beta, smoothing, settings.discopop_tau, baseline)
+        weights = None if scored.weights is None else scored.weights.reshape(-1)
+        value, metrics = jnp.float32(0), {}
+        for name, share in settings.losses.items():
+            loss = LOSSES["sigmoid" if name == "cpo" else name]
+            if settings.length_normalised and loss.scores is ratios:
+                loss = loss._replace(scores=per_token)
+            part, metrics = preference_loss(pairs, mask, count, loss, divergence, coefs, weights)
+            value += share * part
+        metrics |= {"loss": value}
+        if weights is not None:
+            metrics["pair_weights"] = masked.total(weights, mask) / count
     if settings.sft_weight:
-        term = sft_term(pairs.chosen, mask, chosen_tokens)
+        unweighted = pairs.chosen if scored.plain is None else scored.plain.reshape(-1, 2)[:, 0]
+        term = sft_term(unweighted, mask, chosen_tokens)
         value += settings.sft_weight * term
         metrics |= {"loss": value, "nll_loss": term}
     return value, metrics
@@ -125,9 +175,17 @@ def kto_objective(
 
 @functools.partial(jax.jit, static_argnames=("settings", "total_steps"))
 def evaluate(
-    scored: PairLogprobs, reference: Array, desirable: Array, step: Array, *, settings: DPO, total_steps: int
+    scored: PairLogprobs,
+    reference: Array,
+    desirable: Array,
+    step: Array,
+    baseline: Scalar,
+    *,
+    settings: DPO,
+    total_steps: int,
 ) -> Metrics:
-    """Loss and metrics of held-out rows after `step` steps, with the beta of the last one. All rows are taken at once:
+    """Loss and metrics of held-out rows after `step` steps, with the beta of the last one and the running mean of
+    bco_pair. All rows are taken at once:
     some losses rank them, and the KL of kto is a mean."""
     count, beta = jnp.sum(scored.valid), _beta(jnp.maximum(step - 1, 0), settings, total_steps)
     if settings.loss == "kto":
@@ -136,15 +194,17 @@ def evaluate(
         metrics = kto_objective(*logprobs, desirable, kl, count, beta, settings)[1]
         return kto.finalize_metrics(metrics) | {"kl": kl}
     chosen_tokens = jnp.sum(jnp.where(scored.valid, scored.tokens[..., 0], 0))
-    return objective(scored, reference, count, chosen_tokens, beta, settings)[1]
+    return objective(scored, reference, count, chosen_tokens, beta, baseline, settings)[1]
 
 
 def evaluation_keys(settings: DPO) -> list[str]:
     """The metric keys of `evaluate`."""
     row = jax.ShapeDtypeStruct((1, 2), jnp.float32)
-    scored = PairLogprobs(row, jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.bool_))  # type: ignore[arg-type]
+    weight = jax.ShapeDtypeStruct((1,), jnp.float32) if settings.use_weighting else None
+    valid = jax.ShapeDtypeStruct((1,), jnp.bool_)
+    scored = PairLogprobs(row, jax.ShapeDtypeStruct((1, 2), jnp.int32), valid, None, weight)  # type: ignore[arg-type]
     one = functools.partial(evaluate, settings=settings, total_steps=1)
-    return list(jax.eval_shape(one, scored, row, scored.valid, jax.ShapeDtypeStruct((), jnp.int32)))
+    return list(jax.eval_shape(one, scored, row, valid, jax.ShapeDtypeStruct((), jnp.int32), 0.0))
 
 
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
@@ -156,7 +216,8 @@ def update(
     model, (settings, total_steps) = spec.model, spec.objective
     valid, labelled = batch.pairs.valid, settings.loss == "kto"
     count, (chosen_tokens, rejected_tokens) = jnp.sum(valid), _tokens(batch.pairs)
-    beta, kl = _beta(state.step, settings, total_steps), jnp.float32(0)
+    beta, kl, stats = _beta(state.step, settings, total_steps), jnp.float32(0), state.score_stats
+    baseline = jnp.float32(0) if stats is None else stats.mean
     if labelled:
         policy, others = {**frozen, **state.params["policy"]}, to_micro_batches(batch.pairs.rejected, spec.num_micro)
         scored = jax.lax.map(lambda part: _logprobs(policy, part, model, None), others)
@@ -167,11 +228,16 @@ def update(
             assert isinstance(part.pairs, Pairs)
             logprobs = _logprobs(policy, part.pairs.chosen, model, keys)
             return kto_objective(logprobs, part.reference[:, 0], part.desirable, kl, count, beta, settings)
-        scored = pair_logprobs(policy, part.pairs, model, keys)
-        return objective(scored, part.reference, count, chosen_tokens, beta, settings)
+        scored = pair_logprobs(policy, part.pairs, model, keys, settings)
+        return objective(scored, part.reference, count, chosen_tokens, beta, baseline, settings)
 
     state, metrics = supervised_step(loss, state, frozen, batch, key, spec)
     metrics: Metrics = kto.finalize_metrics(metrics) | {"kl": kl} if labelled else metrics
+    if stats is not None:
+        mean = 0.5 * (metrics["rewards/chosen"] + metrics["rewards/rejected"])
+        moved = stats.add(jnp.where(metrics["skipped_updates"] > 0, jnp.nan, mean), 2 * count)
+        state = dataclasses.replace(state, score_stats=sharding.constrain(moved, spec.mesh))
+        metrics["rewards/baseline"] = baseline
     tokens = chosen_tokens if labelled else chosen_tokens + rejected_tokens
     return state, metrics | {"num_tokens": tokens, "beta": beta}
 
