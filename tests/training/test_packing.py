@@ -59,7 +59,9 @@ def agree(found, wanted):
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_texts_have_the_loss_and_gradients_of_texts_apart(name):
     model, count = MODELS[name], sum(sum(row.loss_mask) for row in TEXTS)
-    run = jax.jit(jax.value_and_grad(lambda p, b: sft.loss(p, b, None, model=model, count=count), has_aux=True))
+    run = jax.jit(
+        jax.value_and_grad(lambda p, b: sft.loss(p, b, None, model=model, count=count, name="nll"), has_aux=True)
+    )
     params = weights_of(model)
     (loss, _), grads = found = run(params, jax.tree.map(jnp.asarray, batching.packed(PACKED, 0, WIDTH)))
     wanted = run(params, jax.tree.map(jnp.asarray, batching.batch(TEXTS, 0, max(LENGTHS))))
