@@ -43,7 +43,7 @@ def supervised(method, model, lora, optimizer):
     trained, frozen = adapters.split_trainable(param_shapes(model, lora), lora.enabled)
     state = State({role: trained}, {role: optimizer}, MESH).template
     rows = Batch(array("int32", B, P + R), array("bool", B, P + R), array("bool", B, P + R))
-    spec = Spec(model, optimizer, 1, MESH, loss.objective_of(RewardConfig()) if method == "reward" else None)
+    spec = Spec(model, optimizer, 1, MESH, loss.objective_of(RewardConfig()) if method == "reward" else "nll")
     if method == "sft":
         return program, state, (frozen, rows, KEY), {"spec": spec}
     pairs = array("int32", B, 2, P + R), array("bool", B, 2, P + R), array("bool", B, 2), array("float32", B)
