@@ -7,13 +7,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, Sampling, SFTConfig
+    from jaxrlhf.config import DistillConfig, DPOConfig, GRPOConfig, PPOConfig, RewardConfig, Sampling, SFTConfig
     from jaxrlhf.data.tokenizer import load_tokenizer
     from jaxrlhf.logprobs import last_token_scores
     from jaxrlhf.models import ModelConfig
     from jaxrlhf.rewards.sources.model import score
     from jaxrlhf.rollout.decode import generate
     from jaxrlhf.rollout.inference_copy import inference_copy
+    from jaxrlhf.training.distill.trainer import DistillTrainer
     from jaxrlhf.training.dpo.trainer import DPOTrainer
     from jaxrlhf.training.grpo.trainer import GRPOTrainer
     from jaxrlhf.training.on_policy.inspection import inspect
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = [
     "DPOConfig",
     "DPOTrainer",
+    "DistillConfig",
+    "DistillTrainer",
     "GRPOConfig",
     "GRPOTrainer",
     "ModelConfig",
@@ -55,6 +58,8 @@ __all__ = [
 
 _HOMES = {
     "DPOConfig": "jaxrlhf.config",
+    "DistillConfig": "jaxrlhf.config",
+    "DistillTrainer": "jaxrlhf.training.distill.trainer",
     "DPOTrainer": "jaxrlhf.training.dpo.trainer",
     "GRPOConfig": "jaxrlhf.config",
     "GRPOTrainer": "jaxrlhf.training.grpo.trainer",

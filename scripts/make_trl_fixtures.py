@@ -17,8 +17,8 @@ its settings as JSON under `about` in the metadata, and (E epochs, M mini-batche
     metric/NAME                               []       as TRL logs it
 
 functions.safetensors holds results of single functions of TRL on a ragged random batch, losses.safetensors those of its
-preference losses (trl_losses.py), groups.safetensors the advantages and losses of its GRPOTrainer and RLOOTrainer (see
-`groups`).
+preference losses (trl_losses.py), distillation.safetensors those of its divergence (trl_distillation.py),
+groups.safetensors the advantages and losses of its GRPOTrainer and RLOOTrainer (see `groups`).
 """
 
 import json
@@ -34,6 +34,7 @@ import tokenizers
 import torch  # pyright: ignore[reportMissingImports]
 import transformers
 import trl  # pyright: ignore[reportMissingImports]
+import trl_distillation
 import trl_losses
 from make_fixtures import digest
 from safetensors.numpy import save_file
@@ -364,6 +365,7 @@ def main() -> None:
     torch.set_num_threads(1)
     functions()
     trl_losses.main()
+    trl_distillation.main()
     groups()
     for name in CASES:
         found = run(name)

@@ -77,6 +77,7 @@ COMMANDS: dict[str, Command] = {
             "dpo": "train on preferences without a reward model: DPO and related losses",
             "ppo": "train with PPO on a reward model or reward function",
             "grpo": "train with GRPO, a related method without a critic, or online DPO",
+            "distill": "train a student on the probabilities of a teacher, on its own completions or those of the data",
         }.items()
     },
     "launch": Command(launch.launch, launch.HELP, launch.ARGUMENTS),

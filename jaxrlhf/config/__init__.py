@@ -1,11 +1,13 @@
 """Run configuration: frozen dataclasses, strictly validated. They define every default and do not import jax.
 
-There is one config per method (`SFTConfig`, `RewardConfig`, `DPOConfig`, `PPOConfig`, `GRPOConfig`), composed of
+There is one config per method (`SFTConfig`, `RewardConfig`, `DPOConfig`, `PPOConfig`, `GRPOConfig`,
+`DistillConfig`), composed of
 sections. `config.file` reads them from YAML files and command-line overrides; `config.text` writes them. Options have
 TRL's names where they mean the same.
 """
 
 from jaxrlhf.config.base import DType, replace
+from jaxrlhf.config.distill import Distill, DistillConfig, Teacher
 from jaxrlhf.config.dpo import DPO, DPOConfig
 from jaxrlhf.config.grpo import GRPO, GRPOConfig
 from jaxrlhf.config.judge import Judge
@@ -29,6 +31,8 @@ __all__ = [
     "DPOConfig",
     "DType",
     "Data",
+    "Distill",
+    "DistillConfig",
     "GRPOConfig",
     "Generation",
     "Judge",
@@ -44,6 +48,7 @@ __all__ = [
     "SFTConfig",
     "Sampling",
     "Scores",
+    "Teacher",
     "TokenizerSource",
     "Train",
     "Validation",

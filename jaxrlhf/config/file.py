@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.config import DistillConfig, DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.config.reader import ConfigReader
 from jaxrlhf.errors import ConfigError
 
-METHODS: dict[str, type] = {cls.method: cls for cls in (SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig)}
+METHODS: dict[str, type] = {
+    cls.method: cls for cls in (SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig, DistillConfig)
+}
 
 
 def load_config(

@@ -140,7 +140,7 @@ class ConfigReader:
                 return True  # not a section: reported by validation
             return bool((values or {}).get(leaf))
 
-        for key in _REQUIRED:
+        for key in (*_REQUIRED, *(["teacher.path"] if "teacher.path" in self.annotations else [])):
             if not is_set(key) and not (key == "data.path" and is_set("data.mix")):
                 section, _, leaf = key.partition(".")
                 doc = field_doc(self.annotations[section], leaf).removesuffix(" Required.")

@@ -28,6 +28,7 @@ SUMMARY: dict[str, dict[str, str]] = {
     },
     "ppo": _ON_POLICY,
     "grpo": _ON_POLICY,
+    "distill": {"loss": "loss", "distill/reverse_kl": "kl", "distill/agreement": "agree", "learning_rate": "lr"},
 }
 """Metrics on the progress line, if the record has them, by method: key -> label."""
 

@@ -19,6 +19,15 @@ PREFERENCES: dict[str, str] = {
 }
 """DPO and its relatives. Implicit reward: beta log(policy / reference), or without a reference beta log p per token."""
 
+DISTILL: dict[str, str] = {
+    "distill/on_policy": "1 if the student drew the completions of this step, 0 if they are those of the data",
+    "distill/forward_kl": "mean over loss tokens of KL(teacher, student) over the vocabulary, nats",
+    "distill/reverse_kl": "mean over loss tokens of KL(student, teacher) over the vocabulary, nats",
+    "distill/teacher_entropy": "mean over loss tokens of the entropy of the teacher, nats",
+    "distill/agreement": "share of loss tokens where the most probable token of student and teacher is the same",
+}
+"""Distillation, at `distill.temperature`."""
+
 HELD_OUT = (
     "loss",
     "entropy",
@@ -38,7 +47,8 @@ METRICS: dict[str, str] = {
     "skipped_updates": "optimizer steps of this record that were skipped because loss or gradient was not finite",
     # SFT
     "loss": "SFT: mean over loss tokens of -log p (dft: of -p log p), nats; reward model: mean over rows of the "
-    "training loss; DPO: mean over rows of the loss `dpo.loss`, plus the weighted SFT term",
+    "training loss; DPO: mean over rows of the loss `dpo.loss`, plus the weighted SFT term; distillation: mean over loss "
+    "tokens of the divergence of `distill.beta`, nats",
     "entropy": "mean over loss tokens of the entropy of the next-token distribution, nats",
     # reward model
     "accuracy": "share of pairs whose chosen response scores higher (labelled ties count as wrong); rankings: share of "
@@ -58,6 +68,9 @@ METRICS: dict[str, str] = {
     # DPO and its relatives; online DPO logs rewards/... too
     **PREFERENCES,
     **{f"eval/{key}": f"`{key}` over all held-out rows" for key in HELD_OUT},
+    # distillation
+    **DISTILL,
+    **{f"eval/{key}": f"`{key}` over all held-out rows" for key in DISTILL if key != "distill/on_policy"},
     # PPO and GRPO
     "objective/kl": "mean over sequences of the sum over response tokens of k1 = log pi_old - log ref, nats",
     "objective/kl_per_token": "mean over response tokens of k1, nats",

@@ -81,6 +81,15 @@ PANELS: dict[str, tuple[Panel, ...]] = {
     ),
     "ppo": _ON_POLICY,
     "grpo": _ON_POLICY,
+    "distill": (
+        _LOSS,
+        Panel("forward KL, nats per token", {"distill/forward_kl": "training", "eval/distill/forward_kl": "held out"}),
+        Panel("reverse KL, nats per token", {"distill/reverse_kl": "training", "eval/distill/reverse_kl": "held out"}),
+        Panel("same most probable token", {"distill/agreement": "training", "eval/distill/agreement": "held out"}),
+        Panel("entropy, nats per token", {"entropy": "student", "distill/teacher_entropy": "teacher"}),
+        _LEARNING_RATE,
+        _GRADIENT,
+    ),
 }
 
 

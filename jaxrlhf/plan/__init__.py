@@ -23,6 +23,7 @@ from jaxrlhf.plan import costs, hlo, topology
 from jaxrlhf.plan.programs import Programs, Traced, Trainer, abstract_trainer, compile_longest
 from jaxrlhf.plan.targets import Target
 from jaxrlhf.rollout import engine
+from jaxrlhf.training.distill.trainer import DistillTrainer
 from jaxrlhf.training.dpo.trainer import DPOTrainer
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
 from jaxrlhf.training.on_policy.sampler import Sampler
@@ -152,6 +153,8 @@ def plan_of(trainer: Trainer, programs: Programs | None = None) -> Plan:
     programs = compile_longest(trainer, programs)
     if isinstance(trainer, PPOTrainer | GRPOTrainer):
         phases = tuple(_on_policy_phases(trainer, programs))
+    elif isinstance(trainer, DistillTrainer):
+        phases = tuple(_distill_phases(trainer, programs))
     else:
         phases = tuple(_supervised_phases(trainer, programs))
     about = f"{trainer.config.model.path}, {trainer.total_steps} steps"
@@ -217,6 +220,18 @@ def _supervised_phases(trainer: SFTTrainer | RewardTrainer | DPOTrainer, found: 
     if not isinstance(trainer, RewardTrainer):
         copy = {"decoding copy": size(found["convert"][0].outputs)}
         yield phase("samples", standing | copy, found["generate"], trips=trainer.config.sampling.response_length)
+
+
+def _distill_phases(trainer: DistillTrainer, found: Programs) -> Iterator[Phase]:
+    state, phase = trainer.state.template, partial(_phase, mesh=trainer.mesh)
+    standing = _standing(state, trainer.frozen, trainer.teacher)
+    if trainer.config.distill.lmbda:
+        yield _rollout_phase("rollout", standing, found["convert"][0].outputs, trainer.sampler, found)
+    yield phase("update", standing, found["update"], {"gradients": _gradients(state)})
+    if scoring := found.get("evaluate"):
+        yield phase("evaluation", standing, scoring)
+    copy = {"decoding copy": size(found["convert"][-1].outputs)}
+    yield phase("samples", standing | copy, found["generate"][-1:], trips=trainer.config.sampling.response_length)
 
 
 def _on_policy_phases(trainer: PPOTrainer | GRPOTrainer, found: Programs) -> Iterator[Phase]:

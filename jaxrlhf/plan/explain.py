@@ -13,6 +13,7 @@ from jaxrlhf import sharding
 from jaxrlhf.plan import topology
 from jaxrlhf.plan.programs import Trainer, abstract_trainer
 from jaxrlhf.plan.targets import Target
+from jaxrlhf.training.distill.trainer import DistillTrainer
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.setup import RunConfig
@@ -82,6 +83,8 @@ def parts(trainer: Trainer) -> Iterator[tuple[str, str, Any]]:
             yield f"reward model {name}", "", new(model.params)
     else:
         yield "frozen parameters", "", new(trainer.frozen)
+    if isinstance(trainer, DistillTrainer):
+        yield "teacher", "", new(trainer.teacher)
 
 
 def text(trees: Iterable[tuple[str, str, Any]], mesh: jax.sharding.Mesh) -> str:

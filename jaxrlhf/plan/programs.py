@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrlhf import sharding, weights
 from jaxrlhf.compilation import Compiled, compile_shapes
-from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.config import DistillConfig, DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.data import batching
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.plan import costs
@@ -20,6 +20,8 @@ from jaxrlhf.rollout.decode import Decoding, generate
 from jaxrlhf.rollout.inference_copy import convert, copy_shardings
 from jaxrlhf.rollout.queue import PromptQueue
 from jaxrlhf.training import sft
+from jaxrlhf.training.distill import update as distill_update
+from jaxrlhf.training.distill.trainer import DistillTrainer
 from jaxrlhf.training.dpo import update as dpo_update
 from jaxrlhf.training.dpo.trainer import DPOTrainer
 from jaxrlhf.training.grpo import update as grpo_update
@@ -33,9 +35,9 @@ from jaxrlhf.training.reward.trainer import RewardTrainer
 from jaxrlhf.training.samples import Samples
 from jaxrlhf.training.setup import RunConfig
 from jaxrlhf.training.sft import SFTTrainer
-from jaxrlhf.types import Params, Rollout
+from jaxrlhf.types import Batch, Params, Rollout
 
-Trainer = SFTTrainer | RewardTrainer | DPOTrainer | PPOTrainer | GRPOTrainer
+Trainer = SFTTrainer | RewardTrainer | DPOTrainer | PPOTrainer | GRPOTrainer | DistillTrainer
 KEY = jax.random.key(0)
 
 
@@ -118,6 +120,8 @@ def abstract_trainer(config: RunConfig, reward: Callable[..., Any] | None = None
                 return DPOTrainer(config)
             case SFTConfig():
                 return SFTTrainer(config)
+            case DistillConfig():
+                return DistillTrainer(config)
 
 
 def compile_longest(trainer: Trainer, programs: Programs | None = None) -> Programs:
@@ -133,6 +137,8 @@ def compile_longest(trainer: Trainer, programs: Programs | None = None) -> Progr
             _compile_dpo(trainer, programs)
         case SFTTrainer() | RewardTrainer():
             _compile_supervised(trainer, programs)
+        case DistillTrainer():
+            _compile_distill(trainer, programs)
     return programs
 
 
@@ -160,6 +166,30 @@ def _compile_dpo(trainer: DPOTrainer, programs: Programs) -> None:
         if part:
             pairs = trainer.collate(batching.longest(part, train.eval_batch_size))
             programs.compile(dpo_update.score, params, pairs, model=trainer.model, settings=trainer.config.dpo)
+    _compile_samples(trainer.samples, policy, trainer.key, programs)
+
+
+def _compile_distill(trainer: DistillTrainer, programs: Programs) -> None:
+    state, train, lmbda = trainer.state.template, trainer.config.train, trainer.config.distill.lmbda
+    policy = {**trainer.frozen, **state.params["policy"]}
+    batches, held_out = [], batching.longest(trainer.rows.validation, train.eval_batch_size)
+    if lmbda > 0:
+        rows = batching.longest(trainer.prompts(trainer.rows.train), train.batch_size)
+        rollout = _compile_rollout(trainer, None, policy, rows, programs)
+        batches.append(Batch(rollout.tokens, rollout.mask, rollout.mask))
+    if lmbda < 1:
+        batches.append(trainer.collate(batching.longest(trainer.rows.train, train.batch_size)))
+    for batch in batches:
+        args = state, trainer.frozen, trainer.teacher, batch, trainer.key
+        programs.compile(distill_update.update, *args, spec=trainer.spec)
+    if held_out:
+        of_prompts = jax.tree.map(
+            lambda x: sharding.rows_shape(jax.ShapeDtypeStruct((len(held_out), *x.shape[1:]), x.dtype), trainer.mesh),
+            batches[0],
+        )
+        batch = trainer.collate(held_out) if lmbda < 1 else of_prompts
+        static = {"model": trainer.model, "objective": trainer.objective}
+        programs.compile(distill_update.evaluate, policy, trainer.teacher, batch, **static)
     _compile_samples(trainer.samples, policy, trainer.key, programs)
 
 
@@ -214,7 +244,11 @@ def rolls_out_where_it_trains(trainer: PPOTrainer | GRPOTrainer) -> bool:
 
 
 def _compile_rollout(
-    trainer: PPOTrainer | GRPOTrainer, ahead: Ahead | None, policy: Params, rows: Sequence[Any], programs: Programs
+    trainer: PPOTrainer | GRPOTrainer | DistillTrainer,
+    ahead: Ahead | None,
+    policy: Params,
+    rows: Sequence[Any],
+    programs: Programs,
 ) -> Rollout:
     """Compile the rollout of `rows`, on devices of its own if `ahead` is given; returns its shapes on those that
     train."""

@@ -28,6 +28,7 @@ NAMES = {
     "dpo": "Preference optimisation",
     "ppo": "PPO",
     "grpo": "GRPO",
+    "distill": "Distillation",
 }
 VALIDATIONS = 60  # rows of the table of held-out metrics
 

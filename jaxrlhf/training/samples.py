@@ -1,12 +1,13 @@
 """Sample completions, drawn during supervised training."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxrlhf import memory, sharding
-from jaxrlhf.config import DPOConfig, SFTConfig
+from jaxrlhf.config import DistillConfig, DPOConfig, SFTConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, SFTRow, Split
 from jaxrlhf.data.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ class Samples:
     def __init__(
         self,
         rows: Split[Any],
-        config: SFTConfig | DPOConfig,
+        config: SFTConfig | DPOConfig | DistillConfig,
         model: ModelConfig,
         tokenizer: Tokenizer,
         mesh: jax.sharding.Mesh,
@@ -65,7 +66,9 @@ class Samples:
         return [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, completions, strict=True)]
 
 
-def _prompt(row: SFTRow, index: int) -> PromptRow:
+def _prompt(row: SFTRow | PromptRow, index: int) -> PromptRow:
     """The tokens before the first one under the loss mask; the first 8 of a text that is trained on whole."""
+    if isinstance(row, PromptRow):
+        return dataclasses.replace(row, index=index)
     start = int(np.argmax(row.loss_mask))
     return PromptRow(tokens=row.tokens[: start if start > 1 else 8], text="", columns={}, index=index)

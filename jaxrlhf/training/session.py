@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal
 
 from jaxrlhf import checkpoint, compilation, distributed, metrics, report, runs, sharding
-from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.config import DistillConfig, DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.config.spelling import did_you_mean
 from jaxrlhf.errors import ConfigError, NumericsError, Preempted, RewardError, StorageError
 from jaxrlhf.metrics.keys import EPOCHS
@@ -273,12 +273,14 @@ def metric_of(config: RunConfig) -> str:
             default = "eval/rewards/margins" if config.dpo.loss == "kto" else "eval/rewards/accuracies"
         case RewardConfig():
             default = "eval/loss" if config.loss == "regression" else "eval/accuracy"
-        case SFTConfig():
+        case SFTConfig() | DistillConfig():
             default = "eval/loss"
     return config.train.metric or default
 
 
-def check_metric(config: SFTConfig | RewardConfig | DPOConfig, known: Collection[str], held_out: bool) -> None:
+def check_metric(
+    config: SFTConfig | RewardConfig | DPOConfig | DistillConfig, known: Collection[str], held_out: bool
+) -> None:
     """Raise ConfigError for a `train.metric` that evaluations do not give (`known`: those they do), or if nothing is
     held out to evaluate."""
     metric = config.train.metric

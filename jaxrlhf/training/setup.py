@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxrlhf import distributed, runtime, sharding, weights
 from jaxrlhf.checkpoint.digest import digests, leaves_by_name
 from jaxrlhf.config import (
+    DistillConfig,
     DPOConfig,
     DType,
     GRPOConfig,
@@ -29,7 +30,7 @@ from jaxrlhf.training.abstract import build, is_abstract
 from jaxrlhf.training.adapters import with_adapters
 from jaxrlhf.types import Params
 
-RunConfig = SFTConfig | RewardConfig | DPOConfig | PPOConfig | GRPOConfig
+RunConfig = SFTConfig | RewardConfig | DPOConfig | PPOConfig | GRPOConfig | DistillConfig
 
 
 def keys(seed: int) -> jax.Array:

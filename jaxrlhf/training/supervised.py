@@ -1,4 +1,4 @@
-"""The base class of the SFT, reward and DPO trainers: setup, batches, session and export."""
+"""The base class of the SFT, reward, DPO and distillation trainers: setup, batches, session and export."""
 
 import abc
 import contextlib
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from jaxrlhf import runs, sharding, weights
-from jaxrlhf.config import DPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.config import DistillConfig, DPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import Split
 from jaxrlhf.data.packing import pack
@@ -23,7 +23,7 @@ from jaxrlhf.training.state import State
 from jaxrlhf.training.step import Spec
 from jaxrlhf.types import Params
 
-Config = TypeVar("Config", SFTConfig, RewardConfig, DPOConfig)
+Config = TypeVar("Config", SFTConfig, RewardConfig, DPOConfig, DistillConfig)
 FEW_HELD_OUT = 5  # rows below which the best state is a matter of chance
 
 
@@ -48,15 +48,16 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
         self._results: dict[str, float] = {}
         self._origin: Origin | None = None  # once `.train()` has opened the run
 
-    def use_rows(self, rows: Split[Any], evaluations: Collection[str], *, texts: int) -> None:
+    def use_rows(self, rows: Split[Any], evaluations: Collection[str], *, texts: int, sampled: int = 0) -> None:
         """Train on `rows`, packed if `train.packing`. `evaluations` are the metrics of held-out rows, `texts` the
-        number of texts in a row of a batch. Raises ConfigError for texts longer than the model's context."""
+        number of texts in a row of a batch, `sampled` the tokens of the longest text that the model samples to train on
+        (0: none). Raises ConfigError for texts longer than the model's context."""
         train = self.config.train
         setup.check_data(self.model, (*rows.train, *rows.validation))
         check_metric(self.config, evaluations, bool(rows.validation))
         longest = max(map(batching.row_length, (*rows.train, *rows.validation)))
         setup.check_context(longest, self.model, "the longest row", "data.max_length")
-        self.model = for_length(self.model, longest)
+        self.model = for_length(self.model, max(longest, sampled))
         context = self.model.max_positions  # limits a text; a packed row, whose positions restart, may be longer
         limit = min(self.config.data.max_length, context) if train.packing else longest
         self.width = texts * batching.bucket(limit, context)

@@ -27,6 +27,7 @@ _METHODS = {
     "dpo": "preferences (DPO and its relatives)",
     "ppo": "PPO",
     "grpo": "group-relative policy optimisation",
+    "distill": "distillation from a teacher",
 }
 _MAIN = (
     *("loss", "entropy", "accuracy", "margin", "absolute_error", "rewards/accuracies", "rewards/margins", "kl"),

@@ -8,7 +8,7 @@ import jax
 from jax import Array
 
 from jaxrlhf import memory, sharding
-from jaxrlhf.config import GRPOConfig, PPOConfig
+from jaxrlhf.config import DistillConfig, GRPOConfig, PPOConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.data.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ class Sampler:
 
     def __init__(
         self,
-        config: PPOConfig | GRPOConfig,
+        config: PPOConfig | GRPOConfig | DistillConfig,
         model: ModelConfig,
         tokenizer: Tokenizer,
         mesh: jax.sharding.Mesh,
