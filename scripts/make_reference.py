@@ -20,7 +20,14 @@ from jaxrlhf.config.text import form, value_text
 from jaxrlhf.metrics.keys import COMPONENT, METRICS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-TITLES = {"sft": "SFT", "reward": "reward models", "dpo": "DPO", "ppo": "PPO", "grpo": "GRPO"}
+TITLES = {
+    "sft": "SFT",
+    "reward": "reward models",
+    "dpo": "DPO",
+    "ppo": "PPO",
+    "grpo": "GRPO",
+    "distill": "distillation",
+}
 
 CONFIGURATION = """\
 # Configuration
@@ -77,6 +84,7 @@ GROUPS = {
     "groups/": ("Groups", "GRPO and its relatives: the responses to one prompt."),
     "eval/": ("Held out", "Supervised methods: all held-out rows. PPO and GRPO: validation on held-out prompts."),
     "alarm/": ("Alarms", "PPO and GRPO: [`alarms`](configuration.md#alarms)."),
+    "distill/": ("Distillation", "Student and teacher on the tokens of the completions, at `distill.temperature`."),
     "perf/": ("Speed", "The only metrics that differ between runs with equal configs."),
 }
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.tiny import tiny
+from support.traced import largest_array
 
 from jaxrlhf import logprobs, models, runtime, sharding
 from jaxrlhf.config import Mesh
@@ -183,17 +184,6 @@ def test_entropy_is_a_measurement_without_gradient():
     params, hidden, targets = case(TINY)
     gradient = jax.grad(lambda p: token_logprobs(p, TINY, hidden, targets, 1.0)[1].sum())(params)
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
-
-
-def largest_array(jaxpr):
-    """Bytes of the largest array that a traced program makes, loops and calls included."""
-    sizes = [v.aval.size * v.aval.dtype.itemsize for eqn in jaxpr.eqns for v in eqn.outvars]
-    for eqn in jaxpr.eqns:
-        for value in eqn.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                sizes.append(largest_array(inner))
-    return max(sizes, default=0)
 
 
 @pytest.mark.parametrize(("tied", "on_support"), [(True, False), (False, False), (True, True)])

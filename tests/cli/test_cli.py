@@ -290,8 +290,8 @@ def test_next_steps_are_commands_with_the_paths_of_the_run(method, monkeypatch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_presets_are_found_by_name_and_valid(trained, method):
-    reward = ["--reward.function", "r.py:f"] if method in ("ppo", "grpo") else []
-    assert main([method, method, *GIVEN, *reward]) == 0
+    needed = {"distill": ["--teacher.path", "t"]} | dict.fromkeys(("ppo", "grpo"), ["--reward.function", "r.py:f"])
+    assert main([method, method, *GIVEN, *needed.get(method, [])]) == 0
     assert trained[0].config != METHODS[method](), "a preset says something"
 
 
@@ -305,10 +305,10 @@ def test_every_preset_of_a_recipe_says_its_method_and_loads(trained):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("rewrd", "(dpo, grpo, ppo, reward, sft); did you mean 'reward'?"),
+        ("rewrd", "(distill, dpo, grpo, ppo, reward, sft); did you mean 'reward'?"),
         ("recipes/gpt2/pppo.yaml", "did you mean 'recipes/gpt2/ppo'"),
         ("recipes/gpt2/", "is a folder of presets; choose one: recipes/gpt2/"),
-        ("recipes/gpt2/ppo/own", "(dpo, grpo, ppo, reward, sft)"),
+        ("recipes/gpt2/ppo/own", "(distill, dpo, grpo, ppo, reward, sft)"),
     ],
 )
 def test_an_unknown_preset_is_refused_with_a_suggestion(capsys, name, message):

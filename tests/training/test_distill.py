@@ -1,5 +1,6 @@
 """Distillation runs: the loss of chunks, learning, resuming, prompts alone, meshes, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.runs import equal, records
+from support.traced import largest_array
 
 import jaxrlhf
 from jaxrlhf import config, plan, runtime, weights
 from jaxrlhf.algorithms.distillation import token_divergences
 from jaxrlhf.errors import ConfigError, DataError, Preempted
-from jaxrlhf.models import forward, lm_logits
+from jaxrlhf.models import forward, init, lm_logits
 from jaxrlhf.training.distill.trainer import DistillTrainer
-from jaxrlhf.training.distill.update import Objective, loss, update
+from jaxrlhf.training.distill.update import Objective, divergence_sums, loss, update
 from jaxrlhf.training.step import gradients
 from jaxrlhf.types import Batch
 
@@ -79,6 +81,22 @@ def test_the_loss_of_chunks_is_that_of_whole_logits_whatever_the_padding_and_mic
         grads, metrics = jax.jit(lambda p, b, parts=parts: gradients(summed, p, b, parts))(params, batch)
         np.testing.assert_allclose(metrics["loss"], expected, rtol=2e-5)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6), grads, gradient)
+
+
+def test_logits_of_the_whole_batch_never_exist(tiny_model):
+    rows, columns, size = 8, 512, 50_304
+    model = dataclasses.replace(weights.load_config(tiny_model), vocab_size=size)
+    params = jax.eval_shape(lambda: init(model, jax.random.key(0)))
+    hidden = jax.ShapeDtypeStruct((rows, columns, model.hidden_size), jnp.float32)
+    mask = jax.ShapeDtypeStruct((rows, columns), jnp.bool_)
+    objective = Objective(config.Distill(), model)
+
+    def total(params, teacher, hidden, mask):
+        return divergence_sums(params, teacher, hidden, hidden, mask, model=model, objective=objective)["loss"]
+
+    made = largest_array(jax.make_jaxpr(jax.grad(total))(params, params, hidden, mask).jaxpr)
+    assert made <= 4 * size * model.hidden_size, "the gradient of the embedding is the largest array"
+    assert made < 4 * rows * columns * size / 100
 
 
 def test_a_student_comes_near_its_teacher_and_a_stopped_run_goes_on_bit_for_bit(distill, tmp_path, request):
