@@ -47,8 +47,8 @@ METRICS: dict[str, str] = {
     "skipped_updates": "optimizer steps of this record that were skipped because loss or gradient was not finite",
     # SFT
     "loss": "SFT: mean over loss tokens of -log p (dft: of -p log p), nats; reward model: mean over rows of the "
-    "training loss; DPO: mean over rows of the loss `dpo.loss`, plus the weighted SFT term; distillation: mean over loss "
-    "tokens of the divergence of `distill.beta`, nats",
+    "training loss; DPO: mean over rows of the loss `dpo.loss`, plus the weighted SFT term; distillation: mean over "
+    "loss tokens of the divergence of `distill.beta`, nats",
     "entropy": "mean over loss tokens of the entropy of the next-token distribution, nats",
     # reward model
     "accuracy": "share of pairs whose chosen response scores higher (labelled ties count as wrong); rankings: share of "
