@@ -111,7 +111,7 @@ class Norm(nn.Module):
         width = x.shape[-1:]
         plus_one = self.kind == "rmsnorm_1p"
         scale = along_last(self.param("scale", nn.initializers.zeros if plus_one else nn.initializers.ones, width), x)
-        scale = 1 + scale if plus_one else scale
+        scale = 1 + scale.astype(jnp.float32) if plus_one else scale  # a sum in bfloat16 would lose most of it
         if self.kind != "layernorm":
             return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
         x = x - jnp.mean(x, axis=-1, keepdims=True)

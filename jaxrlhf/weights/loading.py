@@ -143,7 +143,7 @@ def tensors_of(folder: Path) -> dict[str, safetensors.Entry]:
         warnings.warn(
             f"{folder}: {len(others)} tensors ({size:,.1f} MB) are left out: {parts}. The text model ({model.family}) "
             "is used alone, and exported alone",
-            stacklevel=3,
+            stacklevel=1,  # shown once, wherever the model is loaded
         )
     decoder, named = families.tensor_names(model).decoder, {}
     for name, entry in entries.items():

@@ -150,7 +150,11 @@ def test_activations_by_the_formula(name, formula):
 def test_norms_by_the_formula(kind):
     x, scale, bias = normal(2, 3, 8) * 5 + 2, normal(8, seed=1), normal(8, seed=2)
     params = {"scale": scale} | ({"bias": bias} if kind == "layernorm" else {})
-    found = layers.Norm(kind, 1e-2).apply({"params": params}, x)
+    norm = layers.Norm(kind, 1e-2)
+    found = norm.apply({"params": params}, x)
+    stored = {name: array.astype(jnp.bfloat16) for name, array in params.items()}  # computed with in float32
+    exact = {name: array.astype(jnp.float32) for name, array in stored.items()}
+    np.testing.assert_array_equal(norm.apply({"params": stored}, x), norm.apply({"params": exact}, x))
     x, scale, bias = (np.asarray(array) for array in (x, scale, bias))
     if kind == "layernorm":
         expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-2) * scale + bias

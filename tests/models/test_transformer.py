@@ -254,6 +254,14 @@ def test_grouped_heads_are_repeated_heads(make, big_weights):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_the_multiplier_of_the_embedding_is_rounded_like_the_embedding(make, big_weights):
+    model = make(embedding_multiplier=1152**0.5, dtype="bfloat16")
+    params, tokens = big_weights(model), jnp.arange(6)[None]
+    found = models.transformer._embed(params, model, tokens, tokens)
+    table = np.asarray(params["embed"]["embedding"].astype(jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_array_equal(found[0], 34 * table[:6])  # 33.94 in float32
+
+
 def test_a_window_as_long_as_the_sequence_is_no_window(make, big_weights):
     tokens, mask = jnp.arange(6, dtype=jnp.int32)[None], jnp.ones((1, 6), bool)
     plain = make()
