@@ -99,7 +99,6 @@ class ModelConfig:
     num_experts: int = 0  # E   0: a dense MLP
     experts_per_token: int = 0  # those with the largest probabilities in a softmax over all
     normalise_expert_shares: bool = False  # True: the shares of a token's experts sum to 1; False: the probabilities
-    router_aux_coef: float = 0.0  # of the load-balancing loss in training
     parallel_residual: bool = False  # the MLP reads the input of the layer, not that plus attention's output
     platform: Literal["cpu", "gpu", "tpu"] = "cpu"  # that computes it: sizes of chunks, layouts for decoding
     dtype: Literal["float32", "bfloat16"] = "float32"  # operands of matrix products; they accumulate in float32

@@ -25,10 +25,7 @@ LARGEST_BLOCK = 256  # rows
 
 
 class Experts(nn.Module):
-    """Router and gated MLPs in place of `Mlp`, with kernels [E, in, out].
-
-    Sows the router's probabilities [B, T, E] into the collection "router" where it is mutable.
-    """
+    """Router and gated MLPs in place of `Mlp`, with kernels [E, in, out]."""
 
     model: ModelConfig
 
@@ -39,7 +36,6 @@ class Experts(nn.Module):
         # the input is not rounded, as that could change the choice of experts; the weight is, as in an inference copy
         router = router.astype(m.dtype).astype(jnp.float32)
         probabilities = jax.nn.softmax(product("btd,de->bte", x, router, "float32"), axis=-1)
-        self.sow("router", "probabilities", probabilities)
         shares, chosen = jax.lax.top_k(probabilities, m.experts_per_token)
         if m.normalise_expert_shares:
             shares = shares / jnp.sum(shares, axis=-1, keepdims=True)

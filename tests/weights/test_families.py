@@ -5,6 +5,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from support.published import MINISTRAL_3B, OLMOE, PHI3_MINI_4K, PHI4_MINI, PHI35_MINI, PYTHIA_70M, QWEN3_30B
 
 from jaxrlhf import models
 from jaxrlhf.errors import DataError
@@ -112,168 +113,10 @@ def test_gpt2_from_the_hub():
     assert parse(GPT2, scale_attn_weights=False).attention_scale == 1.0
 
 
-# as published, less their special tokens, dropout rates and, of the lists of longrope, all but the ends
-PHI3_MINI_4K = {
-    "architectures": ["Phi3ForCausalLM"],
-    "attention_bias": False,
-    "auto_map": {
-        "AutoConfig": "configuration_phi3.Phi3Config",
-        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
-    },
-    "hidden_act": "silu",
-    "hidden_size": 3072,
-    "initializer_range": 0.02,
-    "intermediate_size": 8192,
-    "max_position_embeddings": 4096,
-    "model_type": "phi3",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 32,
-    "original_max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "sliding_window": 2047,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 32064,
-}
-PHI35_MINI = PHI3_MINI_4K | {
-    "max_position_embeddings": 131072,
-    "rope_scaling": {
-        "long_factor": [1.08, *[3.0] * 46, 64.8],
-        "short_factor": [1.0, *[2.0] * 46, 3.05],
-        "type": "longrope",
-    },
-    "sliding_window": 262144,
-}
-PHI4_MINI = PHI35_MINI | {
-    "full_attn_mod": 1,
-    "interpolate_factor": 1,
-    "lm_head_bias": False,
-    "mlp_bias": False,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "partial_rotary_factor": 0.75,
-    "rope_scaling": {"long_factor": [1, *[20.0] * 46, 47.8], "short_factor": [1.0] * 48, "type": "longrope"},
-    "tie_word_embeddings": True,
-    "vocab_size": 200064,
-}
-PYTHIA_70M = {
-    "architectures": ["GPTNeoXForCausalLM"],
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "hidden_act": "gelu",
-    "hidden_size": 512,
-    "initializer_range": 0.02,
-    "intermediate_size": 2048,
-    "layer_norm_eps": 1e-05,
-    "max_position_embeddings": 2048,
-    "model_type": "gpt_neox",
-    "num_attention_heads": 8,
-    "num_hidden_layers": 6,
-    "rotary_emb_base": 10000,
-    "rotary_pct": 0.25,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-    "use_cache": True,
-    "use_parallel_residual": True,
-    "vocab_size": 50304,
-}
-MINISTRAL_3B = {
-    "architectures": ["Ministral3ForCausalLM"],
-    "attention_dropout": 0.0,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 3072,
-    "intermediate_size": 9216,
-    "max_position_embeddings": 262144,
-    "model_type": "ministral3",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 26,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05,
-    "rope_parameters": {
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "factor": 16.0,
-        "llama_4_scaling_beta": 0.1,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 16384,
-        "rope_theta": 1000000.0,
-        "rope_type": "yarn",
-        "type": "yarn",
-    },
-    "sliding_window": None,
-    "tie_word_embeddings": True,
-    "vocab_size": 131072,
-}
-
-
-QWEN3_30B = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "decoder_sparse_step": 1,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "initializer_range": 0.02,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 48,
-    "mlp_only_layers": [],
-    "model_type": "qwen3_moe",
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 4,
-    "output_router_logits": False,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
-    "router_aux_loss_coef": 0.001,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-OLMOE = {
-    "architectures": ["OlmoeForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "clip_qkv": None,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "intermediate_size": 1024,
-    "max_position_embeddings": 4096,
-    "model_type": "olmoe",
-    "norm_topk_prob": False,
-    "num_attention_heads": 16,
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 16,
-    "num_key_value_heads": 16,
-    "output_router_logits": False,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "router_aux_loss_coef": 0.01,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 50304,
-}
-
-
 def test_mixtures_of_experts_from_the_hub():
     qwen = parse(QWEN3_30B)
     assert (qwen.num_experts, qwen.experts_per_token, qwen.mlp_size, qwen.head_dim) == (128, 8, 768, 128)
-    assert qwen.normalise_expert_shares and qwen.router_aux_coef == 0 and qwen.sliding_window is None
-    assert parse(QWEN3_30B, output_router_logits=True).router_aux_coef == 0.001
+    assert qwen.normalise_expert_shares and qwen.sliding_window is None
     assert sum(1 for _ in names.tensors(qwen)) == 3 + 48 * (9 + 3 * 128)
     olmoe = parse(OLMOE)
     assert (olmoe.num_experts, olmoe.experts_per_token, olmoe.mlp_size, olmoe.norm_eps) == (64, 8, 1024, 1e-5)
@@ -484,6 +327,7 @@ def test_classifiers():
         (QWEN3_30B, {"mlp_only_layers": [0]}, "mlp_only_layers"),
         (QWEN3_30B, {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
         (QWEN3_30B, {"num_experts": 4}, r"num_experts_per_tok is 8; expected at most num_experts \(4\)"),
+        (QWEN3_30B, {"output_router_logits": True}, "output_router_logits is True.*load-balancing"),
         (QWEN3_30B, {"n_shared_experts": 1}, "n_shared_experts is 1.*shared experts"),
         (QWEN3_30B, {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'; expected one of softmax"),
         (OLMOE, {"clip_qkv": 8.0}, "clip_qkv"),

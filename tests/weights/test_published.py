@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from support.published import OLMOE, PHI3_MINI_4K, PHI4_MINI, PYTHIA_70M, QWEN3_30B
 
 from jaxrlhf import models
 from jaxrlhf.models import Rope
@@ -177,6 +178,11 @@ LINEAR = Rope(theta=1e6, kind="linear", factor=8.0)
 YARN = Rope(theta=5e5, kind="yarn", factor=8.0, original_max_positions=8192, attention_factor=1.2079441541679836)
 # name: (config.json, parameters, some of what it says)
 PUBLISHED = {
+    "Phi-3-mini-4k": (PHI3_MINI_4K, 3_821_079_552, {"sliding_window": 2047}),
+    "Phi-4-mini": (PHI4_MINI, 3_836_021_760, {"num_kv_heads": 8}),
+    "pythia-70m": (PYTHIA_70M, 70_426_624, {"parallel_residual": True}),
+    "Qwen3-30B-A3B": (QWEN3_30B, 30_532_122_624, {"num_experts": 128}),
+    "OLMoE-1B-7B": (OLMOE, 6_919_161_856, {"num_experts": 64}),
     "gemma-3-1b": (
         GEMMA3_1B,
         999_885_952,

@@ -27,8 +27,9 @@ def with_experts(tensors: TensorNames) -> TensorNames:
     return replace(tensors, modules=kept | _MODULES)
 
 
-def parse_router(fields: Fields, values: dict[str, Any], *, experts: int, aux_coef: float) -> dict[str, Any]:
-    """`num_experts` and `router_aux_coef`, whose defaults are given. Raises DataError for another kind of router."""
+def parse_router(fields: Fields, values: dict[str, Any], default: int) -> dict[str, Any]:
+    """`num_experts`, whose default is given. Raises DataError for another kind of router, and for a file that asks for
+    a load-balancing loss in training."""
     for key in _SHARED:
         fields.refuse_if_set(key, "shared experts are not implemented")
     for key in _GROUPED:
@@ -38,8 +39,11 @@ def parse_router(fields: Fields, values: dict[str, Any], *, experts: int, aux_co
     if fields.integer("decoder_sparse_step", 1) != 1:
         fields.refuse("decoder_sparse_step", "1: only models with experts in every layer are supported")
     key = "num_local_experts" if fields.has("num_local_experts") else "num_experts"
-    count = fields.integer(key, experts)
+    count = fields.integer(key, default)
     if values["experts_per_token"] > count:
         fields.refuse("num_experts_per_tok", f"at most {key} ({count})")
-    coef = fields.number("router_aux_loss_coef", aux_coef, least=0.0)
-    return {"num_experts": count, "router_aux_coef": coef if fields.boolean("output_router_logits", False) else 0.0}
+    if fields.boolean("output_router_logits", False) and fields.number("router_aux_loss_coef", 1.0, least=0.0):
+        fields.refuse(
+            "output_router_logits", "false: training with the router's load-balancing loss is not implemented"
+        )
+    return {"num_experts": count}

@@ -18,7 +18,7 @@ def _parse(fields: Fields, values: dict[str, Any]) -> dict[str, Any]:
     return {
         "sliding_window": window,
         "sliding_layers": (window is not None,) * values["num_layers"],
-        **moe.parse_router(fields, values, experts=128, aux_coef=0.001),
+        **moe.parse_router(fields, values, 128),
         **parse_rope(fields, values),
     }
 
