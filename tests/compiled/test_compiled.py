@@ -74,9 +74,11 @@ RUNS = {
         {"lora": ADAPTERS | {"quantize": "nf4"}, "rollout": {"dtype": "int8", "slots": 32}},
     ),
 }
-SCRATCH = {"h100:8": 1.5, "v5e:2x4": 2.5}
+SCRATCH = {"h100:8": 1.5, "v5e:2x4": 3.5}
 """Of decoding, at most, in multiples of a device's keys and values, which are part of it: a TPU pads the 64 numbers of
-a head to 128."""
+a head to 128, and has a matrix of all layers in two layouts at the start."""
+WORKSPACE = {"h100:8": 32 * 2**20, "v5e:2x4": 0}
+"""Bytes that XLA gives to cuBLAS on Hopper, whatever the program (`GetWorkspaceSize` in its gemm rewriter)."""
 SECONDS = 120
 """Processor time of compiling a program, at most: unrolled layers would take a TPU's compiler several times that."""
 
@@ -124,11 +126,12 @@ def check(what: str, facts: Facts, trainer: Any, mesh: str, sizes: Sizes) -> Non
 
 
 def check_copies(what: str, facts: Facts, trainer: Any, sizes: Sizes) -> None:
-    """No copy of a decoding cache, nor of half of the state."""
+    """No copy of a decoding cache, nor of half of the state; on a TPU of a real size nor of all of it."""
     state = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(trainer.state.template)]
     shapes = {tuple(sorted(shape)) for shape in state}
     copied = sum(size_of(s) * n for s, n in facts.copies.items() if tuple(sorted(dims_of(s))) in shapes)
-    assert copied < sum(4 * math.prod(shape) for shape in state) / 2, f"{what}: copies {facts.copies}"
+    share = 0.5 if sizes is FEW or "h100" in what else 1.0  # a TPU computes with narrow shards in another layout
+    assert copied < share * sum(4 * math.prod(shape) for shape in state), f"{what}: copies {facts.copies}"
     tiled = sizes is not FEW or "h100" in what  # a TPU moves a few rows of narrow heads to another layout
     if tiled and ("generate" in what or "advance" in what):
         for shape in facts.copies:
@@ -255,7 +258,8 @@ def test_ppo_of_a_real_size(target, devices, record, tmp_path):
     model, columns = trainer.model, sizes.prompt + sizes.response
     cache = 2 * 2 * model.num_layers * sizes.rows // 8 * columns * model.num_kv_heads * model.head_dim
     (facts,) = found.facts["generate"]
-    assert facts.scratch < SCRATCH[target] * cache, f"{facts.scratch} bytes of scratch, {cache} of keys and values"
+    limit = SCRATCH[target] * cache + WORKSPACE[target]
+    assert facts.scratch < limit, f"{facts.scratch} bytes of scratch, {cache} of keys and values"
     logits = 4 * sizes.rows // 8 * sizes.response * model.vocab_size
     (facts,) = found.facts["annotate"]
     assert facts.scratch < logits, f"{facts.scratch} bytes of scratch; the logits of a device's rows are {logits}"
