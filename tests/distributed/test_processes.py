@@ -250,10 +250,9 @@ def test_a_signal_to_one_stops_all_and_a_killed_one_ends_all_and_the_run_goes_on
     path.write_text(yaml.safe_dump(settings))
 
     whole = Launched(path, tmp_path / "whole", tmp_path / "whole.log")
-    assert whole.wait() == 0, whole.log.read_text()[-3000:]
-
     trainer = SFTTrainer(load_config("sft", path, [("run_dir", str(tmp_path / "alone"))]))
     losses = [float(runs.supervised_step(trainer, step)["loss"]) for step in range(8)]  # in one process
+    assert whole.wait() == 0, whole.log.read_text()[-3000:]
     np.testing.assert_allclose([record["loss"] for record in _records(tmp_path / "whole")[:8]], losses, rtol=1e-5)
 
     first = Launched(path, run, tmp_path / "first.log")
