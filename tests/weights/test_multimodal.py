@@ -96,10 +96,10 @@ def test_only_known_parts_are_left_out(tmp_path):
         weights.load(folder)
 
 
-def adapted(folder):
-    """The model of a folder with adapters for every matrix that do something."""
+def adapted(folder, layers=None):
+    """The model of a folder with adapters for every matrix of these layers that do something."""
     model, base = weights.load(folder, dtype="float32")
-    model = dataclasses.replace(model, adapters=Adapters(2, 4.0, tokens=(5,)))
+    model = dataclasses.replace(model, adapters=Adapters(2, 4.0, layers=layers, tokens=(5,)))
     added = lora.init(model, base, peft.modules(model, ["all-linear"]), jax.random.key(0), magnitudes=False)
     return model, {**base, **jax.tree.map(lambda x: x + 0.1, added)}
 
@@ -111,10 +111,14 @@ def test_adapters_have_the_names_of_the_whole_model(tmp_path):
     out = weights.export(tmp_path / "out", model, params, source=folder, base=(str(folder), None))
     names = load_file(out / peft.WEIGHTS)
     assert all(name.startswith("base_model.model.model.language_model.") for name in names)
-    assert json.loads((out / peft.CONFIG).read_text())["target_modules"].startswith(r".*\.language_model\..*\.(")
+    assert json.loads((out / peft.CONFIG).read_text())["target_modules"].startswith(
+        r".*\.language_model\.layers\.(0|1|2)\.("
+    )
     static, read = peft.read(out, model)
     assert (static.rank, static.tokens) == (2, (5,))
     jax.tree.map(np.testing.assert_array_equal, read["lora"], params["lora"])
+    merged = lora.merge(params, model)
+    jax.tree.map(np.testing.assert_array_equal, weights.load(out, dtype="float32")[1], merged)
 
 
 TINY = {
@@ -169,7 +173,7 @@ def test_a_model_that_transformers_wrote(text, tmp_path):
     np.testing.assert_allclose(logits(alone), logits(theirs), atol=1e-5, rtol=0)
     assert type(alone).__name__ == families.FAMILIES[text].language_model
 
-    model, params = adapted(tmp_path / "in")
+    model, params = adapted(tmp_path / "in", layers=(1, 2))
     base = (str(tmp_path / "in"), None)
     written = weights.export(tmp_path / "adapters", model, params, source=tmp_path / "in", base=base)
     loaded = hf_peft.PeftModel.from_pretrained(theirs, written).eval()

@@ -50,7 +50,9 @@ def write(
     targets: list[str] | str = list(matrices)
     if multimodal:
         tensors = {families.multimodal.outer_name(name, names.decoder): array for name, array in tensors.items()}
-        targets = rf".*\.language_model\..*\.({'|'.join(map(re.escape, matrices))})"
+        layers = "|".join(map(str, range(first, last)))  # PEFT allows no layers_to_transform beside an expression
+        targets = rf".*\.language_model\.layers\.({layers})\.({'|'.join(map(re.escape, matrices))})"
+    all_layers = adapters.layers is None or multimodal
     writer.write_file(folder / WEIGHTS, [_source(PREFIX + name, array) for name, array in tensors.items()])
     config = {
         "peft_type": "LORA",
@@ -63,8 +65,8 @@ def write(
         "use_rslora": adapters.rank_stabilised,
         "use_dora": any("magnitude" in leaf_at(tree, path) for path in trained),
         "target_modules": targets,
-        "layers_to_transform": None if adapters.layers is None else list(range(first, last)),
-        "layers_pattern": None if adapters.layers is None else names.layer.partition(".")[0],
+        "layers_to_transform": None if all_layers else list(range(first, last)),
+        "layers_pattern": None if all_layers else names.layer.partition(".")[0],
         "rank_pattern": ranks,
         "alpha_pattern": {module: _alpha(adapters, rank) for module, rank in ranks.items()},
         "fan_in_fan_out": not names.transposed,
