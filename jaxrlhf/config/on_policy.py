@@ -211,6 +211,7 @@ class OnPolicyConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         """Check options against each other. Raises ValueError."""
+        super().__post_init__()
         sampling, validation, scores = self.sampling, self.validation, self.scores
         filters = sampling.top_k or sampling.top_p < 1 or sampling.min_p or sampling.min_length
         if sampling.renormalise_logprobs and not filters:
@@ -228,6 +229,12 @@ class OnPolicyConfig(BaseConfig):
             raise ValueError(
                 f"{self.method}.sampler_floor is set, but {self.method}.sampler_correction "
                 f"{self.settings.sampler_correction} has no lower bound; it is for mask, sequence_mask and token_mask"
+            )
+        if self.rollout.devices and self.checkpoint.save_minutes:
+            raise ValueError(
+                f"checkpoint.save_minutes is {self.checkpoint.save_minutes:g} and rollout.devices "
+                f"{self.rollout.devices}: rollouts are drawn ahead until the next checkpoint, whose step must be known "
+                "before; use checkpoint.save_every"
             )
         self._check_batch_sizes()
         if scores.overlong_buffer > sampling.response_length:

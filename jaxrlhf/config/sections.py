@@ -169,8 +169,12 @@ READING = tuple(field.name for field in dataclasses.fields(Source))
 
 @section
 class Optim:
-    """AdamW with a learning rate schedule and gradient clipping."""
+    """Optimizer with a learning rate schedule and gradient clipping."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """Optimizer. muon: orthogonalised momentum for the matrices of layers (https://arxiv.org/abs/2502.16982), AdamW for
+    everything else. Its updates are scaled to the size of AdamW's, so the same learning_rate and weight_decay apply.
+    Takes less memory: one moment per matrix."""
     learning_rate: Positive = 1e-5
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -187,13 +191,22 @@ class Optim:
     """Adam's decay rate of the second moment."""
     eps: Positive = 1e-8
     """Adam's epsilon."""
+    momentum: FractionBelowOne = 0.95
+    """muon: momentum (Nesterov)."""
     max_grad_norm: Positive = 1.0
     """Maximum global norm of the gradient (clipping). Use a very large number to disable it."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype in which Adam's moments are stored; updates are computed in float32. bfloat16 halves their memory and
+    """Dtype in which the moments are stored; updates are computed in float32. bfloat16 halves their memory and
     rounds the second moment stochastically."""
     offload: Bool = False
-    """PPO and GRPO: keep Adam's moments in host memory except during the update."""
+    """PPO and GRPO: keep the moments in host memory except during the update."""
+
+    def __post_init__(self) -> None:
+        if self.momentum != 0.95 and self.name != "muon":
+            raise ValueError(
+                f"optim.momentum is {self.momentum:g} and optim.name {self.name}, whose momentum is optim.beta1; leave "
+                "it out, or use muon"
+            )
 
 
 @section
@@ -294,6 +307,8 @@ class Checkpoint:
 
     save_every: Natural = 50
     """Steps between checkpoints. 0: only at the end and when the run is interrupted."""
+    save_minutes: NonNegative = 0.0
+    """Minutes after which a checkpoint is written at the end of a step, besides those of `save_every`. 0: none."""
     keep: Count = 2
     """Number of most recent checkpoints to keep."""
     synchronous: Literal["auto", "always", "never"] = "auto"
@@ -318,3 +333,11 @@ class BaseConfig:
     mesh: Mesh = Mesh()
     logging: Logging = Logging()
     checkpoint: Checkpoint = Checkpoint()
+
+    def __post_init__(self) -> None:
+        """Check options against each other. Raises ValueError."""
+        if self.optim.name == "muon" and self.lora.enabled:
+            raise ValueError(
+                "optim.name is muon and lora.enabled true, but muon is for whole matrices, and adapters would all be "
+                "left to AdamW; use adamw"
+            )

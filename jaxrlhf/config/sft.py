@@ -15,6 +15,7 @@ class SupervisedConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         """Check options against each other. Raises ValueError."""
+        super().__post_init__()
         if self.optim.offload:
             raise ValueError(
                 "optim.offload is true: it is for PPO and GRPO. Supervised training needs the optimizer state in every "

@@ -13,6 +13,7 @@ from jax import Array
 
 from jaxrlhf import sharding
 from jaxrlhf.config import Optim
+from jaxrlhf.training.muon import kinds, scale_by_muon
 from jaxrlhf.types import Params
 
 DECAYED = ("kernel", "embedding", "/a", "/b")  # matrices, adapters included
@@ -60,10 +61,13 @@ class Optimizer:
 
 @functools.cache  # equal arguments give the same object, so that a second trainer reuses compiled programs
 def make_optimizer(config: Optim, learning_rate: float, total_steps: int) -> Optimizer:
-    """AdamW (https://arxiv.org/abs/1711.05101) on a schedule; decay touches matrices and embeddings only."""
+    """AdamW (https://arxiv.org/abs/1711.05101) or Muon on a schedule; decay touches matrices and embeddings only."""
     rate = schedule(config, learning_rate, total_steps)
+    scale = scale_by_adam(config.beta1, config.beta2, config.eps, config.state_dtype)
+    if config.name == "muon":
+        scale = optax.partition({"adamw": scale, "muon": scale_by_muon(config.momentum, config.state_dtype)}, kinds)
     chain = optax.chain(
-        scale_by_adam(config.beta1, config.beta2, config.eps, config.state_dtype),
+        scale,
         optax.add_decayed_weights(config.weight_decay, mask=_decayed) if config.weight_decay else optax.identity(),
         optax.scale_by_learning_rate(rate),
     )

@@ -52,6 +52,7 @@ class Session:
         self._pending: tuple[int, Metrics] | None = None
         self._stop = distributed.Request()
         self._skipped = 0
+        self._saved_at = time.monotonic()  # or the start of the run
         self._report_due = 0.0  # time when the next report may be written
 
     def resume(self) -> None:
@@ -169,16 +170,22 @@ class Session:
         With an `evaluation` of the state (else empty) it is also saved if the run keeps its best state. Raises
         Preempted once the state is saved.
         """
-        saved = self.save_due(step, evaluated=bool(evaluation))
+        saved = self.save_due(step, evaluated=bool(evaluation)) or self._minutes_passed()
         if saved:
             self.save(step, float(evaluation[self.metric]) if self.metric in evaluation else None)
         self.stop_if_asked(step, saved=saved)
+
+    def _minutes_passed(self) -> bool:
+        """Return True if a checkpoint is due by `checkpoint.save_minutes`, by the clock of process 0."""
+        seconds = 60 * self.config.checkpoint.save_minutes
+        return seconds > 0 and distributed.on_primary(lambda: time.monotonic() - self._saved_at >= seconds)
 
     def save(self, step: int, metric: float | None = None, *, block: bool = False) -> None:
         """Commit the checkpoint of `step`. With `block`, and at the last step, a failure raises at once."""
         self.flush()
         block = block or step == self.total_steps
         self._checkpoints.save(step, self._state.value, self._identity, metric=metric, block=block)
+        self._saved_at = time.monotonic()
 
     def stopping(self) -> bool:
         """Return True if a signal asked the run to stop, in any process: all of them call this."""

@@ -93,7 +93,7 @@ def apply(
             (stepped, after[1:]),
             (state.params[role], before[1:]),
         )
-        opt_state[role] = (after[0], *counts)  # scale_by_adam has handled its moments itself, in place
+        opt_state[role] = (after[0], *counts)  # the first has handled its moments itself, in place
         metrics |= {
             f"{role}/grad_norm": norms[role],
             f"{role}/grad_norm_clipped": norms[role] * scale,

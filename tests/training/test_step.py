@@ -123,3 +123,60 @@ def test_schedule_warms_up_and_ends_where_it_should(kind, expected):
     rate = schedule(Optim(schedule=kind, warmup_steps=3, final_lr_fraction=0.1), 1.0, 7)
     np.testing.assert_allclose([rate(i) for i in range(7)], expected, rtol=1e-5)
     assert rate(7) == pytest.approx(1 if kind == "constant" else 0.1)
+
+
+def test_muon_is_that_of_optax_for_every_matrix_of_the_layers_and_adamw_for_the_rest():
+    """Steps that were skipped leave no trace; stacked matrices are orthogonalised one by one."""
+    config = Optim(name="muon", learning_rate=0.1, schedule="constant", weight_decay=0.1, max_grad_norm=1e9, eps=1e-6)
+    optimizer = make_optimizer(config, 0.1, 10)
+    key = jax.random.key(0)
+    layers = {"attention": {"q": {"kernel": (2, 6, 4), "bias": (2, 4)}}, "experts": {"up": {"kernel": (2, 3, 4, 5)}}}
+    shapes = {"layers": layers, "embed": {"embedding": (7, 6)}, "norm": {"scale": (6,)}}
+    params = jax.tree.map(lambda shape: jax.random.normal(key, shape), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    alone = {f"{name}/{i}": matrix for name, stack in (
+        ("q", params["layers"]["attention"]["q"]["kernel"]),
+        ("up", params["layers"]["experts"]["up"]["kernel"].reshape(6, 4, 5)),
+    ) for i, matrix in enumerate(stack)}  # fmt: skip
+    rest = {"embed": params["embed"]["embedding"]}
+    muon = optax.contrib.muon(0.1, weight_decay=0.1, consistent_rms=0.2)
+    adamw = optax.adamw(0.1, eps=1e-6, weight_decay=0.1)
+    states = muon.init(alone), adamw.init(rest)
+    state = state_of(params, optimizer)
+    for i in range(4):
+        grads = jax.tree.map(lambda x: jax.random.normal(jax.random.fold_in(key, i + 1), x.shape) * 10.0**i, params)  # noqa: B023
+        q, up = grads["layers"]["attention"]["q"]["kernel"], grads["layers"]["experts"]["up"]["kernel"]
+        of_alone = {f"q/{j}": q[j] for j in range(2)} | {f"up/{j}": x for j, x in enumerate(up.reshape(6, 4, 5))}
+        updates, first = muon.update(of_alone, states[0], alone)
+        alone = optax.apply_updates(alone, updates)
+        updates, second = adamw.update({"embed": grads["embed"]["embedding"]}, states[1], rest)
+        rest, states = optax.apply_updates(rest, updates), (first, second)
+        state, _ = step.apply(state, {"policy": grads}, jnp.float32(0), (("policy", optimizer),))
+        before = state
+        state, _ = step.apply(state, {"policy": grads}, jnp.float32(jnp.nan), (("policy", optimizer),))
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, state, before))
+    after = state.params["policy"]
+    for name, matrix in alone.items():
+        kind, number = name.split("/")
+        stack = (
+            after["layers"]["attention"]["q"]["kernel"] if kind == "q" else after["layers"]["experts"]["up"]["kernel"]
+        )
+        found = stack.reshape(-1, *matrix.shape)[int(number)]
+        np.testing.assert_allclose(found, matrix, rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(after["embed"]["embedding"], rest["embed"], rtol=1e-4, atol=1e-5)
+    moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
+    matrices, others = 2 * 6 * 4 + 2 * 3 * 4 * 5, 2 * 4 + 7 * 6 + 6
+    assert moments == matrices + 2 * others
+
+
+def test_muon_updates_have_the_size_of_adamw():
+    """A root mean square of 0.2 for every shape (https://arxiv.org/abs/2502.16982), whatever that of the gradient."""
+    for shape in ((1, 64, 16), (1, 16, 64), (1, 32, 32)):
+        for size in (1e-4, 1.0, 1e3):
+            optimizer = make_optimizer(Optim(name="muon", max_grad_norm=1e9, schedule="constant"), 1.0, 10)
+            params = {"layers": {"up": {"kernel": jnp.zeros(shape)}}}
+            grads = jax.tree.map(lambda x: size * jax.random.normal(jax.random.key(1), x.shape), params)  # noqa: B023
+            state, _ = step.apply(
+                state_of(params, optimizer), {"policy": grads}, jnp.float32(0), (("policy", optimizer),)
+            )
+            kernel = state.params["policy"]["layers"]["up"]["kernel"]
+            assert 0.13 < jnp.sqrt(jnp.mean(jnp.square(kernel))) < 0.24
