@@ -105,6 +105,8 @@ class Prompts:
     mask: Array  # bool [B, P]
     index: Array  # int32 [B]   row number in the data set, for random keys and logs
     sample: Array  # int32 [B]   number of the response among those to the same prompt
+    given: Array | None = None  # int32 [B]   last tokens of the prompt that are the beginning of its response, of which
+    # only the rest is to be generated; None: none
 
 
 @jax.tree_util.register_dataclass
@@ -161,17 +163,26 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rollout:
-    """Prompts and sampled responses: tokens[:, :P] is the prompt, tokens[:, P:] the response."""
+    """Prompts and sampled responses: tokens[:, :P] is the prompt, tokens[:, P:] the response.
+
+    The real tokens of a response are in its first columns. Those that the policy did not sample, of an environment,
+    are in `mask` and not in `response_mask`; the last one was sampled.
+    """
 
     tokens: Array  # int32 [B, T]
     mask: Array  # bool [B, T]   real tokens, the stop token included
-    response_mask: Array  # bool [B, R]   all false: a response without a score, which has no part in the update
+    response_mask: Array  # bool [B, R]   sampled tokens; all false: a response without a score, which has no part in
+    # the update
     logprobs: Array  # f32 [B, R]   as sampled, 0 outside response_mask
     finished: Array  # bool [B]   ended with a stop token or string; false: truncated
     index: Array  # int32 [B]
     sample: Array  # int32 [B]
     support: Array | None = None  # uint8 [B, R, ceil(V / 8)]   with sampling.renormalise_logprobs: tokens that could be
     # sampled, as bits (jnp.packbits along V), all 0 outside response_mask; None: the whole vocabulary
+    turn_rewards: Array | None = (
+        None  # f32 [B, R]   from an environment, at the last token of each turn; None once they
+    )
+    # are part of the scores
 
 
 @jax.tree_util.register_dataclass

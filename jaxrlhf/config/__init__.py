@@ -9,6 +9,7 @@ TRL's names where they mean the same.
 from jaxrlhf.config.base import DType, replace
 from jaxrlhf.config.distill import Distill, DistillConfig, Teacher
 from jaxrlhf.config.dpo import DPO, DPOConfig
+from jaxrlhf.config.environment import Environment
 from jaxrlhf.config.grpo import GRPO, GRPOConfig
 from jaxrlhf.config.judge import Judge
 from jaxrlhf.config.model import LoRA, ModelSource, TokenizerSource
@@ -33,6 +34,7 @@ __all__ = [
     "Data",
     "Distill",
     "DistillConfig",
+    "Environment",
     "GRPOConfig",
     "Generation",
     "Judge",

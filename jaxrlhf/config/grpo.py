@@ -239,7 +239,7 @@ class GRPOConfig(OnPolicyConfig):
 
     @property
     def needs_reward(self) -> bool:
-        return self.grpo.rejected_text is None or self.grpo.num_generations > 1
+        return super().needs_reward and (self.grpo.rejected_text is None or self.grpo.num_generations > 1)
 
     @property
     def kl_option(self) -> str:

@@ -21,6 +21,7 @@ from jaxrlhf.config.base import (
     default_of,
     section,
 )
+from jaxrlhf.config.environment import Environment
 from jaxrlhf.config.reward_source import RewardSource
 from jaxrlhf.config.sampling import Generation, Sampling
 from jaxrlhf.config.sections import BaseConfig
@@ -183,6 +184,7 @@ class OnPolicyConfig(BaseConfig):
 
     reference: Reference = Reference()
     reward: RewardSource = RewardSource()
+    environment: Environment = Environment()
     scores: Scores = Scores()
     sampling: Sampling = Sampling()
     rollout: Generation = Generation()
@@ -196,8 +198,8 @@ class OnPolicyConfig(BaseConfig):
 
     @property
     def needs_reward(self) -> bool:
-        """Return False if the method learns without scores."""
-        return True
+        """Return False if there are scores without a reward, or the method learns without scores."""
+        return not self.environment.function
 
     @property
     def kl_option(self) -> str:
@@ -235,6 +237,11 @@ class OnPolicyConfig(BaseConfig):
                 f"checkpoint.save_minutes is {self.checkpoint.save_minutes:g} and rollout.devices "
                 f"{self.rollout.devices}: rollouts are drawn ahead until the next checkpoint, whose step must be known "
                 "before; use checkpoint.save_every"
+            )
+        if self.rollout.devices and self.environment.function:
+            raise ValueError(
+                f"rollout.devices is {self.rollout.devices} and environment.function is set: episodes cannot be drawn "
+                "during an update; set rollout.devices to 0"
             )
         self._check_batch_sizes()
         if scores.overlong_buffer > sampling.response_length:

@@ -18,7 +18,7 @@ ROWS = 4
 def small_config(config: PPOConfig, response_length: int) -> PPOConfig:
     """`config` in float32 on one device, with a batch of ROWS, without options that need a disk or more updates."""
     sampling, defaults = config.sampling, PPOConfig()
-    sections = ("data", "reward", "scores", "reference", "rollout", "validation", "mesh")
+    sections = ("data", "reward", "environment", "scores", "reference", "rollout", "validation", "mesh")
     ppo = dataclasses.replace(
         config.ppo, batch_size=ROWS, total_episodes=ROWS, num_train_epochs=None, num_ppo_epochs=2, num_mini_batches=1
     )

@@ -127,6 +127,11 @@ METRICS: dict[str, str] = {
     "tokens/generated": "response tokens generated for this update, those of refills and greedy responses included",
     "tokens/finished": "share of responses that ended with a stop token or stop string; the others were truncated",
     "tokens/masked": "grpo.mask_truncated_completions: share of scored responses that were left out of the loss",
+    "turns/mean": "with an environment: mean number of turns of the policy in a response",
+    "turns/max": "with an environment: maximum number of turns",
+    "turns/truncated": "with an environment: share of responses that were ended by environment.max_turns",
+    "turns/overlong": "with an environment: share of responses that were ended by sampling.response_length",
+    "turns/environment_tokens": "with an environment: mean number of its tokens in a response",
     "tokens/identical": "1 - (number of distinct responses) / (number of responses) of the batch",
     "eval/scores": "held-out prompts: mean score of a sampled response as the reward returned it (before `scores`)",
     "eval/scores_greedy": "held-out prompts: mean score of the greedy response",
@@ -154,6 +159,7 @@ METRICS: dict[str, str] = {
     "perf/response_tokens_per_second": "response tokens per second of generation (wall clock)",
     "perf/rollout_seconds": "wall-clock seconds of generation",
     "perf/rollout_wait_seconds": "seconds of them in which training waited, with rollout.devices",
+    "perf/environment_seconds": "seconds of generation that the environment took",
     "perf/reward_seconds": "wall-clock seconds of scoring",
 }
 """Definition of every key of a record. Only the timings, `perf/...`, differ between runs with equal configs."""

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxrlhf import sharding
-from jaxrlhf.config import Component, RewardSource
+from jaxrlhf.config import Component, Environment, RewardSource
 from jaxrlhf.data import datasets
 from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.data.tokenizer import Tokenizer
@@ -21,7 +21,7 @@ from jaxrlhf.rewards.component import ComponentScores, RewardComponent, open_sou
 from jaxrlhf.rewards.sources.human import Human
 from jaxrlhf.rewards.sources.model import Messages, RewardModel
 from jaxrlhf.rewards.sources.protocol import ScoreRequest
-from jaxrlhf.rollout.text import token_texts
+from jaxrlhf.rollout.text import token_texts, turn_texts
 from jaxrlhf.types import Rollout
 
 
@@ -89,7 +89,8 @@ class Scorer:
     `function` is a Python callable that replaces `config.function`, or belongs to the component whose function is
     `passed`; it runs in this process and cannot be killed. Functions named in the config are loaded here, each in its
     own process. Weights of reward models are loaded on first use, or by `load`. `directory` stores the answers of
-    people and judges. Without a component (`required` false), every score is 0.
+    people and judges. Without a component (`required` false), every score is 0. With an `environment`, the rewards of
+    its turns are scores of their last tokens.
 
     Raises ConfigError if a required reward is missing or it is inconsistent, RewardError or DataError if a source
     cannot be loaded.
@@ -104,10 +105,11 @@ class Scorer:
         mesh: jax.sharding.Mesh | None = None,
         directory: Path | None = None,
         required: bool = True,
+        environment: Environment | None = None,
     ) -> None:
         if function is not None and config.function:
             raise ConfigError(f"two reward functions: a Python one and reward.function '{config.function}'; give one")
-        self._tokenizer = tokenizer
+        self._tokenizer, self._environment = tokenizer, environment or Environment()
         self.components: dict[str, RewardComponent] = {}
         self._terms: list[_Term] = []
         for term in config.parts(passed=function is not None):
@@ -122,7 +124,7 @@ class Scorer:
                     template_date=tokenizer.template_date,
                 )
                 component = RewardComponent(member, source, tokenizer)
-                if component.name in self.components:
+                if component.name in (*self.components, *self._others):
                     raise ConfigError(
                         f"two components of the reward are called '{component.name}'; name one in reward.components"
                     )
@@ -152,7 +154,7 @@ class Scorer:
     @property
     def weights(self) -> dict[str, float]:
         """The weight of each term of the sum, by its name in `Scored.components`."""
-        return {term.name: term.config.weight for term in self._terms}
+        return {term.name: term.config.weight for term in self._terms} | dict.fromkeys(self._others, 1.0)
 
     @property
     def summed(self) -> dict[str, float]:
@@ -160,9 +162,14 @@ class Scorer:
         return {name: weight for name, weight in self.weights.items() if weight}
 
     @property
+    def _others(self) -> tuple[str, ...]:
+        """Names in `Scored.components` of what is no component."""
+        return ("environment",) if self._environment.function else ()
+
+    @property
     def per_token(self) -> bool:
         """True if there will be token_scores."""
-        return any(component.per_token for component in self.components.values())
+        return bool(self._others) or any(component.per_token for component in self.components.values())
 
     @property
     def has_human(self) -> bool:
@@ -198,6 +205,8 @@ class Scorer:
         Raises ConfigError for a template whose columns are missing, RewardError for a function whose columns are
         missing or columns that cannot be sent to it, DataError for a model that cannot read the prompts.
         """
+        if self._environment.function:
+            columns = {**columns, "turns": [[text] for text in prompts]}
         for component in self.components.values():
             component.check(prompts, columns, messages)
 
@@ -221,13 +230,18 @@ class Scorer:
         step: int | None = None,
         messages: Sequence[Messages | None] | None = None,
     ) -> Scored:
-        """Score a batch. `columns` hold one value per completion, `messages` the turns of conversational prompts.
+        """Score a batch. `columns` hold one value per completion, `messages` the turns of conversational prompts. With
+        an environment, components also get a column `turns` (`rollout.text.turn_texts`).
 
         `Scored.components` also has NAME_truncated for reward models (1 where the text lost its beginning to fit the
         context), NAME_unanswered for sources that may leave completions unscored (1 where they did), and NAME_spread
         for ensembles. Raises RewardError if a component with on_error: fail has no usable score.
         """
         rollout = sharding.fetch(dataclasses.replace(rollout, support=None))
+        if self._environment.function:
+            turns = turn_texts(rollout, self._tokenizer)
+            columns = {**columns, "turns": turns}
+            completions = completions if self._environment.completion == "all" else [texts[-1] for texts in turns]
         needs_tokens = any(c.per_token and not isinstance(c.source, RewardModel) for c in self.components.values())
         tokens = token_texts(rollout, self._tokenizer) if needs_tokens else None
         request = ScoreRequest(list(prompts), list(completions), columns, tokens, step)
@@ -249,6 +263,10 @@ class Scorer:
                 arrays[term.label] = term_scores.totals
             if term.config.ensemble:
                 arrays[f"{term.label}_spread"] = np.stack([arrays[name] for name in term.members]).std(axis=0)
+        if self._environment.function:
+            turn_rewards = np.asarray(rollout.turn_rewards)
+            token_scores = turn_rewards if token_scores is None else token_scores + turn_rewards
+            arrays["environment"], unscored = turn_rewards.sum(axis=1), np.zeros_like(unscored)
         metrics = self._metrics(by_name, arrays, np.asarray(rollout.response_mask).sum(1))
         notes = tuple(component.note for component in by_name.values() if component.note)
         return Scored(np.where(unscored, np.float32(np.nan), scores), token_scores, arrays, metrics, notes)
@@ -275,19 +293,20 @@ class Scorer:
                 continue
             metrics[f"rewards/{name}/mean"] = float(np.mean(values[scored]))
             metrics[f"rewards/{name}/std"] = float(np.std(values[scored]))
-            if name in self.components or name in self._combined:
+            if name in (*self.components, *self._combined, *self._others):
                 metrics[f"rewards/{name}/length_correlation"] = correlation(values[scored], lengths[scored])
         return metrics
 
     def metric_keys(self) -> list[str]:
         """The keys of `Scored.metrics`; those of a component that scores no response of a batch are missing."""
-        arrays = [*self.components, *self._combined]
+        arrays = [*self.components, *self._combined, *self._others]
         arrays += [f"{term.label}_spread" for term in self._terms if term.config.ensemble]
         arrays += [f"{name}_truncated" for name in self.models]
         arrays += [f"{name}_unanswered" for name in self.components if self._may_be_unscored(name)]
         keys = [f"rewards/{name}/{statistic}" for name in arrays for statistic in ("mean", "std")]
         keys += [f"rewards/{name}/errors" for name in self.components]
-        return keys + [f"rewards/{name}/length_correlation" for name in (*self.components, *self._combined)]
+        terms = (*self.components, *self._combined, *self._others)
+        return keys + [f"rewards/{name}/length_correlation" for name in terms]
 
     @property
     def _combined(self) -> list[str]:

@@ -26,12 +26,26 @@ RESERVED = ("prompts", "completions", "tokens")
 
 
 class Signature(NamedTuple):
-    """Arguments of a reward function: prompts, completions, tokens and columns of the data."""
+    """Arguments by name of a function of the user: for a reward, prompts, completions, tokens and columns of the
+    data."""
 
     accepts: Collection[str]
     required: Collection[str]
     accepts_any: bool
     """The function takes `**columns`."""
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> "Signature":
+        """The signature of a function; an empty one of a builtin that has none."""
+        try:
+            parameters = list(inspect.signature(function).parameters.values())
+        except (TypeError, ValueError):
+            parameters = []
+        keyword_kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        named = [p for p in parameters if p.kind in keyword_kinds]
+        required = {p.name for p in named if p.default is inspect.Parameter.empty}
+        accepts_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        return cls({p.name for p in named}, required, accepts_any)
 
     def wants(self, name: str) -> bool:
         return self.accepts_any or name in self.accepts
@@ -65,21 +79,15 @@ class RewardFunction:
     ) -> None:
         self.function, self.timeout, self.options = function, timeout, dict(options or {})
         self.name = name or str(getattr(function, "__name__", type(function).__name__))
-        try:
-            parameters = list(inspect.signature(function).parameters.values())
-        except (TypeError, ValueError):  # some builtins have no signature
-            parameters = []
-        keyword_kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        accepts = {p.name for p in parameters if p.kind in keyword_kinds} or {"prompts", "completions"}
-        required = {p.name for p in parameters if p.kind in keyword_kinds and p.default is inspect.Parameter.empty}
-        accepts_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        accepts, required, accepts_any = Signature.of(function)
+        accepts = accepts or {"prompts", "completions"}
         for option in self.options:
             if option in RESERVED or (option not in accepts and not accepts_any):
-                allowed = sorted(accepts - {*RESERVED})
+                allowed = sorted({*accepts} - {*RESERVED})
                 raise ConfigError(
                     f"reward {self.name} has no option '{option}'{_did_you_mean(option, allowed) if allowed else ''}"
                 )
-        self.signature = Signature(accepts - {*self.options}, required - {*self.options}, accepts_any)
+        self.signature = Signature({*accepts} - {*self.options}, {*required} - {*self.options}, accepts_any)
 
     def __call__(self, request: ScoreRequest) -> SourceScores:
         """Call the function. Invalid values are listed in the result.
@@ -95,9 +103,9 @@ class RewardFunction:
         arguments = {k: v for k, v in available.items() if self.signature.wants(k)} | self.options
         try:
             if self.timeout is None:
-                returned = _await(self.function(**arguments))
+                returned = awaited(self.function(**arguments))
             else:
-                returned = call_with_timeout(self.timeout, lambda: _await(self.function(**arguments)))
+                returned = call_with_timeout(self.timeout, lambda: awaited(self.function(**arguments)))
         except CallTimeout:
             raise RewardError(
                 f"{prefix} has not answered within {self.timeout:g} s. It runs in this process and cannot be ended, so "
@@ -105,9 +113,9 @@ class RewardFunction:
                 f"{request.error_suffix}"
             ) from None
         except (Exception, SystemExit) as error:
-            location = _location(error, self.function)
+            place = location(error, self.function)
             raise RewardError(
-                f"{prefix} raised {type(error).__name__}: {error}{location}{request.error_suffix}"
+                f"{prefix} raised {type(error).__name__}: {error}{place}{request.error_suffix}"
             ) from error
         return parse_scores(returned, request, self.name, _defined_at(self.function))
 
@@ -132,18 +140,19 @@ def call_with_timeout(seconds: float | None, call: Callable[[], T]) -> T:
     return future.result()
 
 
-def _await(result: Any) -> Any:
+def awaited(result: Any) -> Any:
+    """What a function returned, awaited if it is async."""
     if not inspect.isawaitable(result):
         return result
 
-    async def awaited() -> Any:
+    async def wait_for() -> Any:
         return await result
 
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(awaited())
-    return call_with_timeout(None, lambda: asyncio.run(awaited()))  # in a notebook, a loop runs in this thread already
+        return asyncio.run(wait_for())
+    return call_with_timeout(None, lambda: asyncio.run(wait_for()))  # in a notebook, a loop runs in this thread already
 
 
 def load(spec: str, *, options: Mapping[str, Any] | None = None) -> RewardFunction:
@@ -151,30 +160,38 @@ def load(spec: str, *, options: Mapping[str, Any] | None = None) -> RewardFuncti
 
     Raises RewardError if it cannot be loaded, and ConfigError if its module raises one on import.
     """
+    function = load_named(spec, "reward function")
+    if not callable(function):
+        name = spec.rpartition(":")[2]
+        raise RewardError(f"reward function {spec!r}: {name!r} is a {type(function).__name__}, not a function")
+    return RewardFunction(function, spec, options=options)
+
+
+def load_named(spec: str, kind: str) -> Any:
+    """Load what `path.py:name` or `package.module:name` names; `kind` is what it should be, for errors. Raises as
+    `load`."""
     source, _, name = spec.rpartition(":")
     if not source or not name:
-        raise RewardError(f"reward function {spec!r}: write it as path.py:name or package.module:name")
+        raise RewardError(f"{kind} {spec!r}: write it as path.py:name or package.module:name")
     is_file = source.endswith(".py")
     if is_file and not Path(source).is_file():
         place = "" if Path(source).is_absolute() else f" in {os.getcwd()}"
-        raise RewardError(f"reward function {spec!r}: there is no file {source}{place}{_did_you_mean_path(source)}")
+        raise RewardError(f"{kind} {spec!r}: there is no file {source}{place}{_did_you_mean_path(source)}")
     if not is_file and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # `python -m` adds it, the console script does not
     try:
         module = _load_file(Path(source)) if is_file else importlib.import_module(source)
     except ConfigError as error:
-        raise ConfigError(f"reward function {spec!r}: {error}") from error
+        raise ConfigError(f"{kind} {spec!r}: {error}") from error
     except (Exception, SystemExit) as error:
         raise RewardError(
-            f"reward function {spec!r}: loading it raised {type(error).__name__}: {error}{_location(error)}"
+            f"{kind} {spec!r}: loading it raised {type(error).__name__}: {error}{location(error)}"
         ) from error
-    function = getattr(module, name, None)
-    if function is None:
+    found = getattr(module, name, None)
+    if found is None:
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise RewardError(f"reward function {spec!r}: {source} has no {name!r}{_did_you_mean(name, names)}")
-    if not callable(function):
-        raise RewardError(f"reward function {spec!r}: {name!r} is a {type(function).__name__}, not a function")
-    return RewardFunction(function, spec, options=options)
+        raise RewardError(f"{kind} {spec!r}: {source} has no {name!r}{_did_you_mean(name, names)}")
+    return found
 
 
 def _did_you_mean(wrong: str, known: Sequence[str]) -> str:
@@ -207,7 +224,7 @@ def _defined_at(function: Callable[..., Any]) -> str:
     return f"{code.co_filename}:{code.co_firstlineno}" if code else ""
 
 
-def _location(error: BaseException, function: Callable[..., Any] | None = None) -> str:
+def location(error: BaseException, function: Callable[..., Any] | None = None) -> str:
     """` at FILE:LINE` of the last traceback frame in the user's own file, or else of the last frame."""
     if isinstance(error, SyntaxError):
         return f" at {error.filename}:{error.lineno}"

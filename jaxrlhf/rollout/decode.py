@@ -48,14 +48,16 @@ def generate(
 
     Args:
         params: parameters and `model` as `inference_copy` returns them.
-        prompts: left-padded, at least one token each.
+        prompts: left-padded, at least one token each. With `prompts.given`, a prompt ends with the first tokens of its
+            response: their columns of the response are not filled, and at most R - given tokens
+            are generated.
         stop_ids: tokens that end a response, in addition to `sampling.stop_token_ids`. The stop token is part of the
             response; `pad_id` follows it, with a false mask. Masks depend on stop tokens only: `pad_id` may be sampled
             like any other token, and it may be a stop token.
         group: responses per prompt (n). Each prompt is prefilled once; rows n*i .. n*i + n - 1 are samples
             `prompts.sample` .. `prompts.sample` + n - 1 of prompt i.
 
-    Token t of a row is drawn with fold_in(fold_in(fold_in(key, index), sample), t). In float32 a response therefore
+    Token t of a response is drawn with fold_in(fold_in(fold_in(key, index), sample), t). So in float32 a response
     depends neither on the rest of the batch nor on its order, unless a rounding error falls on the boundary between two
     tokens. With `sampling.renormalise_logprobs`, `support` of the rollout marks the tokens that could be drawn.
     """
@@ -97,7 +99,10 @@ def as_rollout(
     """Rollout of `group` rows per prompt from fields of their `Slots`; `xp` is the module of the arrays, jnp or np."""
     prompts = jax.tree.map(lambda x: xp.repeat(x, group, axis=0), prompts)
     rows, length = tokens.shape
-    mask = xp.arange(length) < count[:, None]
+    columns = xp.arange(length)
+    mask = columns < count[:, None]
+    if prompts.given is not None:
+        mask &= columns >= prompts.given[:, None]
     return Rollout(
         tokens=xp.concatenate([prompts.tokens, tokens], axis=1),
         mask=xp.concatenate([prompts.mask, mask], axis=1),
@@ -137,10 +142,12 @@ def start(params: Params, decoding: Decoding, prompts: Prompts, key: Array, grou
     prompts, hidden, cache = jax.tree.map(repeat, prompts), repeat(hidden[:, -1]), by_rows(repeat, cache)
     rows = batch * group
     samples = prompts.sample + jnp.arange(rows) % group
+    given = jnp.zeros(rows, jnp.int32) if prompts.given is None else prompts.given
     slots = dataclasses.replace(
         empty_slots(decoding, rows, 0),
+        count=given,
         ended=jnp.zeros(rows, bool),
-        prompt_length=jnp.sum(prompts.mask, axis=1, dtype=jnp.int32),
+        prompt_length=jnp.sum(prompts.mask, axis=1, dtype=jnp.int32) - given,
         keys=jax.vmap(lambda i, s: jax.random.fold_in(jax.random.fold_in(key, i), s))(prompts.index, samples),
         cache=cache,
     )
@@ -202,7 +209,7 @@ def trim(rollout: Rollout) -> Rollout:
     rollout is compiled once per shape.
     """
     columns = rollout.response_mask.shape[1]
-    size, longest = columns, int(jnp.max(jnp.sum(rollout.response_mask, axis=1)))
+    size, longest = columns, int(jnp.max(jnp.sum(rollout.mask[:, -columns:], axis=1)))
     while size % 2 == 0 and size // 2 >= longest:
         size //= 2
     if size == columns:
@@ -215,4 +222,5 @@ def trim(rollout: Rollout) -> Rollout:
         response_mask=rollout.response_mask[:, :size],
         logprobs=rollout.logprobs[:, :size],
         support=None if rollout.support is None else rollout.support[:, :size],
+        turn_rewards=None if rollout.turn_rewards is None else rollout.turn_rewards[:, :size],
     )

@@ -71,6 +71,7 @@ class PromptQueue:
             mask=self.prompts.mask[chosen, -width:],
             index=self.prompts.index[chosen],
             sample=self.prompts.sample[chosen] + samples,
+            given=None if self.prompts.given is None else self.prompts.given[chosen],
         )
         return prompts, rows.reshape(-1)
 

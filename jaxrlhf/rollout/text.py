@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import jax
 import numpy as np
@@ -14,13 +15,27 @@ from jaxrlhf.types import Rollout
 
 
 def response_ids(rollout: Rollout) -> list[list[int]]:
-    """Token ids of each response, without the stop token that ended it."""
+    """Token ids of each response, those of an environment included, without the stop token that ended it."""
     return [response for _, response, _ in _token_ids(rollout)]
 
 
 def response_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
-    """Text that each response adds to its prompt, without control tokens."""
+    """Text that each response adds to its prompt, that of an environment included, without control tokens."""
     return [tokenizer.decode(response, after=prompt) for prompt, response, _ in _token_ids(rollout)]
+
+
+def turn_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[list[str]]:
+    """The text of each turn of each response: the policy's and the environment's in turn, beginning and ending with the
+    policy's."""
+    rollout = sharding.fetch(rollout)
+    texts = []
+    for i, (prompt, response, stop) in enumerate(_token_ids(rollout)):
+        ids = prompt + response + stop
+        sampled = rollout.response_mask[i, : len(response) + len(stop)]
+        edges = [0, *(np.flatnonzero(np.diff(sampled)) + 1).tolist(), len(sampled)]
+        spans = [(len(prompt) + a, min(len(prompt) + b, len(prompt) + len(response))) for a, b in pairwise(edges)]
+        texts.append([tokenizer.decode(ids[a:b], after=ids[:a]) for a, b in spans])
+    return texts
 
 
 def decode_completions(
@@ -59,7 +74,9 @@ def first_stop(ids: list[int], prompt: list[int], tokenizer: Tokenizer, stop_str
 def shortened(rollout: Rollout, mask: jax.Array | np.ndarray, finished: jax.Array | np.ndarray, pad_id: int) -> Rollout:
     """The rollout, on the host, with the shorter response mask bool [B, R] and `finished` bool [B]."""
     width = rollout.tokens.shape[1] - mask.shape[1]
-    real = np.concatenate([rollout.mask[:, :width], mask], axis=1)
+    columns = np.arange(mask.shape[1])
+    last = np.max(np.where(mask, columns, -1), axis=1, keepdims=True)  # what is between sampled tokens stays
+    real = np.concatenate([rollout.mask[:, :width], rollout.mask[:, width:] & (columns <= last)], axis=1)
     return dataclasses.replace(
         rollout,
         tokens=np.where(real | (np.arange(real.shape[1]) < width), rollout.tokens, pad_id),
@@ -94,11 +111,12 @@ def _first_stop(
 
 
 def token_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[list[str]]:
-    """Text that each response token adds, including the stop token (no text). Part of a character reads as U+FFFD."""
+    """Text that each sampled token adds, including the stop token (no text). Part of a character reads as U+FFFD."""
+    rollout = sharding.fetch(rollout)
     texts = []
-    for prompt, response, stop in _token_ids(rollout):
-        ids = prompt + response + stop
-        texts.append([tokenizer.decode(ids[i : i + 1], after=ids[:i]) for i in range(len(prompt), len(ids))])
+    for row, (prompt, response, stop) in enumerate(_token_ids(rollout)):
+        ids, sampled = prompt + response + stop, np.flatnonzero(rollout.response_mask[row]) + len(prompt)
+        texts.append([tokenizer.decode(ids[i : i + 1], after=ids[:i]) for i in sampled.tolist()])
     return texts
 
 
@@ -122,15 +140,15 @@ def token_pieces(ids: Sequence[int], prompt: Sequence[int], tokenizer: Tokenizer
         text = tokenizer.decode(ids[:i], after=prompt)
         kept = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text.rstrip("\ufffd"), whole, strict=False))
         ends.append(max(ends[-1], sum(1 for _ in kept)))
-    return [whole[a:b] for a, b in itertools.pairwise([*ends, len(whole)])]
+    return [whole[a:b] for a, b in pairwise([*ends, len(whole)])]
 
 
 def _token_ids(rollout: Rollout) -> Iterator[tuple[list[int], list[int], list[int]]]:
     """Token ids of each row: (prompt, response, the stop token that ended it or none)."""
     rollout = sharding.fetch(rollout)
     width = rollout.tokens.shape[1] - rollout.response_mask.shape[1]
-    for i, tokens in enumerate(rollout.tokens):
-        prompt = tokens[:width][rollout.mask[i, :width]].tolist()
-        response = tokens[width:][rollout.response_mask[i]].tolist()
-        end = len(response) - int(rollout.finished[i])
+    for tokens, mask, finished in zip(rollout.tokens, rollout.mask, rollout.finished, strict=True):
+        prompt = tokens[:width][mask[:width]].tolist()
+        response = tokens[width:][mask[width:]].tolist()
+        end = len(response) - int(finished)
         yield prompt, response[:end], response[end:]

@@ -77,7 +77,7 @@ def test_one_process_serves_all_calls_until_one_fails(write):
         worker(ASKED._replace(columns={"answer": [0, 1]}))
     assert worker(ASKED).values == [first, first], "a raise is no reason to start again"
     os.kill(first, signal.SIGKILL)  # between calls: nobody's fault, and nobody needs to know
-    worker._process.wait(5)
+    assert gone(first)
     assert worker(ASKED).values == [worker.pid] * 2 != [first] * 2
     worker.close()
     assert gone(worker.pid)
@@ -154,7 +154,7 @@ def test_what_the_function_prints_goes_to_standard_error(write, capfd):
     worker = Worker(f"{path}:f", timeout=20)
     assert worker(ASKED).values == [0, 2]
     worker.close()
-    worker._listener.join(5)
+    worker._process._listener.join(5)
     out, err = capfd.readouterr()
     assert out == ""
     assert err.splitlines() == ["loaded", '{"values": [9, 9]}', "raw", "from a child", "to stderr"]

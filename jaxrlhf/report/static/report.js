@@ -576,6 +576,11 @@ function tokenView(records) {
     return stop ? "⟨end⟩" : pieceText(record.pieces[i]);
   }
 
+  // Whether token i is the environment's, not one that the policy sampled.
+  function isGiven(i) {
+    return record.environment.includes(i);
+  }
+
   // Whether a probable token is the one that was sampled.
   function isSampled(i, [piece, logprob]) {
     const sampled = record.series.logprob ? record.series.logprob[i] : null;
@@ -587,7 +592,7 @@ function tokenView(records) {
     current = pinned = -1;
     prompt.replaceChildren(element("b", {}, "Prompt "), modelText(record.prompt));
     spans = record.pieces.map((_, i) => element("span", {
-      class: "token", role: "option", tabindex: i === 0 ? "0" : "-1", "aria-selected": "false", dir: "auto", "data-index": i,
+      class: ["token", isGiven(i) && "given"].filter(Boolean).join(" "), role: "option", tabindex: i === 0 ? "0" : "-1", "aria-selected": "false", dir: "auto", "data-index": i,
     }, tokenText(i)));
     // A line of the response ends where its token has a line break.
     text.replaceChildren(...spans.flatMap((span, i) => record.pieces[i].includes("\n") ? [span, element("br")] : [span]));
@@ -631,7 +636,8 @@ function tokenView(records) {
     const most = top.length ? Math.max(...top.map(([, p]) => Math.exp(p))) : 1;
     detail.replaceChildren(
       element("div", { class: "piece" }, tokenText(i)),
-      element("div", { class: "soft" }, `token ${i + 1} of ${record.length}`, record.ids.length > i && `, id ${record.ids[i]}`),
+      element("div", { class: "soft" }, `token ${i + 1} of ${record.length}`, record.ids.length > i && `, id ${record.ids[i]}`,
+        isGiven(i) && ", of the environment"),
       element("dl", { class: "numbers" }, rows.map((key) => [
         element("dt", { title: TOKEN_SERIES[key][2], class: key === name && "chosen" }, TOKEN_SERIES[key][0]),
         element("dd", { class: key === name && "chosen" }, number(record.series[key][i], 4))])),

@@ -83,16 +83,16 @@ def parse_scores(returned: Any, request: ScoreRequest, source: str, place: str =
 
 def _parse_value(value: Any, request: ScoreRequest, i: int) -> float | list[float]:
     if request.tokens is None:
-        return _float32(value)
+        return to_float32(value)
     token_scores, count = _to_list(value), len(request.tokens[i])
     if not isinstance(token_scores, list | tuple):
         raise ValueError(f"{quoted(value)} ({type(value).__name__}), not a list of {count} numbers, one per token")
     if len(token_scores) != count:
         raise ValueError(f"{len(token_scores)} numbers for {count} tokens")
-    return [_float32(score) for score in token_scores]
+    return [to_float32(score) for score in token_scores]
 
 
-def _float32(value: Any) -> float:
+def to_float32(value: Any) -> float:
     """Round to float32. Raises ValueError, describing the value, for anything but a finite number."""
     number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
     if not isinstance(number, numbers.Real):

@@ -1,7 +1,7 @@
-"""Main loop of a worker process: reads requests as JSON lines, calls the reward function, writes scores as JSON lines.
+"""Main loop of a worker process: reads requests as JSON lines, calls code of the user, writes answers as JSON lines.
 
-Imports neither jax nor numpy. For the function, standard input is /dev/null and standard output is standard error, so
-that nothing it reads or prints corrupts the protocol.
+Imports neither jax nor numpy. For the code, standard input is /dev/null and standard output is standard error, so that
+nothing it reads or prints corrupts the protocol.
 """
 
 import ctypes
@@ -12,18 +12,31 @@ import queue
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from jaxrlhf.errors import ConfigError, JaxrlhfError, RewardError
 from jaxrlhf.rewards.functions import load
 from jaxrlhf.rewards.sources.protocol import ScoreRequest
 
+Message = dict[str, Any]
+
 
 def main(spec: str, options: dict[str, Any], parent: int) -> None:
-    """Serve the function that `spec` names to the process `parent` until that process ends.
+    """Serve the reward function that `spec` names: first its signature, then the scores of each request."""
 
-    The first line written is the function's signature; then come scores or an error for each request.
-    """
+    def start() -> tuple[Message, Callable[[Message], Message]]:
+        function = load(spec, options=options)
+        accepts, required, accepts_any = function.signature
+        about = {"accepts": sorted(accepts), "required": sorted(required), "accepts_any": accepts_any}
+        return about, lambda request: function(ScoreRequest(**request))._asdict()
+
+    serve(start, parent)
+
+
+def serve(start: Callable[[], tuple[Message, Callable[[Message], Message]]], parent: int) -> None:
+    """Serve the process `parent` until it ends. `start()` returns the first message and the function that answers a
+    request; a RewardError of that function is the answer."""
     incoming, outgoing = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
@@ -32,22 +45,21 @@ def main(spec: str, options: dict[str, Any], parent: int) -> None:
     threading.Thread(target=_receive, args=(incoming, requests), daemon=True).start()
     _die_with(parent)
 
-    def send(message: dict[str, Any]) -> None:
+    def send(message: Message) -> None:
         line = json.dumps(message).encode() + b"\n"
         while line:
             line = line[os.write(outgoing, line) :]
 
     try:
-        function = load(spec, options=options)
+        first, answer = start()
     except JaxrlhfError as error:
         send({"error": str(error), "in_config": isinstance(error, ConfigError)})
         os._exit(1)
-    accepts, required, accepts_any = function.signature
-    send({"accepts": sorted(accepts), "required": sorted(required), "accepts_any": accepts_any})
+    send(first)
     while True:
-        request = ScoreRequest(**json.loads(requests.get()))
+        request = json.loads(requests.get())
         try:
-            send(function(request)._asdict())
+            send(answer(request))
         except RewardError as error:
             send({"error": str(error)})
 

@@ -1,4 +1,4 @@
-"""Reward functions in a worker process, so that one that hangs or crashes does not take the run with it.
+"""Code of the user in a worker process, so that what hangs or crashes does not take the run with it.
 
 The two processes exchange JSON lines over pipes, never pickles.
 """
@@ -22,60 +22,43 @@ from jaxrlhf.metrics.console import visible
 from jaxrlhf.rewards.functions import Signature
 from jaxrlhf.rewards.sources.protocol import ScoreRequest, SourceScores
 
-LOAD_TIMEOUT = 300.0  # seconds in which a function's module must be imported
-LAST_LINES = 8  # lines of a crashed function's output that the error message shows
+LOAD_TIMEOUT = 300.0  # seconds in which the module must be imported
+LAST_LINES = 8  # lines of a crashed process's output that the error message shows
 _PROGRAM = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from jaxrlhf.rewards.sources.serve import main; "
-    "main(sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4]))"
+    "import importlib, json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "importlib.import_module(sys.argv[2]).main(sys.argv[3], json.loads(sys.argv[4]), int(sys.argv[5]))"
 )
 
 
-class Worker:
-    """The function that `spec` names, in its own process. Raises RewardError or ConfigError if it cannot be loaded.
+class WorkerProcess:
+    """A process that runs `main` of the module `serve` with what `spec` names; `subject` is its name in errors.
 
-    The process sees no accelerator, and ends when this one ends, however that happens. A call that takes longer than
-    `timeout` seconds kills it with all its children; the next call starts a new process.
+    It sees no accelerator, and ends when this one ends, however that happens. A request that takes too long kills it
+    with all its children. Raises RewardError or ConfigError if what `spec` names cannot be loaded.
     """
 
-    def __init__(self, spec: str, *, options: Mapping[str, Any] | None = None, timeout: float) -> None:
-        self.name, self._timeout = spec, timeout
+    def __init__(self, serve: str, spec: str, subject: str, options: Mapping[str, Any]) -> None:
+        self._serve, self._spec, self._subject = serve, spec, subject
         try:
-            self._options = json.dumps(dict(options or {}))
+            self._options = json.dumps(dict(options))
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"reward {spec}: its options cannot be written as JSON: {error}") from error
-        self._start()
+            raise ConfigError(f"{subject}: its options cannot be written as JSON: {error}") from error
+        self.start()
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
     def close(self) -> None:
         _kill(self._process)
 
-    def __call__(self, request: ScoreRequest) -> SourceScores:
-        """Raises RewardError if the function raises, times out or crashes."""
-        prefix = request.error_prefix(self.name)
-        if self._process.poll() is not None:
-            self._start()
-        self.signature.check(request.columns, prefix, per_token=request.tokens is not None)
-        columns = {name: values for name, values in request.columns.items() if self.signature.wants(name)}
-        line = to_json_line(request._replace(columns=columns), prefix)
-        try:
-            reply = self._exchange(line, self._timeout)
-        except TimeoutError:
-            raise RewardError(
-                f"{prefix} did not answer {len(request.completions)} completions within {self._timeout:g} s and was "
-                f"killed; raise timeout of its component in reward.components, or make it faster{request.error_suffix}"
-            ) from None
-        except EOFError:
-            raise RewardError(f"{prefix} {self._exit_reason()}{request.error_suffix}") from None
-        if "error" in reply:
-            raise RewardError(reply["error"])
-        return SourceScores(**reply)
-
-    def _start(self) -> None:
-        """Start the process and read the function's signature."""
-        arguments = [json.dumps(sys.path), self.name, self._options, str(os.getpid())]
+    def start(self) -> None:
+        """Start the process, again if it has ended, and wait until it has loaded: then `first` is what it sent."""
+        arguments = [json.dumps(sys.path), self._serve, self._spec, self._options, str(os.getpid())]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-u", "-c", _PROGRAM, *arguments],
             stdin=subprocess.PIPE,
@@ -94,20 +77,19 @@ class Worker:
         )
         self._listener.start()
         try:
-            reply = self._exchange(b"", LOAD_TIMEOUT)
+            reply = self.exchange(b"", LOAD_TIMEOUT)
         except TimeoutError:
             raise RewardError(
-                f"reward function '{self.name}': loading it took longer than {LOAD_TIMEOUT:g} s; check what its file "
-                "does on import"
+                f"{self._subject}: loading it took longer than {LOAD_TIMEOUT:g} s; check what its file does on import"
             ) from None
         except EOFError:
-            raise RewardError(f"reward function '{self.name}': loading it {self._exit_reason()}") from None
+            raise RewardError(f"{self._subject}: loading it {self.exit_reason()}") from None
         if "error" in reply:
             _kill(self._process)
             raise (ConfigError if reply["in_config"] else RewardError)(reply["error"])
-        self.signature = Signature(**reply)
+        self.first = reply
 
-    def _exchange(self, line: bytes, seconds: float) -> dict[str, Any]:
+    def exchange(self, line: bytes, seconds: float) -> dict[str, Any]:
         """Send a line and read one. Raises TimeoutError, or EOFError if the process has ended; any error kills it."""
         try:
             return json.loads(_send_and_receive(self._process, line, time.monotonic() + seconds))
@@ -117,7 +99,8 @@ class Worker:
                 raise EOFError from error
             raise
 
-    def _exit_reason(self) -> str:
+    def exit_reason(self) -> str:
+        """How the process has ended, with its last output."""
         code = self._process.wait()
         self._listener.join(1)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended its process with exit code {code}"
@@ -125,16 +108,55 @@ class Worker:
         return f"{how}{'. Its last output: ' + output if output else ''}"
 
 
+class Worker:
+    """The reward function that `spec` names, in its own process. Raises RewardError or ConfigError if it cannot be
+    loaded. A call that takes longer than `timeout` seconds kills the process; the next call starts a new one."""
+
+    def __init__(self, spec: str, *, options: Mapping[str, Any] | None = None, timeout: float) -> None:
+        self.name, self._timeout = spec, timeout
+        serve, subject = "jaxrlhf.rewards.sources.serve", f"reward function '{spec}'"
+        self._process = WorkerProcess(serve, spec, subject, options or {})
+        self.signature = Signature(**self._process.first)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def close(self) -> None:
+        self._process.close()
+
+    def __call__(self, request: ScoreRequest) -> SourceScores:
+        """Raises RewardError if the function raises, times out or crashes."""
+        prefix = request.error_prefix(self.name)
+        if self._process.ended:
+            self._process.start()
+        self.signature.check(request.columns, prefix, per_token=request.tokens is not None)
+        columns = {name: values for name, values in request.columns.items() if self.signature.wants(name)}
+        line = to_json_line(request._replace(columns=columns), prefix)
+        try:
+            reply = self._process.exchange(line, self._timeout)
+        except TimeoutError:
+            raise RewardError(
+                f"{prefix} did not answer {len(request.completions)} completions within {self._timeout:g} s and was "
+                f"killed; raise timeout of its component in reward.components, or make it faster{request.error_suffix}"
+            ) from None
+        except EOFError:
+            raise RewardError(f"{prefix} {self._process.exit_reason()}{request.error_suffix}") from None
+        if "error" in reply:
+            raise RewardError(reply["error"])
+        return SourceScores(**reply)
+
+
 def to_json_line(request: ScoreRequest, prefix: str) -> bytes:
     """Encode a request. Raises RewardError for a column that cannot be written as JSON."""
     try:
-        return json.dumps(request._asdict(), default=_to_json).encode() + b"\n"
+        return json.dumps(request._asdict(), default=to_json).encode() + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
         cause = error
     for name, values in request.columns.items():
         for i, value in enumerate(values):
             try:
-                json.dumps(value, default=_to_json)
+                json.dumps(value, default=to_json)
             except (TypeError, ValueError, RecursionError) as error:
                 raise RewardError(
                     f"{prefix} is to get column '{name}', whose value {i} cannot be written as JSON "
@@ -144,7 +166,7 @@ def to_json_line(request: ScoreRequest, prefix: str) -> bytes:
     raise cause
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """Convert arrays, scalars of arrays and other sequences for json.dumps."""
     if hasattr(value, "tolist"):
         return value.tolist()

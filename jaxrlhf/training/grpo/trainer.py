@@ -10,6 +10,7 @@ import numpy as np
 from jaxrlhf import sharding
 from jaxrlhf.config import GRPOConfig
 from jaxrlhf.data.datasets import PromptRow
+from jaxrlhf.environments.episodes import Environment
 from jaxrlhf.training.grpo.rollouts import decoupled, rollout_with_greedy, rollout_with_refills
 from jaxrlhf.training.grpo.state import initial_state
 from jaxrlhf.training.grpo.update import annotate, filled, update
@@ -30,15 +31,21 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
     """Train `config.model` to maximise a reward by `config.grpo.method`.
 
     `reward(prompts, completions, **columns) -> list[float | None]` replaces `config.reward.function`. It runs in this
-    process, which cannot time it out; a function named in the config runs in a process of its own.
+    process, which cannot time it out; a function named in the config runs in a process of its own. The same holds for
+    `environment`, an object that replaces `config.environment.function`.
     `.train()` runs `config`; `.grpo_step(prompts)` is one update on prompts of your own; `.save_pretrained(directory)`.
     Errors in the config, the data or the models are raised here, before training begins.
     """
 
     def __init__(
-        self, config: GRPOConfig, reward: Callable[..., Sequence[float | None]] | None = None, *, fresh: bool = False
+        self,
+        config: GRPOConfig,
+        reward: Callable[..., Sequence[float | None]] | None = None,
+        environment: Environment | None = None,
+        *,
+        fresh: bool = False,
     ) -> None:
-        super().__init__(config, reward, fresh=fresh)
+        super().__init__(config, reward, environment, fresh=fresh)
         self.state, self.frozen, self.spec, self.reference_hash = initial_state(
             config, self.sampler, self.scorer, self.total_steps, self.keys
         )

@@ -91,7 +91,8 @@ def inspect(
     *,
     new_logprobs: Array | np.ndarray | None = None,
 ) -> TokenTable:
-    """Tabulate the response tokens of an update, with what training computed for each.
+    """Tabulate the response tokens of an update, with what training computed for each. Those of an environment are not
+    in the table, but in `state`.
 
     Args:
         experience: that of `ppo_step` or `grpo_step`.
@@ -192,16 +193,19 @@ def _tokens(rollout: Rollout, i: int, tokenizer: Tokenizer) -> tuple[dict[str, A
     """(facts of sequence i, for each of its tokens those of its row, and its label)."""
     width = rollout.tokens.shape[1] - rollout.response_mask.shape[1]
     prompt = rollout.tokens[i, :width][rollout.mask[i, :width]].tolist()
-    ids = rollout.tokens[i, width:][rollout.response_mask[i]].tolist()
+    ids = rollout.tokens[i, width:][rollout.mask[i, width:]].tolist()
     pieces = token_pieces(ids, prompt, tokenizer)
+    sampled = rollout.response_mask[i, : len(ids)].tolist()
     text, where = tokenizer.decode(prompt, control=True), {"index": int(rollout.index[i])}
     where["sample"] = int(rollout.sample[i])
     rows, state = [], text
     for position, (token, piece) in enumerate(zip(ids, pieces, strict=True)):
-        rows.append(where | {"position": position, "state": state, "token": piece, "id": token})
+        if sampled[position]:
+            rows.append(where | {"position": position, "state": state, "token": piece, "id": token})
         state += piece
-    about = {"prompt": text, "completion": "".join(pieces), "finished": bool(rollout.finished[i]), "tokens": len(ids)}
-    return where | about, rows, token_labels(ids, pieces, tokenizer)
+    about = {"prompt": text, "completion": "".join(pieces), "finished": bool(rollout.finished[i]), "tokens": len(rows)}
+    labels = token_labels(ids, pieces, tokenizer)
+    return where | about, rows, [label for label, own in zip(labels, sampled, strict=True) if own]
 
 
 def token_labels(ids: Sequence[int], pieces: Sequence[str], tokenizer: Tokenizer) -> list[str]:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax import Array
 
 from jaxrlhf import memory, sharding
@@ -13,7 +14,7 @@ from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.models import ModelConfig
-from jaxrlhf.rollout import engine
+from jaxrlhf.rollout import engine, turns
 from jaxrlhf.rollout.decode import Decoding, generate, trim
 from jaxrlhf.rollout.inference_copy import RolloutDType, convert, inference_model, split_axes
 from jaxrlhf.rollout.queue import PromptQueue
@@ -22,6 +23,7 @@ from jaxrlhf.rollout.text import decode_completions
 from jaxrlhf.training import setup
 from jaxrlhf.types import Params, Prompts, Rollout
 
+EPISODES = 2**31  # folded into the key of a rollout in place of a prompt's index
 LOWER = "data.max_prompt_length or sampling.response_length"
 
 
@@ -40,9 +42,11 @@ class Sampler:
         tokenizer: Tokenizer,
         mesh: jax.sharding.Mesh,
         longest: int,
+        environment: turns.Partner | None = None,
     ) -> None:
         self.sampling, self.model, self.tokenizer, self.mesh = config.sampling, model, tokenizer, mesh
         self.batch, self._group, self.longest = config.settings.batch_size, config.settings.group, longest
+        self._environment, self._episode = environment, config.environment
         dtype: RolloutDType = model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
         self.decoder = inference_model(model, dtype)
         """The model that decodes."""
@@ -86,7 +90,7 @@ class Sampler:
     def finished(self, rollout: Rollout) -> tuple[Rollout, list[str]]:
         """A rollout that was drawn, here or on another mesh, cut at stop strings and put on this mesh, and its
         completions."""
-        rollout, completions = decode_completions(rollout, self.tokenizer, self.sampling.stop_strings)
+        rollout, completions = self._completions(rollout)
         devices = set(self.mesh.devices.flat)
         if not isinstance(rollout.tokens, Array) or rollout.tokens.sharding.device_set != devices:
             rollout = sharding.put_rows(jax.device_get(rollout), self.mesh)
@@ -103,19 +107,58 @@ class Sampler:
         greedy: bool = False,
     ) -> tuple[Rollout, list[str]]:
         """`generate` with an inference copy, in `slots` (0: all at once). The arrays of the rollout are on the host if
-        there are slots or stop strings."""
-        rollout = self._drawn(decoder_params, rows, key, slots=slots, group=group, greedy=greedy)
-        return decode_completions(rollout, self.tokenizer, self.sampling.stop_strings)
+        there are slots, stop strings or an environment."""
+        return self._completions(self._drawn(decoder_params, rows, key, slots=slots, group=group, greedy=greedy))
+
+    def _completions(self, rollout: Rollout) -> tuple[Rollout, list[str]]:
+        """The rollout cut at stop strings, which with an environment end turns and are cut already, and its text."""
+        strings = () if self._environment else self.sampling.stop_strings
+        return decode_completions(rollout, self.tokenizer, strings)
 
     def _drawn(
         self, decoder_params: Params, rows: Sequence[PromptRow], key: Array, *, slots: int, group: int, greedy: bool
     ) -> Rollout:
-        prompts, sampling = self.prompts(rows, group), dataclasses.replace(self.sampling, greedy=greedy)
+        sampling = dataclasses.replace(self.sampling, greedy=greedy)
         options = sampling, *self.stops
-        if not slots:
-            return generate(decoder_params, self.decoder, prompts, key, *options, group)
-        queue = PromptQueue(prompts, slots, group, self.columns)
-        return engine.generate_in_slots(decoder_params, Decoding(self.decoder, *options), queue, key, self.mesh)
+
+        def draw(prompts: Prompts, group: int) -> Rollout:
+            prompts = sharding.put_rows(prompts, self.mesh)
+            if not slots:
+                return generate(decoder_params, self.decoder, prompts, key, *options, group)
+            queue = PromptQueue(prompts, slots, group, self.columns)
+            return engine.generate_in_slots(decoder_params, Decoding(self.decoder, *options), queue, key, self.mesh)
+
+        if self._environment is None:
+            return draw(self.prompts_on_host(rows, group), group)
+        prompts = self.prompts_on_host(rows)
+
+        def turn(chosen: np.ndarray, contexts: list[list[int]], given: np.ndarray) -> Rollout:
+            """The first turns of a group share the prefill of their prompt."""
+            each = 1 if given.any() else group
+            width = batching.bucket(max(map(len, contexts)), self.model.max_positions)
+            before = [dataclasses.replace(rows[i], tokens=ids) for i, ids in zip(chosen, contexts, strict=True)]
+            before = batching.prompts(before[::each], self.tokenizer.pad_id, width, prompts.sample[chosen][::each])
+            return draw(dataclasses.replace(before, given=given[::each]), each)
+
+        return turns.play(
+            turn,
+            self._environment,
+            rows,
+            prompts,
+            self._seeds(prompts, key, 1 if greedy else self._group),
+            self.tokenizer,
+            length=sampling.response_length,
+            max_turns=self._episode.max_turns,
+            stop_strings=sampling.stop_strings,
+            role=self._episode.role,
+            shards=sharding.row_shards(self.mesh),
+        )
+
+    def _seeds(self, prompts: Prompts, key: Array, group: int) -> list[int]:
+        """The seed of each row's episode, the same in a group of responses: they differ by what the policy does."""
+        key = jax.random.fold_in(key, EPISODES)
+        seeds = jax.vmap(lambda i, s: jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, i), s)))
+        return sharding.fetch(seeds(np.asarray(prompts.index), np.asarray(prompts.sample) // group)).tolist()
 
     def shared(self, rows: int) -> int:
         """The number of rows that share one prefill of their prompt: a group, if the mesh can split groups evenly."""

@@ -98,10 +98,11 @@ class TokenRecord(NamedTuple):
         for i in range(self.records.count):
             ids, prompt, place = _response(self.rollout, i), self._prompt(i), self._place(experience, i)
             old, missing = self.old.logprobs[i, : len(ids)], np.full(len(ids), np.nan)
+            sampled = self.rollout.response_mask[i, : len(ids)]
             numbers: dict[str, Any] = {"logprob": old}
             for name, values in series.items():
                 if place is not None:
-                    numbers[name] = values[place][experience.rollout.response_mask[place]]
+                    numbers[name] = values[place][: len(ids)]
                 elif name != "logprob":
                     numbers[name] = missing
             if "ref_logprob" in numbers:
@@ -120,7 +121,11 @@ class TokenRecord(NamedTuple):
                     "finished": bool(self.rollout.finished[i]),
                     "tokens": ids,
                     "pieces": token_pieces(ids, prompt, self.records.tokenizer),
-                    **{name: [_rounded(x) for x in values.tolist()] for name, values in numbers.items()},
+                    "environment": np.flatnonzero(~sampled).tolist(),
+                    **{
+                        name: [_rounded(x) for x in np.where(sampled, values, np.nan).tolist()]
+                        for name, values in numbers.items()
+                    },
                     "top": self._top(i, len(ids)),
                 }
             )
@@ -179,9 +184,9 @@ def rollout_logprobs(policy: Params, rollout: Rollout, *, model: ModelConfig, te
 
 
 def _response(rollout: Rollout, i: int) -> list[int]:
-    """Token ids of a response."""
-    real = rollout.response_mask[i]
-    return rollout.tokens[i, -len(real) :][real].tolist()
+    """Token ids of a response, those of an environment included."""
+    columns = rollout.response_mask.shape[-1]
+    return rollout.tokens[i, -columns:][rollout.mask[i, -columns:]].tolist()
 
 
 def _rounded(x: float | None) -> float | None:

@@ -13,12 +13,15 @@ import jax
 import numpy as np
 
 from jaxrlhf import runs, sharding, weights
-from jaxrlhf.config import GRPOConfig, PPOConfig
-from jaxrlhf.data.datasets import PromptRow, prompt_rows, prompts_from_texts
+from jaxrlhf.config import GRPOConfig, PPOConfig, replace
+from jaxrlhf.data.datasets import PromptRow, columns, prompt_rows, prompts_from_texts
+from jaxrlhf.environments.episodes import Environment, check_columns
+from jaxrlhf.environments.worker import open_environment
 from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.models import ModelConfig, for_length
 from jaxrlhf.rewards.compose import Scored, Scorer
 from jaxrlhf.rewards.sources.judge import Judge
+from jaxrlhf.rollout.turns import turn_metrics
 from jaxrlhf.training import pretrained, setup
 from jaxrlhf.training.facts import Origin
 from jaxrlhf.training.on_policy import checks
@@ -52,9 +55,16 @@ class OnPolicyTrainer(Generic[Config]):
     reference_hash: str
 
     def __init__(
-        self, config: Config, reward: Callable[..., Sequence[float | None]] | None = None, *, fresh: bool = False
+        self,
+        config: Config,
+        reward: Callable[..., Sequence[float | None]] | None = None,
+        environment: Environment | None = None,
+        *,
+        fresh: bool = False,
     ) -> None:
         runs.check_processes(config)
+        if environment is not None and not config.environment.function:
+            config = replace(config, **{"environment.function": "passed"})
         self.config = config = runs.with_template_date(config, fresh)
         self._fresh = fresh
         if config.sampling.greedy:
@@ -69,14 +79,23 @@ class OnPolicyTrainer(Generic[Config]):
         longest = max((len(row.tokens) for row in [*train, *held_out]), default=0)
         length = (longest or config.data.max_length) + config.sampling.response_length
         self.model = for_length(self.model, length)
-        self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, longest)
+        self.environment = open_environment(config.environment, environment)
+        if self.environment and train:
+            check_columns(self.environment.signature, columns(train), self.environment.name)
+        self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, longest, self.environment)
         self.ahead: Ahead | None = None
         if rollout_mesh is not None:
             there = dataclasses.replace(self.model, mesh=rollout_mesh)
             self.ahead = Ahead(Sampler(config, there, self.tokenizer, rollout_mesh, longest), self.sampler)
         directory, required = Path(config.run_dir), config.needs_reward
         self.scorer = Scorer(
-            config.reward, self.tokenizer, reward, mesh=self.mesh, directory=directory, required=required
+            config.reward,
+            self.tokenizer,
+            reward,
+            mesh=self.mesh,
+            directory=directory,
+            required=required,
+            environment=config.environment,
         )
         self.total_steps = self._total_steps()
         checks.check_run(config, self.mesh)
@@ -115,8 +134,9 @@ class OnPolicyTrainer(Generic[Config]):
     def generate(
         self, rows: Sequence[PromptRow], step: int, *, use: int = 0, greedy: bool = False
     ) -> tuple[Rollout, list[str]]:
-        """Responses of the current policy and their completions; `step` and `use` pick the random keys (see `key`)."""
-        return self.sampler.generate(self.params, rows, self.key(step, use), greedy=greedy)
+        """Responses of the current policy and their completions; `step` and `use` pick the random keys (see `key`).
+        Greedy ones, which need no key, play the episodes of the update's rollout."""
+        return self.sampler.generate(self.params, rows, self.key(step, 0 if greedy else use), greedy=greedy)
 
     def generate_and_score(
         self,
@@ -145,7 +165,7 @@ class OnPolicyTrainer(Generic[Config]):
             session.note(note) if session else warnings.warn(note, stacklevel=4)
         if session:
             session.stop_if_asked(step)
-        tokens = int(np.sum(sharding.fetch(rollout.response_mask)))
+        tokens, config = int(np.sum(sharding.fetch(rollout.response_mask))), self.config.environment
         timings = {
             "perf/rollout_seconds": seconds,
             "perf/reward_seconds": time.monotonic() - generated,
@@ -153,6 +173,10 @@ class OnPolicyTrainer(Generic[Config]):
             "tokens/generated": tokens,
             **extra,
         }
+        if self.environment:
+            timings |= turn_metrics(sharding.fetch(dataclasses.replace(rollout, support=None)), config.max_turns)
+            timings["perf/environment_seconds"] = self.environment.seconds
+            rollout = dataclasses.replace(rollout, turn_rewards=None)
         batch = ScoredRollout(rows, completions, rollout, scored, timings)
         if session and step == 0 and use == 0 and self._logs_fixed_prompts:
             self._write_fixed_prompts(session, 0, batch.samples())
@@ -353,7 +377,10 @@ class OnPolicyTrainer(Generic[Config]):
         about += warmup_warnings(config.optim, total * config.settings.optimizer_steps)
         if config.lora.enabled and config.lora.dropout:
             about.append(f"lora.dropout has no effect in {config.method}, whose rollout and update are without dropout")
-        if not self.scorer.components:
+        if self.environment:
+            limit = config.environment.max_turns
+            about.append(f"environment {self.environment.name}: up to {limit} turns of the policy in a response")
+        elif not self.scorer.components:
             about.append("no reward: every response is preferred to grpo.rejected_text, and all scores are 0")
         if penalty := config.scores.missing_eos_penalty:
             about.append(f"{penalty:g} is subtracted from scores of truncated responses (scores.missing_eos_penalty)")

@@ -11,6 +11,7 @@ import numpy as np
 from jaxrlhf import sharding
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.datasets import PromptRow
+from jaxrlhf.environments.episodes import Environment
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.training.on_policy.rollout import (
     ScoredRollout,
@@ -33,15 +34,21 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
     """Train `config.model` to maximise a reward, with a KL penalty to its initial state.
 
     `reward(prompts, completions, **columns) -> list[float | None]` replaces `config.reward.function`. It runs in this
-    process, which cannot time it out; a function named in the config runs in a process of its own.
+    process, which cannot time it out; a function named in the config runs in a process of its own. The same holds for
+    `environment`, an object that replaces `config.environment.function`.
     `.train()` runs `config`; `.ppo_step(prompts)` is one update on prompts of your own; `.save_pretrained(directory)`.
     Errors in the config, the data or the models are raised here, before training begins.
     """
 
     def __init__(
-        self, config: PPOConfig, reward: Callable[..., Sequence[float | None]] | None = None, *, fresh: bool = False
+        self,
+        config: PPOConfig,
+        reward: Callable[..., Sequence[float | None]] | None = None,
+        environment: Environment | None = None,
+        *,
+        fresh: bool = False,
     ) -> None:
-        super().__init__(config, reward, fresh=fresh)
+        super().__init__(config, reward, environment, fresh=fresh)
         self.state, self.frozen, self.spec, self.reference_hash = initial_state(
             config, self.sampler, self.scorer, self.total_steps, self.keys
         )

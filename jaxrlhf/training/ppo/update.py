@@ -58,7 +58,7 @@ class Predictions(NamedTuple):
     logprobs: Array  # f32 [B, R]
     entropy: Array  # f32 [B, R]
     values: Array  # f32 [B, R]   before each response token
-    last_values: Array  # f32 [B]   after the last column
+    last_values: Array  # f32 [B]   after the last token
 
 
 def predict(
@@ -77,7 +77,9 @@ def predict(
     elif features is None:
         features = response_states({**frozen["critic"], **params["critic"]}, spec.critic, rollout)
     values = scalar_head(params["critic"], spec.critic, features)
-    return Predictions(logprobs, entropy, masked.keep(values[:, :-1], rollout.response_mask), values[:, -1])
+    length = jnp.sum(rollout.mask[:, -rollout.response_mask.shape[1] :], axis=1, keepdims=True)
+    last_values = jnp.take_along_axis(values, length, axis=1)[:, 0]
+    return Predictions(logprobs, entropy, masked.keep(values[:, :-1], rollout.response_mask), last_values)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
