@@ -68,7 +68,7 @@ def pack(records: Sequence[dict[str, Any]], cut: Callable[[str], str] = str) -> 
                 "prompt": cut(record.get("prompt") or ""),
                 "length": len(record["pieces"]),
                 "ids": whole24((record.get("tokens") or [])[:length]),
-                "environment": [i for i in record.get("environment") or () if i < length],
+                "environment": [i for i, own in enumerate((record.get("sampled") or [])[:length]) if not own],
                 "pieces": whole24([number_of(piece) for piece in record["pieces"][:length]]),
                 "series": {name: floats24(record[name][:length]) for name in kept},
                 "ranks": ranks,

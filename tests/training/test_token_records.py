@@ -16,7 +16,7 @@ from jaxrlhf.training.grpo.trainer import GRPOTrainer
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.reward.trainer import RewardTrainer
 
-EVERY_TOKEN = {"tokens", "pieces", "logprob", "ref_logprob", "kl", "advantage", "ratio", "entropy", "top"}
+EVERY_TOKEN = {"sampled", "tokens", "pieces", "logprob", "ref_logprob", "kl", "advantage", "ratio", "entropy", "top"}
 OF_A_CRITIC = {"reward", "value", "td_error", "return"}
 
 

@@ -130,14 +130,16 @@ class Sampler:
 
         if self._environment is None:
             return draw(self.prompts_on_host(rows, group), group)
-        prompts = self.prompts_on_host(rows)
+        prompts, samples = self.prompts_on_host(rows), occurrences(rows)
 
         def turn(chosen: np.ndarray, contexts: list[list[int]], given: np.ndarray) -> Rollout:
             """The first turns of a group share the prefill of their prompt."""
             each = 1 if given.any() else group
             width = batching.bucket(max(map(len, contexts)), self.model.max_positions)
             before = [dataclasses.replace(rows[i], tokens=ids) for i, ids in zip(chosen, contexts, strict=True)]
-            before = batching.prompts(before[::each], self.tokenizer.pad_id, width, prompts.sample[chosen][::each])
+            before = batching.prompts(
+                before[::each], self.tokenizer.pad_id, width, [samples[i] for i in chosen[::each]]
+            )
             return draw(dataclasses.replace(before, given=given[::each]), each)
 
         return turns.play(

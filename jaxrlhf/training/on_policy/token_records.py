@@ -121,7 +121,7 @@ class TokenRecord(NamedTuple):
                     "finished": bool(self.rollout.finished[i]),
                     "tokens": ids,
                     "pieces": token_pieces(ids, prompt, self.records.tokenizer),
-                    "environment": np.flatnonzero(~sampled).tolist(),
+                    "sampled": sampled.tolist(),
                     **{
                         name: [_rounded(x) for x in np.where(sampled, values, np.nan).tolist()]
                         for name, values in numbers.items()
