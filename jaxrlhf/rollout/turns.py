@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from jaxrlhf import distributed, sharding
+from jaxrlhf.config import Environment
 from jaxrlhf.data.datasets import PromptRow, columns
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import DataError
@@ -39,27 +40,25 @@ Draw = Callable[[np.ndarray, list[list[int]], np.ndarray], Rollout]
 def play(
     draw: Draw,
     partner: Partner,
+    config: Environment,
     rows: Sequence[PromptRow],
     prompts: Prompts,
     seeds: Sequence[int],
     tokenizer: Tokenizer,
     *,
     length: int,
-    max_turns: int,
     stop_strings: Sequence[str],
-    role: str,
     shards: int,
 ) -> Rollout:
     """Play an episode for each row and return the rollout, on the host, with `turn_rewards`.
 
     A response is `finished` if the environment ended it after a turn that ended by itself. It is truncated if a turn
     reaches `length` tokens, if the environment's text leaves no room for another token of the policy, or after
-    `max_turns` turns: then the text that would follow is left out.
+    `config.max_turns` turns: then the text that would follow is left out.
 
     Args:
         prompts: the prompts of all rows, on the host.
         seeds: for the environment, one for each row.
-        role: of the environment's texts in conversations.
         shards: number of parts that rows are split into.
     """
     count = len(rows)
@@ -98,9 +97,9 @@ def play(
         for i, stopped, (text, reward) in zip(numbers, ended, replies, strict=True):
             rewards[i, used[i] - 1] = reward
             finished[i] = stopped and text is None
-            if text is None or not stopped or turns[i] == max_turns:
+            if text is None or not stopped or turns[i] == config.max_turns:
                 continue
-            ids = reply_ids(text, tokenizer, role if rows[i].messages else None, int(tokens[i, used[i] - 1]))
+            ids = reply_ids(text, tokenizer, config.role if rows[i].messages else None, int(tokens[i, used[i] - 1]))
             if used[i] + len(ids) < length:
                 tokens[i, used[i] : used[i] + len(ids)] = ids
                 used[i] += len(ids)

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from jaxrlhf import memory, sharding
-from jaxrlhf.config import DistillConfig, GRPOConfig, PPOConfig
+from jaxrlhf.config import DistillConfig, Environment, GRPOConfig, PPOConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.data.tokenizer import Tokenizer
@@ -42,11 +42,11 @@ class Sampler:
         tokenizer: Tokenizer,
         mesh: jax.sharding.Mesh,
         longest: int,
-        environment: turns.Partner | None = None,
+        environment: tuple[turns.Partner, Environment] | None = None,
     ) -> None:
         self.sampling, self.model, self.tokenizer, self.mesh = config.sampling, model, tokenizer, mesh
         self.batch, self._group, self.longest = config.settings.batch_size, config.settings.group, longest
-        self._environment, self._episode = environment, config.environment
+        self._environment = environment
         dtype: RolloutDType = model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
         self.decoder = inference_model(model, dtype)
         """The model that decodes."""
@@ -144,15 +144,13 @@ class Sampler:
 
         return turns.play(
             turn,
-            self._environment,
+            *self._environment,
             rows,
             prompts,
             self._seeds(prompts, key, 1 if greedy else self._group),
             self.tokenizer,
             length=sampling.response_length,
-            max_turns=self._episode.max_turns,
             stop_strings=sampling.stop_strings,
-            role=self._episode.role,
             shards=sharding.row_shards(self.mesh),
         )
 

@@ -82,7 +82,8 @@ class OnPolicyTrainer(Generic[Config]):
         self.environment = open_environment(config.environment, environment)
         if self.environment and train:
             check_columns(self.environment.signature, columns(train), self.environment.name)
-        self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, longest, self.environment)
+        played = (self.environment, config.environment) if self.environment else None
+        self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, longest, played)
         self.ahead: Ahead | None = None
         if rollout_mesh is not None:
             there = dataclasses.replace(self.model, mesh=rollout_mesh)
