@@ -95,7 +95,8 @@ def pack(params: Params, bits: models.Bits, double: bool) -> Params:
 
     def pack_module(tree: Params) -> Params:
         if "kernel" not in tree:
-            return {k: pack_module(v) if isinstance(v, dict) else v for k, v in tree.items()}
+            # a router is small, and its rounding would change the choice of experts
+            return {k: pack_module(v) if isinstance(v, dict) and k != "router" else v for k, v in tree.items()}
         rest = {k: v for k, v in tree.items() if k != "kernel"}
         return {**jax.lax.map(lambda kernel: models.pack(kernel, bits, double), tree["kernel"]), **rest}
 

@@ -50,8 +50,11 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"mlp/(gate|up)/bias", (P(None, "tensor"),)),
     (r"mlp/down/(kernel|codes|scale|step)", (P(None, "tensor", "fsdp"),)),
     (r"experts/router/kernel", (P(None, "fsdp"),)),
-    (r"experts/(gate|up)/kernel", (P(None, "fsdp", None, "tensor"), P(None, None, "fsdp", "tensor"))),
-    (r"experts/down/kernel", (P(None, "fsdp", "tensor"), P(None, None, "tensor", "fsdp"))),
+    (
+        r"experts/(gate|up)/(kernel|codes|scale|step)",
+        (P(None, "fsdp", None, "tensor"), P(None, None, "fsdp", "tensor")),
+    ),
+    (r"experts/down/(kernel|codes|scale|step)", (P(None, "fsdp", "tensor"), P(None, None, "tensor", "fsdp"))),
     (r"lora/layers/.*/a", (P(None, BOTH),)),
     (r"lora/layers/.*/b", (P(None, None, BOTH),)),
     (r"lora/layers/.*/magnitude", (P(None, BOTH),)),

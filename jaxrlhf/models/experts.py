@@ -11,12 +11,14 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxrlhf.models.activations import ACTIVATIONS
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.packed import unpack
 from jaxrlhf.models.placement import row_axes
 from jaxrlhf.models.product import int8_product, product
 from jaxrlhf.types import Params
@@ -47,13 +49,15 @@ class Experts(nn.Module):
 
 
 class _Kernel(nn.Module):
-    """Kernels [..., in, out], or their int8 form [..., out, in] with a scale for each output."""
+    """Kernels [..., in, out], packed (packed.py) or not, or their int8 form [..., out, in] with a scale per output."""
 
     shape: tuple[int, ...]
     int8: bool = False
 
     @nn.compact
     def __call__(self) -> Params:
+        if self.has_variable("params", "codes"):
+            return dict(self.variables["params"])
         if not self.int8:
             return {"kernel": self.param("kernel", nn.initializers.normal(0.02), self.shape)}
         *lead, inputs, outputs = self.shape
@@ -69,7 +73,8 @@ def _mixed_on_mesh(m: ModelConfig, x: Array, shares: Array, chosen: Array, weigh
     sizes, rows = m.mesh.shape, row_axes(m.mesh)
     split = len(x) % (m.mesh.size // sizes["tensor"]) == 0
     by_row = P(rows if split else None)
-    width = "tensor" if m.mlp_size % sizes["tensor"] == 0 else None
+    packed = "codes" in weights["gate"]  # blocks of inputs share a scale, and a share of the width may cut them
+    width = "tensor" if m.mlp_size % sizes["tensor"] == 0 and not packed else None
     kernel_specs = {"gate": P(None, None, width), "up": P(None, None, width), "down": P(None, width)}
     if m.kernels == "int8":
         kernel_specs = {"gate": P(None, width), "up": P(None, width), "down": P(None, None, width)}
@@ -78,6 +83,7 @@ def _mixed_on_mesh(m: ModelConfig, x: Array, shares: Array, chosen: Array, weigh
         name: {"kernel": kernel_specs[name]} | ({"scale": scale_specs[name]} if "scale" in weight else {})
         for name, weight in weights.items()
     }
+    specs = jax.tree.map(lambda _: P(), weights) if packed else specs
 
     def local(x: Array, shares: Array, chosen: Array, weights: Params) -> Array:
         y = mixed(x, shares, chosen, weights)
@@ -99,7 +105,7 @@ def _mixed(
     dtype: str,
 ) -> Float[Array, "B T D"]:
     """Sum of the outputs of every token's chosen experts, times their shares."""
-    experts, k, width = len(weights["gate"]["kernel"]), chosen.shape[-1], x.shape[-1]
+    experts, k, width = len(jax.tree.leaves(weights)[0]), chosen.shape[-1], x.shape[-1]
     expert = chosen.reshape(-1)  # of every choice of every token
     mean = max(len(expert) // experts, 1)
     block = min(max(8, 1 << (mean - 1).bit_length()), LARGEST_BLOCK)
@@ -128,6 +134,8 @@ def _expert(x: Float[Array, "b D"], weights: Params, activation: str, dtype: str
             return int8_product(x, weight["kernel"], weight["scale"])
         return product("bi,io->bo", x, weight["kernel"], dtype)
 
+    weights = {name: {"kernel": unpack(weight)} if "codes" in weight else weight for name, weight in weights.items()}
+
     return times(ACTIVATIONS[activation](times(x, weights["gate"])) * times(x, weights["up"]), weights["down"])
 
 
@@ -152,6 +160,13 @@ def _blocks_backward(activation, dtype, residuals, cotangent):
     # By jax's own rule, every block would add a gradient of all experts, nearly all of it zero.
     x, expert, weights = residuals
     rounded = _rounded(weights, dtype)
+    if "codes" in weights["gate"]:  # they do not train
+
+        def of_input(carry, block):
+            x, expert, cotangent = block
+            return carry, jax.vjp(lambda x: _expert(x, _of(expert, weights), activation, dtype), x)[1](cotangent)[0]
+
+        return jax.lax.scan(of_input, None, (x, expert, cotangent))[1], None, jax.tree.map(_no_gradient, weights)
 
     def step(sums, block):
         x, expert, cotangent = block
@@ -170,8 +185,15 @@ _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def _rounded(weights: Params, dtype: str) -> Params:
-    """Kernels in the dtype of products, so that a block does not convert them again; int8 as it is."""
-    return jax.tree.map(lambda w: w.astype(dtype) if w.ndim == 3 and w.dtype != jnp.int8 else w, weights)
+    """Kernels in the dtype of products, so that a block does not convert them again; int8 and packed ones as they are."""
+    if set(weights["gate"]) != {"kernel"}:
+        return weights
+    return jax.tree.map(lambda w: w.astype(dtype), weights)
+
+
+def _no_gradient(leaf: Array) -> Array | np.ndarray:
+    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jnp.zeros_like(leaf) if is_float else np.zeros(leaf.shape, jax.dtypes.float0)
 
 
 def _of(expert: Array, weights: Params) -> Params:

@@ -19,11 +19,6 @@ def with_adapters(model: ModelConfig, lora: LoRA, added: tuple[int, ...] = ()) -
     if not lora.enabled:
         return model
     peft.modules(model, lora.target_modules)
-    if model.num_experts and lora.quantize != "none":
-        raise ConfigError(
-            f"lora.quantize is {lora.quantize}, and a {model.family} has experts, whose matrices cannot be quantised "
-            "yet; leave it at none (model.param_dtype: bfloat16 takes 2 bytes per weight)"
-        )
     if lora.layers and lora.layers[1] > model.num_layers:
         raise ConfigError(f"lora.layers is {list(lora.layers)}, and the model has {model.num_layers} layers")
     adapters = Adapters(lora.rank, lora.alpha, lora.use_rslora, lora.dropout, lora.layers, added)

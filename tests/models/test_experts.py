@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import config, models, sharding
+from jaxrlhf import config, lora, models, sharding
 from jaxrlhf.models import experts
 from jaxrlhf.rollout.inference_copy import inference_copy
 
@@ -120,6 +120,23 @@ def test_a_mesh_changes_nothing(model, weights, x, shape):
     np.testing.assert_allclose(found, run(model, weights, x), atol=1e-5, rtol=1e-5)
     ours, expected = gradients(run, on_mesh, placed, rows), gradients(run, model, weights, x)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4), ours, expected)
+
+
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
+@pytest.mark.parametrize("shape", [None, config.Mesh(data=2, fsdp=2, tensor=2)])
+def test_packed_experts_are_those_that_they_unpack_to(model, weights, x, bits, shape):
+    base = {"layers": {"experts": jax.tree.map(lambda w: jnp.asarray(w)[None], weights)}}
+    packed = lora.pack(base, bits, double=bits == "nf4")
+    assert "codes" in packed["layers"]["experts"]["down"] and "kernel" in packed["layers"]["experts"]["router"]
+    whole, packed = (jax.tree.map(lambda w: w[0], tree["layers"]["experts"]) for tree in (lora.unpack(packed), packed))
+    placed = model if shape is None else dataclasses.replace(model, mesh=sharding.make_mesh(shape))
+
+    def of_input(model, weights):
+        return jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(run(model, weights, x)))))(x)
+
+    expected, ours = of_input(model, whole), of_input(placed, packed)
+    np.testing.assert_allclose(ours[0], expected[0], rtol=1e-4)
+    np.testing.assert_allclose(ours[1], expected[1], atol=1e-4, rtol=1e-4)
 
 
 def test_decoding_with_a_cache_equals_forward_in_every_copy(model, big_weights, padded):
