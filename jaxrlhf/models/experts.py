@@ -185,7 +185,7 @@ _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def _rounded(weights: Params, dtype: str) -> Params:
-    """Kernels in the dtype of products, so that a block does not convert them again; int8 and packed ones as they are."""
+    """Kernels in the dtype of products, so that a block does not convert them again; but int8 and packed ones."""
     if set(weights["gate"]) != {"kernel"}:
         return weights
     return jax.tree.map(lambda w: w.astype(dtype), weights)
