@@ -7,12 +7,12 @@ TRL's names where they mean the same.
 """
 
 from jaxrlhf.config.base import DType, replace
-from jaxrlhf.config.distill import Distill, DistillConfig, Teacher
+from jaxrlhf.config.distill import Distill, DistillConfig
 from jaxrlhf.config.dpo import DPO, DPOConfig
 from jaxrlhf.config.environment import Environment
 from jaxrlhf.config.grpo import GRPO, GRPOConfig
 from jaxrlhf.config.judge import Judge
-from jaxrlhf.config.model import LoRA, ModelSource, TokenizerSource
+from jaxrlhf.config.model import LoRA, ModelSource, Teacher, TokenizerSource
 from jaxrlhf.config.on_policy import Alarms, Reference, Scores, Validation
 from jaxrlhf.config.ppo import PPO, Critic, PPOConfig
 from jaxrlhf.config.reward import RewardConfig

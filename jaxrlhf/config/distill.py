@@ -1,25 +1,11 @@
 """Config of distillation from a teacher."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from jaxrlhf.config.base import DType, Fraction, Positive, section
+from jaxrlhf.config.base import Fraction, Positive, section
+from jaxrlhf.config.model import Teacher
 from jaxrlhf.config.sampling import Generation, Sampling
 from jaxrlhf.config.sft import SupervisedConfig
-
-
-@section
-class Teacher:
-    """The frozen model whose probabilities the student learns, with the student's tokenizer."""
-
-    path: str = ""
-    """Hugging Face model folder (or PEFT adapter folder), run directory of an earlier run, or hub id. Required."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    dtype: DType = "auto"
-    """Dtype in which its parameters are stored and its products are computed. auto: float32 on CPU, bfloat16
-    elsewhere."""
-    quantize: Literal["none", "int8", "nf4"] = "none"
-    """Quantisation of the matrices of its layers, as `lora.quantize`."""
 
 
 @section

@@ -265,7 +265,12 @@ class GRPOConfig(OnPolicyConfig):
             )
         if grpo.has_reference:
             return
-        for section_name, key in (("reference", "offload"), ("reference", "sync_every"), ("alarms", "kl")):
+        for section_name, key in (
+            ("reference", "path"),
+            ("reference", "offload"),
+            ("reference", "sync_every"),
+            ("alarms", "kl"),
+        ):
             if getattr(getattr(self, section_name), key):
                 raise ValueError(
                     f"{section_name}.{key} is set, and with a grpo.kl_coef of 0 ({grpo.method}) there is no reference; "

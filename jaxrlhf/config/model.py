@@ -77,6 +77,21 @@ class LoRA:
             )
 
 
+@section
+class Teacher:
+    """The frozen model whose probabilities the student learns, with the student's tokenizer."""
+
+    path: str = ""
+    """Hugging Face model folder (or PEFT adapter folder), run directory of an earlier run, or hub id. Required."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: DType = "auto"
+    """Dtype in which its parameters are stored and its products are computed. auto: float32 on CPU, bfloat16
+    elsewhere."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Quantisation of the matrices of its layers, as `lora.quantize`."""
+
+
 _TEMPLATE_SETS = ("messages", "tools", "add_generation_prompt", "chat_template", "conversations")
 _TEMPLATE_SETS += ("return_assistant_tokens_mask", "continue_final_message")
 

@@ -29,17 +29,34 @@ from jaxrlhf.config.sections import BaseConfig
 
 @section
 class Reference:
-    """The reference model of the KL penalty: a frozen copy of the initial policy."""
+    """The reference model of the KL penalty: a frozen copy of the initial policy, or a teacher."""
 
+    path: str = ""
+    """A teacher that the KL is measured to instead: folder, run directory or hub id of a model with the same tokenizer.
+    The KL penalty then draws the policy to the teacher (on-policy distillation beside the reward). Empty: the initial
+    policy."""
+    revision: str | None = None
+    """Branch, tag or commit of the teacher on the hub."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Quantisation of the matrices of the teacher's layers, as `lora.quantize`."""
     dtype: DType = "auto"
     """Dtype in which it is stored. auto: the policy's compute dtype. No effect with adapters, whose base model serves
-    as the reference."""
+    as the reference, unless there is a teacher."""
     sync_every: Natural = 0
     """Updates between synchronisations of the reference with the policy. 0: never."""
     sync_alpha: PositiveFraction = 1.0
     """Weight of the policy in a synchronisation: reference = sync_alpha * policy + (1 - sync_alpha) * reference."""
     offload: Bool = False
     """Keep the reference in host memory, except while it computes log-probs."""
+
+    def __post_init__(self) -> None:
+        if self.path and self.sync_every:
+            raise ValueError(
+                f"sync_every is {self.sync_every}, and a teacher (path) does not move with the policy; leave one of "
+                "them out"
+            )
+        if not self.path and (self.revision or self.quantize != "none"):
+            raise ValueError("revision and quantize are a teacher's, and path is empty; give it, or leave them out")
 
 
 @section
@@ -250,6 +267,11 @@ class OnPolicyConfig(BaseConfig):
                 f"({sampling.response_length}): every response would be penalised; lower scores.overlong_buffer"
             )
         self._check_reference()
+        if self.reference.path and sampling.renormalise_logprobs:
+            raise ValueError(
+                "sampling.renormalise_logprobs is true, and the teacher of reference.path has a vocabulary of its own: "
+                "its log-probs are over all of it; leave one of them out"
+            )
         wanted = [key for key in ("eval_steps", "keep_best", "patience", "reward_model") if getattr(validation, key)]
         if wanted and not self.data.holds_out:
             raise ValueError(
@@ -276,7 +298,7 @@ class OnPolicyConfig(BaseConfig):
                 "reference.dtype is bfloat16 with reference.sync_alpha below 1: small moves would be rounded away; "
                 "use float32 or auto"
             )
-        if reference.offload and self.lora.enabled:
+        if reference.offload and self.lora.enabled and not reference.path:
             raise ValueError(
                 "reference.offload and lora.enabled are both true: with adapters the reference is the model under the "
                 "policy's adapters, which has to stay on the device; set reference.offload to false"

@@ -140,6 +140,11 @@ class PPOConfig(OnPolicyConfig):
             )
         if self.critic.init == "reward" and not any(part.model for part in self.reward.parts()):
             raise ValueError("critic.init is 'reward' but reward.model is empty; give a reward model or use 'policy'")
+        if self.reference.path and self.critic.trunk == "frozen" and self.critic.init == "policy":
+            raise ValueError(
+                "critic.trunk: frozen takes the arrays of the reference, which reference.path makes another model; "
+                "choose another trunk, or critic.init: reward"
+            )
         if self.reference.offload and self.critic.trunk == "frozen" and self.critic.init == "policy":
             raise ValueError(
                 "reference.offload is true, but critic.trunk: frozen uses the reference's own arrays in every update; "

@@ -132,7 +132,8 @@ def _limits(config: RunConfig, results: dict[str, float]) -> list[str]:
             parts = [part.model or part.function for part in config.reward.parts()]
             trained_on = f"the score of {' and '.join(filter(None, parts))}" if any(parts) else "the score"
             kl = results.get("objective/kl")
-            distance = f" At the end it was {kl:.3g} nats per response from its initial state (KL)." if kl else ""
+            origin = f"the teacher {config.reference.path}" if config.reference.path else "its initial state"
+            distance = f" At the end it was {kl:.3g} nats per response from {origin} (KL)." if kl else ""
             return [
                 f"Training raised {trained_on}, which is not proof of better answers: a policy also finds what its "
                 "reward overrates. Read samples, and measure with another judge (jaxrlhf compare)." + distance,

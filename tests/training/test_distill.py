@@ -22,18 +22,6 @@ from jaxrlhf.training.step import gradients
 from jaxrlhf.types import Batch
 
 
-@pytest.fixture(scope="session")
-def teacher(tiny_model, tmp_path_factory):
-    """A larger model with the tokenizer of the tiny one, whose probabilities are far from uniform."""
-    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("teacher") / "config")
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_size": 48, "num_hidden_layers": 3}))
-    model, params = jaxrlhf.load(folder, init="random", key=jax.random.key(9))
-    params["embed"]["embedding"] *= 20
-    tokenizer = jaxrlhf.load_tokenizer(folder, config.TokenizerSource())
-    return weights.export(folder.parent / "model", model, params, source=folder, tokenizer=tokenizer)
-
-
 @pytest.fixture
 def distill(supervised, teacher):
     return supervised | {

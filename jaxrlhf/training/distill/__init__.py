@@ -1,1 +1,1 @@
-"""Distillation: `trainer` is the loop, `teacher` loads the teacher, `update` is the jitted step."""
+"""Distillation: `trainer` is the loop, `update` is the jitted step."""

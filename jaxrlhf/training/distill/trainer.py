@@ -13,15 +13,15 @@ from jaxrlhf.config import DistillConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, SFTRow, Split, prompt_rows, sft_rows
 from jaxrlhf.data.tokenizer import Tokenizer
-from jaxrlhf.errors import DataError
+from jaxrlhf.errors import ConfigError, DataError
 from jaxrlhf.models import init
 from jaxrlhf.training import setup
-from jaxrlhf.training.distill.teacher import load_teacher, teacher_model
 from jaxrlhf.training.distill.update import Objective, evaluate, update
 from jaxrlhf.training.on_policy.sampler import Sampler
 from jaxrlhf.training.samples import Samples
 from jaxrlhf.training.session import Metrics
 from jaxrlhf.training.supervised import SupervisedTrainer
+from jaxrlhf.training.teacher import load_teacher, teacher_model
 from jaxrlhf.types import Batch
 
 KEYS = (
@@ -64,7 +64,12 @@ class DistillTrainer(SupervisedTrainer[DistillConfig]):
         sampled = prompt + config.sampling.response_length if prompt else 0
         self.use_rows(self.data, [f"eval/{key}" for key in KEYS], texts=1, sampled=sampled)
         longest = max(sampled, *map(batching.row_length, every))
-        self.objective = Objective(config.distill, teacher_model(config, self.tokenizer, self.mesh, longest))
+        if not config.teacher.path:
+            raise ConfigError(
+                "teacher.path is empty; give the folder, run directory or hub id of the model to learn from"
+            )
+        place = self.tokenizer, config.model.path, self.mesh, longest
+        self.objective = Objective(config.distill, teacher_model(config.teacher, "teacher", *place))
         self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, prompt)
         self.samples = Samples(self.data, config, self.model, self.tokenizer, self.mesh)
         self.load(self.objective)

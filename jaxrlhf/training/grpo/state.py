@@ -9,6 +9,7 @@ from jaxrlhf.algorithms.scores import no_stats
 from jaxrlhf.config import GRPO, GRPOConfig
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.training.abstract import is_abstract
 from jaxrlhf.training.grpo.update import GRPOSpec
@@ -20,16 +21,17 @@ from jaxrlhf.types import Params
 
 
 def initial_state(
-    config: GRPOConfig, sampler: Sampler, scorer: Scorer, updates: int, keys: Array
+    config: GRPOConfig, sampler: Sampler, scorer: Scorer, teacher: ModelConfig | None, updates: int, keys: Array
 ) -> tuple[State, dict[str, Params], GRPOSpec, str]:
     """Load the models; returns (state, frozen parameters by role, spec, hash of the reference) of a run of so many
-    `updates`. With adapters, the base model is the reference; there is none where nothing uses one.
+    `updates`. With adapters, the base model is the reference, unless there is a `teacher`; there is none where
+    nothing uses one.
 
     `keys` are those of `setup.keys`. Raises ConfigError for what models and devices cannot do.
     """
     grpo, mesh = config.grpo, sampler.mesh
     policy = load_policy(config, sampler, scorer)
-    start = initial_policy(config, sampler, policy, keys[3], has_reference=grpo.has_reference)
+    start = initial_policy(config, sampler, policy, keys[3], has_reference=grpo.has_reference, teacher=teacher)
     steps = updates * grpo.optimizer_steps
     optimizers = {"policy": make_optimizer(config.optim, config.optim.learning_rate, steps)}
     spec = GRPOSpec(
@@ -40,6 +42,7 @@ def initial_state(
         temperature=config.sampling.temperature,
         mesh=mesh,
         reference=config.reference,
+        teacher=teacher,
         rejected=_rejected_tokens(config, sampler.tokenizer),
         reward_weights=tuple(scorer.summed.values()) if grpo.recipe.advantage == "decoupled" else (),
     )

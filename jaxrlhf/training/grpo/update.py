@@ -86,7 +86,10 @@ def annotate(
         scored["reference"] = reference_params(state, frozen)
 
     def logprobs(part: Rollout) -> dict[str, tuple[Array, Array]]:
-        return {role: _logprobs(params, part, spec) for role, params in scored.items()}
+        models = {"policy": spec.policy, "reference": spec.reference_model}
+        return {
+            role: sequence_logprobs(params, models[role], part, spec.temperature) for role, params in scored.items()
+        }
 
     parts = count // grpo.annotation_rows(len(scores))
     found = from_micro_batches(jax.lax.map(logprobs, to_micro_batches(rows, parts))) if scored else {}

@@ -5,13 +5,14 @@ from typing import NamedTuple
 import jax
 
 from jaxrlhf import sharding, weights
-from jaxrlhf.config import GRPOConfig, PPOConfig, Reference
+from jaxrlhf.config import GRPOConfig, PPOConfig, Reference, Teacher
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.training import setup
 from jaxrlhf.training.abstract import build, is_abstract
 from jaxrlhf.training.adapters import add_adapters, split_trainable
 from jaxrlhf.training.on_policy.sampler import LOWER, Sampler
+from jaxrlhf.training.teacher import load_teacher, teacher_model
 from jaxrlhf.types import Params, TrainState
 
 
@@ -22,7 +23,7 @@ class InitialPolicy(NamedTuple):
     frozen: dict[str, Params]  # the base model under adapters ("policy"), the part of the reference that does not move
     reference: Params | None  # the whole reference; None if nothing uses one
     moving: Params | None  # the part of the reference that moves (`reference.sync_every`)
-    digest: str  # hash of the reference, or of the base model without one; "" for shapes
+    digest: str  # hash of the reference, or of the base model without one or with a teacher; "" for shapes
 
 
 def load_policy(
@@ -49,15 +50,36 @@ def load_policy(
     return policy
 
 
+def reference_teacher(config: PPOConfig | GRPOConfig, sampler: Sampler) -> ModelConfig | None:
+    """The model of `reference.path`; None without one. Raises what `teacher_model` does, before weights are read."""
+    if not config.reference.path:
+        return None
+    longest = (sampler.longest or config.data.max_length) + config.sampling.response_length
+    place = sampler.tokenizer, config.model.path, sampler.mesh, longest
+    return teacher_model(_teacher(config.reference, sampler.model), "reference", *place)
+
+
+def _teacher(reference: Reference, policy: ModelConfig) -> Teacher:
+    dtype = reference_dtype(reference, policy)
+    return Teacher(path=reference.path, revision=reference.revision, quantize=reference.quantize, dtype=dtype)  # type: ignore[arg-type]
+
+
 def initial_policy(
-    config: PPOConfig | GRPOConfig, sampler: Sampler, policy: Params, lora_key: jax.Array, *, has_reference: bool = True
+    config: PPOConfig | GRPOConfig,
+    sampler: Sampler,
+    policy: Params,
+    lora_key: jax.Array,
+    *,
+    has_reference: bool = True,
+    teacher: ModelConfig | None = None,
 ) -> InitialPolicy:
-    """The initial policy and its reference. Takes over `policy`; with adapters, its base model is the reference."""
+    """The initial policy and its reference. Takes over `policy`; with adapters, its base model is the reference, unless
+    there is a `teacher` (of `reference.path`)."""
     model, mesh, lora = sampler.model, sampler.mesh, config.lora
 
     def make(policy: Params) -> tuple[Params, dict[str, Params], Params | None, Params | None]:
         trained, base = split_trainable(add_adapters(policy, model, lora, lora_key), lora.enabled)
-        if not has_reference:
+        if not has_reference or teacher:
             return trained, {"policy": base}, None, None
         reference = base or setup.cast_copy(policy, reference_dtype(config.reference, model), mesh)
         if not config.reference.sync_every:
@@ -66,9 +88,11 @@ def initial_policy(
         return trained, {"policy": base, "reference": base}, reference, moving
 
     trained, frozen, reference, moving = build(make, mesh, policy)
+    digest = "" if is_abstract(trained) else setup.params_fingerprint(reference or frozen["policy"])
+    if teacher:
+        frozen["reference"] = reference = load_teacher(_teacher(config.reference, model), teacher, mesh)
     if is_abstract(trained):
-        return InitialPolicy(trained, frozen, reference, moving, digest="")
-    digest = setup.params_fingerprint(reference or frozen["policy"])
+        return InitialPolicy(trained, frozen, reference, moving, digest)
     if config.reference.offload:
         frozen["reference"] = reference = sharding.to_host(reference)
     return InitialPolicy(trained, frozen, reference, moving, digest)

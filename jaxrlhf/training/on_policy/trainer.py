@@ -27,7 +27,7 @@ from jaxrlhf.training.facts import Origin
 from jaxrlhf.training.on_policy import checks
 from jaxrlhf.training.on_policy.ahead import Ahead, Drawn, meshes
 from jaxrlhf.training.on_policy.alarms import Watch
-from jaxrlhf.training.on_policy.policy import policy_params, reference_params
+from jaxrlhf.training.on_policy.policy import policy_params, reference_params, reference_teacher
 from jaxrlhf.training.on_policy.rollout import ScoredRollout, reference_stats
 from jaxrlhf.training.on_policy.sampler import Sampler
 from jaxrlhf.training.on_policy.token_records import TokenRecord, TokenRecords, rollout_logprobs
@@ -103,7 +103,9 @@ class OnPolicyTrainer(Generic[Config]):
         if train:
             self.scorer.check_rows(train)
         self.token_records = TokenRecords(config, self.sampler)
-        self.validator = Validator(config, held_out, self.sampler, self.scorer, self.keys[1])
+        self.teacher = reference_teacher(config, self.sampler)
+        """The model of `reference.path`, None without one."""
+        self.validator = Validator(config, held_out, self.sampler, self.scorer, self.keys[1], self.teacher)
         self._results: dict[str, float] = {}  # the record of the exported state, for the model card
         self._origin: Origin | None = None  # once `.train()` has opened the run
 
@@ -243,6 +245,8 @@ class OnPolicyTrainer(Generic[Config]):
             "reference": self.reference_hash,
             "reward model": setup.params_fingerprint(models[0] if len(models) == 1 else models or {}),
         }
+        if self.teacher:
+            identity["teacher"] = setup.params_fingerprint(self.frozen["reference"])
         with open_session(config, self.total_steps, self.state, identity, fresh=self._fresh) as session:
             self._origin = Origin(session.directory, identity["prompts"])
             session.describe("\n".join(self._about()))
@@ -378,6 +382,8 @@ class OnPolicyTrainer(Generic[Config]):
         about += warmup_warnings(config.optim, total * config.settings.optimizer_steps)
         if config.lora.enabled and config.lora.dropout:
             about.append(f"lora.dropout has no effect in {config.method}, whose rollout and update are without dropout")
+        if self.teacher:
+            about.append(f"KL to the teacher {config.reference.path}: {self.teacher.family}, {self.teacher.dtype}")
         if self.environment:
             limit = config.environment.max_turns
             about.append(f"environment {self.environment.name}: up to {limit} turns of the policy in a response")

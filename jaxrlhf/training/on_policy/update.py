@@ -26,6 +26,11 @@ class UpdateSpec:
     temperature: float
     mesh: jax.sharding.Mesh
     reference: Reference
+    teacher: ModelConfig | None = None  # the model of `reference.path`
+
+    @property
+    def reference_model(self) -> ModelConfig:
+        return self.teacher or self.policy
 
 
 def sequence_logprobs(

@@ -47,10 +47,12 @@ class Validator:
         sampler: Sampler,
         scorer: Scorer,
         key: Array,
+        teacher: ModelConfig | None = None,
     ) -> None:
         self.config, self._settings = config, config.validation
         self.rows = rows[: self._settings.max_prompts]
         self._sampler, self._scorer = sampler, scorer
+        self._models = sampler.model, teacher or sampler.model  # of the policy and of the reference
         self._micro_rows = config.settings.annotation_rows(sampler.batch)  # rows of a forward pass
         self._key = jax.random.fold_in(key, VALIDATION)
         self._second: Scorer | None = None
@@ -191,7 +193,7 @@ class Validator:
         placed = sharding.put_rows(rollout, self._sampler.mesh)
         parts = rollout.tokens.shape[0] // self._micro_rows
         temperature = self.config.sampling.temperature
-        return sequence_kl(policy, reference, placed, model=self._sampler.model, temperature=temperature, parts=parts)
+        return sequence_kl(policy, reference, placed, models=self._models, temperature=temperature, parts=parts)
 
 
 def _mean(key: str, scores: Sequence[float | None]) -> dict[str, float]:
@@ -200,15 +202,22 @@ def _mean(key: str, scores: Sequence[float | None]) -> dict[str, float]:
     return {key: float(np.mean(known, dtype=np.float32))} if known else {}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "temperature", "parts"))
+@functools.partial(jax.jit, static_argnames=("models", "temperature", "parts"))
 def sequence_kl(
-    policy: Params, reference: Params, rollout: Rollout, *, model: ModelConfig, temperature: float, parts: int
+    policy: Params,
+    reference: Params,
+    rollout: Rollout,
+    *,
+    models: tuple[ModelConfig, ModelConfig],
+    temperature: float,
+    parts: int,
 ) -> Array:
     """The k1 estimate of KL(policy, reference) of each response, f32 [B], in nats, over `parts` micro-batches."""
 
     def kl(part: Rollout) -> Array:
         logprobs, ref_logprobs = (
-            sequence_logprobs(params, model, part, temperature)[0] for params in (policy, reference)
+            sequence_logprobs(params, model, part, temperature)[0]
+            for params, model in zip((policy, reference), models, strict=True)
         )
         return jnp.sum(masked.keep(k1(logprobs, ref_logprobs), part.response_mask), axis=1)
 

@@ -10,6 +10,7 @@ from jaxrlhf import sharding
 from jaxrlhf.algorithms.scores import no_stats
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.training.abstract import abstract_call, build, is_abstract
 from jaxrlhf.training.on_policy.policy import initial_policy, load_policy
@@ -23,10 +24,10 @@ from jaxrlhf.types import Experience, Params
 
 
 def initial_state(
-    config: PPOConfig, sampler: Sampler, scorer: Scorer, updates: int, keys: Array
+    config: PPOConfig, sampler: Sampler, scorer: Scorer, teacher: ModelConfig | None, updates: int, keys: Array
 ) -> tuple[State, dict[str, Params], PPOSpec, str]:
     """Load the models; returns (state, frozen parameters by role, spec, hash of the reference) of a run of so many
-    `updates`. With adapters, the base model is shared by policy, reference and critic.
+    `updates`. With adapters, the base model is shared by policy, critic and, without a `teacher`, reference.
 
     `keys` are those of `setup.keys`. Raises ConfigError for what models and devices cannot do.
     """
@@ -36,7 +37,7 @@ def initial_state(
     policy = load_policy(config, sampler, scorer, critic_from_reward=config.critic.init == "reward")
     reward = scorer.model
     critic = critic_model(config, model, reward and reward.model)
-    start = initial_policy(config, sampler, policy, lora_key)
+    start = initial_policy(config, sampler, policy, lora_key, teacher=teacher)
 
     def critic_params(policy: Params, reference: Params, reward_params: Params | None) -> tuple[Params, Params]:
         return init_critic(config, critic, policy, reference, reward_params, mesh, critic_key)
@@ -64,6 +65,7 @@ def initial_state(
         trunk=trunk_of(config),
         mesh=mesh,
         reference=config.reference,
+        teacher=teacher,
         warmup_updates=config.critic.warmup_updates,
     )
     state = State(

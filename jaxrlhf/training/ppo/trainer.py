@@ -50,7 +50,7 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
     ) -> None:
         super().__init__(config, reward, environment, fresh=fresh)
         self.state, self.frozen, self.spec, self.reference_hash = initial_state(
-            config, self.sampler, self.scorer, self.total_steps, self.keys
+            config, self.sampler, self.scorer, self.teacher, self.total_steps, self.keys
         )
 
     def train(self) -> dict[str, float]:

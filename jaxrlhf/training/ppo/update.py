@@ -102,8 +102,8 @@ def annotate(
     batch, reference = scores.shape[0], reference_params(state, frozen)
 
     def forward(part: Rollout) -> tuple[Array, Array | None, Predictions | None]:
-        hidden = response_states(reference, spec.policy, part)
-        ref_logprobs, _ = sequence_logprobs(reference, spec.policy, part, spec.temperature, hidden=hidden)
+        hidden = response_states(reference, spec.reference_model, part)
+        ref_logprobs, _ = sequence_logprobs(reference, spec.reference_model, part, spec.temperature, hidden=hidden)
         features = None
         if spec.trunk in ("reference", "frozen"):
             features = hidden if spec.trunk == "reference" else response_states(frozen["critic"], spec.critic, part)

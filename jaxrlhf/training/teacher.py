@@ -1,9 +1,9 @@
-"""The teacher of a distillation: a frozen model with the tokenizer of the student."""
+"""Teachers: frozen models with the tokenizer of the student, for distillation and as a reference of PPO and GRPO."""
 
 import jax
 
 from jaxrlhf import runtime, sharding, weights
-from jaxrlhf.config import DistillConfig, LoRA, ModelSource, Teacher, TokenizerSource
+from jaxrlhf.config import LoRA, ModelSource, Teacher, TokenizerSource
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from jaxrlhf.errors import ConfigError, DataError
 from jaxrlhf.models import ModelConfig, for_length
@@ -13,28 +13,28 @@ from jaxrlhf.training.adapters import quantize
 from jaxrlhf.types import Params
 
 
-def teacher_model(config: DistillConfig, student: Tokenizer, mesh: jax.sharding.Mesh, longest: int) -> ModelConfig:
-    """The teacher for sequences of up to `longest` tokens, before any weights are read. Raises ConfigError for one with
-    another tokenizer than the student, or a context that is too short."""
-    settings = config.teacher
-    if not settings.path:
-        raise ConfigError("teacher.path is empty; give the folder, run directory or hub id of the model to learn from")
+def teacher_model(
+    settings: Teacher, section: str, student: Tokenizer, path: str, mesh: jax.sharding.Mesh, longest: int
+) -> ModelConfig:
+    """The teacher that a config's `section` names for the student at `path`, for sequences of up to `longest` tokens,
+    before any weights are read. Raises ConfigError for one with another tokenizer, or a context that is too short,
+    and DataError for a reward model."""
+    where = f"{section}.path {settings.path}"
     folder = weights.tokenizer_folder(settings.path, settings.revision)
     tokenizer = load_tokenizer(folder, TokenizerSource(template_date=student.template_date))
     if difference := vocabulary_difference(tokenizer, student):
         raise ConfigError(
-            f"teacher.path {settings.path} has another vocabulary than the model, {config.model.path}: {difference}. "
-            "Distillation compares their probabilities token by token, so both need the same tokenizer; choose a "
-            "teacher of the model's family"
+            f"{where} has another vocabulary than the model, {path}: {difference}. Their probabilities are compared "
+            "token by token, so both need the same tokenizer; choose a teacher of the model's family"
         )
     dtype = runtime.resolve_dtype(settings.dtype, sharding.platform(mesh))
     source = ModelSource(path=settings.path, revision=settings.revision, compute_dtype=dtype, remat="none")
     model = setup.model_config(source, tokenizer, None, LoRA(), mesh)
     if model.head != "lm":
-        raise DataError(f"teacher.path {settings.path} is a reward model; distillation needs a language model")
+        raise DataError(f"{where} is a reward model; a teacher is a language model")
     check_vocab(student, model.vocab_size)
-    lower = "data.max_length or sampling.response_length"
-    setup.check_context(longest, model, f"for the teacher {settings.path}, the longest sequence", lower)
+    what = f"for the teacher {settings.path}, the longest sequence"
+    setup.check_context(longest, model, what, "data.max_length, data.max_prompt_length or sampling.response_length")
     return for_length(model, longest)
 
 
