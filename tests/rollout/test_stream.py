@@ -1,5 +1,7 @@
 """Streams: their tokens are those of a batch of one, whatever was read before, with few compiled programs."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from jaxrlhf import weights
 from jaxrlhf.config import Sampling
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow
+from jaxrlhf.models import for_length
 from jaxrlhf.rollout import decode, stream
 from jaxrlhf.rollout.decode import Decoding
 from jaxrlhf.rollout.inference_copy import inference_copy
@@ -46,6 +49,22 @@ def test_tokens_are_those_of_generate_whatever_was_read_before(model, sampling):
     other = [*first[:3], *rng.integers(3, 40, 30).tolist()]
     for index, prompt in enumerate([first, longer, first, other, longer[:9], first]):
         assert streamed(source, prompt, index) == expected(model, prompt, sampling, index), index
+
+
+def test_a_conversation_that_outgrows_the_original_length_is_read_again(model):
+    """Keys in the cache were rotated for a short sequence."""
+    config, params = model
+    planes = config.head_dim // 2
+    factors = {"short_factor": (1.0,) * planes, "long_factor": tuple(2.0 + i for i in range(planes))}
+    rope = dataclasses.replace(config.rope, kind="longrope", factor=4.0, original_max_positions=20, **factors)
+    config, sampling = dataclasses.replace(config, rope=rope), Sampling(response_length=8, greedy=True)
+    source = stream.Stream(params, Decoding(config, sampling, (STOP,), PAD))
+    first = [5, 9, 11, 7, 30]
+    longer = [*first, *range(10, 30)]
+    for index, prompt in enumerate([first, longer, first]):
+        fixed = for_length(config, len(prompt) + 8)
+        assert (fixed.rope.length > 20) == (prompt == longer)
+        assert streamed(source, prompt, index) == expected((fixed, params), prompt, sampling, index), index
 
 
 def test_a_stream_that_was_left_or_limited_continues_correctly(model):
