@@ -201,6 +201,7 @@ class Experience:
     bootstrap: Array  # f32 [B]   value after the last token of a truncated response; 0 if finished
     gamma: float = field(metadata={"static": True})  # the discounting with which
     lam: float = field(metadata={"static": True})  # the advantages were computed
+    lam_alpha: float | None = field(default=None, metadata={"static": True})  # of a lam that depends on the length
     token_scores: Array | None = None  # f32 [B, R]   scores of single tokens, in addition to `scores`
     features: Array | None = None  # f32 [B, R + 1, D]   hidden states of a frozen critic trunk
     weights: Array | None = None  # f32 [B, R]   token weights that correct for a sampler that is not pi_old

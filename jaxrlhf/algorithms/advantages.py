@@ -17,7 +17,7 @@ def gae(
     mask: Bool[Array, "B R"],
     bootstrap: Float[Array, " B"],
     gamma: Scalar,
-    lam: Scalar,
+    lam: Scalar | Float[Array, " B"],
 ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
     """Generalised advantage estimation: advantages and returns (https://arxiv.org/abs/1506.02438, eq. 16).
 
@@ -25,9 +25,10 @@ def gae(
 
     t+ is the next *real* token: masked columns (padding, and gaps such as tool output) are skipped, and their rewards
     and values are never read. After the last real token A is 0 and V is `bootstrap`: 0 for a finished response, the
-    value of the next state for a truncated one. Both results are 0 outside the mask.
+    value of the next state for a truncated one. Both results are 0 outside the mask. `lam` may differ between rows.
     """
     chex.assert_shape(bootstrap, rewards.shape[:1])
+    assert jnp.shape(lam) in ((), bootstrap.shape)
 
     def step(carry, column):
         advantage_next, value_next = carry
@@ -40,6 +41,15 @@ def gae(
     end = jnp.zeros_like(bootstrap), bootstrap
     _, advantages = jax.lax.scan(step, end, (rewards.T, values.T, mask.T), reverse=True)
     return advantages.T, advantages.T + values
+
+
+def length_adaptive_lambda(mask: Bool[Array, "B R"], alpha: Scalar) -> Float[Array, " B"]:
+    """Lambda of each response for `gae`: 1 - 1 / (alpha length), at least 0 (https://arxiv.org/abs/2504.05118).
+
+    The sum of the weights (1 - lam) lam^n with which later TD errors count is then spread over alpha length tokens.
+    """
+    chex.assert_rank(mask, 2)
+    return jnp.maximum(1 - 1 / (alpha * jnp.maximum(jnp.sum(mask, axis=1), 1)), 0.0)
 
 
 def td_errors(

@@ -49,6 +49,12 @@ class Critic:
 class PPO(OnPolicy):
     """Proximal policy optimisation (https://arxiv.org/abs/1707.06347) with a KL penalty per token."""
 
+    num_generations: Count = 1
+    """Completions per prompt (group size); must divide batch_size."""
+    baseline: Literal["none", "leave_one_out"] = "none"
+    """Subtracted from the score before the rewards, so that the critic learns what is left. leave_one_out: the mean
+    score of the other completions of the prompt (https://arxiv.org/abs/2402.14740); needs num_generations of 2 or
+    more."""
     num_ppo_epochs: Count = 4
     """Epochs over each rollout, each in a new order."""
     replay: Natural = 0
@@ -91,12 +97,20 @@ class PPO(OnPolicy):
     """Discount factor."""
     lam: Fraction = 0.95
     """Lambda of generalised advantage estimation (GAE)."""
+    lam_alpha: Positive | None = None
+    """Length-adaptive lambda (VAPO, https://arxiv.org/abs/2504.05118): 1 - 1 / (lam_alpha * response length), at least
+    0, in place of `lam`. VAPO uses 0.05, with `value_target: reward_to_go`, which is GAE's with a lambda of 1. None:
+    constant lam."""
     whiten_rewards: Bool = False
     """Scale rewards to unit variance over the batch, keeping their mean."""
     whiten_advantages: Bool = True
     """Normalise advantages to mean 0 and variance 1 over the batch."""
     bootstrap_truncated: Bool = False
     """Treat truncated responses as unfinished episodes: bootstrap from the value after the last token."""
+
+    @property
+    def group(self) -> int:
+        return self.num_generations
 
     @property
     def optimizer_steps(self) -> int:
@@ -106,6 +120,19 @@ class PPO(OnPolicy):
     def __post_init__(self) -> None:
         if reason := WRONG_KL.get((self.kl_estimator, self.kl_in)):
             raise ValueError(f"ppo.kl_estimator {self.kl_estimator} does not go with ppo.kl_in {self.kl_in}: {reason}")
+        if self.lam_alpha is not None and self.lam != 0.95:
+            raise ValueError(f"ppo.lam is {self.lam:g}, and ppo.lam_alpha replaces it; leave one of them out")
+        if self.batch_size % self.num_generations:
+            nearest = max(self.batch_size // self.num_generations, 1) * self.num_generations
+            raise ValueError(
+                f"ppo.batch_size ({self.batch_size}) counts completions and must be a multiple of ppo.num_generations "
+                f"({self.num_generations}); {nearest} would do"
+            )
+        if self.baseline != "none" and self.num_generations < 2:
+            raise ValueError(
+                f"ppo.baseline is {self.baseline} and ppo.num_generations 1: a completion has no others to be compared "
+                "with; give 2 or more"
+            )
         highest = 1 + (self.cliprange_high or self.cliprange)
         if self.dual_clip is not None and self.dual_clip <= highest:
             raise ValueError(

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrlhf.algorithms.advantages import gae, reward_to_go, whiten
+from jaxrlhf.algorithms.advantages import gae, length_adaptive_lambda, reward_to_go, whiten
 
 
 def ragged(seed, rows=7, columns=9):
@@ -49,6 +49,21 @@ def test_gae_with_lambda_one_is_the_discounted_sum_of_rewards():
     _, returns = gae(*(jnp.asarray(x) for x in (rewards, values, mask)), jnp.zeros(len(mask)), 1.0, 1.0)
     to_go = np.cumsum((rewards * mask)[:, ::-1], axis=1)[:, ::-1]
     np.testing.assert_allclose(returns, np.where(mask, to_go, 0), atol=1e-5)
+
+
+def test_lambda_may_follow_the_length_of_each_response():
+    """arXiv 2504.05118: 1 - 1 / (alpha l), of the number of real tokens; at least 0."""
+    rng, mask = ragged(3)
+    rewards, values = rng.normal(size=(2, *mask.shape)).astype(np.float32)
+    lam = length_adaptive_lambda(jnp.asarray(mask), 0.5)
+    lengths = mask.sum(1)
+    np.testing.assert_allclose(lam, [max(1 - 2 / n, 0) if n else 0 for n in lengths], rtol=1e-6)
+    assert len(set(lengths)) > 3 and lam.max() > 0.7 and lam.min() == 0
+    found, _ = gae(*(jnp.asarray(x) for x in (rewards, values, mask)), jnp.zeros(len(mask)), 0.9, lam)
+    for i in range(len(mask)):
+        row = slice(i, i + 1)
+        expected = definition(rewards[row], values[row], mask[row], np.zeros(1), 0.9, float(lam[i]))
+        np.testing.assert_allclose(found[row], expected, atol=1e-5)
 
 
 def test_holes_are_as_if_they_were_not_there():

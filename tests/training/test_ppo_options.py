@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from support.ppo_case import OPTIMIZERS, B, case, close
 
+import jaxrlhf
+from jaxrlhf import config
 from jaxrlhf.config import PPO, Critic, Optim, Reference
 from jaxrlhf.training.ppo.critic import critic_params
+from jaxrlhf.training.ppo.trainer import PPOTrainer
 
 ONE_STEP = {"num_ppo_epochs": 1, "num_mini_batches": 1}
 
@@ -238,3 +241,48 @@ def test_metrics_of_a_rollout_are_over_real_tokens():
     np.testing.assert_allclose(metrics["val/explained_variance"], explained, rtol=1e-3, atol=1e-4)
     raw = case(gamma=0.9, whiten_advantages=False).run()[1]
     np.testing.assert_allclose(metrics["val/advantage_mean"], np.asarray(raw.advantages)[mask].mean(), atol=1e-5)
+
+
+def test_scores_less_those_of_the_others_and_a_lambda_that_follows_the_length(ppo):
+    """Of two completions of a prompt, the rewards of one add up to minus those of the other; a completion without a
+    score leaves the other one without a reward. The advantages are GAE's with each row's lambda."""
+    options = {"num_generations": 2, "baseline": "leave_one_out", "lam_alpha": 0.3, "value_target": "reward_to_go"}
+    options |= {"kl_coef": 0.0, "whiten_advantages": False}
+
+    def reward(prompts, completions):
+        scores: list[float | None] = [float(len(text)) + i for i, text in enumerate(completions)]
+        scores[3] = None
+        return scores
+
+    trainer = PPOTrainer(config.PPOConfig(**ppo | {"ppo": config.replace(ppo["ppo"], **options)}), reward=reward)
+    step = trainer.ppo_step(["say red ", "say blue ", "go ", "stop "])
+    experience, scores = step["experience"], step["rewards"]
+    assert len(step["generated_texts"]) == 8 and scores[3] is None
+    rewards, values, mask = (
+        np.asarray(x) for x in (experience.rewards, experience.values, experience.rollout.response_mask)
+    )
+    expected = [scores[i] - scores[i ^ 1] if i // 2 != 1 else 0.0 for i in range(8)]
+    np.testing.assert_allclose(rewards.sum(1), expected, rtol=1e-5, atol=1e-6)
+    assert not mask[3].any() and mask[2].any() and np.abs(expected).max() > 1
+    table = jaxrlhf.inspect(experience, trainer.tokenizer)
+    for i, real in enumerate(mask):
+        lam, size = max(1 - 1 / (0.3 * max(real.sum(), 1)), 0), real.sum()
+        following = np.append(values[i, real], 0.0)
+        deltas = rewards[i, real] + following[1:] - following[:-1]
+        wanted = [sum(lam**k * deltas[t + k] for k in range(size - t)) for t in range(size)]
+        np.testing.assert_allclose(np.asarray(experience.advantages)[i, real], wanted, rtol=1e-4, atol=1e-5)
+    shown = [row["raw_advantage"] for row in table.rows]
+    np.testing.assert_allclose(shown, [row["advantage"] for row in table.rows], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lam_alpha": 0.05, "lam": 0.9}, "leave one of them out"),
+        ({"num_generations": 3}, r"must be a multiple of ppo.num_generations \(3\); 15 would do"),
+        ({"baseline": "leave_one_out"}, "give 2 or more"),
+    ],
+)
+def test_options_of_groups_and_lambdas_that_cannot_work_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        config.PPO(**options)

@@ -179,11 +179,14 @@ def _gae(experience: Experience) -> tuple[np.ndarray, np.ndarray]:
     rewards, values, mask = (
         np.asarray(x) for x in (experience.rewards, experience.values, experience.rollout.response_mask)
     )
+    lam: Any = experience.lam
+    if experience.lam_alpha is not None:
+        lam = np.maximum(1 - 1 / (experience.lam_alpha * np.maximum(mask.sum(1), 1)), 0)
     errors, advantages = np.zeros_like(rewards), np.zeros_like(rewards)
     next_value, next_advantage = np.asarray(experience.bootstrap), np.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         errors[:, t] = np.where(mask[:, t], rewards[:, t] + experience.gamma * next_value - values[:, t], 0)
-        advantages[:, t] = errors[:, t] + experience.gamma * experience.lam * next_advantage * mask[:, t]
+        advantages[:, t] = errors[:, t] + experience.gamma * lam * next_advantage * mask[:, t]
         next_value = np.where(mask[:, t], values[:, t], next_value)
         next_advantage = np.where(mask[:, t], advantages[:, t], next_advantage)
     return errors, advantages

@@ -79,8 +79,9 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
         compiles once.
         """
         ppo = self.config.ppo
-        if ppo.replay and len(prompts) != ppo.batch_size:
-            raise ConfigError(f"ppo_step got {len(prompts)} prompts; with ppo.replay it needs {ppo.batch_size}")
+        if ppo.replay and len(prompts) * ppo.group != ppo.batch_size:
+            needed = ppo.batch_size // ppo.group
+            raise ConfigError(f"ppo_step got {len(prompts)} prompts; with ppo.replay it needs {needed}")
         batch, experience, metrics = self._update(*self._start_step(prompts, columns))
         result = batch.result(metrics, experience)
         return result | {"value_loss": result["loss/value_avg"]}

@@ -11,7 +11,8 @@ from jax import Array
 
 from jaxrlhf import sharding
 from jaxrlhf.algorithms import masked
-from jaxrlhf.algorithms.advantages import gae, reward_to_go, whiten
+from jaxrlhf.algorithms.advantages import gae, length_adaptive_lambda, reward_to_go, whiten
+from jaxrlhf.algorithms.groups import rloo
 from jaxrlhf.algorithms.kl import adaptive_kl_coef, k1, kl_loss
 from jaxrlhf.algorithms.ppo import Clip, finalize_metrics, policy_loss, rollout_metrics, token_rewards, value_loss
 from jaxrlhf.config import PPO
@@ -136,6 +137,7 @@ def blank_experience(
         bootstrap=jnp.zeros_like(scores),
         gamma=ppo.gamma,
         lam=ppo.lam,
+        lam_alpha=ppo.lam_alpha,
         **known,
     )
 
@@ -170,11 +172,16 @@ def fill_experience(
         return mean(jnp.square(x - mean(x)))
 
     kl_in_reward = kl_coef if ppo.kl_in == "reward" else 0.0
-    rewards = token_rewards(scores, logprobs, ref_logprobs, mask, kl_in_reward, experience.token_scores)
+    paid = scores
+    if ppo.baseline == "leave_one_out":
+        # a response without a score is in no group; a score without others to compare says nothing
+        paid = rloo(scores, jnp.where(masked.rows(mask), rollout.index, -1 - jnp.arange(len(scores))))
+    rewards = token_rewards(paid, logprobs, ref_logprobs, mask, kl_in_reward, experience.token_scores)
     if ppo.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     bootstrap = jnp.where(finished, 0.0, last_values) if ppo.bootstrap_truncated else jnp.zeros_like(last_values)
-    advantages, returns = gae(rewards, values, mask, bootstrap, ppo.gamma, ppo.lam)
+    lam = ppo.lam if ppo.lam_alpha is None else length_adaptive_lambda(mask, ppo.lam_alpha)
+    advantages, returns = gae(rewards, values, mask, bootstrap, ppo.gamma, lam)
     if ppo.value_target == "reward_to_go":
         returns = reward_to_go(rewards, mask, bootstrap, ppo.gamma)
     weights, sampler_metrics = _sampler_correction(rollout, logprobs, ppo)
