@@ -160,11 +160,12 @@ class PPOConfig(OnPolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.environment.function and self.scores.normalise != "none" and not self.reward.parts():
-            raise ValueError(
-                f"scores.normalise is {self.scores.normalise}, but there is no reward beside the environment, whose "
-                "rewards are of single turns and are not normalised; set it to none, or use ppo.whiten_rewards"
-            )
+        for key, value in (("scores.normalise", self.scores.normalise), ("ppo.baseline", self.ppo.baseline)):
+            if self.environment.function and value != "none" and not self.reward.parts():
+                raise ValueError(
+                    f"{key} is {value}, which is for scores of responses, and there is no reward beside the "
+                    "environment, whose rewards are of single turns; set it to none"
+                )
         if self.critic.init == "reward" and not any(part.model for part in self.reward.parts()):
             raise ValueError("critic.init is 'reward' but reward.model is empty; give a reward model or use 'policy'")
         if self.reference.path and self.critic.trunk == "frozen" and self.critic.init == "policy":

@@ -334,6 +334,8 @@ def test_contradictions_are_refused_before_a_response_is_generated(options):
         ppo_trainer(options | {"rollout": config.Generation(devices=2)}, Echo(), sampler_correction="mask")
     with pytest.raises(ConfigError, match="no reward beside the environment"):
         ppo_trainer(options | {"scores": config.Scores(normalise="running")}, Echo())
+    with pytest.raises(ConfigError, match="ppo.baseline is leave_one_out, which is for scores of responses"):
+        ppo_trainer(options, Echo(), num_generations=4, baseline="leave_one_out")
     named = options | {
         "reward": config.RewardSource(components=(config.Component(name="environment", url="http://x"),))
     }

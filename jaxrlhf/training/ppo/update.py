@@ -78,9 +78,10 @@ def predict(
     elif features is None:
         features = response_states({**frozen["critic"], **params["critic"]}, spec.critic, rollout)
     values = scalar_head(params["critic"], spec.critic, features)
-    length = jnp.sum(rollout.mask[:, -rollout.response_mask.shape[1] :], axis=1, keepdims=True)
+    mask = rollout.response_mask
+    length = jnp.max(jnp.where(mask, 1 + jnp.arange(mask.shape[1]), 0), axis=1, keepdims=True)
     last_values = jnp.take_along_axis(values, length, axis=1)[:, 0]
-    return Predictions(logprobs, entropy, masked.keep(values[:, :-1], rollout.response_mask), last_values)
+    return Predictions(logprobs, entropy, masked.keep(values[:, :-1], mask), last_values)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
