@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.runs import equal, length_reward, records
 
-from jaxrlhf import config
+from jaxrlhf import config, models
 from jaxrlhf.errors import ConfigError, Preempted, RewardError
 from jaxrlhf.rollout.text import turn_texts
 from jaxrlhf.training.grpo import update as grpo_update
@@ -17,6 +17,7 @@ from jaxrlhf.training.grpo.trainer import GRPOTrainer
 from jaxrlhf.training.on_policy import update as shared_update
 from jaxrlhf.training.on_policy.inspection import inspect
 from jaxrlhf.training.ppo import update as ppo_update
+from jaxrlhf.training.ppo.critic import critic_params
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 
 LENGTH = 15  # odd, so that no rollout is trimmed: each shape is a compilation
@@ -341,3 +342,24 @@ def test_contradictions_are_refused_before_a_response_is_generated(options):
     }
     with pytest.raises(ConfigError, match="two components of the reward are called 'environment'"):
         ppo_trainer(named, Echo())
+
+
+def test_the_value_after_a_truncated_episode_is_that_of_its_last_token(options):
+    """`max_turns` truncates responses of all lengths: each is read again alone, without padding."""
+
+    class Endless(Echo):
+        def step(self, state, completion):
+            return "9", 1.0
+
+    trainer = ppo_trainer(options, Endless(), bootstrap_truncated=True)
+    batch = trainer.generate_and_score(trainer.prompts(0), 0)
+    critic = critic_params(trainer.state.value.params, trainer.frozen, trainer.spec.trunk)
+    critic = jax.tree.map(jnp.copy, critic)  # an update donates its state
+    experience, _ = trainer.learn(batch.rollout, batch.scored.scores, 0, batch.scored.token_scores)
+    rollout = on_host(batch.rollout)
+    assert not rollout.finished.any() and len({*rollout.mask.sum(axis=1).tolist()}) > 1
+    for i in (0, 5):
+        ids = jnp.asarray(rollout.tokens[i][rollout.mask[i]])[None]
+        hidden = models.forward(critic, trainer.spec.critic, ids, jnp.ones(ids.shape, bool))
+        expected = models.scalar_head(critic, trainer.spec.critic, hidden)[0, -1]
+        np.testing.assert_allclose(experience.bootstrap[i], expected, atol=1e-5)
