@@ -173,8 +173,8 @@ class Optim:
 
     name: Literal["adamw", "muon"] = "adamw"
     """Optimizer. muon: orthogonalised momentum for the matrices of layers (https://arxiv.org/abs/2502.16982), AdamW for
-    everything else. Its updates are scaled to the size of AdamW's, so the same learning_rate and weight_decay apply.
-    Takes less memory: one moment per matrix."""
+    everything else. Its updates have the size of AdamW's in long runs, so begin with the same learning_rate; short runs
+    may need two to four times it. Takes less memory: one moment per matrix."""
     learning_rate: Positive = 1e-5
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
