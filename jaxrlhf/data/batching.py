@@ -1,6 +1,7 @@
 """Pad rows to numpy arrays on the host. Masks come from lengths, never from token ids."""
 
 import dataclasses
+import heapq
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -101,7 +102,7 @@ def packed_pairs(rows: Sequence[PackedRow], pad_id: int, length: int, most: int)
 
 def longest(rows: Sequence[T], count: int) -> list[T]:
     """The `count` longest rows, repeated if there are fewer; empty if there are no rows."""
-    by_length = sorted(rows, key=lambda row: -row_length(row))
+    by_length = heapq.nlargest(count, rows, key=row_length)
     return [by_length[i % len(by_length)] for i in range(count)] if by_length else []
 
 

@@ -11,9 +11,13 @@ Located = Sequence[tuple[str, Example]]
 """(where, example) of rows."""
 
 
-def missing_space(examples: Located) -> list[str]:
-    """A warning if prompts and completions of plain text meet without a space."""
-    glued = [where for where, example in examples if _runs_together(example)]
+def glued(examples: Located) -> list[str]:
+    """Where prompt and completion of plain text meet without a space."""
+    return [where for where, example in examples if _runs_together(example)]
+
+
+def missing_space(glued: list[str]) -> list[str]:
+    """A warning if there are `glued` rows."""
     if not glued:
         return []
     return [

@@ -1,24 +1,26 @@
 """Load data sets as tokenised rows, split into training and held-out rows, with a report of dropped and cut rows."""
 
 import json
-from collections import Counter
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxrlhf.config import Data
-from jaxrlhf.data import checks, held_out, labels
-from jaxrlhf.data.examples import Content, Example, to_examples
+from jaxrlhf.data import held_out, labels, token_cache
+from jaxrlhf.data.examples import Content, Example
 from jaxrlhf.data.file_readers import SourceLocation
-from jaxrlhf.data.formats import Task, recognise
-from jaxrlhf.data.held_out import Usable
+from jaxrlhf.data.formats import Task
+from jaxrlhf.data.held_out import Lazy, Usable
 from jaxrlhf.data.loader import rows_at
 from jaxrlhf.data.mixing import Part, draws, interleaved, mixed_rows_at, passes
-from jaxrlhf.data.omissions import Omissions, first_few
-from jaxrlhf.data.sources import Rows, read_rows, read_validation_rows
-from jaxrlhf.data.tokenise import RenderedExample, TokenisedExample, drop_reason, render, tokenise, truncate
+from jaxrlhf.data.preparation import Preparation, Report
+from jaxrlhf.data.sources import Rows, read_rows, validation_source
+from jaxrlhf.data.tokenise import TokenisedExample
 from jaxrlhf.data.tokenizer import ESCAPE, Tokenizer
 from jaxrlhf.errors import DataError, counted
 
@@ -59,36 +61,6 @@ class PromptRow:
     messages: list[dict[str, Any]] | None = field(default=None, repr=False)  # follows from columns: not hashed
 
 
-@dataclass
-class Report:
-    """Printable summary of loading: rows kept, dropped and cut, by file line or row number from 1. That of a mixture
-    has a report of each data set."""
-
-    source: str
-    format: str
-    rows: int
-    train: int = 0
-    validation: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=dict)  # reason -> locations
-    cut: dict[str, list[str]] = field(default_factory=dict)  # what was cut -> locations
-    lengths: list[int] = field(default_factory=list)  # tokens of each row, with its longest completion
-    notes: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)  # about its texts, for a run: `jaxrlhf data` has them in its own
-    parts: "list[Report]" = field(default_factory=list)
-
-    def __str__(self) -> str:
-        held_out = f", {self.validation} held out" if self.validation else ""
-        lines = [f"data {self.source}: {counted(self.rows, 'row')}, {self.format}; {self.train} kept{held_out}"]
-        lines = [*map(str, self.parts), *lines]
-        for verb, reasons in (("dropped", self.dropped), ("cut", self.cut)):
-            for reason, locations in reasons.items():
-                lines.append(f"{verb} {len(locations)}: {reason} ({first_few(locations)})")
-        if self.lengths:
-            low, median, high, top = np.quantile(self.lengths, [0, 0.5, 0.95, 1], method="nearest")
-            lines.append(f"tokens per row: {low} to {top}, median {median}, 95th percentile {high}")
-        return "\n".join([*lines, *self.notes])
-
-
 @dataclass(frozen=True)
 class Split(Generic[T]):
     """Training rows, held-out rows (perhaps none) and the report. `parts` are the data sets of a mixture."""
@@ -122,7 +94,7 @@ def sft_rows(config: Data, tokenizer: Tokenizer, completion_only: bool) -> Split
     def make_row(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> SFTRow:
         return SFTRow(*tokens.sequence(0, all_tokens=not completion_only))
 
-    return train_validation_split(config, tokenizer, "sft", make_row)
+    return train_validation_split(config, tokenizer, "sft", make_row, variant=str(completion_only))
 
 
 def pair_rows(config: Data, tokenizer: Tokenizer, *, margins: bool = False, ties: bool = False) -> Split[PairRow]:
@@ -140,7 +112,7 @@ def pair_rows(config: Data, tokenizer: Tokenizer, *, margins: bool = False, ties
         tied = example.scores[0] == example.scores[1]
         return PairRow(SFTRow(*tokens.sequence(0)), SFTRow(*tokens.sequence(1)), margin, tied)
 
-    split = train_validation_split(config, tokenizer, "pairs", make_row, ties=ties)
+    split = train_validation_split(config, tokenizer, "pairs", make_row, ties=ties, variant=str(margins))
     if ties:
         count = sum(pair.tied for pair in split.train)
         note = f"{count} of {len(split.train)} pairs to train on are ties"
@@ -160,7 +132,7 @@ def pair_rows(config: Data, tokenizer: Tokenizer, *, margins: bool = False, ties
 
 def prompt_rows(config: Data, tokenizer: Tokenizer) -> Split[PromptRow]:
     """Load prompts for generation. Raises DataError."""
-    return train_validation_split(config, tokenizer, "prompts", _prompt_row)
+    return train_validation_split(config, tokenizer, "prompts", _prompt_row, variant="")
 
 
 def prompts_from_texts(
@@ -177,11 +149,13 @@ def prompts_from_texts(
     locations = [SourceLocation("prompts", i + 1, line=False) for i in range(len(texts))]
     rows = Rows("prompts", [{"prompt": text} for text in texts], locations)
     config = replace(config, mix=(), mix_temperature=1.0, template="", columns={})
-    kept, report = _prepare(rows, config, tokenizer, "prompts", _prompt_row)
+    preparation = Preparation(rows, config, tokenizer, "prompts", _prompt_row)
+    kept = [item.row for item in preparation.add(rows)]
+    report = preparation.finish()
     if len(kept) < len(texts):
         raise DataError(f"not every prompt can be used\n{report}")
     given = [{"prompt": text, **{name: values[i] for name, values in columns.items()}} for i, text in enumerate(texts)]
-    return [replace(row, columns=values) for row, values in zip(kept.rows, given, strict=True)]
+    return [replace(row, columns=values) for row, values in zip(kept, given, strict=True)]
 
 
 def columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
@@ -194,7 +168,7 @@ def _prompt_row(tokens: TokenisedExample, example: Example, rows: Rows, i: int) 
     assert example.prompt is not None
     _check_names(rows.rows[i], rows.source)
     messages = None if isinstance(example.prompt, str) else example.prompt
-    return PromptRow(tokens.prompt, prompt_text(example.prompt), rows.rows[i], i, messages)
+    return PromptRow(tokens.prompt, prompt_text(example.prompt), rows.rows[i], rows.start + i, messages)
 
 
 def _check_names(names: Iterable[str], source: str) -> None:
@@ -225,17 +199,24 @@ def _call_text(call: dict[str, Any]) -> str:
 
 
 def train_validation_split(
-    config: Data, tokenizer: Tokenizer, task: Task, make_row: Callable[..., T], *, ties: bool = False
+    config: Data,
+    tokenizer: Tokenizer,
+    task: Task,
+    make_row: Callable[..., T],
+    *,
+    ties: bool = False,
+    variant: str | None = None,
 ) -> Split[T]:
     """Load the data of `task`; `make_row(tokens, example, rows, i)` creates a row. `ties` keeps pairs of which neither
-    is better. Raises DataError."""
+    is better. `variant` names what else rows depend on, if they can be kept in `config.token_cache`. Raises
+    DataError."""
     if not config.mix:
-        train, validation, report = _load(config, tokenizer, task, make_row, ties)
+        train, validation, report = _load(config, tokenizer, task, make_row, ties, variant)
         return Split(train.rows, validation.rows, report)
     loaded: list[_Loaded[T]] = []
     for source in config.sources:
         try:
-            loaded.append(_load(source, tokenizer, task, make_row, ties))
+            loaded.append(_load(source, tokenizer, task, make_row, ties, variant))
         except DataError as error:
             others = [f"{report.source} ({report.format})" for _, _, report in loaded]
             others += [other.path for other in config.sources[len(loaded) + 1 :]]
@@ -250,9 +231,9 @@ def _mixed(loaded: "Sequence[_Loaded[T]]", config: Data) -> Split[T]:
     per_epoch = draws(names, sizes, [source.weight for source in config.mix], config.mix_temperature)
     parts = tuple(map(Part, names, sizes, others, per_epoch))
     firsts = [sum(report.rows for report in reports[:i]) for i in range(len(reports))]
-    train = [_numbered_from(first, row) for first, part in zip(firsts, trains, strict=True) for row in part.rows]
-    places = zip(*interleaved(tuple(others)), strict=True)
-    validation = [_numbered_from(firsts[i], held_out[i].rows[k]) for i, k in places]
+    which, numbers = np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(size) for size in sizes])
+    train = _view([part.rows for part in trains], firsts, which, numbers)
+    validation = _view([part.rows for part in held_out], firsts, *interleaved(tuple(others)))
     notes = []
     for name, part in zip(names, held_out, strict=True):
         for other, rows in zip(names, trains, strict=True):
@@ -270,12 +251,20 @@ def _mixed(loaded: "Sequence[_Loaded[T]]", config: Data) -> Split[T]:
         rows=sum(report.rows for report in reports),
         train=total,
         validation=len(validation),
-        lengths=[length for report in reports for length in report.lengths],
+        lengths=array("i", chain.from_iterable(report.lengths for report in reports)),
         notes=notes,
         warnings=[f"{report.source}: {text}" for report in reports for text in report.warnings],
         parts=[*reports],
     )
     return Split(train, validation, report, parts)
+
+
+def _view(
+    parts: Sequence[Sequence[T]], firsts: Sequence[int], which: NDArray[np.int64], numbers: NDArray[np.int64]
+) -> Sequence[T]:
+    """Row `numbers[k]` of part `which[k]` as row k; a list if all parts are."""
+    rows = Lazy(len(which), lambda k: _numbered_from(firsts[which[k]], parts[which[k]][numbers[k]]))
+    return list(rows) if all(isinstance(part, list) for part in parts) else rows
 
 
 def _numbered_from(first: int, row: T) -> T:
@@ -287,21 +276,35 @@ _Loaded = tuple[Usable[T], Usable[T], Report]
 """Rows to train on, held-out rows, and the report of a single data set."""
 
 
-def _load(config: Data, tokenizer: Tokenizer, task: Task, make_row: Callable[..., T], ties: bool) -> "_Loaded[T]":
+def _load(
+    config: Data, tokenizer: Tokenizer, task: Task, make_row: Callable[..., T], ties: bool, variant: str | None
+) -> "_Loaded[T]":
+    def prepare(config: Data, label: str = "") -> tuple[Usable[T], Report]:
+        if config.token_cache and variant is not None:
+            kind = f"{task} {ties} {variant}"
+
+            def begin(survey: Rows) -> Preparation[T]:
+                return Preparation(survey, config, tokenizer, task, make_row, ties)
+
+            return token_cache.prepare(config, label, tokenizer, kind, begin)
+        rows = read_rows(config, label=label)
+        preparation = Preparation(rows, config, tokenizer, task, make_row, ties)
+        prepared = [*preparation.add(rows)]
+        report = preparation.finish()
+        return Usable.of([item.row for item in prepared], prepared), report
+
     source = config.validation_path or (config.path if config.validation_split else "")
-    rows = read_rows(config)
-    train, report = _prepare(rows, config, tokenizer, task, make_row, ties)
+    train, report = prepare(config)
     validation: Usable[T] = train.where(np.zeros(len(train), bool))
     if config.validation_fraction:
-        train, validation = held_out.split(train, len(rows.rows), config)
+        train, validation = held_out.split(train, report.rows, config)
         if not len(validation) or not len(train):
             raise DataError(
-                f"data {rows.source}: data.validation_fraction {config.validation_fraction} leaves "
+                f"data {config.path}: data.validation_fraction {config.validation_fraction} leaves "
                 f"{counted(len(train), 'row')} to train on and {len(validation)} held out\n{report}"
             )
     elif source:
-        others = read_validation_rows(config)
-        validation, validation_report = _prepare(others, config, tokenizer, task, make_row, ties)
+        validation, validation_report = prepare(*validation_source(config))
         report.notes.append(f"held out: {validation_report}")
     if len(validation):
         report.notes += held_out.overlap(train, validation, config, source)
@@ -312,91 +315,3 @@ def _load(config: Data, tokenizer: Tokenizer, task: Task, make_row: Callable[...
         )
     report.train, report.validation = len(train), len(validation)
     return train, validation, report
-
-
-def _prepare(
-    rows: Rows, config: Data, tokenizer: Tokenizer, task: Task, make_row: Callable[..., T], ties: bool = False
-) -> tuple[Usable[T], Report]:
-    """Convert, tokenise and truncate rows: the usable ones, several of a row with several scores, and the report."""
-    row_format = recognise(rows, task, config)
-    escape = (lambda text: text) if config.control_tokens else tokenizer.escape
-    report = Report(rows.source, str(row_format), len(rows.rows))
-    notes: Counter[str] = Counter()
-    examples: list[tuple[int, Example]] = []
-    rendered: list[RenderedExample] = []
-    omissions = Omissions(tokenizer)
-    for i, location in enumerate(rows.locations):
-        found, reason = to_examples(rows, i, row_format, config, tokenizer.has_chat, escape, notes)
-        if reason:
-            report.dropped.setdefault(reason, []).append(location.short)
-        for example in found:
-            tied = task == "pairs" and not ties and example.scores[0] == example.scores[-1]
-            reason = drop_reason(example, task, tokenizer.bos_id is not None) or ("it is a tie" if tied else "")
-            if reason:
-                report.dropped.setdefault(reason, []).append(location.short)
-                continue
-            try:
-                texts = render(example, task, tokenizer)
-            except DataError as error:
-                raise DataError(f"data {location}: {error}") from error
-            omissions.add(example, texts, location.short)
-            if texts.has_equal_completions:
-                report.dropped.setdefault("the chat template writes two completions alike", []).append(location.short)
-                continue
-            rendered.append(texts)
-            examples.append((i, example))
-    if task == "prompts":
-        rows = row_format.reward_columns(rows)
-    kept: list[T] = []
-    numbers: list[int] = []
-    digests: list[tuple[int, int]] = []
-    for (i, example), tokens in zip(examples, tokenise(rendered, tokenizer), strict=True):
-        location = rows.locations[i]
-        truncated, note = truncate(tokens, config, tokenizer)
-        if truncated is None and config.truncation == "error":
-            raise DataError(f"data {location}: {note}; the row has {len(tokens)}, and data.truncation is error")
-        if note:
-            (report.dropped if truncated is None else report.cut).setdefault(note, []).append(location.short)
-        if truncated is not None:
-            kept.append(make_row(truncated, example, rows, i))
-            numbers.append(i)
-            digests.append(held_out.digests(example))
-            report.lengths.append(len(truncated))
-    report.train = len(kept)
-    if not kept:
-        raise DataError(f"data {rows.source}: none of its {len(rows.rows)} rows can be used\n{report}")
-    plain, total = sum(example.plain for example in rendered), len(rendered)
-    formatted = "as plain text" if plain else "with the tokenizer's chat template"
-    if 0 < plain < total:
-        formatted = f"as plain text: {plain} of {total} rows; the others with the tokenizer's chat template"
-    report.notes.append(f"formatted {formatted}")
-    unused = row_format.unused(rows) + [row_format.tools] * (bool(row_format.tools) and plain == total)
-    if unused:
-        report.notes.append(f"columns not used: {', '.join(unused)}")
-    report.notes += [f"{note}: {count}" for note, count in notes.items()]
-    if row_format.style == "common_beginning":
-        count = sum(example.prompt == "" for _, example in examples)
-        if count:
-            report.notes.append(f"no common beginning, so an empty prompt: {counted(count, 'row')}")
-    if repeated := sum(map(_repeats_prompt, (example for _, example in examples))):
-        report.notes.append(f"prompt repeated at the beginning of each completion: {counted(repeated, 'row')}")
-    if escaped := sum(example.has_escapes for example in rendered):
-        report.notes.append(
-            f"control tokens of the tokenizer spelt in {counted(escaped, 'row')}: read as ordinary text"
-        )
-    report.notes += omissions.notes()
-    located = [(rows.locations[i].short, example) for i, example in examples]
-    report.warnings += [*checks.missing_space(located), *checks.unknown_words(located, tokenizer)]
-    prompts, contents = np.array(digests, np.uint64).T
-    return Usable(kept, np.array(numbers), prompts, contents), report
-
-
-def _repeats_prompt(example: Example) -> bool:
-    """Every completion begins with the text of the prompt or of its last turn."""
-
-    def text(content: Content, turn: int) -> str:
-        return (content if isinstance(content, str) else content[turn]["content"]).strip()
-
-    prompt = text(example.prompt, -1) if example.prompt else ""
-    completions = [text(content, 0) for content in example.completions if content]
-    return bool(prompt and completions) and all(completion.startswith(prompt) for completion in completions)

@@ -100,7 +100,7 @@ class Format:
                 answers = [value.get(key) if isinstance(value, dict) else None for value in values]
                 if any(answer is not None for answer in answers):
                     changed = [{"answer": answer, **row} for answer, row in zip(answers, changed, strict=True)]
-        return Rows(rows.source, changed, rows.locations)
+        return replace(rows, rows=changed)
 
     def __str__(self) -> str:
         name = "data.template" if self.style == "template" else self.layout.name

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,24 @@ _SPLIT = 0x5EED  # separates the random order of the split from those of the epo
 
 
 @dataclass(frozen=True)
+class Lazy(Sequence[T]):
+    """Rows that are made when they are asked for, by `read(number)`."""
+
+    size: int
+    read: Callable[[int], T]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [self.read(i) for i in range(*at.indices(self.size))]
+        if not -self.size <= at < self.size:
+            raise IndexError(at)
+        return self.read(int(at) % self.size)
+
+
+@dataclass(frozen=True)
 class Usable(Generic[T]):
     """The usable rows of a data set. prompts, contents: numbers that are equal for equal prompts and rows."""
 
@@ -30,9 +48,17 @@ class Usable(Generic[T]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @classmethod
+    def of(cls, rows: Sequence[T], prepared: Sequence[Any]) -> "Usable[T]":
+        """`rows` with the numbers and digests of `prepared`."""
+        digests = np.array([item.digests for item in prepared], np.uint64).reshape(-1, 2)
+        return cls(rows, np.array([item.number for item in prepared], np.int64), digests[:, 0], digests[:, 1])
+
     def where(self, chosen: NDArray[np.bool_]) -> "Usable[T]":
         """The rows for which `chosen` is true."""
-        rows = [self.rows[i] for i in np.flatnonzero(chosen).tolist()]
+        places = np.flatnonzero(chosen)
+        rows: Sequence[T] = Lazy(len(places), lambda k: self.rows[places[k]])
+        rows = list(rows) if isinstance(self.rows, list) else rows
         return Usable(rows, self.numbers[chosen], self.prompts[chosen], self.contents[chosen])
 
 

@@ -52,7 +52,7 @@ def label_rows(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
     def make_row(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> LabelledRow:
         return LabelledRow(*tokens.sequence(0), bool(example.scores[0]))
 
-    split = train_validation_split(config, tokenizer, "labels", make_row)
+    split = train_validation_split(config, tokenizer, "labels", make_row, variant="")
     good = sum(row.label for row in split.train)
     counts = f"{good} good and {len(split.train) - good} bad responses to train on"
     if good in (0, len(split.train)):
@@ -83,7 +83,7 @@ def score_rows(config: Data, tokenizer: Tokenizer) -> Split[ScoredRow]:
     def make_row(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> ScoredRow:
         return ScoredRow(*tokens.sequence(0), example.scores[0])
 
-    split = train_validation_split(config, tokenizer, "scores", make_row)
+    split = train_validation_split(config, tokenizer, "scores", make_row, variant="")
     scores = np.array([row.score for row in split.train])
     if np.ptp(scores) == 0:
         raise DataError(
@@ -100,7 +100,7 @@ def ranking_rows(config: Data, tokenizer: Tokenizer) -> Split[RankedRow]:
     def make_row(tokens: TokenisedExample, example: Example, rows: Rows, i: int) -> RankedRow:
         return RankedRow(tuple(SFTRow(*tokens.sequence(k)) for k in range(len(tokens.completions))))
 
-    split = train_validation_split(config, tokenizer, "rankings", make_row)
+    split = train_validation_split(config, tokenizer, "rankings", make_row, variant="")
     counts = [len(row.responses) for row in split.train]
     most = f" to {max(counts)}" if max(counts) > min(counts) else ""
     split.report.notes.append(f"responses per ranking: {min(counts)}{most}")

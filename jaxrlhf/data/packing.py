@@ -5,10 +5,12 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import TypeVar
 
+import numpy as np
+
 from jaxrlhf.data.datasets import SFTRow, Split
+from jaxrlhf.data.held_out import Lazy
 from jaxrlhf.data.mixing import draws
 from jaxrlhf.errors import ConfigError
 
@@ -29,20 +31,26 @@ def pack(split: Split[T], texts: Callable[[T], Sequence[SFTRow]], width: int, le
     than `least` training rows (the batch size).
     """
 
-    def rows(examples: Sequence[T]) -> list[PackedRow]:
-        sizes = [sum(len(text.tokens) for text in texts(example)) for example in examples]
-        return [_concatenate([text for i in row for text in texts(examples[i])]) for row in best_fit(sizes, width)]
+    def rows(examples: Sequence[T], first: int, count: int) -> list[list[int]]:
+        """The numbers of the examples in each row."""
+        sizes = [sum(len(text.tokens) for text in texts(examples[i])) for i in range(first, first + count)]
+        return [[first + i for i in row] for row in best_fit(sizes, width)]
 
-    left = iter(split.train)
-    by_part = [rows(list(islice(left, size))) for size in split.sizes]  # texts of a row are of the same data set
-    train, validation = [row for part in by_part for row in part], rows(split.validation)
+    def packed(examples: Sequence[T], numbers: list[list[int]]) -> Sequence[PackedRow]:
+        made = Lazy(len(numbers), lambda k: _concatenate([t for i in numbers[k] for t in texts(examples[i])]))
+        return list(made) if isinstance(examples, list) else made
+
+    firsts = np.cumsum([0, *split.sizes]).tolist()
+    by_part = [rows(split.train, *part) for part in zip(firsts, split.sizes, strict=False)]  # each row of one data set
+    train = packed(split.train, [row for part in by_part for row in part])
+    validation = packed(split.validation, rows(split.validation, 0, len(split.validation)))
     parts = split.parts
     if parts:
-        total, packed = sum(split.sizes), list(map(len, by_part))
-        shares = draws([part.name for part in parts], packed, [part.draws / total for part in parts], 1.0)
+        total, counts = sum(split.sizes), list(map(len, by_part))
+        shares = draws([part.name for part in parts], counts, [part.draws / total for part in parts], 1.0)
         parts = tuple(
             dataclasses.replace(part, rows=size, draws=share)
-            for part, size, share in zip(parts, packed, shares, strict=True)
+            for part, size, share in zip(parts, counts, shares, strict=True)
         )
     if len(train) < least:
         raise ConfigError(

@@ -1,9 +1,10 @@
 """Read rows from a file, a folder, a `datasets` folder or the Hugging Face hub."""
 
 import dataclasses
+import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -17,16 +18,19 @@ from jaxrlhf.errors import DataError, first_line
 
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 _HELD_OUT = ("validation", "valid", "val", "test", "dev", "eval")  # in order of preference
+SURVEYED = 2048
+"""Rows that are in memory at once when a data set is read piece by piece."""
 SPLITS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows with their columns renamed, and the location of each."""
+    """Rows with their columns renamed, and the location of each. `start` is the number of the first one in the data."""
 
     source: str
     rows: list[Row]
     locations: list[SourceLocation]
+    start: int = 0
 
     @cached_property
     def columns(self) -> list[str]:
@@ -48,23 +52,56 @@ class Rows:
         }
 
 
-def read_rows(config: Data, path: str | None = None) -> Rows:
-    """Read the rows (at most `max_rows`) of `path`, by default `config.path`, and rename `config.columns`.
+def read_rows(config: Data, *, label: str = "") -> Rows:
+    """Read the rows (at most `max_rows`) of `config.path`, called `label` in messages, and rename `config.columns`.
 
     Raises DataError with file and line for anything unreadable, and for an empty source.
     """
-    source = path or config.path
-    if not source:
-        raise DataError("data.path is not set; give a JSON, JSONL, CSV or Parquet file, a folder or a hub id")
-    located = list(islice(_open(source, config), config.max_rows))
-    if not located:
-        raise DataError(f"data {source}: there are no rows in it")
-    rows = Rows(source, [row for _, row in located], [location for location, _ in located])
+    (rows,) = _chunks(config, label, None)
     return _rename_columns(rows, config.columns) if config.columns else rows
 
 
-def read_validation_rows(config: Data) -> Rows:
-    """Read the held-out rows of `config.validation_path`, or another split of `config.path`.
+def survey(config: Data, *, label: str = "", size: int = SURVEYED) -> tuple[Rows, int]:
+    """The first rows, and of the others those with a new column or the first value of one, enough to recognise the
+    format; and the number of rows. Raises DataError as `read_rows`."""
+    kept: list[tuple[SourceLocation, Row]] = []
+    known: set[str] = set()
+    count, source = 0, ""
+    for rows in _chunks(config, label, size):
+        source = rows.source
+        for location, row in zip(rows.locations, rows.rows, strict=True):
+            new = {name for name in row if row[name] not in _EMPTY or f"{name} " not in known} - known
+            if len(kept) < size or new:
+                kept.append((location, row))
+                known |= {name for name in row if row[name] not in _EMPTY} | {f"{name} " for name in row}
+        count += len(rows.rows)
+    found = Rows(source, [row for _, row in kept], [location for location, _ in kept])
+    return (_rename_columns(found, config.columns) if config.columns else found), count
+
+
+def chunks(config: Data, *, label: str = "", size: int = SURVEYED) -> Iterator[Rows]:
+    """The rows of `read_rows`, `size` at a time."""
+    return (_renamed(rows, config.columns) for rows in _chunks(config, label, size))
+
+
+def _chunks(config: Data, label: str, size: int | None) -> Iterator[Rows]:
+    """At most `size` rows at a time (None: all) under their own names."""
+    if not config.path:
+        raise DataError("data.path is not set; give a JSON, JSONL, CSV or Parquet file, a folder or a hub id")
+    found = islice(_open(config.path, config), config.max_rows)
+    located = list(islice(found, size))
+    if not located:
+        raise DataError(f"data {config.path}: there are no rows in it")
+    first = 0
+    while located:
+        yield Rows(label or config.path, [row for _, row in located], [location for location, _ in located], first)
+        first += len(located)
+        located = list(islice(found, size)) if size else []
+
+
+def validation_source(config: Data) -> tuple[Data, str]:
+    """The config of the held-out rows of `config.validation_path`, or of another split of `config.path`, and what they
+    are called.
 
     The split is `validation_split`; by default the first of validation, test and dev that the source has, and `split`
     if it has none of them. Raises DataError.
@@ -74,8 +111,41 @@ def read_validation_rows(config: Data) -> Rows:
     split = config.validation_split or next((name for name in _HELD_OUT if name in splits), config.split)
     if config.validation_split and not splits:
         raise DataError(f"data.validation_split is {split!r}, and {source} has no splits; leave it out")
-    rows = read_rows(dataclasses.replace(config, split=split), source)
-    return dataclasses.replace(rows, source=f"{source}, split {split}") if splits else rows
+    others = {"validation_path": "", "validation_split": "", "validation_fraction": 0.0}
+    found = dataclasses.replace(config, path=source, split=split, **others)
+    return found, f"{source}, split {split}" if splits else source
+
+
+def content_digest(config: Data) -> str:
+    """A hash of what `config.path` and `split` hold: of the bytes of files, of the fingerprint of a hub dataset. Raises
+    DataError."""
+    path, total = Path(config.path).expanduser(), hashlib.sha256()
+    if not path.exists():
+        total.update(str(getattr(_hub_dataset(config.path, config), "_fingerprint", "")).encode())
+        return total.hexdigest()
+    for file in _read_files(path, config):
+        total.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+        try:
+            with file.open("rb") as content:
+                total.update(hashlib.file_digest(content, "sha256").digest())
+        except OSError as error:
+            raise DataError(f"data {file}: cannot be read ({error})") from error
+    return total.hexdigest()
+
+
+def file_states(config: Data) -> list[tuple[str, int, int]]:
+    """(name, size, time of the last change) of the files that `config.path` and `split` name; [] for a hub dataset."""
+    path = Path(config.path).expanduser()
+    files = _read_files(path, config) if path.exists() else []
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _read_files(path: Path, config: Data) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    return _files_of_split(path, config.split)
 
 
 def _splits(source: str, config: Data) -> list[str]:
@@ -110,9 +180,13 @@ def _rename_columns(rows: Rows, columns: dict[str, str]) -> Rows:
                 f"data {rows.source}: data.columns would rename {in_file!r} to {known!r}, which the file already has; "
                 f"also give the column {known!r} another name"
             )
+    return _renamed(rows, columns)
+
+
+def _renamed(rows: Rows, columns: dict[str, str]) -> Rows:
     new = {in_file: known for known, in_file in columns.items()}
     renamed = [{new.get(name, name): value for name, value in row.items()} for row in rows.rows]
-    return Rows(rows.source, renamed, rows.locations)
+    return dataclasses.replace(rows, rows=renamed)
 
 
 def _open(source: str, config: Data) -> LocatedRows:
@@ -172,16 +246,19 @@ def _saved_dataset(path: Path, config: Data) -> LocatedRows:
 
 
 def _hub(source: str, config: Data) -> LocatedRows:
+    yield from _numbered(source, _hub_dataset(source, config))
+
+
+def _hub_dataset(source: str, config: Data) -> Any:
     import datasets
 
     try:
-        data = datasets.load_dataset(source, config.subset or None, split=config.split, revision=config.revision)
+        return datasets.load_dataset(source, config.subset or None, split=config.split, revision=config.revision)
     except Exception as error:  # network, name, split and script errors are all of different classes
         raise DataError(
             f"data {source}: no such file or folder here, and it could not be loaded from the hub "
             f"({type(error).__name__}: {first_line(error)}){did_you_mean_path(Path(source).expanduser())}"
         ) from error
-    yield from _numbered(source, data)
 
 
 def _numbered(source: str, rows: Iterable[Any]) -> LocatedRows:

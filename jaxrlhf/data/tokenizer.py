@@ -6,6 +6,8 @@ text, and `encode_batch` encodes marked spellings character by character. The ma
 
 import copy
 import datetime
+import functools
+import hashlib
 import json
 import re
 import shutil
@@ -87,6 +89,15 @@ class Tokenizer:
         stops = [self.eos_id, *self.end_ids, *stop_ids]
         self.stop_ids = tuple(dict.fromkeys(i for i in stops if i < self.size))
         self.notes = self._decisions()
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of all that decides the tokens of a text or conversation."""
+        template = str(self._hf.chat_template or "")
+        date = self.template_date if "date" in template or "strftime" in template else ""
+        special = self.bos_id, self.eos_id, sorted(self.end_ids), self.adds_bos, sorted(self.control_tokens.items())
+        parts = self._backend.to_str(), self.template_digest, template, date, self.train_empty_thinking, special
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def escape(self, text: str) -> str:
         """Mark the control tokens spelt in `text` as ordinary text."""

@@ -112,7 +112,7 @@ def warnings(task: formats.Task, examples: Sequence[tuple[str, Example]]) -> lis
     text, count = Counter(text for *_, text in first).most_common(1)[0] if first else ("", 0)
     if len(first) >= ENOUGH and count >= MANY * len(first):
         lines.append(f"{count} of {len(first)} rows have the same completion: {text[:60]!r}")
-    lines += checks.missing_space(examples)
+    lines += checks.missing_space(checks.glued(examples))
     if task == "pairs":
         longer = sum(len(text_of(e.completions[0])) > len(text_of(e.completions[1])) for _, e in examples)
         if len(examples) >= ENOUGH and longer >= MANY * len(examples):

@@ -78,7 +78,7 @@ def test_every_row_is_accounted_for(tmp_path, base):
         "the prompt is longer than data.max_prompt_length (20 tokens)": ["line 5"],
         "longer than data.max_length (60 tokens)": ["line 6"],
     }
-    assert report.lengths == [3, 3, 3]
+    assert list(report.lengths) == [3, 3, 3]
     for words in ("pairs from prompt, chosen, rejected", "6 rows", "3 kept", "dropped 1: chosen", "plain text"):
         assert words in str(report)
     assert "control tokens of the tokenizer spelt in 1 row: read as ordinary text" in str(report)
