@@ -273,7 +273,25 @@ _token_logprobs.defvjp(_forward, _backward)
 
 def response_states(params: Params, model: ModelConfig, rollout: Rollout) -> Float[Array, "B _ D"]:
     """Hidden states [B, R + 1, D] that predict each response token, and the one after the last column."""
-    return forward(params, model, rollout.tokens, rollout.mask)[:, -rollout.response_mask.shape[1] - 1 :]
+    hidden, length = forward(params, model, rollout.tokens, rollout.mask), rollout.response_mask.shape[1]
+    if rollout.start is None:
+        return hidden[:, -length - 1 :]
+    return jnp.take_along_axis(hidden, _columns(rollout, -1, length + 1)[..., None], axis=1)
+
+
+def response_tokens(rollout: Rollout) -> Int[Array, "B R"]:
+    """The tokens of the responses; any where `response_mask` is false."""
+    length = rollout.response_mask.shape[1]
+    if rollout.start is None:
+        return rollout.tokens[:, -length:]
+    return jnp.take_along_axis(rollout.tokens, _columns(rollout, 0, length), axis=1)
+
+
+def _columns(rollout: Rollout, first: int, count: int) -> Int[Array, "B _"]:
+    """`count` columns from that of response token `first` on, in a cut rollout; where there is none, some other."""
+    assert rollout.start is not None
+    columns = rollout.start[:, None] + jnp.arange(first, first + count)
+    return jnp.clip(columns, 0, rollout.tokens.shape[1] - 1)
 
 
 def last_hidden(

@@ -57,8 +57,8 @@ class Pairs:
 
     @property
     def valid(self) -> Array:
-        """bool [B]: all true."""
-        return jnp.ones(self.chosen.tokens.shape[0], bool)
+        """bool [B]: real pairs. False for the empty rows that fill up a micro-batch."""
+        return jnp.any(self.chosen.mask, axis=1)
 
 
 @jax.tree_util.register_dataclass
@@ -183,6 +183,7 @@ class Rollout:
         None  # f32 [B, R]   from an environment, at the last token of each turn; None once they
     )
     # are part of the scores
+    start: Array | None = None  # int32 [B]   of rows cut to a micro-batch: column of the first response token; None: P
 
 
 @jax.tree_util.register_dataclass

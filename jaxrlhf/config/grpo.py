@@ -222,6 +222,11 @@ class GRPO(OnPolicy):
                 f"grpo.num_mini_batches ({self.num_mini_batches}) must divide the pairs of a batch, one per group "
                 f"({pairs})"
             )
+        if self.micro_batch_tokens:
+            raise ValueError(
+                "grpo.micro_batch_tokens is for rows of different lengths, and online_dpo trains on pairs; use "
+                "grpo.micro_batch_size"
+            )
         if self.micro_batch_size and self.micro_batch_size % 2:
             raise ValueError("grpo.micro_batch_size must be even: online_dpo trains on pairs")
 

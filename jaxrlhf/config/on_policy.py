@@ -135,6 +135,9 @@ class OnPolicy:
     micro_batch_size: Count | None = None
     """Rows per forward pass of the update (gradient accumulation). None: a mini-batch. Affects memory and speed, not
     the result."""
+    micro_batch_tokens: Count | None = None
+    """Tokens per forward pass of update and annotation (prompt, response and padding), in place of micro_batch_size:
+    rows of like length share a micro-batch, no wider than they need. Affects memory and speed, not the result."""
     local_rollout_forward_batch_size: Count | None = None
     """Rows per forward pass when computing log-probs (and values) of a rollout; all if there are fewer. None: as in the
     update. Affects memory and speed, not the result."""
@@ -285,6 +288,12 @@ class OnPolicyConfig(BaseConfig):
         total = f"{method}.batch_size ({batch_size})"
         check_divides(f"{method}.num_mini_batches", settings.num_mini_batches, total, batch_size)
         rows = batch_size // settings.num_mini_batches
+        if settings.micro_batch_tokens:
+            for option in ("micro_batch_size", "local_rollout_forward_batch_size"):
+                if getattr(settings, option):
+                    raise ValueError(
+                        f"{method}.micro_batch_tokens and {method}.{option} both size the forward passes; leave one out"
+                    )
         if settings.micro_batch_size:
             mini_batch = f"a mini-batch ({rows} rows: {method}.batch_size / {method}.num_mini_batches)"
             check_divides(f"{method}.micro_batch_size", settings.micro_batch_size, mini_batch, rows)

@@ -105,6 +105,9 @@ class Data(Source):
     say how rows are read and held out belong to the entries, which have these keys:"""
     mix_temperature: Positive = 1.0
     """Exponent 1 / temperature of the weights of `mix`: above 1, small data sets are seen more often."""
+    token_cache: str = ""
+    """Folder to keep tokenised rows in, for data larger than memory: they are read and tokenised a few thousand at a
+    time, once, and each is read from disk when it is needed. Empty: rows are kept in memory."""
     max_length: Count = 512
     """Maximum tokens of prompt and completion together."""
     max_prompt_length: Count | None = None
@@ -222,6 +225,9 @@ class Train:
     micro_batch_size: Count | None = None
     """Rows per forward pass (gradient accumulation); must divide batch_size. None: batch_size. Affects memory and
     speed, not the result."""
+    micro_batch_tokens: Count | None = None
+    """Tokens per forward pass, padding included, in place of micro_batch_size: rows of like length share a micro-batch,
+    no wider than they need, so that little of it is padding. Affects memory and speed, not the result."""
     eval_every: Natural = 0
     """Optimizer steps between evaluations on held-out rows. 0: once per epoch."""
     keep_best: Bool = True

@@ -22,6 +22,13 @@ class SupervisedConfig(BaseConfig):
                 "step, so it would save nothing; optim.state_dtype: bfloat16, train.micro_batch_size and lora.enabled "
                 "do"
             )
+        if self.train.micro_batch_tokens:
+            for option, why in (
+                ("micro_batch_size", "both size micro-batches"),
+                ("packing", "packed rows are all full"),
+            ):
+                if getattr(self.train, option):
+                    raise ValueError(f"train.micro_batch_tokens and train.{option} are both set: {why}; leave one out")
         if self.train.micro_batch_size:
             total = f"train.batch_size ({self.train.batch_size})"
             check_divides("train.micro_batch_size", self.train.micro_batch_size, total, self.train.batch_size)

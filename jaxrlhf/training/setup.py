@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import jax
@@ -130,7 +131,7 @@ def cast_copy(params: Params, dtype: str, mesh: jax.sharding.Mesh) -> Params:
     return sharding.constrain(jax.tree_util.tree_map_with_path(cast, params), mesh)
 
 
-def fingerprint(rows: Sequence[Any]) -> str:
+def fingerprint(rows: Iterable[Any]) -> str:
     """A hash of tokenised rows: equal if and only if a resumed run reads the same data."""
     total = hashlib.sha256()
     for row in rows:
@@ -138,10 +139,11 @@ def fingerprint(rows: Sequence[Any]) -> str:
     return total.hexdigest()
 
 
-def check_data(model: ModelConfig, rows: Sequence[Any]) -> None:
+def check_data(model: ModelConfig, *parts: Sequence[Any]) -> None:
     """Raise ConfigError, in every process of a run on several, if they have read another model or other rows."""
     if distributed.count() > 1:
-        facts = {"model": str(model), "number of rows": len(rows), "tokens of the rows (sha256)": fingerprint(rows)}
+        rows, digest = sum(map(len, parts)), fingerprint(chain(*parts))
+        facts = {"model": str(model), "number of rows": rows, "tokens of the rows (sha256)": digest}
         distributed.require_agreement("data", facts)
 
 

@@ -11,6 +11,8 @@ from jax import Array
 
 from jaxrlhf import sharding
 from jaxrlhf.models import ModelConfig
+from jaxrlhf.training import by_length
+from jaxrlhf.training.by_length import Budget
 from jaxrlhf.training.optim import Optimizer
 from jaxrlhf.types import Params, TrainState
 
@@ -33,8 +35,15 @@ def in_float32(tree: Params) -> Params:
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def gradients(loss: Loss, params: Params, batch: Any, num_micro: int) -> tuple[Params, Metrics]:
-    """Gradients and metrics of `loss(params, batch)` over `num_micro` micro-batches.
+def map_rows(function: Callable[[Any], Any], batch: Any, parts: int | Budget) -> Any:
+    """The arrays of `function(rows)` for all rows of a batch, computed in `parts` micro-batches or within a budget."""
+    if isinstance(parts, Budget):
+        return by_length.mapped(function, batch, parts)
+    return from_micro_batches(jax.lax.map(function, to_micro_batches(batch, parts)))
+
+
+def gradients(loss: Loss, params: Params, batch: Any, num_micro: int | Budget) -> tuple[Params, Metrics]:
+    """Gradients and metrics of `loss(params, batch)` over `num_micro` micro-batches, or those of a budget.
 
     `loss` is a sum over rows divided by a count of the WHOLE batch, so micro-batches add up to the undivided result.
     Metrics whose key ends in `_max` are combined by maximum, all others by addition.
@@ -44,6 +53,8 @@ def gradients(loss: Loss, params: Params, batch: Any, num_micro: int) -> tuple[P
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, rows)
         return in_float32(grads), metrics | {"loss": value}
 
+    if isinstance(num_micro, Budget):
+        return by_length.gradients(loss, params, batch, num_micro)
     if num_micro == 1:
         return grad(batch)
 
@@ -107,7 +118,7 @@ class Spec(NamedTuple):
 
     model: ModelConfig
     optimizer: Optimizer
-    num_micro: int  # micro-batches of an optimizer step
+    num_micro: int | Budget  # micro-batches of an optimizer step, or their size in tokens
     mesh: jax.sharding.Mesh
     objective: Any = None  # the loss and its coefficients
 

@@ -4,6 +4,7 @@ import abc
 import contextlib
 import math
 from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -13,9 +14,10 @@ from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import Split
 from jaxrlhf.data.packing import pack
 from jaxrlhf.models import for_length
-from jaxrlhf.training import pretrained, setup
+from jaxrlhf.training import by_length, pretrained, setup
 from jaxrlhf.training.abstract import build
 from jaxrlhf.training.adapters import add_adapters, split_trainable
+from jaxrlhf.training.by_length import Budget
 from jaxrlhf.training.facts import Origin
 from jaxrlhf.training.optim import make_optimizer, warmup_warnings
 from jaxrlhf.training.session import TEMPLATE, Session, check_metric, metric_of, open_session
@@ -41,7 +43,10 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
         micro = train.micro_batch_size or train.batch_size
         sharding.check_rows(micro, self.mesh, "train.micro_batch_size, or train.batch_size without it")
         sharding.check_rows(train.eval_batch_size, self.mesh, "train.eval_batch_size")
-        self._num_micro = train.batch_size // micro
+        self._micro_batches: int | Budget = train.batch_size // micro
+        if train.micro_batch_tokens:
+            shards = sharding.row_shards(self.mesh)
+            self._micro_batches = Budget(train.micro_batch_tokens, shards, "train.micro_batch_tokens")
         self.tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
         self.model = setup.model_config(config.model, self.tokenizer, head, config.lora, self.mesh)
         _, self.key, _, self._lora_key = setup.keys(config.seed)
@@ -53,18 +58,21 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
         number of texts in a row of a batch, `sampled` the tokens of the longest text that the model samples to train on
         (0: none). Raises ConfigError for texts longer than the model's context."""
         train = self.config.train
-        setup.check_data(self.model, (*rows.train, *rows.validation))
+        setup.check_data(self.model, rows.train, rows.validation)
         check_metric(self.config, evaluations, bool(rows.validation))
-        longest = max(map(batching.row_length, (*rows.train, *rows.validation)))
+        longest = max(map(batching.row_length, chain(rows.train, rows.validation)))
         setup.check_context(longest, self.model, "the longest row", "data.max_length")
         self.model = for_length(self.model, max(longest, sampled))
         context = self.model.max_positions  # limits a text; a packed row, whose positions restart, may be longer
         limit = min(self.config.data.max_length, context) if train.packing else longest
         self.width = texts * batching.bucket(limit, context)
         """Columns of all texts of the longest row together, or of every packed row."""
+        if isinstance(self._micro_batches, Budget):
+            texts = max(len(batching.texts(row)) for row in rows.train)
+            by_length.shapes(self._micro_batches, self.width // texts, train.batch_size, texts)
         if train.packing:
             rows = pack(rows, batching.texts, self.width, train.batch_size)
-            self._max_pairs = max(len(row.lengths) // 2 for row in (*rows.train, *rows.validation))
+            self._max_pairs = max(len(row.lengths) // 2 for row in chain(rows.train, rows.validation))
         self.rows = rows
         steps = max(1, math.ceil(len(rows.train) * train.num_train_epochs / train.batch_size))
         self.total_steps = min(steps, train.max_steps or steps)
@@ -75,7 +83,7 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
         """Read or initialise the parameters, and split them into `state`, with `more` fields, and `frozen`."""
         config = self.config
         optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
-        self.spec = Spec(self.model, optimizer, self._num_micro, self.mesh, objective)
+        self.spec = Spec(self.model, optimizer, self._micro_batches, self.mesh, objective)
         params = setup.load_model(config, self.tokenizer, self.mesh, self.model.head)
         params = build(lambda p: add_adapters(p, self.model, config.lora, self._lora_key), self.mesh, params)
         trained, self.frozen = split_trainable(params, frozen_trunk or config.lora.enabled)
@@ -122,7 +130,7 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
         """The run while it is open. `identity` adds hashes to those of the rows and the frozen parameters."""
         identity |= {
             TEMPLATE: self.tokenizer.template_digest,
-            "data": setup.fingerprint((*self.rows.train, *self.rows.validation)),
+            "data": setup.fingerprint(chain(self.rows.train, self.rows.validation)),
             "frozen parameters": setup.params_fingerprint(self.frozen),
         }
         with open_session(self.config, self.total_steps, self.state, identity, fresh=self._fresh) as session:

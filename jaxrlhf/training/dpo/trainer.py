@@ -5,6 +5,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,9 @@ class DPOTrainer(SupervisedTrainer[DPOConfig]):
         if self.reference_known:
             return
         parts = [part for part in (self.rows.train, self.rows.validation) if part]
-        rows = [row for part in parts for row in part]
         # on another mesh the values differ by rounding alone
         model = dataclasses.replace(self.model, adapters=None, remat="none", mesh=None)
-        content = f"{self._reference_hash} {setup.fingerprint(rows)} {model}"
+        content = f"{self._reference_hash} {setup.fingerprint(chain(*parts))} {model}"
         if self.config.dpo.ld_alpha is not None:
             content += f" {self.config.dpo.ld_alpha}"
 

@@ -17,7 +17,7 @@ from jaxrlhf.algorithms.reference_free import orpo_loss, simpo_loss
 from jaxrlhf.config import DPO
 from jaxrlhf.logprobs import token_logprobs
 from jaxrlhf.models import ModelConfig, forward
-from jaxrlhf.training.step import Metrics, Spec, from_micro_batches, supervised_step, to_micro_batches
+from jaxrlhf.training.step import Metrics, Spec, map_rows, supervised_step
 from jaxrlhf.types import Batch, PackedPairs, Pairs, Params, TrainState
 
 
@@ -219,9 +219,10 @@ def update(
     beta, kl, stats = _beta(state.step, settings, total_steps), jnp.float32(0), state.score_stats
     baseline = jnp.float32(0) if stats is None else stats.mean
     if labelled:
-        policy, others = {**frozen, **state.params["policy"]}, to_micro_batches(batch.pairs.rejected, spec.num_micro)
-        scored = jax.lax.map(lambda part: _logprobs(policy, part, model, None), others)
-        kl = kto.kl_baseline(from_micro_batches(scored), batch.reference[:, 1], valid)
+        policy = {**frozen, **state.params["policy"]}
+        others, parts = batch.pairs.rejected, spec.num_micro
+        scored = map_rows(lambda part: _logprobs(policy, part, model, None), others, parts)
+        kl = kto.kl_baseline(scored, batch.reference[:, 1], valid)
 
     def loss(policy: Params, part: Preferences, keys: Array | None) -> tuple[Array, Metrics]:
         if settings.loss == "kto":

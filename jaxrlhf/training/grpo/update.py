@@ -19,13 +19,14 @@ from jaxrlhf.training.grpo.loss import Selected, preference, select, surrogate
 from jaxrlhf.training.on_policy.policy import policy_params, reference_params
 from jaxrlhf.training.on_policy.update import (
     UpdateSpec,
+    budget,
     sampler_gap,
     sampler_weights,
     sequence_logprobs,
     shuffled_rows,
     sync_reference,
 )
-from jaxrlhf.training.step import Metrics, apply, from_micro_batches, gradients, to_micro_batches
+from jaxrlhf.training.step import Metrics, apply, gradients, map_rows
 from jaxrlhf.types import GroupExperience, Params, Rollout, TrainState
 
 
@@ -91,8 +92,8 @@ def annotate(
             role: sequence_logprobs(params, models[role], part, spec.temperature) for role, params in scored.items()
         }
 
-    parts = count // grpo.annotation_rows(len(scores))
-    found = from_micro_batches(jax.lax.map(logprobs, to_micro_batches(rows, parts))) if scored else {}
+    parts = budget(grpo, spec.mesh) or count // grpo.annotation_rows(len(scores))
+    found = map_rows(logprobs, rows, parts) if scored else {}
     old, entropy = found.get("policy", (None, None))
     ref, _ = found.get("reference", (None, None))
     if valid is not None:
@@ -122,8 +123,8 @@ def filled(
     if spec.grpo.recipe.loss == "dpo":
         batch *= spec.grpo.num_generations
     parts = rows.tokens.shape[0] // spec.grpo.annotation_rows(batch)
-    logprobs = jax.lax.map(lambda part: _logprobs(policy, part, spec)[0], to_micro_batches(rows, parts))
-    return dataclasses.replace(experience, old_logprobs=from_micro_batches(logprobs).reshape(shape))
+    logprobs = map_rows(lambda part: _logprobs(policy, part, spec)[0], rows, parts)
+    return dataclasses.replace(experience, old_logprobs=logprobs.reshape(shape))
 
 
 def group_advantages(
@@ -251,6 +252,7 @@ def update(
     paired = grpo.recipe.loss == "dpo"
     each = items // grpo.num_mini_batches
     num_micro = each * (2 if paired else 1) // (grpo.micro_batch_size or each * (2 if paired else 1))
+    num_micro = budget(grpo, spec.mesh) or num_micro
     number, kl_coef, control = state.step, state.kl_coef, state.entropy
     entropy_coef = grpo.entropy_coef if control is None else control.applied
     order_key, selection_key = jax.random.split(key) if grpo.recipe.loss == "clip_cov" else (key, key)

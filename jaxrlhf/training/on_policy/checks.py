@@ -8,16 +8,21 @@ import jax
 from jaxrlhf import sharding
 from jaxrlhf.config import GRPO, GRPOConfig, PPOConfig
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.training import by_length
+from jaxrlhf.training.on_policy.update import budget
 
 
-def check_run(config: PPOConfig | GRPOConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raise ConfigError for options that the devices do not support."""
+def check_run(config: PPOConfig | GRPOConfig, mesh: jax.sharding.Mesh, columns: int) -> None:
+    """Raise ConfigError for options that the devices do not support, or micro-batches that do not hold a row of so many
+    columns."""
     for section in ("optim", "reference"):
         if getattr(config, section).offload:
             sharding.check_host_memory(mesh, f"{section}.offload")
     method, settings, size = config.method, config.settings, config.settings.batch_size
     sharding.check_rows(settings.micro_rows(size), mesh, f"{method}.micro_batch_size, or a mini-batch,")
     sharding.check_rows(settings.annotation_rows(size), mesh, f"{method}.local_rollout_forward_batch_size")
+    if micro_batches := budget(settings, mesh):
+        by_length.shapes(micro_batches, columns, size, texts=1)
 
 
 def check_step(

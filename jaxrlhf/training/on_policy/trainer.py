@@ -6,6 +6,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -75,8 +76,8 @@ class OnPolicyTrainer(Generic[Config]):
         self.data = prompt_rows(config.data, self.tokenizer) if config.data.sources else None
         self.model = setup.model_config(config.model, self.tokenizer, "lm", config.lora, self.mesh)
         train, held_out = (self.data.train, self.data.validation) if self.data else ([], [])
-        setup.check_data(self.model, (*train, *held_out))
-        longest = max((len(row.tokens) for row in [*train, *held_out]), default=0)
+        setup.check_data(self.model, train, held_out)
+        longest = max((len(row.tokens) for row in chain(train, held_out)), default=0)
         length = (longest or config.data.max_length) + config.sampling.response_length
         self.model = for_length(self.model, length)
         self.environment = open_environment(config.environment, environment)
@@ -99,7 +100,7 @@ class OnPolicyTrainer(Generic[Config]):
             environment=config.environment,
         )
         self.total_steps = self._total_steps()
-        checks.check_run(config, self.mesh)
+        checks.check_run(config, self.mesh, self.sampler.columns + config.sampling.response_length)
         if train:
             self.scorer.check_rows(train)
         self.token_records = TokenRecords(config, self.sampler)

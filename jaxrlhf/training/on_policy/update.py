@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxrlhf import sharding
 from jaxrlhf.algorithms import masked
-from jaxrlhf.config import Reference
+from jaxrlhf.config import PPO, Reference
 from jaxrlhf.config.on_policy import OnPolicy
-from jaxrlhf.logprobs import response_states, token_logprobs
+from jaxrlhf.logprobs import response_states, response_tokens, token_logprobs
 from jaxrlhf.models import ModelConfig
+from jaxrlhf.training.by_length import Budget
 from jaxrlhf.training.optim import Optimizer
 from jaxrlhf.types import Params, Rollout, TrainState
 
@@ -50,9 +52,8 @@ def sequence_logprobs(
     if hidden is None:
         hidden = response_states(params, model, rollout)
     mask = rollout.response_mask
-    targets = rollout.tokens[:, -mask.shape[1] :]
     logprobs, entropy = token_logprobs(
-        params, model, hidden[:, :-1], targets, temperature, rollout.support, entropy_gradient
+        params, model, hidden[:, :-1], response_tokens(rollout), temperature, rollout.support, entropy_gradient
     )
     return masked.keep(logprobs, mask), masked.keep(entropy, mask)
 
@@ -76,6 +77,13 @@ def sampler_weights(gap: Array, mask: Array, settings: OnPolicy) -> tuple[Array,
         cut = (gap < low) | (gap > high)
         weights = jnp.where(cut, 0.0, jnp.exp(jnp.where(cut | (correction == "mask"), 0.0, gap)))
     return masked.keep(weights, mask), cut & mask
+
+
+def budget(settings: OnPolicy, mesh: jax.sharding.Mesh) -> Budget | None:
+    """The size of micro-batches in tokens, if `settings` give one."""
+    option = f"{'ppo' if isinstance(settings, PPO) else 'grpo'}.micro_batch_tokens"
+    tokens = settings.micro_batch_tokens
+    return Budget(tokens, sharding.row_shards(mesh), option) if tokens else None
 
 
 def without_moments(state: TrainState) -> TrainState:

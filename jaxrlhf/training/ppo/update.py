@@ -21,6 +21,7 @@ from jaxrlhf.models import ModelConfig, scalar_head
 from jaxrlhf.training.on_policy.policy import policy_params, reference_params
 from jaxrlhf.training.on_policy.update import (
     UpdateSpec,
+    budget,
     sampler_gap,
     sampler_weights,
     sequence_logprobs,
@@ -28,7 +29,7 @@ from jaxrlhf.training.on_policy.update import (
     sync_reference,
 )
 from jaxrlhf.training.ppo.critic import Trunk
-from jaxrlhf.training.step import Metrics, apply, from_micro_batches, gradients, to_micro_batches
+from jaxrlhf.training.step import Metrics, apply, gradients, map_rows
 from jaxrlhf.types import Experience, Params, Rollout, TrainState
 
 QUANTILES = (0.01, 0.5, 0.99)  # of the ratio pi_old / pi_sampler
@@ -50,7 +51,9 @@ class PPOSpec(UpdateSpec):
         whitening needs every row's advantage before the first row's loss, so annotation runs, and its old_logprobs
         equal those of the update to rounding (1e-5), not by definition.
         """
-        return self.ppo.num_ppo_epochs == 1 and self.ppo.micro_rows(batch) == batch and not self.ppo.replay
+        ppo = self.ppo
+        whole = ppo.micro_rows(batch) == batch and not ppo.micro_batch_tokens
+        return ppo.num_ppo_epochs == 1 and whole and not ppo.replay
 
 
 class Predictions(NamedTuple):
@@ -113,8 +116,8 @@ def annotate(
             return ref_logprobs, features, None
         return ref_logprobs, features, predict(state.params, frozen, part, features, spec)
 
-    parts = jax.lax.map(forward, to_micro_batches(rollout, batch // spec.ppo.annotation_rows(batch)))
-    ref_logprobs, features, predictions = from_micro_batches(parts)
+    parts = budget(spec.ppo, spec.mesh) or batch // spec.ppo.annotation_rows(batch)
+    ref_logprobs, features, predictions = map_rows(forward, rollout, parts)
     experience = blank_experience(rollout, scores, ref_logprobs, spec.ppo, token_scores=token_scores, features=features)
     if predictions is None:
         return experience, {}
@@ -152,8 +155,8 @@ def filled(state: TrainState, frozen: dict[str, Params], experience: Experience,
         return predict(state.params, frozen, *part, spec)
 
     batch = experience.scores.shape[0]
-    rows = to_micro_batches((experience.rollout, experience.features), batch // spec.ppo.annotation_rows(batch))
-    predictions = from_micro_batches(jax.lax.map(forward, rows))
+    rows = experience.rollout, experience.features
+    predictions = map_rows(forward, rows, batch // spec.ppo.annotation_rows(batch))
     return fill_experience(experience, predictions, state.kl_coef, spec.ppo)[0]
 
 
@@ -248,7 +251,7 @@ def update(
     experience `ended` is that of the call before; its mini-batches that are too far are skipped alone.
     """
     ppo, batch = spec.ppo, experience.scores.shape[0]
-    num_micro = batch // ppo.num_mini_batches // ppo.micro_rows(batch)
+    num_micro = budget(ppo, spec.mesh) or batch // ppo.num_mini_batches // ppo.micro_rows(batch)
     replayed, kl_coef, warmup = ended is not None, state.kl_coef, state.step < spec.warmup_updates
 
     def loss(params: dict[str, Params], part: Experience, count: Array) -> tuple[Array, Metrics]:

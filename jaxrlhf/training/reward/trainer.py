@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import jax
@@ -71,7 +72,7 @@ class RewardTrainer(SupervisedTrainer[RewardConfig]):
         self.data = _rows(config, self.tokenizer)
         objective = objective_of(config)
         self.use_rows(self.data, _evaluation_keys(objective), texts=2)
-        self._group = max(len(batching.texts(row)) for row in (*self.data.train, *self.data.validation))
+        self._group = max(len(batching.texts(row)) for row in chain(self.data.train, self.data.validation))
         self.load(objective, frozen_trunk=config.frozen_trunk)
         self.evaluation: dict[str, Any] = {}
         """The newest evaluation in full; empty before the first."""
