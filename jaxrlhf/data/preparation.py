@@ -77,7 +77,8 @@ class Preparation(Generic[T]):
         make_row: Callable[..., T],
         ties: bool = False,
     ) -> None:
-        self._survey, self._config, self._tokenizer, self._task, self._ties = survey, config, tokenizer, task, ties
+        self._survey, self._config, self._tokenizer, self._ties = survey, config, tokenizer, ties
+        self._task: Task = task
         self._make_row, self._format = make_row, recognise(survey, task, config)
         self._escape: Callable[[str], str] = (lambda text: text) if config.control_tokens else tokenizer.escape
         self.report = Report(survey.source, str(self._format), 0)
@@ -121,7 +122,7 @@ class Preparation(Generic[T]):
         examples: list[tuple[int, Example]] = []
         rendered: list[RenderedExample] = []
         tokenizer, dropped = self._tokenizer, self.report.dropped
-        task: Task = self._task
+        task = self._task
         for i, location in enumerate(rows.locations):
             found, reason = to_examples(
                 rows, i, self._format, self._config, tokenizer.has_chat, self._escape, self._notes

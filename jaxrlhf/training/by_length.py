@@ -1,12 +1,11 @@
 """Micro-batches by a token budget: rows of like length together, no wider than they need, in one compiled program.
 
-Rows are sorted by length, the longest first. A micro-batch is a quarter, a half, three quarters or all of the batch's
-columns wide, as its first row requires, and takes as many of the next rows as the budget allows at this width. The
-program holds the computation at each of the four widths, so that rows of other lengths need no other program.
+Rows are sorted by length, the longest first. A micro-batch is as wide as its first row requires, of the five widths in
+EIGHTHS of the batch's columns, and takes as many of the next rows as the budget allows at this width. The program holds
+the computation at each of the widths, so that rows of other lengths need no other program.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,8 +16,8 @@ from jax import Array
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.types import Batch, Experience, GroupExperience, Pairs, Params, Responses, Rollout
 
-WIDTHS = 4
-"""Different widths of micro-batches: a row has at most a quarter of the batch's columns too many."""
+EIGHTHS = (1, 2, 4, 6, 8)
+"""Widths of micro-batches, as eighths of the batch's columns."""
 
 
 class Budget(NamedTuple):
@@ -49,7 +48,7 @@ def shapes(budget: Budget, columns: int, rows: int, texts: int) -> tuple[Shape, 
         )
     whole = -(-rows // budget.multiple)  # in units of `multiple`
     found = {}
-    for width in sorted({-(-columns * part // WIDTHS) for part in range(1, WIDTHS + 1)}):
+    for width in sorted({-(-columns * part // 8) for part in EIGHTHS}):
         found[width] = budget.multiple * min(whole, budget.tokens // (width * texts * budget.multiple))
     return tuple(map(Shape, found, found.values()))
 
@@ -194,26 +193,25 @@ def cut(batch: Any, width: int) -> Any:
         case Rollout():
             return _cut_rollout(batch, width)
         case Experience() | GroupExperience():
-            rollout, before = _cut_rollout(batch.rollout, width), batch.rollout.response_mask.shape[1]
-            lost = before - rollout.response_mask.shape[1]
-            others = dataclasses.replace(batch, rollout=None)
-            return dataclasses.replace(
-                jax.tree.map(functools.partial(_cut_columns, lost=lost), others), rollout=rollout
-            )
+            others = _cut_columns(dataclasses.replace(batch, rollout=None), _lost(batch.rollout, width))
+            return dataclasses.replace(others, rollout=_cut_rollout(batch.rollout, width))
         case (Experience() | GroupExperience() | Rollout() as first, *others):
-            rollout, narrow = first if isinstance(first, Rollout) else first.rollout, cut(first, width)
-            kept = narrow if isinstance(narrow, Rollout) else narrow.rollout
-            lost = rollout.response_mask.shape[1] - kept.response_mask.shape[1]
-            return narrow, *jax.tree.map(functools.partial(_cut_columns, lost=lost), others)
+            rollout = first if isinstance(first, Rollout) else first.rollout
+            return cut(first, width), *_cut_columns(others, _lost(rollout, width))
         case tuple():
             parts = (cut(part, width) for part in batch)
             return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
     return batch
 
 
-def _cut_columns(x: Array, *, lost: int) -> Array:
-    """[B, R, ...] or [B, R + 1, ...] without the last `lost` columns; [B] as it is."""
-    return x[:, : x.shape[1] - lost] if x.ndim > 1 else x
+def _lost(rollout: Rollout, width: int) -> int:
+    """Response columns that rows of `width` columns cannot have."""
+    return max(rollout.response_mask.shape[1] - width, 0)
+
+
+def _cut_columns(tree: Any, lost: int) -> Any:
+    """Arrays [B, R, ...] or [B, R + 1, ...] without the last `lost` columns; arrays [B] as they are."""
+    return jax.tree.map(lambda x: x[:, : x.shape[1] - lost] if x.ndim > 1 else x, tree)
 
 
 def _cut_rollout(rollout: Rollout, width: int) -> Rollout:
@@ -223,7 +221,7 @@ def _cut_rollout(rollout: Rollout, width: int) -> Rollout:
     source = first[:, None] + jnp.arange(width)
     index = jnp.minimum(source, columns - 1)
     return dataclasses.replace(
-        jax.tree.map(functools.partial(_cut_columns, lost=max(response - width, 0)), rollout),
+        _cut_columns(rollout, _lost(rollout, width)),
         tokens=jnp.take_along_axis(rollout.tokens, index, axis=1),
         mask=jnp.take_along_axis(rollout.mask, index, axis=1) & (source < columns),
         start=columns - response - first,

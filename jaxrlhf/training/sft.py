@@ -88,13 +88,14 @@ class SFTTrainer(SupervisedTrainer[SFTConfig]):
 
     def batch(self, step: int) -> Batch:
         """The training batch of a step, on the mesh."""
-        return self.collate([self.rows.train[i] for i in self.order(step)])
+        return self.collate([self.rows.train[i] for i in self.order(step)], self.columns)
 
-    def collate(self, rows: Sequence[Any]) -> Batch:
-        """A batch of these rows, on the mesh."""
+    def collate(self, rows: Sequence[Any], columns: int | None = None) -> Batch:
+        """A batch of these rows, on the mesh, as wide as the longest of them or `columns`."""
         if self.config.train.packing:
             return sharding.put_rows(batching.packed(rows, self.tokenizer.pad_id, self.width), self.mesh)
-        return sharding.put_rows(batching.batch(rows, self.tokenizer.pad_id, self.padded_length(rows)), self.mesh)
+        length = columns or self.padded_length(rows)
+        return sharding.put_rows(batching.batch(rows, self.tokenizer.pad_id, length), self.mesh)
 
     def eval_batches(self, rows: Sequence[Any]) -> Iterator[Batch]:
         """Batches of held-out rows, the last one filled up with rows without a loss mask."""

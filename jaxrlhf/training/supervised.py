@@ -65,11 +65,12 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
         self.model = for_length(self.model, max(longest, sampled))
         context = self.model.max_positions  # limits a text; a packed row, whose positions restart, may be longer
         limit = min(self.config.data.max_length, context) if train.packing else longest
-        self.width = texts * batching.bucket(limit, context)
+        self._columns = batching.bucket(limit, context)
+        self.width = texts * self._columns
         """Columns of all texts of the longest row together, or of every packed row."""
         if isinstance(self._micro_batches, Budget):
             texts = max(len(batching.texts(row)) for row in rows.train)
-            by_length.shapes(self._micro_batches, self.width // texts, train.batch_size, texts)
+            by_length.shapes(self._micro_batches, self._columns, train.batch_size, texts)
         if train.packing:
             rows = pack(rows, batching.texts, self.width, train.batch_size)
             self._max_pairs = max(len(row.lengths) // 2 for row in chain(rows.train, rows.validation))
@@ -146,6 +147,12 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
     def epochs(self, step: int) -> dict[str, float]:
         """Passes over the rows, and over each data set of a mixture, after `step` steps."""
         return self.rows.epochs(step * self.config.train.batch_size)
+
+    @property
+    def columns(self) -> int | None:
+        """Columns of the texts of a training batch; None: what its longest row needs. Micro-batches of a budget are cut
+        to what they need, so that batches of one width, and one program, do."""
+        return self._columns if isinstance(self._micro_batches, Budget) else None
 
     def padded_length(self, rows: Sequence[Any]) -> int:
         """Columns of a batch of these rows, unless they are packed."""

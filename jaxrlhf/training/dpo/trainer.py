@@ -91,18 +91,18 @@ class DPOTrainer(SupervisedTrainer[DPOConfig]):
     def batch(self, step: int) -> Preferences:
         """The training batch of a step, on the mesh."""
         order = self.order(step)
-        return self.preferences([self.rows.train[i] for i in order], self.reference[order])
+        return self.preferences([self.rows.train[i] for i in order], self.reference[order], self.columns)
 
-    def preferences(self, rows: Sequence[Any], reference: np.ndarray) -> Preferences:
+    def preferences(self, rows: Sequence[Any], reference: np.ndarray, columns: int | None = None) -> Preferences:
         """A batch of these rows with their labels and their log-probs under the reference, on the mesh."""
-        return Preferences(self.collate(rows), *sharding.put_rows((reference, _desirable(rows)), self.mesh))
+        return Preferences(self.collate(rows, columns), *sharding.put_rows((reference, _desirable(rows)), self.mesh))
 
-    def collate(self, rows: Sequence[Any]) -> Pairs | PackedPairs:
-        """The texts of these rows, on the mesh."""
+    def collate(self, rows: Sequence[Any], columns: int | None = None) -> Pairs | PackedPairs:
+        """The texts of these rows, on the mesh, as wide as the longest of them or `columns`."""
         if self.config.train.packing:
             pairs = batching.packed_pairs(rows, self.tokenizer.pad_id, self.width, self._max_pairs)
         else:
-            pairs = batching.pairs(rows, self.tokenizer.pad_id, self.padded_length(rows))
+            pairs = batching.pairs(rows, self.tokenizer.pad_id, columns or self.padded_length(rows))
         return sharding.put_rows(pairs, self.mesh)
 
     def score_reference(self, note: Callable[[str], None], stopping: Callable[[], bool] = lambda: False) -> None:

@@ -116,16 +116,16 @@ class RewardTrainer(SupervisedTrainer[RewardConfig]):
 
     def batch(self, step: int) -> Responses | PackedPairs:
         """The training batch of a step, on the mesh."""
-        return self.collate([self.rows.train[i] for i in self.order(step)])
+        return self.collate([self.rows.train[i] for i in self.order(step)], self.columns)
 
-    def collate(self, rows: Sequence[Any]) -> Responses | PackedPairs:
-        """A batch of these rows, on the mesh."""
+    def collate(self, rows: Sequence[Any], columns: int | None = None) -> Responses | PackedPairs:
+        """A batch of these rows, on the mesh, as wide as the longest of them or `columns`."""
         if self.config.train.packing:
             pairs = batching.packed_pairs(rows, self.tokenizer.pad_id, self.width, self._max_pairs)
             return sharding.put_rows(pairs, self.mesh)
         field = TARGETS.get(self.config.loss)
         targets = [float(getattr(row, field)) if field else 0.0 for row in rows]
-        length = self.padded_length(rows)
+        length = columns or self.padded_length(rows)
         responses = batching.responses(rows, targets, self.tokenizer.pad_id, length, self._group)
         return sharding.put_rows(responses, self.mesh)
 
