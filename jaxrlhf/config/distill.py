@@ -51,6 +51,11 @@ class DistillConfig(SupervisedConfig):
         super().__post_init__()
         if self.train.packing:
             raise ValueError("train.packing is true, and distillation does not pack rows; leave it out")
+        if self.train.micro_batch_tokens:
+            raise ValueError(
+                f"train.micro_batch_tokens is {self.train.micro_batch_tokens}, and distillation also trains on "
+                "responses of different prompts, which begin in different columns; use train.micro_batch_size"
+            )
         if self.rollout.devices:
             raise ValueError(
                 f"rollout.devices is {self.rollout.devices}, which is for PPO and GRPO; distillation samples and "

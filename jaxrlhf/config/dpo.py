@@ -178,10 +178,10 @@ class DPOConfig(SupervisedConfig):
                 f"train.micro_batch_size is {train.micro_batch_size} and dpo.loss {ranking[0]}, which ranks the pairs "
                 "of the whole batch; leave it out (lora.enabled and model.remat: full save memory too)"
             )
-        if train.micro_batch_tokens and (loss == "kto" or loss.startswith("aot")):
+        if train.micro_batch_tokens and (ranking or loss == "kto"):
             raise ValueError(
-                f"train.micro_batch_tokens is {train.micro_batch_tokens} and dpo.loss {loss}, which compares the rows "
-                "of the whole batch; leave it out"
+                f"train.micro_batch_tokens is {train.micro_batch_tokens} and dpo.loss {(*ranking, loss)[0]}, which "
+                "compares the rows of the whole batch; leave it out"
             )
         if loss == "kto" and train.packing:
             raise ValueError(

@@ -188,7 +188,7 @@ def test_an_update_of_one_step_is_the_same_within_a_budget(ragged):
 
 
 def test_padding_of_a_rollout_does_not_change_an_update_within_a_budget(ragged):
-    made = budgeted(ragged, micro_batch_tokens=40)
+    made = budgeted(ragged, micro_batch_tokens=40, bootstrap_truncated=False)  # a truncated one has all columns
     wide, _ = pad_rollout(made.rollout, None, (P + 5, R + 4), PAD, made.spec.mesh)
     state, _, metrics = made.run()
     other, _, logged = dataclasses.replace(made, rollout=wide).run()
@@ -224,6 +224,7 @@ def test_devices_share_the_rows_of_a_budget(ragged):
         (lambda: config.SFTConfig(train={"micro_batch_tokens": 64, "micro_batch_size": 2}), "both size micro-batches"),
         (lambda: config.SFTConfig(train={"micro_batch_tokens": 64, "packing": True}), "packed rows are all full"),
         (lambda: config.DPOConfig(train={"micro_batch_tokens": 64}, dpo={"loss": "aot"}), "compares the rows"),
+        (lambda: config.DistillConfig(train={"micro_batch_tokens": 64}), "responses of different prompts"),
         (lambda: config.PPOConfig(ppo={"micro_batch_tokens": 64, "micro_batch_size": 2}), "leave one out"),
         (lambda: config.GRPOConfig(grpo=GRPO(method="online_dpo", micro_batch_tokens=64)), "trains on pairs"),
     ],
