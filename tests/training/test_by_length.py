@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.ppo_case import B, P, case, close
+from support.ppo_case import PAD, B, P, R, case, close
 from support.tiny import tiny
 from training.test_grpo_update import run as grpo_run
 from training.test_grpo_update import settings as grpo_settings
 
-from jaxrlhf import config, models
-from jaxrlhf.config import GRPO
+from jaxrlhf import config, models, sharding
+from jaxrlhf.config import GRPO, Mesh
 from jaxrlhf.config.dpo import DPO
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PairRow, SFTRow
@@ -24,6 +24,7 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.training import by_length, sft, step
 from jaxrlhf.training.by_length import Budget, Shape
 from jaxrlhf.training.dpo.update import Preferences, objective, pair_logprobs
+from jaxrlhf.training.on_policy.rollout import pad_rollout
 from jaxrlhf.training.reward.loss import objective_of, response_loss, response_scores
 
 LENGTHS = (3, 23, 4, 9, 2, 13, 5, 24, 4, 6)
@@ -186,6 +187,15 @@ def test_an_update_of_one_step_is_the_same_within_a_budget(ragged):
     assert metrics["loss/value_avg"] == pytest.approx(float(logged["loss/value_avg"]), rel=2e-4)
 
 
+def test_padding_of_a_rollout_does_not_change_an_update_within_a_budget(ragged):
+    made = budgeted(ragged, micro_batch_tokens=40, bootstrap_truncated=False)  # a truncated one has all columns
+    wide, _ = pad_rollout(made.rollout, None, (P + 5, R + 4), PAD, made.spec.mesh)
+    state, _, metrics = made.run()
+    other, _, logged = dataclasses.replace(made, rollout=wide).run()
+    close(other.params, state.params, rtol=2e-4, atol=2e-6)
+    assert float(logged["loss/policy_avg"]) == pytest.approx(float(metrics["loss/policy_avg"]), rel=1e-4, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"method": "grpo", "num_iterations": 2}, {"method": "kl_cov", "cov_ratio": 0.2, "num_mini_batches": 2}],
@@ -199,6 +209,13 @@ def test_a_grpo_update_within_a_budget_is_the_update(options, ragged):
     assert {k: float(v) for k, v in metrics.items()} == pytest.approx(
         {k: float(v) for k, v in logged.items()}, rel=2e-4, abs=5e-6
     )
+
+
+def test_devices_share_the_rows_of_a_budget(ragged):
+    mesh = sharding.make_mesh(Mesh(data=2))
+    problem = dataclasses.replace(ragged, rollout=dataclasses.replace(ragged.rollout, index=jnp.arange(B) // 4))
+    alone = grpo_run(problem, grpo_settings("grpo", micro_batch_tokens=60))[0]
+    close(grpo_run(problem, grpo_settings("grpo", micro_batch_tokens=60), mesh=mesh)[0], alone, rtol=2e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize(
