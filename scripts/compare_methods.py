@@ -113,7 +113,7 @@ def nats(folder: Path, path: Path, ppo: c.PPOConfig) -> float:
     model, params = jaxrlhf.load(path)
     _, reference = jaxrlhf.load(folder / "sft")
     tokenizer = jaxrlhf.load_tokenizer(folder / "base", c.TokenizerSource())
-    rows = prompt_rows(c.replace(ppo.data, path=str(folder / "data" / "held_out.jsonl")), tokenizer).train * 4
+    rows = [*prompt_rows(c.replace(ppo.data, path=str(folder / "data" / "held_out.jsonl")), tokenizer).train] * 4
     length = max(len(row.tokens) for row in rows)
     prompts = batching.prompts(rows, tokenizer.pad_id, length, [i // (len(rows) // 4) for i in range(len(rows))])
     rollout = jaxrlhf.generate(

@@ -305,7 +305,7 @@ CASES = {
         "phi3",
         "Phi3ForCausalLM",
         LINEAGE,
-        rope("longrope", partial_rotary_factor=0.75, **LISTS),
+        rope("longrope", 10000.0, partial_rotary_factor=0.75, **LISTS),
         dtype="bfloat16",
         hidden_size=32,
         original_max_position_embeddings=4,

@@ -12,6 +12,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from toy_problems import Settings, write_model
 
@@ -29,7 +30,7 @@ def changes(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
     return [sum(a != b for a, b in itertools.pairwise(text)) / (LENGTH - 1) for text in completions]
 
 
-def train(method: str, seed: int, updates: int, folder: Path) -> dict[str, float]:
+def train(method: Literal["grpo", "gdpo"], seed: int, updates: int, folder: Path) -> dict[str, float]:
     """Mean of both rewards over the last ten updates of a run."""
     model = write_model(folder / "model", Settings("emit", 0.9, updates, 128, 1, 1, 1e-3, 1e-3, layers=2, width=64))
     components = tuple(c.Component(name=f.__name__, function=f"{__file__}:{f.__name__}") for f in (sevens, changes))
