@@ -18,7 +18,7 @@ from jaxrlhf.config.ppo import PPO, Critic, PPOConfig
 from jaxrlhf.config.reward import RewardConfig
 from jaxrlhf.config.reward_source import Component, RewardSource
 from jaxrlhf.config.sampling import Generation, Sampling
-from jaxrlhf.config.sections import Checkpoint, Data, Logging, Mesh, Optim, Train
+from jaxrlhf.config.sections import Checkpoint, Data, Logging, Mesh, MixedSource, Optim, Train
 from jaxrlhf.config.sft import SFTConfig
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "LoRA",
     "Logging",
     "Mesh",
+    "MixedSource",
     "ModelSource",
     "Optim",
     "PPOConfig",

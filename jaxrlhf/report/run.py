@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -156,13 +157,15 @@ def _facts(
     if model := config.get("model.path"):
         adapters = f", LoRA of rank {config['lora.rank']}" if config.get("lora.enabled") else ""
         facts.append(("Base model", f"{model}{adapters}"))
-    mixed = [str(source.get("path")) for source in config.get("data.mix") or () if isinstance(source, dict)]
-    if data := config.get("data.path") or ", ".join(mixed):
-        facts.append(("Data", str(data)))
-    reward = [config.get(f"reward.{kind}") for kind in ("model", "function")]
-    reward += [config.get(f"reward.components.{i}.{kind}") for i in range(16) for kind in ("model", "function", "url")]
-    if method in verdict.ON_POLICY and any(reward):
-        facts.append(("Reward", ", ".join(str(part) for part in reward if part)))
+    sources = {
+        "Data": r"data\.(mix\.\d+\.)?path",
+        "Reward": r"reward\.(components\.\d+\.)?(model|function|url|judge\.url)",
+        "Environment": r"environment\.function",
+    }
+    for name, pattern in sources.items():
+        given = [str(value) for key, value in config.items() if value and re.fullmatch(pattern, key)]
+        if given and (name == "Data" or method in verdict.ON_POLICY):
+            facts.append((name, ", ".join(given)))
     if records:
         last = records[-1]
         facts.append(("Updates" if method in verdict.ON_POLICY else "Steps", f"{last['step']:,}"))

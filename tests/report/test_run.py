@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.recorded_runs import page_data, record, token_record, write_lines, write_run, write_tokens
 
 from jaxrlhf import report
+from jaxrlhf.config import Component, Data, Environment, Judge, MixedSource, PPOConfig, RewardSource, text
 from jaxrlhf.config.file import METHODS
 from jaxrlhf.errors import DataError, StorageError
 from jaxrlhf.metrics.keys import METRICS
@@ -53,6 +54,22 @@ def test_every_method_has_a_page(method, said, tmp_path):
     assert bool(data["tradeoffs"]) == (method in ("ppo", "grpo"))
     assert [change[0] for change in data["changes"]] == ["run_dir"]
     assert data["reproduce"]["command"] == f"jaxrlhf {method}"
+
+
+def test_every_data_set_every_component_and_the_environment_are_named(tmp_path):
+    directory = write_run(tmp_path / "run", "ppo")
+    settings = PPOConfig(
+        run_dir=str(directory),
+        data=Data(mix=(MixedSource(path="a.jsonl"), MixedSource(path="b.jsonl"))),
+        reward=RewardSource(
+            components=(Component(model="judge/rm"), Component(judge=Judge(url="http://localhost:1/v1", model="m")))
+        ),
+        environment=Environment(function="game.py:Game"),
+    )
+    (directory / "config.yaml").write_text(text.dump(settings))
+    facts = dict(collect(directory)["facts"])
+    assert facts["Data"] == "a.jsonl, b.jsonl" and facts["Environment"] == "game.py:Game"
+    assert facts["Reward"] == "judge/rm, http://localhost:1/v1"
 
 
 def test_metrics_of_all_charts_are_defined():
