@@ -7,10 +7,8 @@ content of the data, the tokenizer and the options, so that the next run that ne
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
-import pickle
 import shutil
 import tempfile
 from array import array
@@ -22,7 +20,7 @@ import numpy as np
 
 from jaxrlhf.config import Data
 from jaxrlhf.config.sections import READING
-from jaxrlhf.data import sources
+from jaxrlhf.data import row_json, sources
 from jaxrlhf.data.held_out import Lazy, Usable
 from jaxrlhf.data.preparation import Preparation, Report
 from jaxrlhf.data.tokenizer import Tokenizer
@@ -32,7 +30,6 @@ T = TypeVar("T")
 FORMAT = 1  # of the files
 _OF_ROWS = ("path", "validation_path", "validation_split", "validation_fraction")  # not options of how a row is read
 _OPTIONS = ("max_length", "max_prompt_length", "truncation")
-_VALUES = ("datetime", "decimal", "uuid")  # modules of what a column may hold besides JSON's types
 _ARRAYS = "numbers", "prompts", "contents", "ends", "lengths"
 
 
@@ -77,7 +74,7 @@ def _write(part: Path, config: Data, label: str, begin: Callable[[sources.Rows],
     with (part / "rows").open("wb") as file:
         for rows in sources.chunks(config, label=label):
             for item in preparation.add(rows):
-                end += file.write(pickle.dumps(item.row, protocol=5))
+                end += file.write(row_json.encode(item.row))
                 for name, value in zip(arrays, (item.number, *item.digests, end), strict=True):
                     arrays[name].append(value)
             first += len(rows.rows)
@@ -100,17 +97,6 @@ def _read(place: Path) -> tuple[Usable[Any], Report]:
 
     def row(i: int) -> Any:
         start = int(ends[i - 1]) if i else 0
-        return _Rows(io.BytesIO(os.pread(file.fileno(), int(ends[i]) - start, start))).load()
+        return row_json.decode(os.pread(file.fileno(), int(ends[i]) - start, start))
 
     return Usable(Lazy(len(ends), row), numbers, prompts, contents), report
-
-
-class _Rows(pickle.Unpickler):
-    """Reads rows and nothing else: a changed file cannot run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("jaxrlhf.data.datasets", "jaxrlhf.data.labelled") and name.endswith("Row"):
-            return super().find_class(module, name)
-        if module in _VALUES and name[:1].isupper() | (module == "datetime"):
-            return super().find_class(module, name)
-        raise StorageError(f"a row of data.token_cache holds {module}.{name}; remove the folder")

@@ -1,17 +1,19 @@
 """Rows from a token cache are the rows in memory: their order, their split, and what is reported."""
 
 import datetime
+import decimal
 import gzip
 import json
 import pickle
+import uuid
 
 import numpy as np
 import pytest
 
 from jaxrlhf.config import Data
-from jaxrlhf.data import sources
+from jaxrlhf.data import row_json, sources
 from jaxrlhf.data.batching import longest, texts
-from jaxrlhf.data.datasets import pair_rows, prompt_rows, sft_rows
+from jaxrlhf.data.datasets import PromptRow, pair_rows, prompt_rows, sft_rows
 from jaxrlhf.data.labelled import label_rows, ranking_rows, score_rows
 from jaxrlhf.data.packing import pack
 from jaxrlhf.data.sources import chunks, read_rows, survey
@@ -157,10 +159,11 @@ def test_a_cache_runs_no_code_and_a_broken_one_is_named(file, base, tmp_path):
     sft_rows(data, base, True)
     (folder,) = (tmp_path / "c").iterdir()
     evil = pickle.dumps(print)
-    (folder / "rows").write_bytes(evil)
-    np.save(folder / "ends.npy", np.full(len(np.load(folder / "ends.npy")), len(evil)))
-    with pytest.raises(StorageError, match=r"holds builtins\.print"):
-        sft_rows(data, base, True).train[0]
+    for content, said in {evil: "is damaged", b'{"\\u0000type": "print"}': "holds a 'print'"}.items():
+        (folder / "rows").write_bytes(content)
+        np.save(folder / "ends.npy", np.full(len(np.load(folder / "ends.npy")), len(content)))
+        with pytest.raises(StorageError, match=said):
+            sft_rows(data, base, True).train[0]
     (folder / "report.json").write_text("{")
     with pytest.raises(StorageError, match="remove it, and it is written again"):
         sft_rows(data, base, True)
@@ -179,3 +182,23 @@ def test_columns_of_parquet_keep_their_types(base, tmp_path):
     path, folder = str(tmp_path / "rows.parquet"), str(tmp_path / "c")
     cached = prompt_rows(Data(path=path, token_cache=folder), base).train
     assert [*cached] == prompt_rows(Data(path=path), base).train and cached[3].columns["when"] == dates[3]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": [1, None, True, -0.0, 1e-300, float("-inf"), "\ud800 \u00e9\0"]},
+        datetime.datetime(2026, 1, 2, 3, 4, 5, 6, datetime.timezone(datetime.timedelta(hours=-3))),
+        [datetime.date(2026, 1, 2), datetime.time(1, 2, 3, 4), datetime.timedelta(-5, 6, 7)],
+        {"price": decimal.Decimal("1.10"), "id": uuid.UUID(int=7), "raw": b"\x00\xff"},
+    ],
+)
+def test_columns_of_any_type_come_back_as_they_were(value):
+    row = PromptRow([1, 2], "text", {"column": value}, 3, [{"role": "user", "content": "a"}])
+    found = row_json.decode(row_json.encode(row))
+    assert found == row and repr(found.columns) == repr(row.columns) and found.messages == row.messages
+
+
+def test_a_value_that_cannot_be_kept_is_refused():
+    with pytest.raises(DataError, match="holds a complex"):
+        row_json.encode(PromptRow([1], "text", {"column": 1j}, 0))
