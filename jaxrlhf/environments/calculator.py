@@ -69,6 +69,8 @@ def evaluate(expression: str) -> str:
     what is wrong, for anything else, and for numbers beyond 1e100."""
     if len(expression) > _LONGEST:
         raise ValueError(f"more than {_LONGEST} characters")
+    if "\0" in expression:  # which Python versions refuse with different errors
+        raise ValueError("not an arithmetic expression")
     try:
         tree = ast.parse(expression.strip(), mode="eval")
         value = _value(tree.body)
