@@ -52,7 +52,8 @@ def weights_of(model):
 
 def sft_case():
     model, batch = tiny(), batching.batch(TEXTS, 0, WIDTH)
-    return model, (batch, None), lambda p, rows: sft.loss(p, *rows, model=model, count=jnp.sum(batch.loss_mask))
+    count = jnp.sum(batch.loss_mask)
+    return model, (batch, None), lambda p, rows: sft.loss(p, *rows, model=model, count=count, name="nll")
 
 
 def reward_case(loss):
@@ -77,8 +78,8 @@ def dpo_case():
 
     def of_rows(params, rows):
         part, keys = rows
-        scored = pair_logprobs(params, part.pairs, model, keys)
-        return objective(scored, part.reference, len(LENGTHS), chosen_tokens, 0.1, chosen)
+        scored = pair_logprobs(params, part.pairs, model, keys, chosen)
+        return objective(scored, part.reference, len(LENGTHS), chosen_tokens, 0.1, 0.0, chosen)
 
     return model, (batch, None), of_rows
 
@@ -171,7 +172,7 @@ def equal(found, wanted):
     )
 
 
-@pytest.mark.parametrize("critic", ["own", "frozen"])
+@pytest.mark.parametrize("critic", ["own", pytest.param("frozen", marks=pytest.mark.long)])
 def test_a_ppo_update_within_a_budget_is_the_update(critic, ragged):
     made = ragged
     if critic != "own":
@@ -187,6 +188,7 @@ def test_an_update_of_one_step_is_the_same_within_a_budget(ragged):
     assert metrics["loss/value_avg"] == pytest.approx(float(logged["loss/value_avg"]), rel=2e-4)
 
 
+@pytest.mark.long
 def test_padding_of_a_rollout_does_not_change_an_update_within_a_budget(ragged):
     made = budgeted(ragged, micro_batch_tokens=40, bootstrap_truncated=False)  # a truncated one has all columns
     wide, _ = pad_rollout(made.rollout, None, (P + 5, R + 4), PAD, made.spec.mesh)
@@ -211,6 +213,7 @@ def test_a_grpo_update_within_a_budget_is_the_update(options, ragged):
     )
 
 
+@pytest.mark.long
 def test_devices_share_the_rows_of_a_budget(ragged):
     mesh = sharding.make_mesh(Mesh(data=2))
     problem = dataclasses.replace(ragged, rollout=dataclasses.replace(ragged.rollout, index=jnp.arange(B) // 4))

@@ -199,7 +199,7 @@ def test_plan_recognises_the_method_of_a_config_file(rewarded, tmp_path, capsys)
     file.write_text("model:\n  path: m\nppo:\n  batch_size: 4\n")
     assert config_file.method_of(file) == "ppo"
     file.write_text("model:\n  path: m\n")
-    with pytest.raises(ConfigError, match=r"fit sft and reward and dpo and ppo and grpo; give --method"):
+    with pytest.raises(ConfigError, match=r"fit sft and reward and dpo and ppo and grpo and distill; give --method"):
         config_file.method_of(file)
     assert cli.main(["plan", str(file)]) == ConfigError.exit_code
     assert "--method" in capsys.readouterr().err
