@@ -17,7 +17,7 @@ class Criterion:
     """One criterion of a judge, which is asked about it in a request of its own."""
 
     question: Text = ""
-    """What to grade, e.g. "Is every fact in the completion correct?" Required."""
+    """Question for the judge, e.g. "Is every fact in the completion correct?" Required."""
     weight: Positive = 1.0
     """Weight of the criterion in the mean over the rubric."""
     name: str = ""

@@ -12,7 +12,7 @@ Located = Sequence[tuple[str, Example]]
 
 
 def glued(examples: Located) -> list[str]:
-    """Where prompt and completion of plain text meet without a space."""
+    """Locations of plain-text examples whose prompt and completion meet without a space."""
     return [where for where, example in examples if _runs_together(example)]
 
 

@@ -39,7 +39,7 @@ def examine_data(config: SFTConfig, *, colour: bool = False, ids: bool = False) 
 
 
 def _mixture(config: SFTConfig) -> str:
-    """Which trainers can read a mixture, and the shares of its data sets."""
+    """Describe a mixture: the trainers that can read it, and the shares of its data sets."""
     path = config.tokenizer.path or config.model.path
     if not path:
         return "the shares of the mixture are left out without a tokenizer: they count the rows that can be used"

@@ -19,7 +19,10 @@ GIVEN = ("prompt", "seed")
 
 @runtime_checkable
 class Environment(Protocol):
-    """What the policy takes turns with. Both methods may be async: those of a batch then run concurrently."""
+    """A tool or game that answers the completions of the policy.
+
+    Both methods may be async: those of a batch then run concurrently.
+    """
 
     def reset(self, **arguments: Any) -> Any:
         """Begin an episode and return its state, any object, which `step` may change.
@@ -35,7 +38,7 @@ class Environment(Protocol):
 
 
 class Reply(NamedTuple):
-    """What an environment answers to a turn."""
+    """Answer of an environment to one turn."""
 
     text: str | None
     """None: the episode has ended."""
@@ -81,7 +84,7 @@ class Episodes:
         return [self._reply(value, turn) for value, turn in zip(returned, about, strict=True)]
 
     def _call(self, method: str, arguments: Sequence[tuple[tuple, dict]], about: Sequence[str]) -> list[Any]:
-        """What the method returns for each of the arguments."""
+        """Call a method of the environment for each of the arguments, and return its results."""
         function, started = getattr(self._environment, method), time.monotonic()
         results: list[Any] = []
         for positional, named in arguments:

@@ -141,7 +141,7 @@ def call_with_timeout(seconds: float | None, call: Callable[[], T]) -> T:
 
 
 def awaited(result: Any) -> Any:
-    """What a function returned, awaited if it is async."""
+    """The result of a function, awaited if the function is async."""
     if not inspect.isawaitable(result):
         return result
 

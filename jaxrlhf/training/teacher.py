@@ -51,7 +51,7 @@ def load_teacher(settings: Teacher, model: ModelConfig, mesh: jax.sharding.Mesh)
 
 
 def vocabulary_difference(teacher: Tokenizer, student: Tokenizer) -> str:
-    """How the token ids of the student mean something else to the teacher, which may have more; "" if they do not."""
+    """The first difference between two vocabularies; "" if the student's ids mean the same to the teacher."""
     if teacher.has_ids_of(student):
         return ""
     if teacher.size < student.size:

@@ -32,7 +32,7 @@ _OPTIONS: dict[Kind, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class RopeKeys:
-    """How the config.json of a family describes its rotary embeddings."""
+    """Keys and defaults of the rotary embeddings in the config.json of a family."""
 
     theta: str = "rope_theta"
     theta_default: float = 10000.0

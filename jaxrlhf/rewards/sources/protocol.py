@@ -51,7 +51,7 @@ class SourceScores(NamedTuple):
     problem: str = ""
     """Error message for the first of them."""
     costs: Mapping[str, float] = {}
-    """What the scores took, by name: sums over the batch."""
+    """Costs of the scores (seconds, tokens, price), by name: sums over the batch."""
 
 
 def parse_scores(returned: Any, request: ScoreRequest, source: str, place: str = "") -> SourceScores:

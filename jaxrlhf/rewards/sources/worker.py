@@ -100,7 +100,7 @@ class WorkerProcess:
             raise
 
     def exit_reason(self) -> str:
-        """How the process has ended, with its last output."""
+        """The exit code or signal of the process, with its last output. Waits for its end."""
         code = self._process.wait()
         self._listener.join(1)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended its process with exit code {code}"

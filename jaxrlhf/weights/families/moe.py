@@ -1,4 +1,4 @@
-"""What the families with mixtures of experts share: the router's options in config.json and the tensors' names."""
+"""Shared by the families with mixtures of experts: the router's options in config.json and the tensors' names."""
 
 from dataclasses import replace
 from typing import Any
