@@ -1,13 +1,42 @@
 """Errors that a user can fix, each with the exit code of the command line (0: success, 2: usage error).
 
-Messages say what is wrong, where, why, and how to fix it. `jaxrlhf --debug` adds the traceback.
+Messages say what is wrong, where, why, and how to fix it. `jaxrlhf --debug` adds the traceback. What comes from outside
+(files, models, functions of the user) passes `visible` before it reaches a terminal.
 """
+
+import re
+import unicodedata
+
+_NOT_ASCII = re.compile(r"[^ -~\n\t]")
+_JOINERS = "\u200c\u200d"  # between letters of Persian and Indic scripts, and in emoji
+
+
+def visible(text: str) -> str:
+    """Spell out all characters that a terminal would obey or hide (escape sequences, directions of writing, carriage
+    returns), but not line breaks and tabs."""
+    return _NOT_ASCII.sub(lambda match: _spelt(match[0]), text)
+
+
+def _spelt(c: str) -> str:
+    shown = c.isprintable() or c in _JOINERS or unicodedata.category(c) == "Zs"
+    return c if shown else c.encode("unicode_escape").decode()
+
+
+def shortened(text: str, width: int) -> str:
+    """`text` with its middle left out if it is longer than `width` characters."""
+    return text if len(text) <= width else f"{text[: 2 * width // 5]} ... {text[-(3 * width // 5) :]}"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, shortened in the middle if it is long, to quote in another message."""
-    line = (str(error).strip(" \n\"'") or type(error).__name__).splitlines()[0]
-    return line if len(line) <= 240 else f"{line[:100]} ... {line[-140:]}"
+    """The first line of an exception's message, `visible` and shortened in the middle if it is long, to quote in
+    another message."""
+    lines = str(error).strip(" \n\"'").splitlines()
+    return visible(shortened(lines[0] if lines else type(error).__name__, 240))
+
+
+def whole_message(error: BaseException) -> str:
+    """The message of an exception, `visible` and shortened in the middle if it is longer than 2,000 characters."""
+    return visible(shortened(str(error), 2000))
 
 
 def quoted(value: object, width: int = 80) -> str:

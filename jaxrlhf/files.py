@@ -1,12 +1,16 @@
-"""Atomic file writes."""
+"""Atomic file writes, and JSON files that others have written."""
 
 import contextlib
+import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from jaxrlhf.errors import StorageError
+from jaxrlhf.errors import DataError, StorageError, first_line
+
+MAX_JSON = 25_000_000  # bytes; the header of 100,000 tensors takes about 15 MB
 
 
 def write_whole(path: Path, content: str | bytes) -> Path:
@@ -38,3 +42,37 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object without duplicate keys from a regular file of at most MAX_JSON bytes. Raises DataError."""
+    try:
+        if not file.is_file():  # a named pipe would wait for a writer
+            raise DataError(f"{file}: {'is not a file' if file.exists() else 'there is no such file'}")
+        if (size := file.stat().st_size) > MAX_JSON:
+            raise DataError(f"{file}: {size:,} bytes is more than the {MAX_JSON:,} allowed for this file")
+        text = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror or error})") from error
+    return parse_json(text, str(file))
+
+
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object without duplicate keys; `where` is its place in messages. Raises DataError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        unique_pairs = dict(pairs)
+        if len(unique_pairs) != len(pairs):
+            duplicate, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise DataError(f"{where}: key {duplicate!r} occurs more than once")
+        return unique_pairs
+
+    try:
+        parsed = json.loads(text, object_pairs_hook=unique)
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:  # also: not UTF-8, huge numbers, deep nesting
+        raise DataError(f"{where}: not valid JSON ({first_line(error)})") from error
+    if not isinstance(parsed, dict):
+        raise DataError(f"{where}: must be a JSON object, is a {type(parsed).__name__}")
+    return parsed

@@ -11,8 +11,7 @@ from pathlib import Path
 from jaxrlhf import compilation
 from jaxrlhf.chat.conversation import Conversation, Turn
 from jaxrlhf.config.spelling import did_you_mean
-from jaxrlhf.errors import JaxrlhfError, StorageError
-from jaxrlhf.metrics.console import visible
+from jaxrlhf.errors import JaxrlhfError, StorageError, visible
 
 COMMANDS = {
     "/help": "show this list",

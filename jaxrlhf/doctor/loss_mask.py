@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 from jaxrlhf.data.tokenizer import Tokenizer
-from jaxrlhf.metrics.console import visible
+from jaxrlhf.errors import visible
 
 LEARNT, PLAIN = "\x1b[1;32m", "\x1b[0m"  # bold green
 

@@ -6,7 +6,7 @@ from typing import Any
 from jaxrlhf.environments.episodes import Episodes
 from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.rewards.functions import Signature, load_named, location
-from jaxrlhf.rewards.sources.serve import Message, serve
+from jaxrlhf.workers.serve import Message, serve
 
 
 def main(spec: str, options: dict[str, Any], parent: int) -> None:

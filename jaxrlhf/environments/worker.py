@@ -8,7 +8,8 @@ from jaxrlhf.config.environment import Environment
 from jaxrlhf.environments.episodes import Episodes, Reply, check_columns
 from jaxrlhf.errors import ConfigError, RewardError, counted, first_line
 from jaxrlhf.rewards.functions import Signature
-from jaxrlhf.rewards.sources.worker import WorkerProcess, to_json
+from jaxrlhf.rewards.sources.worker import to_json
+from jaxrlhf.workers import WorkerProcess
 
 
 def open_environment(config: Environment, passed: Any = None) -> "Episodes | WorkerEpisodes | None":

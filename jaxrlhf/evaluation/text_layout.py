@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 
-from jaxrlhf.metrics.console import visible
+from jaxrlhf.errors import visible
 
 WIDTH = 100
 LINES = 8

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxrlhf.config import Logging
+from jaxrlhf.errors import visible
 
 _ON_POLICY = {
     "objective/scores": "score",
@@ -112,11 +113,6 @@ class Console:
         elif not self._config.quiet:
             encoding = sys.stdout.encoding or "utf-8"
             print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-
-
-def visible(text: str) -> str:
-    """Escape control characters, so that text cannot move the cursor or change colours."""
-    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _short(value: Any) -> str:

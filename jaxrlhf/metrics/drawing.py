@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrlhf.errors import DataError
-from jaxrlhf.metrics.console import visible
+from jaxrlhf.errors import DataError, visible
 from jaxrlhf.metrics.panels import HISTOGRAM, Panel, panels_of
 
 MARKED = 60  # curves of fewer points have a marker at each

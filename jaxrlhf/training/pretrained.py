@@ -5,11 +5,11 @@ from pathlib import Path
 from jaxrlhf import weights
 from jaxrlhf.config import RewardConfig, TokenizerSource
 from jaxrlhf.data.tokenizer import Tokenizer, load_tokenizer
+from jaxrlhf.files import read_json
 from jaxrlhf.models import ModelConfig, with_two_labels
 from jaxrlhf.training import facts
 from jaxrlhf.training.setup import RunConfig
 from jaxrlhf.types import Params
-from jaxrlhf.weights import safetensors
 from jaxrlhf.weights.hub import CONFIG
 
 
@@ -80,7 +80,7 @@ def padding_note(folder: Path) -> str | None:
         return None
     base, adapters = weights.base_and_adapters(folder)
     tokenizer = load_tokenizer(weights.tokenizer_folder(folder), TokenizerSource())
-    pad = safetensors.read_json(base / CONFIG).get("pad_token_id")
+    pad = read_json(base / CONFIG).get("pad_token_id")
     if tokenizer.pad_id in tokenizer.end_ids:
         return (
             "transformers reads the score of this reward model before the end token, jaxrlhf reads it at the end "

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from jaxrlhf.metrics.console import visible
+from jaxrlhf.errors import visible
 from jaxrlhf.metrics.keys import definition
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.weights import families

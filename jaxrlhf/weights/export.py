@@ -13,6 +13,7 @@ from jaxrlhf import distributed, lora, sharding
 from jaxrlhf.data.tokenizer import FILES as TOKENIZER_FILES
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError, StorageError
+from jaxrlhf.files import read_json
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.types import Params
 from jaxrlhf.weights import card, families, mapping, peft, safetensors, writer
@@ -122,7 +123,7 @@ def _write_configs(
 
 def _read(folder: Path | None, name: str) -> dict[str, Any]:
     """The content of a JSON file; {} without one."""
-    return safetensors.read_json(folder / name) if folder is not None and (folder / name).is_file() else {}
+    return read_json(folder / name) if folder is not None and (folder / name).is_file() else {}
 
 
 def _with_token_ids(config: dict[str, Any], ids: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from jaxrlhf import lora, models, sharding
 from jaxrlhf.config import DType, ModelSource, TokenizerSource
 from jaxrlhf.data.tokenizer import Tokenizer, load_tokenizer
 from jaxrlhf.errors import ConfigError, DataError
+from jaxrlhf.files import read_json
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.runtime import resolve_dtype, resolve_remat
 from jaxrlhf.types import Params
@@ -132,7 +133,7 @@ def _merge_device(mesh: jax.sharding.Mesh) -> Any:
 def tensors_of(folder: Path) -> dict[str, safetensors.Entry]:
     """The tensors of a model folder by name; of a multimodal one those of its text model, by their names in a folder of
     that. The others are left out with a warning."""
-    entries, config = safetensors.scan_folder(folder), safetensors.read_json(folder / CONFIG)
+    entries, config = safetensors.scan_folder(folder), read_json(folder / CONFIG)
     if not families.multimodal.is_multimodal(config):
         return entries
     model = families.parse(config, str(folder / CONFIG))
@@ -184,7 +185,7 @@ def _read_config(
     file = folder / CONFIG
     if not file.is_file():
         raise DataError(f"{folder}: no {CONFIG}; the folder holds: {listing(folder)}")
-    config = safetensors.read_json(file)
+    config = read_json(file)
     model = families.parse(config, str(file))
     if head not in (None, "lm", "linear", "mlp"):
         raise ConfigError(f"head must be 'lm', 'linear' or 'mlp', got {head!r}")

@@ -17,9 +17,9 @@ import numpy as np
 from jaxrlhf.config import TokenizerSource
 from jaxrlhf.data.tokenizer import load_tokenizer
 from jaxrlhf.errors import ConfigError, DataError
+from jaxrlhf.files import read_json
 from jaxrlhf.models.heads import MLP_SIZES
 from jaxrlhf.types import Params
-from jaxrlhf.weights import safetensors
 from jaxrlhf.weights.export import export
 from jaxrlhf.weights.families import ADD_EOS
 from jaxrlhf.weights.hub import CONFIG, base_and_adapters, resolve, tokenizer_folder
@@ -91,6 +91,6 @@ def convert(file: Path, base: str, target: Path) -> tuple[Path, list[str]]:
     source, _ = base_and_adapters(resolve(base))
     facts = {"method": "reward", "base_model": base}
     folder = export(target, model, {**params, "score": score}, source=source, tokenizer=tokenizer, facts=facts)
-    config = safetensors.read_json(folder / CONFIG) | {ADD_EOS: False}
+    config = read_json(folder / CONFIG) | {ADD_EOS: False}
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder, unused

@@ -6,10 +6,8 @@ Every number of a header is checked against the file before any data is read. Te
 allocated memory: pages of a memory-mapped file would count as resident memory.
 """
 
-import json
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -19,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.errors import DataError
+from jaxrlhf.files import MAX_JSON, parse_json, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MAX_HEADER = 25_000_000  # bytes; a header of 100,000 tensors takes about 15 MB
 MAX_DIMENSIONS = 8
 CHUNK = 1 << 24  # bytes compared at a time
 ALIGNMENT = 64  # bytes; on a CPU jax uses host memory with this alignment in place instead of copying it
@@ -63,21 +61,10 @@ class Entry(TensorInfo):
     offset: int  # of its first byte in the file
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object without duplicate keys from a file of at most MAX_HEADER bytes. Raises DataError."""
-    try:
-        if (size := file.stat().st_size) > MAX_HEADER:
-            raise DataError(f"{file}: {size:,} bytes is more than the {MAX_HEADER:,} allowed for this file")
-        text = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror or error})") from error
-    return _parse_json(text, str(file))
-
-
 def scan(file: Path) -> dict[str, Entry]:
     """Read the tensor descriptions of one file from its header.
 
-    Raises DataError if the header is longer than MAX_HEADER or the file, is not JSON, names a tensor twice, has a dtype
+    Raises DataError if the header is longer than MAX_JSON or the file, is not JSON, names a tensor twice, has a dtype
     outside DTYPES, or if the byte ranges overlap, leave a hole, or do not end at the end of the file.
     """
     try:
@@ -86,12 +73,12 @@ def scan(file: Path) -> dict[str, Entry]:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
                 _refuse(file, f"its header claims {length:,} bytes and the file has {size:,}; it may be cut short")
-            if length > MAX_HEADER:
-                _refuse(file, f"its header claims {length:,} bytes, more than the {MAX_HEADER:,} allowed")
+            if length > MAX_JSON:
+                _refuse(file, f"its header claims {length:,} bytes, more than the {MAX_JSON:,} allowed")
             text = stream.read(length)
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror or error})") from error
-    header = _parse_json(text, f"header of {file}")
+    header = parse_json(text, f"header of {file}")
     header.pop("__metadata__", None)
     entries = {name: _parse_entry(file, name, fields, 8 + length) for name, fields in header.items()}
     end = 8 + length
@@ -237,25 +224,6 @@ def _read_from(stream: FileIO, entry: Entry, begin: int, raw: np.ndarray) -> Non
         if not count:
             raise DataError(f"{entry.file}: ended inside '{entry.name}'; it changed while it was read")
         done += count
-
-
-def _parse_json(text: bytes, where: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        unique_pairs = dict(pairs)
-        if len(unique_pairs) != len(pairs):
-            duplicate, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise DataError(f"{where}: key {duplicate!r} occurs more than once")
-        return unique_pairs
-
-    try:
-        parsed = json.loads(text, object_pairs_hook=unique)
-    except DataError:
-        raise
-    except (ValueError, RecursionError) as error:  # also: not UTF-8, huge numbers, deep nesting
-        raise DataError(f"{where}: not valid JSON ({error})") from error
-    if not isinstance(parsed, dict):
-        raise DataError(f"{where}: must be a JSON object, is a {type(parsed).__name__}")
-    return parsed
 
 
 def _are_naturals(value: Any, most: int) -> bool:

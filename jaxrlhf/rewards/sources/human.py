@@ -10,8 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxrlhf.errors import ConfigError, RewardError
-from jaxrlhf.metrics.console import visible
+from jaxrlhf.errors import ConfigError, RewardError, visible
 from jaxrlhf.rewards.sources import answers
 from jaxrlhf.rewards.sources.protocol import ScoreRequest, SourceScores
 

@@ -20,10 +20,11 @@ from jaxrlhf.data.labels import describe
 from jaxrlhf.data.messages import read_content
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from jaxrlhf.errors import ConfigError, DataError, quoted
+from jaxrlhf.files import read_json
 from jaxrlhf.logprobs import last_token_scores
 from jaxrlhf.models import ModelConfig, forward, scalar_head
 from jaxrlhf.types import Params, Rollout
-from jaxrlhf.weights import peft, safetensors
+from jaxrlhf.weights import peft
 from jaxrlhf.weights.families import ADD_EOS
 from jaxrlhf.weights.hub import CONFIG
 
@@ -80,7 +81,7 @@ class RewardModel:
         """True: an end token follows every completion; None: only those that ended by themselves."""
         if add_eos == "auto":
             folder, _ = weights.base_and_adapters(weights.resolve(self.path, self.revision, weights=False))
-            return safetensors.read_json(folder / CONFIG).get(ADD_EOS)
+            return read_json(folder / CONFIG).get(ADD_EOS)
         if self.tokenizer.has_chat:
             raise ConfigError(
                 f"add_eos is {add_eos}, but reward model {self.path} has a chat format, which ends the turns itself; "

@@ -11,7 +11,7 @@ from jax import Array
 
 from jaxrlhf import sharding
 from jaxrlhf.data.tokenizer import Tokenizer
-from jaxrlhf.metrics.console import visible
+from jaxrlhf.errors import visible
 from jaxrlhf.rollout.text import token_pieces
 from jaxrlhf.types import Experience, GroupExperience, Rollout
 
@@ -218,4 +218,4 @@ def token_labels(ids: Sequence[int], pieces: Sequence[str], tokenizer: Tokenizer
 
 
 def _one_line(text: str) -> str:
-    return visible(text).replace("\n", "\\n")
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")

@@ -7,6 +7,7 @@ import jax
 
 from jaxrlhf.config.spelling import did_you_mean
 from jaxrlhf.errors import ConfigError, DataError
+from jaxrlhf.files import read_json
 from jaxrlhf.lora import Module
 from jaxrlhf.models import ModelConfig, init
 from jaxrlhf.weights import safetensors
@@ -82,7 +83,7 @@ def num_labels(folder: Path) -> int:
 
 def read_fields(folder: Path) -> Fields:
     """adapter_config.json. Raises DataError for adapters that cannot be read (see keys.py)."""
-    fields = Fields(safetensors.read_json(folder / CONFIG), str(folder / CONFIG))
+    fields = Fields(read_json(folder / CONFIG), str(folder / CONFIG))
     keys.check(fields)
     return fields
 
