@@ -1,4 +1,4 @@
-"""Atomic file writes, and JSON files that others have written."""
+"""Atomic file writes, links that leave a folder, and JSON files that others have written."""
 
 import contextlib
 import json
@@ -13,14 +13,35 @@ from jaxrlhf.errors import DataError, StorageError, first_line
 MAX_JSON = 25_000_000  # bytes; the header of 100,000 tensors takes about 15 MB
 
 
-def write_whole(path: Path, content: str | bytes) -> Path:
+def write_whole(path: Path, content: str | bytes, *, private: bool = False) -> Path:
     """Write `content` (text as UTF-8) to `path` atomically, creating its folder if needed, and return `path`.
 
-    An unpaired surrogate, which UTF-8 cannot encode, is written as \\udxxx, its spelling in JSON. Raises StorageError.
+    A `private` file can be read and written by its owner alone. An unpaired surrogate, which UTF-8 cannot encode, is
+    written as \\udxxx, its spelling in JSON. Raises StorageError.
     """
     with atomic_open(path) as file:
+        if private:
+            os.fchmod(file.fileno(), 0o600)
         file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
     return path
+
+
+def check_links(folder: Path, *, subfolders: bool = False) -> None:
+    """Raise DataError for a link in `folder`, and in its subfolders if so asked, that leads out of it: a folder from
+    elsewhere must not bring files of this machine into a model or its prompts.
+
+    The links of a snapshot of the hub's cache may lead to the blobs beside it.
+    """
+    home = folder.resolve()
+    homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+    for path in folder.rglob("*") if subfolders else folder.iterdir():
+        if path.is_symlink():
+            target = Path(os.path.realpath(path))
+            if not any(target.is_relative_to(allowed) for allowed in homes):
+                raise DataError(
+                    f"{path}: a link to {target}, which is outside the folder, so it is not read; if you trust it, put "
+                    "the file itself there"
+                )
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from jaxrlhf.config import trl
 from jaxrlhf.config.file import METHODS
 from jaxrlhf.config.spelling import did_you_mean, suggestions
 from jaxrlhf.errors import ConfigError, JaxrlhfError, OutOfMemory, Preempted, StorageError
+from jaxrlhf.secrets import redact
 
 _OUT_OF_MEMORY = (
     "out of memory: {reason}\nTo use less memory with the same result: a smaller micro_batch_size of ppo, grpo, train "
@@ -90,7 +91,7 @@ def _report(message: str, code: int, debug: bool, *, once: bool = False) -> int:
         traceback.print_exc()
     number = processes.index() if (processes := _distributed()) else 0
     if number == 0 or not once:
-        print(f"jaxrlhf: {f'process {number}: ' if number else ''}{message}", file=sys.stderr)
+        print(f"jaxrlhf: {f'process {number}: ' if number else ''}{redact(message)}", file=sys.stderr)
     return code
 
 

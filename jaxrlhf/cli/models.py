@@ -3,7 +3,6 @@ needed."""
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import shutil
 import sys
@@ -13,8 +12,10 @@ from pathlib import Path
 from typing import TextIO
 
 from jaxrlhf.cli import next_steps
+from jaxrlhf.config import text as config_text
 from jaxrlhf.config.file import METHODS, load_config, methods_with_sections
 from jaxrlhf.errors import ConfigError, DataError, StorageError
+from jaxrlhf.files import check_links
 from jaxrlhf.selection.rule import Rule
 
 Options = argparse.Namespace
@@ -130,6 +131,7 @@ def _export(run: Path, target: Path, options: Options, is_run: bool) -> None:
     elif options.merge_lora and (exported / "adapter_config.json").is_file():
         export.merge(exported, target)
     else:
+        check_links(exported, subfolders=True)
         partial = target.with_name(target.name + ".part")
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(exported, partial).replace(target)
@@ -167,7 +169,7 @@ def overrides_from_run(
 
 def _section_overrides(method: str, path: Path, *sections: str) -> Overrides:
     """Those of `sections` that the config file has, as overrides."""
-    config = dataclasses.asdict(load_config(method, path, partial=True))
+    config = config_text.as_mapping(load_config(method, path, partial=True))
     return [(f"{name}.{key}", json.dumps(value)) for name in sections for key, value in config.get(name, {}).items()]
 
 

@@ -30,6 +30,7 @@ AutoBool = Annotated[
     pydantic.BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool) else value),
 ]
 Text = schema.Text
+Address = schema.Address
 DType = Literal["auto", "float32", "bfloat16"]
 
 

@@ -16,7 +16,8 @@ class Environment:
     step(state, completion) -> (text or None, reward). It runs in a separate process without accelerators. `passed`: the
     object given to the trainer, run in the trainer's process. Empty: a response is a single turn."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the class."""
+    """Keyword arguments of the class. `${NAME}` in a text is an environment variable, read when the run starts; only
+    the reference is written down."""
     max_turns: Count = 8
     """Maximum number of turns of the policy in a response. `sampling.response_length` limits the tokens of all turns
     together, those of the environment included."""

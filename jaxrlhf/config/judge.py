@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import Field
 
-from jaxrlhf.config.base import Bool, Count, Natural, NonNegative, Positive, Real, Text, section
+from jaxrlhf.config.base import Address, Bool, Count, Natural, NonNegative, Positive, Real, Text, section
+from jaxrlhf.secrets import redact_value
 
 SCORE_REGEX = r"""(?i)\bscore\b[\s*_`"']*[:=][\s*_`"']*([-+]?\d+(?:\.\d+)?)"""
 _ASKED_BY_INSTRUCTION = ("messages", "model", "temperature", "max_tokens", "stream", "n")
@@ -35,8 +36,9 @@ class Judge:
     """A language model that grades completions, behind a server with OpenAI's chat completions API (vLLM, llama.cpp,
     Ollama, hosted models)."""
 
-    url: str = ""
-    """Address of the chat completions API, e.g. http://127.0.0.1:8000/v1/chat/completions. Empty: no judge."""
+    url: Address = ""
+    """Address of the chat completions API, e.g. http://127.0.0.1:8000/v1/chat/completions. Empty: no judge. Secrets in
+    it are treated as in the `url` of a component."""
     model: str = ""
     """Name of the model on the server. Empty: none is sent, for servers with one model."""
     rubric: tuple[Criterion, ...] = ()
@@ -62,7 +64,8 @@ class Judge:
     max_tokens: Count | None = 512
     """Maximum tokens of a reply. null: the server's."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
-    """Further keys of the request, e.g. {response_format: {type: json_object}}."""
+    """Further keys of the request, e.g. {response_format: {type: json_object}}. `${NAME}` in a text is an environment
+    variable."""
     api_key_env: str = ""
     """Environment variable that holds the API key. The key itself is written nowhere."""
     concurrency: Count = 8
@@ -81,10 +84,10 @@ class Judge:
         if not self.url:
             return
         address = urllib.parse.urlsplit(self.url)
-        if address.username or address.password:
-            raise ValueError("url has a user name or password, which would be in every log; use api_key_env")
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise ValueError(f"url is '{self.url}'; it must begin with http:// or https:// and a host")
+        if (address.scheme not in ("http", "https") or not address.hostname) and not self.url.startswith("${"):
+            raise ValueError(f"url is '{redact_value(self.url)}'; it must begin with http:// or https:// and a host")
+        if address.username is not None and self.api_key_env:
+            raise ValueError("url has a user name and api_key_env is set: both authenticate; leave one of them out")
         if not re.fullmatch(r"|[A-Za-z_]\w*", self.api_key_env, re.ASCII):
             raise ValueError(
                 "api_key_env is not the name of an environment variable; if it is the key, put it into one"

@@ -11,9 +11,10 @@ import pydantic
 import yaml
 
 from jaxrlhf.config import schema
-from jaxrlhf.config.schema import Text, allowed_types, element_class, field_doc, is_text, keys, show
+from jaxrlhf.config.schema import Address, Text, allowed_types, element_class, field_doc, is_text, keys, show
 from jaxrlhf.config.yaml12 import Loader, scalar
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.secrets import redact, redact_value, resolve
 
 _REQUIRED = ("model.path", "data.path")
 _YAML_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
@@ -83,7 +84,8 @@ class ConfigReader:
                 node = yaml.compose(text, Loader=Loader)
             except yaml.YAMLError as error:
                 reason = getattr(error, "problem", error)
-                self.problems.append((_OVERRIDE, f"{key}: {text!r} is not YAML: {reason}"))
+                shown = redact(repr(redact_value(text, key.rpartition(".")[2])))
+                self.problems.append((_OVERRIDE, f"{key}: {shown} is not YAML: {reason}"))
                 return
             value = self._to_python(node, key, annotation, None) if node else None
         self.locations[key] = _OVERRIDE
@@ -105,13 +107,32 @@ class ConfigReader:
         _merge(target, leaf, value)
 
     def validate(self, mapping: dict[str, Any]) -> Any:
-        """The config, or None if there are problems."""
+        """The config, or None if there are problems. `${NAME}` in a value is the environment variable, except in texts
+        for a model; addresses and mappings keep it until they are used."""
         try:
-            return pydantic.TypeAdapter(self.cls).validate_python(mapping)
+            return pydantic.TypeAdapter(self.cls).validate_python(self._with_variables(mapping, ""))
         except pydantic.ValidationError as error:
             for key, item in schema.located(error):
                 self._add_validation_error(key, item)
             return None
+
+    def _with_variables(self, value: Any, key: str) -> Any:
+        annotation = self._annotation(key) if key else self.cls
+        if isinstance(value, dict):
+            if dict in allowed_types(annotation):
+                return value
+            return {name: self._with_variables(item, f"{key}.{name}" if key else name) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self._with_variables(item, f"{key}.{i}") for i, item in enumerate(value)]
+        if annotation is None:
+            annotation = self._annotation(key.rpartition(".")[0])  # of an element of a list
+        if not isinstance(value, str) or annotation == Address or is_text(annotation):
+            return value
+        try:
+            return resolve(value, key)
+        except ConfigError as error:
+            self.problems.append((self._location(key), str(error)))
+            return value
 
     def _add_validation_error(self, key: str, error: Any) -> None:
         message = schema.problem(self.cls, key, error)

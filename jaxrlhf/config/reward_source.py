@@ -6,8 +6,21 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from jaxrlhf.config.base import AutoBool, Bool, Count, DType, NonNegative, Positive, Real, Text, check_used, section
+from jaxrlhf.config.base import (
+    Address,
+    AutoBool,
+    Bool,
+    Count,
+    DType,
+    NonNegative,
+    Positive,
+    Real,
+    Text,
+    check_used,
+    section,
+)
 from jaxrlhf.config.judge import Judge
+from jaxrlhf.secrets import redact_value
 
 _RESERVED_SUFFIXES = ("_truncated", "_unanswered", "_spread")  # of metric keys that are logged per component
 _KINDS_USING = {
@@ -42,8 +55,10 @@ class Component:
     """Reward function, `path.py:name` or `package.module:name`: def reward(prompts, completions, **columns) ->
     list[float | None], or an async function. It runs in a separate process without accelerators. `passed`: the Python
     function given to the trainer, run in the trainer's process."""
-    url: str = ""
-    """HTTP endpoint that receives {"prompts", "completions", "columns"} and returns {"scores": [...]}."""
+    url: Address = ""
+    """HTTP endpoint that receives {"prompts", "completions", "columns"} and returns {"scores": [...]}. A user name and
+    password (https://NAME:PASSWORD@HOST/...) are sent as basic authentication. Secrets in it are written nowhere; as
+    `${NAME}`, an environment variable, they are found again when the run is resumed."""
     judge: Judge = Field(default_factory=Judge)
     """Set `url` in it to use it."""
     human: Literal["", "score", "pick"] = ""
@@ -66,7 +81,8 @@ class Component:
     """model: end token after the completion. true: always. false: never. auto: after a completion that ended by
     itself, as in training; never for a model of `jaxrlhf convert-rm`."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """function: additional keyword arguments."""
+    """function: additional keyword arguments. `${NAME}` in a text is an environment variable, read when the run
+    starts; only the reference is written down."""
     ensemble: tuple[str, ...] = ()
     """model: additional reward models that score the same text; their scores are combined by `combine`."""
     combine: Literal["mean", "min", "mean_minus_std"] = "mean"
@@ -88,7 +104,8 @@ class Component:
         sources = {name: getattr(self, name) for name in ("model", "function", "url", "human")}
         kinds = {kind: value for kind, value in (sources | {"judge": self.judge.url}).items() if value}
         if len(kinds) != 1:
-            given = " and ".join(f"{kind} '{value}'" for kind, value in kinds.items()) or "none of them"
+            named = [f"{kind} '{redact_value(value)}'" for kind, value in kinds.items()]
+            given = " and ".join(named) or "none of them"
             unused = "; judge has options but no url" if not self.judge.url and self.judge != Judge() else ""
             raise ValueError(
                 f"a component has exactly one of model, function, url, judge and human; this one has {given}{unused}"
@@ -101,8 +118,8 @@ class Component:
             )
         if self.function and self.function != "passed" and not all(self.function.rpartition(":")[::2]):
             raise ValueError(f"function is '{self.function}'; write it as path.py:name or package.module:name")
-        if self.url and not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url is '{self.url}'; it must begin with http:// or https://")
+        if self.url and not self.url.startswith(("http://", "https://", "${")):
+            raise ValueError(f"url is '{redact_value(self.url)}'; it must begin with http:// or https://")
         if kind != "judge" and self.judge != Judge():
             raise ValueError(f"judge has options but no url, and this component has {kind}; leave judge out")
         check_used(self, _KINDS_USING, kind, f"for a component with {kind}")

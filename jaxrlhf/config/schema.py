@@ -10,9 +10,14 @@ from typing import Any
 
 from jaxrlhf.config import trl
 from jaxrlhf.config.spelling import did_you_mean
+from jaxrlhf.secrets import redact, redact_value
 
 Text = typing.Annotated[str, "for the model"]
 """Text that a model reads or writes, in which `\\n` is meant as a newline."""
+
+
+Address = typing.Annotated[str, "resolved at use"]
+"""Address of a server, which may hold secrets and references `${NAME}` to environment variables."""
 
 
 def keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -160,7 +165,7 @@ def describe(error: Any) -> str:
 def show(value: Any) -> str:
     """A value as written in a config file."""
     if isinstance(value, dict | list):
-        return "a mapping" if isinstance(value, dict) else f"the list {value}"
+        return "a mapping" if isinstance(value, dict) else f"the list {redact(repr(redact_value(value)))}"
     if isinstance(value, bool):
         return str(value).lower()
-    return "nothing (null)" if value is None else repr(value)
+    return "nothing (null)" if value is None else redact(repr(value))

@@ -10,13 +10,33 @@ import yaml
 
 from jaxrlhf.config import RewardSource
 from jaxrlhf.config.base import default_of
-from jaxrlhf.config.schema import allowed_types, element_class, field_doc
+from jaxrlhf.config.schema import Address, allowed_types, element_class, field_doc, is_text
 from jaxrlhf.config.yaml12 import Dumper
+from jaxrlhf.secrets import escape, redact_value
 
 
 def dump(config: Any) -> str:
-    """A config as YAML with every key. Loading it gives an equal config."""
-    return yaml.dump(dataclasses.asdict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10**6)
+    """A config as YAML with every key, but without secrets. Loading it gives an equal config, but for these."""
+    return yaml.dump(as_mapping(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10**6)
+
+
+def as_mapping(config: Any) -> dict[str, Any]:
+    """A config or section as a mapping to write down: every key, without secrets."""
+    fields = dataclasses.fields(config)
+    return {field.name: kept(getattr(config, field.name), field.type, field.name) for field in fields}
+
+
+def kept(value: Any, annotation: Any, name: str) -> Any:
+    """The value of a key as it is written down."""
+    if dataclasses.is_dataclass(value):
+        return as_mapping(value)
+    if isinstance(value, dict):
+        return redact_value(value)
+    if isinstance(value, tuple):
+        return tuple(kept(item, annotation, name) for item in value)
+    if not isinstance(value, str) or is_text(annotation):
+        return value
+    return redact_value(value) if annotation == Address else escape(redact_value(value))
 
 
 def render_new(method: str, cls: type) -> str:

@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.errors import DataError
+from jaxrlhf.files import check_links
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 FILES += ("merges.txt", "tokenizer.model", "chat_template.jinja")
+MORE_TEMPLATES = "additional_chat_templates"
+
+
+def check_folder(folder: Path) -> None:
+    """Raise DataError if a link in the folder of a model or tokenizer leads out of it."""
+    check_links(folder)
+    if (templates := folder / MORE_TEMPLATES).is_dir():
+        check_links(templates)
 
 
 def from_pretrained(name: str, revision: str | None) -> Any:
@@ -25,6 +34,8 @@ def from_pretrained(name: str, revision: str | None) -> Any:
         raise DataError(f"tokenizer {name}: the folder has no tokenizer files ({', '.join(FILES[:2])}, ...)")
     if not local and (folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
         raise DataError(f"tokenizer {name}: no such folder")
+    if local:
+        check_folder(folder)
     try:
         hf = AutoTokenizer.from_pretrained(
             str(folder) if local else name, revision=revision, trust_remote_code=False, local_files_only=local

@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 
 from jaxrlhf.config import TokenizerSource
 from jaxrlhf.data.chat_template import CHATML, ChatTemplate, select_chat_template
-from jaxrlhf.data.hf_tokenizer import FILES, from_pretrained, generation_stops
+from jaxrlhf.data.hf_tokenizer import FILES, MORE_TEMPLATES, from_pretrained, generation_stops
 from jaxrlhf.errors import DataError
 
 Objects = list[dict[str, Any]]
 Span = tuple[int, int]
 ESCAPE = "\ufdd0"
-_MORE_TEMPLATES = "additional_chat_templates"
 _JSON_ESCAPE = "\\ufdd0"
 _BATCH = 8192  # texts per call of the backend, whose encodings take much more memory than lists of ids
 _PROBE = "Hello, world!  naïve 1234\n\tdef f(x): return x\n"
@@ -321,8 +320,8 @@ class Tokenizer:
             for name in FILES:
                 if (self._origin / name).exists():
                     shutil.copyfile(self._origin / name, directory / name)
-            if (self._origin / _MORE_TEMPLATES).is_dir():
-                shutil.copytree(self._origin / _MORE_TEMPLATES, directory / _MORE_TEMPLATES, dirs_exist_ok=True)
+            if (self._origin / MORE_TEMPLATES).is_dir():
+                shutil.copytree(self._origin / MORE_TEMPLATES, directory / MORE_TEMPLATES, dirs_exist_ok=True)
             return
         template = self._hf.chat_template
         try:

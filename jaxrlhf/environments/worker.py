@@ -9,6 +9,7 @@ from jaxrlhf.environments.episodes import Episodes, Reply, check_columns
 from jaxrlhf.errors import ConfigError, RewardError, counted, first_line
 from jaxrlhf.rewards.functions import Signature
 from jaxrlhf.rewards.sources.worker import to_json
+from jaxrlhf.secrets import resolve
 from jaxrlhf.workers import WorkerProcess
 
 
@@ -31,7 +32,8 @@ class WorkerEpisodes:
     def __init__(self, config: Environment) -> None:
         self.name, self._timeout, self.seconds = config.function, config.timeout, 0.0
         subject = f"environment '{config.function}'"
-        self._process = WorkerProcess("jaxrlhf.environments.serve", config.function, subject, config.options)
+        options = resolve(config.options, "environment.options")
+        self._process = WorkerProcess("jaxrlhf.environments.serve", config.function, subject, options)
         self.signature = Signature(**self._process.first)
 
     def close(self) -> None:

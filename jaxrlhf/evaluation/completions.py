@@ -1,6 +1,5 @@
 """Evaluation of a language model: sample completions of prompts and score them by a reward or against references."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf.config import PPOConfig
+from jaxrlhf.config import PPOConfig, text
 from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.evaluation import generation, prompts
 from jaxrlhf.evaluation.generation import Completion
@@ -103,7 +102,7 @@ def complete(
             f"none of {count} completions has a score: all components of the reward with a weight returned None, or "
             "failed with on_error: skip"
         )
-    sections = dataclasses.asdict(config.reward), dataclasses.asdict(config.sampling)
+    sections = text.as_mapping(config.reward), text.as_mapping(config.sampling)
     reward, sampling = json.loads(json.dumps(sections))  # with lists in place of tuples
     files = list(dict.fromkeys(question.file for question in questions.questions))
     by = [questions.category_from] * bool(questions.category_from) + ["file"] * (len(files) > 1)

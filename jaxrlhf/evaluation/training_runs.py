@@ -13,6 +13,7 @@ import yaml
 
 from jaxrlhf.errors import DataError, StorageError, first_line
 from jaxrlhf.metrics import read_records
+from jaxrlhf.secrets import redact_value
 
 ON_POLICY = ("ppo", "grpo")
 GENERATED = "tokens/generated"
@@ -74,7 +75,8 @@ def read(directory: str) -> TrainingRun | None:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         log = folder / "metrics.jsonl"
         records = read_records(log) if log.is_file() else []
-        return TrainingRun(folder, record["method"], list(record["starts"]), records, config.get("reward"))
+        reward = redact_value(config.get("reward"))
+        return TrainingRun(folder, record["method"], list(record["starts"]), records, reward)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError, yaml.YAMLError) as error:
         raise StorageError(f"the record of the run {directory} cannot be read: {first_line(error)}") from error
 

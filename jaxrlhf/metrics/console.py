@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxrlhf.config import Logging
 from jaxrlhf.errors import visible
+from jaxrlhf.secrets import redact
 
 _ON_POLICY = {
     "objective/scores": "score",
@@ -83,8 +84,8 @@ class Console:
             self._bar.console.print(Panel(text, title=Text(title), title_align="left"))
 
     def note(self, text: str) -> None:
-        """Print a message between the progress lines."""
-        self._print(visible(text))
+        """Print a message between the progress lines, without secrets."""
+        self._print(visible(redact(text)))
 
     def compiled(self, text: str) -> None:
         """Print that a program was compiled, and leave the time until the next record out of the remaining time."""

@@ -9,14 +9,16 @@ import importlib
 import io
 import json
 import re
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from jaxrlhf.errors import ConfigError, first_line
+from jaxrlhf.secrets import redact_command
 
 Row = Mapping[str, Any]
 FLUSH_SECONDS = 10  # a flush waits for the disk
@@ -127,7 +129,7 @@ class Tracker:
         if self.name == "wandb":
             kind = {"name": directory.name, "id": run_id, "dir": str(directory)}
         try:
-            with self._printing():
+            with self._printing(), _without_secrets_in_arguments():
                 module.init(project=project, config=config, resume="allow", **kind)
         except Exception as error:
             option = f"logging.{self.name}_project"
@@ -176,6 +178,17 @@ def tracker_module(kind: str, project: str) -> Any:
             f"logging.{kind}_project is '{project}' but {kind} cannot be imported ({first_line(error)}); "
             f"pip install 'jaxrlhf[{kind}]', or leave it empty"
         ) from error
+
+
+@contextlib.contextmanager
+def _without_secrets_in_arguments() -> Iterator[None]:
+    """W&B records the arguments of the program."""
+    arguments = sys.argv
+    sys.argv = redact_command(arguments)
+    try:
+        yield
+    finally:
+        sys.argv = arguments
 
 
 def _cell(value: Any) -> Any:

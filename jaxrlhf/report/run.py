@@ -20,6 +20,7 @@ from jaxrlhf.metrics.keys import definition
 from jaxrlhf.report import curves, reward_health, tokens, verdict
 from jaxrlhf.report.page import page
 from jaxrlhf.report.samples import by_prompt, cut
+from jaxrlhf.secrets import redact, redact_value
 
 T = TypeVar("T")
 REPORT = "report.html"
@@ -104,7 +105,7 @@ class _Files:
         """config.yaml as text, and as a flat mapping of dotted keys."""
         content = self._try("config.yaml", lambda path: path.read_text(encoding="utf-8", errors="replace"), "")
         value = self._try("config.yaml", lambda _: yaml.safe_load(content), {})
-        return content, runs.flatten(value) if isinstance(value, dict) else {}
+        return redact(content), runs.flatten(redact_value(value)) if isinstance(value, dict) else {}
 
     def _try(self, name: str, reader: Callable[[Path], T], missing: T) -> T:
         path = self.directory / name

@@ -21,6 +21,7 @@ from jaxrlhf.rewards.sources.judge import SAMPLE, Judge
 from jaxrlhf.rewards.sources.model import Messages, RewardModel, transcript
 from jaxrlhf.rewards.sources.protocol import ScoreRequest, SourceScores
 from jaxrlhf.rewards.sources.worker import Worker, to_json_line
+from jaxrlhf.secrets import resolve
 from jaxrlhf.types import Rollout
 
 PROBED = 32  # prompts on which `check` tries a source
@@ -55,15 +56,16 @@ def open_source(
             mesh=mesh,
             tokenizer=TokenizerSource(template_date=template_date),
         )
+    options = resolve(config.options, "options of a component of the reward")
     if config.function == "passed":
         if function is None:
             raise ConfigError(
                 "reward.components has function: passed, and no Python function was given; give one to the trainer "
                 "(PPOTrainer(config, reward=...)), or name it as path.py:name"
             )
-        return RewardFunction(function, options=config.options, timeout=config.timeout if function_timeout else None)
+        return RewardFunction(function, options=options, timeout=config.timeout if function_timeout else None)
     if config.function:
-        return Worker(config.function, options=config.options, timeout=config.timeout)
+        return Worker(config.function, options=options, timeout=config.timeout)
     if config.url:
         return Endpoint(config.url, timeout=config.timeout)
     if config.judge.url:

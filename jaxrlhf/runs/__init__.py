@@ -28,6 +28,7 @@ from jaxrlhf.config import replace, text
 from jaxrlhf.errors import Preempted, StorageError, first_line
 from jaxrlhf.files import write_whole
 from jaxrlhf.runs.resume import check_resume, flatten, versions
+from jaxrlhf.secrets import redact, redact_command
 
 T = TypeVar("T")
 
@@ -50,7 +51,7 @@ class Run:
         """Add facts about this start to run.json. Raises StorageError."""
         self.content["starts"][-1] |= facts
         if distributed.is_primary():
-            write_whole(self.directory / "run.json", json.dumps(self.content, indent=1) + "\n")
+            write_whole(self.directory / "run.json", json.dumps(self.content, indent=1) + "\n", private=True)
 
 
 @contextlib.contextmanager
@@ -76,7 +77,8 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
             resumed = checkpoint.exists(directory / "checkpoints")
             previous, notes = check_resume(directory, config, method) if resumed else ({}, ())
             content = _record(previous, config, method)
-            write_whole(directory / "config.yaml", f"# jaxrlhf {method}, every option resolved\n" + text.dump(config))
+            content_of_config = f"# jaxrlhf {method}, every option resolved\n" + text.dump(config)
+            write_whole(directory / "config.yaml", content_of_config, private=True)
             Run(directory, resumed, notes, content).record()
             return [resumed, notes, content]
 
@@ -92,7 +94,7 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
             if isinstance(error, Preempted):
                 outcome = {"outcome": "preempted"}
             else:
-                outcome = {"outcome": type(error).__name__, "error": first_line(error)}
+                outcome = {"outcome": type(error).__name__, "error": redact(first_line(error))}
             raise
         finally:
             peak = {"host": memory.peak_on_host(), "device": memory.peak_on_devices()}
@@ -173,7 +175,7 @@ def method_and_last_start(directory: Path) -> tuple[str, dict[str, Any]]:
 
 def typed_command(start: Mapping[str, Any]) -> list[str]:
     """The words of the command of a start, as they can be typed: its program without the folder it is installed in."""
-    program, *arguments = map(str, start.get("command") or [""])
+    program, *arguments = redact_command([str(word) for word in start.get("command") or [""]])
     if not program:
         return []
     name = Path(program).name
@@ -244,7 +246,7 @@ def _record(previous: dict[str, Any], config: Any, method: str) -> dict[str, Any
         "time": _now(),
         "host": socket.gethostname(),
         "process": os.getpid(),
-        "command": sys.argv,
+        "command": redact_command(sys.argv),
         "directory": os.getcwd(),
         "processes": distributed.count(),
         "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),

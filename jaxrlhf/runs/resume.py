@@ -12,6 +12,7 @@ from jaxrlhf import distributed, runtime
 from jaxrlhf.config import text
 from jaxrlhf.config.file import load_config
 from jaxrlhf.errors import ConfigError, StorageError
+from jaxrlhf.secrets import redact_value, same
 
 PACKAGES = ("jaxrlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers")
 FREE = (
@@ -92,10 +93,10 @@ def check_resume(directory: Path, config: Any, method: str) -> tuple[dict[str, A
     for key in now | before:
         old, new = before.get(key, "(not set)"), now.get(key, "(not set)")
         free = key.startswith(FREE) or (constant and key in LENGTH) or (key == TEMPLATE_DATE and not old)
-        if old == new or free or (key.startswith("reward.components.") and key.endswith(REWARD_FAILURES)):
+        if same(key, old, new) or free or (key.startswith("reward.components.") and key.endswith(REWARD_FAILURES)):
             continue
         target = rounding if key.startswith(ROUNDING) or key.endswith(ROUNDING) else refused
-        target.append(f"{key}: {old} -> {new}")
+        target.append(f"{key}: {redact_value(old, key.rpartition('.')[2])} -> {new}")
     if refused:
         raise StorageError(
             f"{directory} holds a run with another config:\n"

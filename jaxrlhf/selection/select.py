@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf import weights
-from jaxrlhf.config import PPOConfig, replace
+from jaxrlhf.config import PPOConfig, replace, text
 from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.data.formats import FORMAT_COLUMNS
 from jaxrlhf.data.tokenizer import Tokenizer
@@ -115,7 +115,7 @@ def _stored(completion: Completion) -> Completion:
 
 def _settings(config: PPOConfig, rows: Sequence[PromptRow], count: int) -> dict[str, Any]:
     """Everything that determines completions and scores, except the code of reward functions."""
-    reward = dataclasses.asdict(config.reward)
+    reward = text.as_mapping(config.reward)
     for component in [reward, *reward["components"]]:
         for name in CHANGEABLE:
             component.pop(name, None)

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxrlhf import metrics, runs
 from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig
+from jaxrlhf.config import text as config_text
 from jaxrlhf.config.base import default_of
 from jaxrlhf.errors import counted
 from jaxrlhf.metrics.statistics import wilson
@@ -65,7 +66,7 @@ def changes(config: Any, default: Any = None) -> dict[str, Any]:
         if value == usual:
             continue
         nested = dataclasses.is_dataclass(value) and type(value) is type(usual)
-        found[field.name] = changes(value, usual) if nested else _plain(value)
+        found[field.name] = changes(value, usual) if nested else _plain(value, field)
     return found
 
 
@@ -150,11 +151,13 @@ _LANGUAGE_MODEL = (
 )
 
 
-def _plain(value: Any) -> Any:
-    """A value with dataclasses inside as mappings of what is not at its default."""
+def _plain(value: Any, field: "dataclasses.Field[Any]") -> Any:
+    """The value of a field as it is written down, dataclasses inside as mappings of what is not at its default."""
     if dataclasses.is_dataclass(value):
         return changes(value)
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_plain(item, field) for item in value]
+    return config_text.kept(value, field.type, field.name)
 
 
 def _json(path: Path) -> dict[str, Any]:

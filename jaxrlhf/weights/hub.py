@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-from jaxrlhf.data import tokenizer
+from jaxrlhf.data import hf_tokenizer, tokenizer
 from jaxrlhf.errors import DataError, first_line
+from jaxrlhf.files import check_links
 from jaxrlhf.weights import peft, safetensors
 
 CARD = "README.md"
@@ -18,7 +19,8 @@ def resolve(path: str | Path, revision: str | None = None, *, weights: bool = Tr
     """The local folder of a model: `path` itself, the export/ of a run directory, or a download from the hub.
 
     A local path never touches the network; `hf://org/name` is always a hub id. With `weights` false a download leaves
-    out the weights, and a local folder needs no config.json (it may hold only a tokenizer).
+    out the weights, and a local folder needs no config.json (it may hold only a tokenizer). A link that leads out of
+    the folder is refused.
     Raises DataError with what was looked for.
     """
     text = str(path)
@@ -72,7 +74,9 @@ def listing(folder: Path) -> str:
 def _resolve_local(folder: Path, weights: bool) -> Path:
     for candidate in (folder, folder / "export"):
         if (candidate / CONFIG).is_file() or (candidate / peft.CONFIG).is_file():
-            return candidate
+            if candidate != folder and candidate.is_symlink():
+                check_links(folder)
+            return _checked(candidate)
     if (folder / "run.json").exists():
         raise DataError(
             f"{folder}: a run that has no export yet (looked for export/{CONFIG}); let it finish, "
@@ -80,6 +84,11 @@ def _resolve_local(folder: Path, weights: bool) -> Path:
         )
     if weights:
         raise DataError(f"{folder}: no {CONFIG} and no export/{CONFIG}; the folder holds: {listing(folder)}")
+    return _checked(folder)
+
+
+def _checked(folder: Path) -> Path:
+    hf_tokenizer.check_folder(folder)
     return folder
 
 
@@ -120,7 +129,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
             f"asked ({type(error).__name__}: {first_line(error)}). "
             "Check the network (and HF_HUB_OFFLINE), or give the path of a local folder"
         ) from error
-    if peft.is_adapter(folder):
+    if peft.is_adapter(_checked(folder)):
         return folder
     if weights and not (folder / CONFIG).is_file():
         raise DataError(f"hub model '{name}'{at}: has no {CONFIG}; it is not a transformers model")

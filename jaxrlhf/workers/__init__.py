@@ -24,9 +24,11 @@ LOAD_TIMEOUT = 300.0  # seconds in which the module must be imported
 LAST_LINES = 8  # lines of a crashed process's output that the error message shows
 LINE_END = 500  # characters of each of them, from its end
 BLOCK = 1 << 16  # bytes read or written at a time
+_OPTIONS = "JAXRLHF_WORKER_OPTIONS"  # a variable, as every user of the machine can read the arguments of a process
 _PROGRAM = (
-    "import importlib, json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "importlib.import_module(sys.argv[2]).main(sys.argv[3], json.loads(sys.argv[4]), int(sys.argv[5]))"
+    "import importlib, json, os, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    f"options = json.loads(os.environ.pop({_OPTIONS!r})); "
+    "importlib.import_module(sys.argv[2]).main(sys.argv[3], options, int(sys.argv[4]))"
 )
 
 
@@ -58,14 +60,14 @@ class WorkerProcess:
 
     def start(self) -> None:
         """Start the process, again if it has ended, and wait until it has loaded: then `first` is what it sent."""
-        arguments = [json.dumps(sys.path), self._serve, self._spec, self._options, str(os.getpid())]
+        arguments = [json.dumps(sys.path), self._serve, self._spec, str(os.getpid())]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-u", "-c", _PROGRAM, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"},
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu", _OPTIONS: self._options},
             start_new_session=True,  # a process group that can be killed as one and does not get Ctrl-C
         )
         weakref.finalize(self, _kill, self._process)

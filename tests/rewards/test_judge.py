@@ -270,7 +270,7 @@ def test_a_conversation_is_shown_as_a_transcript(serve, policy_tokenizer, make_r
     ("options", "reason"),
     [
         ({"url": "127.0.0.1:8000"}, "must begin with http:// or https:// and a host"),
-        ({"url": "http://me:pw@host/v1"}, "user name or password"),
+        ({"url": "http://me:pw@host/v1", "api_key_env": "KEY"}, "both authenticate"),
         ({"api_key_env": "sk-abc"}, "not the name of an environment variable"),
         ({"minimum": 5.0, "maximum": 5.0}, r"minimum \(5\) must be less than maximum \(5\)"),
         ({"score_regex": "(", "instructions": "x"}, "score_regex is not a regular expression"),

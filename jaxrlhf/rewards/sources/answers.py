@@ -30,7 +30,7 @@ def append(file: Path, row: dict[str, Any]) -> None:
     line = json.dumps(row).encode() + b"\n"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "a+b", buffering=0) as out:
+        with open(file, "a+b", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
             if out.seek(0, os.SEEK_END) and (out.seek(-1, os.SEEK_END), out.read(1))[1] != b"\n":
                 line = b"\n" + line
             out.write(line)

@@ -6,19 +6,22 @@ from collections.abc import Callable
 
 from jaxrlhf.errors import RewardError, quoted
 from jaxrlhf.rewards.functions import CallTimeout, call_with_timeout
-from jaxrlhf.rewards.sources.http import HTTPFailure, post
+from jaxrlhf.rewards.sources.http import Address, HTTPFailure, post
 from jaxrlhf.rewards.sources.protocol import ScoreRequest, SourceScores, parse_scores
 from jaxrlhf.rewards.sources.worker import to_json_line
+from jaxrlhf.secrets import redact
 
 
 class Endpoint:
     """POSTs `{"prompts": [...], "completions": [...], "columns": {...}}` to `url`; expects `{"scores": [...]}`.
 
     Failed requests are retried (`http.post`) within `timeout` seconds. Scores are validated like those of a function.
+    Raises ConfigError for a `url` that cannot be used (`http.Address.of`).
     """
 
     def __init__(self, url: str, *, timeout: float, sleep: Callable[[float], None] = time.sleep) -> None:
-        self.name, self._timeout, self._sleep = url, timeout, sleep
+        self._address = Address.of(url, "url of a component of the reward")
+        self.name, self._timeout, self._sleep = self._address.shown, timeout, sleep
 
     def __call__(self, request: ScoreRequest) -> SourceScores:
         """Raises RewardError if no usable reply arrives in time."""
@@ -26,7 +29,7 @@ class Endpoint:
         body = to_json_line(request, prefix)
         deadline = time.monotonic() + self._timeout
         try:
-            reply = call_with_timeout(self._timeout, lambda: post(self.name, body, deadline, sleep=self._sleep))
+            reply = call_with_timeout(self._timeout, lambda: self._post(body, deadline))
         except CallTimeout:
             raise RewardError(
                 f"{prefix} did not answer {len(request.completions)} completions within {self._timeout:g} s; raise its "
@@ -37,7 +40,12 @@ class Endpoint:
         try:
             parsed = json.loads(reply)
         except (ValueError, RecursionError) as error:
-            raise RewardError(f"{prefix} answered with something other than JSON: {quoted(reply)}") from error
+            raise RewardError(f"{prefix} answered with something other than JSON: {redact(quoted(reply))}") from error
         if not isinstance(parsed, dict) or "scores" not in parsed:
-            raise RewardError(f'{prefix} answered without "scores": {quoted(parsed)}; expected {{"scores": [...]}}')
+            raise RewardError(
+                f'{prefix} answered without "scores": {redact(quoted(parsed))}; expected {{"scores": [...]}}'
+            )
         return parse_scores(parsed["scores"], request, self.name)
+
+    def _post(self, body: bytes, deadline: float) -> bytes:
+        return post(self._address.url, body, deadline, headers=self._address.headers, sleep=self._sleep)

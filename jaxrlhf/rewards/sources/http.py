@@ -1,15 +1,18 @@
 """HTTP with retries, for the servers that give scores."""
 
+import base64
 import datetime
 import email.utils
 import http.client
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxrlhf.errors import first_line, quoted
+from jaxrlhf import secrets
+from jaxrlhf.errors import ConfigError, first_line, quoted
 
 ATTEMPTS = 4
 FIRST_PAUSE = 0.25  # seconds before the second attempt; doubled each time
@@ -23,6 +26,36 @@ class HTTPFailure(Exception):
     def __init__(self, message: str, *, about_request: bool = False) -> None:
         super().__init__(message)
         self.about_request = about_request
+
+
+class Address(NamedTuple):
+    """The address of a server."""
+
+    shown: str  # without secrets, for messages
+    url: str
+    headers: Mapping[str, str]  # basic authentication, if the URL has a user name
+
+    @classmethod
+    def of(cls, url: str, place: str) -> "Address":
+        """Read the `url` of an option, whose name is `place`. Raises ConfigError for one that is no HTTP URL, and for a
+        variable in it that is not set."""
+        shown = secrets.redact_value(url)
+        plain, userinfo = secrets.split_userinfo(secrets.resolve(url, place))
+        try:
+            parts = urllib.parse.urlsplit(plain)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or True)
+        except ValueError:
+            usable = False
+        if not usable or any(c.isspace() or not c.isprintable() for c in plain):
+            raise ConfigError(
+                f"{place} is '{shown}'; it must begin with http:// or https:// and a host, and have no blanks (write "
+                "%20)"
+            )
+        if userinfo is None:
+            return cls(shown, plain, {})
+        code = base64.b64encode(":".join(userinfo).encode()).decode()
+        secrets.remember(code)
+        return cls(shown, plain, {"Authorization": f"Basic {code}"})
 
 
 def post(
@@ -55,7 +88,7 @@ def post(
             permanent = about_request = False
         if permanent or attempt + 1 == attempts or time.monotonic() + pause >= deadline:
             reason = f"{reason} ({attempt + 1} attempts)" if attempt else reason
-            raise HTTPFailure(reason, about_request=about_request)
+            raise HTTPFailure(secrets.redact(reason), about_request=about_request)
         sleep(pause)
     raise AssertionError
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxrlhf import config, distributed
+from jaxrlhf import config, distributed, secrets
 from jaxrlhf.config.judge import SCORE_REGEX
 from jaxrlhf.errors import ConfigError, RewardError, counted, quoted
 from jaxrlhf.rewards.sources import answers, template
-from jaxrlhf.rewards.sources.http import HTTPFailure, post
+from jaxrlhf.rewards.sources.http import Address, HTTPFailure, post
 from jaxrlhf.rewards.sources.protocol import ScoreRequest, SourceScores
 
 SYSTEM = (
@@ -48,7 +48,9 @@ class Judge:
         directory: Path | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.name, self.settings, self._text = settings.url, settings, text or TEXT
+        self._address = Address.of(settings.url, "judge.url of a component of the reward")
+        self.name, self.settings, self._text = self._address.shown, settings, text or TEXT
+        self._extra_body = secrets.resolve(settings.extra_body, "judge.extra_body of a component of the reward")
         self._timeout, self._directory, self._sleep = timeout, directory, sleep
         self._key = os.environ.get(settings.api_key_env, "").strip() if settings.api_key_env else ""
         if settings.api_key_env and not re.fullmatch(r"[!-~]+", self._key):
@@ -57,6 +59,8 @@ class Judge:
                 f"reward {self.name}: api_key_env is {settings.api_key_env}, and this environment variable {state}; "
                 f"export {settings.api_key_env}=... before the command"
             )
+        secrets.remember(self._key)
+        self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else self._address.headers
         self._replies: dict[str, str] | None = None
         self._lock = threading.Lock()
 
@@ -115,7 +119,7 @@ class Judge:
         criterion = settings.rubric[0].question if settings.rubric else QUESTION
         fixed: dict[str, Any] = {"model": settings.model} if settings.model else {}
         options = {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
-        fixed |= {name: value for name, value in options.items() if value is not None} | settings.extra_body
+        fixed |= {name: value for name, value in options.items() if value is not None} | self._extra_body
         return [
             json.dumps(
                 {
@@ -192,18 +196,17 @@ class Judge:
 
         try:
             received = post(
-                self.name,
+                self._address.url,
                 body,
                 deadline,
-                headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+                headers=self._headers,
                 attempts=1 + settings.retries,
                 attempt_timeout=settings.request_timeout,
                 sleep=sleep,
             )
             text, usage = _content(received)
         except HTTPFailure as error:
-            reason = str(error).replace(self._key, "***") if self._key else str(error)
-            raise HTTPFailure(reason, about_request=error.about_request) from None
+            raise HTTPFailure(secrets.redact(str(error)), about_request=error.about_request) from None
         counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
         tokens = [float(count) if isinstance(count, int) else 0.0 for count in counts]
         return text, dict(zip(COSTS, (1.0, pauses, time.monotonic() - started, *tokens), strict=True))
