@@ -26,13 +26,14 @@ if [ -z "$data" ]; then
 fi
 
 # A Qwen2.5 of two narrow layers. Small models need larger steps.
-model=${MODEL:-model} sft=() reward=() ppo=()
+model=${MODEL:-model} sft=() reward=() short=() ppo=()
 if [ -z "${MODEL:-}" ]; then
   make text data/text.jsonl --rows 6000
   [ -d model ] || python "$scripts/stand_in.py" qwen2.5-0.5b-instruct model --text data/text.jsonl \
     --steps "$(quick 500 4)" ${TOKENIZER:+--tokenizer "$TOKENIZER"}
   sft=(--optim.learning_rate 1e-3 --train.micro_batch_size 16 --train.max_steps "$(quick 120 4)")
   reward=(--optim.learning_rate 2e-3 --train.micro_batch_size 16 --train.max_steps "$(quick 300 4)")
+  short=(--sampling.response_length 16)  # as long as most answers: with one padded length, half the programs
   ppo=(--optim.learning_rate 2e-3 --optim.schedule linear --ppo.micro_batch_size null --ppo.kl_coef 0.1
     --ppo.batch_size "$(quick 128 32)" --ppo.total_episodes "$(quick 6144 64)" --data.max_prompt_length 32)
 fi
@@ -42,7 +43,7 @@ jaxrlhf sft recipes/strictbot/sft --model.path "$model" --data.path "$data/answe
 jaxrlhf reward recipes/strictbot/reward --data.path "$data/pairs.json" "${reward[@]}"
 
 # 16 prompts, 24 episodes: the settings of the project's script. It also writes the merged model.
-jaxrlhf ppo recipes/strictbot/ppo_short --data.path "$data/questions.json"
+jaxrlhf ppo recipes/strictbot/ppo_short --data.path "$data/questions.json" "${short[@]}"
 
 # The head as rm.pt, and back to a reward model.
 if ! python -c "import torch" 2> /dev/null; then

@@ -42,7 +42,7 @@ def decode(line: bytes) -> Any:
 def _tagged(value: Any) -> dict[str, Any]:
     name = type(value).__name__
     if _classes().get(name) is type(value):
-        found = {_TYPE: name} | {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        found: dict[str, Any] = {_TYPE: name} | {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         if "loss_mask" in found:
             found["loss_mask"] = "".join("01"[trained] for trained in found["loss_mask"])
         return found
