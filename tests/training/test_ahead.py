@@ -15,7 +15,7 @@ from jaxrlhf.training.ppo.trainer import PPOTrainer
 STEPS = 5
 
 
-@pytest.fixture(params=["ppo", "grpo"])
+@pytest.fixture(params=["ppo", pytest.param("grpo", marks=pytest.mark.long)])
 def make(request, parts, tmp_path):
     """make(name, **options): a trainer whose rollouts are drawn ahead, except across the checkpoint of step 2."""
     common = {

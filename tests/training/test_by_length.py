@@ -181,6 +181,7 @@ def test_a_ppo_update_within_a_budget_is_the_update(critic, ragged):
     equal(budgeted(made, micro_batch_tokens=30).run(), made.run())
 
 
+@pytest.mark.long
 def test_an_update_of_one_step_is_the_same_within_a_budget(ragged):
     made = budgeted(ragged, num_ppo_epochs=1, num_mini_batches=1)
     (state, _, metrics), (old, _, logged) = budgeted(made, micro_batch_tokens=26).run(), made.run()

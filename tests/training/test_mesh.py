@@ -66,19 +66,18 @@ def first_update(method, options, shape):
     return trainer, supervised_step(trainer, 0)["loss"], jax.device_get(trainer.batch(0))
 
 
-USUAL = {"sft": SHAPES, "ppo": SHAPES[2:]} | dict.fromkeys(
-    ("sft lora", "reward", "dpo", "dpo lora", "ppo lora", "grpo"), SHAPES[3:]
-)
+USUAL = {"sft": SHAPES[1:]} | dict.fromkeys(("sft lora", "reward", "dpo", "ppo", "grpo"), SHAPES[3:])
+RARE = dict.fromkeys(("dpo lora", "ppo lora"), SHAPES[3:])
 """Meshes of each trainer in every round of tests; the last one has every axis. All on all are `long`."""
 
 
 @pytest.mark.parametrize(
     ("method", "shapes"),
     [pytest.param(*case, id=case[0]) for case in USUAL.items()]
+    + [pytest.param(*case, id=case[0], marks=pytest.mark.long) for case in RARE.items()]
     + [
         pytest.param(method, SHAPES[: -len(shapes)], id=f"{method} on the others", marks=pytest.mark.long)
-        for method, shapes in USUAL.items()
-        if shapes is not SHAPES
+        for method, shapes in (USUAL | RARE).items()
     ],
 )
 def test_an_update_of_each_trainer_on_any_mesh_equals_that_on_one_device(method, shapes, parts, wide_model):
@@ -122,7 +121,7 @@ def test_fsdp_gathers_weights_and_never_adds_up_activations(parts, wide_model):
     assert not [shape for shape, _ in exchanged for length in positions if f",{length},64" in shape]
 
 
-@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+@pytest.mark.parametrize("quantize", [pytest.param("int8", marks=pytest.mark.long), "nf4"])
 def test_adapters_over_a_packed_model_on_eight_devices_equal_one(supervised, quantize):
     lora = config.LoRA(enabled=True, rank=2, quantize=quantize, double_quant=quantize == "nf4")
     train = config.Train(max_steps=2, batch_size=8, eval_batch_size=8)
@@ -145,6 +144,7 @@ def test_adapters_over_a_packed_model_on_eight_devices_equal_one(supervised, qua
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
 
 
+@pytest.mark.long
 def test_kept_rollouts_and_a_moving_reference_on_eight_devices_equal_one(ppo, tmp_path):
     options = ppo | {
         "ppo": config.replace(ppo["ppo"], num_mini_batches=1, replay=1, kl_coef=0.2, total_episodes=16),
@@ -161,7 +161,7 @@ def test_kept_rollouts_and_a_moving_reference_on_eight_devices_equal_one(ppo, tm
     assert np.any(states[0][2].advantages)
 
 
-@pytest.mark.parametrize("method", ["sft", "ppo"])
+@pytest.mark.parametrize("method", [pytest.param("sft", marks=pytest.mark.long), "ppo"])
 def test_a_run_on_eight_devices_saves_at_every_step_and_resumes(method, supervised, ppo, tmp_path):
     """Digests of sharded arrays are sums over devices: many of them under way at once have brought XLA to a halt."""
     train = {"num_train_epochs": 9.0, "batch_size": 8, "eval_batch_size": 8, "keep_best": False}

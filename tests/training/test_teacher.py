@@ -59,6 +59,7 @@ def test_the_kl_is_to_the_teacher(method, options, on_disk, teacher):
         )
 
 
+@pytest.mark.long
 def test_a_policy_without_another_reward_comes_near_its_teacher(options, teacher, tmp_path):
     """All scores are equal, so that the KL in the loss is all there is to learn."""
     options |= {
