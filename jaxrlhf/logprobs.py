@@ -19,7 +19,16 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from jaxrlhf import runtime
 from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.masked import Scalar
-from jaxrlhf.models import ModelConfig, finish_logits, forward, lm_weight, place, row_axes, scalar_head
+from jaxrlhf.models import (
+    ModelConfig,
+    finish_logits,
+    forward,
+    forward_with_router,
+    lm_weight,
+    place,
+    row_axes,
+    scalar_head,
+)
 from jaxrlhf.models.attention import MASKED
 from jaxrlhf.models.product import product
 from jaxrlhf.types import Params, Rollout
@@ -273,7 +282,19 @@ _token_logprobs.defvjp(_forward, _backward)
 
 def response_states(params: Params, model: ModelConfig, rollout: Rollout) -> Float[Array, "B _ D"]:
     """Hidden states [B, R + 1, D] that predict each response token, and the one after the last column."""
-    hidden, length = forward(params, model, rollout.tokens, rollout.mask), rollout.response_mask.shape[1]
+    return _at_responses(forward(params, model, rollout.tokens, rollout.mask), rollout)
+
+
+def response_states_with_router(
+    params: Params, model: ModelConfig, rollout: Rollout
+) -> tuple[Float[Array, "B _ D"], dict[str, Array]]:
+    """`response_states`, and the router's sums as of `forward_with_router`."""
+    hidden, router = forward_with_router(params, model, rollout.tokens, rollout.mask)
+    return _at_responses(hidden, rollout), router
+
+
+def _at_responses(hidden: Float[Array, "B T D"], rollout: Rollout) -> Float[Array, "B _ D"]:
+    length = rollout.response_mask.shape[1]
     if rollout.start is None:
         return hidden[:, -length - 1 :]
     return jnp.take_along_axis(hidden, _columns(rollout, -1, length + 1)[..., None], axis=1)
@@ -300,10 +321,12 @@ def last_hidden(
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     keys: Key[Array, " B"] | None = None,
-) -> Float[Array, "B D"]:
-    """Hidden state of each sequence's last real token (column 0 if there is none). `keys` are for dropout."""
+) -> tuple[Float[Array, "B D"], dict[str, Array]]:
+    """Hidden state of each sequence's last real token (column 0 if there is none), and the router's sums as of
+    `forward_with_router`. `keys` are for dropout."""
     column = jnp.argmax(masked.last(mask), axis=1)
-    return jnp.take_along_axis(forward(params, model, tokens, mask, keys=keys), column[:, None, None], axis=1)[:, 0]
+    hidden, router = forward_with_router(params, model, tokens, mask, keys=keys)
+    return jnp.take_along_axis(hidden, column[:, None, None], axis=1)[:, 0], router
 
 
 def last_token_scores(
@@ -313,4 +336,4 @@ def last_token_scores(
 
     Finite but meaningless for a row without real tokens.
     """
-    return scalar_head(params, model, last_hidden(params, model, tokens, mask))
+    return scalar_head(params, model, last_hidden(params, model, tokens, mask)[0])

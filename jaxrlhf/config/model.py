@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from jaxrlhf.config.base import Bool, Count, DType, FractionBelowOne, Natural, Positive, section
+from jaxrlhf.config.base import Bool, Count, DType, FractionBelowOne, Natural, NonNegative, Positive, section
 
 
 @section
@@ -29,6 +29,9 @@ class ModelSource:
     remat: Literal["auto", "none", "full", "dots"] = "auto"
     """Gradient checkpointing: activations recomputed in the backward pass to save memory. none: nothing. full: whole
     layers. dots: everything except matrix products. auto: full on CPU (no slower there), none elsewhere."""
+    router_aux_loss_coef: NonNegative | None = None
+    """Mixtures of experts: weight of the load-balancing loss of the router, in every method. None: that of config.json
+    if its output_router_logits is true, else 0."""
     attention: Literal["auto", "plain", "cudnn"] = "auto"
     """Attention implementation for training and scoring. cudnn: fused kernel for NVIDIA GPUs in bfloat16. auto: cudnn
     if it passes a numerical check at startup (the choice is printed), else plain."""
@@ -52,7 +55,8 @@ class LoRA:
     """Dropout on adapter inputs in SFT, reward modelling and DPO. No effect in PPO and GRPO: their rollout,
     log-probs and update are without dropout, so that the first probability ratio is 1."""
     target_modules: tuple[str, ...] = ("all-linear",)
-    """Matrices to adapt, by their PEFT names (q_proj, c_attn, ...). `all-linear`: every linear layer of each block."""
+    """Matrices to adapt, by their PEFT names (q_proj, c_attn, ...). `all-linear`: every linear layer of each block, but
+    not the experts and the router of a mixture of experts, which take no adapters."""
     quantize: Literal["none", "int8", "nf4"] = "none"
     """Quantisation of the frozen matrices under the adapters. int8: one scale per output. nf4: 4 bits, one scale per
     64 weights (QLoRA, https://arxiv.org/abs/2305.14314)."""

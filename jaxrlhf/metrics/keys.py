@@ -45,6 +45,13 @@ METRICS: dict[str, str] = {
     "grad_norm_clipped": "global norm of the gradient after clipping",
     "num_tokens": "tokens in the loss of this step",
     "skipped_updates": "optimizer steps of this record that were skipped because loss or gradient was not finite",
+    # mixtures of experts with a load-balancing loss
+    "loss/router_aux": "load-balancing loss of the router before its weight, of the batch of an optimizer step: the "
+    "number of experts per token if all have the same share",
+    "router/largest_share": "share of the expert that was chosen most, in all layers together; at least 1 / number of "
+    "experts",
+    "loss/critic_router_aux": "PPO: `loss/router_aux` of the critic",
+    "critic_router/largest_share": "PPO: `router/largest_share` of the critic",
     # SFT
     "loss": "SFT: mean over loss tokens of -log p (dft: of -p log p), nats; reward model: mean over rows of the "
     "training loss; DPO: mean over rows of the loss `dpo.loss`, plus the weighted SFT term; distillation: mean over "

@@ -15,4 +15,12 @@ from jaxrlhf.models.heads import (
 from jaxrlhf.models.packed import Bits, pack, unpack
 from jaxrlhf.models.placement import place, row_axes
 from jaxrlhf.models.rope import for_length
-from jaxrlhf.models.transformer import adapters_of_all_layers, empty_cache, forward, forward_cached, init, unstack
+from jaxrlhf.models.transformer import (
+    adapters_of_all_layers,
+    empty_cache,
+    forward,
+    forward_cached,
+    forward_with_router,
+    init,
+    unstack,
+)

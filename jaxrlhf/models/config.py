@@ -99,6 +99,7 @@ class ModelConfig:
     num_experts: int = 0  # E   0: a dense MLP
     experts_per_token: int = 0  # those with the largest probabilities in a softmax over all
     normalise_expert_shares: bool = False  # True: the shares of a token's experts sum to 1; False: the probabilities
+    router_aux_loss_coef: float = 0.0  # of the load-balancing loss in training, see algorithms/router.py
     parallel_residual: bool = False  # the MLP reads the input of the layer, not that plus attention's output
     platform: Literal["cpu", "gpu", "tpu"] = "cpu"  # that computes it: sizes of chunks, layouts for decoding
     dtype: Literal["float32", "bfloat16"] = "float32"  # operands of matrix products; they accumulate in float32
@@ -113,6 +114,11 @@ class ModelConfig:
         """True if decoding scans over stacked layers and a stacked cache. Unrolled layers are faster on CPUs; a TPU's
         compiler takes minutes for thirty of them, and copies their caches."""
         return self.platform == "tpu"
+
+    @property
+    def balances_experts(self) -> bool:
+        """True if training adds the load-balancing loss."""
+        return self.num_experts > 0 and self.router_aux_loss_coef > 0
 
     @property
     def layer_ropes(self) -> tuple[Rope | None, ...]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrlhf.models.activations import ACTIVATIONS
 from jaxrlhf.models.config import ModelConfig
@@ -39,6 +39,7 @@ class Experts(nn.Module):
         router = router.astype(m.dtype).astype(jnp.float32)
         probabilities = jax.nn.softmax(product("btd,de->bte", x, router, "float32"), axis=-1)
         shares, chosen = jax.lax.top_k(probabilities, m.experts_per_token)
+        self.sow("intermediates", "routing", (probabilities, chosen))
         if m.normalise_expert_shares:
             shares = shares / jnp.sum(shares, axis=-1, keepdims=True)
         inward, outward = (m.num_experts, width, m.mlp_size), (m.num_experts, m.mlp_size, width)
@@ -46,6 +47,15 @@ class Experts(nn.Module):
         weights = {name: _Kernel(inward, int8, name=name)() for name in ("gate", "up")}
         weights["down"] = _Kernel(outward, int8, name="down")()
         return _mixed_on_mesh(m, x, shares, chosen, weights)
+
+
+def router_sums(
+    probabilities: Float[Array, "B T E"], chosen: Int[Array, "B T k"], mask: Bool[Array, "B T"]
+) -> Float[Array, "2 E"]:
+    """For each expert, the number of choices and the sum of its probabilities over the tokens of `mask`."""
+    experts = jnp.arange(probabilities.shape[-1])
+    choices = jnp.sum((chosen[..., None] == experts) & mask[..., None, None], axis=(0, 1, 2), dtype=jnp.float32)
+    return jnp.stack([choices, jnp.sum(jnp.where(mask[..., None], probabilities, 0), axis=(0, 1))])
 
 
 class _Kernel(nn.Module):
@@ -107,9 +117,7 @@ def _mixed(
     """Sum of the outputs of every token's chosen experts, times their shares."""
     experts, k, width = len(jax.tree.leaves(weights)[0]), chosen.shape[-1], x.shape[-1]
     expert = chosen.reshape(-1)  # of every choice of every token
-    mean = max(len(expert) // experts, 1)
-    block = min(max(8, 1 << (mean - 1).bit_length()), LARGEST_BLOCK)
-    blocks = -(-len(expert) // block) + experts  # no choice needs more
+    block, blocks = block_shape(len(expert) // k, k, experts)
     counts = jnp.bincount(expert, length=experts)
     in_blocks = -(-counts // block) * block
     ends = jnp.cumsum(in_blocks)
@@ -124,6 +132,18 @@ def _mixed(
     y = cast(Array, _blocks(filled.reshape(blocks, block, width), expert_of_block, weights, activation, dtype))
     y = y.reshape(-1, width).at[row].get(unique_indices=True, mode="promise_in_bounds")
     return jnp.sum(y.reshape(*chosen.shape, width) * shares[..., None], axis=-2)
+
+
+def block_shape(tokens: int, k: int, experts: int) -> tuple[int, int]:
+    """(rows of a block, number of blocks) that hold every choice, whatever the router decides."""
+    mean = max(tokens * k // experts, 1)
+    block = min(_power_of_two(max(8, mean)), _power_of_two(tokens), LARGEST_BLOCK)
+    used = min(experts, tokens * k)  # at most; each has at most one block that is not full, and no token twice
+    return block, min((tokens * k + used * (block - 1)) // block, used * -(-tokens // block))
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 def _expert(x: Float[Array, "b D"], weights: Params, activation: str, dtype: str) -> Float[Array, "b D"]:

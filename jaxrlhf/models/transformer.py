@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.experts import router_sums
 from jaxrlhf.models.heads import init_head
 from jaxrlhf.models.layers import Block, Norm
 from jaxrlhf.models.placement import place
@@ -64,6 +65,35 @@ def forward(
     `segments` (packed sequences) a token attends only to its own segment, and positions must be given. `keys`, one per
     row, turn on the dropout of `model.adapters`.
     """
+    return _forward(params, model, tokens, mask, positions, segments, keys)[0]
+
+
+def forward_with_router(
+    params: Params,
+    model: ModelConfig,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    positions: Int[Array, "B T"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
+    keys: Key[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "2 E"]]]:
+    """`forward`, and what the load-balancing loss needs: {"router": the `router_sums` of all layers together}, or {}
+    for a model without `router_aux_loss_coef`."""
+    hidden, sums = _forward(params, model, tokens, mask, positions, segments, keys, routed=model.balances_experts)
+    return hidden, {"router": jnp.sum(sums, axis=0)} if model.balances_experts else {}
+
+
+def _forward(
+    params: Params,
+    model: ModelConfig,
+    tokens: Array,
+    mask: Array,
+    positions: Array | None,
+    segments: Array | None,
+    keys: Array | None,
+    routed: bool = False,
+) -> tuple[Array, Any]:
+    """Hidden states, and if `routed` the `router_sums` of every layer [L, 2, E]."""
     if positions is None:
         assert segments is None, "packed sequences need `positions`"
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
@@ -75,16 +105,23 @@ def forward(
         layer_keys = None if keys is None else jax.vmap(partial(jax.random.fold_in, data=number))(keys)
         variables = {"params": weights, "lora": adapters}
         may_attend, turn = jnp.where(sliding, windowed, full), select_rotation(turns, kind)
-        x, _ = Block(model).apply(variables, x, turn, may_attend, scale, keys=layer_keys)
-        return place(x, model, "rows", None, None), None
+        mutable = ["intermediates"] if routed else False
+        applied: Any = Block(model).apply(variables, x, turn, may_attend, scale, keys=layer_keys, mutable=mutable)
+        sums = None
+        if routed:
+            applied, sown = applied
+            probabilities, chosen = sown["intermediates"]["experts"]["routing"][0]
+            sums = router_sums(probabilities, chosen, mask)
+        x, _ = applied
+        return place(x, model, "rows", None, None), sums
 
     scales = jnp.array(_attention_scales(model), jnp.float32)
     adapters = adapters_of_all_layers(params, model)
     numbers, sliding = jnp.arange(model.num_layers), jnp.array(model.sliding_layers)
     inputs = params["layers"], adapters, numbers, scales, sliding, _traced(kinds, turns)
     x = place(_embed(params, model, tokens, positions), model, "rows", None, None)
-    x, _ = jax.lax.scan(_rematerialised(layer, model), x, inputs)
-    return _apply(Norm(model.norm, model.norm_eps), params["norm"], x)
+    x, sums = jax.lax.scan(_rematerialised(layer, model), x, inputs)
+    return _apply(Norm(model.norm, model.norm_eps), params["norm"], x), sums
 
 
 def adapters_of_all_layers(params: Params, model: ModelConfig) -> Params:

@@ -43,7 +43,7 @@ def model_config(
     source: ModelSource, tokenizer: Tokenizer, head: str | None, lora: LoRA, mesh: jax.sharding.Mesh
 ) -> ModelConfig:
     """The model of a run, before any weights are read. Raises ConfigError for adapters on matrices and layers that it
-    does not have."""
+    does not have, and for the load-balancing loss of a model without experts."""
     model = weights.load_config(
         source.path,
         revision=source.revision,
@@ -52,6 +52,12 @@ def model_config(
         remat=source.remat,
         platform=sharding.platform(mesh),
     )
+    if (coef := source.router_aux_loss_coef) is not None:
+        if coef and not model.num_experts:
+            raise ConfigError(
+                f"model.router_aux_loss_coef is {coef:g}, but {source.path} is no mixture of experts; leave it out"
+            )
+        model = dataclasses.replace(model, router_aux_loss_coef=coef)
     if tokenizer.added and tokenizer.size > model.vocab_size:
         model = dataclasses.replace(model, vocab_size=tokenizer.size)
     added = tuple(range(tokenizer.size - tokenizer.added, tokenizer.size))
@@ -185,6 +191,11 @@ def describe(config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, report
         f"model {config.model.path}: {model.family}, {millions:.1f} M parameters, context {model.max_positions}, "
         f"parameters {param_dtype(config, mesh)}, products {model.dtype}, attention {model.attention}"
     ]
+    if model.balances_experts:
+        lines.append(
+            f"{model.experts_per_token} of {model.num_experts} experts for every token; the loss includes "
+            f"{model.router_aux_loss_coef:g} times the router's load-balancing loss"
+        )
     if config.lora.enabled:
         lines.append(f"adapters of rank {config.lora.rank}{new} train, {base} is frozen")
     count = jax.device_count() if sharding.is_here(mesh) else mesh.size

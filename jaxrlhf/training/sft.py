@@ -14,7 +14,7 @@ from jaxrlhf.config import SFTConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import sft_rows
 from jaxrlhf.logprobs import token_logprobs
-from jaxrlhf.models import ModelConfig, forward
+from jaxrlhf.models import ModelConfig, forward_with_router
 from jaxrlhf.training.samples import Samples
 from jaxrlhf.training.step import Metrics, Spec, supervised_step
 from jaxrlhf.training.supervised import SupervisedTrainer
@@ -27,9 +27,11 @@ def loss(
     params: Params, batch: Batch, keys: jax.Array | None, *, model: ModelConfig, count: jax.Array, name: str
 ) -> tuple[jax.Array, Metrics]:
     """The loss `name` of the tokens under `loss_mask`, summed and divided by `count`; `keys` [B] are for dropout."""
-    hidden = forward(params, model, batch.tokens, batch.mask, batch.positions, batch.segments, keys)
+    texts = batch.tokens, batch.mask, batch.positions, batch.segments
+    hidden, router = forward_with_router(params, model, *texts, keys)
     logprobs, entropy = token_logprobs(params, model, hidden[:, :-1], batch.tokens[:, 1:], 1.0)
-    return LOSSES[name](logprobs, entropy, batch.loss_mask[:, 1:], count)
+    value, metrics = LOSSES[name](logprobs, entropy, batch.loss_mask[:, 1:], count)
+    return value, metrics | router
 
 
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
@@ -47,7 +49,8 @@ def update(
 def evaluate(params: Params, batch: Batch, *, model: ModelConfig) -> tuple[jax.Array, Metrics]:
     """Number of tokens of a held-out batch, and its mean cross-entropy and entropy."""
     tokens = jnp.sum(batch.loss_mask)
-    return tokens, loss(params, batch, None, model=model, count=jnp.maximum(tokens, 1), name="nll")[1]
+    metrics = loss(params, batch, None, model=model, count=jnp.maximum(tokens, 1), name="nll")[1]
+    return tokens, {"loss": metrics["loss"], "entropy": metrics["entropy"]}
 
 
 class SFTTrainer(SupervisedTrainer[SFTConfig]):

@@ -1,7 +1,7 @@
 """An optimizer step: gradients summed over micro-batches, and an update that skips NaNs."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import optax
 from jax import Array
 
 from jaxrlhf import sharding
+from jaxrlhf.algorithms.router import load_balancing_loss
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.training import by_length
 from jaxrlhf.training.by_length import Budget
@@ -42,12 +43,50 @@ def map_rows(function: Callable[[Any], Any], batch: Any, parts: int | Budget) ->
     return from_micro_batches(jax.lax.map(function, to_micro_batches(batch, parts)))
 
 
-def gradients(loss: Loss, params: Params, batch: Any, num_micro: int | Budget) -> tuple[Params, Metrics]:
+def gradients(
+    loss: Loss, params: Params, batch: Any, num_micro: int | Budget, routers: Mapping[str, ModelConfig] | None = None
+) -> tuple[Params, Metrics]:
     """Gradients and metrics of `loss(params, batch)` over `num_micro` micro-batches, or those of a budget.
 
     `loss` is a sum over rows divided by a count of the WHOLE batch, so micro-batches add up to the undivided result.
     Metrics whose key ends in `_max` are combined by maximum, all others by addition.
+
+    `routers` are models by the key of their `router_sums` among the metrics ("router", "critic_router"). Those that
+    balance their experts add the load-balancing loss of the whole batch, times its coefficient, to the loss but not to
+    the metric `loss`. With several micro-batches, a forward pass more counts the choices of the whole batch first.
     """
+    balanced = {key: model for key, model in (routers or {}).items() if model.balances_experts}
+    if not balanced:
+        return _summed(loss, params, batch, num_micro)
+    whole: Metrics | None = None
+    if num_micro != 1:
+
+        def count(_: Params, rows: Any) -> tuple[Array, Metrics]:
+            metrics = loss(params, rows)[1]
+            return jnp.float32(0), {key: metrics[key] for key in balanced}
+
+        whole = _summed(count, {}, batch, num_micro)[1]
+
+    def with_balance(params: Params, rows: Any) -> tuple[Array, Metrics]:
+        value, metrics = loss(params, rows)
+        total = value
+        for key, model in balanced.items():
+            choices, probabilities = (whole or metrics)[key][0], metrics[key][1]
+            part = load_balancing_loss(choices, probabilities, model.experts_per_token)
+            total += model.router_aux_loss_coef * part
+        return total, metrics | {"unbalanced": value}
+
+    grads, metrics = _summed(with_balance, params, batch, num_micro)
+    metrics["loss"] = metrics.pop("unbalanced")
+    for key, model in balanced.items():
+        choices, probabilities = metrics.pop(key)
+        metrics[f"loss/{key}_aux"] = load_balancing_loss(choices, probabilities, model.experts_per_token)
+        metrics[f"{key}/largest_share"] = jnp.max(choices) / jnp.maximum(jnp.sum(choices), 1)
+    return grads, metrics
+
+
+def _summed(loss: Loss, params: Params, batch: Any, num_micro: int | Budget) -> tuple[Params, Metrics]:
+    """`gradients` without the load-balancing loss."""
 
     def grad(rows: Any) -> tuple[Params, Metrics]:
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, rows)
@@ -139,7 +178,11 @@ def supervised_step(
     ((role, trained),) = state.params.items()
     keys = dropout_keys(spec.model, key, state.step, rows=jax.tree.leaves(batch)[0].shape[0])
     grads, metrics = gradients(
-        lambda params, rows: loss({**frozen, **params}, *rows), trained, (batch, keys), spec.num_micro
+        lambda params, rows: loss({**frozen, **params}, *rows),
+        trained,
+        (batch, keys),
+        spec.num_micro,
+        {"router": spec.model},
     )
     state, applied = apply(state, {role: grads}, metrics["loss"], ((role, spec.optimizer),))
     metrics |= {name.removeprefix(f"{role}/"): value for name, value in applied.items()}

@@ -70,6 +70,19 @@ def test_nothing_is_dropped_if_all_tokens_want_the_same_experts(model, weights, 
     )
 
 
+@pytest.mark.parametrize(
+    ("tokens", "k", "count"), [(1, 8, 128), (1, 2, 4), (3, 2, 4), (8, 3, 5), (33, 2, 7), (700, 1, 2)]
+)
+def test_blocks_hold_every_choice_and_few_tokens_few_blocks(tokens, k, count):
+    block, blocks = experts.block_shape(tokens, k, count)
+    assert blocks * block >= tokens * k and blocks <= min(tokens * k, tokens * k // block + count)
+    generator = np.random.default_rng(0)
+    for share in (1.0, 0.3, 0.0):  # from even to one-sided
+        order = generator.random((tokens, count)) * share + np.arange(count)
+        chosen = np.argsort(order, axis=1)[:, :k]
+        assert sum(-(-n // block) for n in np.bincount(chosen.reshape(-1))) <= blocks
+
+
 def test_a_token_does_not_depend_on_the_others(model, weights, x):
     together = run(model, weights, x)
     alone = run(model, weights, x[2:3, 5:6])
@@ -120,6 +133,18 @@ def test_a_mesh_changes_nothing(model, weights, x, shape):
     np.testing.assert_allclose(found, run(model, weights, x), atol=1e-5, rtol=1e-5)
     ours, expected = gradients(run, on_mesh, placed, rows), gradients(run, model, weights, x)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4), ours, expected)
+
+
+def test_the_router_is_seen_by_tokens_and_not_by_padding(model, weights, x):
+    real = np.arange(T) < np.arange(B)[:, None] + 2
+    _, sown = experts.Experts(model).apply(
+        {"params": jax.tree.map(jnp.asarray, weights)}, jnp.asarray(x), mutable=["intermediates"]
+    )
+    found = experts.router_sums(*sown["intermediates"]["routing"][0], jnp.asarray(real))
+    logits = x[real].astype(np.float64) @ weights["router"]["kernel"].astype(np.float64)
+    scores = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_array_equal(found[0], np.bincount(np.argsort(-scores, axis=1)[:, :3].reshape(-1), minlength=6))
+    np.testing.assert_allclose(found[1], scores.sum(0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("bits", ["int8", "nf4"])

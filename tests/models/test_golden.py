@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 import jaxrlhf
 from jaxrlhf import models
+from jaxrlhf.algorithms.router import load_balancing_loss
 from jaxrlhf.weights import peft
 
 FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
@@ -64,6 +65,22 @@ def test_language_model_matches_transformers(language_model, padded):
     for key, value in ours.items():
         theirs = golden[f"gradient/{key}"]
         np.testing.assert_allclose(digest(value), theirs, atol=1e-4 * theirs[0], rtol=0, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("language_model", "recorded"), [("qwen3_moe", 2.5397629738), ("olmoe", 3.0437719822)], indirect=["language_model"]
+)
+def test_load_balancing_loss_matches_transformers(language_model, recorded, padded):
+    """`aux_loss` of transformers 5.24 for the recorded sequences and their mask; test_parity.py computes others."""
+    golden = language_model.golden
+    rows = [row[:length] for row, length in zip(golden["tokens"], golden["lengths"], strict=True)]
+    model = dataclasses.replace(language_model.model, router_aux_loss_coef=1.0)
+    sums = jax.jit(partial(models.forward_with_router, model=model), compiler_options=QUICKLY_COMPILED)
+    for side in ("right", "left"):
+        tokens, mask = padded(rows, side, golden["tokens"].shape[1] + 3)
+        _, found = sums(language_model.params, tokens=tokens, mask=mask)
+        loss = load_balancing_loss(*found["router"], model.experts_per_token)
+        assert loss == pytest.approx(recorded, rel=1e-5)
 
 
 def test_classifier_matches_transformers(classifier, padded):

@@ -1,5 +1,6 @@
 """Every family and option against transformers itself, in float32, on inputs that the golden files do not hold."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -11,6 +12,7 @@ import pytest
 
 import jaxrlhf
 from jaxrlhf import models
+from jaxrlhf.algorithms.router import load_balancing_loss
 from jaxrlhf.weights import families
 
 torch = pytest.importorskip("torch")
@@ -89,6 +91,38 @@ def test_logits_and_gradients(language_model, rows, padded):
         print(f"{language_model.folder.name} {side}: logits {difference:.1e}, gradient {relative[worst]:.1e} ({worst})")
         assert difference < 1e-4
         assert relative[worst] < 1e-4, worst
+
+
+@pytest.mark.parametrize("language_model", ["qwen3_moe", "olmoe"], indirect=True)
+def test_load_balancing_loss_and_its_gradient(language_model, rows, padded):
+    model, theirs = (
+        dataclasses.replace(language_model.model, router_aux_loss_coef=1.0),
+        reference(language_model.folder),
+    )
+
+    @jax.jit
+    def run(params, tokens, mask):
+        def loss(params):
+            choices, probabilities = models.forward_with_router(params, model, tokens, mask)[1]["router"]
+            return load_balancing_loss(choices, probabilities, model.experts_per_token)
+
+        return jax.value_and_grad(loss)(params)
+
+    for side in ("right", "left"):
+        tokens, mask = padded(rows, side, max(LENGTHS) + 3)
+        theirs.zero_grad()
+        expected = theirs(**as_torch(tokens, mask), output_router_logits=True).aux_loss
+        expected.backward()
+        found, gradient = run(language_model.params, tokens, mask)
+        assert found == pytest.approx(expected.item(), rel=1e-5)
+        ours, checked = language_model.named(gradient), 0
+        for name, weight in theirs.named_parameters():
+            for key, value in as_stored(
+                name, (0 * weight if weight.grad is None else weight.grad).detach().numpy(), model
+            ).items():
+                np.testing.assert_allclose(ours[key], value, atol=1e-6, rtol=1e-3, err_msg=key)
+                checked += key.endswith("mlp.gate.weight") and np.abs(value).max() > 1e-4
+        assert checked == model.num_layers
 
 
 def test_greedy_continuation_with_a_cache(language_model, rows, padded):

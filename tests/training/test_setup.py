@@ -1,11 +1,18 @@
 """Checks of a run against its model."""
 
+import json
+import pathlib
+from types import SimpleNamespace
+
 import pytest
 from support.tiny import tiny
 
+from jaxrlhf import config, sharding
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import Rope, for_length
-from jaxrlhf.training.setup import check_context
+from jaxrlhf.training.setup import check_context, model_config
+
+FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "models"
 
 
 def test_lengths_beyond_the_context_or_the_rotation_of_the_run_are_refused():
@@ -19,3 +26,25 @@ def test_lengths_beyond_the_context_or_the_rotation_of_the_run_are_refused():
     with pytest.raises(ConfigError, match="17 tokens but the rotary embeddings of this run are those for up to 16"):
         check_context(17, short, "the longest row", "data.max_length")
     assert for_length(model, 17) == for_length(model, 64), "one program for all longer runs"
+
+
+def model_of(folder, lora=None, **options):
+    source, tokenizer = config.ModelSource(path=str(folder), **options), SimpleNamespace(added=0, size=10)
+    return model_config(source, tokenizer, None, lora or config.LoRA(), sharding.make_mesh(config.Mesh()))
+
+
+def test_the_load_balancing_loss_has_the_weight_of_the_option_or_of_the_file(tmp_path):
+    asks = json.loads((FIXTURES / "olmoe" / "config.json").read_text()) | {"output_router_logits": True}
+    (tmp_path / "config.json").write_text(json.dumps(asks | {"router_aux_loss_coef": 0.02}))
+    assert model_of(tmp_path).router_aux_loss_coef == 0.02 and model_of(tmp_path).balances_experts
+    assert not model_of(tmp_path, router_aux_loss_coef=0.0).balances_experts
+    assert not model_of(FIXTURES / "olmoe").balances_experts
+    assert model_of(FIXTURES / "olmoe", router_aux_loss_coef=0.3).router_aux_loss_coef == 0.3
+    with pytest.raises(ConfigError, match="router_aux_loss_coef is 0.3, but .*llama is no mixture of experts"):
+        model_of(FIXTURES / "llama", router_aux_loss_coef=0.3)
+
+
+@pytest.mark.parametrize("target", ["gate_proj", "experts.down_proj", "mlp.gate"])
+def test_adapters_of_experts_are_refused(target):
+    with pytest.raises(ConfigError, match=f"'{target}' belongs to the experts.*q_proj.*without lora.enabled"):
+        model_of(FIXTURES / "qwen3_moe", config.LoRA(enabled=True, target_modules=(target,)))

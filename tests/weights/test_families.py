@@ -123,6 +123,15 @@ def test_mixtures_of_experts_from_the_hub():
     assert olmoe.qk_norm_over == "all_heads" and not olmoe.normalise_expert_shares
 
 
+def test_the_load_balancing_loss_is_that_of_the_file_if_it_asks_for_it():
+    assert parse(QWEN3_30B).router_aux_loss_coef == parse(OLMOE).router_aux_loss_coef == 0
+    assert parse(QWEN3_30B, output_router_logits=True).router_aux_loss_coef == 0.001
+    asks = {k: v for k, v in OLMOE.items() if k != "router_aux_loss_coef"} | {"output_router_logits": True}
+    assert parse(asks).router_aux_loss_coef == 0.01
+    other = dataclasses.replace(parse(asks), router_aux_loss_coef=0.5)  # an option of a run, which is not written
+    assert families.render(other, asks) == asks
+
+
 def test_phi3_from_the_hub():
     short = parse(PHI3_MINI_4K)
     assert (short.head_dim, short.sliding_window, short.max_positions) == (96, 2047, 4096)
@@ -327,7 +336,11 @@ def test_classifiers():
         (QWEN3_30B, {"mlp_only_layers": [0]}, "mlp_only_layers"),
         (QWEN3_30B, {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
         (QWEN3_30B, {"num_experts": 4}, r"num_experts_per_tok is 8; expected at most num_experts \(4\)"),
-        (QWEN3_30B, {"output_router_logits": True}, "output_router_logits is True.*load-balancing"),
+        (
+            QWEN3_30B,
+            {"output_router_logits": True, "router_aux_loss_coef": -1},
+            "router_aux_loss_coef is -1; expected a",
+        ),
         (QWEN3_30B, {"n_shared_experts": 1}, "n_shared_experts is 1.*shared experts"),
         (QWEN3_30B, {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'; expected one of softmax"),
         (OLMOE, {"clip_qkv": 8.0}, "clip_qkv"),

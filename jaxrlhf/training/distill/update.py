@@ -12,7 +12,7 @@ from jaxrlhf import runtime
 from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.distillation import token_divergences
 from jaxrlhf.config import Distill
-from jaxrlhf.models import ModelConfig, forward, lm_logits, place, row_axes
+from jaxrlhf.models import ModelConfig, forward, forward_with_router, lm_logits, place, row_axes
 from jaxrlhf.training.step import Metrics, Spec, supervised_step
 from jaxrlhf.types import Batch, Params, TrainState
 
@@ -32,13 +32,13 @@ def loss(
 
     The softmax is over the tokens that both models have rows for. Raises nothing and sums in float32.
     """
-    hidden = forward(params, model, batch.tokens, batch.mask, keys=keys)[:, :-1]
+    hidden, router = forward_with_router(params, model, batch.tokens, batch.mask, keys=keys)
+    hidden = hidden[:, :-1]
     theirs = jax.lax.stop_gradient(forward(teacher, objective.teacher, batch.tokens, batch.mask))[:, :-1]
     sums = divergence_sums(params, teacher, hidden, theirs, batch.loss_mask[:, 1:], model=model, objective=objective)
     metrics = {name: total / count for name, total in sums.items()}
-    return metrics["loss"], {
-        name if name in ("loss", "entropy") else f"distill/{name}": metrics[name] for name in metrics
-    }
+    named = {name if name in ("loss", "entropy") else f"distill/{name}": metrics[name] for name in metrics}
+    return metrics["loss"], named | router
 
 
 def divergence_sums(
@@ -105,4 +105,5 @@ def evaluate(
     """Number of tokens of a held-out batch, and the means of its metrics."""
     tokens = jnp.sum(batch.loss_mask)
     count = jnp.maximum(tokens, 1)
-    return tokens, loss(params, teacher, batch, None, model=model, objective=objective, count=count)[1]
+    metrics = loss(params, teacher, batch, None, model=model, objective=objective, count=count)[1]
+    return tokens, {name: value for name, value in metrics.items() if name != "router"}

@@ -16,7 +16,7 @@ from jaxrlhf.algorithms.masked import Scalar
 from jaxrlhf.algorithms.reference_free import orpo_loss, simpo_loss
 from jaxrlhf.config import DPO
 from jaxrlhf.logprobs import token_logprobs
-from jaxrlhf.models import ModelConfig, forward
+from jaxrlhf.models import ModelConfig, forward_with_router
 from jaxrlhf.training.step import Metrics, Spec, map_rows, supervised_step
 from jaxrlhf.types import Batch, PackedPairs, Pairs, Params, TrainState
 
@@ -41,6 +41,7 @@ class PairLogprobs(NamedTuple):
     valid: Array  # bool [B], of packed pairs [B, M]   pairs that exist
     plain: Array | None = None  # f32, the same shape   LD-DPO: log p without weights
     weights: Array | None = None  # f32 as valid   WPO: weight of each pair, without a gradient
+    router: dict[str, Array] | None = None  # its sums as of `forward_with_router`, in training
 
 
 def beta_schedule(settings: DPO, total_steps: int) -> optax.Schedule:
@@ -55,19 +56,21 @@ def beta_schedule(settings: DPO, total_steps: int) -> optax.Schedule:
 
 def _token_logprobs(
     params: Params, batch: Batch, model: ModelConfig, keys: Array | None, *, weighting: bool = False
-) -> tuple[Array, Array]:
-    """log p [B, T - 1] of the tokens from the second on, and with `weighting` (else 0) the logarithm of p relative to
-    its mean under the policy, log (p / sum_v p_v^2), without a gradient. Both are 0 outside the loss mask."""
-    hidden = forward(params, model, batch.tokens, batch.mask, batch.positions, batch.segments, keys)
+) -> tuple[Array, Array, dict[str, Array]]:
+    """log p [B, T - 1] of the tokens from the second on; with `weighting` (else 0) the logarithm of p relative to its
+    mean under the policy, log (p / sum_v p_v^2), without a gradient; and the router's sums. The first two are 0 outside
+    the loss mask."""
+    texts = batch.tokens, batch.mask, batch.positions, batch.segments
+    hidden, router = forward_with_router(params, model, *texts, keys)
     targets, mask = batch.tokens[:, 1:], batch.loss_mask[:, 1:]
     logprobs, _ = token_logprobs(params, model, hidden[:, :-1], targets, 1.0)
     logprobs = masked.keep(logprobs, mask)
     if not weighting:
-        return logprobs, jnp.zeros_like(logprobs)
+        return logprobs, jnp.zeros_like(logprobs), router
     # sum_v p_v^2 is the normaliser of p^2, which is the distribution at temperature 1/2: p^2 / sum_v p_v^2 = p_1/2
     fixed, states = jax.lax.stop_gradient((params, hidden[:, :-1]))
     sharper, _ = token_logprobs(fixed, model, states, targets, 0.5)
-    return logprobs, masked.keep(sharper, mask) - jax.lax.stop_gradient(logprobs)
+    return logprobs, masked.keep(sharper, mask) - jax.lax.stop_gradient(logprobs), router
 
 
 def pair_logprobs(
@@ -89,14 +92,14 @@ def pair_logprobs(
         def summed(values: Array) -> Array:
             return jnp.sum(values, axis=1).reshape(2, -1).T
 
-    logprobs, aligned = _token_logprobs(params, texts, model, keys, weighting=settings.use_weighting)
+    logprobs, aligned, router = _token_logprobs(params, texts, model, keys, weighting=settings.use_weighting)
     mask = texts.loss_mask[:, 1:].astype(jnp.int32)
     plain, tokens, weights = summed(logprobs), summed(mask), None
     if settings.use_weighting:
         means = summed(aligned) / jnp.maximum(tokens, 1)
         weights = jnp.exp(jnp.sum(means, axis=-1))
     if settings.ld_alpha is None:
-        return PairLogprobs(plain, tokens, pairs.valid, None, weights)
+        return PairLogprobs(plain, tokens, pairs.valid, None, weights, router)
     common = jnp.broadcast_to(jnp.min(tokens, axis=-1, keepdims=True), tokens.shape)  # the shorter response of the pair
     number = jnp.cumsum(mask, axis=1)  # of a token in its row, from 1
     if isinstance(pairs, PackedPairs):
@@ -107,20 +110,20 @@ def pair_logprobs(
         limit = jnp.take_along_axis(common.reshape(flat.shape), texts.segments[:, 1:], axis=1)
     else:
         limit = common.T.reshape(-1, 1)
-    return PairLogprobs(
-        summed(jnp.where(number > limit, settings.ld_alpha, 1.0) * logprobs), tokens, pairs.valid, plain, weights
-    )
+    weighted = summed(jnp.where(number > limit, settings.ld_alpha, 1.0) * logprobs)
+    return PairLogprobs(weighted, tokens, pairs.valid, plain, weights, router)
 
 
-def _logprobs(params: Params, batch: Batch, model: ModelConfig, keys: Array | None) -> Array:
-    """log p [B] of the response in each row."""
-    return jnp.sum(_token_logprobs(params, batch, model, keys)[0], axis=1)
+def _logprobs(params: Params, batch: Batch, model: ModelConfig, keys: Array | None) -> tuple[Array, dict[str, Array]]:
+    """log p [B] of the response in each row, and the router's sums."""
+    logprobs, _, router = _token_logprobs(params, batch, model, keys)
+    return jnp.sum(logprobs, axis=1), router
 
 
 @functools.partial(jax.jit, static_argnames=("model", "settings"))
 def score(params: Params, pairs: Pairs | PackedPairs, *, model: ModelConfig, settings: DPO) -> PairLogprobs:
     """`pair_logprobs` without dropout, for the reference and for held-out pairs."""
-    return pair_logprobs(params, pairs, model, None, settings)
+    return pair_logprobs(params, pairs, model, None, settings)._replace(router=None)
 
 
 def objective(
@@ -221,16 +224,18 @@ def update(
     if labelled:
         policy = {**frozen, **state.params["policy"]}
         others, parts = batch.pairs.rejected, spec.num_micro
-        scored = map_rows(lambda part: _logprobs(policy, part, model, None), others, parts)
+        scored = map_rows(lambda part: _logprobs(policy, part, model, None)[0], others, parts)
         kl = kto.kl_baseline(scored, batch.reference[:, 1], valid)
 
     def loss(policy: Params, part: Preferences, keys: Array | None) -> tuple[Array, Metrics]:
         if settings.loss == "kto":
             assert isinstance(part.pairs, Pairs)
-            logprobs = _logprobs(policy, part.pairs.chosen, model, keys)
-            return kto_objective(logprobs, part.reference[:, 0], part.desirable, kl, count, beta, settings)
+            logprobs, router = _logprobs(policy, part.pairs.chosen, model, keys)
+            value, metrics = kto_objective(logprobs, part.reference[:, 0], part.desirable, kl, count, beta, settings)
+            return value, metrics | router
         scored = pair_logprobs(policy, part.pairs, model, keys, settings)
-        return objective(scored, part.reference, count, chosen_tokens, beta, baseline, settings)
+        value, metrics = objective(scored, part.reference, count, chosen_tokens, beta, baseline, settings)
+        return value, metrics | (scored.router or {})
 
     state, metrics = supervised_step(loss, state, frozen, batch, key, spec)
     metrics: Metrics = kto.finalize_metrics(metrics) | {"kl": kl} if labelled else metrics

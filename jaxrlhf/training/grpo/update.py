@@ -15,6 +15,7 @@ from jaxrlhf.algorithms.grpo import token_weights
 from jaxrlhf.algorithms.kl import k1, k3
 from jaxrlhf.algorithms.ppo import finalize_metrics, response_metrics, token_rewards
 from jaxrlhf.config import GRPO
+from jaxrlhf.logprobs import response_states_with_router
 from jaxrlhf.training.grpo.loss import Selected, preference, select, surrogate
 from jaxrlhf.training.on_policy.policy import policy_params, reference_params
 from jaxrlhf.training.on_policy.update import (
@@ -264,7 +265,11 @@ def update(
         size = _size(mask)
         count = jnp.maximum(jnp.sum(chosen.advantages[:, 0]), 1) if paired else size.tokens
         grads, metrics = gradients(
-            lambda p, part: loss(p, part[0], part[1], count, size), state.params, (chosen, parts), num_micro
+            lambda p, part: loss(p, part[0], part[1], count, size),
+            state.params,
+            (chosen, parts),
+            num_micro,
+            {"router": spec.policy},
         )
         used = jnp.any(mask)
         state, norms = apply(state, grads, metrics.pop("loss"), spec.optimizers, {"policy": used})
@@ -277,13 +282,13 @@ def update(
         policy = policy_params(params, frozen)
         if paired:
             rollout, ref = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (part.rollout, part.ref_logprobs))
-            logprobs, entropy = _logprobs(policy, rollout, spec)
+            logprobs, entropy, router = _logprobs(policy, rollout, spec)
             value, metrics = preference(logprobs, part, count, grpo)
             if spec.rejected:  # every second response was not sampled
                 rollout, logprobs, entropy, ref = jax.tree.map(lambda x: x[::2], (rollout, logprobs, entropy, ref))
-            return value, metrics | policy_metrics(rollout, logprobs, entropy, ref, *size, grpo)
+            return value, metrics | router | policy_metrics(rollout, logprobs, entropy, ref, *size, grpo)
         mask = part.rollout.response_mask
-        logprobs, entropy = _logprobs(policy, part.rollout, spec, entropy_gradient=grpo.has_entropy_bonus)
+        logprobs, entropy, router = _logprobs(policy, part.rollout, spec, entropy_gradient=grpo.has_entropy_bonus)
         old_metrics, old = {}, part.old_logprobs
         if old is None:
             old = jax.lax.stop_gradient(logprobs)
@@ -301,7 +306,7 @@ def update(
         for name, tokens in selected._asdict().items():
             if tokens is not None:
                 metrics[f"policy/{name}"] = jnp.sum(tokens & mask) / count
-        return value, metrics | old_metrics | {
+        return value, metrics | old_metrics | router | {
             "policy/entropy_avg": masked.total(entropy, mask) / count,
             "val/log_ratio_max": jnp.max(jnp.abs(logprobs - old)),
         }
@@ -341,6 +346,10 @@ def _size(mask: Array) -> _Size:
 
 def _logprobs(
     params: Params, rollout: Rollout, spec: GRPOSpec, *, entropy_gradient: bool = False
-) -> tuple[Array, Array]:
-    """(log-probs, entropy) of every response token, f32 [B, R]."""
-    return sequence_logprobs(params, spec.policy, rollout, spec.temperature, entropy_gradient=entropy_gradient)
+) -> tuple[Array, Array, dict[str, Array]]:
+    """(log-probs, entropy) of every response token, f32 [B, R], and the router's sums."""
+    hidden, router = response_states_with_router(params, spec.policy, rollout)
+    logprobs, entropy = sequence_logprobs(
+        params, spec.policy, rollout, spec.temperature, hidden=hidden, entropy_gradient=entropy_gradient
+    )
+    return logprobs, entropy, router

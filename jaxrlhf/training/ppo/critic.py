@@ -47,7 +47,7 @@ def critic_model(config: PPOConfig, policy: ModelConfig, reward: ModelConfig | N
                 f"critic.init is 'reward' but the reward model has {model.vocab_size} token rows and the policy "
                 f"{policy.vocab_size}; use critic.init: policy"
             )
-    as_policy = {name: getattr(policy, name) for name in ("dtype", "remat", "platform", "mesh")}
+    as_policy = {name: getattr(policy, name) for name in ("dtype", "remat", "platform", "mesh", "router_aux_loss_coef")}
     model = dataclasses.replace(model, head=config.critic.head, num_labels=1, **as_policy)
     model = for_length(model, policy.rope and policy.rope.length)
     added = policy.adapters.tokens if policy.adapters else ()

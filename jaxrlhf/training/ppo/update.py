@@ -16,7 +16,7 @@ from jaxrlhf.algorithms.groups import rloo
 from jaxrlhf.algorithms.kl import adaptive_kl_coef, k1, kl_loss
 from jaxrlhf.algorithms.ppo import Clip, finalize_metrics, policy_loss, rollout_metrics, token_rewards, value_loss
 from jaxrlhf.config import PPO
-from jaxrlhf.logprobs import response_states
+from jaxrlhf.logprobs import response_states, response_states_with_router
 from jaxrlhf.models import ModelConfig, scalar_head
 from jaxrlhf.training.on_policy.policy import policy_params, reference_params
 from jaxrlhf.training.on_policy.update import (
@@ -67,11 +67,11 @@ class Predictions(NamedTuple):
 
 def predict(
     params: dict[str, Params], frozen: dict[str, Params], rollout: Rollout, features: Array | None, spec: PPOSpec
-) -> Predictions:
+) -> tuple[Predictions, dict[str, Array]]:
     """One forward pass of policy and critic each; of the critic only its head if `features`, the states of a frozen
-    trunk [B, R + 1, D], are given or it shares the policy's trunk."""
+    trunk [B, R + 1, D], are given or it shares the policy's trunk. The second result are the sums of their routers."""
     policy = policy_params(params, frozen)
-    hidden = response_states(policy, spec.policy, rollout)
+    hidden, router = response_states_with_router(policy, spec.policy, rollout)
     entropy_gradient = spec.ppo.entropy_coef > 0
     logprobs, entropy = sequence_logprobs(
         policy, spec.policy, rollout, spec.temperature, hidden=hidden, entropy_gradient=entropy_gradient
@@ -79,12 +79,14 @@ def predict(
     if spec.trunk == "shared":
         features = hidden
     elif features is None:
-        features = response_states({**frozen["critic"], **params["critic"]}, spec.critic, rollout)
+        critic = {**frozen["critic"], **params["critic"]}
+        features, of_critic = response_states_with_router(critic, spec.critic, rollout)
+        router |= {f"critic_{name}": sums for name, sums in of_critic.items()}
     values = scalar_head(params["critic"], spec.critic, features)
     mask = rollout.response_mask
     length = jnp.max(jnp.where(mask, 1 + jnp.arange(mask.shape[1]), 0), axis=1, keepdims=True)
     last_values = jnp.take_along_axis(values, length, axis=1)[:, 0]
-    return Predictions(logprobs, entropy, masked.keep(values[:, :-1], mask), last_values)
+    return Predictions(logprobs, entropy, masked.keep(values[:, :-1], mask), last_values), router
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -114,7 +116,7 @@ def annotate(
             features = hidden if spec.trunk == "reference" else response_states(frozen["critic"], spec.critic, part)
         if spec.one_step(batch):
             return ref_logprobs, features, None
-        return ref_logprobs, features, predict(state.params, frozen, part, features, spec)
+        return ref_logprobs, features, predict(state.params, frozen, part, features, spec)[0]
 
     parts = budget(spec.ppo, spec.mesh) or batch // spec.ppo.annotation_rows(batch)
     ref_logprobs, features, predictions = map_rows(forward, rollout, parts)
@@ -152,7 +154,7 @@ def filled(state: TrainState, frozen: dict[str, Params], experience: Experience,
     `update`, which does not return it. Takes another forward pass of policy and critic."""
 
     def forward(part: tuple[Rollout, Array | None]) -> Predictions:
-        return predict(state.params, frozen, *part, spec)
+        return predict(state.params, frozen, *part, spec)[0]
 
     batch = experience.scores.shape[0]
     rows = experience.rollout, experience.features
@@ -256,7 +258,7 @@ def update(
 
     def loss(params: dict[str, Params], part: Experience, count: Array) -> tuple[Array, Metrics]:
         mask, metrics = part.rollout.response_mask, {}
-        new = predict(params, frozen, part.rollout, part.features, spec)
+        new, router = predict(params, frozen, part.rollout, part.features, spec)
         if spec.one_step(batch):
             part, metrics = fill_experience(part, new, kl_coef, ppo)
         clip = Clip(ppo.cliprange, ppo.cliprange_high or ppo.cliprange, ppo.dual_clip, ppo.log_ratio_clamp)
@@ -276,6 +278,7 @@ def update(
             **policy_metrics,
             **value_metrics,
             **metrics,
+            **router,
             "policy/entropy_avg": entropy,
             "val/log_ratio_max": jnp.max(jnp.abs(new.logprobs - part.old_logprobs)),
         }
@@ -285,7 +288,10 @@ def update(
         chosen = jax.tree.map(lambda x: x[rows], experience)
         count = jnp.sum(chosen.rollout.response_mask)
         used, count = count > 0, jnp.maximum(count, 1)
-        grads, metrics = gradients(lambda p, part: loss(p, part, count), state.params, chosen, num_micro)
+        routers = (
+            {"router": spec.policy, "critic_router": spec.critic} if spec.trunk == "own" else {"router": spec.policy}
+        )
+        grads, metrics = gradients(lambda p, part: loss(p, part, count), state.params, chosen, num_micro, routers)
         far = metrics["policy/kl_avg"] > ppo.target_kl if ppo.target_kl else jnp.array(False)
         accept = {"policy": used & ~far & ~warmup, "critic": used & ~far}
         state, norms = apply(state, grads, metrics.pop("loss"), spec.optimizers, accept)

@@ -12,7 +12,7 @@ from jaxrlhf.algorithms.masked import Scalar
 from jaxrlhf.algorithms.reward import Metrics
 from jaxrlhf.config import RewardConfig
 from jaxrlhf.logprobs import last_hidden
-from jaxrlhf.models import ModelConfig, forward, log_odds
+from jaxrlhf.models import ModelConfig, forward_with_router, log_odds
 from jaxrlhf.types import PackedPairs, Params, Responses
 
 
@@ -34,19 +34,28 @@ def response_scores(
 ) -> Float[Array, "... G"]:
     """Scores, or log-odds of a two-label model: [B, G] by one forward over B * G texts, or [B, M, 2] of packed pairs by
     one over B rows. `keys` [B] are for dropout in training; each text gets a key of its own."""
+    return scores_with_router(params, batch, model, keys)[0]
+
+
+def scores_with_router(
+    params: Params, batch: Responses | PackedPairs, model: ModelConfig, keys: Array | None
+) -> tuple[Float[Array, "... G"], dict[str, Array]]:
+    """`response_scores`, and the router's sums as of `forward_with_router`."""
     shape = batch.real.shape
     head_keys = None if keys is None else _text_keys(keys, math.prod(shape[1:]))
     if isinstance(batch, PackedPairs):
         texts = batch.texts
-        hidden = forward(params, model, texts.tokens, texts.mask, texts.positions, texts.segments, keys)
+        columns = texts.tokens, texts.mask, texts.positions, texts.segments
+        hidden, router = forward_with_router(params, model, *columns, keys)
         ends = jnp.stack([batch.chosen, batch.rejected], axis=-1).reshape(shape[0], -1)
         hidden = jnp.take_along_axis(hidden, ends[..., None], axis=1).reshape(-1, hidden.shape[-1])
     else:
         tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask))
-        hidden = last_hidden(params, model, tokens, mask, head_keys)
+        hidden, router = last_hidden(params, model, tokens, mask, head_keys)
     if head_keys is None or model.head != "mlp":
-        return log_odds(params, model, hidden).reshape(shape)
-    return jax.vmap(lambda row, key: log_odds(params, model, row, key))(hidden, head_keys).reshape(shape)
+        return log_odds(params, model, hidden).reshape(shape), router
+    scores = jax.vmap(lambda row, key: log_odds(params, model, row, key))(hidden, head_keys)
+    return scores.reshape(shape), router
 
 
 def _text_keys(keys: Array, number: int) -> Array:

@@ -23,7 +23,7 @@ from jaxrlhf.files import write_whole
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.training import pretrained
 from jaxrlhf.training.facts import EVALUATION
-from jaxrlhf.training.reward.loss import Objective, objective_of, response_loss, response_scores
+from jaxrlhf.training.reward.loss import Objective, objective_of, response_loss, response_scores, scores_with_router
 from jaxrlhf.training.session import Session
 from jaxrlhf.training.step import Metrics, Spec, supervised_step
 from jaxrlhf.training.supervised import SupervisedTrainer
@@ -38,13 +38,13 @@ def update(
     count = jnp.sum(batch.real[..., 0])
 
     def loss(params: Params, rows: Responses | PackedPairs, keys: jax.Array | None) -> tuple[jax.Array, Metrics]:
-        scores = response_scores(params, rows, spec.model, keys)
+        scores, router = scores_with_router(params, rows, spec.model, keys)
         value, metrics = response_loss(scores, rows.real, rows.target, count, spec.objective)
         extremes = {
             "max_reward_max": jnp.where(rows.real, scores, -jnp.inf).max(),
             "min_reward_max": jnp.where(rows.real, -scores, -jnp.inf).max(),
         }
-        return value, metrics | extremes
+        return value, metrics | extremes | router
 
     state, metrics = supervised_step(loss, state, frozen, batch, key, spec)
     metrics["max_reward"], metrics["min_reward"] = metrics.pop("max_reward_max"), -metrics.pop("min_reward_max")

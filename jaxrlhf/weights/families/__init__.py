@@ -113,7 +113,7 @@ def render(model: ModelConfig, original: dict, stored_dtype: str | None = None) 
         config = {key: value for key, value in original.items() if key not in dropped} | changed
     if stored_dtype is not None:
         config["dtype" if "dtype" in config else "torch_dtype"] = stored_dtype
-    execution = "platform", "dtype", "remat", "mesh", "attention", "adapters"
+    execution = "platform", "dtype", "remat", "mesh", "attention", "adapters", "router_aux_loss_coef"
     not_in_file = {name: getattr(model, name) for name in execution}
     if replace(parse(config, "the config.json to write"), **not_in_file) != model:
         raise DataError(f"a config.json of model_type {model.family} cannot describe this model: {model}")

@@ -27,9 +27,9 @@ def with_experts(tensors: TensorNames) -> TensorNames:
     return replace(tensors, modules=kept | _MODULES)
 
 
-def parse_router(fields: Fields, values: dict[str, Any], default: int) -> dict[str, Any]:
-    """`num_experts`, whose default is given. Raises DataError for another kind of router, and for a file that asks for
-    a load-balancing loss in training."""
+def parse_router(fields: Fields, values: dict[str, Any], default: int, coef: float) -> dict[str, Any]:
+    """The number of experts, and the coefficient of the load-balancing loss, 0 unless the file asks for that loss; of
+    both the defaults are given. Raises DataError for another kind of router."""
     for key in _SHARED:
         fields.refuse_if_set(key, "shared experts are not implemented")
     for key in _GROUPED:
@@ -42,8 +42,6 @@ def parse_router(fields: Fields, values: dict[str, Any], default: int) -> dict[s
     count = fields.integer(key, default)
     if values["experts_per_token"] > count:
         fields.refuse("num_experts_per_tok", f"at most {key} ({count})")
-    if fields.boolean("output_router_logits", False) and fields.number("router_aux_loss_coef", 1.0, least=0.0):
-        fields.refuse(
-            "output_router_logits", "false: training with the router's load-balancing loss is not implemented"
-        )
-    return {"num_experts": count}
+    balanced = fields.boolean("output_router_logits", False)
+    coef = fields.number("router_aux_loss_coef", coef, least=0.0) if balanced else 0.0
+    return {"num_experts": count, "router_aux_loss_coef": coef}

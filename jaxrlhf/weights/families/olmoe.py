@@ -15,7 +15,7 @@ _FIXED = llama.FIXED | {"qk_norm": True, "qk_norm_over": "all_heads"}
 
 def _parse(fields: Fields, values: dict[str, Any]) -> dict[str, Any]:
     fields.refuse_if_set("clip_qkv", "clipping of q, k and v is not implemented")
-    return llama.parse(fields, values) | moe.parse_router(fields, values, 64)
+    return llama.parse(fields, values) | moe.parse_router(fields, values, 64, 0.01)
 
 
 def _render(model: ModelConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def _parse(fields: Fields, values: dict[str, Any]) -> dict[str, Any]:
     return {
         "sliding_window": window,
         "sliding_layers": (window is not None,) * values["num_layers"],
-        **moe.parse_router(fields, values, 128),
+        **moe.parse_router(fields, values, 128, 0.001),
         **parse_rope(fields, values),
     }
 

@@ -20,6 +20,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 ALL = "all-linear"
+_EXPERTS = ("gate", "gate_proj", "up_proj", "gate_up_proj", "down_proj", "experts", "mlp")
 PREFIX = "base_model.model."
 SCORES = (f"{PREFIX}score.weight", f"{PREFIX}score.modules_to_save.weight")
 
@@ -27,13 +28,20 @@ SCORES = (f"{PREFIX}score.weight", f"{PREFIX}score.modules_to_save.weight")
 def modules(model: ModelConfig, targets: Sequence[str]) -> list[Module]:
     """The matrices of a layer that `targets` name, as in PEFT ("q_proj", "self_attn.q_proj"), or `all-linear`.
 
-    Raises ConfigError listing the known names if a target matches no matrix.
+    Experts and router of a mixture of experts take no adapters. Raises ConfigError listing the known names if a target
+    matches no matrix.
     """
     matrices = projections(model)
     known = list(dict.fromkeys(name.rpartition(".")[2] for name in matrices))
     result: dict[Module, None] = {}
     for target in targets:
         matches = [paths for name, paths in matrices.items() if target == ALL or f".{name}".endswith(f".{target}")]
+        if not matches and model.num_experts and target.rpartition(".")[2] in _EXPERTS:
+            raise ConfigError(
+                f"lora.target_modules: '{target}' belongs to the experts and the router of a {model.family}, for which "
+                f"adapters are not implemented; name others of {', '.join(known)}, or train the whole model, without "
+                "lora.enabled"
+            )
         if not matches:
             raise ConfigError(
                 f"lora.target_modules: a {model.family} has no '{target}'{did_you_mean(target, known)}; it has "
