@@ -28,11 +28,13 @@ def init(model: ModelConfig, base: Params, modules: Iterable[Module], key: Array
     of `model.adapters.tokens` are those of `base`. Runs under jit and eval_shape.
     """
     assert model.adapters is not None
-    first, last = model.adapted_layers
     rank, tree = model.adapters.rank, {}
     base = unpack(base)
     modules = sorted(modules)
     for module, module_key in zip(modules, jax.random.split(key, len(modules)), strict=True):
+        first, last = model.adapted_in(module[0])
+        if first == last:
+            continue
         kernel = leaf_at(base["layers"], module)["kernel"][first:last]
         count, inputs, outputs = kernel.shape
         bound = inputs**-0.5
@@ -61,12 +63,11 @@ def merge(params: Params, model: ModelConfig) -> Params:
     if "lora" not in params:
         return params
     assert model.adapters is not None
-    first, last = model.adapted_layers
     scale = model.adapters.scale
 
-    def merge_module(layer: Params, adapter: Params) -> Params:
+    def merge_module(layer: Params, adapter: Params, first: int, last: int) -> Params:
         if "a" not in adapter:
-            return {k: merge_module(v, adapter[k]) if k in adapter else v for k, v in layer.items()}
+            return {k: merge_module(v, adapter[k], first, last) if k in adapter else v for k, v in layer.items()}
 
         def merge_kernel(carry: None, inputs: tuple[Array, Params]) -> tuple[None, Array]:
             kernel, adapter = inputs
@@ -81,7 +82,11 @@ def merge(params: Params, model: ModelConfig) -> Params:
         return {**layer, "kernel": merged if merged.shape == kernel.shape else kernel.at[first:last].set(merged)}
 
     merged = {name: value for name, value in params.items() if name != "lora"}
-    merged["layers"] = merge_module(params["layers"], params["lora"]["layers"])
+    adapters = params["lora"]["layers"]
+    merged["layers"] = {
+        name: merge_module(module, adapters[name], *model.adapted_in(name)) if name in adapters else module
+        for name, module in params["layers"].items()
+    }
     rows, tokens = params["lora"].get("rows", {}), jnp.array(model.adapters.tokens, jnp.int32)
     if "embedding" in rows:
         merged["embed"] = {"embedding": params["embed"]["embedding"].at[tokens].set(rows["embedding"])}

@@ -112,15 +112,17 @@ class Prompts:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all layers, and the position and validity of each slot, shared by all layers.
+    """Keys and values of all layers with attention, and the position and validity of each slot, shared by all of them.
 
-    Keys and values are one array per layer, or stacked (`ModelConfig.scans_layers`).
+    Keys and values are one array per layer, or stacked (`ModelConfig.scans_layers`). A layer with a delta net
+    (models/delta.py) has a state of fixed size instead, which holds all the tokens read so far and cannot forget one.
     """
 
     k: tuple[Array, ...] | Array  # per layer [B, K, S, H], twice as fast to read on a CPU as [B, S, K, H]
     v: tuple[Array, ...] | Array  # stacked: [L, S, K, B, H], in which a TPU writes a slot of all rows in one place
     positions: Array  # int32 [B, S]
     valid: Array  # bool [B, S]   slots that hold a real token
+    states: tuple[tuple[Array, Array], ...] = ()  # f32 per layer [B, W, C], [B, N, key, value]   of delta nets
 
 
 def map_layers(function: Callable[..., Any], *layers: Any) -> Any:

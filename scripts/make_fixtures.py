@@ -34,6 +34,7 @@ from safetensors.torch import save_file as save_torch
 FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "tests" / "fixtures"
 FOLDER = FIXTURES / "models"
 LENGTHS, PROMPT_LENGTHS, NEW_TOKENS = (20, 13, 6), (9, 4), 64
+LARGEST_ROUNDING = 4e-5  # of logits, as the difference with and without a cache: the tests allow 1e-4
 LEAST_MARGIN = 2e-3  # between the two best tokens of a greedy step: rounding must not change the choice
 
 LINEAGE = {
@@ -119,6 +120,21 @@ def gemma(family: str, classes: str, *parts: dict[str, Any], **options: Any) -> 
     """A model of Gemma 2 or 3 on top of the common sizes."""
     sizes = {key: value for key, value in LINEAGE.items() if key not in ("hidden_act", "tie_word_embeddings")}
     return case(family, classes, sizes, {"num_hidden_layers": 3, "head_dim": 8, "sliding_window": 5}, *parts, **options)
+
+
+def qwen3_5(classes: str, layer_types: str, *parts: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """A text model of Qwen 3.5 on top of the common sizes, with layers of a delta net (d) and of attention (a)."""
+    sizes = {
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 6,
+        "linear_value_head_dim": 5,
+        "rms_norm_eps": 1e-2,  # outputs near 0 would be normalised with their rounding errors
+        "num_hidden_layers": len(layer_types),
+        "layer_types": [{"d": "linear_attention", "a": "full_attention"}[kind] for kind in layer_types],
+    }
+    return case("qwen3_5_text", classes, LINEAGE, sizes, *parts, **options)
 
 
 LABELS = {n: {"id2label": {str(i): f"LABEL_{i}" for i in range(n)}} for n in (1, 2)}
@@ -329,6 +345,17 @@ CASES = {
     "olmoe": case(
         "olmoe", "OlmoeForCausalLM", LINEAGE, OLD, intermediate_size=16, num_experts=4, num_experts_per_tok=3
     ),
+    "qwen3_5": qwen3_5(
+        "Qwen3_5ForCausalLM",
+        "dada",
+        rope("default", 1000.0, partial_rotary_factor=0.5, mrope_section=[1, 1, 0], mrope_interleaved=True),
+        dtype="bfloat16",
+        tie_word_embeddings=True,
+    ),
+    "qwen3_5-biases": qwen3_5(
+        "Qwen3_5ForCausalLM", "add", OLD, attention_bias=True, linear_conv_kernel_dim=2, linear_num_key_heads=4
+    ),
+    "qwen3_5-score": qwen3_5("Qwen3_5TextForSequenceClassification", "da", NEW, LABELS[1]),
     "llama-score": case("llama", "LlamaForSequenceClassification", LINEAGE, OLD, LABELS[1]),
     "mistral-label": case("mistral", "MistralForSequenceClassification", LINEAGE, NEW, sliding_window=5),
     "qwen2-score": case("qwen2", "Qwen2ForSequenceClassification", LINEAGE, NEW, LABELS[1], tie_word_embeddings=True),
@@ -421,6 +448,8 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             new = 1 + 0.3 * noise
         elif "embed" in name or "wte" in name or "wpe" in name:
             new = 0.5 * noise
+        elif "linear_attn" in name:  # smaller, as recurrence and norm amplify rounding errors
+            new = noise * weight[0].numel() ** -0.5
         else:
             new = 1.5 * noise * min(weight.shape[-2:]) ** -0.5
         weight.data = new.bfloat16().float()
@@ -450,20 +479,29 @@ def logits_of(model: Any, rows: list[np.ndarray], side: str) -> torch.Tensor:
 
 
 def language_model(model: Any, seed: int, config: dict[str, Any]) -> dict[str, np.ndarray] | None:
-    """The golden arrays of a language model, or None if two tokens of a greedy step are too close to a tie."""
+    """The golden arrays of a language model, or None if two tokens of a greedy step are too close to a tie, or if the
+    weights make rounding errors large."""
     rows, prompts = random_rows(LENGTHS, seed), random_rows(PROMPT_LENGTHS, seed + 1)
     logits = logits_of(model, rows, "right")
-    torch.testing.assert_close(logits_of(model, rows, "left"), logits, atol=1e-4, rtol=0)
+    left = logits_of(model, rows, "left")
+    torch.testing.assert_close(left, logits, atol=1e-2, rtol=0)
+    if (left - logits).abs().max() > LARGEST_ROUNDING:
+        return None
     predicts = np.concatenate([np.arange(length) < length - 1 for length in LENGTHS])
     targets = torch.tensor(np.concatenate([row[1:] for row in rows]))
     torch.nn.functional.cross_entropy(logits[torch.tensor(predicts)], targets).backward()
     tokens, mask, _ = padded(prompts, "left")
     model.generation_config.eos_token_id = None
-    written = model.generate(tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
-    greedy = written[:, tokens.shape[1] :].numpy()
-    for prompt, continuation in zip(prompts, greedy, strict=True):
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    written = model.generate(tokens, attention_mask=mask, **options)
+    greedy = written.sequences[:, tokens.shape[1] :].numpy()
+    cached = torch.stack(written.logits, dim=1)
+    for row, (prompt, continuation) in enumerate(zip(prompts, greedy, strict=True)):
         with torch.no_grad():
-            best = logits_of(model, [np.concatenate([prompt, continuation])], "right")[len(prompt) - 1 : -1].topk(2)
+            whole = logits_of(model, [np.concatenate([prompt, continuation])], "right")[len(prompt) - 1 : -1]
+        if (whole - cached[row]).abs().max() > LARGEST_ROUNDING:
+            return None
+        best = whole.topk(2)
         if (best.values[:, 0] - best.values[:, 1]).min() < LEAST_MARGIN:
             return None
         np.testing.assert_array_equal(best.indices[:, 0].numpy(), continuation)

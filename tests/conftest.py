@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pathlib
+import shutil
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -101,6 +102,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
             }
         )
     )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recurrent_model(tiny_model: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """`tiny_model` as a Qwen 3.5: a layer with a delta net, whose cache is a recurrent state, then attention."""
+    folder = tmp_path_factory.mktemp("recurrent-model")
+    shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", "head_dim": 8}
+    config |= {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2}
+    config |= {"linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -14,7 +14,7 @@ from support.tiny import tiny
 import jaxrlhf
 from jaxrlhf import lora
 from jaxrlhf.errors import DataError
-from jaxrlhf.models import Adapters, empty_cache, forward, forward_cached, init, lm_logits
+from jaxrlhf.models import Adapters, DeltaNet, empty_cache, forward, forward_cached, init, lm_logits, unstack
 from jaxrlhf.models.layers import dropout
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.weights import peft
@@ -74,6 +74,35 @@ def test_merged_is_what_they_were_beside_the_model(family, magnitudes, layers):
         for matrix in ("q", "o") if name == "attention" else ("up", "down"):
             before, after = (np.asarray(p["layers"][name][matrix]["kernel"]) for p in (base, merged))
             assert np.any(before[1] != after[1]) and np.all(before[0] == after[0]) == (layers is not None)
+
+
+@pytest.mark.parametrize("layers", [None, (1, 3), (2, 3)])
+def test_layers_of_two_kinds_have_stacks_of_their_own(layers, tmp_path):
+    net = DeltaNet(layers=(True, False) * 2, key_heads=2, value_heads=4, key_size=6, value_size=4, conv_width=3)
+    model = tiny(
+        **{"family": "qwen3_5_text", "num_layers": 4, "sliding_layers": (False,) * 4, "delta": net},
+        **{"attention_gate": True, "qk_norm": True, "norm": "rmsnorm_1p", "norm_eps": 1e-2},
+        adapters=Adapters(3, 6.0, layers=layers),
+    )
+    base = init(model, jax.random.key(0))
+    added = lora.init(model, base, peft.modules(model, ["all-linear"]), jax.random.key(1), magnitudes=True)
+    added = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), added)
+    counts = {name: len(jax.tree.leaves(module)[0]) for name, module in added["lora"]["layers"].items()}
+    first, last = layers or (0, 4)
+    expected = {"mlp": last - first, "delta": len(range(first, last)[first % 2 :: 2])}
+    expected["attention"] = expected["mlp"] - expected["delta"]
+    assert counts == {name: count for name, count in expected.items() if count}
+    whole = {**base, **added}
+    apart = hidden(whole, model)
+    assert np.abs(apart - hidden(base, model)).max() > 1e-2
+    np.testing.assert_allclose(hidden(lora.merge(whole, model), model), apart, rtol=2e-4, atol=2e-5)
+    inference, copy = inference_copy(model, whole, "float32")
+    unstacked = jax.tree.map(np.asarray, unstack(lora.merge(whole, model), model)["layers"])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), copy["layers"], unstacked)
+    peft.write(tmp_path, model, whole, "base")
+    static, read = peft.read(tmp_path, model)
+    assert static.layers == layers
+    jax.tree.map(np.testing.assert_array_equal, read["lora"], added["lora"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

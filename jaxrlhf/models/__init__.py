@@ -1,7 +1,7 @@
 """The decoder and its heads. A model is a frozen `ModelConfig` and its parameters, a plain nested dict of arrays."""
 
 from jaxrlhf.models.attention import cudnn_trouble
-from jaxrlhf.models.config import Adapters, ModelConfig, Rope
+from jaxrlhf.models.config import Adapters, DeltaNet, ModelConfig, Rope
 from jaxrlhf.models.heads import (
     finish_logits,
     init_head,
@@ -22,5 +22,6 @@ from jaxrlhf.models.transformer import (
     forward_cached,
     forward_with_router,
     init,
+    layer_of,
     unstack,
 )

@@ -38,6 +38,24 @@ class Rope:
         return self.kind in ("dynamic", "longrope")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeltaNet:
+    """Gated delta-net layers (https://arxiv.org/abs/2412.06464), which have a recurrent state in place of keys and
+    values. See models/delta.py."""
+
+    layers: tuple[bool, ...]  # [L]   True for layers with it, False for layers with attention
+    key_heads: int
+    value_heads: int  # a multiple of key_heads; each has a state [key_size, value_size]
+    key_size: int  # of a head
+    value_size: int  # of a head
+    conv_width: int  # tokens that the convolution of queries, keys and values reads
+
+    @property
+    def channels(self) -> int:
+        """Width of queries, keys and values of all heads together, which the convolution reads."""
+        return 2 * self.key_heads * self.key_size + self.value_heads * self.value_size
+
+
 @dataclass(frozen=True)
 class Adapters:
     """Configuration of low-rank adapters (https://arxiv.org/abs/2106.09685): W + scale A B in place of W.
@@ -87,11 +105,13 @@ class ModelConfig:
     num_labels: int = 1  # of a scalar head; 2: the score is the probability of label 1
     attention_scale: float | None = None  # None: head_dim ** -0.5
     attention_scale_by_layer: bool = False  # GPT-2's scale_attn_by_inverse_layer_idx
+    attention_gate: bool = False  # `q` also computes a gate, whose sigmoid multiplies the output of attention
     attention_softcap: float | None = None  # c: attention logits x become c tanh(x / c)
     qk_norm_over: Literal["head", "all_heads"] = "head"  # what `qk_norm` normalises: each head, or all heads together
     norm_placement: Literal["pre", "post", "both"] = "pre"  # norms of attention's and the MLP's input, output, or both
     sliding_rope: Rope | None = None  # of layers with the window; None: `rope`
     rope_layers: tuple[bool, ...] = ()  # [L]   False for layers without rotary embeddings; (): all have them
+    delta: DeltaNet | None = None  # layers without attention; None: all have it
     embedding_multiplier: float = 1.0  # on the embedding, rounded to `dtype`
     residual_multiplier: float = 1.0  # on the outputs of attention and MLP
     logits_divisor: float = 1.0
@@ -112,8 +132,24 @@ class ModelConfig:
     @property
     def scans_layers(self) -> bool:
         """True if decoding scans over stacked layers and a stacked cache. Unrolled layers are faster on CPUs; a TPU's
-        compiler takes minutes for thirty of them, and copies their caches."""
-        return self.platform == "tpu"
+        compiler takes minutes for thirty of them, and copies their caches. Layers of two kinds are always unrolled."""
+        return self.platform == "tpu" and self.delta is None
+
+    @property
+    def delta_layers(self) -> tuple[bool, ...]:
+        """[L] True for layers with a delta net, False for layers with attention."""
+        return self.delta.layers if self.delta else (False,) * self.num_layers
+
+    @property
+    def period(self) -> int:
+        """The least number of layers after which their kinds repeat."""
+        kinds, count = self.delta_layers, self.num_layers
+        return next(n for n in range(1, count + 1) if count % n == 0 and kinds == kinds[:n] * (count // n))
+
+    def layers_with(self, module: str) -> tuple[int, ...]:
+        """Numbers of the layers that have a module ("attention", "delta", "mlp", ...), over which it is stacked."""
+        without = {"attention": True, "delta": False}.get(module)
+        return tuple(i for i, delta in enumerate(self.delta_layers) if delta != without)
 
     @property
     def balances_experts(self) -> bool:
@@ -134,6 +170,11 @@ class ModelConfig:
         """(first, last + 1) layer with adapters."""
         return (self.adapters and self.adapters.layers) or (0, self.num_layers)
 
+    def adapted_in(self, module: str) -> tuple[int, int]:
+        """(first, last + 1) layer with adapters in the stack of a module of the layers."""
+        layers, (first, last) = self.layers_with(module), self.adapted_layers
+        return sum(i < first for i in layers), sum(i < last for i in layers)
+
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads ({self.num_kv_heads}) must divide num_heads ({self.num_heads})")
@@ -141,5 +182,13 @@ class ModelConfig:
             raise ValueError(f"sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers")
         if len(self.rope_layers) not in (0, self.num_layers):
             raise ValueError(f"rope_layers has {len(self.rope_layers)} entries for {self.num_layers} layers")
+        if self.delta is not None:
+            if len(self.delta.layers) != self.num_layers:
+                raise ValueError(f"delta.layers has {len(self.delta.layers)} entries for {self.num_layers} layers")
+            if self.delta.value_heads % self.delta.key_heads:
+                raise ValueError(
+                    f"the key heads of delta nets ({self.delta.key_heads}) must divide their value heads "
+                    f"({self.delta.value_heads})"
+                )
         if self.rope is not None and self.head_dim % 2:
             raise ValueError(f"rotary embeddings need an even head_dim, got {self.head_dim}")

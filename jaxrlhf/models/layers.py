@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxrlhf.models import delta
 from jaxrlhf.models.activations import ACTIVATIONS
 from jaxrlhf.models.attention import attend, cudnn_attend, fits_cudnn
 from jaxrlhf.models.config import ModelConfig
@@ -129,10 +130,14 @@ class Attention(nn.Module):
     def __call__(self, x, rotation, mask, scale, cache, slot, keys, layer):
         m = self.model
         heads = {"q": m.num_heads, "k": m.num_kv_heads, "v": m.num_kv_heads}
+        widths = {"q": 2 * m.head_dim if m.attention_gate else m.head_dim, "k": m.head_dim, "v": m.head_dim}
         q, k, v = (
-            Dense(count * m.head_dim, m.qkv_bias, m, name=name)(x, keys).reshape(*x.shape[:2], count, m.head_dim)
+            Dense(count * widths[name], m.qkv_bias, m, name=name)(x, keys).reshape(*x.shape[:2], count, widths[name])
             for name, count in heads.items()
         )
+        gate = None
+        if m.attention_gate:
+            q, gate = jnp.split(q, 2, axis=-1)
         if m.qk_norm:
             q, k = self._normalised(q, "q_norm"), self._normalised(k, "k_norm")
         q, k = rotate_queries(q, rotation) * scale, rotate(k, rotation)
@@ -154,12 +159,64 @@ class Attention(nn.Module):
         fused = m.attention == "cudnn" and cache is None and m.attention_softcap is None and fits_cudnn(q)
         attention = partial(cudnn_attend, mesh=m.mesh) if fused else partial(attend, softcap=m.attention_softcap)
         y = attention(q, k, v, mask, m.dtype).reshape(*x.shape[:2], -1)
+        if gate is not None:
+            y = y * jax.nn.sigmoid(gate.reshape(y.shape))
         return Dense(x.shape[-1], m.attention_out_bias, m, name="o")(y, keys), cache
 
     def _normalised(self, heads: Float[Array, "B T N H"], name: str) -> Float[Array, "B T N H"]:
         m = self.model
         x = heads.reshape(*heads.shape[:2], -1) if m.qk_norm_over == "all_heads" else heads
         return Norm("rmsnorm" if m.norm == "layernorm" else m.norm, m.norm_eps, name=name)(x).reshape(heads.shape)
+
+
+class GatedDeltaNet(nn.Module):
+    """The gated delta rule on queries, keys and values that a short convolution has mixed (delta.py)."""
+
+    model: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, tokens: delta.Tokens, cache: delta.DeltaState | None, keys):
+        m, net = self.model, self.model.delta
+        assert net is not None
+        rows, length = x.shape[:2]
+        if cache is None:
+            window = jnp.zeros((rows, net.conv_width - 1, net.channels))
+            cache = window, jnp.zeros((rows, net.value_heads, net.key_size, net.value_size))
+        window, state = cache
+        qkv = Dense(net.channels, False, m, name="qkv")(x, keys)
+        mixed, window = delta.convolve(qkv, Taps(net.channels, net.conv_width, name="conv")(), tokens, window)
+        keys_width = net.key_heads * net.key_size
+        q, k, v = jnp.split(ACTIVATIONS[m.activation](mixed), (keys_width, 2 * keys_width), axis=-1)
+        q, k = (delta.unit(each.reshape(rows, length, net.key_heads, -1)) for each in (q, k))
+        q, k = (jnp.repeat(each, net.value_heads // net.key_heads, axis=2) for each in (q * net.key_size**-0.5, k))
+        a, b = (Dense(net.value_heads, False, m, name=name)(x, keys) for name in ("decay", "beta"))
+        rate = jnp.exp(self.param("log_rate", log_uniform, (net.value_heads,)).astype(jnp.float32))
+        a = a + along_last(self.param("step_bias", nn.initializers.ones, (net.value_heads,)), a)
+        real = tokens.real[..., None]
+        log_a = jnp.where(real, -along_last(rate, a) * jax.nn.softplus(a), 0)
+        v = v.reshape(rows, length, net.value_heads, -1)
+        inputs = delta.Inputs(q, k, v, log_a, jnp.where(real, jax.nn.sigmoid(b), 0))
+        inputs = delta.Inputs(*(place(each, m, "rows", None, "tensor", *[None] * (each.ndim - 3)) for each in inputs))
+        y, state = delta.step(inputs, state) if length == 1 else delta.chunked(inputs, tokens.segments, state)
+        z = Dense(net.value_heads * net.value_size, False, m, name="z")(x, keys).reshape(y.shape)
+        y = Norm("rmsnorm", m.norm_eps, name="norm")(y) * jax.nn.silu(z)
+        return Dense(x.shape[-1], False, m, name="o")(y.reshape(rows, length, -1), keys), (window, state)
+
+
+class Taps(nn.Module):
+    """The taps [C, 1, width] of a convolution of each channel."""
+
+    channels: int
+    width: int
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "C 1 W1"]:
+        return self.param("taps", NORMAL, (self.channels, 1, self.width)).astype(jnp.float32)
+
+
+def log_uniform(key: Array, shape: tuple[int, ...]) -> Float[Array, " N"]:
+    """Logarithms of numbers from 0.01 to 16, as transformers draws decay rates."""
+    return jnp.log(jax.random.uniform(key, shape, minval=0.01, maxval=16.0))
 
 
 class Mlp(nn.Module):
@@ -179,20 +236,21 @@ class Mlp(nn.Module):
         return Dense(x.shape[-1], m.mlp_bias, m, name="down")(inner, keys)
 
 
-Cached = tuple[Float[Array, "..."], Float[Array, "..."]] | None  # as in a KVCache
+Cached = tuple[Float[Array, "..."], Float[Array, "..."]] | None  # keys and values as in a KVCache, or a DeltaState
 
 
 class Block(nn.Module):
-    """Decoder layer, for training, scoring and decoding."""
+    """Decoder layer, for training, scoring and decoding, with attention or a delta net."""
 
     model: ModelConfig
+    with_delta: bool = False
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B T D"],
         rotation: Rotation | None,
-        mask: Bool[Array, "B T S"],
+        mask: Bool[Array, "B T S"] | delta.Tokens,
         scale: Float[Array, ""],
         cache: Cached = None,
         slot: Int[Array, ""] | int = 0,
@@ -200,7 +258,8 @@ class Block(nn.Module):
         layer: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cached]:
         """Hidden states [B, T, D] and the updated cache (None without a cache): that of this layer, or with `layer`
-        those of all layers, stacked. `keys` are for adapter dropout."""
+        those of all layers, stacked. `mask` is that of attention, or the tokens of a delta net. `keys` are for adapter
+        dropout."""
         m = self.model
 
         def norm(name: str, x: Array) -> Array:
@@ -210,9 +269,12 @@ class Block(nn.Module):
         def added(x: Array, y: Array) -> Array:
             return x + (y if m.residual_multiplier == 1 else m.residual_multiplier * y)
 
-        y, cache = Attention(m, name="attention")(
-            norm("attention_norm", x), rotation, mask, scale, cache, slot, keys, layer
-        )
+        normed = norm("attention_norm", x)
+        if self.with_delta:
+            assert isinstance(mask, delta.Tokens)
+            y, cache = GatedDeltaNet(m, name="delta")(normed, mask, cache, keys)
+        else:
+            y, cache = Attention(m, name="attention")(normed, rotation, mask, scale, cache, slot, keys, layer)
         attended = added(x, norm("attention_post_norm", y))
         mlp_input = norm("mlp_norm", x if m.parallel_residual else attended)
         inner = Experts(m, name="experts")(mlp_input) if m.num_experts else Mlp(m, name="mlp")(mlp_input, keys)

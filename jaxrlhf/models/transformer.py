@@ -4,6 +4,9 @@ Parameters are a plain nested dict. The leaves of all layers are stacked on thei
 pass is a scan: one layer is traced and compiled, and rematerialisation saves memory. Decoding needs neither and unrolls
 the layers over `unstack`ed parameters, so that no weight is sliced out of a stack at every token; on a TPU, which
 slices without cost and compiles slowly, it is a scan too (`ModelConfig.scans_layers`). All run `layers.Block`.
+
+Where some layers have attention and others a delta net, each module is stacked over the layers that have it
+(`ModelConfig.layers_with`), and the scan is over the least number of layers after which the kinds repeat.
 """
 
 from functools import partial
@@ -16,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.delta import Tokens, aligned
 from jaxrlhf.models.experts import router_sums
 from jaxrlhf.models.heads import init_head
 from jaxrlhf.models.layers import Block, Norm
@@ -35,12 +39,22 @@ def init(model: ModelConfig, key: Array, dtype: DTypeLike = "float32") -> Params
     x = jnp.zeros((1, 1, model.hidden_size))
     turn = rotations(model, jnp.zeros((1, 1), jnp.int32))[0][0]
 
-    def layer(key):
-        return Block(model).init(key, x, turn, jnp.ones((1, 1, 1), bool), jnp.float32(1))["params"]
+    def layer(key, with_delta=False):
+        mask = Tokens(jnp.ones((1, 1), bool), None) if with_delta else jnp.ones((1, 1, 1), bool)
+        return Block(model, with_delta).init(key, x, turn, mask, jnp.float32(1))["params"]
+
+    def layers(key):
+        keys = jax.random.split(key, model.num_layers)
+        stacked = jax.vmap(layer)(keys)
+        if model.delta is not None:  # under jit the attention of layers without it is not computed
+            for module in ("attention", "delta"):
+                block = partial(layer, with_delta=module == "delta")
+                stacked[module] = jax.vmap(block)(keys[jnp.array(model.layers_with(module))])[module]
+        return stacked
 
     params = {
         "embed": {"embedding": 0.02 * jax.random.normal(embed_key, (model.vocab_size, model.hidden_size))},
-        "layers": jax.vmap(layer)(jax.random.split(layer_key, model.num_layers)),
+        "layers": layers(layer_key),
         "norm": Norm(model.norm, model.norm_eps).init(key, x)["params"],
         **init_head(model, head_key),
     }
@@ -97,16 +111,23 @@ def _forward(
     if positions is None:
         assert segments is None, "packed sequences need `positions`"
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    back = None
+    if model.delta is not None:
+        order, back = aligned(mask)
+        tokens, mask, positions = (jnp.take_along_axis(each, order, axis=1) for each in (tokens, mask, positions))
+        segments = None if segments is None else jnp.take_along_axis(segments, order, axis=1)
     full, windowed = _may_attend(model, positions, positions, mask, segments)
     turns, kinds = rotations(model, positions)
 
-    def layer(x, inputs):
+    def layer(x, inputs, with_delta=False):
         weights, adapters, number, scale, sliding, kind = inputs
         layer_keys = None if keys is None else jax.vmap(partial(jax.random.fold_in, data=number))(keys)
         variables = {"params": weights, "lora": adapters}
         may_attend, turn = jnp.where(sliding, windowed, full), select_rotation(turns, kind)
         mutable = ["intermediates"] if routed else False
-        applied: Any = Block(model).apply(variables, x, turn, may_attend, scale, keys=layer_keys, mutable=mutable)
+        may_attend = Tokens(mask, segments) if with_delta else may_attend
+        block = Block(model, with_delta)
+        applied: Any = block.apply(variables, x, turn, may_attend, scale, keys=layer_keys, mutable=mutable)
         sums = None
         if routed:
             applied, sown = applied
@@ -120,19 +141,53 @@ def _forward(
     numbers, sliding = jnp.arange(model.num_layers), jnp.array(model.sliding_layers)
     inputs = params["layers"], adapters, numbers, scales, sliding, _traced(kinds, turns)
     x = place(_embed(params, model, tokens, positions), model, "rows", None, None)
-    x, sums = jax.lax.scan(_rematerialised(layer, model), x, inputs)
-    return _apply(Norm(model.norm, model.norm_eps), params["norm"], x), sums
+    if model.delta is None:
+        x, sums = jax.lax.scan(_rematerialised(layer, model), x, inputs)
+    else:
+        x, sums = _scan_periods(layer, model, x, inputs)
+    x = _apply(Norm(model.norm, model.norm_eps), params["norm"], x)
+    return x if back is None else jnp.take_along_axis(x, back[..., None], axis=1), sums
+
+
+def _scan_periods(layer: Any, model: ModelConfig, x: Array, inputs: tuple[Any, ...]) -> tuple[Array, Any]:
+    """Scan over the layers, with those of one period after another in its body."""
+    count = model.num_layers // model.period
+    layers = [_rematerialised(partial(layer, with_delta=delta), model) for delta in model.delta_layers[: model.period]]
+
+    def period(x, inputs):
+        weights, adapters, *others = inputs
+        results = []
+        for i, run in enumerate(layers):
+            parts = layer_of(weights, model, i), layer_of(adapters, model, i)
+            x, result = run(x, (*parts, *jax.tree.map(lambda each, i=i: each[i], others)))
+            results.append(result)
+        return x, jax.tree.map(lambda *each: jnp.stack(each), *results)
+
+    inputs = jax.tree.map(lambda each: each.reshape(count, len(each) // count, *each.shape[1:]), inputs)
+    x, results = jax.lax.scan(period, x, inputs)
+    return x, jax.tree.map(lambda each: each.reshape(model.num_layers, *each.shape[2:]), results)
+
+
+def layer_of(layers: Params, model: ModelConfig, number: int, first: int = 0) -> Params:
+    """Parameters of layer `number`, from stacks of those from layer `first` on."""
+    found = {}
+    for name, module in layers.items():
+        stacked = [i for i in model.layers_with(name) if i >= first]
+        if number in stacked:
+            at = stacked.index(number)
+            found[name] = jax.tree.map(lambda leaf, at=at: leaf[at], module)
+    return found
 
 
 def adapters_of_all_layers(params: Params, model: ModelConfig) -> Params:
     """Stacked adapters, padded for layers without adapters: with zeros and a magnitude of NaN, which have no effect."""
     adapters = params.get("lora", {}).get("layers", {})
-    first, last = model.adapted_layers
-    padding = first, model.num_layers - last
-    if padding == (0, 0):
+    if model.adapted_layers == (0, model.num_layers):
         return adapters
 
     def pad(path: tuple[Any, ...], x: Array) -> Array:
+        first, last = model.adapted_in(path[0].key)
+        padding = first, len(model.layers_with(path[0].key)) - last
         fill = jnp.nan if path[-1].key == "magnitude" else 0
         return jnp.pad(x, [padding, *[(0, 0)] * (x.ndim - 1)], constant_values=fill)
 
@@ -146,13 +201,20 @@ def empty_cache(model: ModelConfig, batch: int, slots: int) -> KVCache:
     def zeros() -> tuple[Array, ...] | Array:
         if model.scans_layers:
             return jnp.zeros((model.num_layers, slots, heads, batch, width), model.dtype)
-        return tuple(jnp.zeros((batch, heads, slots, width), model.dtype) for _ in range(model.num_layers))
+        return tuple(jnp.zeros((batch, heads, slots, width), model.dtype) for _ in model.layers_with("attention"))
+
+    def state() -> tuple[Array, Array]:
+        net = model.delta
+        assert net is not None
+        shape = batch, net.value_heads, net.key_size, net.value_size
+        return jnp.zeros((batch, net.conv_width - 1, net.channels)), jnp.zeros(shape)
 
     return KVCache(
         k=zeros(),
         v=zeros(),
         positions=jnp.zeros((batch, slots), jnp.int32),
         valid=jnp.zeros((batch, slots), bool),
+        states=tuple(state() for _ in model.layers_with("delta")),
     )
 
 
@@ -161,8 +223,7 @@ def unstack(params: Params, model: ModelConfig) -> Params:
     it inside jit but outside the decode loop."""
     if model.scans_layers:
         return params
-    layers = range(model.num_layers)
-    return {**params, "layers": tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in layers)}
+    return {**params, "layers": tuple(layer_of(params["layers"], model, i) for i in range(model.num_layers))}
 
 
 def forward_cached(
@@ -176,17 +237,23 @@ def forward_cached(
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """`forward` for T more tokens, written to slots `slot` .. `slot` + T - 1, which attend to every earlier valid slot.
 
+    Padding changes no state of a delta net. In a model with delta nets the real tokens are written first.
     Adapters must be merged. `slot` + T must not exceed the cache, which is not checked: the write would be moved back.
     A model whose rotation depends on the length needs a fixed one (`for_length`).
     """
     assert "lora" not in unstacked
     assert model.rope is None or not model.rope.depends_on_length or model.rope.length, "a length for the rotation"
+    back = None
+    if model.delta is not None and tokens.shape[1] > 1:
+        order, back = aligned(mask)
+        tokens, mask, positions = (jnp.take_along_axis(each, order, axis=1) for each in (tokens, mask, positions))
     write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
     key_positions, valid = write(cache.positions, positions), write(cache.valid, mask)
     full, windowed = _may_attend(model, positions, key_positions, valid, None)
     turns, kinds = rotations(model, positions)
     x = _embed(unstacked, model, tokens, positions)
     scales = _attention_scales(model)
+    states = list(cache.states)
     if model.scans_layers:
 
         def layer(carry, inputs):
@@ -199,15 +266,19 @@ def forward_cached(
         inputs = unstacked["layers"], numbers, jnp.array(scales, jnp.float32), sliding, _traced(kinds, turns)
         (x, (keys, values)), _ = jax.lax.scan(layer, (x, (cache.k, cache.v)), inputs)
     else:
-        written = []
+        pairs = [*zip(cache.k, cache.v, strict=True)]
         for i, weights in enumerate(unstacked["layers"]):
-            may_attend, turn = windowed if model.sliding_layers[i] else full, turns[kinds[i]]
-            pair = cache.k[i], cache.v[i]
-            x, pair = _apply(Block(model), weights, x, turn, may_attend, jnp.float32(scales[i]), pair, slot)
-            written.append(pair)
-        keys, values = zip(*written, strict=True)
+            with_delta, turn = model.delta_layers[i], turns[kinds[i]]
+            may_attend = windowed if model.sliding_layers[i] else full
+            may_attend, caches = (Tokens(mask, None), states) if with_delta else (may_attend, pairs)
+            j = model.layers_with("delta" if with_delta else "attention").index(i)
+            x, caches[j] = _apply(
+                Block(model, with_delta), weights, x, turn, may_attend, jnp.float32(scales[i]), caches[j], slot
+            )
+        keys, values = zip(*pairs, strict=True)
     x = _apply(Norm(model.norm, model.norm_eps), unstacked["norm"], x)
-    return x, KVCache(k=keys, v=values, positions=key_positions, valid=valid)
+    x = x if back is None else jnp.take_along_axis(x, back[..., None], axis=1)
+    return x, KVCache(k=keys, v=values, positions=key_positions, valid=valid, states=tuple(states))
 
 
 def _traced(kinds: tuple[int, ...], turns: tuple[Any, ...]) -> Array | None:

@@ -18,7 +18,6 @@ from jaxrlhf import sharding
 from jaxrlhf.compilation import Compiled
 from jaxrlhf.config import PPO, replace
 from jaxrlhf.logprobs import logits_bytes
-from jaxrlhf.models import empty_cache
 from jaxrlhf.plan import costs, hlo, topology
 from jaxrlhf.plan.programs import Programs, Traced, Trainer, abstract_trainer, compile_longest
 from jaxrlhf.plan.targets import Target
@@ -273,10 +272,9 @@ def _on_policy_phases(trainer: PPOTrainer | GRPOTrainer, found: Programs) -> Ite
 def _rollout_phase(name: str, standing: dict[str, int], copy: Params, sampler: Sampler, found: Programs) -> Phase:
     """The rollout on the devices of a sampler, which hold the copy and `standing`."""
     length, slots = sampler.sampling.response_length, min(sampler.slots or sampler.batch, sampler.batch)
-    cache = jax.eval_shape(lambda: empty_cache(sampler.decoder, slots, sampler.columns + length))
     held = {"decoding copy": size(copy)}
-    apiece = engine.cache_shards(sampler.decoder, sampler.mesh)
-    cached = {"keys and values": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) // apiece}
+    cache = engine.cache_shapes(sampler.decoder, slots, sampler.columns + length, sampler.mesh)
+    cached = {"keys and values": size(cache)}
     drawn = [one for program in ("generate", "admit", "advance") for one in found.get(program, ())]
     drawn = [one for one in drawn if jax.tree.leaves(one.outputs)[0].sharding.mesh == sampler.mesh]
     if "advance" in found:  # an argument of that program

@@ -84,7 +84,7 @@ def live_bytes(program: ClosedJaxpr) -> int:
 
 _FREE = ("pjit", "jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint", "core_call")
 _IN_MEMORY = ("dot_general", "gather", "dynamic_update_slice", "sort", "concatenate", "scan", "while", "cond", "cumsum")
-_IN_MEMORY_TOO = ("reduce", "scatter", "arg", "conv")  # beginnings of names
+_IN_MEMORY_TOO = ("reduce", "scatter", "arg", "conv", "triangular_solve")  # beginnings of names
 
 
 def _live(jaxpr: Jaxpr) -> tuple[int, list[int]]:

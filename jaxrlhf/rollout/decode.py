@@ -75,7 +75,8 @@ def widened(cache: KVCache, more: int) -> KVCache:
     def pad(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))
 
-    return KVCache(
+    return dataclasses.replace(
+        cache,
         k=map_layers(pad, cache.k),
         v=map_layers(pad, cache.v),
         positions=jnp.pad(cache.positions, ((0, 0), (0, more))),
@@ -90,6 +91,7 @@ def by_rows(function: Callable[[Array], Array], cache: KVCache) -> KVCache:
         v=map_layers(function, cache.v),
         positions=function(cache.positions),
         valid=function(cache.valid),
+        states=jax.tree.map(function, cache.states),
     )
 
 

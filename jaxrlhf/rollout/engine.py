@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from jaxrlhf import memory, sharding
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.models import ModelConfig
+from jaxrlhf.models import ModelConfig, empty_cache
 from jaxrlhf.rollout.decode import Decoding, advance, as_rollout, by_rows, empty_slots, start
 from jaxrlhf.rollout.queue import PromptQueue, SlotTable
 from jaxrlhf.types import KVCache, Params, Prompts, Rollout, Slots, map_layers
@@ -104,7 +104,9 @@ def check_slots(model: ModelConfig, slots: int, columns: int, mesh: jax.sharding
     if mesh is not None and sharding.platform(mesh) != "cpu":  # CPU devices share memory
         shards = cache_shards(model, mesh)
     itemsize = jnp.dtype(model.dtype).itemsize
-    slot_bytes = 2 * model.num_layers * model.num_kv_heads * columns * model.head_dim * itemsize
+    slot_bytes = 2 * len(model.layers_with("attention")) * model.num_kv_heads * columns * model.head_dim * itemsize
+    state = jax.eval_shape(lambda: empty_cache(model, 1, 0).states)
+    slot_bytes += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     free = memory.free_on_device()
     if free is not None and slots * slot_bytes > (free := free * shards):
         raise ConfigError(
@@ -112,6 +114,12 @@ def check_slots(model: ModelConfig, slots: int, columns: int, mesh: jax.sharding
             f"{free / 2**30:.1f} GiB are free; set rollout.slots to {max(1, int(0.8 * free / slot_bytes))} or less, or "
             "lower sampling.response_length"
         )
+
+
+def cache_shapes(model: ModelConfig, slots: int, columns: int, mesh: jax.sharding.Mesh) -> KVCache:
+    """The shapes of a cache [slots, columns], with their shardings."""
+    cache = jax.eval_shape(lambda: empty_cache(model, slots, columns))
+    return sharding.with_shardings(cache, _cache_shardings(cache, mesh))
 
 
 def _fewer(slots: int, shards: int) -> int:
@@ -126,9 +134,14 @@ def cache_shards(model: ModelConfig, mesh: jax.sharding.Mesh) -> int:
 
 
 def _shardings(slots: Slots, mesh: jax.sharding.Mesh) -> Any:
-    """Rows are split like those of a batch, heads of keys and values over `tensor`."""
     rows, replicated = NamedSharding(mesh, sharding.ROWS), NamedSharding(mesh, P())
-    tensor = mesh.shape["tensor"]
+    cache = _cache_shardings(slots.cache, mesh)
+    return dataclasses.replace(jax.tree.map(lambda x: rows if x.ndim else replicated, slots), cache=cache)
+
+
+def _cache_shardings(cache: KVCache, mesh: jax.sharding.Mesh) -> Any:
+    """Rows are split like those of a batch, heads of keys, values and states over `tensor`."""
+    rows, tensor = NamedSharding(mesh, sharding.ROWS), mesh.shape["tensor"]
 
     def heads(x: Any) -> NamedSharding:
         split = ("tensor",) if tensor > 1 and x.shape[-3] % tensor == 0 else ()
@@ -136,9 +149,12 @@ def _shardings(slots: Slots, mesh: jax.sharding.Mesh) -> Any:
             return NamedSharding(mesh, P(None, None, *(split or (None,)), *sharding.ROWS))
         return NamedSharding(mesh, P(*sharding.ROWS, *split))
 
-    cache = jax.tree.map(lambda _: rows, slots.cache)
-    cache = dataclasses.replace(cache, k=jax.tree.map(heads, slots.cache.k), v=jax.tree.map(heads, slots.cache.v))
-    return dataclasses.replace(jax.tree.map(lambda x: rows if x.ndim else replicated, slots), cache=cache)
+    return dataclasses.replace(
+        jax.tree.map(lambda _: rows, cache),
+        k=jax.tree.map(heads, cache.k),
+        v=jax.tree.map(heads, cache.v),
+        states=tuple((rows, heads(state)) for _, state in cache.states),
+    )
 
 
 @partial(jax.jit, static_argnames=("decoding", "batch", "prompt_columns", "mesh"))
@@ -167,6 +183,7 @@ def _admit(params: Params, decoding: Decoding, slots: Slots, prompts: Prompts, t
         v=map_layers(write_columns, slots.cache.v, started.cache.v),
         positions=write(slots.cache.positions, jnp.pad(started.cache.positions, padding)),
         valid=write(slots.cache.valid, jnp.pad(started.cache.valid, padding)),
+        states=jax.tree.map(write, slots.cache.states, started.cache.states),
     )
     by_row = (dataclasses.replace(x, clock=None, cache=None) for x in (slots, started))
     return dataclasses.replace(jax.tree.map(write, *by_row), clock=slots.clock, cache=cache)

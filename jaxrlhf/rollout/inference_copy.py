@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from jaxrlhf import lora, sharding
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.models import ModelConfig, adapters_of_all_layers, init, unstack
+from jaxrlhf.models import ModelConfig, adapters_of_all_layers, init, layer_of, unstack
 from jaxrlhf.sharding import path_of
 from jaxrlhf.types import Params
 
@@ -135,11 +135,16 @@ def _merge_by_layer(params: Params, model: ModelConfig, dtype: DTypeLike) -> Par
     adapters = params.get("lora", {})
     first, last = model.adapted_layers
     layer_adapters = model.adapters and dataclasses.replace(model.adapters, layers=None, tokens=())
-    layer_model = dataclasses.replace(
-        model, num_layers=1, sliding_layers=model.sliding_layers[:1], rope_layers=(), adapters=layer_adapters
-    )
 
-    def layer(weights: Params, adapter: Params) -> Params:
+    def layer(weights: Params, adapter: Params, number: int = 0) -> Params:
+        layer_model = dataclasses.replace(
+            model,
+            num_layers=1,
+            sliding_layers=model.sliding_layers[:1],
+            rope_layers=(),
+            delta=model.delta and dataclasses.replace(model.delta, layers=model.delta_layers[number : number + 1]),
+            adapters=layer_adapters,
+        )
         stack = {"layers": jax.tree.map(lambda x: x[None], weights)}
         if adapter:
             stack["lora"] = {"layers": jax.tree.map(lambda x: x[None], adapter)}
@@ -150,8 +155,9 @@ def _merge_by_layer(params: Params, model: ModelConfig, dtype: DTypeLike) -> Par
     else:
         layers = tuple(
             layer(
-                jax.tree.map(lambda x, i=i: x[i], params["layers"]),
-                jax.tree.map(lambda x, i=i: x[i - first], adapters["layers"]) if adapters and first <= i < last else {},
+                layer_of(params["layers"], model, i),
+                layer_of(adapters["layers"], model, i, first) if adapters and first <= i < last else {},
+                i,
             )
             for i in range(model.num_layers)
         )

@@ -1,8 +1,9 @@
 """Generation of one response at a time, a few tokens per call, in a key-value cache that outlives the response.
 
-For conversations: of a prompt that begins with what was read before, only the rest is read. Columns of the cache are
-positions. Its size is doubled when it is full and text is read in pieces of two sizes, so the number of compiled
-programs grows with the logarithm of the longest prompt and not with the number of responses.
+For conversations: of a prompt that begins with what was read before, only the rest is read (with delta nets, if it
+begins with all of that). Columns of the cache are positions. Its size is doubled when it is full and text is read in
+pieces of two sizes, so the number of compiled programs grows with the logarithm of the longest prompt and not with the
+number of responses.
 """
 
 import dataclasses
@@ -67,6 +68,8 @@ class Stream:
         start = next((i for i, pair in enumerate(zip(prompt, self._read, strict=False)) if pair[0] != pair[1]), None)
         start = min(len(prompt), len(self._read)) if start is None else start
         start = min(start, len(prompt) - 1)  # the last token's hidden state is needed
+        if self._decoding.model.delta is not None and start < len(self._read):
+            start = 0  # a recurrent state cannot forget its last tokens alone
         hidden = None
         while start < len(prompt):
             size = next((size for size in PIECES if size >= len(prompt) - start), PIECES[-1])
@@ -86,7 +89,8 @@ def _read(
     """Read the first `count` of `tokens` at position `start`; what the cache has from there on is forgotten. Returns
     the hidden state of the last token read."""
     columns = jnp.arange(cache.valid.shape[1])
-    cache = dataclasses.replace(cache, valid=cache.valid & (columns < start))
+    states = jax.tree.map(lambda x: jnp.where(start == 0, 0, x), cache.states)
+    cache = dataclasses.replace(cache, valid=cache.valid & (columns < start), states=states)
     offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = jnp.minimum(start + offsets, model.max_positions - 1)
     hidden, cache = forward_cached(params, model, tokens, offsets < count, positions, cache, start)

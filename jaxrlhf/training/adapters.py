@@ -18,11 +18,15 @@ def with_adapters(model: ModelConfig, lora: LoRA, added: tuple[int, ...] = ()) -
     ConfigError for matrices and layers that the model does not have."""
     if not lora.enabled:
         return model
-    peft.modules(model, lora.target_modules)
+    modules = peft.modules(model, lora.target_modules)
     if lora.layers and lora.layers[1] > model.num_layers:
         raise ConfigError(f"lora.layers is {list(lora.layers)}, and the model has {model.num_layers} layers")
     adapters = Adapters(lora.rank, lora.alpha, lora.use_rslora, lora.dropout, lora.layers, added)
-    return dataclasses.replace(model, adapters=adapters)
+    model = dataclasses.replace(model, adapters=adapters)
+    if not any(last > first for first, last in (model.adapted_in(module[0]) for module in modules)):
+        names = ", ".join(lora.target_modules)
+        raise ConfigError(f"lora.layers is {list(model.adapted_layers)}, and none of these layers has {names}")
+    return model
 
 
 def add_adapters(params: Params, model: ModelConfig, lora: LoRA, key: jax.Array) -> Params:

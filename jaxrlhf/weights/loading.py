@@ -132,12 +132,10 @@ def _merge_device(mesh: jax.sharding.Mesh) -> Any:
 
 def tensors_of(folder: Path) -> dict[str, safetensors.Entry]:
     """The tensors of a model folder by name; of a multimodal one those of its text model, by their names in a folder of
-    that. The others are left out with a warning."""
+    that. Those of other parts are left out with a warning."""
     entries, config = safetensors.scan_folder(folder), read_json(folder / CONFIG)
-    if not families.multimodal.is_multimodal(config):
-        return entries
     model = families.parse(config, str(folder / CONFIG))
-    others = families.multimodal.left_out(entries)
+    others = families.multimodal.left_out(entries, config["model_type"])
     if others:
         size = sum(entries[name].nbytes for name in others) / 1e6
         parts = ", ".join(f"{part} ({count})" for part, count in Counter(others.values()).items())
@@ -146,13 +144,15 @@ def tensors_of(folder: Path) -> dict[str, safetensors.Entry]:
             "is used alone, and exported alone",
             stacklevel=1,  # shown once, wherever the model is loaded
         )
+    entries = {name: entry for name, entry in entries.items() if name not in others}
+    if not families.multimodal.is_multimodal(config):
+        return entries
     decoder, named = families.tensor_names(model).decoder, {}
     for name, entry in entries.items():
-        if name not in others:
-            text_name = families.multimodal.text_name(name, decoder)
-            if text_name in named:
-                raise DataError(f"{folder}: {name} and {named[text_name].name} are the same tensor of the text model")
-            named[text_name] = entry
+        text_name = families.multimodal.text_name(name, decoder)
+        if text_name in named:
+            raise DataError(f"{folder}: {name} and {named[text_name].name} are the same tensor of the text model")
+        named[text_name] = entry
     return named
 
 

@@ -85,11 +85,17 @@ def _decoder_tensors(model: ModelConfig) -> Iterator[Tensor]:
     for layer in range(model.num_layers):
         for module, (weight, has_bias) in _layer_modules(model).items():
             name, path = names.modules[module], ("layers", *module.split("/"))
+            if layer not in (stacked := model.layers_with(path[1])):
+                continue
+            position = (stacked.index(layer),)
             part, prefix = part_of(model, module), f"{layer_prefix(model, layer)}{name}"
             transpose = weight == "kernel" and names.transposed
-            yield Tensor(f"{prefix}.weight", (*path, weight), (layer,), transpose, part)
+            if weight:
+                yield Tensor(f"{prefix}.weight", (*path, weight), position, transpose, part)
+            else:
+                yield Tensor(prefix, path, position, False)
             if has_bias:
-                yield Tensor(f"{prefix}.bias", (*path, "bias"), (layer,), False, part)
+                yield Tensor(f"{prefix}.bias", (*path, "bias"), position, False, part)
         if model.num_experts:
             yield from _expert_tensors(model, layer)
     yield Tensor(f"{names.decoder}{names.final_norm}.weight", ("norm", "scale"), (), False)
@@ -108,7 +114,10 @@ def _expert_tensors(model: ModelConfig, layer: int) -> Iterator[Tensor]:
 
 
 def _layer_modules(model: ModelConfig) -> dict[str, tuple[str, bool]]:
-    """{module of a layer: (name of its weight in the parameter tree, whether it has a bias)}."""
+    """{module of a layer: (name of its weight in the parameter tree, whether it has a bias)}.
+
+    The name is "" if the module is itself an array.
+    """
     norm = ("scale", model.norm == "layernorm")
     before, after = model.norm_placement != "post", model.norm_placement != "pre"
     modules: dict[str, tuple[str, bool]] = {"attention_norm": norm} if before else {}
@@ -116,6 +125,10 @@ def _layer_modules(model: ModelConfig) -> dict[str, tuple[str, bool]]:
     modules["attention/o"] = ("kernel", model.attention_out_bias)
     if model.qk_norm:
         modules |= {"attention/q_norm": ("scale", False), "attention/k_norm": ("scale", False)}
+    if model.delta is not None:
+        modules |= {f"delta/{name}": ("kernel", False) for name in ("qkv", "z", "beta", "decay", "o")}
+        modules |= {"delta/conv": ("taps", False), "delta/norm": ("scale", False)}
+        modules |= {"delta/log_rate": ("", False), "delta/step_bias": ("", False)}
     modules |= {"attention_post_norm": norm} if after else {}
     modules |= {"mlp_norm": norm} if before else {}
     names = () if model.num_experts else ("gate", "up", "down") if model.gated_mlp else ("up", "down")

@@ -38,7 +38,13 @@ def ropes(make, **changes):
     return make(sliding_window=3, sliding_rope=Rope(theta=5.0), **layers, **norms, **caps, **scales, **changes)
 
 
-@pytest.fixture(params=[mixed, absolute, ropes])
+def recurrent(make, **changes):
+    """A delta net before each gated attention, as in Qwen 3.5."""
+    net = models.DeltaNet(layers=(True, False) * 2, key_heads=2, value_heads=4, key_size=6, value_size=5, conv_width=3)
+    return make(num_layers=4, delta=net, attention_gate=True, **changes)
+
+
+@pytest.fixture(params=[mixed, absolute, ropes, recurrent])
 def model(request, make):
     return request.param(make)
 
@@ -154,13 +160,16 @@ def test_decoding_with_a_cache_equals_forward(model, big_weights, padded):
     # what lies in slots that nobody wrote must not matter
     cache = dataclasses.replace(cache, k=tuple(k + 1e3 for k in cache.k), v=tuple(v + 1e3 for v in cache.v))
     unstacked, found = models.unstack(params, model), []
-    for start, stop in ((0, 4), (4, 8), (8, 9), (9, 10), (10, 11)):
+    pieces = (0, 4), (4, 8), (8, 9), (9, 10), (10, 11)
+    for start, stop in pieces:
         at = slice(start, stop)
         inputs = tokens[:, at], mask[:, at], positions[:, at]
         hidden, cache = forward_cached(unstacked, model, *inputs, cache, start)
         found.append(hidden)
     whole = forward(params, model, tokens, mask)
     np.testing.assert_allclose(jnp.concatenate(found, axis=1)[mask], whole[mask], atol=2e-5)
+    if model.delta is not None:  # the real tokens of a piece come first
+        mask = jnp.concatenate([jnp.sort(mask[:, slice(*piece)], descending=True) for piece in pieces], axis=1)
     assert jnp.array_equal(cache.valid[:, :11], mask) and not cache.valid[:, 11:].any()
 
 
@@ -234,8 +243,25 @@ def test_bfloat16_is_close_and_runs_through_every_product(model, big_weights):
     for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(close), strict=True):
         assert b.dtype == jnp.float32
         assert jnp.linalg.norm(a - b) <= 0.05 * jnp.linalg.norm(a) + 1e-4
-    assert set(dots(jax.grad(loss_of(rough, tokens, mask)), params)) == {("bfloat16", "bfloat16", "float32")}
+    kinds = {("bfloat16", "bfloat16", "float32")} | ({("float32",) * 3} if model.delta else set())  # those of states
+    assert set(dots(jax.grad(loss_of(rough, tokens, mask)), params)) == kinds
     assert jax.eval_shape(lambda p: models.forward(p, rough, tokens, mask), params).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("kind", "changes"), [(ropes, {}), (recurrent, {"norm": "rmsnorm_1p"})])
+def test_gradients_of_parameters_stored_in_bfloat16_are_rounded_once(make, big_weights, kind, changes):
+    """Those of norms of 1 + scale, of decay rates and of convolutions too: all are computed with in float32."""
+    model = kind(make, dtype="bfloat16", tie_embeddings=False, **changes)
+    stored = jax.tree.map(lambda leaf: (0.5 * leaf).astype("bfloat16"), big_weights(model))
+    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), stored)
+    tokens, mask = jnp.arange(24, dtype=jnp.int32).reshape(2, 12), jnp.ones((2, 12), bool)
+    run = quick(jax.value_and_grad(loss_of(model, tokens, mask)))
+    (value, found), (expected_value, expected) = run(stored), run(exact)
+    assert float(value) == pytest.approx(float(expected_value), rel=1e-6)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        rounding = 2**-8 * np.abs(theirs) + 1e-4 * np.abs(theirs).max()
+        assert np.all(np.abs(ours.astype(jnp.float32) - theirs) <= rounding)
 
 
 def test_grouped_heads_are_repeated_heads(make, big_weights):

@@ -69,3 +69,5 @@ def test_live_bytes_are_those_of_results_in_memory_at_a_time():
 
     assert 4 * one <= costs.live_bytes(jax.make_jaxpr(stacked)(x, w)) <= 7 * one
     assert costs.live_bytes(jax.make_jaxpr(lambda x: jnp.tanh(x) * 2 + 1)(x)) == 0
+    solved = jax.make_jaxpr(lambda x: jax.lax.linalg.triangular_solve(x, x, left_side=True))(x)
+    assert costs.live_bytes(solved) == one

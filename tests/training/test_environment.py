@@ -75,12 +75,14 @@ def runs(mask):
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
-@pytest.mark.parametrize("slots", [0, 4])
-def test_an_episode_is_what_was_sampled_with_the_answers_in_between(options, slots):
+@pytest.mark.parametrize(("slots", "kind"), [(0, "tiny"), (4, "tiny"), (4, "recurrent")])
+def test_an_episode_is_what_was_sampled_with_the_answers_in_between(options, slots, kind, request):
     """Every token is accounted for from the log of the environment, and every log-prob by a forward pass over the whole
-    sequence: positions, caches and masks of later turns are those of one sequence."""
+    sequence: positions, caches, states and masks of later turns are those of one sequence."""
     environment, sampling = Echo(), config.replace(options["sampling"], response_length=27)
-    trainer = ppo_trainer(options | {"rollout": config.Generation(slots=slots), "sampling": sampling}, environment)
+    options |= {"rollout": config.Generation(slots=slots), "sampling": sampling}
+    model = config.replace(options["model"], path=str(request.getfixturevalue(f"{kind}_model")))
+    trainer = ppo_trainer(options | {"model": model}, environment)
     rollout, completions = played(trainer, 1)
     tokenizer, columns = trainer.tokenizer, rollout.response_mask.shape[1]
     texts = turn_texts(rollout, tokenizer)

@@ -106,6 +106,20 @@ def test_devices_that_roll_out_hold_the_decoding_copy_and_no_state(ppo, monkeypa
     assert phases["other rollouts"].devices == 4 and phases["other rollouts"].bytes["optimizer state"]
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_plan_counts_keys_values_and_states_of_a_device(ppo, recurrent_model, tensor):
+    """Of a layer each: two heads of keys and values of every column, and the states of four heads, all split over
+    `tensor`; inputs of the convolution, positions and validity, which are not."""
+    model = config.replace(ppo["model"], path=str(recurrent_model))
+    settings = config.PPOConfig(**ppo | {"model": model, "mesh": config.Mesh(fsdp=2, tensor=tensor)})
+    trainer = programs.abstract_trainer(settings, length_reward)
+    phases = {phase.name: phase for phase in plan.plan_of(trainer, programs.Traced()).phases}
+    rows, columns = 8 // 2, trainer.sampler.columns + 8
+    pair, state, window = 2 * 2 * 8 * 4 * columns, 4 * 6 * 5 * 4, 3 * (2 * 2 * 6 + 4 * 5) * 4
+    each = (pair + state) // tensor + window + 5 * columns
+    assert phases["rollout"].bytes["keys and values"] == rows * each
+
+
 def test_a_plan_compiles_the_programs_that_the_run_calls(ppo, tmp_path):
     prompts = [{"prompt": "ab"}, {"prompt": "abcdefgh"}, {"prompt": "abc"}] * 4
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))

@@ -35,6 +35,8 @@ GEMMA3 = LLAMA | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_
 GEMMA2 = LLAMA | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
 OLMO3 = LLAMA | {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3"}
 SMOLLM3 = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
+QWEN35 = LLAMA | {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", "num_hidden_layers": 4}
+QWEN35 |= {"head_dim": 16}
 CLASSIFIER = {"architectures": ["LlamaForSequenceClassification"]}
 
 
@@ -250,6 +252,23 @@ def test_layers_of_families_with_a_pattern():
     assert parse(SMOLLM3, num_hidden_layers=4, **window).sliding_layers == (False, False, False, True)
 
 
+def test_layers_with_a_delta_net():
+    model = parse(QWEN35, num_hidden_layers=8)
+    assert model.delta == models.DeltaNet(
+        layers=(True, True, True, False) * 2, key_heads=16, value_heads=32, key_size=128, value_size=128, conv_width=4
+    )
+    assert (model.period, model.layers_with("attention"), model.layers_with("mlp")) == (4, (3, 7), tuple(range(8)))
+    assert model.layers_with("delta") == (0, 1, 2, 4, 5, 6)
+    assert parse(QWEN35, num_hidden_layers=6, full_attention_interval=2).period == 2
+    kinds = ["full_attention", "linear_attention", "linear_attention"]
+    assert parse(QWEN35, num_hidden_layers=3, layer_types=kinds).delta.layers == (False, True, True)
+    assert model.rope == Rope(theta=1e4, partial_rotary_factor=0.25)
+    images = {"mrope_section": [11, 11, 10], "mrope_interleaved": True}
+    of_text = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5}
+    assert parse(QWEN35, rope_parameters=of_text | images) == parse(QWEN35, rope_parameters=of_text)
+    assert parse(QWEN35, rope_parameters=of_text).rope == Rope(theta=1e7, partial_rotary_factor=0.5)
+
+
 def test_rotary_embeddings_of_each_kind_of_layer():
     old = parse(GEMMA3, rope_theta=50.0, rope_local_base_freq=7.0, rope_scaling={"type": "linear", "factor": 2.0})
     of_full = {"rope_type": "linear", "rope_theta": 50.0, "factor": 2.0}
@@ -304,6 +323,11 @@ def test_classifiers():
         (LLAMA, {"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification"),
         (LLAMA, {"architectures": ["Qwen2ForCausalLM"]}, "architectures"),
         (LLAMA, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        (QWEN35, {"num_hidden_layers": 3}, "layer_types is missing.*full_attention both among them"),
+        (QWEN35, {"layer_types": ["full_attention"] * 4}, "layer_types"),
+        (QWEN35, {"attn_output_gate": False}, "attn_output_gate is False; expected true"),
+        (QWEN35, {"output_gate_type": "sigmoid"}, "output_gate_type is 'sigmoid'; expected one of swish, silu"),
+        (QWEN35, {"linear_num_value_heads": 24}, r"key heads of delta nets \(16\) must divide their value heads"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         (LLAMA, stretched("proportional", factor=2.0), "'proportional' is not supported"),
         (LLAMA, stretched("dynamic", factor=0.5), "factor is 0.5"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -84,10 +85,41 @@ def test_other_frames_are_refused(changes, says, tmp_path):
         weights.load(wrapped(tmp_path / "in", **changes))
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_parts_of_qwen_are_left_out(whole, tmp_path):
+    """Of the multimodal model and of its text model alone; the keys that announce them are not written."""
+    plain = TEXT.parent / "qwen3_5"
+    said, tensors = json.loads((plain / "config.json").read_text()), load_file(plain / "model.safetensors")
+    config = said | {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+    if whole:
+        del config["architectures"]
+        config = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "text_config": config}
+        tensors = {name.replace("model.", "model.language_model.", 1): array for name, array in tensors.items()}
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    others = {name: np.ones(8, np.float32) for name in ("model.visual.merger.weight", "mtp.fc.weight")}
+    save_file(tensors | others, folder / "model.safetensors")
+    with pytest.warns(UserWarning, match=r"2 tensors \(0.0 MB\) are left out: (visual|mtp) \(1\), (visual|mtp) \(1\)"):
+        model, params = weights.load(folder)
+    expected = weights.load(plain)
+    assert model == expected[0]
+    jax.tree.map(np.testing.assert_array_equal, params, expected[1])
+    out = weights.export(tmp_path / "out", model, params, source=folder)
+    assert json.loads((out / "config.json").read_text()) == said
+    written, stored = load_file(out / "model.safetensors"), load_file(plain / "model.safetensors")
+    assert {n: a.tobytes() for n, a in written.items()} == {n: a.tobytes() for n, a in stored.items()}
+
+
 @pytest.mark.filterwarnings("ignore:.*left out")
 def test_only_known_parts_are_left_out(tmp_path):
-    with pytest.raises(DataError, match="unexpected: audio_tower.weight"):
-        weights.load(wrapped(tmp_path / "in", more=["audio_tower.weight"]))
+    others = ["audio_tower.weight", "model.visual.merger.weight", "mtp.fc.weight"]  # two of them are parts of Qwen 3.5
+    with pytest.raises(DataError, match="".join(rf"\n  unexpected: {name} \[8\]" for name in others)):
+        weights.load(wrapped(tmp_path / "in", more=others))
+    alone = shutil.copytree(TEXT, tmp_path / "alone")
+    save_file(load_file(TEXT / "model.safetensors") | {TOWERS[0]: np.ones(8)}, alone / "model.safetensors")
+    with pytest.raises(DataError, match=f"unexpected: {TOWERS[0]} "):
+        weights.load(alone)
     folder = wrapped(tmp_path / "twice")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.language_model.norm.weight"] = tensors["language_model.model.norm.weight"]
@@ -130,6 +162,11 @@ VISION = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14,
 }  # fmt: skip
+QWEN_VISION = {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": 24}
+QWEN_TEXT = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6, "linear_value_head_dim": 5, "rms_norm_eps": 1e-2,
+}  # fmt: skip
 YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4, "mscale": 1.0,
     "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
@@ -140,6 +177,7 @@ MODELS = {  # the text model: its frame, its vision tower, options of the frame 
     "ministral3": ("mistral3", "pixtral", VISION, {"tie_word_embeddings": False}, {"rope_parameters": YARN}),
     "llama": ("llava", "clip_vision_model", VISION, {"tie_word_embeddings": False}, {}),
     "qwen2": ("internvl", "internvl_vision", VISION | {"image_size": [28, 28], "patch_size": [14, 14]}, {}, {}),
+    "qwen3_5_text": ("qwen3_5", "qwen3_5_vision", QWEN_VISION, {}, QWEN_TEXT),
 }
 
 

@@ -49,6 +49,9 @@ CONFIGS = {
     "gpt_neox": {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"},
     "phi3": LLAMA | {"pad_token_id": 0, "eos_token_id": 2},
     "qwen3_moe": LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    "qwen3_5_text": LLAMA
+    | {"head_dim": 8, "layer_types": ["linear_attention", "full_attention", "linear_attention"], "rms_norm_eps": 1e-2}
+    | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5},
 }
 FAMILIES = list(CONFIGS)
 CLOSE = {"atol": 1e-5, "rtol": 0}

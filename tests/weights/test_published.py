@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from support.published import OLMOE, PHI3_MINI_4K, PHI4_MINI, PYTHIA_70M, QWEN3_30B
+from support.published import OLMOE, PHI3_MINI_4K, PHI4_MINI, PYTHIA_70M, QWEN3_30B, QWEN35_27B
 
 from jaxrlhf import models
 from jaxrlhf.models import Rope
@@ -182,6 +182,14 @@ PUBLISHED = {
     "Phi-4-mini": (PHI4_MINI, 3_836_021_760, {"num_kv_heads": 8}),
     "pythia-70m": (PYTHIA_70M, 70_426_624, {"parallel_residual": True}),
     "Qwen3-30B-A3B": (QWEN3_30B, 30_532_122_624, {"num_experts": 128}),
+    "Qwen3.5-27B": (
+        QWEN35_27B,
+        26_895_998_464,
+        {"family": "qwen3_5_text", "attention_gate": True, "norm": "rmsnorm_1p", "tie_embeddings": False,
+         "rope": Rope(theta=1e7, partial_rotary_factor=0.25),
+         "delta": models.DeltaNet(layers=(True, True, True, False) * 16, key_heads=16, value_heads=48, key_size=128,
+                                  value_size=128, conv_width=4)},
+    ),
     "OLMoE-1B-7B": (OLMOE, 6_919_161_856, {"num_experts": 64}),
     "gemma-3-1b": (
         GEMMA3_1B,

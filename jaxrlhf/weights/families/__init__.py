@@ -21,6 +21,7 @@ from jaxrlhf.weights.families import (
     olmo,
     olmoe,
     phi3,
+    qwen3_5,
     qwen3_moe,
     smollm3,
 )
@@ -31,7 +32,7 @@ from jaxrlhf.weights.rope import TOP_LEVEL
 ADD_EOS = "score_add_eos"
 """Key of a reward model's config.json: whether an end token follows every completion that it reads. Absent: those that
 ended by themselves. It is not kept when the model is written again, because it belongs to the stored head."""
-_MODULES = gpt2, llama, gemma, olmo, smollm3, granite, phi3, gpt_neox, ministral3, qwen3_moe, olmoe
+_MODULES = gpt2, llama, gemma, olmo, smollm3, granite, phi3, gpt_neox, ministral3, qwen3_moe, olmoe, qwen3_5
 FAMILIES: dict[str, Family] = {name: family for module in _MODULES for name, family in module.FAMILIES.items()}
 
 
@@ -107,7 +108,8 @@ def render(model: ModelConfig, original: dict, stored_dtype: str | None = None) 
         if changed.keys() & TOP_LEVEL:
             changed |= {key: rendered[key] for key in rendered.keys() & TOP_LEVEL}
             dropped |= TOP_LEVEL
-        dropped |= {ADD_EOS, "auto_map"}  # the code that auto_map names is not written
+        # the code that auto_map names and the tensors of other parts are not written
+        dropped |= {ADD_EOS, "auto_map", *multimodal.KEYS_OF_OTHERS}
         if "id2label" in changed:
             dropped |= {"num_labels", "problem_type"}
         config = {key: value for key, value in original.items() if key not in dropped} | changed

@@ -1,7 +1,7 @@
 """The text model inside a multimodal folder: its config.json and its tensors.
 
-The other parts (vision tower, projector) are left out: models are read as the decoder of text that they contain, and
-written as such.
+The other parts (vision tower, projector, layers for multi-token prediction) are left out: models are read as the
+decoder of text that they contain, and written as such.
 """
 
 import re
@@ -11,13 +11,24 @@ from typing import Any
 from jaxrlhf.errors import DataError
 from jaxrlhf.weights.families.base import Family
 
-TEXT_TYPES = {"gemma3": "gemma3_text", "mistral3": "mistral", "llava": "llama", "internvl": "qwen2"}
+TEXT_TYPES = {
+    "gemma3": "gemma3_text",
+    "mistral3": "mistral",
+    "llava": "llama",
+    "internvl": "qwen2",
+    "qwen3_5": "qwen3_5_text",
+}
 """Each supported multimodal model_type, whose text model is a decoder like any other of its own type -> the type of a
 `text_config` that names none."""
 _TEXT_CONFIG = "text_config"
 _INHERITED = ("torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
 _OUTER = ("tie_word_embeddings", "quantization_config", "auto_map", "is_encoder_decoder")  # they count, if they are set
-_TOWERS = re.compile(r"(?:model\.)?(vision_tower|multi_modal_projector)\.")
+_TOWER, _QWEN35 = ("vision_tower", "multi_modal_projector"), ("visual", "mtp")  # mtp: multi-token prediction
+_OTHERS = {"gemma3": _TOWER, "mistral3": _TOWER, "llava": _TOWER, "internvl": _TOWER}
+_OTHERS |= {"qwen3_5": _QWEN35, "qwen3_5_text": _QWEN35}
+"""Each model_type with parts that no text needs -> the prefixes of their tensors."""
+KEYS_OF_OTHERS = frozenset({"mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"})
+"""Keys of a text model's config.json that announce such tensors."""
 _TEXT = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(.+)")
 
 
@@ -72,6 +83,7 @@ def outer_name(name: str, decoder: str) -> str:
     return f"model.language_model.{name.removeprefix(decoder)}" if name.startswith(decoder) else name
 
 
-def left_out(names: Iterable[str]) -> dict[str, str]:
-    """{tensor that no text needs: the part that it belongs to}."""
-    return {name: match[1] for name in names if (match := _TOWERS.match(name))}
+def left_out(names: Iterable[str], model_type: str) -> dict[str, str]:
+    """{tensor that no text needs: the part of a model of this type that it belongs to}."""
+    parts = [(part, (f"{part}.", f"model.{part}.")) for part in _OTHERS.get(model_type, ())]
+    return {name: part for name in names for part, prefixes in parts if name.startswith(prefixes)}

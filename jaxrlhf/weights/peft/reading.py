@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.errors import DataError
+from jaxrlhf.lora import Module
 from jaxrlhf.models import Adapters, ModelConfig
 from jaxrlhf.types import Params
 from jaxrlhf.weights import safetensors
@@ -86,7 +87,8 @@ def read(folder: Path, model: ModelConfig) -> tuple[Adapters, Params]:
     layers = range(min(all_layers), max(all_layers) + 1)
     tree: Params = {}
     for module, by_layer in by_module.items():
-        stacked = _stack(by_layer, {layer: configured(module, layer).scale / adapters.scale for layer in layers})
+        having = [layer for layer in model.layers_with(matrices[module][0][0]) if layer in layers]
+        stacked = _stack(by_layer, {layer: configured(module, layer).scale / adapters.scale for layer in having})
         for path in matrices[module]:
             part = part_of(model, "/".join(path))
             columns = slice(None) if part is None else part.columns
@@ -116,13 +118,13 @@ def _stack(by_layer: dict[int, Parts], scales: dict[int, float]) -> Parts:
     return {part: np.stack(arrays) for part, arrays in stacked.items()}
 
 
-def _location(name: str, model: ModelConfig, matrices: Iterable[str]) -> tuple[str, int, str] | None:
+def _location(name: str, model: ModelConfig, matrices: Mapping[str, list[Module]]) -> tuple[str, int, str] | None:
     """(module, layer, part) of a tensor of the file; None if it is not an adapter of this model."""
     match = re.fullmatch(r"(.+?\.)(\d+)\.(.+?)\.(lora_.+)", name)
     if match is None or match[4] not in _PARTS or match[3] not in matrices:
         return None
     layer = int(match[2])
-    fits = layer < model.num_layers and f"{match[1]}{layer}." == layer_prefix(model, layer)
+    fits = layer in model.layers_with(matrices[match[3]][0][0]) and f"{match[1]}{layer}." == layer_prefix(model, layer)
     return (match[3], layer, _PARTS[match[4]]) if fits else None
 
 

@@ -40,9 +40,10 @@ def write(
         rank = joined["lora_A.weight"].shape[1]
         if rank != adapters.rank:
             ranks[module] = rank
-        for layer in range(first, last):
+        layers = [layer for layer in model.layers_with(paths[0][0]) if first <= layer < last]
+        for i, layer in enumerate(layers):
             prefix = f"{layer_prefix(model, layer)}{module}"
-            tensors |= {f"{prefix}.{part}": array[layer - first] for part, array in joined.items()}
+            tensors |= {f"{prefix}.{part}": array[i] for part, array in joined.items()}
     if model.head == "linear":
         tensors["score.weight"] = np.asarray(params["score"]["kernel"], np.float32).T
     row_arrays, token_ids = token_rows.to_tensors(model, params["lora"].get("rows", {}))
