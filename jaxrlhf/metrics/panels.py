@@ -25,6 +25,7 @@ _GRADIENT = Panel(
     "gradient norm, before clipping",
     {"grad_norm": "gradient", "policy/grad_norm": "policy", "critic/grad_norm": "critic"},
 )
+_ROUTER = Panel("load-balancing loss of the router", {"loss/router_aux": "model", "loss/critic_router_aux": "critic"})
 _LOSS = Panel("loss", {"loss": "training", "eval/loss": "held out"})
 _ON_POLICY = (
     Panel(
@@ -48,6 +49,7 @@ _ON_POLICY = (
         {"tokens/mean_length": "mean", "tokens/min_length": "shortest", "tokens/max_length": "longest"},
     ),
     Panel("entropy, nats per token", {"objective/entropy_per_token": "entropy"}),
+    _ROUTER,
     _LEARNING_RATE,
     Panel("learning rate of the critic", {"critic/learning_rate": "learning rate"}, noisy=False),
     _GRADIENT,
@@ -56,6 +58,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
     "sft": (
         _LOSS,
         Panel("entropy, nats per token", {"entropy": "training", "eval/entropy": "held out"}),
+        _ROUTER,
         _LEARNING_RATE,
         _GRADIENT,
     ),
@@ -66,6 +69,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("absolute error", {"absolute_error": "training", "eval/absolute_error": "held out"}),
         Panel("mean score", {"mean_reward": "training", "eval/mean_reward": "held out"}),
         Panel(HISTOGRAM, {}),
+        _ROUTER,
         _LEARNING_RATE,
         _GRADIENT,
     ),
@@ -76,6 +80,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("implicit reward", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
         Panel("log-probability, nats per response", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
         Panel("KL to the reference, nats per response", {"kl": "KL"}),
+        _ROUTER,
         _LEARNING_RATE,
         _GRADIENT,
     ),
@@ -87,6 +92,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("reverse KL, nats per token", {"distill/reverse_kl": "training", "eval/distill/reverse_kl": "held out"}),
         Panel("same most probable token", {"distill/agreement": "training", "eval/distill/agreement": "held out"}),
         Panel("entropy, nats per token", {"entropy": "student", "distill/teacher_entropy": "teacher"}),
+        _ROUTER,
         _LEARNING_RATE,
         _GRADIENT,
     ),

@@ -60,7 +60,9 @@ def test_dropout_does_not_depend_on_the_micro_batch(supervised, on_disk, tmp_pat
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *after)
 
 
-@pytest.mark.parametrize(("trunk", "moving"), [("own", True), pytest.param("shared", False, marks=pytest.mark.long), ("frozen", True)])
+@pytest.mark.parametrize(
+    ("trunk", "moving"), [("own", True), pytest.param("shared", False, marks=pytest.mark.long), ("frozen", True)]
+)
 def test_ppo_keeps_one_model_under_all_roles(ppo, on_disk, tmp_path, trunk, moving):
     options = ppo | on_disk | {"critic": config.Critic(trunk=trunk), "ppo": config.replace(ppo["ppo"], kl_coef=0.3)}
     options |= {"reference": config.Reference(sync_every=2 * moving)}

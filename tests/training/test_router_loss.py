@@ -110,7 +110,7 @@ def supervised(method):
     return params, (pairs.chosen.tokens, pairs.chosen.mask) if method == "kto" else both(pairs), metrics
 
 
-@pytest.mark.parametrize("method", ["sft", "reward", "dpo", "kto", "distill"])
+@pytest.mark.parametrize("method", ["sft", "reward", "dpo", pytest.param("kto", marks=pytest.mark.long), "distill"])
 def test_a_supervised_update_adds_the_loss_of_the_whole_batch(method):
     check(*supervised(method))
 
@@ -136,7 +136,7 @@ def test_a_ppo_update_adds_those_of_policy_and_critic(on_policy):
     check(critic, texts, metrics, "critic/grad_norm", "loss/critic_router_aux", "critic_router")
 
 
-@pytest.mark.parametrize("method", ["grpo", "online_dpo"])
+@pytest.mark.parametrize("method", ["grpo", pytest.param("online_dpo", marks=pytest.mark.long)])
 def test_a_grpo_update_adds_that_of_the_policy(method, on_policy):
     problem = dataclasses.replace(on_policy, rollout=dataclasses.replace(on_policy.rollout, index=jnp.arange(8) // 4))
     grpo = grpo_case.settings(method, micro_batch_size=2)
