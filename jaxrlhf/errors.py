@@ -104,6 +104,15 @@ class Preempted(JaxrlhfError):
     exit_code = 75
 
 
+class Interrupted(JaxrlhfError):
+    """A signal asked the program to stop, in the middle of a step or before the first one."""
+
+    exit_code = 75
+
+    def __init__(self, message: str = "stopped before anything was to save; run the same command again") -> None:
+        super().__init__(message)
+
+
 class PeerLost(JaxrlhfError):
     """Another process of a run on several is gone. Run the same command in all of them again to resume."""
 

@@ -83,7 +83,7 @@ GROUPS = {
     "tokens/": ("Responses", "PPO and GRPO."),
     "groups/": ("Groups", "GRPO and its relatives: the responses to one prompt."),
     "eval/": ("Held out", "Supervised methods: all held-out rows. PPO and GRPO: validation on held-out prompts."),
-    "alarm/": ("Alarms", "PPO and GRPO: [`alarms`](configuration.md#alarms)."),
+    "alarm/": ("Alarms", "PPO and GRPO: [`alarms`](configuration.md#alarms). All methods: `gradient` and `scores`."),
     "distill/": ("Distillation", "Student and teacher on the tokens of the completions, at `distill.temperature`."),
     "perf/": ("Speed", "The only metrics that differ between runs with equal configs."),
 }

@@ -82,6 +82,7 @@ def whiten(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], shift_mean: b
     n = jnp.sum(mask)
     mean = masked.total(x, mask) / jnp.maximum(n, 1)
     centred = masked.keep(x - mean, mask)
-    variance = jnp.sum(jnp.square(centred)) / jnp.maximum(n - 1, 1)
-    scaled = centred * jax.lax.rsqrt(variance + VARIANCE_FLOOR)
+    unit = masked.power_of_two(jnp.max(jnp.abs(centred), initial=0.0))
+    variance = jnp.sum(jnp.square(centred / unit)) / jnp.maximum(n - 1, 1)  # in units: it does not overflow
+    scaled = centred / unit * jax.lax.rsqrt(variance + VARIANCE_FLOOR / unit / unit)
     return scaled if shift_mean else masked.keep(scaled + mean, mask)

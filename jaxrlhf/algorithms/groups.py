@@ -31,8 +31,10 @@ def grpo(scores: Float[Array, " B"], group: Int[Array, " B"], scale: bool) -> Fl
     centred = differences / size
     if not scale:
         return centred
-    squares = jnp.sum(jnp.where(_same(group), jnp.square(centred), 0.0), axis=1)
-    return centred / (jnp.sqrt(squares / jnp.maximum(size - 1, 1)) + DEVIATION_FLOOR)
+    same = _same(group)
+    unit = masked.power_of_two(jnp.max(jnp.where(same, jnp.abs(centred), 0.0), axis=1))
+    squares = jnp.sum(jnp.where(same, jnp.square(centred / unit[:, None]), 0.0), axis=1)
+    return centred / (unit * jnp.sqrt(squares / jnp.maximum(size - 1, 1)) + DEVIATION_FLOOR)
 
 
 def rloo(scores: Float[Array, " B"], group: Int[Array, " B"]) -> Float[Array, " B"]:
@@ -70,8 +72,7 @@ def gdpo(components: Float[Array, "B K"], weights: Float[Array, " K"], group: In
     summed = jax.vmap(of_component, in_axes=1, out_axes=1)(components) @ weights
     scored = jnp.any(~jnp.isnan(components), axis=1)
     centred = masked.keep(summed - masked.mean(summed, scored), scored)
-    variance = jnp.sum(jnp.square(centred)) / jnp.maximum(jnp.sum(scored) - 1, 1)
-    return centred / (jnp.sqrt(variance) + DEVIATION_FLOOR)
+    return centred / (masked.deviation(centred, scored, jnp.sum(scored) - 1) + DEVIATION_FLOOR)
 
 
 def pass_at_k(scores: Float[Array, " B"], group: Int[Array, " B"], k: int) -> Float[Array, " B"]:
@@ -101,8 +102,9 @@ def pass_at_k(scores: Float[Array, " B"], group: Int[Array, " B"], k: int) -> Fl
         largest = jnp.where(same[i], share(rank - 1, size[i], k), 0.0)
         with_i = jnp.where(same[i] & (rank > rank[i]), share(rank - 2, size[i] - 1, k - 1), 0.0)
         mean = jnp.sum(largest * above)
-        variance = jnp.sum(largest * jnp.square(above - mean))
-        return (jnp.sum(with_i * above) - mean) / (jnp.sqrt(variance) + DEVIATION_FLOOR)
+        unit = masked.power_of_two(jnp.max(jnp.abs(above)))
+        deviation = unit * jnp.sqrt(jnp.sum(largest * jnp.square((above - mean) / unit)))
+        return (jnp.sum(with_i * above) - mean) / (deviation + DEVIATION_FLOOR)
 
     return jnp.where(size > k, jax.vmap(advantage)(row), 0.0)
 

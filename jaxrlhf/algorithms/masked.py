@@ -30,6 +30,19 @@ def mean(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array,
     return total(x, mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
+def power_of_two(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """A power of two near |x|. Division by it is exact: sums of the squares of the quotients do not overflow, and
+    otherwise give the same bits."""
+    return jnp.ldexp(1.0, jnp.clip(jnp.frexp(x)[1] - 1, -60, 126))
+
+
+def deviation(centred: Float[Array, "*shape"], mask: Bool[Array, "*shape"], n: Scalar) -> Float[Array, ""]:
+    """sqrt(sum of squares over the mask / n), also for numbers whose squares overflow."""
+    centred = keep(centred, mask)
+    unit = power_of_two(jnp.max(jnp.abs(centred), initial=0.0))
+    return unit * jnp.sqrt(jnp.sum(jnp.square(centred / unit)) / jnp.maximum(n, 1))
+
+
 def rows(mask: Bool[Array, "B R"]) -> Bool[Array, " B"]:
     """True for rows with a real token. Every response has one, except those that are left out of an update."""
     chex.assert_rank(mask, 2)
@@ -56,5 +69,6 @@ def correlation(x: Float[Array, " B"], y: Float[Array, " B"], mask: Bool[Array, 
     """Pearson correlation over the mask; 0 if `x` or `y` is constant there."""
     chex.assert_equal_shape([x, y, mask])
     x, y = keep(x - mean(x, mask), mask), keep(y - mean(y, mask), mask)
+    x, y = (z / power_of_two(jnp.max(jnp.abs(z), initial=0.0)) for z in (x, y))
     spread = jnp.sqrt(jnp.sum(x * x) * jnp.sum(y * y))
     return jnp.where(spread > 0, jnp.sum(x * y) / jnp.where(spread > 0, spread, 1.0), 0.0)

@@ -161,7 +161,7 @@ def response_metrics(scores: Float[Array, " B"], mask: Bool[Array, "B R"], finis
     mean, ended = masked.mean(scores, rows), masked.keep(finished.astype(jnp.float32), rows)
     return {
         "objective/scores": mean,
-        "objective/scores_std": jnp.sqrt(masked.mean(jnp.square(scores - mean), rows)),
+        "objective/scores_std": masked.deviation(scores - mean, rows, jnp.sum(rows)),
         "objective/score_length_correlation": masked.correlation(scores, lengths, rows),
         "tokens/mean_length": masked.mean(lengths, rows),
         "tokens/min_length": jnp.min(lengths, initial=mask.shape[1], where=rows),

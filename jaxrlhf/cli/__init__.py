@@ -15,7 +15,7 @@ from jaxrlhf.cli.training import train_help
 from jaxrlhf.config import trl
 from jaxrlhf.config.file import METHODS
 from jaxrlhf.config.spelling import did_you_mean, suggestions
-from jaxrlhf.errors import ConfigError, JaxrlhfError, OutOfMemory, Preempted, StorageError
+from jaxrlhf.errors import ConfigError, Interrupted, JaxrlhfError, OutOfMemory, Preempted, StorageError
 from jaxrlhf.secrets import redact
 
 _OUT_OF_MEMORY = (
@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 traceback.print_exc()
                 return _end_all(error, 1)
             raise
+        if isinstance(user_error, Interrupted):
+            return _end_all(user_error, _report(str(user_error), user_error.exit_code, debug))
         if isinstance(user_error, Preempted):
             return _report(str(user_error), user_error.exit_code, debug, once=True)
         once = user_error.in_all_processes

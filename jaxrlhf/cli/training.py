@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxrlhf
+from jaxrlhf import stopping
 from jaxrlhf.cli import next_steps
 from jaxrlhf.cli.models import Options, Overrides, announce_compilations
 from jaxrlhf.config import text as config_text
@@ -53,6 +54,11 @@ def train(options: Options, overrides: Overrides) -> int | None:
     if options.config is None and not overrides:
         print(f"jaxrlhf {options.verb}: give a CONFIG.yaml; `jaxrlhf new {options.verb}` prints one", file=sys.stderr)
         return 2
+    with stopping.handling(immediate=True):
+        return _train(options, overrides)
+
+
+def _train(options: Options, overrides: Overrides) -> int:
     _join_processes(options)
     config = _load_with_options(options.verb, _config_path(options.config), options, overrides)
     if options.dry_run:

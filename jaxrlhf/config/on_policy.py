@@ -106,7 +106,8 @@ class Validation:
 
 @section
 class Alarms:
-    """Warnings for reward hacking and collapse. They are printed and logged (alarm/...) but do not stop the run."""
+    """Warnings for reward hacking and collapse. They are printed and logged (alarm/...); only `flat_steps` stops the
+    run."""
 
     kl: Positive | None = None
     """Warn if the KL to the reference, in nats per response, exceeds this value. None: disabled."""
@@ -118,6 +119,9 @@ class Alarms:
     """Warn if the fraction of finished responses drops by more than this since the first update. 1: disabled."""
     window: Count = 5
     """Number of updates the values are averaged over; no warnings before that many updates."""
+    flat_steps: Natural = 100
+    """grpo: updates in a row in which all scores are equal within every group, so that no reward reaches the policy,
+    after which the run stops with exit code 6. 0: never."""
 
 
 @section

@@ -198,6 +198,10 @@ class Optim:
     """muon: momentum (Nesterov)."""
     max_grad_norm: Positive = 1.0
     """Maximum global norm of the gradient (clipping). Use a very large number to disable it."""
+    idle_steps: Natural = 5
+    """Steps in a row that teach nothing, after which the run stops with exit code 6: the gradient is zero or vanishing,
+    or statistics of the scores are not finite. The first of them gives a warning (alarm/gradient, alarm/scores), and a
+    run that ends sooner stops if they are its last half. 0: warn only."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which the moments are stored; updates are computed in float32. bfloat16 halves their memory and
     rounds the second moment stochastically."""
@@ -317,6 +321,9 @@ class Checkpoint:
     """Minutes after which a checkpoint is written at the end of a step, besides those of `save_every`. 0: none."""
     keep: Count = 2
     """Number of most recent checkpoints to keep."""
+    grace: Positive = 30.0
+    """Seconds between the signal to stop (SIGTERM) and the end of the process by force, as your cluster grants them. A
+    run whose steps take longer warns of it."""
     synchronous: Literal["auto", "always", "never"] = "auto"
     """Block training while a checkpoint is written. auto: write in the background if a copy of the state fits in free
     memory."""

@@ -9,7 +9,8 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from jaxrlhf.errors import RewardError, quoted
+from jaxrlhf import stopping
+from jaxrlhf.errors import Interrupted, RewardError, quoted
 from jaxrlhf.rewards.functions import Signature, awaited, location
 from jaxrlhf.rewards.sources.protocol import to_float32
 
@@ -89,11 +90,15 @@ class Episodes:
         results: list[Any] = []
         for positional, named in arguments:
             try:
-                results.append(function(*positional, **named))
+                with stopping.interruptible():
+                    results.append(function(*positional, **named))
+            except Interrupted:
+                raise
             except (Exception, SystemExit) as error:
                 raise self._raised(method, error, about[len(results)]) from error
         if any(map(inspect.isawaitable, results)):
-            results = awaited(_gather(results))
+            with stopping.interruptible():
+                results = awaited(_gather(results))
         self.seconds += time.monotonic() - started
         for result, what in zip(results, about, strict=True):
             if isinstance(result, BaseException):

@@ -154,6 +154,8 @@ METRICS: dict[str, str] = {
     "alarm/length": "1 if the score follows the response length (alarms.length_correlation), else 0",
     "alarm/finished": "1 if far fewer responses finish than in the first record (alarms.finished), else 0",
     "alarm/held_out": "1 if since step 0 the held-out score rose and that of validation.reward_model fell, else 0",
+    "alarm/gradient": "1 if the norm of the gradient is zero or vanishing, else missing",
+    "alarm/scores": "1 if a statistic of the scores is not finite, else missing",
     "episode": "responses since the start of the run; of refills only those that replaced others",
     # GRPO and its relatives
     "groups/count": "number of groups (prompts) of the batch with a scored response",

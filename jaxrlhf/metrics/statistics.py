@@ -1,10 +1,16 @@
-"""Statistics in NumPy: Pearson correlation, standard error of a mean, Wilson interval of a share."""
+"""Statistics in NumPy: deviation, Pearson correlation, standard error of a mean, Wilson interval of a share."""
 
 from collections.abc import Iterable
 
 import numpy as np
 
 Z95 = 1.959964  # two-sided 95 % quantile of the standard normal distribution
+
+
+def deviation(a: np.ndarray) -> np.ndarray:
+    """Standard deviation over the first axis, divided by n, in the dtype of `a`. The squares are of float64, in which
+    those of float32 do not overflow."""
+    return a.std(axis=0, dtype=np.float64).astype(a.dtype)
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:

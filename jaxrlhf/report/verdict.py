@@ -197,7 +197,7 @@ def warnings(records: Sequence[Record]) -> list[str]:
         )
     for key in (key for key in METRICS if key.startswith("alarm/")):
         if on := [record["step"] for record in records if record.get(key)]:
-            meaning = METRICS[key].removeprefix("1 if ").removesuffix(", else 0")
+            meaning = METRICS[key].removeprefix("1 if ").removesuffix(", else 0").removesuffix(", else missing")
             meaning = f"{meaning[0].upper()}{meaning[1:]}"
             still = "still on" if records[-1].get(key) else f"last at step {on[-1]}"
             found.append(

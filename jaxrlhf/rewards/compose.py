@@ -16,7 +16,7 @@ from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.metrics.keys import JUDGE
-from jaxrlhf.metrics.statistics import correlation
+from jaxrlhf.metrics.statistics import correlation, deviation
 from jaxrlhf.rewards.component import ComponentScores, RewardComponent, open_source
 from jaxrlhf.rewards.sources.human import Human
 from jaxrlhf.rewards.sources.model import Messages, RewardModel
@@ -262,7 +262,7 @@ class Scorer:
             if len(term.members) > 1:
                 arrays[term.label] = term_scores.totals
             if term.config.ensemble:
-                arrays[f"{term.label}_spread"] = np.stack([arrays[name] for name in term.members]).std(axis=0)
+                arrays[f"{term.label}_spread"] = deviation(np.stack([arrays[name] for name in term.members]))
         if self._environment.function:
             turn_rewards = np.asarray(rollout.turn_rewards)
             token_scores = turn_rewards if token_scores is None else token_scores + turn_rewards
@@ -292,7 +292,7 @@ class Scorer:
             if not scored.any():
                 continue
             metrics[f"rewards/{name}/mean"] = float(np.mean(values[scored]))
-            metrics[f"rewards/{name}/std"] = float(np.std(values[scored]))
+            metrics[f"rewards/{name}/std"] = float(deviation(values[scored]))
             if name in (*self.components, *self._combined, *self._others):
                 metrics[f"rewards/{name}/length_correlation"] = correlation(values[scored], lengths[scored])
         return metrics
@@ -328,4 +328,4 @@ def combine_scores(
     if combine == "min":
         return scores.min(axis=0)
     mean = scores.mean(axis=0)
-    return mean - np.float32(spread_coef) * scores.std(axis=0) if combine == "mean_minus_std" else mean
+    return mean - np.float32(spread_coef) * deviation(scores) if combine == "mean_minus_std" else mean

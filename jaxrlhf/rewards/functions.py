@@ -7,6 +7,7 @@ import asyncio
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import sys
 import threading
@@ -17,7 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
-from jaxrlhf.errors import ConfigError, RewardError
+from jaxrlhf import stopping
+from jaxrlhf.errors import ConfigError, Interrupted, RewardError
 from jaxrlhf.rewards.sources.protocol import ScoreRequest, SourceScores, parse_scores
 
 T = TypeVar("T")
@@ -103,9 +105,12 @@ class RewardFunction:
         arguments = {k: v for k, v in available.items() if self.signature.wants(k)} | self.options
         try:
             if self.timeout is None:
-                returned = awaited(self.function(**arguments))
+                with stopping.interruptible():
+                    returned = awaited(self.function(**arguments))
             else:
                 returned = call_with_timeout(self.timeout, lambda: awaited(self.function(**arguments)))
+        except Interrupted:
+            raise
         except CallTimeout:
             raise RewardError(
                 f"{prefix} has not answered within {self.timeout:g} s. It runs in this process and cannot be ended, so "
@@ -125,7 +130,8 @@ class CallTimeout(Exception):
 
 
 def call_with_timeout(seconds: float | None, call: Callable[[], T]) -> T:
-    """Run `call()` in a thread and return its result. Raises CallTimeout after `seconds`; the thread keeps running."""
+    """Run `call()` in a thread and return its result. Raises CallTimeout after `seconds`, and Interrupted after a
+    request to stop; the thread keeps running."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -135,7 +141,7 @@ def call_with_timeout(seconds: float | None, call: Callable[[], T]) -> T:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    if not wait([future], timeout=seconds).done:
+    if not stopping.wait(lambda limit: bool(wait([future], limit).done), math.inf if seconds is None else seconds):
         raise CallTimeout
     return future.result()
 

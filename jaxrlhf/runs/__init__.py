@@ -13,17 +13,15 @@ import hashlib
 import json
 import os
 import platform
-import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import yaml
 
-from jaxrlhf import checkpoint, distributed, memory, sharding
+from jaxrlhf import checkpoint, distributed, memory, sharding, stopping
 from jaxrlhf.config import replace, text
 from jaxrlhf.errors import Preempted, StorageError, first_line
 from jaxrlhf.files import write_whole
@@ -44,8 +42,15 @@ class Run:
     """Messages for the user about this resume."""
     content: dict[str, Any]
     """Content of run.json."""
-    stopping: bool = False
-    """A signal asked the run to stop: save at the next step boundary and raise Preempted."""
+
+    @property
+    def stopping(self) -> bool:
+        """A signal asked the run to stop: save at the next step boundary and raise Preempted."""
+        return stopping.requested()
+
+    @stopping.setter
+    def stopping(self, made: bool) -> None:
+        stopping.request(made)
 
     def record(self, **facts: Any) -> None:
         """Add facts about this start to run.json. Raises StorageError."""
@@ -88,7 +93,7 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
         outcome = {"outcome": "done"}
         memory.reset_peak_on_host()
         try:
-            with _signals(run):
+            with stopping.handling():
                 yield run
         except BaseException as error:
             if isinstance(error, Preempted):
@@ -259,28 +264,6 @@ def _record(previous: dict[str, Any], config: Any, method: str) -> dict[str, Any
         "mesh": dict(sharding.make_mesh(config.mesh).shape),
         "starts": [*previous.get("starts", []), start],
     }
-
-
-@contextlib.contextmanager
-def _signals(run: Run) -> Iterator[None]:
-    """Handle SIGTERM and SIGINT: the first sets `run.stopping`, the second exits. Only in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, _frame: Any) -> None:
-        if run.stopping:
-            os._exit(128 + number)
-        run.stopping = True
-        # os.write, as the handler may interrupt a print
-        os.write(2, b"\nstopping: the state is saved at the end of this step (signal again to exit at once)\n")
-
-    old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: set by C code, which cannot be restored
 
 
 def _now() -> str:

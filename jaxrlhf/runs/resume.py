@@ -23,6 +23,7 @@ FREE = (
     "validation.eval_steps",
     "validation.patience",
     "optim.offload",
+    "optim.idle_steps",
     "reference.offload",
     "dpo.reference_folder",
 )

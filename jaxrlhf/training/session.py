@@ -3,13 +3,15 @@
 import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from jaxrlhf import checkpoint, compilation, distributed, metrics, report, runs, sharding
+from jaxrlhf import checkpoint, compilation, distributed, metrics, report, runs, sharding, stopping
 from jaxrlhf.config import DistillConfig, DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.config.spelling import did_you_mean
-from jaxrlhf.errors import ConfigError, NumericsError, Preempted, RewardError, StorageError
+from jaxrlhf.errors import ConfigError, Interrupted, Preempted, RewardError, StorageError
 from jaxrlhf.metrics.keys import EPOCHS
+from jaxrlhf.training.health import Health
 from jaxrlhf.training.setup import RunConfig
 from jaxrlhf.training.state import State
 
@@ -18,7 +20,6 @@ Best = Literal["min", "max"] | None
 LESS_IS_BETTER = ("eval/loss", "eval/nll_loss", "eval/entropy", "eval/ece", "eval/absolute_error", "eval/kl")
 TEMPLATE = "chat template"
 REPORT_EVERY = 30.0  # least seconds between two reports of a run
-MAX_SKIPPED = 5  # records in a row with a skipped update before the run fails
 
 
 class Session:
@@ -51,8 +52,10 @@ class Session:
         self._checkpoints = checkpoint.Checkpoints(run.directory / "checkpoints", policy.keep, synchronous, self.best)
         self._pending: tuple[int, Metrics] | None = None
         self._stop = distributed.Request()
-        self._skipped = 0
+        self._health = self._new_health([])
         self._saved_at = time.monotonic()  # or the start of the run
+        self._ends: list[float] = []  # times when the steps of this start ended
+        self._waited = 0.0  # seconds of the last step in which a signal would have been seen at once
         self._report_due = 0.0  # time when the next report may be written
 
     def resume(self) -> None:
@@ -79,11 +82,12 @@ class Session:
             self.note(note)
         self.logger.rewind(step)
         self.run.record(step=step, total_steps=self.total_steps)
-        for record in reversed(self.records()):  # repeating the command does not reset the count of a failing run
-            if not record.get("skipped_updates"):
-                break
-            self._skipped += 1
+        self._health = self._new_health(self.records())
         self.report()
+
+    def _new_health(self, before: Sequence[Metrics]) -> Health:
+        flat = self.config.alarms.flat_steps if isinstance(self.config, GRPOConfig) else 0
+        return Health(self.config.optim.idle_steps, flat, self.total_steps, before)
 
     def describe(self, text: str) -> None:
         """Print what the run trains and on what, and keep it in run.json."""
@@ -123,26 +127,23 @@ class Session:
         """Queue the metrics of `step`, which the device may still be computing, and write those of the step before."""
         self.flush()
         self._pending = (step, record)
+        seen_at_once = ["perf/reward_seconds", *(["perf/rollout_seconds"] if self._in_slots else [])]
+        self._waited = sum(float(record.get(key, 0.0)) for key in seen_at_once)
 
     def flush(self) -> None:
-        """Write the queued metrics. Raises NumericsError after MAX_SKIPPED skipped updates in a row."""
+        """Write the queued metrics. Raises NumericsError if the last steps taught nothing (`Health`)."""
         if self._pending is None:
             return
         (step, record), self._pending = self._pending, None
         values = {k: float(v) for k, v in sharding.fetch(record).items()}
         marks, lines = self.watch(values) if self.watch else ({}, [])
-        self.logger.log(step, values | marks)
-        for line in lines:
+        idle, warnings = self._health(step, values)
+        self.logger.log(step, values | marks | idle)
+        for line in [*lines, *warnings]:
             self.note(f"step {step}: {line}")
         if any(key.startswith("eval/") for key in values):
             self.report(due=True)
-        self._skipped = self._skipped + 1 if values.get("skipped_updates") else 0
-        if self._skipped >= MAX_SKIPPED:
-            raise NumericsError(
-                f"non-finite losses or gradients in {MAX_SKIPPED} steps in a row (last: step {step}). Those updates "
-                "were skipped, but earlier updates may already have damaged the model: look at the metrics before "
-                "them, lower optim.learning_rate or fix the data and rewards, and start over with --fresh"
-            )
+        self._health.check()
 
     def log_samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
         """Write and print sample completions of `step`, after its metrics."""
@@ -174,6 +175,23 @@ class Session:
         if saved:
             self.save(step, float(evaluation[self.metric]) if self.metric in evaluation else None)
         self.stop_if_asked(step, saved=saved)
+        self._warn_of_long_steps()
+
+    def _warn_of_long_steps(self) -> None:
+        """Say once, after the second step of this start, which compiles nothing, if a step takes longer than the time
+        that a signal leaves."""
+        now, grace = time.monotonic(), self.config.checkpoint.grace
+        self._ends.append(now)
+        if len(self._ends) != 2:
+            return
+        seconds = self._ends[1] - self._ends[0] - self._waited
+        if seconds > grace:
+            self.note(
+                f"warning: a step takes {seconds:.0f} s besides its rewards, and a signal to stop is seen at its end, "
+                f"while checkpoint.grace is {grace:g}: a run that is killed then loses the steps since its last "
+                "checkpoint. Raise the time that your cluster grants and checkpoint.grace, save more often "
+                "(checkpoint.save_minutes), or make steps shorter"
+            )
 
     def _minutes_passed(self) -> bool:
         """Return True if a checkpoint is due by `checkpoint.save_minutes`, by the clock of process 0."""
@@ -187,6 +205,11 @@ class Session:
         self._checkpoints.save(step, self._state.value, self._identity, metric=metric, block=block)
         self._saved_at = time.monotonic()
 
+    @property
+    def _in_slots(self) -> bool:
+        """Rollouts end between their programs, of which there are several."""
+        return bool(isinstance(self.config, PPOConfig | GRPOConfig | DistillConfig) and self.config.rollout.slots)
+
     def stopping(self) -> bool:
         """Return True if a signal asked the run to stop, in any process: all of them call this."""
         return self._stop.seen(self.run.stopping)
@@ -196,7 +219,36 @@ class Session:
         if self.stopping():
             if not saved:
                 self.save(step, block=True)
-            raise Preempted(f"stopped after step {step} of {self.total_steps}; run the same command again to resume")
+            raise self._preempted(step)
+
+    @contextlib.contextmanager
+    def interruptible(self, step: int) -> Iterator[None]:
+        """Block that begins with the state after `step` steps and waits for rollouts and rewards only before it has
+        replaced it: a signal ends that wait, the state is saved, and Preempted raised. A RewardError is treated as in
+        `save_on_reward_error`."""
+        try:
+            with self.save_on_reward_error(step), stopping.armed():
+                yield
+        except Interrupted:
+            if not step:
+                raise Preempted("stopped before the first step; run the same command again to start over") from None
+            self.save(step, block=True)
+            raise self._preempted(step) from None
+
+    def _preempted(self, step: int) -> Preempted:
+        return Preempted(f"stopped after step {step} of {self.total_steps}; run the same command again to resume")
+
+    def export(self, save: Callable[[Path], Path]) -> Path:
+        """Write the export of a run whose last state is saved; returns its folder. Raises Preempted after a signal."""
+        try:
+            with stopping.armed():
+                folder = save(self.directory / "export")
+                self.note(f"exported to {folder}")
+                return folder
+        except Interrupted:
+            raise Preempted(
+                "stopped before the export was complete; the last step is saved: run the same command again to export"
+            ) from None
 
     @contextlib.contextmanager
     def save_on_reward_error(self, step: int, record: Metrics | None = None) -> Iterator[None]:
@@ -215,8 +267,10 @@ class Session:
             ) from error
 
     def finish(self) -> Metrics:
-        """Save the last state. Returns the last record of the log."""
+        """Save the last state. Returns the last record of the log. Raises NumericsError if the last half of the run
+        taught nothing."""
         self.flush()
+        self._health.at_end()
         step = int(self._state.value.step)
         if not self.due(step, self.config.checkpoint.save_every):
             self.save(step, block=True)

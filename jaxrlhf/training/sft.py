@@ -86,7 +86,7 @@ class SFTTrainer(SupervisedTrainer[SFTConfig]):
             self._results = session.finish()
             if session.restore_best():
                 self._results |= self._evaluate()
-            session.note(f"exported to {self.save_pretrained(session.directory / 'export')}")
+            session.export(self.save_pretrained)
         return self._results
 
     def batch(self, step: int) -> Batch:

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Mapping
 from typing import IO, Any
 
+from jaxrlhf import stopping
 from jaxrlhf.errors import ConfigError, RewardError, visible
 
 LOAD_TIMEOUT = 300.0  # seconds in which the module must be imported
@@ -97,6 +98,8 @@ class WorkerProcess:
             return json.loads(_send_and_receive(self._process, line, time.monotonic() + seconds))
         except BaseException as error:
             _kill(self._process)
+            if self._process.returncode == -signal.SIGTERM:  # meant for the whole run, it may be here a moment later
+                stopping.wait(lambda seconds: bool(time.sleep(seconds)), 1.0)
             if isinstance(error, ValueError):  # something else wrote to the pipe
                 raise EOFError from error
             raise
@@ -122,7 +125,8 @@ def _send_and_receive(process: "subprocess.Popen[bytes]", unsent: bytes, deadlin
             seconds_left = deadline - time.monotonic()
             if seconds_left <= 0:
                 raise TimeoutError
-            ready = selector.select(min(seconds_left, 0.2))
+            stopping.check()
+            ready = selector.select(min(seconds_left, stopping.POLL))
             if not ready and process.poll() is not None:  # one of its children may still hold the pipe
                 raise EOFError
             for key, _ in ready:

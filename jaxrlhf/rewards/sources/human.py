@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxrlhf import stopping
 from jaxrlhf.errors import ConfigError, RewardError, visible
 from jaxrlhf.rewards.sources import answers
 from jaxrlhf.rewards.sources.protocol import ScoreRequest, SourceScores
@@ -44,7 +45,7 @@ class Human:
         if self._answers is None:
             self._answers = answers.read([self.file] if self.file else [])
         try:
-            with self.pause_while_asking():
+            with self.pause_while_asking(), stopping.interruptible():
                 return SourceScores(self._score(request) if self.kind == "score" else self._pick(request))
         except EOFError:
             raise RewardError(

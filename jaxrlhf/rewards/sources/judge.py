@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxrlhf import config, distributed, secrets
+from jaxrlhf import config, distributed, secrets, stopping
 from jaxrlhf.config.judge import SCORE_REGEX
 from jaxrlhf.errors import ConfigError, RewardError, counted, quoted
 from jaxrlhf.rewards.sources import answers, template
@@ -263,10 +263,13 @@ def _ask_all(
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(concurrency, len(bodies)))]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(max(deadline - time.monotonic(), 0))
+    try:
+        for thread in threads:
+            stopping.wait(lambda limit, thread=thread: _ended(thread, limit), deadline - time.monotonic())
+    finally:
+        with lock:
+            waiting.clear()
     with lock:
-        waiting.clear()
         rest = f"did not answer {counted(len(bodies), 'question')} within {timeout:g} s (timeout of the component)"
         if len(in_a_row) >= concurrency:
             rest = f"{in_a_row[-1]}; the other questions of the batch were not sent"
@@ -275,6 +278,11 @@ def _ask_all(
     if errors:
         raise errors[0]
     return asked
+
+
+def _ended(thread: threading.Thread, seconds: float) -> bool:
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 def between_marks(text: str) -> str:

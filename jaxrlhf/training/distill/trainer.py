@@ -92,7 +92,8 @@ class DistillTrainer(SupervisedTrainer[DistillConfig]):
         with self.session(teacher=setup.params_fingerprint(self.teacher)) as session:
             session.resume()
             for step in session.steps():
-                batch, drawn = self.batch(step)
+                with session.interruptible(step):
+                    batch, drawn = self.batch(step)
                 self.state.value, metrics = update(
                     self.state.value, self.frozen, self.teacher, batch, self.key, spec=self.spec
                 )
@@ -103,7 +104,7 @@ class DistillTrainer(SupervisedTrainer[DistillConfig]):
             self._results = session.finish()
             if session.restore_best():
                 self._results |= self._evaluate()
-            session.note(f"exported to {self.save_pretrained(session.directory / 'export')}")
+            session.export(self.save_pretrained)
         return self._results
 
     def batch(self, step: int) -> tuple[Batch, Metrics]:

@@ -56,7 +56,7 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
             for step in session.steps():
                 if self.validator.should_stop_early(session):
                     break
-                with session.save_on_reward_error(step):
+                with session.interruptible(step):
                     batch, _, metrics = self._update(
                         self.prompts(step), step, session, refills=self.config.grpo.refills
                     )

@@ -95,7 +95,13 @@ def shape_scores(
     raw = sharding.put_rows(np.asarray(scores, np.float32), mesh)
     longest = config.sampling.response_length
     final, stats = shaped(raw, rollout.response_mask, rollout.finished, stats, config=section, longest=longest)
-    return sharding.put_rows(final, mesh), sharding.put_whole(sharding.fetch(stats), mesh)
+    on_host = sharding.fetch(stats)
+    if not all(np.isfinite(value) for value in on_host):
+        raise RewardError(
+            f"the statistics of scores.normalise overflow: scores reach {np.nanmax(np.abs(scores)):.3g}, and their "
+            "squares have to fit into float32; lower the weight of the component that gives them"
+        )
+    return sharding.put_rows(final, mesh), sharding.put_whole(on_host, mesh)
 
 
 def reference_stats(batches: Iterable[Scored], stats: ScoreStats) -> ScoreStats:

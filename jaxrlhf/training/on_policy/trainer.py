@@ -255,9 +255,11 @@ class OnPolicyTrainer(Generic[Config]):
             session.resume()
             rows, before = config.settings.batch_size, session.records()
             session.watch = Watch(config.alarms, rows, before, kl_option=config.kl_option)
-            self._calibrate_scores()
-            if self.validator.rows:
-                self.validator.start(session, int(self.state.value.step), self.params, lambda: self.reference)
+            step = int(self.state.value.step)
+            with session.interruptible(step):
+                self._calibrate_scores()
+                if self.validator.rows:
+                    self.validator.start(session, step, self.params, lambda: self.reference)
             yield session
 
     def _calibrate_scores(self) -> None:
@@ -356,7 +358,7 @@ class OnPolicyTrainer(Generic[Config]):
         session.restore_best()
         step = int(self.state.value.step)
         self._results = session.record_of(step) if step else self.validator.before
-        session.note(f"exported to {self.save_pretrained(session.directory / 'export')}")
+        session.export(self.save_pretrained)
         return last
 
     def _save(

@@ -59,7 +59,7 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
             for step in session.steps():
                 if self.validator.should_stop_early(session):
                     break
-                with session.save_on_reward_error(step):
+                with session.interruptible(step):
                     batch, _, metrics = self._update(self.prompts(step), step, session)
                 metrics, evaluation = metrics | self._progress(batch, step), {}
                 if self.validator.due(step + 1, self.total_steps):

@@ -108,8 +108,7 @@ class RewardTrainer(SupervisedTrainer[RewardConfig]):
             if session.restore_best():
                 self._results |= self._evaluate()
             self._write_evaluation(session)
-            folder = self.save_pretrained(session.directory / "export")
-            session.note(f"exported to {folder}")
+            folder = session.export(self.save_pretrained)
             if note := distributed.on_primary(lambda: pretrained.padding_note(folder)):
                 session.note(note)
         return self._results

@@ -1,0 +1,124 @@
+"""Requests to stop, by SIGTERM or Ctrl-C: `handling` notes them, and what waits looks for them.
+
+A step is stopped in its middle only inside `armed`, whose caller knows what to save; elsewhere `check` does nothing. In
+a run of several processes a caller of `check` tells the others, as `distributed.shared` does.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jaxrlhf.errors import Interrupted
+
+POLL = 0.2  # seconds between two looks of what waits
+_NOTE = b"\nstopping: the state is saved as soon as possible (signal again to exit at once)\n"
+
+
+class _Requests:
+    """The requests of this process. `immediate`: raise where the signal is handled; nothing is open that could be
+    saved."""
+
+    made = immediate = False
+    depth = armed = raising = 0  # blocks that are open
+
+
+_now = _Requests()
+
+
+@contextlib.contextmanager
+def handling(*, immediate: bool = False) -> Iterator[None]:
+    """Handle SIGTERM and SIGINT in the block: the first is a request to stop, the second ends the process at once.
+
+    With `immediate` the first SIGTERM raises Interrupted wherever the program is, and SIGINT is left as it was. A
+    request that an outer block has seen stays. Only in the main thread; in another, signals are not handled.
+    """
+    if not _now.depth:
+        _now.made = False
+    before, _now.immediate = _now.immediate, immediate
+    _now.depth += 1
+    try:
+        with _handlers((signal.SIGTERM,) if immediate else (signal.SIGTERM, signal.SIGINT)):
+            yield
+    finally:
+        _now.depth -= 1
+        _now.immediate = before
+
+
+@contextlib.contextmanager
+def _handlers(numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = {number: signal.signal(number, _handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: set by C code, which cannot be restored
+
+
+def _handle(number: int, _frame: Any) -> None:
+    if _now.made:
+        os._exit(128 + number)
+    _now.made = True
+    if _now.immediate:
+        raise Interrupted
+    os.write(2, _NOTE)  # not print, which the handler may have interrupted
+    if _now.armed and _now.raising:
+        raise Interrupted
+
+
+def requested() -> bool:
+    """Return True after a request to stop."""
+    return _now.made
+
+
+def request(made: bool = True) -> None:
+    """Make a request to stop, or take it back."""
+    _now.made = made
+
+
+@contextlib.contextmanager
+def armed() -> Iterator[None]:
+    """Block that a request to stop ends, by Interrupted, wherever `check` is called in it."""
+    _now.armed += 1
+    try:
+        check()
+        yield
+    finally:
+        _now.armed -= 1
+
+
+def check() -> None:
+    """Raise Interrupted after a request to stop, in an `armed` block."""
+    if _now.made and _now.armed:
+        raise Interrupted
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Block of code of others, which does not look for requests: in an `armed` block the signal itself raises
+    Interrupted in it, as Ctrl-C raises KeyboardInterrupt."""
+    check()
+    _now.raising += 1
+    try:
+        yield
+    finally:
+        _now.raising -= 1
+
+
+def wait(done: Callable[[float], bool], seconds: float) -> bool:
+    """Call `done(timeout)`, which waits so long at most and says whether it is done, until it is or `seconds` are over;
+    looks for requests in between. Returns the last answer."""
+    deadline = time.monotonic() + seconds
+    while True:
+        check()
+        left = deadline - time.monotonic()
+        if done(max(min(left, POLL), 0)):
+            return True
+        if left <= POLL:
+            return False

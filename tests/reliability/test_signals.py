@@ -1,0 +1,263 @@
+"""A signal stops what waits, at once and without a loss: exit code 75, and the run goes on bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from support.runs import records
+
+from jaxrlhf import config, stopping
+from jaxrlhf.errors import Interrupted, Preempted
+from jaxrlhf.rewards.sources.worker import Worker
+from jaxrlhf.rollout import engine
+from jaxrlhf.training.ppo.trainer import PPOTrainer
+from jaxrlhf.weights import writer
+
+GRACE = 10.0  # seconds
+
+
+def score(text):
+    return len(set(text)) - 0.1 * len(text)
+
+
+HANGING = """
+import os, pathlib, signal, time
+
+def score(text):
+    return len(set(text)) - 0.1 * len(text)
+
+def reward(prompts, completions, wait_for=""):
+    calls = pathlib.Path(wait_for)
+    number = int(calls.read_text()) if calls.exists() else 0
+    calls.write_text(str(number + 1))
+    if number == 1:
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(60)
+    return [score(text) for text in completions]
+
+"""
+
+
+@pytest.fixture
+def hang(tmp_path):
+    """Called for each batch; in the second it makes a signal come, and waits for a minute."""
+    calls = []
+
+    def wait():
+        calls.append(1)
+        if len(calls) == 2:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            time.sleep(60)
+
+    return wait
+
+
+def components(kind, tmp_path, serve, hang):
+    """(reward components, the Python function) of a kind of source that hangs in its second batch."""
+    if kind == "function":
+        file = tmp_path / "r.py"
+        file.write_text(HANGING)
+        return (config.Component(function=f"{file}:reward", options={"wait_for": str(tmp_path / "calls")}),), None
+
+    def answer(body):
+        hang()
+        return 200, json.dumps({"scores": [score(text) for text in body["completions"]]})
+
+    if kind == "url":
+        return (config.Component(url=serve(answer)[0]),), None
+
+    def function(prompts, completions):
+        hang()
+        return [score(text) for text in completions]
+
+    if kind == "passed with a timeout":
+        return (config.Component(function="passed", timeout=100.0),), function
+    return (), function
+
+
+def stop_and_resume(made, tmp_path):
+    """Run until the signal, then to the end; returns the seconds from the request to the end of the first run."""
+    run, asked = made(), []
+    request = stopping._handle
+
+    def handle(number, frame):
+        asked.append(time.monotonic())
+        request(number, frame)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stopping, "_handle", handle)
+        with pytest.raises(Preempted, match=r"stopped after step 1 of 2; run the same command again") as caught:
+            run.train()
+    assert caught.value.exit_code == 75 and len(asked) == 1
+    seconds = time.monotonic() - asked[0]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["starts"][-1]["outcome"] == "preempted"
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()] == ["1"]
+    made().train()
+    return seconds
+
+
+@pytest.mark.parametrize("kind", ["function", "passed", "passed with a timeout", "url"])
+def test_a_signal_during_a_reward_ends_it(kind, ppo, serve, hang, tmp_path):
+    parts, function = components(kind, tmp_path, serve, hang)
+    ppo = config.replace(ppo, reward=config.RewardSource(components=parts), **{"checkpoint.save_every": 50})
+    assert stop_and_resume(lambda: PPOTrainer(ppo, reward=function), tmp_path) < GRACE
+    undisturbed = config.replace(ppo, run_dir=str(tmp_path / "whole"))
+    PPOTrainer(undisturbed, reward=function).train()  # has been asked twice and waits no more
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+def test_a_signal_during_a_rollout_in_slots_ends_it(ppo, tmp_path, monkeypatch):
+    ppo = config.replace(ppo, **{"rollout.slots": 8, "ppo.batch_size": 16, "ppo.total_episodes": 32})
+    calls, advance = [], engine._advance
+
+    def slow(*arguments):
+        calls.append(1)
+        if len(calls) == second:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return advance(*arguments)
+
+    def reward(prompts, completions):
+        return [score(text) for text in completions]
+
+    monkeypatch.setattr(engine, "_advance", slow)
+    second = 0
+    PPOTrainer(config.replace(ppo, run_dir=str(tmp_path / "whole")), reward=reward).train()
+    second, _ = len(calls) // 2 + 1, calls.clear()
+    assert stop_and_resume(lambda: PPOTrainer(ppo, reward=reward), tmp_path) < GRACE
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+def test_a_signal_during_the_export_leaves_no_part_of_one(ppo, tmp_path, monkeypatch):
+    write, stopped = writer.write_file, []
+
+    def slow(*arguments):
+        if not stopped:
+            stopped.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(*arguments)
+
+    def reward(prompts, completions):
+        return [score(text) for text in completions]
+
+    monkeypatch.setattr(writer, "write_file", slow)
+    with pytest.raises(Preempted, match="before the export was complete; the last step is saved"):
+        PPOTrainer(ppo, reward=reward).train()
+    assert not list((tmp_path / "run").glob("*export*"))
+    PPOTrainer(ppo, reward=reward).train()
+    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+
+
+def test_before_the_first_step_there_is_nothing_to_save(ppo, tmp_path):
+    """The first of all signals comes while held-out prompts are scored."""
+    held_out = config.replace(ppo, **{"data.validation_fraction": 0.5})
+
+    def reward(prompts, completions):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    with pytest.raises(Preempted, match="stopped before the first step"):
+        PPOTrainer(held_out, reward=reward).train()
+    assert not [p for p in (tmp_path / "run" / "checkpoints").glob("*") if p.name.isdigit()]
+    PPOTrainer(held_out, reward=lambda prompts, completions: [score(text) for text in completions]).train()
+
+
+def test_a_worker_that_gets_the_signal_itself_is_no_failure_of_the_reward(tmp_path):
+    """Clusters send it to all processes of a job, in any order."""
+    file = tmp_path / "r.py"
+    file.write_text("import time\ndef reward(prompts, completions):\n    time.sleep(60)\n")
+    worker = Worker(f"{file}:reward", timeout=50)
+
+    def stop():
+        os.kill(worker.pid, signal.SIGTERM)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    from jaxrlhf.rewards.sources.protocol import ScoreRequest
+
+    threading.Timer(0.2, stop).start()
+    with stopping.handling(), pytest.raises(Interrupted), stopping.armed():
+        worker(ScoreRequest(["a"], ["b"], {}))
+
+
+def test_requests_are_seen_where_they_are_looked_for():
+    with stopping.handling():
+        stopping.check()
+        with stopping.armed(), stopping.interruptible():
+            pass
+        with pytest.raises(Interrupted), stopping.armed():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            assert stopping.requested()
+            stopping.check()
+        stopping.check()  # not armed
+        with pytest.raises(Interrupted), stopping.armed():
+            raise AssertionError("it was asked for before")
+    with stopping.handling(), stopping.armed():  # another run, which nobody has asked
+        assert not stopping.requested()
+        with pytest.raises(Interrupted), stopping.interruptible():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+    with stopping.handling(immediate=True), pytest.raises(Interrupted):
+        with stopping.handling():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_long_step_is_warned_of(ppo, tmp_path, capsys):
+    ppo = config.replace(ppo, **{"checkpoint.grace": 1e-4, "logging.quiet": False, "ppo.total_episodes": 24})
+    PPOTrainer(ppo, reward=lambda prompts, completions: [score(text) for text in completions]).train()
+    printed = capsys.readouterr().out
+    assert printed.count("warning: a step takes") == 1 and "checkpoint.grace is 0.0001" in printed
+
+
+@pytest.fixture
+def command(ppo, tmp_path):
+    """Start `jaxrlhf ppo` with a reward module that says when it is imported, and then sleeps."""
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\npathlib.Path(__file__).with_name('imported').touch()\ntime.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+    arguments = ["ppo", "--model.path", ppo.model.path, "--model.init", "random", "--data.path", ppo.data.path]
+    arguments += [
+        "--sampling.response_length",
+        "4",
+        "--run_dir",
+        ppo.run_dir,
+        "--reward.function",
+        f"{tmp_path}/slow.py:reward",
+    ]
+    processes = []
+
+    def start():
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jaxrlhf", *arguments], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        processes.append(process)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "imported").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_before_the_run_directory_is_open(command, number, code, tmp_path):
+    process = command()
+    started = time.monotonic()
+    process.send_signal(number)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == code and time.monotonic() - started < GRACE
+    assert "Traceback" not in printed
+    assert printed.strip().endswith("run the same command again" if code == 75 else "interrupted")
