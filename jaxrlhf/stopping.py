@@ -14,6 +14,10 @@ from typing import Any
 
 from jaxrlhf.errors import Interrupted
 
+FORWARDED = signal.SIGUSR1
+"""What `--restarts` passes signals on as: the process may have had them itself, and they must not count twice."""
+SUPERVISED = "JAXRLHF_SUPERVISED"
+"""Environment variable that is set for a process which `--restarts` has started."""
 POLL = 0.2  # seconds between two looks of what waits
 _NOTE = b"\nstopping: the state is saved as soon as possible (signal again to exit at once)\n"
 
@@ -41,7 +45,7 @@ def handling(*, immediate: bool = False) -> Iterator[None]:
     before, _now.immediate = _now.immediate, immediate
     _now.depth += 1
     try:
-        with _handlers((signal.SIGTERM,) if immediate else (signal.SIGTERM, signal.SIGINT)):
+        with _handlers([signal.SIGTERM, *([] if immediate else [signal.SIGINT])]):
             yield
     finally:
         _now.depth -= 1
@@ -49,10 +53,11 @@ def handling(*, immediate: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _handlers(numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
+def _handlers(numbers: list[signal.Signals]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    numbers += [FORWARDED] if SUPERVISED in os.environ else []
     old = {number: signal.signal(number, _handle) for number in numbers}
     try:
         yield
@@ -62,6 +67,8 @@ def _handlers(numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
 
 
 def _handle(number: int, _frame: Any) -> None:
+    if _now.made and number == FORWARDED:
+        return
     if _now.made:
         os._exit(128 + number)
     _now.made = True

@@ -110,7 +110,7 @@ def _dispatch(argv: list[str]) -> int:
         return 2
     if verb in METHODS and _asks_for_help(argv):
         return train_help(verb)
-    overrides: Overrides = []
+    words, overrides = argv, []
     if verb in COMMANDS and verb != "launch":  # whose arguments are those of another command
         overrides, argv = _split_overrides(argv, COMMANDS[verb])
     options = _parser().parse_args(argv)
@@ -120,6 +120,7 @@ def _dispatch(argv: list[str]) -> int:
     if options.verb is None:
         _parser().print_help()
         return 2
+    options.words = words
     command = COMMANDS[options.verb]
     settable = [argument["dest"] for argument in command.arguments.values() if "dest" in argument]
     runtime.configure()

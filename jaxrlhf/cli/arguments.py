@@ -32,6 +32,12 @@ TRAIN: dict[str, dict[str, Any]] = {
         "help": "print the resolved config, the first batch, and the memory and files of the run, then stop",
     },
     "--use-lora": USE_LORA,
+    "--restarts": {
+        "type": natural,
+        "default": 0,
+        "metavar": "N",
+        "help": "start the run again, up to N times, when its process is killed or crashes (default: 0)",
+    },
     "--distributed": {
         "action": "store_true",
         "help": "this is one of several processes that train together; in a job of SLURM, Open MPI or Kubernetes or on "

@@ -7,7 +7,7 @@ from typing import Any
 
 import jaxrlhf
 from jaxrlhf import stopping
-from jaxrlhf.cli import next_steps
+from jaxrlhf.cli import next_steps, supervise
 from jaxrlhf.cli.models import Options, Overrides, announce_compilations
 from jaxrlhf.config import text as config_text
 from jaxrlhf.config.file import METHODS, load_config, method_of, presets
@@ -33,13 +33,15 @@ def _config_path(given: str | None) -> Path | None:
 
 def train_help(method: str) -> int:
     print(
-        f"usage: jaxrlhf {method} CONFIG.yaml [--section.key value ...] [--use-lora] [--fresh] [--dry-run] [--debug]\n"
+        f"usage: jaxrlhf {method} CONFIG.yaml [--section.key value ...] [--use-lora] [--fresh] [--restarts N]\n"
+        "       [--dry-run] [--debug]\n"
         "       [--distributed [--coordinator-address HOST:PORT --num-processes N --process-id I]]\n"
         "\n"
         f"CONFIG.yaml is a file or the name of a preset; `jaxrlhf new {method}` prints one with all options.\n"
         "Overrides follow it; their values are YAML, and hyphens in names are underscores. A run in an existing run\n"
-        "directory is resumed; --fresh starts over. --dry-run prints the resolved config, the first batch, and the\n"
-        "memory and files of the run. --distributed makes this process one of several that train together."
+        "directory is resumed; --fresh starts over. --restarts N starts the run again, up to N times, when it\n"
+        "is killed or crashes. --dry-run prints the resolved config, the first batch, and the memory and files of the\n"
+        "run. --distributed makes this process one of several that train together."
     )
     print(config_text.render_help(METHODS[method]))
     return 0
@@ -54,8 +56,19 @@ def train(options: Options, overrides: Overrides) -> int | None:
     if options.config is None and not overrides:
         print(f"jaxrlhf {options.verb}: give a CONFIG.yaml; `jaxrlhf new {options.verb}` prints one", file=sys.stderr)
         return 2
+    if options.restarts:
+        return _supervised(options, overrides)
     with stopping.handling(immediate=True):
         return _train(options, overrides)
+
+
+def _supervised(options: Options, overrides: Overrides) -> int:
+    """Run the command in a process of its own, and again if that ends too early."""
+    if options.dry_run:
+        raise ConfigError("--dry-run starts no run, so --restarts has no use; leave one of them out")
+    config = _load_with_options(options.verb, _config_path(options.config), options, overrides)
+    command = [sys.executable, "-m", "jaxrlhf", *supervise.without_option(options.words)]
+    return supervise.supervise(command, Path(config.run_dir), options.restarts)
 
 
 def _train(options: Options, overrides: Overrides) -> int:
