@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxrlhf import errors
+from jaxrlhf import errors, stopping
 from jaxrlhf.errors import ConfigError, JaxrlhfError, PeerLost, first_line, quoted
 
 T = TypeVar("T")
@@ -207,6 +207,12 @@ def require_same_code() -> None:
         digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
     code = {"source of jaxrlhf (sha256)": digest.hexdigest()[:16], "jax": jax.__version__}
     require_agreement("code", code | {"python": ".".join(map(str, sys.version_info[:3]))})
+
+
+def check_stop() -> None:
+    """`stopping.check`, in a run of one process: several have to stop at the same place."""
+    if count() == 1:
+        stopping.check()
 
 
 class Request:

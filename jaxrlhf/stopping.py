@@ -27,6 +27,7 @@ class _Requests:
     saved."""
 
     made = immediate = False
+    signals = 0  # since `made` was false
     depth = armed = raising = 0  # blocks that are open
 
 
@@ -41,7 +42,7 @@ def handling(*, immediate: bool = False) -> Iterator[None]:
     request that an outer block has seen stays. Only in the main thread; in another, signals are not handled.
     """
     if not _now.depth:
-        _now.made = False
+        _now.made, _now.signals = False, 0
     before, _now.immediate = _now.immediate, immediate
     _now.depth += 1
     try:
@@ -67,10 +68,11 @@ def _handlers(numbers: list[signal.Signals]) -> Iterator[None]:
 
 
 def _handle(number: int, _frame: Any) -> None:
-    if _now.made and number == FORWARDED:
-        return
-    if _now.made:
+    _now.signals += number != FORWARDED
+    if _now.signals == 2:
         os._exit(128 + number)
+    if _now.made:
+        return
     _now.made = True
     if _now.immediate:
         raise Interrupted

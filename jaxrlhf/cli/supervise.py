@@ -45,7 +45,7 @@ def supervise(command: Sequence[str], run: Path, restarts: int) -> int:
             code = process.wait()
             if asked:
                 return code if code >= 0 and len(asked) == 1 else 128 + asked[0]
-            if code >= 0 and code not in _TEMPORARY and code < 128:
+            if code >= 0 and code not in _TEMPORARY and not (code > 128 and code != 130):  # 130: Ctrl-C
                 return code
             before, newest = newest, _newest(run)
             stuck, starts = 0 if newest > before else stuck + 1, starts + 1

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jaxrlhf import distributed, memory, sharding, stopping
+from jaxrlhf import distributed, memory, sharding
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import ModelConfig, empty_cache
 from jaxrlhf.rollout.decode import Decoding, advance, as_rollout, by_rows, empty_slots, start
@@ -53,8 +53,7 @@ def generate_in_slots(
     rows = len(queue.prompts.index) * queue.group
     results = {name: np.zeros((rows, *getattr(state, name).shape[1:]), getattr(state, name).dtype) for name in names}
     while queue or table.busy:
-        if distributed.count() == 1:  # several processes have to stop at the same place: after the rollout
-            stopping.check()
+        distributed.check_stop()
         while queue and table.free >= queue.slots_needed(table.busy):
             admitted, starting = queue.take(table.free)
             state = _admit(params, decoding, state, admitted, table.assign(starting), key)

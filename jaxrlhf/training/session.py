@@ -1,6 +1,7 @@
 """A training run while it is open: its directory, log, checkpoints, evaluation schedule and requests to stop."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ Metrics = dict[str, Any]
 Best = Literal["min", "max"] | None
 LESS_IS_BETTER = ("eval/loss", "eval/nll_loss", "eval/entropy", "eval/ece", "eval/absolute_error", "eval/kl")
 TEMPLATE = "chat template"
+PENDING = "evaluation to come"
+"""In a checkpoint: the record of its step, and samples, which are logged once the step has been evaluated."""
 REPORT_EVERY = 30.0  # least seconds between two reports of a run
 
 
@@ -51,6 +54,8 @@ class Session:
         synchronous |= policy.synchronous == "auto" and checkpoint.short_of_memory(state.template)
         self._checkpoints = checkpoint.Checkpoints(run.directory / "checkpoints", policy.keep, synchronous, self.best)
         self._pending: tuple[int, Metrics] | None = None
+        self.pending: dict[str, Any] = {}
+        """After `resume`: `record` and `samples` of its step, whose evaluation a signal ended."""
         self._stop = distributed.Request()
         self._health = self._new_health([])
         self._saved_at = time.monotonic()  # or the start of the run
@@ -71,6 +76,7 @@ class Session:
                     "or the model it names, has changed since. Restore the old one, or start over with --fresh"
                 )
             self._state.value = value
+            self.pending = identity.get(PENDING, {}) if not self.record_of(step) else {}
             finished = step == self.total_steps
             self.note(
                 f"already finished: step {step} of {self.total_steps} is done, so only the end is repeated (--fresh "
@@ -233,6 +239,24 @@ class Session:
             if not step:
                 raise Preempted("stopped before the first step; run the same command again to start over") from None
             self.save(step, block=True)
+            raise self._preempted(step) from None
+
+    @contextlib.contextmanager
+    def evaluating(self, step: int, record: Metrics, samples: Sequence[dict[str, Any]] = ()) -> Iterator[None]:
+        """Block that evaluates the state after `step` steps, whose `record` and `samples` are logged after it. A signal
+        ends it: the state is saved, Preempted raised, and a resumed run evaluates first (`pending`). It does not if the
+        run keeps its best state, whose checkpoint needs the result."""
+        values = {k: float(v) for k, v in sharding.fetch(record).items()}
+        if self.best or not all(math.isfinite(value) for value in values.values()):
+            yield
+            return
+        try:
+            with stopping.armed():
+                yield
+        except Interrupted:
+            self.flush()
+            extra = {**self._identity, PENDING: {"record": values, "samples": list(samples)}}
+            self._checkpoints.save(step, self._state.value, extra, block=True)
             raise self._preempted(step) from None
 
     def _preempted(self, step: int) -> Preempted:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf import sharding
+from jaxrlhf import distributed, sharding
 from jaxrlhf.algorithms.sft import dft_loss, sft_loss
 from jaxrlhf.config import SFTConfig
 from jaxrlhf.data import batching
@@ -75,14 +75,11 @@ class SFTTrainer(SupervisedTrainer[SFTConfig]):
     def train(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""
         with self.session() as session:
-            session.resume()
+            self._resume(session)
             for step in session.steps():
                 batch = self.batch(step)
                 self.state.value, metrics = update(self.state.value, self.frozen, batch, self.key, spec=self.spec)
-                evaluation = self._evaluate() if session.due(step + 1, self.eval_every) else {}
-                session.log(step + 1, metrics | self.epochs(step + 1) | evaluation)
-                self.samples.log_if_due(session, step + 1, self.params, self.key)
-                session.save_if_due(step + 1, evaluation)
+                self._end_step(session, step + 1, metrics | self.epochs(step + 1))
             self._results = session.finish()
             if session.restore_best():
                 self._results |= self._evaluate()
@@ -104,6 +101,7 @@ class SFTTrainer(SupervisedTrainer[SFTConfig]):
         """Batches of held-out rows, the last one filled up with rows without a loss mask."""
         size = self.config.train.eval_batch_size
         for part in (rows[i : i + size] for i in range(0, len(rows), size)):
+            distributed.check_stop()
             blank = dataclasses.replace(part[0], loss_mask=[False] * len(part[0].tokens))
             yield self.collate([*part, *[blank] * (size - len(part))])
 

@@ -20,7 +20,8 @@ from jaxrlhf.training.adapters import add_adapters, split_trainable
 from jaxrlhf.training.by_length import Budget
 from jaxrlhf.training.facts import Origin
 from jaxrlhf.training.optim import make_optimizer, warmup_warnings
-from jaxrlhf.training.session import TEMPLATE, Session, check_metric, metric_of, open_session
+from jaxrlhf.training.samples import Samples
+from jaxrlhf.training.session import TEMPLATE, Metrics, Session, check_metric, metric_of, open_session
 from jaxrlhf.training.state import State
 from jaxrlhf.training.step import Spec
 from jaxrlhf.types import Params
@@ -34,6 +35,9 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
 
     `role` is the model that trains. Raises ConfigError for batches that the mesh cannot split.
     """
+
+    samples: Samples | None = None
+    """Completions of held-out prompts; a reward model has none."""
 
     def __init__(self, config: Config, *, role: Literal["policy", "reward"], head: str, fresh: bool) -> None:
         runs.check_processes(config)
@@ -138,6 +142,27 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
             self._origin = Origin(session.directory, identity["data"])
             session.describe(self.about())
             yield session
+
+    @abc.abstractmethod
+    def _evaluate(self) -> dict[str, float]:
+        """Metrics of the held-out rows; empty if there are none."""
+
+    def _resume(self, session: Session) -> None:
+        """Restore the newest state, and end its step if a signal has ended its evaluation."""
+        session.resume()
+        if session.pending:
+            self._end_step(session, int(self.state.value.step), session.pending["record"])
+
+    def _end_step(self, session: Session, step: int, metrics: Metrics) -> None:
+        """Evaluate, log, sample and save what is due after step number `step` (from 1), whose metrics are given."""
+        evaluation = {}
+        if session.due(step, self.eval_every):
+            with session.evaluating(step, metrics):
+                evaluation = self._evaluate()
+        session.log(step, metrics | evaluation)
+        if self.samples:
+            self.samples.log_if_due(session, step, self.params, self.key)
+        session.save_if_due(step, evaluation)
 
     def order(self, step: int) -> list[int]:
         """The numbers of the rows that a step trains on."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf import distributed, stopping
+from jaxrlhf import distributed
 from jaxrlhf.weights import safetensors
 
 _DTYPE_NAMES = {dtype: name for name, dtype in safetensors.DTYPES.items()}
@@ -65,8 +65,7 @@ def write_file(file: Path, sources: Sequence[Source]) -> None:
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for source in ordered:
-            if distributed.count() == 1:
-                stopping.check()
+            distributed.check_stop()
             array = source.read()
             assert array.shape == source.shape and array.dtype == source.dtype, (source, array.shape, array.dtype)
             stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

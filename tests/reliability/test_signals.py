@@ -17,6 +17,7 @@ from jaxrlhf.errors import Interrupted, Preempted
 from jaxrlhf.rewards.sources.worker import Worker
 from jaxrlhf.rollout import engine
 from jaxrlhf.training.ppo.trainer import PPOTrainer
+from jaxrlhf.training.sft import SFTTrainer
 from jaxrlhf.weights import writer
 
 GRACE = 10.0  # seconds
@@ -42,6 +43,13 @@ def reward(prompts, completions, wait_for=""):
     return [score(text) for text in completions]
 
 """
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"say {n} ", "completion": "x" * n}) + "\n" for n in range(1, 9)))
+    return file
 
 
 @pytest.fixture
@@ -151,6 +159,47 @@ def test_a_signal_during_the_export_leaves_no_part_of_one(ppo, tmp_path, monkeyp
     assert not list((tmp_path / "run").glob("*export*"))
     PPOTrainer(ppo, reward=reward).train()
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("method", ["ppo", "sft"])
+def test_a_signal_during_an_evaluation_ends_it_and_it_is_made_up_for(method, ppo, rows, tmp_path, monkeypatch):
+    """In the second evaluation after the start; the resumed run begins with it."""
+    calls, stop_at = [], 0
+
+    def stop(value):
+        calls.append(1)
+        if len(calls) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+            stopping.check()
+        return value
+
+    def reward(prompts, completions):
+        return stop([score(text) for text in completions])
+
+    def made(name):
+        if method == "ppo":
+            options = {"data.validation_fraction": 0.5, "validation.eval_steps": 1, "run_dir": str(tmp_path / name)}
+            return PPOTrainer(config.replace(ppo, **options, **{"checkpoint.save_every": 50}), reward=reward)
+        train = config.Train(batch_size=4, num_train_epochs=2, eval_batch_size=2, eval_every=1, keep_best=False)
+        data = config.Data(path=str(rows), validation_fraction=0.5)
+        sections = {name: getattr(ppo, name) for name in ("model", "logging")}
+        trainer = SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / name), train=train, data=data, **sections))
+        collate = trainer.eval_batches
+        trainer.eval_batches = lambda rows: map(stop, collate(rows))
+        return trainer
+
+    made("whole").train()
+    # rewards: before training, for sampled and greedy completions; then of each update and validation
+    calls.clear()
+    stop_at = 4 if method == "ppo" else 3
+    with pytest.raises(Preempted, match=f"stopped after step {1 if method == 'ppo' else 2} of"):
+        made("run").train()
+    assert [r["step"] for r in records(tmp_path / "run")] == ([] if method == "ppo" else [1])
+    made("run").train()
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("run", "whole")]
+    assert samples[0] == samples[1]
 
 
 def test_before_the_first_step_there_is_nothing_to_save(ppo, tmp_path):

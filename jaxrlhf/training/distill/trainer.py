@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrlhf import sharding
+from jaxrlhf import distributed, sharding
 from jaxrlhf.config import DistillConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, SFTRow, Split, prompt_rows, sft_rows
@@ -90,17 +90,14 @@ class DistillTrainer(SupervisedTrainer[DistillConfig]):
     def train(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""
         with self.session(teacher=setup.params_fingerprint(self.teacher)) as session:
-            session.resume()
+            self._resume(session)
             for step in session.steps():
                 with session.interruptible(step):
                     batch, drawn = self.batch(step)
                 self.state.value, metrics = update(
                     self.state.value, self.frozen, self.teacher, batch, self.key, spec=self.spec
                 )
-                evaluation = self._evaluate() if session.due(step + 1, self.eval_every) else {}
-                session.log(step + 1, metrics | drawn | self.epochs(step + 1) | evaluation)
-                self.samples.log_if_due(session, step + 1, self.params, self.key)
-                session.save_if_due(step + 1, evaluation)
+                self._end_step(session, step + 1, metrics | drawn | self.epochs(step + 1))
             self._results = session.finish()
             if session.restore_best():
                 self._results |= self._evaluate()
@@ -150,6 +147,7 @@ class DistillTrainer(SupervisedTrainer[DistillConfig]):
         prompts that have no completions, with the same random keys in each evaluation."""
         size, rows = self.config.train.eval_batch_size, self.rows.validation
         for number, part in enumerate(rows[i : i + size] for i in range(0, len(rows), size)):
+            distributed.check_stop()
             filled = [*part, *[part[0]] * (size - len(part))]
             if self.config.distill.lmbda < 1:
                 blank = dataclasses.replace(part[0], loss_mask=[False] * len(part[0].tokens))

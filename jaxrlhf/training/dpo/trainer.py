@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import sharding
+from jaxrlhf import distributed, sharding
 from jaxrlhf.algorithms.dpo import RunningMean
 from jaxrlhf.config import DPOConfig
 from jaxrlhf.config.dpo import REFERENCE_FREE
@@ -74,14 +74,11 @@ class DPOTrainer(SupervisedTrainer[DPOConfig]):
         """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""
         with self.session(**{} if self.reference_known else {"reference": self._reference_hash}) as session:
             self.score_reference(session.note, session.stopping)
-            session.resume()
+            self._resume(session)
             for step in session.steps():
                 batch = self.batch(step)
                 self.state.value, metrics = update(self.state.value, self.frozen, batch, self.key, spec=self.spec)
-                evaluation = self._evaluate() if session.due(step + 1, self.eval_every) else {}
-                session.log(step + 1, metrics | self.epochs(step + 1) | evaluation)
-                self.samples.log_if_due(session, step + 1, self.params, self.key)
-                session.save_if_due(step + 1, evaluation)
+                self._end_step(session, step + 1, metrics | self.epochs(step + 1))
             self._results = session.finish()
             if session.restore_best():
                 self._results |= self._evaluate()
@@ -154,6 +151,7 @@ class DPOTrainer(SupervisedTrainer[DPOConfig]):
         size, parts, last_note = self.config.train.eval_batch_size, [], time.monotonic()
         order = sorted(range(len(rows)), key=lambda i: batching.row_length(rows[i]))
         for start in range(0, len(rows), size):
+            distributed.check_stop()
             if stopping():
                 raise Preempted("stopped before the first step; run the same command again to start over")
             batch = [rows[i] for i in order[start : start + size]]

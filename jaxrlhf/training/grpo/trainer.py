@@ -60,12 +60,7 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
                     batch, _, metrics = self._update(
                         self.prompts(step), step, session, refills=self.config.grpo.refills
                     )
-                metrics, evaluation = metrics | self._progress(batch, step), {}
-                if self.validator.due(step + 1, self.total_steps):
-                    evaluation = self.validator.run(session, step + 1, metrics, self.params, lambda: self.reference)
-                session.log(step + 1, metrics | evaluation)
-                self._log_samples(session, step + 1, batch)
-                session.save_if_due(step + 1, evaluation)
+                self._end_update(session, step + 1, metrics | self._progress(batch, step), batch)
             return self._finish(session)
 
     def grpo_step(self, prompts: Sequence[str], **columns: Sequence[Any]) -> dict[str, Any]:

@@ -260,6 +260,8 @@ class OnPolicyTrainer(Generic[Config]):
                 self._calibrate_scores()
                 if self.validator.rows:
                     self.validator.start(session, step, self.params, lambda: self.reference)
+            if session.pending:
+                self._end_update(session, step, session.pending["record"], session.pending["samples"])
             yield session
 
     def _calibrate_scores(self) -> None:
@@ -279,6 +281,25 @@ class OnPolicyTrainer(Generic[Config]):
         stats = reference_stats(scored(), stats)
         placed = sharding.put_whole(sharding.fetch(stats), self.mesh)
         self.state.value = dataclasses.replace(self.state.value, score_stats=placed)
+
+    def _end_update(
+        self, session: Session, step: int, metrics: Metrics, batch: ScoredRollout | Sequence[dict[str, Any]]
+    ) -> None:
+        """Validate, log and save what is due after update number `step` (from 1), whose metrics are given. `batch` are
+        its responses, or the samples of them that were kept when a signal ended its validation."""
+        evaluation = {}
+        if self.validator.due(step, self.total_steps):
+            samples = self._samples(step, batch)
+            evaluation = self.validator.run(session, step, metrics, self.params, lambda: self.reference, samples)
+        session.log(step, metrics | evaluation)
+        self._log_samples(session, step, batch)
+        session.save_if_due(step, evaluation)
+
+    def _samples(self, step: int, batch: ScoredRollout | Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        """The sample completions to log of update number `step` (from 1); none if they are not due."""
+        if not isinstance(batch, ScoredRollout):
+            return batch
+        return batch.samples()[: self.config.logging.num_samples] if self._samples_due(step) else ()
 
     def _progress(self, batch: ScoredRollout, step: int) -> Metrics:
         """Timings and progress of update number `step`, for its record."""
@@ -307,11 +328,12 @@ class OnPolicyTrainer(Generic[Config]):
             return None
         return self.token_records.before(self.params, batch)
 
-    def _log_samples(self, session: Session, step: int, batch: ScoredRollout) -> None:
+    def _log_samples(self, session: Session, step: int, batch: ScoredRollout | Sequence[dict[str, Any]]) -> None:
         """Log sample completions of update number `step` (from 1) if they are due."""
         if self._samples_due(step):
-            session.log_samples(step, batch.samples()[: self.config.logging.num_samples])
-            session.logger.histograms(step, batch.distributions())
+            session.log_samples(step, self._samples(step, batch))
+            if isinstance(batch, ScoredRollout):
+                session.logger.histograms(step, batch.distributions())
             self._log_fixed_prompts(session, step)
 
     @property

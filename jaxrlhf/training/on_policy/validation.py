@@ -100,13 +100,21 @@ class Validator:
         """Metrics of the initial policy; empty if they are not known."""
         return self._baseline.get("metrics", {})
 
-    def run(self, session: Session, step: int, record: Metrics, policy: Params, reference: Reference) -> dict[str, Any]:
+    def run(
+        self,
+        session: Session,
+        step: int,
+        record: Metrics,
+        policy: Params,
+        reference: Reference,
+        samples: Sequence[dict[str, Any]] = (),
+    ) -> dict[str, Any]:
         """Validate the policy after update number `step`, whose metrics are `record`, and log samples.
 
         Returns `record` with the metrics of the validation: any of them may be `validation.metric`. If the reward
-        fails, the update is logged and saved first.
+        fails, the update is logged and saved first; so it is after a signal, with its `samples` (`Session.evaluating`).
         """
-        with session.save_on_reward_error(step, record):
+        with session.save_on_reward_error(step, record), session.evaluating(step, record, samples):
             metrics, scores = self._measure(session, step, policy, reference)
         if self._baseline:
             pairs = zip(self._baseline["scores"], scores, strict=True)

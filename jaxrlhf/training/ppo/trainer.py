@@ -61,12 +61,7 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
                     break
                 with session.interruptible(step):
                     batch, _, metrics = self._update(self.prompts(step), step, session)
-                metrics, evaluation = metrics | self._progress(batch, step), {}
-                if self.validator.due(step + 1, self.total_steps):
-                    evaluation = self.validator.run(session, step + 1, metrics, self.params, lambda: self.reference)
-                session.log(step + 1, metrics | evaluation)
-                self._log_samples(session, step + 1, batch)
-                session.save_if_due(step + 1, evaluation)
+                self._end_update(session, step + 1, metrics | self._progress(batch, step), batch)
             return self._finish(session)
 
     def ppo_step(self, prompts: Sequence[str], **columns: Sequence[Any]) -> dict[str, Any]:

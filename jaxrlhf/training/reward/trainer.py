@@ -97,13 +97,11 @@ class RewardTrainer(SupervisedTrainer[RewardConfig]):
     def train(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one; export; return the last metrics."""
         with self.session() as session:
-            session.resume()
+            self._resume(session)
             for step in session.steps():
                 batch = self.batch(step)
                 self.state.value, metrics = update(self.state.value, self.frozen, batch, self.key, spec=self.spec)
-                evaluation = self._evaluate() if session.due(step + 1, self.eval_every) else {}
-                session.log(step + 1, metrics | self.epochs(step + 1) | evaluation)
-                session.save_if_due(step + 1, evaluation)
+                self._end_step(session, step + 1, metrics | self.epochs(step + 1))
             self._results = session.finish()
             if session.restore_best():
                 self._results |= self._evaluate()
@@ -142,6 +140,7 @@ class RewardTrainer(SupervisedTrainer[RewardConfig]):
             return {}
         parts: list[tuple[np.ndarray, ...]] = []
         for start, batch in zip(range(0, len(rows), size), self.eval_batches(rows), strict=True):
+            distributed.check_stop()
             count = len(rows[start : start + size])
             arrays = evaluate(self.params, batch, model=self.model).astype(np.float32), batch.real, batch.target
             scores, real, target = (array[:count] for array in sharding.fetch(arrays))
