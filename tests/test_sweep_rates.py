@@ -85,15 +85,18 @@ def test_options_without_a_value_are_refused(sweep, capsys):
 
 @pytest.mark.slow
 def test_a_result_is_the_lowest_held_out_loss_of_the_run(tmp_path, tiny_model):
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"prompt": "a", "completion": "bc"}) + "\n" for _ in range(12)))
+    for name, completion in (("train", "bc"), ("held_out", "xy")):  # the better the one is learnt, the worse the other
+        row = json.dumps({"prompt": "a", "completion": completion})
+        (tmp_path / f"{name}.jsonl").write_text(f"{row}\n" * 4)
     options = {
-        "run_dir": str(tmp_path / "run"), "model.path": str(tiny_model), "model.init": "random", "data.path": str(data),
-        "data.validation_fraction": "0.25", "train.batch_size": "4", "train.max_steps": "3", "train.eval_every": "1",
-        "optim.learning_rate": "10.0", "lora.enabled": "true", "lora.rank": "1", "lora.target_modules": "[q_proj]",
+        "run_dir": str(tmp_path / "run"), "model.path": str(tiny_model), "model.init": "random",
+        "data.path": str(tmp_path / "train.jsonl"), "data.validation_path": str(tmp_path / "held_out.jsonl"),
+        "train.batch_size": "4", "train.num_train_epochs": "3", "train.eval_every": "1", "train.eval_batch_size": "4",
+        "optim.learning_rate": "0.01", "lora.enabled": "true", "lora.rank": "1",
         "logging.quiet": "true", "logging.report": "false", "logging.sample_every": "0",
     }  # fmt: skip
     row = sweep_rates.train("sft", None, list(options.items()))
     losses = [record["eval/loss"] for record in read_records(tmp_path / "run" / "metrics.jsonl")]
-    assert len(losses) == 3 and row["result"] == min(losses) != losses[-1]
-    assert row["trained"] == 2 * (32 + 32)  # a and b of a 32 x 32 matrix in each of two layers
+    assert len(losses) == 3 and row["result"] == min(losses) < losses[-1]
+    attention, mlp = (32 + 32) + 2 * (32 + 16) + (32 + 32), 3 * (32 + 64)  # rows of A and columns of B
+    assert row["trained"] == 2 * (attention + mlp)
