@@ -59,7 +59,7 @@ class Session:
         self._stop = distributed.Request()
         self._health = self._new_health([])
         self._saved_at = time.monotonic()  # or the start of the run
-        self._ends: list[float] = []  # times when the steps of this start ended
+        self._ends: list[float] = []  # times when the first two steps of this start ended
         self._waited = 0.0  # seconds of the last step in which a signal would have been seen at once
         self._report_due = 0.0  # time when the next report may be written
 
@@ -186,9 +186,11 @@ class Session:
     def _warn_of_long_steps(self) -> None:
         """Say once, after the second step of this start, which compiles nothing, if a step takes longer than the time
         that a signal leaves."""
-        now, grace = time.monotonic(), self.config.checkpoint.grace
-        self._ends.append(now)
-        if len(self._ends) != 2:
+        grace = self.config.checkpoint.grace
+        if len(self._ends) == 2:
+            return
+        self._ends.append(time.monotonic())
+        if len(self._ends) < 2:
             return
         seconds = self._ends[1] - self._ends[0] - self._waited
         if seconds > grace:
