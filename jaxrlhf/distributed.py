@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxrlhf import errors, stopping
-from jaxrlhf.errors import ConfigError, JaxrlhfError, PeerLost, first_line, quoted
+from jaxrlhf.errors import ConfigError, JaxrlhfError, PeerLost, first_line, quoted, visible
 
 T = TypeVar("T")
 START_TIMEOUT = 120
@@ -308,7 +308,8 @@ def _watch() -> None:
     except AttributeError:  # the client was closed
         return
     if not _ending.is_set():
-        print(f"jaxrlhf: process {index()} ends because process {number} has: {reason}", file=sys.stderr, flush=True)
+        text = f"jaxrlhf: process {index()} ends because process {number} has: {visible(reason)}"
+        print(text, file=sys.stderr, flush=True)
         _leave(code)
 
 

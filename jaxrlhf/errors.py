@@ -30,13 +30,20 @@ def shortened(text: str, width: int) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, `visible` and shortened in the middle if it is long, to quote in
     another message."""
-    lines = str(error).strip(" \n\"'").splitlines()
+    lines = _text(error).strip(" \n\"'").splitlines()
     return visible(shortened(lines[0] if lines else type(error).__name__, 240))
 
 
 def whole_message(error: BaseException) -> str:
     """The message of an exception, `visible` and shortened in the middle if it is longer than 2,000 characters."""
-    return visible(shortened(str(error), 2000))
+    return visible(shortened(_text(error), 2000))
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # of a class of the user's
+        return ""
 
 
 def quoted(value: object, width: int = 80) -> str:
@@ -56,6 +63,9 @@ class JaxrlhfError(Exception):
     exit_code = 1
     in_all_processes = False
     """Raised by every process of a run on several, of which process 0 reports it."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(visible(str(message)))
 
 
 class ConfigError(JaxrlhfError, ValueError):

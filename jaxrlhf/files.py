@@ -6,11 +6,26 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, AnyStr, BinaryIO
 
 from jaxrlhf.errors import DataError, StorageError, first_line
 
+MAX_NAME = 255  # bytes of a file name, in all common file systems
 MAX_JSON = 25_000_000  # bytes; the header of 100,000 tensors takes about 15 MB
+
+
+def path_problem(path: str) -> str:
+    """The reason why no file system can hold `path`, to follow it in a message; "" if there is none."""
+    if "\0" in path:
+        return "holds a NUL character"
+    try:
+        longest = max(map(len, os.fsencode(path).split(os.sep.encode())))
+        Path(path).expanduser()
+    except UnicodeEncodeError:
+        return "holds half of a surrogate pair, which is not valid text"
+    except RuntimeError:
+        return "begins with the home folder of a user that does not exist"
+    return f"has a part of {longest:,} bytes, and file names have at most {MAX_NAME}" if longest > MAX_NAME else ""
 
 
 def write_whole(path: Path, content: str | bytes, *, private: bool = False) -> Path:
@@ -97,3 +112,16 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise DataError(f"{where}: must be a JSON object, is a {type(parsed).__name__}")
     return parsed
+
+
+def read_lines(file: IO[AnyStr], longest: int) -> Iterator[AnyStr]:
+    """The lines of an open file. Raises DataError for one of more than `longest` characters (of a binary file: bytes),
+    without reading the rest of it."""
+    number = 0
+    while line := file.readline(longest + 1):
+        number += 1
+        if len(line) > longest:
+            raise DataError(
+                f"line {number} is longer than {longest:,} {'bytes' if isinstance(line, bytes) else 'characters'}"
+            )
+        yield line

@@ -61,7 +61,7 @@ def configure() -> None:
 def defaults() -> list[Setting]:
     """Settings that `configure` applies."""
     settings = [
-        Setting("JAX_COMPILATION_CACHE_DIR", str(_cache_directory()), "jax"),
+        Setting("JAX_COMPILATION_CACHE_DIR", str(_programs_directory()), "jax"),
         # cache small programs too: a run has dozens of them, and loading one takes milliseconds
         Setting("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0", "jax"),
         Setting("TF_CPP_MIN_LOG_LEVEL", "2", "devices"),  # XLA's own log: errors only
@@ -186,13 +186,17 @@ def _huge_pages_on_request(file: Path = Path("/sys/kernel/mm/transparent_hugepag
         return False
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
+    """Folder of what commands keep from one to the next: $XDG_CACHE_HOME/jaxrlhf, by default ~/.cache/jaxrlhf."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jaxrlhf")
+
+
+def _programs_directory() -> Path:
     """Cache folder of compiled programs, one per CPU type: a program for one may crash on another."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         cpu = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         cpu = platform.processor()
     digest = hashlib.sha256(f"{platform.machine()} {cpu}".encode()).hexdigest()[:12]
-    return Path(cache) / "jaxrlhf" / f"xla-{digest}"
+    return cache_directory() / f"xla-{digest}"

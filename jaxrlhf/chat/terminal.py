@@ -86,7 +86,7 @@ class Terminal:
                 first = True
                 for piece in chat.reply(message):
                     space = " " * (first and not piece[:1].isspace())
-                    print(space + "\t".join(map(visible, piece.split("\t"))), end="", flush=True)
+                    print(space + visible(piece), end="", flush=True)
                     first = False
                 print(flush=True)
         except JaxrlhfError as error:
@@ -128,7 +128,7 @@ class Terminal:
             self._note(str(error))
 
     def _print(self, text: str) -> None:
-        print(text, flush=True)
+        print(visible(text), flush=True)
 
     def _note(self, text: str) -> None:
         print(f"note: {visible(text)}", file=sys.stderr, flush=True)

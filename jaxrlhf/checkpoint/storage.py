@@ -103,7 +103,7 @@ def read_record(directory: Path, step: int) -> dict[str, Any]:
         intact = record["seal"] == with_seal(record)["seal"]
     except PermissionError as error:
         raise StorageError(f"checkpoint {step} in {directory} may not be read: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedCheckpoint(f"its record cannot be read ({reason(error)})") from error
     if not intact:
         raise DamagedCheckpoint("its record was changed")

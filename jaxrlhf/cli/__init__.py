@@ -1,11 +1,13 @@
 """The command line. Importing it, `--help` and config errors do not import jax, transformers, datasets or numpy."""
 
 import argparse
+import datetime
 import errno
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxrlhf import runtime
@@ -15,7 +17,18 @@ from jaxrlhf.cli.training import train_help
 from jaxrlhf.config import trl
 from jaxrlhf.config.file import METHODS
 from jaxrlhf.config.spelling import did_you_mean, suggestions
-from jaxrlhf.errors import ConfigError, Interrupted, JaxrlhfError, OutOfMemory, Preempted, StorageError
+from jaxrlhf.errors import (
+    ConfigError,
+    Interrupted,
+    JaxrlhfError,
+    OutOfMemory,
+    Preempted,
+    StorageError,
+    first_line,
+    shortened,
+    visible,
+)
+from jaxrlhf.files import write_whole
 from jaxrlhf.secrets import redact
 
 _OUT_OF_MEMORY = (
@@ -27,8 +40,20 @@ _OUT_OF_MEMORY = (
 )
 
 
+_PACKAGE = Path(__file__).parents[1]
+UNEXPECTED = 70
+"""Exit code of an error that no part of the program expects (EX_SOFTWARE of sysexits.h)."""
+MESSAGE = 20_000
+"""Characters of an error message."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code (see errors.py; 2 for usage errors, 130 if interrupted)."""
+    """Run one command and return its exit code (see errors.py; 2 for usage errors, 70 for unexpected ones, 130 if
+    interrupted).
+
+    Every error is a message on standard error. The traceback is in logs/error.txt of the run, if one was open, and that
+    of an unexpected error without a run in the cache folder.
+    """
     argv = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in argv
     if arguments is None and argv and argv[0] in USING_DEVICES and not _asks_for_help(argv):
@@ -46,17 +71,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         user_error = _as_user_error(error)
-        if user_error is None:
-            if _distributed() is not None:
-                traceback.print_exc()
-                return _end_all(error, 1)
-            raise
         if isinstance(user_error, Interrupted):
             return _end_all(user_error, _report(str(user_error), user_error.exit_code, debug))
         if isinstance(user_error, Preempted):
             return _report(str(user_error), user_error.exit_code, debug, once=True)
+        kept = _keep_traceback(error, in_cache=user_error is None)
+        if user_error is None:
+            return _end_all(error, _report(_unexpected(error, kept), UNEXPECTED, debug))
         once = user_error.in_all_processes
         return _end_all(user_error, _report(f"error: {user_error}", user_error.exit_code, debug, once=once))
+
+
+def _unexpected(error: Exception, kept: Path | None) -> str:
+    """The message of an exception that no part of the program expects."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _PACKAGE in Path(frame.filename).parents]
+    at = f" at {Path(frames[-1].filename).relative_to(_PACKAGE.parent)}:{frames[-1].lineno}" if frames else ""
+    where = f"is in {kept}" if kept else "is shown by --debug"
+    return f"unexpected error: {type(error).__name__}: {first_line(error)}{at}; the traceback {where}"
+
+
+def _keep_traceback(error: Exception, *, in_cache: bool) -> Path | None:
+    """Write the traceback of an error to a file that only its owner reads: of the run if one was open, else, if asked
+    for, of the cache folder. Returns its path; None if there is none."""
+    runs = sys.modules.get("jaxrlhf.runs")
+    run: Path | None = runs and runs.opened
+    if run is None and not in_cache:
+        return None
+    number = processes.index() if (processes := _distributed()) else 0
+    file = (run or runtime.cache_directory()) / "logs" / (f"error-{number}.txt" if number else "error.txt")
+    text = visible("".join(traceback.format_exception(error)))
+    try:
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        write_whole(file, f"{now}\n{redact(text)}", private=True)
+    except OSError:
+        return None
+    return file
 
 
 def _as_user_error(error: Exception) -> JaxrlhfError | None:
@@ -71,6 +120,8 @@ def _as_user_error(error: Exception) -> JaxrlhfError | None:
         return OutOfMemory(_OUT_OF_MEMORY.format(reason=str(error).partition("\n")[0]))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"no space left to write {error.filename or 'a file'}; free some and run again")
+    if isinstance(error, OSError) and error.filename is not None:
+        return StorageError(f"{shortened(str(error.filename), 300)}: {error.strerror}")
     return None
 
 
@@ -90,10 +141,11 @@ def _end_all(error: BaseException, code: int) -> int:
 def _report(message: str, code: int, debug: bool, *, once: bool = False) -> int:
     """Print a message and return the exit code; with `once` only in process 0 of a run on several."""
     if debug:
-        traceback.print_exc()
+        print(visible(redact(traceback.format_exc())), end="", file=sys.stderr)
     number = processes.index() if (processes := _distributed()) else 0
     if number == 0 or not once:
-        print(f"jaxrlhf: {f'process {number}: ' if number else ''}{redact(message)}", file=sys.stderr)
+        text = visible(redact(shortened(message, MESSAGE)))
+        print(f"jaxrlhf: {f'process {number}: ' if number else ''}{text}", file=sys.stderr)
     return code
 
 
@@ -104,7 +156,7 @@ def _asks_for_help(argv: Sequence[str]) -> bool:
 def _dispatch(argv: list[str]) -> int:
     verb = argv[0] if argv else ""
     if verb and not verb.startswith("-") and verb not in COMMANDS:
-        print(f"jaxrlhf: unknown command '{verb}'{did_you_mean(verb, list(COMMANDS))}", file=sys.stderr)
+        print(f"jaxrlhf: unknown command '{visible(verb)}'{did_you_mean(verb, list(COMMANDS))}", file=sys.stderr)
         others = " ".join(name for name in COMMANDS if name not in METHODS)
         print(f"commands that train: {' '.join(METHODS)}\nothers: {others}; see `jaxrlhf --help`", file=sys.stderr)
         return 2
@@ -152,7 +204,8 @@ def _split_overrides(argv: Sequence[str], command: Command) -> tuple[Overrides, 
             if takes_value and not equals and (text := next(remaining, None)) is not None:
                 rest[-1] = f"{flag}={text}"  # allows values that begin with a dash
         elif not command.overrides or ("." not in flag and _is_misspelt(flag, flags, options)):
-            print(f"jaxrlhf {argv[0]}: unknown option '{flag}'{did_you_mean(flag, flags)}", file=sys.stderr)
+            hint = did_you_mean(flag, flags)
+            print(f"jaxrlhf {argv[0]}: unknown option '{visible(flag)}'{hint}", file=sys.stderr)
             raise SystemExit(2)
         else:
             text = value if equals else next(remaining, None)
@@ -177,7 +230,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are not hidden under its usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; `{self.prog} --help` shows its use\n")
+        self.exit(2, f"{self.prog}: error: {visible(message)}; `{self.prog} --help` shows its use\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from jaxrlhf.cli.models import (
     template_of_run,
 )
 from jaxrlhf.config.file import load_config
-from jaxrlhf.errors import ConfigError
+from jaxrlhf.errors import ConfigError, visible
 
 
 def evaluate(options: Options, overrides: Overrides) -> None:
@@ -32,7 +32,7 @@ def evaluate(options: Options, overrides: Overrides) -> None:
 
     with notes_on_stderr(quiet=config.logging.quiet):
         result = completions.evaluate(config, **asked)
-    print(console.table(result))
+    print(visible(console.table(result)))
     if options.output:
         _write_json(result, options.output)
     return None
@@ -44,12 +44,12 @@ def compare(options: Options, overrides: Overrides) -> None:
 
     with notes_on_stderr(quiet=configs[0].logging.quiet):
         result = comparison.compare(configs, **asked)
-    print(comparison_console.render(result, options.show))
+    print(visible(comparison_console.render(result, options.show)))
     if options.output:
         paths, notes = comparison_files.write(result, Path(options.output))
         print("\nwrote " + ", ".join(map(str, paths)))
         for note in notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {visible(note)}", file=sys.stderr)
 
 
 def _evaluation(options: Options, models: list[str], overrides: Overrides) -> tuple[list[Any], dict[str, Any]]:
@@ -88,7 +88,7 @@ def _evaluate_reward_model(options: Options, overrides: Overrides) -> None:
 
     with notes_on_stderr(quiet=config.logging.quiet):
         result = reward_examples.judge(config, options.by or "")
-    print(reward_examples.table(result))
+    print(visible(reward_examples.table(result)))
     if options.output:
         _write_json(result, options.output)
 
@@ -103,7 +103,7 @@ def _evaluate_perplexity(options: Options, overrides: Overrides) -> None:
 
     with notes_on_stderr(quiet=config.logging.quiet):
         result = perplexity.measure(config)
-    print(perplexity.table(result))
+    print(visible(perplexity.table(result)))
     if options.output:
         _write_json(result, options.output)
 

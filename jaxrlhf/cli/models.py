@@ -14,7 +14,8 @@ from typing import TextIO
 from jaxrlhf.cli import next_steps
 from jaxrlhf.config import text as config_text
 from jaxrlhf.config.file import METHODS, load_config, methods_with_sections
-from jaxrlhf.errors import ConfigError, DataError, StorageError
+from jaxrlhf.config.reader import read_config
+from jaxrlhf.errors import ConfigError, DataError, StorageError, visible
 from jaxrlhf.files import check_links
 from jaxrlhf.selection.rule import Rule
 
@@ -36,7 +37,7 @@ def notes_on_stderr(*, quiet: bool = False) -> Iterator[None]:
     with announce_compilations(sys.stderr, quiet=quiet), warnings.catch_warnings(record=True) as caught:
         yield
     for warning in caught:
-        print(f"note: {warning.message}", file=sys.stderr)
+        print(f"note: {visible(str(warning.message))}", file=sys.stderr)
 
 
 def generate(options: Options, overrides: Overrides) -> int | None:
@@ -59,7 +60,7 @@ def generate(options: Options, overrides: Overrides) -> int | None:
     for i, text in enumerate(texts):
         if options.n > 1:
             print(f"--- {i + 1} of {options.n} ---")
-        print(text)
+        print(visible(text))
     return None
 
 
@@ -85,7 +86,7 @@ def _generate_selected(options: Options, overrides: Overrides) -> None:
 
     with notes_on_stderr(quiet=config.logging.quiet):
         summary = selection.select(config, Path(options.out), rule, options.n, fresh=options.fresh)
-    print(f"{summary}\nwrote {options.out}")
+    print(visible(f"{summary}\nwrote {options.out}"))
     if not config.logging.quiet:
         print("\n".join(["next:", *next_steps.after_selection(options.model, options.out, rule.keep)]))
 
@@ -106,7 +107,7 @@ def export(options: Options, overrides: Overrides) -> None:
         address = upload.push_to_hub(target, name, private=not options.public)
         print(f"uploaded to {address}")
         for note in upload.notes(target):
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {visible(note)}", file=sys.stderr)
 
 
 def _export(run: Path, target: Path, options: Options, is_run: bool) -> None:
@@ -153,7 +154,7 @@ def convert_rm(options: Options, overrides: Overrides) -> None:
 
     folder, unused = rm_pt.convert(Path(options.file), options.base, target)
     if unused:
-        print(f"note: names in {options.file} that were not used: {', '.join(unused)}", file=sys.stderr)
+        print(visible(f"note: names in {options.file} that were not used: {', '.join(unused)}"), file=sys.stderr)
     print(folder)
 
 
@@ -162,7 +163,7 @@ def overrides_from_run(
 ) -> Overrides:
     """Sections of the config of a run directory as overrides; none if `model` is not a run of one of `methods`."""
     path = Path(model) / "config.yaml"
-    first_line = path.read_text(encoding="utf-8").partition("\n")[0] if path.is_file() else ""
+    first_line = read_config(path).partition("\n")[0] if path.is_file() else ""
     method = first_line.removeprefix("# jaxrlhf ").partition(",")[0]
     return _section_overrides(method, path, *sections) if method in methods else []
 

@@ -9,11 +9,22 @@ from pydantic import ConfigDict, Field
 
 from jaxrlhf.config import schema
 from jaxrlhf.config.spelling import did_you_mean
-from jaxrlhf.errors import ConfigError
+from jaxrlhf.errors import ConfigError, quoted
+from jaxrlhf.files import path_problem
 
 T = TypeVar("T")
-Count = Annotated[int, Field(strict=True, ge=1)]
-Natural = Annotated[int, Field(strict=True, ge=0)]
+
+
+def _usable_path(path: str) -> str:
+    if problem := path_problem(path):
+        raise ValueError(f"{quoted(path)} {problem}")
+    return path
+
+
+FilePath = Annotated[str, pydantic.AfterValidator(_usable_path)]
+"""A path, or something else of which a path is one kind: a hub id, `path.py:name`."""
+Count = Annotated[int, Field(strict=True, ge=1, le=2**53)]  # larger ones are no whole numbers as floats
+Natural = Annotated[int, Field(strict=True, ge=0, le=2**53)]
 AxisSize = Annotated[int, Field(strict=True, ge=-1)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]  # PRNG keys keep 32 bits: larger seeds would collide
 Bool = Annotated[bool, Field(strict=True)]

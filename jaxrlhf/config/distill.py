@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jaxrlhf.config.base import Fraction, Positive, section
+from jaxrlhf.config.base import FilePath, Fraction, Positive, section
 from jaxrlhf.config.model import Teacher
 from jaxrlhf.config.sampling import Generation, Sampling
 from jaxrlhf.config.sft import SupervisedConfig
@@ -36,7 +36,7 @@ class DistillConfig(SupervisedConfig):
     data."""
 
     method = "distill"
-    run_dir: str = "runs/distill"
+    run_dir: FilePath = "runs/distill"
     teacher: Teacher = Teacher()
     distill: Distill = Distill()
     sampling: Sampling = Sampling()

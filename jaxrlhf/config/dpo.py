@@ -5,7 +5,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from jaxrlhf.config.base import Bool, FlipProbability, Fraction, NonNegative, Positive, section
+from jaxrlhf.config.base import Bool, FilePath, FlipProbability, Fraction, NonNegative, Positive, section
 from jaxrlhf.config.model import ModelSource
 from jaxrlhf.config.sampling import Sampling
 from jaxrlhf.config.sft import SupervisedConfig
@@ -85,7 +85,7 @@ class DPO:
     """kto: loss weight of desirable rows. Weight times number of rows should be similar for both labels."""
     undesirable_weight: Positive = 1.0
     """kto: loss weight of undesirable rows."""
-    reference_folder: str = ""
+    reference_folder: FilePath = ""
     """Folder that caches the reference's log-probs, addressed by content. Empty: `reference` in the run directory."""
 
     @property
@@ -162,7 +162,7 @@ class DPOConfig(SupervisedConfig):
     """DPO and related losses: training on preferences without a reward model."""
 
     method = "dpo"
-    run_dir: str = "runs/dpo"
+    run_dir: FilePath = "runs/dpo"
     model: ModelSource = ModelSource()
     """The reference model is a frozen copy of it."""
     dpo: DPO = DPO()

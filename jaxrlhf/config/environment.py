@@ -4,14 +4,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from jaxrlhf.config.base import Count, Positive, default_of, section
+from jaxrlhf.config.base import Count, FilePath, Positive, default_of, section
 
 
 @section
 class Environment:
     """An environment that the policy takes turns with: a game, tools, a simulated user. See docs/environments.md."""
 
-    function: str = ""
+    function: FilePath = ""
     """Class of the environment, `path.py:Name` or `package.module:Name`, with the methods reset(...) -> state and
     step(state, completion) -> (text or None, reward). It runs in a separate process without accelerators. `passed`: the
     object given to the trainer, run in the trainer's process. Empty: a response is a single turn."""

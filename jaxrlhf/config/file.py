@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config import DistillConfig, DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
-from jaxrlhf.config.reader import ConfigReader
+from jaxrlhf.config.reader import MOST_PROBLEMS, ConfigReader, read_config
 from jaxrlhf.errors import ConfigError
 
 METHODS: dict[str, type] = {
@@ -39,7 +39,8 @@ def load_config(
         reader.check_required(config, method, mapping)
     if reader.problems:
         ordered = sorted(reader.problems, key=lambda problem: problem[0].line or math.inf)
-        lines = [f"  {location}: {message}" for location, message in ordered]
+        lines = [f"  {location}: {message}" for location, message in ordered[:MOST_PROBLEMS]]
+        lines += [f"  and {len(ordered) - MOST_PROBLEMS} more"] if len(ordered) > MOST_PROBLEMS else []
         raise ConfigError("\n".join(["the config cannot be used:", *lines]))
     return config
 
@@ -55,7 +56,7 @@ def presets() -> dict[str, Path]:
 def method_of(path: Path) -> str:
     """The method that a config file is for: the one named in its first comment (`# jaxrlhf ppo`), or else the only one
     that has all of its sections. Raises ConfigError if neither is conclusive."""
-    comment = " ".join(itertools.takewhile(lambda line: line.startswith("#"), _lines(path)))
+    comment = " ".join(itertools.takewhile(lambda line: line.startswith("#"), read_config(path).splitlines()))
     if named := re.search(rf"jaxrlhf ({'|'.join(METHODS)})\b", comment):
         return named[1]
     methods = methods_with_sections(path)
@@ -69,12 +70,5 @@ def method_of(path: Path) -> str:
 
 def methods_with_sections(path: Path) -> list[str]:
     """The methods that have all sections of a config file. Raises ConfigError if the file cannot be read."""
-    sections = {line.partition(":")[0] for line in _lines(path) if re.match(r"\w+\s*:", line)}
+    sections = {line.partition(":")[0] for line in read_config(path).splitlines() if re.match(r"\w+\s*:", line)}
     return [m for m, cls in METHODS.items() if sections <= {field.name for field in dataclasses.fields(cls)}]
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error

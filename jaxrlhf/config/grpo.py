@@ -5,6 +5,7 @@ from typing import Literal
 from jaxrlhf.config.base import (
     Bool,
     Count,
+    FilePath,
     Natural,
     NonNegative,
     Positive,
@@ -237,7 +238,7 @@ class GRPOConfig(OnPolicyConfig):
     feedback."""
 
     method = "grpo"
-    run_dir: str = "runs/grpo"
+    run_dir: FilePath = "runs/grpo"
     optim: Optim = Optim(learning_rate=1e-6, eps=1e-5)
     """GRPO's defaults are learning_rate 1e-6 and eps 1e-5; an `Optim` created in Python has those of `Optim`."""
     grpo: GRPO = GRPO()

@@ -5,18 +5,28 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from jaxrlhf.config.base import Bool, Count, DType, FractionBelowOne, Natural, NonNegative, Positive, section
+from jaxrlhf.config.base import (
+    Bool,
+    Count,
+    DType,
+    FilePath,
+    FractionBelowOne,
+    Natural,
+    NonNegative,
+    Positive,
+    section,
+)
 
 
 @section
 class ModelSource:
     """The model to start from, and its precision."""
 
-    path: str = ""
+    path: FilePath = ""
     """Hugging Face model folder (or PEFT adapter folder), run directory of an earlier run, or hub id. Required."""
     revision: str | None = None
     """Branch, tag or commit on the hub. Pin a commit for reproducible runs."""
-    merged_path: str = ""
+    merged_path: FilePath = ""
     """Folder to write the merged model to, if `path` holds PEFT adapters: they are merged into their base model
     first."""
     init: Literal["pretrained", "random"] = "pretrained"
@@ -85,7 +95,7 @@ class LoRA:
 class Teacher:
     """The frozen model whose probabilities the student learns, with the student's tokenizer."""
 
-    path: str = ""
+    path: FilePath = ""
     """Hugging Face model folder (or PEFT adapter folder), run directory of an earlier run, or hub id. Required."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -104,9 +114,9 @@ _TEMPLATE_SETS += ("return_assistant_tokens_mask", "continue_final_message")
 class TokenizerSource:
     """The tokenizer, its chat template and special tokens."""
 
-    path: str = ""
+    path: FilePath = ""
     """Folder or hub id. Empty: the model's own tokenizer."""
-    chat_template: str = "auto"
+    chat_template: FilePath = "auto"
     """auto: the tokenizer's own template, if it has one. none: plain text. chatml: ChatML, for a tokenizer without a
     template. Otherwise the path of a .jinja file."""
     template_kwargs: dict[str, Any] = Field(default_factory=dict)

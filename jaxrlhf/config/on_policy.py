@@ -10,6 +10,7 @@ from jaxrlhf.config.base import (
     Bool,
     Count,
     DType,
+    FilePath,
     Fraction,
     FractionBelowOne,
     Natural,
@@ -31,7 +32,7 @@ from jaxrlhf.config.sections import BaseConfig
 class Reference:
     """The reference model of the KL penalty: a frozen copy of the initial policy, or a teacher."""
 
-    path: str = ""
+    path: FilePath = ""
     """A teacher that the KL is measured to instead: folder, run directory or hub id of a model with the same tokenizer.
     The KL penalty then draws the policy to the teacher (on-policy distillation beside the reward). Empty: the initial
     policy."""
@@ -100,7 +101,7 @@ class Validation:
     """Keep the checkpoint with the best `metric` and export it at the end."""
     patience: Natural = 0
     """Early stopping: evaluations in a row without improvement before training stops. 0: disabled."""
-    reward_model: str = ""
+    reward_model: FilePath = ""
     """A second reward model, not used in training, whose scores are logged to detect over-optimisation."""
 
 

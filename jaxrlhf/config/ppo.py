@@ -8,6 +8,7 @@ from jaxrlhf.config.base import (
     AboveOne,
     Bool,
     Count,
+    FilePath,
     Fraction,
     Natural,
     NonNegative,
@@ -152,7 +153,7 @@ class PPOConfig(OnPolicyConfig):
     """PPO with any sum of reward models, reward functions, endpoints and human feedback."""
 
     method = "ppo"
-    run_dir: str = "runs/ppo"
+    run_dir: FilePath = "runs/ppo"
     optim: Optim = Optim(learning_rate=3e-6, eps=1e-5)
     """PPO's defaults are learning_rate 3e-6 and eps 1e-5; an `Optim` created in Python has those of `Optim`."""
     critic: Critic = Critic()

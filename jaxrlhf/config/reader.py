@@ -1,5 +1,7 @@
 """Reads and validates one config, keeping the location of every key for error messages."""
 
+import errno
+import os
 import re
 import types
 import typing
@@ -10,12 +12,13 @@ from typing import Any, NamedTuple
 import pydantic
 import yaml
 
-from jaxrlhf.config import schema
+from jaxrlhf.config import schema, yaml12
 from jaxrlhf.config.schema import Address, Text, allowed_types, element_class, field_doc, is_text, keys, show
-from jaxrlhf.config.yaml12 import Loader, scalar
-from jaxrlhf.errors import ConfigError
+from jaxrlhf.errors import ConfigError, quoted
 from jaxrlhf.secrets import redact, redact_value, resolve
 
+MOST_PROBLEMS = 50
+"""Problems of a config that are listed."""
 _REQUIRED = ("model.path", "data.path")
 _YAML_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
 
@@ -46,14 +49,10 @@ class ConfigReader:
     def read_file(self, path: Path) -> dict[str, Any]:
         """The file's mapping. Raises ConfigError if the file is not a YAML mapping."""
         try:
-            node = yaml.compose(path.read_text(encoding="utf-8"), Loader=Loader)
+            node = yaml12.compose(read_config(path))
             value = self._to_python(node, "", self.cls, self.source) if node else {}
-        except OSError as error:
-            raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is not UTF-8 text: byte {error.start} cannot be read") from error
-        except RecursionError as error:
-            raise ConfigError(f"{path}: an alias refers to the mapping that contains it") from error
+        except yaml12.Limit as error:
+            raise ConfigError(f"{path}: {error}") from error
         except yaml.MarkedYAMLError as error:
             mark, problem = error.problem_mark or error.context_mark, str(error.problem)
             if "stream" in problem and error.context_mark:  # something is still open at the end of the file
@@ -74,17 +73,17 @@ class ConfigReader:
             self.problems.append((_OVERRIDE, self._unknown(key)))
             return
         allowed = allowed_types(annotation)
-        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        in_quotes = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
         is_null = text in ("null", "None") and types.NoneType in allowed
-        if allowed <= {str, types.NoneType} and not quoted and not is_null:
+        if allowed <= {str, types.NoneType} and not in_quotes and not is_null:
             # verbatim, braces and colons included
             value: Any = _with_newlines(text) if is_text(annotation) else text
         else:
             try:
-                node = yaml.compose(text, Loader=Loader)
+                node = yaml12.compose(text)
             except yaml.YAMLError as error:
                 reason = getattr(error, "problem", error)
-                shown = redact(repr(redact_value(text, key.rpartition(".")[2])))
+                shown = redact(quoted(redact_value(text, key.rpartition(".")[2])))
                 self.problems.append((_OVERRIDE, f"{key}: {shown} is not YAML: {reason}"))
                 return
             value = self._to_python(node, key, annotation, None) if node else None
@@ -113,7 +112,10 @@ class ConfigReader:
             return pydantic.TypeAdapter(self.cls).validate_python(self._with_variables(mapping, ""))
         except pydantic.ValidationError as error:
             for key, item in schema.located(error):
-                self._add_validation_error(key, item)
+                if len(self.problems) < MOST_PROBLEMS:
+                    self._add_validation_error(key, item)
+                else:  # they are only counted: looking for similar names takes time
+                    self.problems.append((self._location(key), key))
             return None
 
     def _with_variables(self, value: Any, key: str) -> Any:
@@ -222,7 +224,12 @@ class ConfigReader:
                     mapping[key_node.value] = self._to_python(value_node, inner, self._annotation(inner), source)
             return mapping
         assert isinstance(node, yaml.ScalarNode)
-        value, allowed = scalar(node), allowed_types(annotation)
+        allowed = allowed_types(annotation)
+        try:
+            value = yaml12.scalar(node)
+        except yaml12.Limit as error:
+            self.problems.append((location(node), f"{key}: {error}"))
+            return None
         if allowed == {str} and value is None:  # `key:` without a value
             return ""
         if types.NoneType in allowed and node.value == "None" and node.style is None:
@@ -236,6 +243,21 @@ class ConfigReader:
         # text keys keep digits as written (a commit 1234567); a boolean for a number is left to validation to reject
         as_text = str in allowed or (float in allowed and isinstance(value, bool))
         return node.value if as_text and value is not None else value
+
+
+def read_config(path: Path) -> str:
+    """The text of a config file. Raises ConfigError if it cannot be read or is longer than any config."""
+    try:
+        if not path.is_file():  # a named pipe would wait for a writer
+            reason = "it is not a file" if path.exists() else os.strerror(errno.ENOENT)
+            raise ConfigError(f"cannot read the config file {path}: {reason}")
+        if (size := path.stat().st_size) > 4 * yaml12.MAX_CHARACTERS:
+            raise ConfigError(f"{path}: {size:,} bytes are more than any config has; is it a data file?")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: byte {error.start} cannot be read") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
 
 
 def _with_newlines(text: str) -> str:

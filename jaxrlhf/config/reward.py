@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from jaxrlhf.config.base import Bool, FlipProbability, NonNegative, Positive, check_used, section
+from jaxrlhf.config.base import Bool, FilePath, FlipProbability, NonNegative, Positive, check_used, section
 from jaxrlhf.config.sft import SupervisedConfig
 
 _LOSSES_USING = {
@@ -18,7 +18,7 @@ class RewardConfig(SupervisedConfig):
     """Reward model training on preference pairs, rankings, labels or scores."""
 
     method = "reward"
-    run_dir: str = "runs/reward"
+    run_dir: FilePath = "runs/reward"
     head: Literal["linear", "mlp"] = "linear"
     """Scalar head on the last token's hidden state."""
     frozen_trunk: Bool = False

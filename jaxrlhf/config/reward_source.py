@@ -12,6 +12,7 @@ from jaxrlhf.config.base import (
     Bool,
     Count,
     DType,
+    FilePath,
     NonNegative,
     Positive,
     Real,
@@ -49,9 +50,9 @@ class Component:
     """Factor of the component's score in the sum."""
     enabled: Bool = True
     """Use the component."""
-    model: str = ""
+    model: FilePath = ""
     """Reward model: folder, run directory or hub id of a sequence classification model with one or two labels."""
-    function: str = ""
+    function: FilePath = ""
     """Reward function, `path.py:name` or `package.module:name`: def reward(prompts, completions, **columns) ->
     list[float | None], or an async function. It runs in a separate process without accelerators. `passed`: the Python
     function given to the trainer, run in the trainer's process."""
@@ -83,7 +84,7 @@ class Component:
     options: dict[str, Any] = Field(default_factory=dict)
     """function: additional keyword arguments. `${NAME}` in a text is an environment variable, read when the run
     starts; only the reference is written down."""
-    ensemble: tuple[str, ...] = ()
+    ensemble: tuple[FilePath, ...] = ()
     """model: additional reward models that score the same text; their scores are combined by `combine`."""
     combine: Literal["mean", "min", "mean_minus_std"] = "mean"
     """ensemble: how scores are combined. mean_minus_std: mean - spread_coef * standard deviation over the models."""
@@ -187,7 +188,7 @@ def function_label(spec: str) -> str:
 class RewardSource:
     """The reward: the weighted sum of a reward model, a Python function and any other components."""
 
-    model: str = ""
+    model: FilePath = ""
     """Reward model: folder, run directory or hub id of a sequence classification model with one or two labels."""
     revision: str | None = None
     """Branch, tag or commit of the reward model on the hub."""
@@ -198,7 +199,7 @@ class RewardSource:
     add_eos: AutoBool = "auto"
     """End token after the completion, for the reward model. true: always. false: never. auto: after a completion that
     ended by itself, as in training; never for a model of `jaxrlhf convert-rm`."""
-    function: str = ""
+    function: FilePath = ""
     """Reward function, `path.py:name` or `package.module:name`: def reward(prompts, completions, **columns) ->
     list[float | None]."""
     function_weight: Real = 1.0

@@ -8,9 +8,11 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from jaxrlhf.config.base import (
+    AboveOne,
     AxisSize,
     Bool,
     Count,
+    FilePath,
     Fraction,
     FractionBelowOne,
     Natural,
@@ -27,7 +29,7 @@ from jaxrlhf.config.model import LoRA, ModelSource, TokenizerSource
 class Source:
     """A data set, and how its rows are read."""
 
-    path: str = ""
+    path: FilePath = ""
     """JSON, JSONL (.gz), CSV or Parquet file, folder saved by `datasets`, or hub id. Required."""
     split: str = "train"
     """Split of a hub dataset or `datasets` folder; for other folders, reads the files with this word in their names."""
@@ -50,7 +52,11 @@ class Source:
     stay text."""
     max_rows: Count | None = None
     """Use only the first rows."""
-    validation_path: str = ""
+    max_line_mb: Count = 64
+    """Longest line of a JSONL or CSV file in MB. A longer one is taken for a mistake, and not read to its end."""
+    max_gz_ratio: AboveOne = 100
+    """How many times its size a .gz file may unpack to, beyond 1 GB."""
+    validation_path: FilePath = ""
     """Held-out rows: a file, folder or hub id, also that of `path` with another split."""
     validation_split: str = ""
     """Split of `validation_path` (empty: of `path`) with the held-out rows. Empty: the first of validation, test and
@@ -105,7 +111,7 @@ class Data(Source):
     say how rows are read and held out belong to the entries, which have these keys:"""
     mix_temperature: Positive = 1.0
     """Exponent 1 / temperature of the weights of `mix`: above 1, small data sets are seen more often."""
-    token_cache: str = ""
+    token_cache: FilePath = ""
     """Folder to keep tokenised rows in, for data larger than memory: they are read and tokenised a few thousand at a
     time, once, and each is read from disk when it is needed. Empty: rows are kept in memory."""
     max_length: Count = 512
@@ -334,7 +340,7 @@ class BaseConfig:
     """Base of the configs of all methods. A subclass sets `method` and the default of `run_dir`."""
 
     method: ClassVar[str]
-    run_dir: str = "runs"
+    run_dir: FilePath = "runs"
     """Output directory: checkpoints, metrics and the exported model."""
     seed: Seed = 0
     """Random seed."""

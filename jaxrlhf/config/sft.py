@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from jaxrlhf.config.base import Bool, check_divides, section
+from jaxrlhf.config.base import Bool, FilePath, check_divides, section
 from jaxrlhf.config.sampling import Sampling
 from jaxrlhf.config.sections import BaseConfig, Train
 
@@ -39,7 +39,7 @@ class SFTConfig(SupervisedConfig):
     """Supervised fine-tuning."""
 
     method = "sft"
-    run_dir: str = "runs/sft"
+    run_dir: FilePath = "runs/sft"
     completion_only: Bool = True
     """Compute the loss on completions (assistant turns) only; false: on all tokens. Plain text without a prompt is
     always trained on in full."""

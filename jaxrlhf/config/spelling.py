@@ -5,6 +5,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+LONGEST = 100
+"""Characters of a name that suggestions are looked for."""
+
 
 def suggestions(wrong: str, known: Sequence[str], count: int = 3) -> list[str]:
     """Up to `count` of the `known` names similar to `wrong`, best first.
@@ -21,6 +24,8 @@ def suggestions(wrong: str, known: Sequence[str], count: int = 3) -> list[str]:
             best = max(best, 0.85)
         return best + 0.05 * (section == wrong_section) + 0.01 * whole
 
+    if len(wrong) > LONGEST:
+        return []
     scores = {key: similarity(key) for key in known}
     ranked = sorted(known, key=lambda key: -scores[key])[:count]
     return [key for key in ranked if scores[key] >= max(0.55, scores[ranked[0]] - 0.15)]

@@ -4,15 +4,18 @@ import datetime
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config import TokenizerSource
 from jaxrlhf.config.spelling import did_you_mean
-from jaxrlhf.errors import DataError
+from jaxrlhf.errors import DataError, first_line, quoted
+from jaxrlhf.workers import WorkerProcess
 
 Template = str | dict[str, str]
+SECONDS = 10.0  # in which a conversation must be rendered
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -36,7 +39,7 @@ class ChatTemplate:
         self._dated = any("strftime_now" in text for text in texts)
         self.marks_generation = any(_MARK.search(text) for text in texts)
         self.digest = hashlib.sha256(json.dumps(template).encode()).hexdigest()
-        names = _variables(texts) if self._arguments else set()
+        names = set(_ask({"templates": texts})["variables"]) if self._arguments else set()
         for name in self._arguments:
             if name not in names:
                 raise DataError(
@@ -52,29 +55,13 @@ class ChatTemplate:
     def render(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, **options: Any
     ) -> tuple[str, list[tuple[int, int]]]:
-        """Return the rendered text and, with `return_assistant_tokens_mask`, the characters of its {% generation %}
-        blocks. Raises DataError if the template fails."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
+        """Return the rendered text and the characters of its {% generation %} blocks. Raises DataError if the template
+        fails, or takes too much time or memory."""
         names = {k: v for k, v in self._hf.special_tokens_map.items() if isinstance(v, str)}
-        try:
-            template = self._hf.get_chat_template(None, tools)
-            variables = _compiled(template).globals
-            variables["strftime_now"] = self._date.strftime
-            try:
-                rendered, spans = render_jinja_template(  # type: ignore[misc]
-                    conversations=[messages],
-                    tools=tools,  # type: ignore[arg-type]
-                    chat_template=template,
-                    **{**names, **self._arguments, **options},
-                )
-            finally:
-                del variables["strftime_now"]  # other users of the compiled template keep the clock
-        except Exception as error:  # a template is a program and can raise anything
-            raise DataError(
-                f"the chat template fails on a conversation ({error}); give another one in tokenizer.chat_template"
-            ) from error
-        return rendered[0], list(spans[0]) if spans else []  # type: ignore[arg-type]
+        variables = {**names, "documents": None, **self._arguments, **options, "messages": messages, "tools": tools}
+        template = self._hf.get_chat_template(None, tools)
+        reply = _ask({"template": template, "date": str(self._date.date()), "variables": variables})
+        return reply["text"], [(begin, end) for begin, end in reply["spans"]]
 
     def with_defaults(self) -> Template:
         """Return the template with its arguments as defaults, for programs that render it without them."""
@@ -99,12 +86,14 @@ def select_chat_template(hf: Any, source: TokenizerSource) -> Template | None:
     if choice in ("none", "chatml"):
         return CHATML if choice == "chatml" else None
     if choice != "auto":
-        try:
-            return Path(choice).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        return _read_template(choice)
+    texts = hf.chat_template.values() if isinstance(hf.chat_template, dict) else [hf.chat_template or ""]
+    for text in texts:
+        if not isinstance(text, str):
             raise DataError(
-                f"tokenizer.chat_template: {choice!r} is not auto, none, chatml or a readable .jinja file ({error})"
-            ) from error
+                f"the tokenizer's chat template is {quoted(text)}, not text; give another one in "
+                "tokenizer.chat_template, or none"
+            )
     if isinstance(hf.chat_template, dict) and "default" not in hf.chat_template:
         raise DataError(
             f"the tokenizer has several chat templates ({', '.join(hf.chat_template)}) and none called default; "
@@ -113,23 +102,66 @@ def select_chat_template(hf: Any, source: TokenizerSource) -> Template | None:
     return hf.chat_template
 
 
-def _compiled(template: str) -> Any:
-    """The compiled template that transformers renders: compiled once and kept."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template
+def _read_template(choice: str) -> str:
+    path, reason = Path(choice).expanduser(), "there is no such file"
+    try:
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = str(error)
+    raise DataError(
+        f"tokenizer.chat_template: {choice!r} is not auto, none, chatml or a readable .jinja file ({reason})"
+    )
 
-    return _compile_jinja_template(template)
+
+class _Renderer:
+    """The process that renders templates (template_process.py), started when it is needed."""
+
+    def __init__(self) -> None:
+        self._process: WorkerProcess | None = None
+        self._lock = threading.Lock()
+
+    def ask(self, line: bytes) -> dict[str, Any]:
+        """Send a request and return the reply. Raises TimeoutError, or EOFError if the process ends twice."""
+        with self._lock:
+            for last in (False, True):
+                if self._process is None:
+                    self._process = WorkerProcess("jaxrlhf.data.template_process", "", "chat template", {})
+                elif self._process.ended:
+                    self._process.start()
+                try:
+                    return self._process.exchange(line, SECONDS)
+                except EOFError:  # ended from outside: the kernel ends it with the thread that has started it
+                    if last:
+                        raise
+        raise AssertionError
 
 
-def _variables(templates: list[str]) -> set[str]:
-    """The variables that templates read, other than those that every rendering sets."""
-    from jinja2 import meta
+_renderer = _Renderer()
 
-    names: set[str] = set()
-    for template in templates:
-        compiled = _compiled(template)
-        read = meta.find_undeclared_variables(compiled.environment.parse(template))
-        names |= read - set(compiled.environment.globals) - {"messages", "tools", "documents", "add_generation_prompt"}
-    return names
+
+def _ask(request: dict[str, Any]) -> dict[str, Any]:
+    """The reply of the process that renders templates. Raises DataError if it has none."""
+    try:
+        reply = _renderer.ask(json.dumps(request, default=_plain).encode() + b"\n")
+        reason = reply.get("error")
+    except TimeoutError:
+        reply, reason = {}, f"it takes longer than {SECONDS:g} s"
+    except EOFError:
+        reply, reason = {}, "it ends the process that renders it"
+    except (ValueError, RecursionError) as error:
+        reply, reason = {}, first_line(error)
+    if reason:
+        raise DataError(
+            f"the chat template fails on a conversation ({reason}); give another one in tokenizer.chat_template"
+        )
+    return reply
+
+
+def _plain(value: Any) -> Any:
+    """A value of a message that JSON does not have: a scalar of NumPy as a number, else its type, as transformers gives
+    it to templates."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else f"<{type(value).__name__}>"
 
 
 def _literal(value: Any) -> str:

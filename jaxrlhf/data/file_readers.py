@@ -6,17 +6,24 @@ NaN, duplicate keys.
 
 import csv
 import gzip
+import itertools
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxrlhf.config import Data
 from jaxrlhf.errors import DataError, quoted
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+UNPACKED = 10**9
+"""Bytes that any .gz file may unpack to."""
+MAX_DEPTH = 100
+"""Levels of lists and objects in a row, or in a JSON file."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -44,16 +51,16 @@ def is_data_file(name: str) -> bool:
     return name.removesuffix(".gz").endswith(SUFFIXES)
 
 
-def read_file(path: Path) -> LocatedRows:
-    """Yield the rows of a file. Raises DataError."""
+def read_file(path: Path, config: Data) -> LocatedRows:
+    """Yield the rows of a file. Raises DataError, also for one that exceeds the limits of `config`."""
     name = path.name.removesuffix(".gz")
     try:
         if name.endswith((".jsonl", ".ndjson")):
-            yield from _jsonl(path)
+            yield from _jsonl(path, config)
         elif name.endswith(".json"):
-            yield from _json(path)
+            yield from _json(path, config)
         elif name.endswith(".csv"):
-            yield from _csv(path)
+            yield from _csv(path, config)
         elif path.name.endswith(".parquet"):
             yield from _parquet(path)
         else:
@@ -64,10 +71,28 @@ def read_file(path: Path) -> LocatedRows:
         raise DataError(f"data {path}: cannot be read ({error})") from error
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text) of a UTF-8 file that may be compressed, without a byte order mark."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+def _lines(path: Path, config: Data, *, limited: bool = True) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, text) of a UTF-8 file that may be compressed, without a byte order mark. Lines may be
+    of any length if not `limited`."""
+    compressed, unpacked = path.suffix == ".gz", 0
+    most = max(UNPACKED, path.stat().st_size * config.max_gz_ratio)
+    longest = config.max_line_mb * 10**6 if limited else sys.maxsize - 1
+    with gzip.open(path) if compressed else path.open("rb") as file:
+        for number in itertools.count(1):
+            line = file.readline(min(longest, int(most) - unpacked if compressed else longest) + 1)
+            unpacked += len(line)
+            if compressed and unpacked > most:
+                raise DataError(
+                    f"data {path}:{number}: the file unpacks to more than {config.max_gz_ratio:g} times its size; if "
+                    "that is right, raise data.max_gz_ratio"
+                )
+            if len(line) > longest:
+                raise DataError(
+                    f"data {path}:{number}: this line is longer than {config.max_line_mb} MB; if that is right, raise "
+                    "data.max_line_mb"
+                )
+            if not line:
+                return
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -77,17 +102,17 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, text.removeprefix("\ufeff") if number == 1 else text
 
 
-def _jsonl(path: Path) -> LocatedRows:
-    for number, line in _lines(path):
+def _jsonl(path: Path, config: Data) -> LocatedRows:
+    for number, line in _lines(path, config):
         if line.strip():
             location = SourceLocation(str(path), number, line=True)
             yield location, _object(_parse(line, str(location)), location)
 
 
-def _json(path: Path) -> LocatedRows:
-    text = "".join(line for _, line in _lines(path))
+def _json(path: Path, config: Data) -> LocatedRows:
+    text = "".join(line for _, line in _lines(path, config, limited=False))
     if text.lstrip().startswith("{") and "\n{" in text.strip().replace("\r", ""):  # JSON lines with suffix .json
-        yield from _jsonl(path)
+        yield from _jsonl(path, config)
         return
     if not text.strip():
         return
@@ -102,6 +127,8 @@ def _json(path: Path) -> LocatedRows:
 def _parse(text: str, where: str) -> Any:
     try:
         value = json.loads(text.rstrip(), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+            raise ValueError(f"its values are nested deeper than {MAX_DEPTH} levels")
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
@@ -115,6 +142,15 @@ def _parse(text: str, where: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise DataError(f"data {where}: not JSON ({error})") from error
     return value
+
+
+def _depth(value: Any) -> int:
+    """Levels of lists and objects in a value."""
+    levels, inside = 0, [value]
+    while inside := [value for value in inside if isinstance(value, list | dict)]:
+        levels += 1
+        inside = [item for value in inside for item in (value.values() if isinstance(value, dict) else value)]
+    return levels
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -139,9 +175,9 @@ def _json_type(value: Any) -> str:
     return {dict: "an object", list: "a list", str: "text", type(None): "null"}.get(type(value), "a number")
 
 
-def _csv(path: Path) -> LocatedRows:
+def _csv(path: Path, config: Data) -> LocatedRows:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader((text for _, text in _lines(path)), strict=True)
+    reader = csv.reader((text for _, text in _lines(path, config)), strict=True)
     try:
         names = next(reader, [])
         if len(set(names)) < len(names):

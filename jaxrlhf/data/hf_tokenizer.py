@@ -1,14 +1,13 @@
 """Load a transformers tokenizer and the stop tokens of its model: no remote code, no torch, and no
 network for a folder."""
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.errors import DataError
-from jaxrlhf.files import check_links
+from jaxrlhf.errors import DataError, first_line
+from jaxrlhf.files import check_links, read_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 FILES += ("merges.txt", "tokenizer.model", "chat_template.jinja")
@@ -32,6 +31,9 @@ def from_pretrained(name: str, revision: str | None) -> Any:
     local = folder.is_dir()
     if local and not any((folder / file).exists() for file in FILES):
         raise DataError(f"tokenizer {name}: the folder has no tokenizer files ({', '.join(FILES[:2])}, ...)")
+    for file in FILES if local else ():
+        if (folder / file).exists() and not (folder / file).is_file():  # a named pipe would wait for a writer
+            raise DataError(f"tokenizer {name}: {file} is not a file")
     if not local and (folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
         raise DataError(f"tokenizer {name}: no such folder")
     if local:
@@ -41,8 +43,7 @@ def from_pretrained(name: str, revision: str | None) -> Any:
             str(folder) if local else name, revision=revision, trust_remote_code=False, local_files_only=local
         )
     except Exception as error:  # each kind of broken file raises another class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"tokenizer {name}: cannot be loaded ({type(error).__name__}: {reason})") from error
+        raise DataError(f"tokenizer {name}: cannot be loaded ({type(error).__name__}: {first_line(error)})") from error
     if not getattr(hf, "is_fast", False):
         raise DataError(
             f"tokenizer {name}: it has no tokenizer.json; save it once as a fast tokenizer with transformers"
@@ -61,10 +62,7 @@ def generation_stops(folder: Path, name: str, revision: str | None) -> list[int]
         )
     if file is None or not Path(file).exists():
         return []
-    try:
-        eos = json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{file}: not a JSON object ({error})") from error
+    eos = read_json(Path(file)).get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(i) is int and i >= 0 for i in ids):
         raise DataError(f"{file}: eos_token_id is {eos!r}; expected a token id or a list of token ids")

@@ -32,7 +32,7 @@ def parse(value: Any, where: str = "") -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     try:
         with warnings.catch_warnings(action="ignore"):  # of escapes that are none
@@ -168,7 +168,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: arguments of a tool call are not JSON ({error})") from error
     function = {**function, "arguments": arguments}
     return {**call, "function": function} if "function" in call else {"type": "function", "function": function}

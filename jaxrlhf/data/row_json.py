@@ -35,7 +35,7 @@ def decode(line: bytes) -> Any:
     """The row of `encode`. Raises StorageError for anything else."""
     try:
         return json.loads(line, object_hook=_untagged)
-    except (ValueError, TypeError, ArithmeticError) as error:
+    except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise StorageError(f"a row of data.token_cache is damaged ({error}); remove the folder") from error
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from jaxrlhf.config import Data
 from jaxrlhf.config.spelling import did_you_mean_path
 from jaxrlhf.data.file_readers import SUFFIXES, LocatedRows, Row, SourceLocation, is_data_file, read_file
 from jaxrlhf.errors import DataError, first_line
+from jaxrlhf.files import read_json
 
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 _HELD_OUT = ("validation", "valid", "val", "test", "dev", "eval")  # in order of preference
@@ -153,7 +153,10 @@ def _splits(source: str, config: Data) -> list[str]:
     path = Path(source).expanduser()
     if path.is_dir():
         if (path / "dataset_dict.json").exists():
-            return json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            splits = read_json(path / "dataset_dict.json").get("splits")
+            if not isinstance(splits, list):
+                raise DataError(f"data {path}: its dataset_dict.json has no list of splits")
+            return list(map(str, splits))
         return [] if (path / "state.json").exists() else _splits_of_files(_data_files(path), path)[1]
     if path.exists() or not _is_hub_id(source):
         return []
@@ -196,9 +199,11 @@ def _open(source: str, config: Data) -> LocatedRows:
             yield from _saved_dataset(path, config)
         else:
             for file in _files_of_split(path, config.split):
-                yield from read_file(file)
+                yield from read_file(file, config)
+    elif path.is_file():
+        yield from read_file(path, config)
     elif path.exists():
-        yield from read_file(path)
+        raise DataError(f"data {source}: is a named pipe or a device, and not a file; write the rows to a file first")
     elif _is_hub_id(source):
         yield from _hub(source, config)
     else:

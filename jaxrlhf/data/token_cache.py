@@ -25,10 +25,12 @@ from jaxrlhf.data.held_out import Lazy, Usable
 from jaxrlhf.data.preparation import Preparation, Report
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import DataError, StorageError
+from jaxrlhf.files import read_json
 
 T = TypeVar("T")
 FORMAT = 1  # of the files
-_OF_ROWS = ("path", "validation_path", "validation_split", "validation_fraction")  # not options of how a row is read
+_OF_ROWS = ("path", "validation_path", "validation_split", "validation_fraction", "max_line_mb", "max_gz_ratio")
+"""Options of a source that do not say how a row is read."""
 _OPTIONS = ("max_length", "max_prompt_length", "truncation")
 _ARRAYS = "numbers", "prompts", "contents", "ends", "lengths"
 
@@ -90,7 +92,7 @@ def _write(part: Path, config: Data, label: str, begin: Callable[[sources.Rows],
 def _read(place: Path) -> tuple[Usable[Any], Report]:
     try:
         numbers, prompts, contents, ends, lengths = (np.load(place / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
-        report = Report(**json.loads((place / "report.json").read_text()) | {"lengths": lengths})
+        report = Report(**read_json(place / "report.json") | {"lengths": lengths})
         file = (place / "rows").open("rb")
     except (OSError, ValueError, TypeError) as error:
         raise StorageError(f"{place} cannot be read ({error}); remove it, and it is written again") from error

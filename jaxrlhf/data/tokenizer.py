@@ -224,7 +224,7 @@ class Tokenizer:
 
     def render_with_spans(self, messages: Objects, tools: Objects | None = None) -> tuple[str, list[tuple[int, int]]]:
         """`render`, and the (start, end) characters of the {% generation %} blocks of the template."""
-        return self._render(messages, tools, return_assistant_tokens_mask=True)
+        return self._render(messages, tools, add_generation_prompt=False)
 
     def _render(self, messages: Objects, tools: Objects | None, **options: Any) -> tuple[str, list[tuple[int, int]]]:
         assert self._template

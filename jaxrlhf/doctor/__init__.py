@@ -17,7 +17,7 @@ from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.tokenizer import check_vocab
 from jaxrlhf.doctor.data import examine_data
 from jaxrlhf.doctor.ppo import Outcome, Trial
-from jaxrlhf.errors import JaxrlhfError
+from jaxrlhf.errors import JaxrlhfError, visible
 from jaxrlhf.logprobs import token_logprobs
 from jaxrlhf.models import ModelConfig, empty_cache, for_length, forward, forward_cached, unstack
 from jaxrlhf.types import Params
@@ -108,7 +108,7 @@ def _run(name: str, check: Callable[[], Outcome]) -> bool | None:
         passed, message = check()
     except JaxrlhfError as error:
         passed, message = False, str(error)
-    first, *more = message.splitlines()
+    first, *more = visible(message).splitlines()
     print(f"{ {True: 'ok', False: 'FAIL', None: 'skip'}[passed]:<5} {name}: {first}", flush=True)
     for line in more:
         print(f"      {line}", flush=True)

@@ -13,7 +13,7 @@ from jaxrlhf.data.tokenizer import Tokenizer, load_tokenizer
 from jaxrlhf.doctor import loss_mask
 from jaxrlhf.doctor import rows as checks
 from jaxrlhf.doctor.rows import Sequences, TokenisedRow
-from jaxrlhf.errors import DataError, quoted
+from jaxrlhf.errors import DataError, quoted, visible
 
 METHODS: dict[formats.Task, str] = {
     "sft": "sft",
@@ -56,7 +56,7 @@ def _mixture(config: SFTConfig) -> str:
 def _examine(config: SFTConfig, *, colour: bool, ids: bool) -> str:
     rows = sources.read_rows(config.data)
     count = f"{len(rows.rows):,} row{'s' if len(rows.rows) != 1 else ''}"
-    lines = [f"data {rows.source}: {count} with columns {', '.join(rows.columns)}"]
+    lines = [visible(f"data {rows.source}: {count} with columns {', '.join(rows.columns)}")]
     found: dict[formats.Task, formats.Format] = {}
     for task, methods in METHODS.items():
         try:
@@ -69,9 +69,10 @@ def _examine(config: SFTConfig, *, colour: bool, ids: bool) -> str:
             lines.append(f"jaxrlhf {methods}: no. {error}".replace("\n", "\n    "))
             continue
         unused = read_as.unused(rows)
-        lines.append(f"jaxrlhf {methods}: {read_as}" + (f"; columns not used: {', '.join(unused)}" if unused else ""))
+        left_out = f"; columns not used: {', '.join(unused)}" if unused else ""
+        lines.append(visible(f"jaxrlhf {methods}: {read_as}{left_out}"))
         found[task] = read_as
-    first = "\n".join(f"  {name}: {quoted(value, 200)}" for name, value in rows.rows[0].items())
+    first = "\n".join(f"  {visible(name)}: {quoted(value, 200)}" for name, value in rows.rows[0].items())
     lines += [f"first row:\n{first}", *_texts(rows, found, config)]
     path = config.tokenizer.path or config.model.path
     if not path:
@@ -100,7 +101,7 @@ def _texts(rows: sources.Rows, found: dict[formats.Task, formats.Format], config
         if task == "prompts" and len(examples) > 1:  # what is suspicious in its prompts is so for the other tasks
             continue
         warnings |= dict.fromkeys(checks.warnings(task, read))
-    return [*lines, *(f"warning: {text}" for text in warnings)]
+    return [*lines, *(f"warning: {visible(text)}" for text in warnings)]
 
 
 def _tokens(task: formats.Task, config: SFTConfig, tokenizer: Tokenizer, *, colour: bool, ids: bool) -> list[str]:
@@ -109,9 +110,9 @@ def _tokens(task: formats.Task, config: SFTConfig, tokenizer: Tokenizer, *, colo
         report, rows = tokenised_rows(task, config, tokenizer)
     except DataError as error:
         return [f"\njaxrlhf {METHODS[task]}: no. {error}"]
-    lines = [f"\njaxrlhf {METHODS[task]}: {report}", *checks.histogram(report.lengths)]
+    lines = [visible(f"\njaxrlhf {METHODS[task]}: {report}"), *checks.histogram(report.lengths)]
     warnings = checks.token_warnings(rows, tokenizer, learns=task != "prompts")
-    lines += [f"warning: {text}" for text in warnings]
+    lines += [f"warning: {visible(text)}" for text in warnings]
     learnt = "" if task == "prompts" else f", {loss_mask.legend(colour)}"  # of prompts nothing is learnt
     lines.append(f"first row{learnt}:")
     for name, tokens, mask in rows[0].sequences:

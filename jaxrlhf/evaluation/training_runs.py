@@ -2,7 +2,6 @@
 
 import datetime
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,10 @@ from typing import Any
 
 import yaml
 
-from jaxrlhf.errors import DataError, StorageError, first_line
+from jaxrlhf import runs
+from jaxrlhf.config import yaml12
+from jaxrlhf.config.reader import read_config
+from jaxrlhf.errors import StorageError, first_line
 from jaxrlhf.metrics import read_records
 from jaxrlhf.secrets import redact_value
 
@@ -71,13 +73,13 @@ def read(directory: str) -> TrainingRun | None:
     if not (folder / "run.json").is_file():
         return None
     try:
-        record = json.loads((folder / "run.json").read_bytes())
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        record = runs.read_record(folder)
+        config = yaml12.load(read_config(folder / "config.yaml"))
         log = folder / "metrics.jsonl"
         records = read_records(log) if log.is_file() else []
         reward = redact_value(config.get("reward"))
-        return TrainingRun(folder, record["method"], list(record["starts"]), records, reward)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError, yaml.YAMLError) as error:
+        return TrainingRun(folder, record["method"], record["starts"], records, reward)
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise StorageError(f"the record of the run {directory} cannot be read: {first_line(error)}") from error
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxrlhf.config import Logging
 from jaxrlhf.errors import DataError, first_line, quoted
-from jaxrlhf.files import write_whole
+from jaxrlhf.files import read_json, write_whole
 from jaxrlhf.metrics import sinks, tags
 from jaxrlhf.metrics.console import Console
 from jaxrlhf.metrics.keys import EPOCHS, JUDGE, METRICS, REWARDS
@@ -133,7 +133,7 @@ class Logger:
         if self._config.tensorboard:
             self._sinks.append(sinks.TensorBoard(self._directory / "tensorboard", None if step is None else step + 1))
         file = self._directory / TRACKERS
-        known = json.loads(file.read_text(encoding="utf-8")) if step and file.is_file() else {}
+        known = read_json(file) if step and file.is_file() else {}
         run_id = known.get("id") or secrets.token_hex(4)
         for kind, module in self._trackers.items():
             option, at = f"{kind}_project", sent if kind in known.get("trackers", ()) else -1
@@ -175,7 +175,7 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
     """Read the records of a metrics.jsonl or the rows of a samples.jsonl, except an incomplete last line.
 
     "NaN", "Infinity" and "-Infinity" under a metric's key become floats. Raises DataError if the file is missing or a
-    line is not a JSON object.
+    line is not a JSON object with a step, or has something other than a number under a metric's key.
     """
     path, records = Path(path), []
     if not path.is_file():
@@ -183,14 +183,16 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not JSON ({first_line(error)})") from error
         if not isinstance(record, dict):
             raise DataError(f"{path}:{number}: expected an object, found {quoted(record, 40)}")
-        texts = {key for key, value in record.items() if isinstance(value, str) and _is_metric(key)}
+        if type(record.get("step")) is not int:
+            raise DataError(f"{path}:{number}: its step is {quoted(record.get('step'), 40)}, not a whole number")
+        wrong = {key for key, value in record.items() if _is_metric(key) and type(value) not in (int, float)}
         try:
-            records.append({key: float(value) if key in texts else value for key, value in record.items()})
-        except ValueError as error:
+            records.append({key: float(value) if key in wrong else value for key, value in record.items()})
+        except (ValueError, TypeError) as error:
             raise DataError(f"{path}:{number}: a metric is not a number ({first_line(error)})") from error
     return records
 

@@ -85,7 +85,7 @@ class Console:
 
     def note(self, text: str) -> None:
         """Print a message between the progress lines, without secrets."""
-        self._print(visible(redact(text)))
+        self._print(redact(text))
 
     def compiled(self, text: str) -> None:
         """Print that a program was compiled, and leave the time until the next record out of the remaining time."""
@@ -110,10 +110,10 @@ class Console:
 
     def _print(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.print(visible(text), markup=False, highlight=False)
         elif not self._config.quiet:
             encoding = sys.stdout.encoding or "utf-8"
-            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+            print(visible(text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def _short(value: Any) -> str:

@@ -1,13 +1,12 @@
 """Pictures of one or several runs, and of a measure per prompt; the CSV files beside them."""
 
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxrlhf.errors import ConfigError, DataError, JaxrlhfError
-from jaxrlhf.files import write_whole
+from jaxrlhf.files import read_json, write_whole
 from jaxrlhf.metrics import read_records, tables
 from jaxrlhf.metrics.drawing import Run, figure_of, plain
 from jaxrlhf.metrics.panels import PANELS, method_of
@@ -147,15 +146,12 @@ def _read(run: Path, name: str) -> Run:
 def _before(run: Path) -> list[dict[str, Any]]:
     """The metrics of the initial policy on held-out prompts as a record of step 0, if the run measured them."""
     metrics = _json(run / "validation.json").get("metrics")
-    return [{"step": 0, **metrics}] if metrics else []
+    return [{"step": 0, **metrics}] if isinstance(metrics, dict) and metrics else []
 
 
 def _json(path: Path) -> dict[str, Any]:
     """The content of a JSON file; empty if there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
+    return read_json(path) if path.is_file() else {}
 
 
 def _save(figure: Any, output: Path) -> Path:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxrlhf.config import yaml12
 from jaxrlhf.errors import ConfigError, first_line
 from jaxrlhf.secrets import redact_command
 
@@ -121,10 +122,8 @@ class Tracker:
         note: Callable[[str], None],
     ) -> None:
         self.name, self._module, self._sent, self._note = module.__name__, module, sent, note
-        import yaml
-
         file = directory / "config.yaml"
-        config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        config = yaml12.load(file.read_text(encoding="utf-8")) if file.is_file() else {}
         kind: dict[str, Any] = {"name": f"{directory.name}-{run_id}", "embed": False}  # trackio finds a run by its name
         if self.name == "wandb":
             kind = {"name": directory.name, "id": run_id, "dir": str(directory)}

@@ -11,6 +11,7 @@ from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.data.labelled import LabelledRow, ScoredRow
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.doctor import loss_mask
+from jaxrlhf.errors import visible
 from jaxrlhf.metrics.console import duration
 from jaxrlhf.plan import Plan, costs, plan_of
 from jaxrlhf.plan.programs import Trainer, abstract_trainer
@@ -26,9 +27,9 @@ TOKENS = 300  # of a row
 def show(config: RunConfig, *, fresh: bool = False, colour: bool = False) -> None:
     """Print the resolved config, the run in words, its first batch, the memory and the least time it needs, and the
     files it would write. Raises what its trainer raises."""
-    print(config_text.dump(config))
+    print(visible(config_text.dump(config)))
     trainer = abstract_trainer(replace(config, **{"model.merged_path": ""}))
-    print(trainer.summary())
+    print(visible(trainer.summary()))
     print("\n".join(first_batch(trainer, colour=colour)), flush=True)
     print("\n".join(needs(plan_of(trainer), trainer.total_steps)), flush=True)
     print("\n".join(writes(config, fresh=fresh)))

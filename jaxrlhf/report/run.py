@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 import yaml
 
 from jaxrlhf import runs
+from jaxrlhf.config import yaml12
 from jaxrlhf.config.file import METHODS
+from jaxrlhf.config.reader import read_config
 from jaxrlhf.errors import DataError, first_line
-from jaxrlhf.files import write_whole
+from jaxrlhf.files import read_json, write_whole
 from jaxrlhf.metrics import read_records
 from jaxrlhf.metrics.keys import definition
 from jaxrlhf.report import curves, reward_health, tokens, verdict
@@ -49,10 +51,11 @@ def collect(directory: Path) -> dict[str, Any]:
     """Data of the page, as a JSON value."""
     files = _Files(directory)
     records, samples = files.lines("metrics.jsonl"), files.lines("samples.jsonl")
-    run, baseline, evaluation = (files.json(name) for name in ("run.json", "validation.json", "evaluation.json"))
+    run = files.run()
+    baseline, evaluation = (files.json(name) for name in ("validation.json", "evaluation.json"))
     config_text, config = files.config()
     method = str(run.get("method") or config_text.removeprefix("# jaxrlhf ").partition(",")[0])
-    starts = [start for start in run.get("starts") or [] if isinstance(start, dict)]
+    starts = run.get("starts") or []
     before = baseline.get("metrics", {})
     token_records = tokens.sample(directory / "tokens", files.problems)
     trained = [start for start in starts if not _was_finished(start)]
@@ -98,13 +101,15 @@ class _Files:
         return [record for record in records if isinstance(record.get("step"), int)]
 
     def json(self, name: str) -> dict[str, Any]:
-        value = self._try(name, lambda path: json.loads(path.read_bytes()), {})
-        return value if isinstance(value, dict) else {}
+        return self._try(name, read_json, {})
+
+    def run(self) -> dict[str, Any]:
+        return self._try("run.json", lambda path: runs.read_record(path.parent), {})
 
     def config(self) -> tuple[str, dict[str, Any]]:
         """config.yaml as text, and as a flat mapping of dotted keys."""
-        content = self._try("config.yaml", lambda path: path.read_text(encoding="utf-8", errors="replace"), "")
-        value = self._try("config.yaml", lambda _: yaml.safe_load(content), {})
+        content = self._try("config.yaml", read_config, "")
+        value = self._try("config.yaml", lambda _: yaml12.load(content), {})
         return redact(content), runs.flatten(redact_value(value)) if isinstance(value, dict) else {}
 
     def _try(self, name: str, reader: Callable[[Path], T], missing: T) -> T:

@@ -10,19 +10,22 @@ from typing import Any
 
 import numpy as np
 
+from jaxrlhf.files import read_lines
+
 SERIES = ("kl", "advantage", "value", "reward", "logprob", "entropy", "ratio", "ref_logprob", "td_error", "return")
 """Lists of a record with a number for each token, those that colour the text first."""
 SEQUENCES = 64
 TOKENS = 64 * 256
 """Tokens of all sequences together."""
 LONGEST = 1024  # tokens of a sequence
+LINE = 1 << 26  # characters of a record, which has about a hundred for each token
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The records of a file of token records, except an incomplete last line. Raises ValueError, OSError,
     EOFError or zlib.error if it cannot be read."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        records = [json.loads(line) for line in file if line.endswith("\n")]
+        records = [json.loads(line) for line in read_lines(file, LINE) if line.endswith("\n")]
     for record in records:
         if not isinstance(record, dict) or not isinstance(record.get("pieces"), list):
             raise ValueError("a line is no token record")
@@ -98,7 +101,7 @@ def sample(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
     for i in spread(len(paths), SEQUENCES // 4):
         try:
             steps.append(read(paths[i]))
-        except (OSError, ValueError, EOFError, zlib.error) as error:
+        except (OSError, ValueError, EOFError, zlib.error, RecursionError) as error:
             problems.append(f"{paths[i].name} cannot be read: {error}")
     steps = [records for records in steps if records]
     if not steps:

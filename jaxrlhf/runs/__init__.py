@@ -22,13 +22,17 @@ from typing import Any, TextIO, TypeVar
 import yaml
 
 from jaxrlhf import checkpoint, distributed, memory, sharding, stopping
-from jaxrlhf.config import replace, text
+from jaxrlhf.config import replace, text, yaml12
+from jaxrlhf.config.reader import read_config
 from jaxrlhf.errors import Preempted, StorageError, first_line
 from jaxrlhf.files import write_whole
+from jaxrlhf.runs.record import read_record
 from jaxrlhf.runs.resume import check_resume, flatten, versions
 from jaxrlhf.secrets import redact, redact_command
 
 T = TypeVar("T")
+opened: Path | None = None
+"""Directory of the run that this process opened last."""
 
 
 @dataclasses.dataclass
@@ -71,6 +75,7 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
     Raises:
         StorageError: the directory cannot be used, is in use, or holds a run that `config` cannot resume.
     """
+    global opened
     directory = Path(config.run_dir).resolve()
     with contextlib.ExitStack() as held:
 
@@ -90,6 +95,7 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
         resumed, notes, content = distributed.on_primary(lock_and_write)
         run = Run(directory, resumed, tuple(notes), content)
         _check_shared(directory, content)
+        opened = directory
         outcome = {"outcome": "done"}
         memory.reset_peak_on_host()
         try:
@@ -128,8 +134,8 @@ def with_template_date(config: T, fresh: bool) -> T:
     def find() -> str:
         date = ""
         if not fresh and checkpoint.exists(directory / "checkpoints"):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # named by check_resume
-                stored = yaml.safe_load((directory / "config.yaml").read_text())
+            with contextlib.suppress(ValueError, KeyError, TypeError, yaml.YAMLError):  # named by check_resume
+                stored = yaml12.load(read_config(directory / "config.yaml"))
                 date = str(stored["tokenizer"]["template_date"])
         return date or str(datetime.date.today())
 
@@ -171,11 +177,8 @@ def method_and_last_start(directory: Path) -> tuple[str, dict[str, Any]]:
     In the record, `outcome` is "done" if the run finished, and missing while it runs or if it was killed; `directory`
     is the working directory. Raises StorageError if run.json cannot be read.
     """
-    try:
-        record = json.loads((directory / "run.json").read_bytes())
-        return record["method"], dict(record["starts"][-1])
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise StorageError(f"{directory / 'run.json'} cannot be read: {first_line(error)}") from error
+    record = read_record(directory)
+    return record["method"], dict(record["starts"][-1])
 
 
 def typed_command(start: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,6 @@
 """Comparison of a config with that of the run it resumes."""
 
 import contextlib
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,11 @@ from typing import Any
 import yaml
 
 from jaxrlhf import distributed, runtime
-from jaxrlhf.config import text
+from jaxrlhf.config import text, yaml12
 from jaxrlhf.config.file import load_config
-from jaxrlhf.errors import ConfigError, StorageError
+from jaxrlhf.config.reader import read_config
+from jaxrlhf.errors import ConfigError, StorageError, first_line
+from jaxrlhf.runs.record import read_record
 from jaxrlhf.secrets import redact_value, same
 
 PACKAGES = ("jaxrlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "tokenizers")
@@ -26,6 +27,8 @@ FREE = (
     "optim.idle_steps",
     "reference.offload",
     "dpo.reference_folder",
+    "data.max_line_mb",
+    "data.max_gz_ratio",
 )
 """Keys that do not affect the result."""
 REWARD_FAILURES = (
@@ -71,16 +74,16 @@ def check_resume(directory: Path, config: Any, method: str) -> tuple[dict[str, A
         StorageError: the run has another method, its record cannot be read, or `config` would change the result.
     """
     try:
-        record = json.loads((directory / "run.json").read_text())
-        before = flatten(yaml.safe_load((directory / "config.yaml").read_text()))
+        record = read_record(directory)
+        before = flatten(yaml12.load(read_config(directory / "config.yaml")))
         with contextlib.suppress(ConfigError):  # adds the options of list elements that are newer than the run
             complete = load_config(method, directory / "config.yaml", partial=True)
             before = flatten(yaml.safe_load(text.dump(complete))) | before
         old_method, old_versions = record["method"], record["versions"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise StorageError(
-            f"{directory} has checkpoints, but its run.json or config.yaml cannot be read ({error}), so the run cannot "
-            "be resumed; restore these files, or start over with --fresh"
+            f"{directory} has checkpoints, but its run.json or config.yaml cannot be read ({first_line(error)}), so "
+            "the run cannot be resumed; restore these files, or start over with --fresh"
         ) from error
     if old_method != method:
         raise StorageError(

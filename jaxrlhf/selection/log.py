@@ -35,7 +35,7 @@ class Log:
         for number, line in enumerate(self._file, 2):
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise StorageError(f"{self.path}:{number} cannot be read ({error}); --fresh starts over") from error
 
     def remove(self) -> None:
@@ -59,7 +59,7 @@ class Log:
     def _check_settings(self, header: bytes, settings: dict[str, Any]) -> None:
         try:
             logged, current = dict(json.loads(header)), json.loads(_line(settings))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise StorageError(f"{self.path} is not a log of scored completions; move it away") from None
         code, logged_code = current.pop(CODE), logged.pop(CODE, {})
         changed = [name for name in {**logged, **current} if logged.get(name) != current.get(name)]
@@ -80,7 +80,7 @@ def settings_in(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             header = json.loads(file.readline())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return header if isinstance(header, dict) else {}
 

@@ -10,7 +10,8 @@ from jaxrlhf import metrics, runs
 from jaxrlhf.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig
 from jaxrlhf.config import text as config_text
 from jaxrlhf.config.base import default_of
-from jaxrlhf.errors import counted
+from jaxrlhf.errors import DataError, counted
+from jaxrlhf.files import read_json
 from jaxrlhf.metrics.statistics import wilson
 from jaxrlhf.training.setup import RunConfig
 
@@ -163,7 +164,6 @@ def _plain(value: Any, field: "dataclasses.Field[Any]") -> Any:
 def _json(path: Path) -> dict[str, Any]:
     """The content of a JSON file of the run; empty if there is none, or none that can be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except DataError:
         return {}
-    return content if isinstance(content, dict) else {}

@@ -12,12 +12,14 @@ from typing import Any
 
 import yaml
 
+from jaxrlhf.config import yaml12
 from jaxrlhf.errors import visible
 from jaxrlhf.metrics.keys import definition
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.weights import families
 
 TAG = "jaxrlhf"
+LONGEST = 4_000_000  # bytes of a card that is read
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
 _RLHF = ("reward", "dpo", "ppo", "grpo")
 _METHODS = {
@@ -83,8 +85,10 @@ def inherited(readme: Path) -> dict[str, str]:
     """Facts that the card of a base model gives to models trained from it: its license, and if it is an export of
     jaxrlhf, the `original` hub id. Empty if there is no card, or none that can be read."""
     try:
+        if not readme.is_file() or readme.stat().st_size > LONGEST:
+            return {}
         text = readme.read_text(encoding="utf-8", errors="replace")
-        front = yaml.safe_load(text.split("\n---", 1)[0].removeprefix("---")) if text.startswith("---\n") else {}
+        front = yaml12.load(text.split("\n---", 1)[0].removeprefix("---")) if text.startswith("---\n") else {}
     except (OSError, yaml.YAMLError):
         return {}
     front = front if isinstance(front, dict) else {}

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 from jaxrlhf.data import hf_tokenizer, tokenizer
-from jaxrlhf.errors import DataError, first_line
-from jaxrlhf.files import check_links
+from jaxrlhf.errors import DataError, first_line, quoted
+from jaxrlhf.files import check_links, path_problem
 from jaxrlhf.weights import peft, safetensors
 
 CARD = "README.md"
@@ -24,6 +24,8 @@ def resolve(path: str | Path, revision: str | None = None, *, weights: bool = Tr
     Raises DataError with what was looked for.
     """
     text = str(path)
+    if problem := path_problem(text):
+        raise DataError(f"model {quoted(text)} {problem}")
     folder = Path(text).expanduser()
     if text.startswith(_HUB_SCHEME):
         return _download(text.removeprefix(_HUB_SCHEME), revision, weights)

@@ -68,6 +68,8 @@ def scan(file: Path) -> dict[str, Entry]:
     outside DTYPES, or if the byte ranges overlap, leave a hole, or do not end at the end of the file.
     """
     try:
+        if file.exists() and not file.is_file():  # a named pipe would wait for a writer
+            _refuse(file, "it is not a file")
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")

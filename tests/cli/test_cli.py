@@ -14,7 +14,7 @@ import jax
 import pytest
 import yaml
 
-from jaxrlhf import errors, weights
+from jaxrlhf import errors, runs, weights
 from jaxrlhf.cli import evaluation as commands_evaluation
 from jaxrlhf.cli import main, next_steps, training
 from jaxrlhf.cli import models as commands_models
@@ -176,10 +176,32 @@ def test_debug_anywhere_shows_the_traceback(monkeypatch, capsys, arguments):
     assert said.endswith("jaxrlhf: error: why\n")
 
 
-def test_unexpected_exceptions_are_not_caught(monkeypatch):
-    fail_with(monkeypatch, ZeroDivisionError("a bug"))
-    with pytest.raises(ZeroDivisionError):
-        main(["demo"])
+def test_an_unexpected_exception_is_one_line_and_its_traceback_is_in_a_file(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(runs, "opened", None)
+    fail_with(monkeypatch, ZeroDivisionError("a bug\x1b[2J\nin two lines"))
+    assert main(["demo"]) == 70
+    (line,) = capsys.readouterr().err.splitlines()
+    kept = tmp_path / "jaxrlhf" / "logs" / "error.txt"
+    assert line.startswith("jaxrlhf: unexpected error: ZeroDivisionError: a bug\\x1b[2J at jaxrlhf/cli/__init__.py:")
+    assert line.endswith(f"; the traceback is in {kept}")
+    assert "Traceback" in kept.read_text() and "\x1b" not in kept.read_text() and kept.stat().st_mode & 0o77 == 0
+
+
+def test_an_error_of_a_run_leaves_its_traceback_in_the_run(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(runs, "opened", tmp_path)
+    fail_with(monkeypatch, errors.RewardError("why"))
+    assert main(["demo"]) == 5
+    assert capsys.readouterr().err == "jaxrlhf: error: why\n"
+    assert "RewardError: why" in (tmp_path / "logs" / "error.txt").read_text()
+
+
+def test_the_text_of_an_error_cannot_reach_the_terminal_and_is_shortened(monkeypatch, capsys):
+    fail_with(monkeypatch, errors.DataError("column \x1b]0;title\x07 \u202e" + "x" * 3_000_000))
+    assert main(["demo", "--debug"]) == 4
+    said = capsys.readouterr().err
+    assert "column \\x1b]0;title\\x07 \\u202e" in said and not {"\x1b", "\x07", "\u202e"} & set(said)
+    assert len(said.rpartition("jaxrlhf: error: ")[2]) < 30_000
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def read(files: Iterable[Path]) -> dict[str, Any]:
         except OSError as error:
             raise StorageError(f"{file} cannot be read: {error.strerror or error}") from error
         for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 row = json.loads(line)
                 answers[row["key"]] = row["answer"]
     return answers

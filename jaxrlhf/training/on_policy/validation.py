@@ -6,6 +6,7 @@ Every validation uses the same random keys, so that only the policy changes betw
 import functools
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,8 +20,8 @@ from jaxrlhf.algorithms.kl import k1
 from jaxrlhf.config import GRPOConfig, PPOConfig, RewardSource
 from jaxrlhf.config.spelling import did_you_mean
 from jaxrlhf.data.datasets import PromptRow
-from jaxrlhf.errors import ConfigError
-from jaxrlhf.files import write_whole
+from jaxrlhf.errors import ConfigError, DataError
+from jaxrlhf.files import read_json, write_whole
 from jaxrlhf.metrics.keys import METRICS
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
@@ -88,10 +89,10 @@ class Validator:
             kl = f", KL {metrics['eval/kl']:.3g}" if "eval/kl" in metrics else ""
             score = f", score {metrics['eval/scores']:.4g}" if "eval/scores" in metrics else ""
             session.note(f"before training: {len(self.rows)} held-out prompts{score}{kl}")
-        elif stored := distributed.on_primary(lambda: file.read_text(encoding="utf-8") if file.is_file() else ""):
-            self._baseline = json.loads(stored)
+        elif stored := distributed.on_primary(lambda: _read_baseline(file)):
+            self._baseline = stored
         else:
-            session.note(f"{file} is missing: no win rate against the initial policy")
+            session.note(f"{file} is missing or damaged: no win rate against the initial policy")
         records = [self.before, *(record for record in session.records() if "eval/scores" in record)]
         self._history = [record[metric] for record in records if metric in record]
 
@@ -230,3 +231,12 @@ def sequence_kl(
         return jnp.sum(masked.keep(k1(logprobs, ref_logprobs), part.response_mask), axis=1)
 
     return from_micro_batches(jax.lax.map(kl, to_micro_batches(rollout, parts)))
+
+
+def _read_baseline(file: Path) -> dict[str, Any]:
+    """The metrics and scores of the initial policy; empty if the file is missing or has anything else."""
+    try:
+        stored = read_json(file)
+    except DataError:
+        return {}
+    return stored if isinstance(stored.get("metrics"), dict) and isinstance(stored.get("scores"), list) else {}

@@ -25,7 +25,7 @@ from jaxrlhf.weights.families import (
     qwen3_moe,
     smollm3,
 )
-from jaxrlhf.weights.families.base import Family, TensorNames
+from jaxrlhf.weights.families.base import Family, TensorNames, check_sizes
 from jaxrlhf.weights.fields import Fields
 from jaxrlhf.weights.rope import TOP_LEVEL
 
@@ -60,13 +60,10 @@ def parse(config: dict, where: str) -> ModelConfig:
     if any(key.startswith("AutoModel") and value not in adopted for key, value in fields.mapping("auto_map").items()):
         raise DataError(f"{where}: auto_map asks for custom modelling code, which is never run")
     try:
-        return ModelConfig(
-            family=name,
-            vocab_size=fields.integer("vocab_size", family.vocab_size),
-            tie_embeddings=fields.boolean("tie_word_embeddings", family.tied_by_default),
-            **_parse_head(fields, family),
-            **family.parse_all(fields),
-        )
+        values = {"vocab_size": fields.integer("vocab_size", family.vocab_size), **family.parse_all(fields)}
+        check_sizes(values, where)
+        tied = fields.boolean("tie_word_embeddings", family.tied_by_default)
+        return ModelConfig(family=name, tie_embeddings=tied, **_parse_head(fields, family), **values)
     except DataError:
         raise
     except ValueError as error:  # raised by ModelConfig for inconsistent values

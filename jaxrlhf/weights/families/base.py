@@ -1,9 +1,10 @@
 """Description of a model family: the meaning of its config.json and the names of its tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxrlhf.errors import DataError
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.weights.fields import Fields
 
@@ -78,11 +79,33 @@ class Family:
         for field, key in self.keys.items():
             default = key.default(values) if callable(key.default) else key.default
             values[field] = key.read(fields, key.name, default)
+        check_sizes(values, fields.where)  # before anything is built with an entry for each layer
         return self.fixed | values | self.parse(fields, values)
 
     def render_all(self, model: ModelConfig) -> dict[str, Any]:
         """The inverse of `parse_all`."""
         return {key.name: key.render(getattr(model, field)) for field, key in self.keys.items()} | self.render(model)
+
+
+LARGEST = {
+    "vocab_size": 2**26,
+    "hidden_size": 2**20,
+    "num_layers": 10_000,
+    "num_heads": 2**16,
+    "num_kv_heads": 2**16,
+    "head_dim": 2**14,
+    "mlp_size": 2**24,
+    "num_experts": 2**16,
+    "max_positions": 2**40,
+}
+"""Sizes far above those of any model: a larger one is a mistake, or meant to exhaust the memory of its reader."""
+
+
+def check_sizes(values: Mapping[str, Any], where: str) -> None:
+    """Raise DataError if one of the fields of a ModelConfig in `values` is above LARGEST."""
+    for field, most in LARGEST.items():
+        if (size := values.get(field)) is not None and size > most:
+            raise DataError(f"{where}: {field} would be {size:,}, and no model has more than {most:,}")
 
 
 def nullable(read: Callable[[Fields, str, Any], Any]) -> Callable[[Fields, str, Any], Any]:
