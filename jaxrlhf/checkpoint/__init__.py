@@ -191,6 +191,14 @@ class Checkpoints:
             state, extra = storage.read_checkpoint(self.directory, found, template, partial=True)
             return found, state["params"], extra
 
+    def verify(self, step: int) -> str:
+        """Read a checkpoint and compare it with its digests; returns a sentence on what was compared. Changes nothing.
+
+        Raises StorageError if it is damaged or cannot be read.
+        """
+        with self._reading(step) as found:
+            return storage.verify(self.directory, found)
+
     @contextlib.contextmanager
     def _reading(self, step: int | Literal["best"]) -> Iterator[int]:
         """The step to read; a DamagedCheckpoint becomes a StorageError."""
@@ -222,7 +230,7 @@ class Checkpoints:
 
     def _prepare(self, size: int) -> None:
         """Make room for a checkpoint of `size` bytes. Raises StorageError."""
-        self._remove_temporary()
+        self.remove_unfinished()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.directory).free
@@ -235,7 +243,7 @@ class Checkpoints:
     def _on_failure(self, step: int, error: Exception) -> None:
         """Remove partial files and warn, or stop the run after MAX_FAILURES."""
         if distributed.is_primary():
-            self._remove_temporary()
+            self.remove_unfinished()
         self._failures += 1
         self._last_failure = f"checkpoint {step} was not saved in {self.directory}: {storage.reason(error)}"
         if self._failures >= MAX_FAILURES:
@@ -245,8 +253,9 @@ class Checkpoints:
             ) from error
         _log.warning("%s. Training continues (failure %d of %d)", self._last_failure, self._failures, MAX_FAILURES)
 
-    def _remove_temporary(self) -> None:
-        """Remove temporary folders. Called only when saving, as a reader must not disturb a run that is saving."""
+    def remove_unfinished(self) -> None:
+        """Remove the folders of saves and deletions that a killed process has left. Only for the run itself, as a
+        reader must not disturb a run that is saving."""
         for path in self.directory.glob(f"*{TEMPORARY}"):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -96,6 +96,21 @@ def stored_shapes(directory: Path, step: int, branch: str) -> dict[str, Any]:
     return tree
 
 
+def verify(directory: Path, step: int) -> str:
+    """Read a checkpoint of any model and compare every array with its digest. Returns a sentence on what was compared.
+
+    Raises as `read_checkpoint` does.
+    """
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    template: dict[str, Any] = {}
+    for name, digest in read_record(directory, step)["leaves"].items():
+        stored = shape_of(digest)
+        set_leaf(template, tuple(name.split(".")), jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=device))
+    state, _ = read_checkpoint(directory, step, template)
+    leaves = jax.tree.leaves(state)
+    return f"{len(leaves)} arrays, {sum(leaf.nbytes for leaf in leaves):,} bytes, as they were written"
+
+
 def read_record(directory: Path, step: int) -> dict[str, Any]:
     """Read the record of a checkpoint: `metric`, `extra`, and `leaves` (digests). Raises as `read_checkpoint` does."""
     try:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxrlhf.cli import chat, completion, evaluation, launch, models, training
+from jaxrlhf.cli import chat, completion, evaluation, launch, models, training, verify
 from jaxrlhf.cli.arguments import (
     CONFIG,
     EVALUATION,
@@ -239,12 +239,17 @@ COMMANDS: dict[str, Command] = {
             "--public": {"action": "store_true", "help": "make a new hub repository public"},
         },
     ),
+    "verify": Command(
+        verify.verify,
+        verify.HELP,
+        {"directory": {"metavar": "DIR", "help": "run directory, export or checkpoint"}},
+    ),
     "completion": Command(
         completion.completion,
         "print a script that completes commands, options, config keys and their values in a shell",
         {"shell": {"choices": completion.SHELLS, "metavar": "{bash,zsh,fish}"}},
     ),
 }
-USING_DEVICES = {"demo", "doctor", *METHODS, "plan", "generate", "chat", "evaluate", "compare"}
+USING_DEVICES = {"demo", "doctor", *METHODS, "plan", "generate", "chat", "evaluate", "compare", "verify"}
 CONFIG_KEYS = {key for cls in METHODS.values() for key, _ in keys(cls)}
 """The keys of all configs."""

@@ -137,7 +137,8 @@ class ConfigReader:
             return value
 
     def _add_validation_error(self, key: str, error: Any) -> None:
-        message = schema.problem(self.cls, key, error)
+        unknown = error["type"] == "unexpected_keyword_argument"
+        message = self._unknown(key) if unknown else schema.problem(self.cls, key, error)
         if error["type"] == "value_error":
             reason, prefix = str(error["ctx"]["error"]), f"{key}." if key else ""
             mentioned = [
@@ -149,8 +150,6 @@ class ConfigReader:
             others = [k for k in mentioned if self.locations[k] != _OVERRIDE and k not in self._sections]
             if others and self.locations[key] == _OVERRIDE:
                 message += f"; {' and '.join(others)} {'is' if len(others) == 1 else 'are'} set by {self.source}"
-        elif error["type"] == "unexpected_keyword_argument":
-            message = self._unknown(key)
         self.problems.append((self._location(key), message))
 
     def check_required(self, config: Any, method: str, mapping: Mapping[str, Any]) -> None:

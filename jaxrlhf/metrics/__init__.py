@@ -8,21 +8,23 @@ import contextlib
 import gzip
 import json
 import math
+import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxrlhf.config import Logging
-from jaxrlhf.errors import DataError, first_line, quoted
+from jaxrlhf.errors import DataError, counted, first_line, quoted
 from jaxrlhf.files import read_json, write_whole
 from jaxrlhf.metrics import sinks, tags
 from jaxrlhf.metrics.console import Console
 from jaxrlhf.metrics.keys import EPOCHS, JUDGE, METRICS, REWARDS
 from jaxrlhf.metrics.sinks import Sink
 
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 TRACKERS = "trackers.json"
 
 TOKENS = "tokens"
@@ -50,6 +52,7 @@ class Logger:
         projects = {"wandb": config.wandb_project, "trackio": config.trackio_project}
         self._trackers = {kind: sinks.tracker_module(kind, project) for kind, project in projects.items() if project}
         self._sinks: list[Sink] | None = None
+        self._new = {name for name in (METRICS_FILE, SAMPLES_FILE) if not (directory / name).exists()}
         self._console = Console(method, total_steps, config, metric)
         self.note, self.paused = self._console.note, self._console.paused
         self.compiled = self._console.compiled
@@ -95,17 +98,43 @@ class Logger:
         values = {tag: [x for row in rows for x in row.get(name, ())] for name, tag in names.items()}
         self.histograms(step, {tag: np.array(numbers, float) for tag, numbers in values.items()})
 
+    def sync(self) -> None:
+        """Wait until all lines are on disk, as a checkpoint that follows counts on them."""
+        for file in (self._metrics, self._samples):
+            file.flush()
+            os.fsync(file.fileno())
+
     def rewind(self, step: int) -> None:
-        """Remove records after `step` and incomplete lines before the run resumes from `step` (0: starts)."""
+        """Remove records after `step` before the run resumes from `step` (0: starts), and lines that cannot be read or
+        repeat earlier ones. Says what was wrong, and what is missing."""
         for path in (self._directory / TOKENS).glob("step-*.jsonl.gz"):
             number = path.name.removeprefix("step-").removesuffix(".jsonl.gz")
             if number.isdecimal() and int(number) > step:  # other names are not ours
                 path.unlink()
         for file in (self._metrics, self._samples):
             file.close()
-        sent, _ = (_truncate(Path(file.name), step) for file in (self._metrics, self._samples))
+        sent, _ = (self._truncate(Path(file.name), step) for file in (self._metrics, self._samples))
         self._open()
         self._open_sinks(step, sent)
+
+    def _truncate(self, path: Path, step: int) -> int:
+        """Keep the lines of `path` up to `step` (0: none), in one atomic replacement, and note what is wrong with them;
+        returns the last step that was there, -1 if there was none."""
+        every = path.name == METRICS_FILE
+        kept, found = _lines_up_to(path, step, every=every)
+        problems = []
+        if found.unreadable:
+            problems.append(f"{counted(found.unreadable, 'line')} could not be read")
+        if found.repeated:
+            problems.append(f"{counted(found.repeated, 'line')} repeated earlier ones")
+        if step and path.name in self._new:
+            problems.append("it was missing")
+        elif every and (missing := step - len(kept)) > 0:
+            problems.append(f"the records of {counted(missing, 'step')} are missing")
+        if step and problems:
+            self.note(f"{path.name}, up to step {step}: {'; '.join(problems)}. The run goes on with what is left")
+        write_whole(path, b"".join(kept))
+        return found.last
 
     def close(self) -> None:
         """Flush and close everything. Raises nothing: what could not be written has been raised when it was logged."""
@@ -119,7 +148,7 @@ class Logger:
         # A lone surrogate, which UTF-8 cannot encode, is written as its JSON escape \udxxx.
         self._metrics, self._samples = (
             open(self._directory / name, "a", encoding="utf-8", errors="backslashreplace", newline="\n")  # noqa: SIM115
-            for name in ("metrics.jsonl", "samples.jsonl")
+            for name in (METRICS_FILE, SAMPLES_FILE)
         )
 
     def _open_sinks(self, step: int | None = None, sent: int = -1) -> None:
@@ -222,17 +251,33 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _truncate(path: Path, step: int) -> int:
-    """Keep the complete lines of `path` up to `step` (0: none), in one atomic replacement; returns the last step that
-    was there, -1 if there was none."""
-    kept, last = [], -1
-    for line in path.read_bytes().split(b"\n")[:-1]:
+class _Found(NamedTuple):
+    """Lines of a log: the last step among them, and how many cannot be read or repeat earlier ones."""
+
+    last: int
+    unreadable: int
+    repeated: int
+
+
+def _lines_up_to(path: Path, step: int, *, every: bool) -> tuple[list[bytes], _Found]:
+    """The lines of a log up to `step`, in the order of their steps, and what was found. With `every` there is one line
+    for each step, otherwise there may be several, one after the other."""
+    kept: list[bytes] = []
+    last, done, unreadable, repeated = -1, -1, 0, 0
+    *lines, torn = path.read_bytes().split(b"\n")
+    for line in lines:
         try:
             number = json.loads(line)["step"]
-            last = max(last, number)
-            if step and number <= step:
-                kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError):
+            later = number > last or (number == last and not every)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            unreadable += last < step
             continue
-    write_whole(path, b"".join(kept))
-    return last
+        if not later:
+            done = last
+        if number <= done:
+            repeated += number <= step
+            continue
+        last = number
+        if step and number <= step:
+            kept.append(line + b"\n")
+    return kept, _Found(last, unreadable + bool(torn and last < step), repeated)

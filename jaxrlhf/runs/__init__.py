@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -84,6 +85,7 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
                 with _lock(directory):
                     _move_aside(directory)
             held.enter_context(_lock(directory))
+            _remove_unfinished(directory)
             resumed = checkpoint.exists(directory / "checkpoints")
             previous, notes = check_resume(directory, config, method) if resumed else ({}, ())
             content = _record(previous, config, method)
@@ -230,6 +232,15 @@ def _lock(directory: Path) -> TextIO:
     file.write(f"host {socket.gethostname()}, process {os.getpid()}")
     file.flush()
     return file
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """Remove files and exports that a killed process was writing."""
+    for path in (*directory.glob(".*.part"), *directory.glob("*/.*.part"), directory / ".export.partial"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _move_aside(directory: Path) -> None:

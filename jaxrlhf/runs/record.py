@@ -8,7 +8,7 @@ from typing import Any
 from jaxrlhf.errors import DataError, StorageError
 from jaxrlhf.files import read_json
 
-_RUN = {"method": str, "versions": dict, "starts": list}
+_RUN = {"method": str, "starts": list}
 _START: dict[str, type | tuple[type, ...]] = {
     "time": str,
     "end": str,
@@ -29,7 +29,7 @@ _START: dict[str, type | tuple[type, ...]] = {
 
 
 def read_record(directory: Path) -> dict[str, Any]:
-    """Read run.json: `method`, `versions`, and `starts`, of which there is at least one. Raises StorageError if it
+    """Read run.json: `method`, and `starts`, of which there is at least one. Raises StorageError if it
     cannot be read, or if a field is not of the type that the package writes."""
     file = directory / "run.json"
     try:
@@ -46,6 +46,8 @@ def _problem(record: Mapping[str, Any]) -> str:
     for name, kind in _RUN.items():
         if not isinstance(record.get(name), kind):
             return f"{name} is {_kind(record.get(name))}, not {_NAMES[kind]}"
+    if not isinstance(record.get("versions", {}), dict):
+        return f"versions is {_kind(record['versions'])}, not an object"
     if not record["starts"]:
         return "starts is empty"
     for number, start in enumerate(record["starts"]):

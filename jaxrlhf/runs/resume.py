@@ -79,7 +79,7 @@ def check_resume(directory: Path, config: Any, method: str) -> tuple[dict[str, A
         with contextlib.suppress(ConfigError):  # adds the options of list elements that are newer than the run
             complete = load_config(method, directory / "config.yaml", partial=True)
             before = flatten(yaml.safe_load(text.dump(complete))) | before
-        old_method, old_versions = record["method"], record["versions"]
+        old_method, old_versions = record["method"], record.get("versions", {})
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise StorageError(
             f"{directory} has checkpoints, but its run.json or config.yaml cannot be read ({first_line(error)}), so "

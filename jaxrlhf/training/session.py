@@ -65,6 +65,7 @@ class Session:
 
     def resume(self) -> None:
         """Restore the state from the newest valid checkpoint, if there is one, and cut the logs back to its step."""
+        distributed.on_primary(self._checkpoints.remove_unfinished)
         restored = self._checkpoints.restore(self._state.template)
         step = 0
         if restored:
@@ -209,6 +210,7 @@ class Session:
     def save(self, step: int, metric: float | None = None, *, block: bool = False) -> None:
         """Commit the checkpoint of `step`. With `block`, and at the last step, a failure raises at once."""
         self.flush()
+        self.logger.sync()
         block = block or step == self.total_steps
         self._checkpoints.save(step, self._state.value, self._identity, metric=metric, block=block)
         self._saved_at = time.monotonic()

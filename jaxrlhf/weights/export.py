@@ -16,7 +16,7 @@ from jaxrlhf.errors import ConfigError, StorageError
 from jaxrlhf.files import read_json
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.types import Params
-from jaxrlhf.weights import card, families, mapping, peft, safetensors, writer
+from jaxrlhf.weights import card, families, mapping, peft, safetensors, sums, writer
 from jaxrlhf.weights.hub import CARD, CONFIG, GENERATION_CONFIG
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -46,9 +46,9 @@ def export(
     base: (path or hub id, revision) of the base model: write only the adapters, in PEFT's layout. None: merge them.
     dtype: of the written tensors; None: that of the parameters.
     max_shard_size: bytes, or text such as "5GB".
-    Everything is written to a hidden folder beside `directory`, which is renamed at the end. An existing directory is
-    replaced if it is empty or an earlier export; otherwise, or if the disk is too small, StorageError is raised. Of
-    several processes, process 0 writes.
+    Everything is written to a hidden folder beside `directory`, which is renamed at the end; SHA256SUMS in it has a
+    hash of every file. An existing directory is replaced if it is empty or an earlier export; otherwise, or if the disk
+    is too small, StorageError is raised. Of several processes, process 0 writes.
     """
     directory = Path(directory).expanduser().absolute()
     adapters_of = base if "lora" in params else None
@@ -85,6 +85,7 @@ def export(
         distributed.on_primary(prepare)
         if adapters_of is None:
             writer.write(partial, sources, _bytes(max_shard_size))
+        distributed.on_primary(lambda: sums.write(partial))
         distributed.on_primary(lambda: _rename(partial, directory, old))
     finally:
         if distributed.is_primary():
@@ -146,7 +147,7 @@ def _check_replaceable(directory: Path) -> None:
     if not directory.exists():
         return
     names = [p.name for p in directory.iterdir()] if directory.is_dir() else [""]
-    known = {CONFIG, GENERATION_CONFIG, CARD, peft.CONFIG, peft.WEIGHTS, safetensors.INDEX, *TOKENIZER_FILES}
+    known = {CONFIG, GENERATION_CONFIG, CARD, sums.SUMS, peft.CONFIG, peft.WEIGHTS, safetensors.INDEX, *TOKENIZER_FILES}
     foreign = sorted(name for name in names if name not in known and not _WEIGHTS.fullmatch(name))
     readme = directory / CARD
     has_card = readme.is_file() and card.is_ours(readme.read_text(encoding="utf-8", errors="replace"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jaxrlhf.data import tokenizer
 from jaxrlhf.errors import ConfigError, StorageError, first_line
-from jaxrlhf.weights import peft, safetensors
+from jaxrlhf.weights import peft, safetensors, sums
 from jaxrlhf.weights.hub import CARD, CONFIG, GENERATION_CONFIG, resolve
 
 MORE_TEMPLATES = "additional_chat_templates/*"
@@ -18,6 +18,7 @@ FILES = (
     safetensors.INDEX,
     *tokenizer.FILES,
     MORE_TEMPLATES,
+    sums.SUMS,
 )
 """Files of a folder that are uploaded, by name or pattern."""
 

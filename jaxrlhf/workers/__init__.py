@@ -36,8 +36,9 @@ _PROGRAM = (
 class WorkerProcess:
     """A process that runs `main` of the module `serve` with what `spec` names; `subject` is its name in errors.
 
-    It sees no accelerator, and ends when this one ends, however that happens. A request that takes too long kills it
-    with all its children. Raises RewardError or ConfigError if what `spec` names cannot be loaded.
+    It sees no accelerator, and ends when this one ends, however that happens, with all processes that it has started
+    (but for those that have left its process group). A request that takes too long kills it. Raises RewardError or
+    ConfigError if what `spec` names cannot be loaded.
     """
 
     def __init__(self, serve: str, spec: str, subject: str, options: Mapping[str, Any]) -> None:
@@ -61,6 +62,8 @@ class WorkerProcess:
 
     def start(self) -> None:
         """Start the process, again if it has ended, and wait until it has loaded: then `first` is what it sent."""
+        if "_process" in vars(self):
+            _kill(self._process)  # what it has started may be left
         arguments = [json.dumps(sys.path), self._serve, self._spec, str(os.getpid())]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-u", "-c", _PROGRAM, *arguments],
@@ -148,14 +151,16 @@ def _send_and_receive(process: "subprocess.Popen[bytes]", unsent: bytes, deadlin
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """Kill a process and its group."""
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe:
-            pipe.close()
+    """Kill a process and its group, once. The group is there even if the process has ended: serve.py's watcher is in
+    it until this pipe is closed."""
+    assert process.stdin and process.stdout
+    if process.stdin.closed:
+        return
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
 
 
 def _forward_output(stream: IO[bytes], last_lines: "collections.deque[str]") -> None:

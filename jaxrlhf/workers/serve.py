@@ -9,6 +9,7 @@ import faulthandler
 import json
 import os
 import queue
+import select
 import signal
 import sys
 import threading
@@ -27,6 +28,7 @@ def serve(start: Callable[[], tuple[Message, Callable[[Message], Message]]], par
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     faulthandler.enable(all_threads=False)  # a segfault prints a traceback
+    _watch(incoming)
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(incoming, requests), daemon=True).start()
     _die_with(parent)
@@ -50,12 +52,27 @@ def serve(start: Callable[[], tuple[Message, Callable[[Message], Message]]], par
             send({"error": str(error)})
 
 
+def _watch(incoming: int) -> None:
+    """Start a process that kills this one's group when the parent closes the pipe or ends, also if this one has ended
+    before or is in C code."""
+    if os.fork():
+        return
+    try:
+        os.dup2(incoming, 0)
+        os.closerange(1, 256)
+        pipe = select.poll()
+        pipe.register(0, 0)  # only its end is reported
+        pipe.poll()
+        os.killpg(0, signal.SIGKILL)
+    finally:
+        os._exit(1)
+
+
 def _receive(incoming: int, requests: "queue.SimpleQueue[bytes]") -> None:
-    """Queue incoming lines; kill the process group when the parent closes the pipe or ends."""
+    """Queue incoming lines until the parent closes the pipe."""
     with os.fdopen(incoming, "rb") as lines:
         for line in lines:
             requests.put(line)
-    os.killpg(0, signal.SIGKILL)  # includes every process that the function has started
 
 
 def _die_with(parent: int) -> None:
