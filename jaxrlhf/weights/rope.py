@@ -55,7 +55,7 @@ def parse_rope(fields: Fields, values: dict[str, Any], keys: RopeKeys = RopeKeys
         raise DataError(f"{fields.where}: rope_scaling {older} contradicts rope_parameters {newer}; remove one of them")
     scaling = Fields(newer or older, f"{fields.where}, {'rope_parameters' if newer else 'rope_scaling'}")
     spelling = scaling.values.get("rope_type") or scaling.values.get("type") or "default"
-    if spelling not in keys.kinds:
+    if not isinstance(spelling, str) or spelling not in keys.kinds:
         raise DataError(
             f"{scaling.where}: rotary scaling {spelling!r} is not supported; supported are {', '.join(keys.kinds)}. "
             "Sequences no longer than the original length may not need it: remove the scaling to try"

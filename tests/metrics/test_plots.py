@@ -156,7 +156,7 @@ def test_a_reward_model_gets_a_histogram_of_scores(tmp_path, monkeypatch):
     edges = histogram["edges"]
     assert drawn == {"scores of held-out responses": {"best": [[1, 4], edges], "others": [[3, 2], edges]}}
     (tmp_path / "evaluation.json").write_text("{")
-    with pytest.raises(DataError, match=r"evaluation\.json: not JSON"):
+    with pytest.raises(DataError, match=r"evaluation\.json: not valid JSON"):
         plots.plot([tmp_path])
 
 

@@ -34,7 +34,8 @@ _TEXT = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(.+)")
 
 def is_multimodal(config: Mapping[str, Any]) -> bool:
     """Return True for a config.json that holds that of a text model."""
-    return config.get("model_type") in TEXT_TYPES or isinstance(config.get(_TEXT_CONFIG), dict)
+    kind = config.get("model_type")
+    return (isinstance(kind, str) and kind in TEXT_TYPES) or isinstance(config.get(_TEXT_CONFIG), dict)
 
 
 def text_config(config: dict[str, Any], where: str, families: Mapping[str, Family]) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def text_config(config: dict[str, Any], where: str, families: Mapping[str, Famil
     if not is_multimodal(config):
         return config
     outer, inner = config.get("model_type"), config.get(_TEXT_CONFIG)
-    if outer not in TEXT_TYPES:
+    if not isinstance(outer, str) or outer not in TEXT_TYPES:
         raise DataError(
             f"{where}: model_type {outer!r} holds a text model that is not known to be a decoder of its own; supported "
             f"are {', '.join(TEXT_TYPES)}, and text models without such a frame"
@@ -54,13 +55,15 @@ def text_config(config: dict[str, Any], where: str, families: Mapping[str, Famil
     if not isinstance(inner, dict):
         raise DataError(f"{where}: model_type {outer!r} needs a {_TEXT_CONFIG}, which is {inner!r}")
     name = inner.get("model_type") or TEXT_TYPES[outer]
-    if name not in families:
+    if not isinstance(name, str) or name not in families:
         raise DataError(
             f"{where}: the text model of this {outer} is a {name!r}, which is not supported; supported are "
             f"{', '.join(families)}"
         )
     classes = config.get("architectures") or []
-    if not all(isinstance(c, str) and c.endswith(("ForConditionalGeneration", "Model")) for c in classes):
+    if not isinstance(classes, list) or not all(
+        isinstance(c, str) and c.endswith(("ForConditionalGeneration", "Model")) for c in classes
+    ):
         raise DataError(
             f"{where}: architectures is {classes!r}; expected a language model (...ForConditionalGeneration)"
         )
