@@ -108,6 +108,7 @@ def test_files_that_are_missing_incomplete_or_broken_are_named(tmp_path):
     assert [line.split(" ")[0] for line in data["warnings"]] == [
         "samples.jsonl",
         "validation.json",
+        "evaluation.json",
         "step-000001.jsonl.gz",
         "step-000002.jsonl.gz",
     ]
