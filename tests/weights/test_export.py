@@ -93,7 +93,7 @@ def test_a_model_without_a_source_gets_a_whole_config(tmp_path):
     model, params = weights.load(FOLDERS / "llama-llama3")
     out = weights.export(tmp_path / "a" / "b" / "out", model, params)
     assert weights.load_config(out) == model
-    assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "SHA256SUMS", "config.json", "model.safetensors"]
 
 
 # ---------------------------------------------------------------- what stands beside the weights
@@ -117,7 +117,7 @@ def test_configs_and_tokenizer_files_are_kept(pretrained, tmp_path):
     out = weights.export(tmp_path / "out", *weights.load(pretrained), source=pretrained)
     kept = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
     assert sorted(p.name for p in out.iterdir()) == sorted(
-        [*kept, "README.md", "config.json", "generation_config.json", "model.safetensors"]
+        [*kept, "README.md", "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors"]
     )
     for name in kept:
         assert (out / name).read_bytes() == (pretrained / name).read_bytes()
@@ -207,7 +207,7 @@ def test_an_export_replaces_an_export_and_an_empty_folder(small, tmp_path):
     weights.export(target, model, params, max_shard_size="10KB", facts={"method": "sft"})
     assert len(list(target.glob("model-*.safetensors"))) > 1
     weights.export(target, model, params)
-    assert sorted(p.name for p in target.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(p.name for p in target.iterdir()) == ["README.md", "SHA256SUMS", "config.json", "model.safetensors"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
