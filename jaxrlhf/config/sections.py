@@ -62,7 +62,8 @@ class Source:
     """Split of `validation_path` (empty: of `path`) with the held-out rows. Empty: the first of validation, test and
     dev that `validation_path` has."""
     validation_fraction: FractionBelowOne = 0.0
-    """Fraction of `path` to hold out instead. The split depends only on `split_seed` and the number of rows."""
+    """Fraction of `path` to hold out instead. The split depends only on `split_seed` and the number of rows. With
+    `mix`, that of `data` is for all entries that name no held-out rows of their own."""
 
     def __post_init__(self) -> None:
         for option in ("validation_path", "validation_split"):
@@ -137,7 +138,8 @@ class Data(Source):
                 )
             return
         default = Source()
-        if both := [key for key in READING if getattr(self, key) != getattr(default, key)]:
+        of_entries = (key for key in READING if key != "validation_fraction")
+        if both := [key for key in of_entries if getattr(self, key) != getattr(default, key)]:
             raise ValueError(
                 f"data.mix is given, and data.{both[0]} too ({getattr(self, both[0])!r}); it belongs to an entry: "
                 f"data.mix.0.{both[0]}, for example"
@@ -158,8 +160,13 @@ class Data(Source):
         """The data sets, each as the config of it alone; empty if none is named."""
         if not self.mix:
             return (self,) if self.path else ()
-        values = ({key: getattr(source, key) for key in READING} for source in self.mix)
-        return tuple(dataclasses.replace(self, mix=(), mix_temperature=1.0, **options) for options in values)
+        sources = []
+        for source in self.mix:
+            options = {key: getattr(source, key) for key in READING}
+            if not source.holds_out:
+                options["validation_fraction"] = self.validation_fraction
+            sources.append(dataclasses.replace(self, mix=(), mix_temperature=1.0, **options))
+        return tuple(sources)
 
     @property
     def name(self) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,7 +159,7 @@ def test_formats_that_do_not_go_together_are_refused_with_both_named(files, base
     ("options", "said"),
     [
         ({"mix": [{"path": "a"}], "path": "b"}, r"data\.path too \('b'\); it belongs to an entry"),
-        ({"mix": [{"path": "a"}], "validation_fraction": 0.1}, r"data\.validation_fraction too"),
+        ({"mix": [{"path": "a"}], "validation_path": "b"}, r"data\.validation_path too"),
         ({"mix": [{"path": "a", "weight": 2.0}, {"path": "b"}]}, r"weights, but none for b"),
         ({"mix": [{"path": "x/a.jsonl"}, {"path": "y/a.jsonl.gz"}]}, r"are called 'a' in the log"),
         ({"mix": [{}]}, r"path is empty"),
@@ -171,6 +172,18 @@ def test_formats_that_do_not_go_together_are_refused_with_both_named(files, base
 def test_what_makes_no_sense_is_refused(options, said):
     with pytest.raises(ConfigError, match=said):
         Data(**options)
+
+
+@pytest.mark.parametrize("method", ["sft", "reward", "dpo", "distill"])
+def test_a_preset_takes_a_mixture_and_its_held_out_share_is_of_each_data_set_without_one_of_its_own(method):
+    preset = Path(__file__).parents[2] / "configs" / f"{method}.yaml"
+    given = {"0.path": "a", "1.path": "b", "1.validation_fraction": "0.5", "2.path": "c", "2.validation_path": "d"}
+    teacher = {"teacher.path": "t"} if method == "distill" else {}
+    options = {"model.path": "m", **teacher, **{f"data.mix.{key}": value for key, value in given.items()}}
+    data = load_config(method, preset, list(options.items())).data
+    assert data.validation_fraction > 0
+    assert [source.validation_fraction for source in data.sources] == [data.validation_fraction, 0.5, 0.0]
+    assert [source.validation_path for source in data.sources] == ["", "", "d"]
 
 
 def test_a_mixture_from_a_file_and_from_the_command_line(tmp_path):
