@@ -93,7 +93,7 @@ with stopping.handling():
     def stop():
         while not (tmp_path / "run" / "checkpoints" / "0").exists():
             time.sleep(0.01)
-        (child,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        *_, child = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()  # the last one started
         os.kill(int(child), number)
         os.kill(os.getpid(), number)
 
