@@ -10,7 +10,7 @@ from jaxrlhf import stopping
 from jaxrlhf.cli import next_steps, supervise
 from jaxrlhf.cli.models import Options, Overrides, announce_compilations
 from jaxrlhf.config import text as config_text
-from jaxrlhf.config.file import METHODS, load_config, method_of, presets
+from jaxrlhf.config.file import METHODS, load_config, method_of, methods_with_sections, presets
 from jaxrlhf.config.spelling import did_you_mean
 from jaxrlhf.errors import ConfigError, OutOfMemory
 
@@ -173,7 +173,8 @@ def new(options: Options, overrides: Overrides) -> None:
 
 def data(options: Options, overrides: Overrides) -> None:
     if options.file.endswith((".yaml", ".yml")):
-        run = load_config(method_of(Path(options.file)), Path(options.file), overrides, partial=True)
+        methods = methods_with_sections(Path(options.file))  # all read the section `data` alike
+        run = load_config(methods[0] if methods else "sft", Path(options.file), overrides, partial=True)
         whole = {"completion_only": run.completion_only} if run.method == "sft" else {}
         config = METHODS["sft"](model=run.model, tokenizer=run.tokenizer, data=run.data, **whole)
     else:

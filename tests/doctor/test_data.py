@@ -132,3 +132,11 @@ def test_the_command_takes_a_model_or_a_tokenizer_and_lists_ids(tiny_model, tmp_
         shown = capsys.readouterr().out
         assert ("\x1b[" in shown) != bool(no_color)
         assert re.search(r"^\W*(\x1b\[1;32m)?\s+\d+\s+2 \* '</s>'", shown, re.M)
+
+
+def test_a_config_that_several_methods_could_read_is_looked_at(tmp_path, capsys):
+    rows, file = tmp_path / "rows.jsonl", tmp_path / "run.yaml"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in CLEAN))
+    file.write_text(f"data:\n  mix: [{{path: {rows}, weight: 3}}, {{path: {rows}, weight: 1, name: other}}]\n")
+    assert main(["data", str(file)]) == 0
+    assert f"data {rows}: {len(CLEAN)} rows" in capsys.readouterr().out

@@ -187,6 +187,9 @@ def test_what_cannot_be_distilled_is_refused(distill, tiny_model, teacher, tmp_p
     refused(
         DataError, "8 rows are whole texts without a prompt, and distill.lmbda is 0.5", data=config.Data(path=str(text))
     )
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a question"}\n' * 8)
+    refused(DataError, "for prompts alone set distill.lmbda to 1", data=config.Data(path=str(prompts)))
     with pytest.raises(ConfigError, match="does not pack rows"):
         config.DistillConfig(train=config.Train(packing=True))
     with pytest.raises(ConfigError, match="rollout.devices is 1, which is for PPO and GRPO"):

@@ -37,7 +37,13 @@ def read_rows(config: DistillConfig, tokenizer: Tokenizer) -> Split[Any]:
     """Prompts, if the student samples every completion, else sequences with completions. Raises DataError."""
     if config.distill.lmbda == 1:
         return prompt_rows(config.data, tokenizer)
-    rows = sft_rows(config.data, tokenizer, completion_only=True)
+    try:
+        rows = sft_rows(config.data, tokenizer, completion_only=True)
+    except DataError as error:
+        raise DataError(
+            f"{error}\nWith distill.lmbda {config.distill.lmbda:g}, completions of the data are trained on too; for "
+            "prompts alone set distill.lmbda to 1"
+        ) from error
     without = [row for row in (*rows.train, *rows.validation) if not _prompt(row)]
     if config.distill.lmbda > 0 and without:
         raise DataError(
