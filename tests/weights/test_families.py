@@ -367,6 +367,8 @@ def test_classifiers():
         ),
         (QWEN3_30B, {"n_shared_experts": 1}, "n_shared_experts is 1.*shared experts"),
         (QWEN3_30B, {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'; expected one of softmax"),
+        (QWEN3_30B, {"gating_function": "sigmoid"}, "gating_function is 'sigmoid'.*top experts of a softmax"),
+        (QWEN3_30B, {"routed_scaling_factor": 2.5}, "routed_scaling_factor is 2.5.*top experts of a softmax"),
         (OLMOE, {"clip_qkv": 8.0}, "clip_qkv"),
         (PYTHIA_70M, {"rotary_pct": 1.5}, "rotary_pct is 1.5; expected at most 1.0"),
         (PYTHIA_70M, {"rotary_pct": 0.05}, "would turn 3 of the 64 components"),

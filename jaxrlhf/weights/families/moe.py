@@ -1,5 +1,6 @@
 """Shared by the families with mixtures of experts: the router's options in config.json and the tensors' names."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,11 @@ _MODULES = {
 }
 # of other routers: transformers would ignore them here, but a file that has them means another model
 _SHARED = ("n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size", "shared_intermediate_size")
-_GROUPED = ("n_group", "topk_group", "moe_router_enable_expert_bias", "e_score_correction_bias")
+_ROUTING = re.compile("rout|gating|expert|topk|moe|n_group|score_correction")
+_KNOWN = {  # every other key with such a name describes another router
+    "num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size",
+    "output_router_logits", "router_aux_loss_coef",
+}  # fmt: skip
 
 
 def with_experts(tensors: TensorNames) -> TensorNames:
@@ -32,7 +37,7 @@ def parse_router(fields: Fields, values: dict[str, Any], default: int, coef: flo
     both the defaults are given. Raises DataError for another kind of router."""
     for key in _SHARED:
         fields.refuse_if_set(key, "shared experts are not implemented")
-    for key in _GROUPED:
+    for key in sorted(key for key in fields.values if _ROUTING.search(key) and key not in _KNOWN):
         fields.refuse_if_set(key, "only a router that takes the top experts of a softmax is implemented")
     fields.choice("scoring_func", ("softmax",))
     fields.refuse_if_set("mlp_only_layers", "only models with experts in every layer are supported")
