@@ -214,13 +214,14 @@ def train_validation_split(
         train, validation, report = _load(config, tokenizer, task, make_row, ties, variant)
         return Split(train.rows, validation.rows, report)
     loaded: list[_Loaded[T]] = []
-    for source in config.sources:
+    for i, source in enumerate(config.sources):
         try:
             loaded.append(_load(source, tokenizer, task, make_row, ties, variant))
         except DataError as error:
+            told = str(error).replace("data.columns", f"data.mix.{i}.columns")
             others = [f"{report.source} ({report.format})" for _, _, report in loaded]
             others += [other.path for other in config.sources[len(loaded) + 1 :]]
-            raise DataError(f"{error}\nIt is part of data.mix, beside {', '.join(others) or 'nothing else'}") from error
+            raise DataError(f"{told}\nIt is part of data.mix, beside {', '.join(others) or 'nothing else'}") from error
     return _mixed(loaded, config)
 
 

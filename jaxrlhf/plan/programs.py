@@ -151,8 +151,7 @@ def _compile_supervised(trainer: SFTTrainer | RewardTrainer, programs: Programs)
     held_out = batching.longest(trainer.rows.validation, train.eval_batch_size)
     for batch in trainer.eval_batches(held_out):
         programs.compile(module.evaluate, params, batch, model=trainer.model)
-    if isinstance(trainer, SFTTrainer):
-        _compile_samples(trainer.samples, params, trainer.key, programs)
+    _compile_samples(trainer.samples, params, trainer.key, programs)
 
 
 def _compile_dpo(trainer: DPOTrainer, programs: Programs) -> None:
@@ -193,7 +192,9 @@ def _compile_distill(trainer: DistillTrainer, programs: Programs) -> None:
     _compile_samples(trainer.samples, policy, trainer.key, programs)
 
 
-def _compile_samples(samples: Samples, params: Params, key: jax.Array, programs: Programs) -> None:
+def _compile_samples(samples: Samples | None, params: Params, key: jax.Array, programs: Programs) -> None:
+    if samples is None:
+        return
     decoder_params = programs.compile(convert, params, *samples.conversion)
     programs.compile(generate, decoder_params, samples.decoder, samples.prompts, key, samples.sampling, *samples.stops)
 

@@ -153,6 +153,7 @@ def test_formats_that_do_not_go_together_are_refused_with_both_named(files, base
     with pytest.raises(DataError, match=r"qa\.jsonl: columns prompt, completion: not a known format") as error:
         pair_rows(mix({"path": files["pairs"]}, {"path": files["qa"]}), base)
     assert "beside" in str(error.value) and "pairs.jsonl (pairs from" in str(error.value).replace("preference ", "")
+    assert "--data.mix.1.columns" in str(error.value) and "--data.columns" not in str(error.value)
 
 
 @pytest.mark.parametrize(
