@@ -153,7 +153,11 @@ def test_formats_that_do_not_go_together_are_refused_with_both_named(files, base
     with pytest.raises(DataError, match=r"qa\.jsonl: columns prompt, completion: not a known format") as error:
         pair_rows(mix({"path": files["pairs"]}, {"path": files["qa"]}), base)
     assert "beside" in str(error.value) and "pairs.jsonl (pairs from" in str(error.value).replace("preference ", "")
-    assert "--data.mix.1.columns" in str(error.value) and "--data.columns" not in str(error.value)
+
+
+def test_a_message_about_columns_names_those_of_the_data_set(files, base):
+    with pytest.raises(DataError, match=r"data\.mix\.1\.columns maps 'prompt' to a column 'q'"):
+        pair_rows(mix({"path": files["pairs"]}, {"path": files["qa"], "columns": {"prompt": "q"}}), base)
 
 
 @pytest.mark.parametrize(
