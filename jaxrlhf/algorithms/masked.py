@@ -33,6 +33,7 @@ def mean(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array,
 def power_of_two(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """A power of two near |x|. Division by it is exact: sums of the squares of the quotients do not overflow, and
     otherwise give the same bits."""
+    chex.assert_type(x, float)
     return jnp.ldexp(1.0, jnp.clip(jnp.frexp(x)[1] - 1, -60, 126))
 
 

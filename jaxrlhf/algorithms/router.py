@@ -1,5 +1,6 @@
 """The load-balancing loss of a mixture of experts."""
 
+import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -15,5 +16,7 @@ def load_balancing_loss(
     through which alone gradients flow. It is `experts_per_token` if all experts have the same share, and 0 without
     tokens.
     """
+    chex.assert_rank([choices, probabilities], 1)
+    chex.assert_equal_shape([choices, probabilities])
     tokens = jnp.maximum(jnp.sum(choices), 1) / experts_per_token
     return len(choices) * jnp.sum(choices / tokens * probabilities / tokens)

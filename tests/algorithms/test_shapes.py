@@ -15,8 +15,9 @@ import pytest
 from jaxrlhf import algorithms, config
 from jaxrlhf.algorithms import dpo, entropy, masked, ppo, scores
 
-AXES = {"B": 4, "R": 3, "T": 3, "K": 3, "*shape": 3, "*tokens": 3, "V": 5}
-ELEMENTWISE = {"dpo.divergence_scores", "reward.smoothed"}  # of one array: no shape is wrong, but integers are
+AXES = {"B": 4, "R": 3, "T": 3, "K": 3, "*shape": 3, "*tokens": 3, "V": 5, "E": 4}
+# functions of one array: no shape is wrong, but integers are
+ELEMENTWISE = {"dpo.divergence_scores", "masked.power_of_two", "reward.smoothed"}
 NO_ARRAYS = {"scores.no_stats", "dpo.RunningMean.add"}
 STATS = scores.ScoreStats(np.float32(1), np.float32(0), np.float32(1))  # not checked: only functions here build them
 SELVES = {"ScoreStats": STATS, "EntropyControl": entropy.EntropyControl(np.float32(0), np.float32(0))}
