@@ -17,9 +17,9 @@ from jaxrlhf.training.ppo.trainer import PPOTrainer
 def test_each_epoch_of_each_update_shuffles_the_whole_batch_anew(monkeypatch):
     seen, gradients = [], ppo_update.gradients
 
-    def spy(loss, params, batch, parts):
+    def spy(loss, params, batch, *others):
         jax.debug.callback(lambda rows: seen.append(np.array(rows)), batch.rollout.index, ordered=True)
-        return gradients(loss, params, batch, parts)
+        return gradients(loss, params, batch, *others)
 
     experience = case().run()[1]
     monkeypatch.setattr(ppo_update, "gradients", spy)
