@@ -286,8 +286,11 @@ def command(ppo, tmp_path):
     processes = []
 
     def start():
+        # Python leaves a Ctrl-C alone if this process was started in the background, where it is ignored
+        run = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        run += "runpy.run_module('jaxrlhf', run_name='__main__')"
         process = subprocess.Popen(
-            [sys.executable, "-m", "jaxrlhf", *arguments], env=environment, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", run, *arguments], env=environment, stderr=subprocess.PIPE, text=True
         )
         processes.append(process)
         deadline = time.monotonic() + 120
