@@ -175,7 +175,7 @@ def split_userinfo(url: str) -> tuple[str, tuple[str, str] | None]:
 
 
 def _authority(rest: str) -> tuple[str, str, str]:
-    """What follows `://` in a URL, parted at the first of / ? #."""
+    """Split the part of a URL after `://`: (authority, the first of / ? #, the rest)."""
     end = min((i for i in map(rest.find, "/?#") if i >= 0), default=len(rest))
     return rest[:end], rest[end : end + 1], rest[end + 1 :]
 
@@ -185,7 +185,7 @@ def _hide(value: str) -> str:
 
 
 def _hidden_address(rest: str) -> str:
-    """What follows `://` in a URL, without user name and password, values of the query and fragment."""
+    """The part of a URL after `://`, with user name, password, query values and fragment hidden."""
     authority, mark, path = _authority(rest)
     userinfo, at, host = authority.rpartition("@")
     if at:
@@ -208,7 +208,7 @@ def _hidden_parameter(text: str) -> str:
 
 
 def _secrets_of(url: str) -> list[str]:
-    """What `redact` hides in a URL, as written and decoded."""
+    """The secrets in a URL, each as written and decoded."""
     plain, userinfo = split_userinfo(url)
     found = [*userinfo] if userinfo else []
     _, _, query = plain.partition("?")

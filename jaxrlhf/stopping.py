@@ -15,7 +15,8 @@ from typing import Any
 from jaxrlhf.errors import Interrupted
 
 FORWARDED = signal.SIGUSR1
-"""What `--restarts` passes signals on as: the process may have had them itself, and they must not count twice."""
+"""Signal by which `--restarts` forwards SIGTERM and SIGINT: the process may also receive those, and would count them
+twice."""
 SUPERVISED = "JAXRLHF_SUPERVISED"
 """Environment variable that is set for a process which `--restarts` has started."""
 POLL = 0.2  # seconds between two looks of what waits

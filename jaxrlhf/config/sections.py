@@ -55,7 +55,7 @@ class Source:
     max_line_mb: Count = 64
     """Longest line of a JSONL or CSV file in MB. A longer one is taken for a mistake, and not read to its end."""
     max_gz_ratio: AboveOne = 100
-    """How many times its size a .gz file may unpack to, beyond 1 GB."""
+    """Maximum ratio of the unpacked to the packed size of a .gz file; checked beyond 1 GB unpacked."""
     validation_path: FilePath = ""
     """Held-out rows: a file, folder or hub id, also that of `path` with another split."""
     validation_split: str = ""

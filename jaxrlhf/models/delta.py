@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 CHUNK = 64
 """Tokens that are computed as matrix products; between chunks the state is carried."""
 DeltaState = tuple[Float[Array, "B W C"], Float[Array, "B N K V"]]
-"""What a layer keeps of the tokens of a row: the last inputs of the convolution, and the state of every head."""
+"""Cache of one layer for a row: the last inputs of the convolution, and the recurrent state of every head."""
 
 
 class Tokens(NamedTuple):

@@ -42,7 +42,7 @@ def read_record(directory: Path) -> dict[str, Any]:
 
 
 def _problem(record: Mapping[str, Any]) -> str:
-    """What is wrong with the fields of a record; "" if nothing is."""
+    """The reason why a record cannot be used, by its fields; "" if it can."""
     for name, kind in _RUN.items():
         if not isinstance(record.get(name), kind):
             return f"{name} is {_kind(record.get(name))}, not {_NAMES[kind]}"
