@@ -25,7 +25,9 @@ def check(folder: Path) -> str:
         text = file.read_text(encoding="utf-8")
         lines = [_LINE.fullmatch(line) for line in text.splitlines()]
     except FileNotFoundError as error:
-        raise StorageError(f"{folder} has no {SUMS}: an earlier version or another program wrote it") from error
+        raise StorageError(
+            f"{folder} has no {SUMS} to compare with: an earlier version wrote it, or the file was removed"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"{file} cannot be read ({error})") from error
     expected = {match[2]: match[1] for match in lines if match}
