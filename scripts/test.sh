@@ -3,4 +3,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 prepare dev
-exec python -m pytest -n "${JAXRLHF_TEST_WORKERS:-2}" "$@"
+# The tests of a file run in one process and share the programs that they compile.
+exec python -m pytest -n "${JAXRLHF_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -3,9 +3,9 @@
     python scripts/torture.py --minutes 60                    # all kinds; writes torture.json and prints a table
     python scripts/torture.py --minutes 5 --kinds kill damage --seed 1
 
-Runs are small ones of every trainer, with all weights and with adapters, through the command line. A trial has failed
-if the run does not end as the unbroken one did: records of metrics (but for times), samples and exported weights, byte
-for byte.
+Runs are small ones of every trainer, with all weights and with adapters, through the command line's `main`, each in a
+process of its own, forked from one that has imported the modules. A trial has failed if the run does not end as the
+unbroken one did: records of metrics (but for times), samples and exported weights, byte for byte.
 
 kill      SIGKILL at random moments, among them while compiling, restoring, saving and exporting, until the run ends
 stop      SIGTERM at a random moment: the process ends within GRACE seconds with exit code 75, and the run goes on
@@ -17,11 +17,13 @@ damage    a file of a checkpoint is damaged (bits, bytes, length, removed): what
 
 import argparse
 import json
+import logging
+import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -38,9 +40,11 @@ import yaml
 STEPS = 8
 GRACE = 10.0  # seconds from SIGTERM to the end of the process
 DEADLINE = 600.0  # seconds after which a process counts as hung
+DAMAGES = 30  # a minute, so that the processor is left to the runs
 MOST_FAILURES = 20  # of a kind, after which there are no more trials of it
 METHODS = ("sft", "reward", "dpo", "ppo", "grpo")
-KINDS = ("kill", "stop", "full", "owners", "damage")
+KINDS = {"kill": 6, "stop": 2, "full": 1, "owners": 1, "damage": 0}  # how often each is tried; damage runs beside
+FORKS = multiprocessing.get_context("forkserver")
 SCORE = "def score(prompts, completions):\n    return [len(text) % 7 / 7 for text in completions]\n"
 
 
@@ -111,18 +115,16 @@ class Bench:
             settings[method]["num_generations"] = 2
         return settings
 
-    def start(self, case: str, run: Path, *, cold: bool = False, limit: int | None = None) -> subprocess.Popen[bytes]:
-        """Start or resume a run. `cold`: it compiles all programs; `limit`: KiB that a file can have at most."""
+    def start(self, case: str, run: Path, *, cold: bool = False, limit: int | None = None) -> Any:
+        """Start or resume a run in a new process. `cold`: it compiles all programs; `limit`: bytes that a file can
+        have at most."""
         file = run.with_suffix(".yaml")
         file.write_text(yaml.safe_dump(self.settings(case, run)))
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-        environment |= {"JAX_COMPILATION_CACHE_DIR": str(run.parent / "cold" if cold else self.cache)}
-        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        command = [sys.executable, "-m", "jaxrlhf", self.cases[case][0], str(file)]
-        if limit:
-            command = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", *command]
-        with run.with_suffix(".log").open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        programs = run.parent / f"cold {run.name}" if cold else self.cache
+        command = [self.cases[case][0], str(file)]
+        process = FORKS.Process(target=run_command, args=(command, programs, limit, run.with_suffix(".log")))
+        process.start()
+        return process
 
     def unbroken(self, case: str) -> tuple[Any, float]:
         """What an unbroken run of `case` leaves, and the seconds that it takes with its programs compiled."""
@@ -136,13 +138,36 @@ class Bench:
             return self._unbroken[case]
 
 
-def finish(process: subprocess.Popen[bytes], run: Path) -> None:
-    """Wait for a process that has to succeed. Raises RuntimeError with the end of its log if it does not."""
-    try:
-        code = process.wait(timeout=DEADLINE)
-    except subprocess.TimeoutExpired:
+def run_command(command: list[str], programs: Path, limit: int | None, log: Path) -> None:
+    """In the new process: `jaxrlhf COMMAND`, with a cache of compiled programs in `programs`."""
+    import jax
+
+    from jaxrlhf import cli
+
+    with log.open("ab") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(programs), "HF_HUB_OFFLINE": "1"}
+    jax.config.update("jax_compilation_cache_dir", str(programs))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_platforms", "cpu")
+    sys.exit(cli.main(command))
+
+
+def wait(process: Any) -> int:
+    """The exit code of a process; its signal, negative, if it was killed. Raises TimeoutError if it hangs."""
+    process.join(DEADLINE)
+    if process.exitcode is None:
         process.kill()
-        code = f"none within {DEADLINE:.0f} s"
+        raise TimeoutError(f"the process has not ended within {DEADLINE:.0f} s")
+    return process.exitcode
+
+
+def finish(process: Any, run: Path) -> None:
+    """Wait for a process that has to succeed. Raises RuntimeError with the end of its log if it does not."""
+    code = wait(process)
     if code != 0:
         raise RuntimeError(f"exit code {code}: {run.with_suffix('.log').read_text(errors='replace')[-600:]}")
 
@@ -165,37 +190,46 @@ def difference(run: Path, expected: Any) -> str | None:
     return f"{', '.join(sorted(changed))} differ" if changed else None
 
 
-def phase(run: Path) -> str:
-    """What a run is doing, by the files that it has."""
+def written(run: Path) -> int:
+    """Bytes of the run's records."""
+    file = run / "metrics.jsonl"
+    return file.stat().st_size if file.exists() else -1
+
+
+def phase(run: Path, before: int, cold: bool = False) -> str:
+    """What a process is doing, by the files of its run. `before`: bytes of the records when it was started."""
     if any((run / "checkpoints").glob("*tmp*")):
         return "saving"
     if any(run.glob("*export*tmp*")) or any(run.glob(".*export*")):
         return "exporting"
-    if not (run / "metrics.jsonl").exists():
-        return "before the first step"
-    return "at the end" if (run / "export").exists() else "training"
+    if (run / "export").exists():
+        return "at the end"
+    if written(run) != before:
+        return "training"
+    return "compiling" if cold else "starting" if before < 0 else "restoring"
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float) -> None:
+def wait_until(condition: Callable[[], bool], process: Any, seconds: float) -> None:
     """Return once `condition` holds, the process ends or the time is over."""
     until = time.monotonic() + seconds
-    while not condition() and process.poll() is None and time.monotonic() < until:
+    while not condition() and process.exitcode is None and time.monotonic() < until:
         time.sleep(0.001)
 
 
 def kill(bench: Bench, case: str, run: Path, chance: random.Random, tally: Tally) -> str | None:
     expected, seconds = bench.unbroken(case)
-    for _ in range(chance.randint(2, 5)):
-        process = bench.start(case, run, cold=chance.random() < 0.1)
+    for _ in range(chance.randint(3, 6)):
+        cold, before = chance.random() < 0.1, written(run)
+        process = bench.start(case, run, cold=cold)
         if chance.random() < 0.5:
             wait_until(lambda: False, process, chance.uniform(0, 1.1 * seconds))
         else:  # a moment of which there are few
             wanted = chance.choice(("saving", "exporting"))
-            wait_until(lambda: phase(run) == wanted, process, 1.1 * seconds)  # noqa: B023
+            wait_until(lambda: phase(run, before) == wanted, process, 1.1 * seconds)  # noqa: B023
             time.sleep(chance.uniform(0, 0.03))
-        met = phase(run)
+        met = phase(run, before, cold)
         process.kill()
-        if process.wait() == -signal.SIGKILL:
+        if wait(process) == -signal.SIGKILL:
             tally.events += 1
             tally.where[met] += 1
     finish(bench.start(case, run), run)
@@ -206,16 +240,16 @@ def stop(bench: Bench, case: str, run: Path, chance: random.Random, tally: Tally
     expected, seconds = bench.unbroken(case)
     process = bench.start(case, run)
     wait_until(lambda: False, process, chance.uniform(0.2, 1.0) * seconds)
-    met = phase(run)
+    met = phase(run, -1)
     asked = time.monotonic()
     process.terminate()
-    code = process.wait(timeout=DEADLINE)
+    code = wait(process)
     took = time.monotonic() - asked
     if code != 0:  # else it had ended
         tally.events += 1
         tally.where[met] += 1
     problem = None
-    if code not in (0, 75, -signal.SIGTERM) or (code == -signal.SIGTERM and met != "before the first step"):
+    if code not in (0, 75, -signal.SIGTERM) or (code == -signal.SIGTERM and met != "starting"):
         problem = f"exit code {code} after SIGTERM {met}"
     elif took > GRACE:
         problem = f"{took:.1f} s from SIGTERM to the end, {met}"
@@ -225,8 +259,8 @@ def stop(bench: Bench, case: str, run: Path, chance: random.Random, tally: Tally
 
 def full(bench: Bench, case: str, run: Path, chance: random.Random, tally: Tally) -> str | None:
     expected, _ = bench.unbroken(case)
-    process = bench.start(case, run, limit=chance.choice((20, 100, 300)))
-    code = process.wait(timeout=DEADLINE)
+    process = bench.start(case, run, limit=1024 * chance.choice((20, 100, 300)))
+    code = wait(process)
     tally.events += 1
     tally.where[f"exit code {code}"] += 1
     log = run.with_suffix(".log").read_text(errors="replace")
@@ -240,7 +274,7 @@ def owners(bench: Bench, case: str, run: Path, chance: random.Random, tally: Tal
     wait_until((run / ".lock").exists, first, DEADLINE)
     time.sleep(chance.uniform(0, 0.3) * seconds)
     second = bench.start(case, run)
-    refused = second.wait(timeout=DEADLINE)
+    refused = wait(second)
     tally.events += 1
     tally.where[f"the second ends with {refused}"] += 1
     finish(first, run)
@@ -325,45 +359,59 @@ def damage(file: Path, chance: random.Random) -> str:
     return f"{kind} of {file.name}"
 
 
-def run_trials(kinds: list[str], bench: Bench, until: float, seed: int, jobs: int) -> dict[str, Tally]:
-    """Trials of all kinds in turns until the time is over."""
+def run_trials(kinds: list[str], bench: Bench, minutes: float, seed: int, jobs: int, output: Path) -> dict[str, Tally]:
+    """Trials of all kinds in turns until the time is over. What is known so far is in `output` after each."""
     tallies = {kind: Tally() for kind in kinds}
     damages, numbers = Damage(bench), iter(range(10**9))
-    lock = threading.Lock()
+    lock, started = threading.Lock(), time.monotonic()
 
-    def worker(kinds: list[str]) -> None:
-        while time.monotonic() < until:
-            kinds = [kind for kind in kinds if len(tallies[kind].failures) < MOST_FAILURES]
-            if not kinds:
-                return
-            with lock:
-                number = next(numbers)
-            chance = random.Random(f"{seed} {number}")
-            # twice as many kills as of each other kind
-            kind = chance.choice([*kinds, "kill"] if "kill" in kinds else kinds)
-            case = chance.choice(list(bench.cases))
-            folder = bench.folder / f"{number} {kind} {case}".replace(" ", "-")
-            tally = tallies[kind]
-            try:
-                if kind == "damage":
-                    problem = damages.trial(case, folder, chance, tally)
-                else:
-                    problem = TRIALS[kind](bench, case, folder, chance, tally)
-            except Exception as error:
-                problem = f"{type(error).__name__}: {error}"
-            tally.trials += 1
-            if problem:
-                tally.failures.append(f"trial {number}, {case}: {problem}")
-                print(f"{kind}: {tally.failures[-1]}; its files are kept: {folder}", flush=True)
+    def elapsed() -> float:
+        return (time.monotonic() - started) / 60
+
+    def trial(kind: str) -> None:
+        with lock:
+            number = next(numbers)
+        chance = random.Random(f"{seed} {number}")
+        case = chance.choice(list(bench.cases))
+        folder = bench.folder / f"{number} {kind} {case}".replace(" ", "-")
+        tally = tallies[kind]
+        try:
+            if kind == "damage":
+                problem = damages.trial(case, folder, chance, tally)
             else:
-                for path in bench.folder.glob(f"{folder.name}*"):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                problem = TRIALS[kind](bench, case, folder, chance, tally)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        tally.trials += 1
+        if problem:
+            tally.failures.append(f"trial {number}, {case}: {problem}")
+            print(f"{kind}: {tally.failures[-1]}; its files are kept: {folder}", flush=True)
+        else:
+            for path in bench.folder.glob(f"*{folder.name}*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with lock:
+            found = {kind: vars(tally) | {"where": dict(tally.where)} for kind, tally in tallies.items()}
+            output.write_text(json.dumps({"seed": seed, "minutes": elapsed(), "kinds": found}, indent=2))
 
-    processes = [kind for kind in kinds if kind != "damage"]
+    def runs() -> None:
+        chance = random.Random(seed)
+        while elapsed() < minutes:
+            tried = [k for k in kinds if k != "damage" and len(tallies[k].failures) < MOST_FAILURES]
+            if not tried:
+                return
+            trial(chance.choices(tried, [KINDS[kind] for kind in tried])[0])
+
+    def checkpoints() -> None:
+        while elapsed() < minutes and len(tallies["damage"].failures) < MOST_FAILURES:
+            if tallies["damage"].trials < DAMAGES * elapsed():
+                trial("damage")
+            else:
+                time.sleep(0.1)
+
     with ThreadPoolExecutor(jobs + 1) as pool:
-        workers = [pool.submit(worker, processes) for _ in range(jobs if processes else 0)]
+        workers = [pool.submit(runs) for _ in range(jobs)]
         if "damage" in kinds:
-            workers.append(pool.submit(worker, ["damage"]))
+            workers.append(pool.submit(checkpoints))
         for each in workers:
             each.result()
     return tallies
@@ -388,14 +436,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("torture.json"))
     options = parser.parse_args()
     started = time.monotonic()
+    logging.disable()  # of what each damage makes of a restore
+    FORKS.set_forkserver_preload(["jaxrlhf.cli", "jaxrlhf.training", "orbax.checkpoint", "transformers", "datasets"])
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         bench = Bench(Path(folder))
         bench.prepare()
-        tallies = run_trials(options.kinds, bench, time.monotonic() + 60 * options.minutes, options.seed, options.jobs)
-        minutes = (time.monotonic() - started) / 60
-        print(table(tallies, minutes))
-        found = {kind: vars(tally) | {"where": dict(tally.where)} for kind, tally in tallies.items()}
-        options.output.write_text(json.dumps({"seed": options.seed, "minutes": minutes, "kinds": found}, indent=2))
+        tallies = run_trials(options.kinds, bench, options.minutes, options.seed, options.jobs, options.output)
+        print(table(tallies, (time.monotonic() - started) / 60))
         failed = any(tally.failures for tally in tallies.values())
         if failed:
             kept = Path.cwd() / "torture-failed"

@@ -1,5 +1,6 @@
 """Shared by all tests. What jax reads once is set here, before anything imports it."""
 
+import collections
 import gc
 import json
 import os
@@ -25,8 +26,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of minutes come first: at the end one worker would be left with them."""
-    items.sort(key=lambda item: not item.nodeid.startswith(("tests/ux/", "tests/recipes/", "tests/distributed/")))
+    """Files with tests of minutes come first, then those with many tests: at the end one worker would be left with
+    them."""
+    sizes = collections.Counter(item.path for item in items)
+    minutes = ("tests/ux/", "tests/recipes/", "tests/distributed/")
+    items.sort(key=lambda item: (not item.nodeid.startswith(minutes), -sizes[item.path], item.path))
 
 
 def pytest_collection_finish() -> None:

@@ -1,0 +1,125 @@
+"""Train for hours and see whether memory, open files, threads or files grow.
+
+    python scripts/soak.py --hours 2                 # prints a table and writes soak.json
+    python scripts/soak.py --hours 0.1 --method grpo
+
+A small run with everything that repeats: checkpoints, validation, samples, records of tokens, the report, and a reward
+function in a worker process that is killed every KILL_EVERY seconds. The run has failed if what it holds in the last
+quarter of the time is more than in the second one by more than GROWTH.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torture import Bench
+
+LOOK_EVERY = 5.0  # seconds
+KILL_EVERY = 60.0  # seconds
+GROWTH = 1.03  # of memory; counts may not grow at all
+QUANTITIES = ("RSS, MB", "anonymous memory, MB", "descriptors", "threads", "processes", "checkpoint folder, MB")
+
+
+def settings(bench: Bench, method: str, run: Path) -> dict[str, Any]:
+    """The config of the run, which ends when it is told to."""
+    found = bench.settings(method, run)
+    found[method]["total_episodes"] = 4 * 10**6
+    found["reward"] = {"components": [found["reward"] | {"on_error": "skip"}]}
+    found["checkpoint"] = {"save_every": 20, "keep": 2}
+    found["logging"] = {"tensorboard": True, "sample_every": 20, "num_samples": 4}
+    found["validation"] = {"eval_steps": 50}
+    found["data"]["validation_fraction"] = 0.25
+    return found
+
+
+def family(pid: int) -> list[int]:
+    """A process and its descendants."""
+    found = [pid]
+    for each in found:
+        for children in Path(f"/proc/{each}/task").glob("*/children"):
+            found += [int(child) for child in children.read_text().split()]
+    return found
+
+
+def look(pid: int, run: Path) -> dict[str, float]:
+    """What the run holds now: its own process, and the number of its processes."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    files = [file.stat().st_size for file in (run / "checkpoints").rglob("*") if file.is_file()]
+    return {
+        "RSS, MB": int(status["VmRSS"].split()[0]) / 1024,
+        "anonymous memory, MB": int(status["RssAnon"].split()[0]) / 1024,
+        "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
+        "threads": int(status["Threads"]),
+        "processes": len(family(pid)),
+        "checkpoint folder, MB": sum(files) / 2**20,
+    }
+
+
+def quarters(looks: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Median of each quantity in each quarter of the time."""
+    size = len(looks) // 4
+    parts = [looks[i * size : (i + 1) * size] for i in range(4)]
+    return {name: [statistics.median(look[name] for look in part) for part in parts] for name in QUANTITIES}
+
+
+def table(medians: dict[str, list[float]], facts: str) -> str:
+    """Markdown: a row for each quantity."""
+    lines = ["| median in | 1st quarter | 2nd | 3rd | 4th |", "|---|---|---|---|---|"]
+    lines += [f"| {name} | {' | '.join(f'{value:.4g}' for value in values)} |" for name, values in medians.items()]
+    return "\n".join([*lines, "", facts])
+
+
+def main() -> int:
+    """Run it and return 1 if it failed or grew."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hours", type=float, default=2.0)
+    parser.add_argument("--method", choices=("ppo", "grpo"), default="ppo")
+    parser.add_argument("--output", type=Path, default=Path("soak.json"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        bench, run, log = Bench(Path(folder)), Path(folder) / "run", Path(folder) / "log"
+        bench.prepare()
+        config = Path(folder) / "soak.yaml"
+        config.write_text(yaml.safe_dump(settings(bench, options.method, run)))
+        with log.open("w") as output:
+            environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+            command = [sys.executable, "-m", "jaxrlhf", options.method, str(config)]
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        started, killed, looks, chance = time.monotonic(), 0, [], random.Random(0)
+        while process.poll() is None and time.monotonic() - started < 3600 * options.hours:
+            time.sleep(LOOK_EVERY)
+            if process.poll() is None and (run / "metrics.jsonl").exists():
+                looks.append(look(process.pid, run))
+            if time.monotonic() - started > KILL_EVERY * (killed + 1):
+                children = family(process.pid)[1:]
+                if children:
+                    os.kill(chance.choice(children), signal.SIGKILL)
+                killed += 1
+        process.terminate()
+        code = process.wait()
+        if code != 75:
+            print(f"the run ended with exit code {code}:\n{log.read_text()[-2000:]}")
+            return 1
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        steps = records[-1]["step"]
+        sizes = {file.name: file.stat().st_size / steps for file in run.glob("*.jsonl")}
+        written = ", ".join(f"{name} {size:.0f}" for name, size in sorted(sizes.items()))
+        medians = quarters(looks)
+        facts = f"{steps:,} updates, {killed} kills of a worker; bytes per update: {written}"
+        print(table(medians, facts))
+        options.output.write_text(json.dumps({"facts": facts, "medians": medians, "looks": looks}))
+        return int(any(last > GROWTH * second for _, second, _, last in medians.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
