@@ -6,12 +6,13 @@ A jitted function compiled for the shapes of its arguments is found in jax's cac
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 from jaxrlhf.sharding import with_shardings
 
+T = TypeVar("T")
 SLOW = 0.5
 """Seconds of tracing, lowering and compiling after which a program is announced."""
 
@@ -39,6 +40,7 @@ def compile_shapes(program: Any, *args: Any, **kwargs: Any) -> Compiled:
 
 
 _listeners: list[Callable[[str], None]] = []
+_timers: list[Callable[[float], None]] = []
 _thread = threading.local()  # events of the program that this thread is compiling
 
 
@@ -46,15 +48,29 @@ _thread = threading.local()  # events of the program that this thread is compili
 def announce(note: Callable[[str], None]) -> Iterator[None]:
     """While the block runs, `note` a line about every program that takes SLOW seconds or more, in the thread that
     compiles it. An inner block replaces the outer one."""
-    if not _listeners:
+    with _listening(_listeners, note):
+        yield
+
+
+@contextlib.contextmanager
+def timed(add: Callable[[float], None]) -> Iterator[None]:
+    """While the block runs, call `add` with the seconds of tracing, lowering and compiling of every program, in the
+    thread that compiles it, when they have passed. An inner block replaces the outer one."""
+    with _listening(_timers, add):
+        yield
+
+
+@contextlib.contextmanager
+def _listening(listeners: list[T], listener: T) -> Iterator[None]:
+    if not _listeners and not _timers:
         jax.monitoring.register_event_listener(_event)
         jax.monitoring.register_event_duration_secs_listener(_duration)
-    _listeners.append(note)
+    listeners.append(listener)
     try:
         yield
     finally:
-        _listeners.pop()
-        if not _listeners:
+        listeners.pop()
+        if not _listeners and not _timers:
             jax.monitoring.unregister_event_listener(_event)
             jax.monitoring.unregister_event_duration_listener(_duration)
 
@@ -91,6 +107,8 @@ def _duration(event: str, duration_secs: float, **about: str | int) -> None:
         before = state.get("traced", {}).get(name, 0.0) + state.get("lowered", 0.0)
         cached = state.get("cached", False)
         state.clear()
+        if _timers:
+            _timers[-1](before + duration_secs)
         if before + duration_secs >= SLOW and _listeners:
             verb, origin = ("loaded", " from the cache") if cached else ("compiled", "")
             _listeners[-1](f"{verb} {name}{origin} in {duration_secs:.1f} s, after {before:.1f} s of tracing")

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def _supervised(options: Options, overrides: Overrides) -> int:
 
 
 def _train(options: Options, overrides: Overrides) -> int:
+    began = time.monotonic()
     _join_processes(options)
     config = _load_with_options(options.verb, _config_path(options.config), options, overrides)
     if options.dry_run:
@@ -80,11 +82,12 @@ def _train(options: Options, overrides: Overrides) -> int:
         dry_run.show(config, fresh=options.fresh, colour=_colour())
         return 0
     from jaxrlhf import distributed, runs
+    from jaxrlhf.runs import wallclock
 
     runs.check_processes(config)
     runs.check_run_directory(config, options.verb, options.fresh)
     quiet = config.logging.quiet or not distributed.is_primary()
-    with announce_compilations(sys.stdout, quiet=quiet):
+    with wallclock.command(began), announce_compilations(sys.stdout, quiet=quiet):
         _trainer_class(options.verb)(config, fresh=options.fresh).train()
     if not quiet:
         print("\n".join(["next:", *next_steps.after_training(config)]))

@@ -336,7 +336,7 @@ class Checkpoint:
     """Number of most recent checkpoints to keep."""
     grace: Positive = 30.0
     """Seconds between the signal to stop (SIGTERM) and the end of the process by force, as your cluster grants them. A
-    run whose steps take longer warns of it."""
+    run whose steps take longer warns of it, before its first step if it is resumed, else after it."""
     synchronous: Literal["auto", "always", "never"] = "auto"
     """Block training while a checkpoint is written. auto: write in the background if a copy of the state fits in free
     memory."""

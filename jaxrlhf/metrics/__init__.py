@@ -20,7 +20,7 @@ from jaxrlhf.config import Logging
 from jaxrlhf.errors import DataError, counted, first_line, quoted
 from jaxrlhf.files import read_json, write_whole
 from jaxrlhf.metrics import sinks, tags
-from jaxrlhf.metrics.console import Console
+from jaxrlhf.metrics.console import Console, duration
 from jaxrlhf.metrics.keys import EPOCHS, JUDGE, METRICS, REWARDS
 from jaxrlhf.metrics.sinks import Sink
 
@@ -104,22 +104,23 @@ class Logger:
             file.flush()
             os.fsync(file.fileno())
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int) -> list[dict[str, Any]]:
         """Remove records after `step` before the run resumes from `step` (0: starts), and lines that cannot be read or
-        repeat earlier ones. Says what was wrong, and what is missing."""
+        repeat earlier ones. Says what was wrong, and what is missing. Returns the records after `step`."""
         for path in (self._directory / TOKENS).glob("step-*.jsonl.gz"):
             number = path.name.removeprefix("step-").removesuffix(".jsonl.gz")
             if number.isdecimal() and int(number) > step:  # other names are not ours
                 path.unlink()
         for file in (self._metrics, self._samples):
             file.close()
-        sent, _ = (self._truncate(Path(file.name), step) for file in (self._metrics, self._samples))
+        found, _ = (self._truncate(Path(file.name), step) for file in (self._metrics, self._samples))
         self._open()
-        self._open_sinks(step, sent)
+        self._open_sinks(step, found.last)
+        return found.later
 
-    def _truncate(self, path: Path, step: int) -> int:
+    def _truncate(self, path: Path, step: int) -> "_Found":
         """Keep the lines of `path` up to `step` (0: none), in one atomic replacement, and note what is wrong with them;
-        returns the last step that was there, -1 if there was none."""
+        returns what was there."""
         every = path.name == METRICS_FILE
         kept, found = _lines_up_to(path, step, every=every)
         problems = []
@@ -134,7 +135,7 @@ class Logger:
         if step and problems:
             self.note(f"{path.name}, up to step {step}: {'; '.join(problems)}. The run goes on with what is left")
         write_whole(path, b"".join(kept))
-        return found.last
+        return found
 
     def close(self) -> None:
         """Flush and close everything. Raises nothing: what could not be written has been raised when it was logged."""
@@ -252,9 +253,11 @@ def _finite(value: Any) -> Any:
 
 
 class _Found(NamedTuple):
-    """Lines of a log: the last step among them, and how many cannot be read or repeat earlier ones."""
+    """Lines of a log: the last step among them (-1: none), those after the step that was asked for, and how many cannot
+    be read or repeat earlier ones."""
 
     last: int
+    later: list[dict[str, Any]]
     unreadable: int
     repeated: int
 
@@ -263,16 +266,18 @@ def _lines_up_to(path: Path, step: int, *, every: bool) -> tuple[list[bytes], _F
     """The lines of a log up to `step`, in the order of their steps, and what was found. With `every` there is one line
     for each step, otherwise there may be several, one after the other."""
     kept: list[bytes] = []
+    later: list[dict[str, Any]] = []
     last, done, unreadable, repeated = -1, -1, 0, 0
     *lines, torn = path.read_bytes().split(b"\n")
     for line in lines:
         try:
-            number = json.loads(line)["step"]
-            later = number > last or (number == last and not every)
+            record = json.loads(line)
+            number = record["step"]
+            further = number > last or (number == last and not every)
         except (ValueError, KeyError, TypeError, RecursionError):
             unreadable += last < step
             continue
-        if not later:
+        if not further:
             done = last
         if number <= done:
             repeated += number <= step
@@ -280,4 +285,6 @@ def _lines_up_to(path: Path, step: int, *, every: bool) -> tuple[list[bytes], _F
         last = number
         if step and number <= step:
             kept.append(line + b"\n")
-    return kept, _Found(last, unreadable + bool(torn and last < step), repeated)
+        else:
+            later.append(record)
+    return kept, _Found(last, later, unreadable + bool(torn and last < step), repeated)

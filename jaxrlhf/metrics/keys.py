@@ -28,6 +28,18 @@ DISTILL: dict[str, str] = {
 }
 """Distillation, at `distill.temperature`."""
 
+TIMES: dict[str, str] = {
+    "training": "training: rollouts and optimizer steps, without the parts that have metrics of their own",
+    "reward": "waiting for rewards",
+    "evaluation": "evaluations, validations and samples",
+    "compile": "tracing, lowering and compiling programs, or loading them from the cache",
+    "save": "waiting for checkpoints; what is written in the background does not count",
+    "restore": "reading checkpoints",
+    "other": "anything else, such as writing the report",
+}
+"""Parts of the wall-clock time of a run. Those of a record add up to the time since the record before it, or since the
+run was resumed; parts without any are missing."""
+
 HELD_OUT = (
     "loss",
     "entropy",
@@ -170,6 +182,7 @@ METRICS: dict[str, str] = {
     "perf/rollout_wait_seconds": "seconds of them in which training waited, with rollout.devices",
     "perf/environment_seconds": "seconds of generation that the environment took",
     "perf/reward_seconds": "wall-clock seconds of scoring",
+    **{f"perf/time/{part}": f"seconds since the record before that went to {what}" for part, what in TIMES.items()},
 }
 """Definition of every key of a record. Only the timings, `perf/...`, differ between runs with equal configs."""
 

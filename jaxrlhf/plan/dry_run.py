@@ -31,7 +31,7 @@ def show(config: RunConfig, *, fresh: bool = False, colour: bool = False) -> Non
     trainer = abstract_trainer(replace(config, **{"model.merged_path": ""}))
     print(visible(trainer.summary()))
     print("\n".join(first_batch(trainer, colour=colour)), flush=True)
-    print("\n".join(needs(plan_of(trainer), trainer.total_steps)), flush=True)
+    print("\n".join(needs(plan_of(trainer), trainer.total_steps, config.checkpoint.grace)), flush=True)
     print("\n".join(writes(config, fresh=fresh)))
 
 
@@ -71,8 +71,9 @@ def _text(tokens: list[int], mask: list[bool], tokenizer: Tokenizer, *, colour: 
     return text + (f" ... ({len(tokens) - TOKENS} more tokens)" if len(tokens) > TOKENS else "")
 
 
-def needs(plan: Plan, steps: int) -> Iterator[str]:
-    """The peak of memory, the size of a checkpoint, and the least time of a step and of all."""
+def needs(plan: Plan, steps: int, grace: float) -> Iterator[str]:
+    """The peak of memory, the size of a checkpoint, and the least time of a step and of all, with a warning if a step
+    takes longer than `grace` seconds."""
     available, peak = available_memory(plan.devices), plan.peak
     free = "the device does not report its free memory"
     if available.free is not None:
@@ -90,6 +91,11 @@ def needs(plan: Plan, steps: int) -> Iterator[str]:
         "else comes on top (compilation, other operations, reward functions, evaluation, saving) and is not estimated: "
         "a run prints its own estimate (eta) after the second step"
     )
+    if seconds > grace:
+        yield (
+            f"warning: a step takes longer than checkpoint.grace ({grace:g} s): a signal to stop may be seen only at "
+            "its end, and a run that is killed loses the steps since its last checkpoint"
+        )
 
 
 def writes(config: RunConfig, *, fresh: bool) -> Iterator[str]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxrlhf.metrics.keys import EPOCHS, REWARDS
+from jaxrlhf.metrics.keys import EPOCHS, REWARDS, TIMES
 
 POINTS = 300
 """Points of a curve: more than a chart is pixels wide."""
@@ -63,6 +63,7 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
     "Speed": (
         ("Tokens per second", "generation", ("perf/response_tokens_per_second",)),
         ("Time of a phase", "seconds", ("perf/rollout_seconds", "perf/reward_seconds")),
+        ("Time since the record before", "seconds", tuple(f"perf/time/{part}" for part in TIMES)),
     ),
 }
 """Charts of every method, by subject; a chart without a logged metric is left out."""

@@ -22,6 +22,7 @@ from jaxrlhf.metrics.keys import definition
 from jaxrlhf.report import curves, reward_health, tokens, verdict
 from jaxrlhf.report.page import page
 from jaxrlhf.report.samples import by_prompt, cut
+from jaxrlhf.runs import wallclock
 from jaxrlhf.secrets import redact, redact_value
 
 T = TypeVar("T")
@@ -68,6 +69,7 @@ def collect(directory: Path) -> dict[str, Any]:
         "verdict": verdict.verdict(method, records, baseline, evaluation),
         "facts": _facts(records, trained, config, method),
         "changes": _changes(config, method, starts[-1].get("command") or [] if starts else []),
+        "time": _time(run, starts, records),
         "warnings": [*files.problems, *verdict.warnings(records)],
         "curves": curves.charts(records, before),
         "tradeoffs": curves.tradeoffs(records, before),
@@ -190,6 +192,15 @@ def _facts(
         if memory := device or host:
             facts.append(("Peak memory", f"{memory / 2**30:.2f} GiB" + ("" if device else " (process)")))
     return facts
+
+
+def _time(
+    run: Mapping[str, Any], starts: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, float]]:
+    """[(what the wall-clock time was spent on, seconds)], the longest first."""
+    times = wallclock.before(starts, run.get("time", {}), records, ()) if starts else {}
+    named = [(wallclock.NAMES[part], times[part]) for part in wallclock.NAMES if part in times]
+    return sorted(named, key=lambda pair: -pair[1])
 
 
 def _seconds(start: Mapping[str, Any]) -> float:

@@ -277,6 +277,7 @@ def _record(previous: dict[str, Any], config: Any, method: str) -> dict[str, Any
         "platform": platform.platform(),
         "mesh": dict(sharding.make_mesh(config.mesh).shape),
         "starts": [*previous.get("starts", []), start],
+        "time": previous.get("time", {}),
     }
 
 

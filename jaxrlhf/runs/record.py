@@ -29,7 +29,7 @@ _START: dict[str, type | tuple[type, ...]] = {
 
 
 def read_record(directory: Path) -> dict[str, Any]:
-    """Read run.json: `method`, and `starts`, of which there is at least one. Raises StorageError if it
+    """Read run.json: `method`, `starts`, of which there is at least one, and `time`. Raises StorageError if it
     cannot be read, or if a field is not of the type that the package writes."""
     file = directory / "run.json"
     try:
@@ -48,6 +48,9 @@ def _problem(record: Mapping[str, Any]) -> str:
             return f"{name} is {_kind(record.get(name))}, not {_NAMES[kind]}"
     if not isinstance(record.get("versions", {}), dict):
         return f"versions is {_kind(record['versions'])}, not an object"
+    times = record.get("time", {})
+    if not isinstance(times, dict) or not all(type(seconds) in (int, float) for seconds in times.values()):
+        return "time is not an object of numbers"
     if not record["starts"]:
         return "starts is empty"
     for number, start in enumerate(record["starts"]):

@@ -12,6 +12,7 @@ from jaxrlhf.config import DistillConfig, DPOConfig, GRPOConfig, PPOConfig, Rewa
 from jaxrlhf.config.spelling import did_you_mean
 from jaxrlhf.errors import ConfigError, Interrupted, Preempted, RewardError, StorageError
 from jaxrlhf.metrics.keys import EPOCHS
+from jaxrlhf.runs import wallclock
 from jaxrlhf.training.health import Health
 from jaxrlhf.training.setup import RunConfig
 from jaxrlhf.training.state import State
@@ -54,19 +55,25 @@ class Session:
         synchronous |= policy.synchronous == "auto" and checkpoint.short_of_memory(state.template)
         self._checkpoints = checkpoint.Checkpoints(run.directory / "checkpoints", policy.keep, synchronous, self.best)
         self._pending: tuple[int, Metrics] | None = None
+        self._record: Metrics = {}  # the last one
         self.pending: dict[str, Any] = {}
         """After `resume`: `record` and `samples` of its step, whose evaluation a signal ended."""
         self._stop = distributed.Request()
         self._health = self._new_health([])
         self._saved_at = time.monotonic()  # or the start of the run
-        self._ends: list[float] = []  # times when the first two steps of this start ended
-        self._waited = 0.0  # seconds of the last step in which a signal would have been seen at once
+        self.clock = wallclock.Clock()
+        self._times: wallclock.Times = {}  # of the run, up to the last record
+        self._repeated = wallclock.REPEATED  # parts of the time since the last record that are lost if the run ends
+        self.done = False
+        self._length_known = False  # it has been said whether a step takes longer than the grace
+        self._saves: list[tuple[int, float]] = []  # step and seconds of the checkpoints of this start
         self._report_due = 0.0  # time when the next report may be written
 
     def resume(self) -> None:
         """Restore the state from the newest valid checkpoint, if there is one, and cut the logs back to its step."""
         distributed.on_primary(self._checkpoints.remove_unfinished)
-        restored = self._checkpoints.restore(self._state.template)
+        with self.clock.spent("restore"):
+            restored = self._checkpoints.restore(self._state.template)
         step = 0
         if restored:
             step, value, identity = restored
@@ -87,10 +94,21 @@ class Session:
             )
         for note in self.run.notes:
             self.note(note)
-        self.logger.rewind(step)
-        self.run.record(step=step, total_steps=self.total_steps)
-        self._health = self._new_health(self.records())
+        later = self.logger.rewind(step)
+        records, content = self.records(), self.run.content
+        self._times = wallclock.before(content["starts"][:-1], content.get("time", {}), records, later or ())
+        self._record_times(step=step, total_steps=self.total_steps)
+        self._health = self._new_health(records)
         self.report()
+        if (seconds := wallclock.step_seconds(records, ["training"], self._seen_at_once)) is not None:
+            self._warn_of_long_steps(seconds)
+        self.clock.begin("training")
+
+    def _record_times(self, **facts: Any) -> None:
+        """Write `facts` of this start to run.json, and what the time of the run was spent on."""
+        wallclock.add(self._times, self.clock.take())
+        self.run.content["time"] = {part: round(seconds, 3) for part, seconds in self._times.items()}
+        self.run.record(**facts)
 
     def _new_health(self, before: Sequence[Metrics]) -> Health:
         flat = self.config.alarms.flat_steps if isinstance(self.config, GRPOConfig) else 0
@@ -108,7 +126,8 @@ class Session:
         if not (self.config.logging.report and distributed.is_primary()) or (due and started < self._report_due):
             return
         try:
-            report.write(self.directory)
+            with self.clock.spent("other"):
+                report.write(self.directory)
         except Exception as error:  # a run does not end for its report
             self.note(f"{self.directory / report.REPORT} could not be written: {type(error).__name__}: {error}")
         ended = time.monotonic()
@@ -133,19 +152,21 @@ class Session:
     def log(self, step: int, record: Metrics) -> None:
         """Queue the metrics of `step`, which the device may still be computing, and write those of the step before."""
         self.flush()
-        self._pending = (step, record)
-        seen_at_once = ["perf/reward_seconds", *(["perf/rollout_seconds"] if self._in_slots else [])]
-        self._waited = sum(float(record.get(key, 0.0)) for key in seen_at_once)
+        times = self.clock.take()
+        self._record = record | {wallclock.PREFIX + part: seconds for part, seconds in times.items()}
+        self._pending = step, self._record
 
     def flush(self) -> None:
         """Write the queued metrics. Raises NumericsError if the last steps taught nothing (`Health`)."""
         if self._pending is None:
             return
         (step, record), self._pending = self._pending, None
-        values = {k: float(v) for k, v in sharding.fetch(record).items()}
+        with self.clock.spent("training"):  # waits for the step
+            values = {k: float(v) for k, v in sharding.fetch(record).items()}
         marks, lines = self.watch(values) if self.watch else ({}, [])
         idle, warnings = self._health(step, values)
         self.logger.log(step, values | marks | idle)
+        wallclock.add(self._times, wallclock.of_record(values))
         for line in [*lines, *warnings]:
             self.note(f"step {step}: {line}")
         if any(key.startswith("eval/") for key in values):
@@ -178,22 +199,19 @@ class Session:
         With an `evaluation` of the state (else empty) it is also saved if the run keeps its best state. Raises
         Preempted once the state is saved.
         """
+        if not self._length_known:
+            self.flush()  # waits for the step
+            seconds = wallclock.step_seconds([self._record], ["training"], self._seen_at_once) or 0.0
+            self._warn_of_long_steps(seconds + self.clock.since_taken("training"))
         saved = self.save_due(step, evaluated=bool(evaluation)) or self._minutes_passed()
         if saved:
             self.save(step, float(evaluation[self.metric]) if self.metric in evaluation else None)
         self.stop_if_asked(step, saved=saved)
-        self._warn_of_long_steps()
 
-    def _warn_of_long_steps(self) -> None:
-        """Say once, after the second step of this start, which compiles nothing, if a step takes longer than the time
-        that a signal leaves."""
-        grace = self.config.checkpoint.grace
-        if len(self._ends) == 2:
-            return
-        self._ends.append(time.monotonic())
-        if len(self._ends) < 2:
-            return
-        seconds = self._ends[1] - self._ends[0] - self._waited
+    def _warn_of_long_steps(self, seconds: float) -> None:
+        """Say, once, if a step takes longer than the time that a signal leaves: before the first step of a run that is
+        resumed, else after it. `seconds` is the time of a step in which no signal is seen."""
+        self._length_known, grace = True, self.config.checkpoint.grace
         if seconds > grace:
             self.note(
                 f"warning: a step takes {seconds:.0f} s besides its rewards, and a signal to stop is seen at its end, "
@@ -210,15 +228,32 @@ class Session:
     def save(self, step: int, metric: float | None = None, *, block: bool = False) -> None:
         """Commit the checkpoint of `step`. With `block`, and at the last step, a failure raises at once."""
         self.flush()
-        self.logger.sync()
         block = block or step == self.total_steps
-        self._checkpoints.save(step, self._state.value, self._identity, metric=metric, block=block)
+        started = time.monotonic()
+        with self.clock.spent("save"):
+            self.logger.sync()
+            self._checkpoints.save(step, self._state.value, self._identity, metric=metric, block=block)
         self._saved_at = time.monotonic()
+        self._saves.append((step, self._saved_at - started))
+        if len(self._saves) == 2 and not block:  # the first one takes longer
+            self._warn_of_costly_saves()
+
+    def _warn_of_costly_saves(self) -> None:
+        """Say if the last two checkpoints were too close to each other for what they cost."""
+        (before, _), (step, seconds) = self._saves
+        length = wallclock.step_seconds(self.records(), ["training", "reward"])
+        if length and step > before:
+            warning = wallclock.costly_saves(seconds, length, step - before, self.total_steps - step)
+            if warning:
+                self.note(warning)
 
     @property
-    def _in_slots(self) -> bool:
-        """Rollouts end between their programs, of which there are several."""
-        return bool(isinstance(self.config, PPOConfig | GRPOConfig | DistillConfig) and self.config.rollout.slots)
+    def _seen_at_once(self) -> list[str]:
+        """Timings of a record, beside those of rewards, during which a signal is seen at once: rollouts in slots are
+        several programs."""
+        config = self.config
+        in_slots = isinstance(config, PPOConfig | GRPOConfig | DistillConfig) and config.rollout.slots
+        return ["perf/rollout_seconds"] if in_slots else []
 
     def stopping(self) -> bool:
         """Return True if a signal asked the run to stop, in any process: all of them call this."""
@@ -252,15 +287,18 @@ class Session:
         run keeps its best state, whose checkpoint needs the result."""
         values = {k: float(v) for k, v in sharding.fetch(record).items()}
         if self.best or not all(math.isfinite(value) for value in values.values()):
-            yield
+            with self.clock.spent("evaluation"):
+                yield
             return
         try:
-            with stopping.armed():
+            with self.clock.spent("evaluation"), stopping.armed():
                 yield
         except Interrupted:
             self.flush()
             extra = {**self._identity, PENDING: {"record": values, "samples": list(samples)}}
-            self._checkpoints.save(step, self._state.value, extra, block=True)
+            with self.clock.spent("save"):
+                self._checkpoints.save(step, self._state.value, extra, block=True)
+            self._repeated = ("evaluation",)
             raise self._preempted(step) from None
 
     def _preempted(self, step: int) -> Preempted:
@@ -302,6 +340,7 @@ class Session:
         step = int(self._state.value.step)
         if not self.due(step, self.config.checkpoint.save_every):
             self.save(step, block=True)
+        self.clock.begin("other")
         record = self.record_of(step)
         if mixed := [f"{key.removeprefix(EPOCHS)} {record[key]:.3g}" for key in record if key.startswith(EPOCHS)]:
             self.note(f"epochs of each data set: {', '.join(mixed)}")
@@ -309,17 +348,38 @@ class Session:
 
     def restore_best(self) -> bool:
         """Restore the best saved state. Returns False if the run keeps none."""
-        self._checkpoints.wait()
+        with self.clock.spent("save"):
+            self._checkpoints.wait()
         if self._checkpoints.best_step is None:
             return False
-        step, self._state.value, _ = self._checkpoints.restore_step("best", self._state.template)
+        with self.clock.spent("restore"):
+            step, self._state.value, _ = self._checkpoints.restore_step("best", self._state.template)
         self.note(f"kept the best state, of step {step}")
         return True
 
     def close(self) -> None:
-        """Wait for pending saves and close the files."""
+        """Wait for pending saves, say what the time was spent on, and close the files."""
         with contextlib.closing(self.logger):
-            self._checkpoints.close()
+            try:
+                with self.clock.spent("save"):
+                    self._checkpoints.close()
+            finally:
+                self._end_clock()
+
+    def _end_clock(self) -> None:
+        """Write and print what the time of the run was spent on. What a run that is not done has begun since its last
+        record is lost."""
+        if "step" not in self.run.content["starts"][-1]:
+            return  # it could not be resumed
+        times = self.clock.take()
+        if not self.done:
+            wallclock.add(times, wallclock.of_record(self._pending[1]) if self._pending else {})
+            times = wallclock.repeated(times, self._repeated)
+        wallclock.add(self._times, times)
+        with contextlib.suppress(OSError):  # a full disk must not hide the original error
+            self._record_times()
+        starts, total = len(self.run.content["starts"]), sum(self._times.values())
+        self.note(wallclock.line(self._times, starts, metrics.duration(total)))
 
 
 @contextlib.contextmanager
@@ -337,9 +397,10 @@ def open_session(
         contextlib.closing(Session(run, config, total_steps, state, identity)) as session,
     ):
         at_the_end.callback(session.report)  # when run.json tells how it ended
-        with compilation.announce(session.logger.compiled):
+        with compilation.announce(session.logger.compiled), compilation.timed(session.clock.compiled):
             yield session
         session.flush()
+        session.done = True
 
 
 def best_of(config: RunConfig) -> Best:

@@ -161,7 +161,8 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
                 evaluation = self._evaluate()
         session.log(step, metrics | evaluation)
         if self.samples:
-            self.samples.log_if_due(session, step, self.params, self.key)
+            with session.clock.spent("evaluation"):
+                self.samples.log_if_due(session, step, self.params, self.key)
         session.save_if_due(step, evaluation)
 
     def order(self, step: int) -> list[int]:

@@ -458,7 +458,7 @@ def test_use_lora_enables_adapters(method, tiny_model, tmp_path, capsys):
     given = ["--model.path", str(tiny_model), "--model.init", "random", "--data.path", str(data)]
     given += ["--run_dir", str(tmp_path / "run")]
     given += ["--sampling.response_length", "8"] if method != "reward" else []
-    given += ["--reward.function", f"{reward}:f"] if method == "ppo" else []
+    given += ["--reward.function", f"{reward}:f", "--checkpoint.grace", "1e-9"] if method == "ppo" else []
     assert main([method, *given, "--use-lora", "--lora.rank", "3", "--lora.quantize", "nf4", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "adapters of rank 3 train, the base model, in nf4, is frozen" in shown
@@ -471,6 +471,7 @@ def test_use_lora_enables_adapters(method, tiny_model, tmp_path, capsys):
     assert re.search(r"memory: at most [\d.e-]+ GB .*: it fits\na checkpoint is", shown)
     steps = {"sft": 1, "reward": 1, "ppo": 64}[method]
     assert re.search(rf"time: about [\d.e-]+ s for the matrix products of a step .* for {steps} steps\.", shown)
+    assert ("warning: a step takes longer than checkpoint.grace (1e-09 s)" in shown) == (method == "ppo")
     assert f"would write to {tmp_path / 'run'}: config.yaml" in shown
 
 

@@ -316,8 +316,22 @@ def test_restarts_and_options_that_differ_are_shown(tmp_path):
     text = (run / "config.yaml").read_text().replace("seed: 0", "seed: 7") + "older_option: 3\n"
     (run / "config.yaml").write_text(text)
     data = collect(run)
+    assert data["time"] == []
     assert data["restarts"] == [4] and ("Time", "2 h 00 min in 2 starts") in data["facts"]
     assert ("seed", "7", "0", False) in data["changes"] and ("older_option", "3", "", False) in data["changes"]
+
+
+def test_time_of_a_run_that_is_open_is_that_of_its_records(tmp_path):
+    run = write_run(tmp_path / "run", "sft", 2, outcome=None, step=0)
+    content = json.loads((run / "run.json").read_text()) | {"time": {"other": 5.0, "restore": 1.0}}
+    (run / "run.json").write_text(json.dumps(content))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    write_lines(run / "metrics.jsonl", [line | {"perf/time/training": 2.0, "perf/time/save": 0.25} for line in lines])
+    parts = [("other", 5.0), ("training", 4.0), ("restoring", 1.0), ("saving", 0.5)]
+    assert collect(run)["time"] == parts
+    content["starts"][0]["end"] = "2026-01-02T04:04:05+00:00"  # what it counts has the steps
+    (run / "run.json").write_text(json.dumps(content))
+    assert collect(run)["time"] == [("other", 5.0), ("restoring", 1.0)]
 
 
 def test_a_start_of_a_finished_run_is_no_restart_and_the_peak_is_of_all(tmp_path):

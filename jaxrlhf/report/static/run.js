@@ -30,6 +30,7 @@ function header(data) {
     data.warnings.length > 0 && element("ul", { class: "warnings", "aria-label": "Warnings" }, data.warnings.map((line) => element("li", {}, visible(line)))),
     element("dl", { class: "facts" }, data.facts.map(([name, value]) =>
       element("div", {}, element("dt", {}, name), element("dd", {}, visible(value))))),
+    data.time.length > 0 && timeTable(data.time),
     data.changes.length > 0 && element("details", { class: "changes" },
       element("summary", {}, changesSummary(data.changes)),
       table("Options that differ from their defaults", [
@@ -38,6 +39,18 @@ function header(data) {
         { label: "default", value: (row) => row[2], show: (row) => element("span", { class: "soft" }, visible(row[2]) || "no such option now") },
         ...(data.changes.some((row) => row[3]) ? [{ label: "set by", value: (row) => row[3] ? "the command" : "the config file or preset" }] : []),
       ], data.changes)));
+}
+
+function timeTable(parts) {
+  const total = parts.reduce((sum, row) => sum + row[1], 0);
+  const share = (row) => `${Math.round(100 * row[1] / total)} %`;
+  return element("details", { class: "changes" },
+    element("summary", {}, `Where the time went: ${parts.slice(0, 3).map((row) => `${row[0]} ${share(row)}`).join(", ")}`),
+    table("Wall-clock time", [
+      { label: "part", value: (row) => row[0] },
+      { label: "seconds", value: (row) => Number(row[1].toPrecision(4)) },
+      { label: "share", value: (row) => row[1] / total, show: share },
+    ], parts));
 }
 
 function changesSummary(changes) {

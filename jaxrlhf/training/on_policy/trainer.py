@@ -164,7 +164,8 @@ class OnPolicyTrainer(Generic[Config]):
         if session:
             session.stop_if_asked(step)
         generated = time.monotonic()
-        scored = self.scorer.score_rows(rows, completions, rollout, step + 1)
+        with session.clock.spent("reward") if session else contextlib.nullcontext():
+            scored = self.scorer.score_rows(rows, completions, rollout, step + 1)
         for note in scored.notes:
             session.note(note) if session else warnings.warn(note, stacklevel=4)
         if session:
@@ -259,7 +260,8 @@ class OnPolicyTrainer(Generic[Config]):
             with session.interruptible(step):
                 self._calibrate_scores()
                 if self.validator.rows:
-                    self.validator.start(session, step, self.params, lambda: self.reference)
+                    with session.clock.spent("evaluation"):
+                        self.validator.start(session, step, self.params, lambda: self.reference)
             if session.pending:
                 self._end_update(session, step, session.pending["record"], session.pending["samples"])
             yield session
@@ -292,7 +294,8 @@ class OnPolicyTrainer(Generic[Config]):
             samples = self._samples(step, batch)
             evaluation = self.validator.run(session, step, metrics, self.params, lambda: self.reference, samples)
         session.log(step, metrics | evaluation)
-        self._log_samples(session, step, batch)
+        with session.clock.spent("evaluation"):
+            self._log_samples(session, step, batch)
         session.save_if_due(step, evaluation)
 
     def _samples(self, step: int, batch: ScoredRollout | Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
