@@ -9,20 +9,21 @@ from jaxrlhf.errors import DataError, StorageError, visible
 
 HELP = (
     "compare an export with its SHA256SUMS, and the checkpoints of a run with their digests; exit code 7 if anything "
-    "is damaged or missing"
+    "is damaged or missing, 4 if an export has no sums to compare with"
 )
 
 
 def verify(options: Options, overrides: Overrides) -> int:
-    """Print a line for each export and checkpoint; 7 if one of them is damaged."""
-    failed = False
+    """Print a line for each export and checkpoint; 7 if one of them is damaged, else 4 if one has no sums."""
+    codes = {0}
     for name, check in _parts(Path(options.directory)):
         try:
             print(visible(f"ok      {name}: {check()}"), flush=True)
-        except StorageError as error:
-            failed = True
-            print(visible(f"DAMAGED {name}: {error}"), flush=True)
-    return StorageError.exit_code if failed else 0
+        except (StorageError, DataError) as error:
+            codes.add(error.exit_code)
+            word = "DAMAGED" if isinstance(error, StorageError) else "NO SUMS"
+            print(visible(f"{word} {name}: {error}"), flush=True)
+    return max(codes)
 
 
 def _parts(directory: Path) -> Iterator[tuple[str, Callable[[], str]]]:

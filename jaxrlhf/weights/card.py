@@ -16,7 +16,7 @@ from jaxrlhf.config import yaml12
 from jaxrlhf.errors import visible
 from jaxrlhf.metrics.keys import definition
 from jaxrlhf.models import ModelConfig
-from jaxrlhf.weights import families
+from jaxrlhf.weights import families, sums
 
 TAG = "jaxrlhf"
 LONGEST = 4_000_000  # bytes of a card that is read
@@ -59,7 +59,7 @@ def card(model: ModelConfig, config: Mapping[str, Any], facts: Mapping[str, Any]
     parts = [
         f"---\n{yaml.safe_dump(_front(model, facts, kind, adapters), sort_keys=False, allow_unicode=True)}---",
         f"# A {title} trained with jaxrlhf",
-        f"This {title} was written by jaxrlhf{training}.",
+        f"This {title} was written by jaxrlhf{training}. {sums.SENTENCE}",
     ]
     rows = {key: value for key, value in facts.items() if key not in _NOT_IN_TABLE and value not in (None, "")}
     if rows:

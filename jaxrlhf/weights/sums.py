@@ -1,13 +1,16 @@
 """SHA256SUMS of an export: a hash of each of its files, in the format of `sha256sum -c`."""
 
+import contextlib
 import hashlib
 import re
 from pathlib import Path
 
-from jaxrlhf.errors import StorageError, counted
+from jaxrlhf.errors import DataError, StorageError, counted
 from jaxrlhf.files import write_whole
 
 SUMS = "SHA256SUMS"
+SENTENCE = f"{SUMS} has a hash of each of its files; jaxrlhf verify and sha256sum -c {SUMS} compare them."
+"""Sentence of the model card of an export that has the list."""
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
@@ -18,15 +21,21 @@ def write(folder: Path) -> None:
 
 
 def check(folder: Path) -> str:
-    """Compare the files of an export with its SHA256SUMS; returns a sentence on what was compared. Raises StorageError
-    that lists the files that are missing, differ or are not in the list."""
+    """Compare the files of an export with its SHA256SUMS; returns a sentence on what was compared.
+
+    Raises StorageError that lists the files that are missing, differ or are not in the list; also if there is no list
+    and the model card says that there was one. DataError if there is none, and no sign of one: a folder of an earlier
+    version, or of another program.
+    """
     file = folder / SUMS
     try:
         text = file.read_text(encoding="utf-8")
         lines = [_LINE.fullmatch(line) for line in text.splitlines()]
     except FileNotFoundError as error:
-        raise StorageError(
-            f"{folder} has no {SUMS} to compare with: an earlier version wrote it, or the file was removed"
+        if _had_sums(folder):
+            raise StorageError(f"{folder} has no {SUMS}, which was written with it: the file was removed") from error
+        raise DataError(
+            f"{folder} has no {SUMS} to compare with: an earlier version or another program wrote it"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"{file} cannot be read ({error})") from error
@@ -43,6 +52,12 @@ def check(folder: Path) -> str:
     if problems:
         raise StorageError(f"{folder}: {'; '.join(problems)}")
     return f"{counted(len(expected), 'file')} as they were written"
+
+
+def _had_sums(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return SENTENCE in (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    return False
 
 
 def digest(path: Path) -> str:

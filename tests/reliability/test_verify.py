@@ -9,7 +9,7 @@ import pytest
 
 from jaxrlhf import weights
 from jaxrlhf.cli import main
-from jaxrlhf.errors import StorageError
+from jaxrlhf.errors import DataError, StorageError
 from jaxrlhf.weights import sums
 
 RECORDED = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "runs"
@@ -63,6 +63,23 @@ def test_a_damaged_export(export, capsys, damage, says):
         sums.check(export)
     assert main(["verify", str(export)]) == 7
     assert f"DAMAGED {export}" in capsys.readouterr().out
+
+
+def test_an_export_that_never_had_sums_is_not_called_damaged(export, capsys):
+    (export / sums.SUMS).unlink()
+    card = export / "README.md"
+    card.write_text(card.read_text().replace(sums.SENTENCE, ""))  # as earlier versions wrote it
+    assert main(["verify", str(export)]) == DataError.exit_code == 4
+    assert capsys.readouterr().out.startswith(f"NO SUMS {export}: ")
+    card.unlink()
+    assert main(["verify", str(export)]) == 4
+    run = export.parent / "run"
+    shutil.copytree(RECORDED / "ppo" / "run", run)
+    shutil.copytree(export, run / "export")
+    assert main(["verify", str(run)]) == 4
+    assert "ok      " in capsys.readouterr().out
+    flip(run / "checkpoints" / "2" / "record" / "data.json", 3)
+    assert main(["verify", str(run)]) == 7
 
 
 @pytest.mark.parametrize("run", sorted(path.name for path in RECORDED.iterdir()))
