@@ -2,7 +2,8 @@
 use.
 
 Hidden are the user name and password of a URL, the values of its query but those of HARMLESS, its fragment, the value
-of an option, keyword or header that is named like a secret, and everything that `remember` was given. A reference
+of an option or keyword that is named like a secret, those of `headers` but HARMLESS_HEADERS, and everything that
+`remember` was given. A reference
 `${NAME}` to an environment variable is kept as it is: it is no secret.
 """
 
@@ -20,7 +21,11 @@ HARMLESS = (
     *("seed", "timeout", "limit", "batch_size", "revision"),
 )
 """Parameters of a URL's query whose values are no secrets."""
+HEADERS = "headers"
+"""Option with headers of requests, by name."""
+HARMLESS_HEADERS = ("accept", "accept-language", "content-type", "user-agent")
 _REFERENCE = re.compile(r"\$(\$?)\{([A-Za-z_]\w*)\}")
+_SCHEME = re.compile(r"(?i)(?:Bearer|Basic|Token) +")
 _IS_REFERENCE = re.compile(r"(?:(?:Bearer|Basic|Token) )?\$\{[A-Za-z_]\w*\}")
 _SECRET_WORDS = (
     *("secret", "password", "passwd", "passphrase", "pwd", "auth", "authorization", "credential", "credentials"),
@@ -62,7 +67,7 @@ def redact(text: str) -> str:
 def redact_value(value: Any, name: str = "") -> Any:
     """A value of a config without its secrets, whose key is `name`: text, or a mapping or sequence of values."""
     if isinstance(value, Mapping):
-        return {key: redact_value(item, str(key)) for key, item in value.items()}
+        return {key: redact_value(item, _name_of(key, name)) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(redact_value(item, name) for item in value)
     if not isinstance(value, str) or not value:
@@ -81,7 +86,8 @@ def redact_command(words: Sequence[str]) -> list[str]:
     for word in words:
         flag, equals, value = word.partition("=")
         if flag.startswith("--"):
-            name = flag.rpartition(".")[2].removeprefix("--")
+            *_, parent, name = ("", *flag.removeprefix("--").split("."))
+            name = _name_of(name, parent)
             shown.append(f"{flag}={redact_value(value, name)}" if equals else flag)
             name = "" if equals else name
         else:
@@ -91,7 +97,9 @@ def redact_command(words: Sequence[str]) -> list[str]:
 
 
 def is_secret_name(name: str) -> bool:
-    """Return True for the name of an option or header that holds a secret: api_key, X-Auth-Token, password."""
+    """Return True for the name of an option or header that holds a secret: api_key, X-Auth-Token, password, headers."""
+    if name == HEADERS:
+        return True
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower().replace("-", "_").split("_")
     if words[-1] == "env":  # the name of a variable
         return False
@@ -103,6 +111,11 @@ def is_secret_name(name: str) -> bool:
     return False
 
 
+def _name_of(key: Any, parent: str) -> str:
+    """The name of an option in the mapping `parent`, by which it is judged: a header may be a secret under any name."""
+    return parent if parent == HEADERS and str(key).lower() not in HARMLESS_HEADERS else str(key)
+
+
 def resolve(value: Any, place: str, name: str = "") -> Any:
     """The value of an option for its use: `${NAME}` in its texts is the environment variable, `$${NAME}` the text
     `${NAME}`. What is secret in it is remembered. `place` is the option, for errors.
@@ -111,7 +124,7 @@ def resolve(value: Any, place: str, name: str = "") -> Any:
     config of a run.
     """
     if isinstance(value, Mapping):
-        return {key: resolve(item, f"{place}.{key}", str(key)) for key, item in value.items()}
+        return {key: resolve(item, f"{place}.{key}", _name_of(key, name)) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(resolve(item, f"{place}.{i}", name) for i, item in enumerate(value))
     if not isinstance(value, str):
@@ -141,7 +154,7 @@ def resolve(value: Any, place: str, name: str = "") -> Any:
     userinfo_end = start + _authority(value[start:])[0].rfind("@")
     text = _REFERENCE.sub(variable, value)
     if is_secret_name(name):
-        remember(text)
+        remember(text, _SCHEME.sub("", text, count=1))
     if "://" in text:
         remember(*_secrets_of(text))
     return text
@@ -156,7 +169,8 @@ def same(key: str, old: Any, new: Any) -> bool:
     """Return True if two values of the option `key`, as they are kept, are the same but for their secrets."""
     if old == new:
         return True
-    name = key.rpartition(".")[2]
+    *_, parent, name = ("", *key.split("."))
+    name = _name_of(name, parent)
     if not all(isinstance(value, str) and (is_secret_name(name) or _URL.match(value)) for value in (old, new)):
         return False
     texts = (_IS_REFERENCE.sub(HIDDEN, redact_value(value, name)) for value in (old, new))

@@ -2,6 +2,7 @@
 
 import re
 import urllib.parse
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field
@@ -11,6 +12,19 @@ from jaxrlhf.secrets import redact_value
 
 SCORE_REGEX = r"""(?i)\bscore\b[\s*_`"']*[:=][\s*_`"']*([-+]?\d+(?:\.\d+)?)"""
 _ASKED_BY_INSTRUCTION = ("messages", "model", "temperature", "max_tokens", "stream", "n")
+
+
+def check_headers(headers: Mapping[str, str], url: str, other: str = "") -> None:
+    """Raise ValueError for names that no header has, two of the same name, and for an Authorization beside a user name
+    in `url` or `other`, words on what else authenticates."""
+    names = [name.lower() for name in headers]
+    for name in headers:
+        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name) or names.count(name.lower()) > 1:
+            reason = "given twice" if names.count(name.lower()) > 1 else "not the name of a header"
+            raise ValueError(f"headers: {name!r} is {reason}")
+    other = "url has a user name" if "@" in urllib.parse.urlsplit(url).netloc else other
+    if "authorization" in names and other:
+        raise ValueError(f"headers has an Authorization and {other}: both authenticate; leave one of them out")
 
 
 @section
@@ -68,6 +82,8 @@ class Judge:
     variable."""
     api_key_env: str = ""
     """Environment variable that holds the API key. The key itself is written nowhere."""
+    headers: dict[str, str] = Field(default_factory=dict)
+    """Further headers of the requests, treated as the `headers` of a component."""
     concurrency: Count = 8
     """Requests under way at a time, in each process."""
     request_timeout: Positive = 60.0
@@ -88,6 +104,7 @@ class Judge:
             raise ValueError(f"url is '{redact_value(self.url)}'; it must begin with http:// or https:// and a host")
         if address.username is not None and self.api_key_env:
             raise ValueError("url has a user name and api_key_env is set: both authenticate; leave one of them out")
+        check_headers(self.headers, self.url, f"api_key_env is {self.api_key_env}" if self.api_key_env else "")
         if not re.fullmatch(r"|[A-Za-z_]\w*", self.api_key_env, re.ASCII):
             raise ValueError(
                 "api_key_env is not the name of an environment variable; if it is the key, put it into one"

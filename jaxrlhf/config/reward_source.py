@@ -20,7 +20,7 @@ from jaxrlhf.config.base import (
     check_used,
     section,
 )
-from jaxrlhf.config.judge import Judge
+from jaxrlhf.config.judge import Judge, check_headers
 from jaxrlhf.secrets import redact_value
 
 _RESERVED_SUFFIXES = ("_truncated", "_unanswered", "_spread")  # of metric keys that are logged per component
@@ -32,6 +32,7 @@ _KINDS_USING = {
     "add_eos": ("model",),
     "ensemble": ("model",),
     "options": ("function",),
+    "headers": ("url",),
     "timeout": ("function", "url", "judge"),
     "per_token": ("model", "function", "url"),
     "on_error": ("model", "function", "url", "judge"),
@@ -60,6 +61,9 @@ class Component:
     """HTTP endpoint that receives {"prompts", "completions", "columns"} and returns {"scores": [...]}. A user name and
     password (https://NAME:PASSWORD@HOST/...) are sent as basic authentication. Secrets in it are written nowhere; as
     `${NAME}`, an environment variable, they are found again when the run is resumed."""
+    headers: dict[str, str] = Field(default_factory=dict)
+    """url: headers of the requests, e.g. {Authorization: "Bearer ${SCORE_KEY}"}. `${NAME}` is an environment variable,
+    read when the run starts; values are written nowhere, but for such references."""
     judge: Judge = Field(default_factory=Judge)
     """Set `url` in it to use it."""
     human: Literal["", "score", "pick"] = ""
@@ -121,6 +125,7 @@ class Component:
             raise ValueError(f"function is '{self.function}'; write it as path.py:name or package.module:name")
         if self.url and not self.url.startswith(("http://", "https://", "${")):
             raise ValueError(f"url is '{redact_value(self.url)}'; it must begin with http:// or https://")
+        check_headers(self.headers, self.url)
         if kind != "judge" and self.judge != Judge():
             raise ValueError(f"judge has options but no url, and this component has {kind}; leave judge out")
         check_used(self, _KINDS_USING, kind, f"for a component with {kind}")

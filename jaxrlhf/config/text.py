@@ -31,7 +31,7 @@ def kept(value: Any, annotation: Any, name: str) -> Any:
     if dataclasses.is_dataclass(value):
         return as_mapping(value)
     if isinstance(value, dict):
-        return redact_value(value)
+        return redact_value(value, name)
     if isinstance(value, tuple):
         return tuple(kept(item, annotation, name) for item in value)
     if not isinstance(value, str) or is_text(annotation):

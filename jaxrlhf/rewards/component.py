@@ -67,7 +67,7 @@ def open_source(
     if config.function:
         return Worker(config.function, options=options, timeout=config.timeout)
     if config.url:
-        return Endpoint(config.url, timeout=config.timeout)
+        return Endpoint(config.url, timeout=config.timeout, headers=config.headers)
     if config.judge.url:
         return Judge(config.judge, text=config.template, timeout=config.timeout, directory=directory)
     assert config.human

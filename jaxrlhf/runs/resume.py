@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ REWARD_FAILURES = (
     ".judge.input_price",
     ".judge.output_price",
 )
-"""Keys of a reward component that may change after it has failed; failed completions were not trained on."""
+"""Keys of a reward component that may change after it has failed, as those of its headers may; failed completions were
+not trained on."""
 TEMPLATE_DATE = "tokenizer.template_date"
 """Kept from the start of a run; free in a run that was started before there was such a key."""
 ROUNDING = (
@@ -97,7 +99,8 @@ def check_resume(directory: Path, config: Any, method: str) -> tuple[dict[str, A
     for key in now | before:
         old, new = before.get(key, "(not set)"), now.get(key, "(not set)")
         free = key.startswith(FREE) or (constant and key in LENGTH) or (key == TEMPLATE_DATE and not old)
-        if same(key, old, new) or free or (key.startswith("reward.components.") and key.endswith(REWARD_FAILURES)):
+        failed = key.endswith(REWARD_FAILURES) or re.search(r"\.headers(\.|$)", key)
+        if same(key, old, new) or free or (key.startswith("reward.components.") and failed):
             continue
         target = rounding if key.startswith(ROUNDING) or key.endswith(ROUNDING) else refused
         target.append(f"{key}: {redact_value(old, key.rpartition('.')[2])} -> {new}")

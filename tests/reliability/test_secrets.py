@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrlhf import cli, config, secrets
@@ -64,20 +64,25 @@ def test_names_of_secrets(name, secret):
     assert secrets.redact_value({name: "a b"}) == {name: "***" if secret else "a b"}
 
 
+@settings(deadline=None)
 @given(SECRET, st.sampled_from(["='", " "]))
 def test_no_place_of_a_config_shows_a_secret(secret, blank):
     urls = f"https://me:{secret}@host/p", f"https://host/?token={secret}{blank}x", f"http://host/p#{secret}"
     options = {"api_key": secret, "nested": [{"password": secret}], "server": urls[0]}
     components = [config.Component(url=url, name=f"n{i}") for i, url in enumerate(urls)]
     components += [config.Component(judge=config.Judge(url=urls[0], extra_body=options), name="judge")]
-    components += [config.Component(function="a.py:f", options=options)]
+    components += [config.Component(function="a.py:f", options=options | {"headers": {"X-Any": secret}})]
+    headers = {"Authorization": f"Bearer {secret}", "X-Tenant": secret}
+    components += [config.Component(url="http://host/", headers=headers, name="headers")]
+    components += [config.Component(judge=config.Judge(url="http://host/", headers=headers), name="judge_headers")]
     made = config.PPOConfig(
         reward=config.RewardSource(components=tuple(components)),
         environment=config.Environment(function="b.py:G", options=options),
     )
-    command = secrets.redact_command(
-        ["jaxrlhf", f"--reward.components.0.url={urls[1]}", "--x.api_key", secret, "--reward.components.0.url", urls[1]]
-    )
+    command = ["jaxrlhf", f"--reward.components.0.url={urls[1]}", "--x.api_key", secret]
+    command += ["--reward.components.0.url", urls[1]]
+    command += [f"--a.headers={{X-Any: {secret}}}", "--a.headers.X-Any", secret, f"--a.headers.X-Any={secret}"]
+    command = secrets.redact_command(command)
     for written in (text.dump(made), str(changes(made)), str(command), secrets.redact(f"reward {urls[0]}: no answer")):
         assert secret not in written and "***" in written
     with pytest.raises(ConfigError) as caught:
@@ -91,7 +96,7 @@ def test_a_config_without_secrets_is_written_as_it_is(tmp_path, monkeypatch):
     judge = config.Judge(url="https://${HOST}/v1", instructions="See https://x.org/?a=b, ${x}$ and api_key: 3.")
     components = (
         config.Component(judge=judge),
-        config.Component(url="http://host/?key=${KEY}"),
+        config.Component(url="http://host/?key=${KEY}", headers={"Authorization": "Bearer ${KEY}", "Accept": "a/b"}),
         config.Component(function="a.py:f", options={"api_key": "${KEY}", "n": [1, {"text": "${WORD} 2"}]}),
     )
     made = config.PPOConfig(
@@ -163,6 +168,54 @@ def test_a_judge_with_basic_authentication(serve, tmp_path):
         config.Judge(url=with_password[0], api_key_env="KEY")
 
 
+def test_headers_are_sent_and_hidden(serve, monkeypatch):
+    monkeypatch.setenv("KEY", "the-secret-key")
+    headers = {"Authorization": "Bearer ${KEY}", "x-tenant": "blue-whale", "accept": "text/plain"}
+    url, seen = serve(
+        (401, "no the-secret-key of blue-whale accepts text/plain"),
+        (200, '{"scores": [1]}'),
+        (200, json.dumps({"choices": [{"message": {"content": "Score: 5"}}]})),
+    )
+    source = Endpoint(url, timeout=5, headers=headers)
+    with pytest.raises(Exception, match=r"no \*\*\* of \*\*\* accepts text/plain"):
+        source(ASKED)
+    assert source(ASKED).values == [1.0]
+    monkeypatch.setenv("OTHER", "another-key")
+    Judge(config.Judge(url=url, headers={"X-Tenant": "blue-whale"}, api_key_env="OTHER"), timeout=5)(ASKED)
+    sent = [{name.lower(): value for name, value in request.headers.items()} for request in seen]
+    assert [request["authorization"] for request in sent[:2]] == ["Bearer the-secret-key"] * 2
+    assert sent[0]["accept"] == "text/plain" and sent[0]["content-type"] == "application/json"
+    assert all(request["x-tenant"] == "blue-whale" for request in sent)
+    assert sent[2]["authorization"] == "Bearer another-key"
+
+
+def test_headers_that_cannot_be_used_are_refused_by_name(monkeypatch):
+    monkeypatch.delenv("NOPE", raising=False)
+    monkeypatch.setenv("KEY", "two\nlines")
+    for value, message in (
+        (
+            "Bearer ${NOPE}",
+            r"headers beside url.Authorization has \$\{NOPE\}, and there is no environment variable NOPE",
+        ),
+        ("Bearer ***", "headers beside url.Authorization is '\\*\\*\\*': a run does not keep secrets"),
+        ("Bearer ${KEY}", "the value of Authorization has characters that no header can have"),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            Address.of("http://host/", "url", {"Authorization": value})
+        assert "lines" not in str(caught.value).partition("such as")[0]
+    key = {"Authorization": "x"}
+    with pytest.raises(ConfigError, match="url has a user name: both authenticate"):
+        config.Component(url="http://me:pw@host/", headers=key)
+    with pytest.raises(ConfigError, match="api_key_env is KEY: both authenticate"):
+        config.Judge(url="http://host/", headers=key, api_key_env="KEY")
+    with pytest.raises(ConfigError, match="not the name of a header"):
+        config.Component(url="http://host/", headers={"a b": "x"})
+    with pytest.raises(ConfigError, match="given twice"):
+        config.Component(url="http://host/", headers={"a": "x", "A": "y"})
+    with pytest.raises(ConfigError, match="headers"):
+        config.Component(model="m", headers=key)
+
+
 def test_options_of_a_function_reach_it_and_no_process_list(tmp_path, monkeypatch):
     monkeypatch.setenv("KEY", "the-secret-key")
     file = tmp_path / "r.py"
@@ -178,7 +231,7 @@ def test_options_of_a_function_reach_it_and_no_process_list(tmp_path, monkeypatc
 
 
 def test_a_run_leaves_no_secret_behind_and_resumes_with_another(ppo, serve, tmp_path, monkeypatch):
-    hidden = ("tok-in-query", "pw-in-userinfo", "key-in-options", "key-in-environment", "tok-rotated")
+    hidden = ("tok-in-query", "pw-in-userinfo", "key-in-options", "key-in-environment", "tok-rotated", "in-a-header")
     monkeypatch.setenv("OPTION", hidden[3])
     (tmp_path / "r.py").write_text(
         "def reward(prompts, completions, api_key='', other_token=''):\n    return [len(c) for c in completions]\n"
@@ -188,7 +241,7 @@ def test_a_run_leaves_no_secret_behind_and_resumes_with_another(ppo, serve, tmp_
 
     def made(token, **options):
         parts = (
-            config.Component(url=secret_url + token),
+            config.Component(url=secret_url + token, headers={"X-Tenant": f"{hidden[5]}-{token}"}),
             config.Component(
                 function=f"{tmp_path}/r.py:reward", options={"api_key": hidden[2], "other_token": "${OPTION}"}
             ),
@@ -197,6 +250,7 @@ def test_a_run_leaves_no_secret_behind_and_resumes_with_another(ppo, serve, tmp_
 
     command = ["jaxrlhf", "ppo", "c.yaml", "--reward.components.0.url", secret_url + hidden[0]]
     command += [f"--reward.components.1.options.api_key={hidden[2]}"]
+    command += ["--reward.components.0.headers.X-Tenant", hidden[5]]
     monkeypatch.setattr(sys, "argv", command)
     first = made(hidden[0], **{"logging.tensorboard": True})
     PPOTrainer(first).train()

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from jaxrlhf.errors import RewardError, quoted
 from jaxrlhf.rewards.functions import CallTimeout, call_with_timeout
@@ -16,11 +16,18 @@ class Endpoint:
     """POSTs `{"prompts": [...], "completions": [...], "columns": {...}}` to `url`; expects `{"scores": [...]}`.
 
     Failed requests are retried (`http.post`) within `timeout` seconds. Scores are validated like those of a function.
-    Raises ConfigError for a `url` that cannot be used (`http.Address.of`).
+    Raises ConfigError for a `url` or `headers` that cannot be used (`http.Address.of`).
     """
 
-    def __init__(self, url: str, *, timeout: float, sleep: Callable[[float], None] = time.sleep) -> None:
-        self._address = Address.of(url, "url of a component of the reward")
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float,
+        headers: Mapping[str, str] | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._address = Address.of(url, "url of a component of the reward", headers)
         self.name, self._timeout, self._sleep = self._address.shown, timeout, sleep
 
     def __call__(self, request: ScoreRequest) -> SourceScores:

@@ -4,6 +4,7 @@ import base64
 import datetime
 import email.utils
 import http.client
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -33,12 +34,12 @@ class Address(NamedTuple):
 
     shown: str  # without secrets, for messages
     url: str
-    headers: Mapping[str, str]  # basic authentication, if the URL has a user name
+    headers: Mapping[str, str]  # those of the option, and basic authentication, if the URL has a user name
 
     @classmethod
-    def of(cls, url: str, place: str) -> "Address":
-        """Read the `url` of an option, whose name is `place`. Raises ConfigError for one that is no HTTP URL, and for a
-        variable in it that is not set."""
+    def of(cls, url: str, place: str, headers: Mapping[str, str] | None = None) -> "Address":
+        """Read the `url` of an option, whose name is `place`, and the `headers` beside it. Raises ConfigError for a URL
+        that is none of HTTP, a variable that is not set, and a header that cannot be sent."""
         shown = secrets.redact_value(url)
         plain, userinfo = secrets.split_userinfo(secrets.resolve(url, place))
         try:
@@ -51,11 +52,18 @@ class Address(NamedTuple):
                 f"{place} is '{shown}'; it must begin with http:// or https:// and a host, and have no blanks (write "
                 "%20)"
             )
+        found = secrets.resolve(headers or {}, f"headers beside {place}", secrets.HEADERS)
+        for name, value in found.items():
+            if not re.fullmatch(r"[\x20-\x7e\xa0-\xff]*", value):
+                raise ConfigError(
+                    f"headers beside {place}: the value of {name} has characters that no header can have, such as line "
+                    "breaks; correct it, or the environment variable in it"
+                )
         if userinfo is None:
-            return cls(shown, plain, {})
+            return cls(shown, plain, found)
         code = base64.b64encode(":".join(userinfo).encode()).decode()
         secrets.remember(code)
-        return cls(shown, plain, {"Authorization": f"Basic {code}"})
+        return cls(shown, plain, {**found, "Authorization": f"Basic {code}"})
 
 
 def post(

@@ -48,7 +48,7 @@ class Judge:
         directory: Path | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._address = Address.of(settings.url, "judge.url of a component of the reward")
+        self._address = Address.of(settings.url, "judge.url of a component of the reward", settings.headers)
         self.name, self.settings, self._text = self._address.shown, settings, text or TEXT
         self._extra_body = secrets.resolve(settings.extra_body, "judge.extra_body of a component of the reward")
         self._timeout, self._directory, self._sleep = timeout, directory, sleep
@@ -60,7 +60,7 @@ class Judge:
                 f"export {settings.api_key_env}=... before the command"
             )
         secrets.remember(self._key)
-        self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else self._address.headers
+        self._headers = {**self._address.headers, **({"Authorization": f"Bearer {self._key}"} if self._key else {})}
         self._replies: dict[str, str] | None = None
         self._lock = threading.Lock()
 
