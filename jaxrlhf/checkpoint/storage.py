@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxrlhf import distributed
 from jaxrlhf.checkpoint.digest import check_leaves, digests, first_few, leaves_by_name, path_name, shape_of, with_seal
-from jaxrlhf.errors import DamagedCheckpoint, StorageError, first_line
+from jaxrlhf.errors import DamagedCheckpoint, StorageError, first_line, quoted
 from jaxrlhf.types import set_leaf
 
 State = TypeVar("State")
@@ -116,19 +116,28 @@ def read_record(directory: Path, step: int) -> dict[str, Any]:
     try:
         record = json.loads((directory / str(step) / "record" / "data.json").read_bytes())
         intact = record["seal"] == with_seal(record)["seal"]
+        written, version = record["step"], record["format"]
     except PermissionError as error:
         raise StorageError(f"checkpoint {step} in {directory} may not be read: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedCheckpoint(f"its record cannot be read ({reason(error)})") from error
     if not intact:
         raise DamagedCheckpoint("its record was changed")
-    if record["step"] != step:
-        raise DamagedCheckpoint(f"it is the checkpoint of step {record['step']}")
-    if record["format"] != FORMAT:
+    if written != step:
+        raise DamagedCheckpoint(f"it is the checkpoint of step {quoted(written)}")
+    if version != FORMAT:
         raise StorageError(
-            f"checkpoint {step} in {directory} has format {record['format']}, but this version of jaxrlhf reads format "
+            f"checkpoint {step} in {directory} has format {quoted(version)}, but this version of jaxrlhf reads format "
             f"{FORMAT}; use the version that wrote it (see run.json)"
         )
+    try:  # a seal keeps accidents out, not forgers
+        leaves: dict[str, Any] = {}
+        for name, digest in record["leaves"].items():
+            set_leaf(leaves, tuple(name.split(".")), shape_of(digest))
+        if not isinstance(record["metric"], float | int | None) or not isinstance(record["extra"], dict):
+            raise TypeError("metric and extra must be a number and an object")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(f"its record does not describe a checkpoint ({reason(error)})") from error
     return record
 
 

@@ -1,6 +1,6 @@
 """Files of strangers, changed at random: every reader returns what it reads or raises an error of its own kind.
 
-The reader of safetensors files is fuzzed in tests/weights/test_safetensors.py.
+The reader of safetensors files is fuzzed in tests/weights/test_safetensors.py; scripts/fuzz.py looks for longer.
 """
 
 import copy
@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxrlhf.checkpoint import storage
+from jaxrlhf.checkpoint.digest import with_seal
 from jaxrlhf.config import Data
 from jaxrlhf.config.file import METHODS, load_config, presets
 from jaxrlhf.data.file_readers import read_file
@@ -111,12 +112,37 @@ def test_the_record_of_a_checkpoint(tmp_path, data):
     target.parent.mkdir(parents=True, exist_ok=True)
     content = bytearray(file.read_bytes())
     if data.draw(st.booleans()):
-        target.write_text(json.dumps(data.draw(changed(json.loads(content)))))
+        record = data.draw(changed(json.loads(content)))
+        target.write_text(json.dumps(with_seal(record) if data.draw(st.booleans()) else record))
     else:
         for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3)):
             content[at] ^= 1 << data.draw(st.integers(0, 7))
         target.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    quickly(lambda: storage.read_record(tmp_path, 2), DamagedCheckpoint, StorageError)
+    quickly(lambda: storage.stored_shapes(tmp_path, 2, "params"), DamagedCheckpoint, StorageError)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"leaves": 5},
+        {"leaves": {"a": 5}},
+        {"leaves": {"a": "0"}},
+        {"leaves": {"a": "0:float52:3"}},
+        {"leaves": {"a": "0:float32:3x?"}},
+        {"leaves": {"a": "0:float32:3", "a.b": "0:float32:3"}},
+        {"extra": []},
+        {"metric": "1"},
+        {"step": [2]},
+    ],
+)
+def test_a_forged_record_of_a_checkpoint(tmp_path, change):
+    """Its seal is right, but it does not describe a checkpoint."""
+    whole = json.loads((FIXTURES / "runs" / "ppo" / "run" / "checkpoints" / "2" / "record" / "data.json").read_bytes())
+    target = tmp_path / "2" / "record" / "data.json"
+    target.parent.mkdir(parents=True)
+    target.write_text(json.dumps(with_seal(whole | change)))
+    with pytest.raises(DamagedCheckpoint, match="does not describe a checkpoint|checkpoint of step"):
+        storage.read_record(tmp_path, 2)
 
 
 @FUZZ
