@@ -9,6 +9,7 @@ quarter of the time is more than in the second one (memory: by more than GROWTH)
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -54,15 +55,24 @@ def family(pid: int) -> list[int]:
 def look(pid: int, run: Path) -> dict[str, float]:
     """What the run holds now: its own process, and the number of its processes."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    files = [file.stat().st_size for file in (run / "checkpoints").rglob("*") if file.is_file()]
     return {
         "RSS, MB": int(status["VmRSS"].split()[0]) / 1024,
         "anonymous memory, MB": int(status["RssAnon"].split()[0]) / 1024,
         "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
         "threads": int(status["Threads"]),
         "processes": len(family(pid)),
-        "checkpoint folder, MB": sum(files) / 2**20,
+        "checkpoint folder, MB": size(run / "checkpoints") / 2**20,
     }
+
+
+def size(folder: Path) -> int:
+    """Bytes of all files under a folder, which may be removed meanwhile."""
+    found = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found += os.stat(os.path.join(parent, name)).st_size
+    return found
 
 
 def quarters(looks: list[dict[str, float]]) -> dict[str, list[float]]:
@@ -101,17 +111,19 @@ def main() -> int:
             command = [sys.executable, "-m", "jaxrlhf", options.method, str(config)]
             process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         started, killed, looks, chance = time.monotonic(), 0, [], random.Random(0)
-        while process.poll() is None and time.monotonic() - started < 3600 * options.hours:
-            time.sleep(LOOK_EVERY)
-            if process.poll() is None and (run / "metrics.jsonl").exists():
-                looks.append(look(process.pid, run))
-            if time.monotonic() - started > KILL_EVERY * (killed + 1):
-                children = family(process.pid)[1:]
-                if children:
-                    os.kill(chance.choice(children), signal.SIGKILL)
-                killed += 1
-        process.terminate()
-        code = process.wait()
+        try:
+            while process.poll() is None and time.monotonic() - started < 3600 * options.hours:
+                time.sleep(LOOK_EVERY)
+                if process.poll() is None and (run / "metrics.jsonl").exists():
+                    looks.append(look(process.pid, run))
+                if time.monotonic() - started > KILL_EVERY * (killed + 1):
+                    children = family(process.pid)[1:]
+                    if children:
+                        os.kill(chance.choice(children), signal.SIGKILL)
+                    killed += 1
+        finally:
+            process.terminate()
+            code = process.wait()
         if code != 75:
             print(f"the run ended with exit code {code}:\n{log.read_text()[-2000:]}")
             return 1
