@@ -39,9 +39,13 @@ _now = _Requests()
 def handling(*, immediate: bool = False) -> Iterator[None]:
     """Handle SIGTERM and SIGINT in the block: the first is a request to stop, the second ends the process at once.
 
-    With `immediate` the first SIGTERM raises Interrupted wherever the program is, and SIGINT is left as it was. A
-    request that an outer block has seen stays. Only in the main thread; in another, signals are not handled.
+    With `immediate` the first SIGTERM raises Interrupted wherever the program is, and SIGINT is left as it was. Python
+    ignores exceptions in finalizers and callbacks of the garbage collector; if it was there, the next block that is
+    opened inside raises Interrupted. Other requests that an outer block has seen stay. Only in the main thread; in
+    another, signals are not handled.
     """
+    if _now.immediate and _now.made:
+        raise Interrupted
     if not _now.depth:
         _now.made, _now.signals = False, 0
     before, _now.immediate = _now.immediate, immediate

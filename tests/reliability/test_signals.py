@@ -260,6 +260,19 @@ def test_requests_are_seen_where_they_are_looked_for():
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_request_during_garbage_collection_is_not_lost():
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)  # the exception is raised here, and Python ignores it
+
+    with stopping.handling(immediate=True):
+        Finalized()
+        with pytest.raises(Interrupted), stopping.handling():
+            raise AssertionError("it was asked for before")
+
+
 def test_a_long_step_is_warned_of(ppo, tmp_path, capsys):
     ppo = config.replace(ppo, **{"checkpoint.grace": 1e-4, "logging.quiet": False, "ppo.total_episodes": 24})
     PPOTrainer(ppo, reward=lambda prompts, completions: [score(text) for text in completions]).train()
