@@ -1,7 +1,8 @@
 """Low-rank adapters on a frozen base model (https://arxiv.org/abs/2106.09685).
 
 Adapters are a tree under "lora" of the parameters: {"layers": {module: {...: {"a" [n, in, r], "b" [n, r, out] and, for
-DoRA, "magnitude" [n, out]}}}}, over the n layers that have adapters. Trained tokens have {"rows": {"embedding" [k, D]
+DoRA, "magnitude" [n, out]}}}}, over the n layers that have adapters; "a" [n, E, in, r] and "b" [n, E, r, out] for the E
+experts of a mixture. Trained tokens have {"rows": {"embedding" [k, D]
 and, for an untied head, "kernel" [D, k]}}, used in place of the base model's rows. Several such trees can share a base
 model, and the base model without any is the reference. `models.forward` runs base and adapters unmerged; `merge` adds
 them up for decoding and export.
@@ -36,13 +37,14 @@ def init(model: ModelConfig, base: Params, modules: Iterable[Module], key: Array
         if first == last:
             continue
         kernel = leaf_at(base["layers"], module)["kernel"][first:last]
-        count, inputs, outputs = kernel.shape
+        *lead, inputs, outputs = kernel.shape
         bound = inputs**-0.5
         adapter = {
-            "a": jax.random.uniform(module_key, (count, inputs, rank), minval=-bound, maxval=bound),
-            "b": jnp.zeros((count, rank, outputs)),
+            "a": jax.random.uniform(module_key, (*lead, inputs, rank), minval=-bound, maxval=bound),
+            "b": jnp.zeros((*lead, rank, outputs)),
         }
         if magnitudes:
+            assert len(lead) == 1, "DoRA of experts is not implemented"
             adapter["magnitude"] = jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=1))
         set_leaf(tree, module, adapter)
     adapters = {"layers": tree}

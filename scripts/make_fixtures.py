@@ -412,6 +412,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
             "trainable_token_indices": [5],
         },
     ),
+    "qwen3_moe-experts": ("qwen3_moe", {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}),
 }
 
 

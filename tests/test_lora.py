@@ -33,7 +33,8 @@ FAMILIES = {
 def adapted(family="llama", *, magnitudes=False, targets=("all-linear",), move=True, num_layers=2, **adapters):
     """(model, base, adapters) with adapters that do something, unless they are not to `move`."""
     layers = {"num_layers": num_layers, "sliding_layers": (False,) * num_layers}
-    model = tiny(**FAMILIES[family], **layers, adapters=Adapters(**{"rank": 3, "alpha": 6.0} | adapters))
+    options = FAMILIES[family] if isinstance(family, str) else family
+    model = tiny(**options, **layers, adapters=Adapters(**{"rank": 3, "alpha": 6.0} | adapters))
     base = init(model, jax.random.key(0))
     added = lora.init(model, base, peft.modules(model, targets), jax.random.key(1), magnitudes=magnitudes)
     if move:
@@ -55,6 +56,31 @@ def hidden(params, model, keys=None):
 def test_new_adapters_change_nothing(family, magnitudes):
     model, base, added = adapted(family, magnitudes=magnitudes, move=False)
     np.testing.assert_allclose(hidden({**base, **added}, model), hidden(base, model), rtol=1e-5, atol=1e-5)
+
+
+MIXTURE = {"family": "qwen3_moe", "qk_norm": True, "num_experts": 4, "experts_per_token": 2, "mlp_size": 12}
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [
+        (("all-linear",), None),
+        (("gate_up_proj", "mlp.experts.down_proj"), (1, 2)),
+        (("up_proj", "o_proj"), None),
+        (("experts.down_proj",), None),
+    ],
+)
+def test_adapters_of_experts_beside_merged_and_in_files(targets, layers, tmp_path):
+    model, base, added = adapted(MIXTURE, targets=targets, layers=layers, rank_stabilised=True)
+    assert not any(path[:2] == ("experts", "router") for path in lora.modules_of(added["lora"]["layers"]))
+    params = {**base, **added}
+    beside = hidden(params, model)
+    assert np.abs(beside - hidden(base, model)).max() > 1e-2
+    np.testing.assert_allclose(hidden(lora.merge(params, model), model), beside, rtol=1e-4, atol=1e-5)
+    peft.write(tmp_path, model, params, "some/base")
+    found, back = peft.read(tmp_path, model)
+    again = dataclasses.replace(model, adapters=found)
+    np.testing.assert_allclose(hidden({**base, **back}, again), beside, rtol=1e-4, atol=1e-5)
 
 
 OPTIONS = [(family, family != "qwen3", layers) for family in FAMILIES for layers in (None, (1, 2))]
@@ -253,6 +279,7 @@ def test_an_adapter_config_that_means_something_else_is_refused_before_its_base_
     ("changes", "said"),
     [
         ({"r": 0}, "r is 0; expected a whole number of at least 1"),
+        ({"target_parameters": ["q_proj.weight"]}, "target_parameters is .*for mixtures of experts only; merge"),
         ({"rank_pattern": {"(a+)+$": 3}}, "regular expressions without a repeated group"),
         ({"rank_pattern": {"q_(proj": 3}}, "rank_pattern .* regular expressions of module names"),
         ({"alpha_pattern": {"q_proj": "much"}}, "alpha_pattern .* numbers above 0 by names of modules"),

@@ -144,6 +144,13 @@ def arrays_of_a_run():
             chain = make_optimizer(config.Optim(state_dtype=dtype, weight_decay=0.1), 1e-3, 10).chain
             trained = {name: part for name, part in params.items() if name in ("lora", "score")}
             yield {"opt_state": jax.eval_shape(chain.init, trained), "reference": trained}
+    mixture = dataclasses.replace(families["qwen3_moe"], adapters=models.Adapters(4, 8.0))
+
+    def with_experts():
+        params = models.init(mixture, jax.random.key(0))
+        return lora.init(mixture, params, lora.modules_of(params["layers"]), jax.random.key(1), magnitudes=False)
+
+    yield jax.eval_shape(with_experts)
     run = config.PPOConfig(
         ppo=config.PPO(replay=2, batch_size=8, num_mini_batches=1),
         sampling=config.Sampling(renormalise_logprobs=True, top_k=5),

@@ -65,8 +65,8 @@ class LoRA:
     """Dropout on adapter inputs in SFT, reward modelling and DPO. No effect in PPO and GRPO: their rollout,
     log-probs and update are without dropout, so that the first probability ratio is 1."""
     target_modules: tuple[str, ...] = ("all-linear",)
-    """Matrices to adapt, by their PEFT names (q_proj, c_attn, ...). `all-linear`: every linear layer of each block, but
-    not the experts and the router of a mixture of experts, which take no adapters."""
+    """Matrices to adapt, by their PEFT names (q_proj, c_attn, ...). `all-linear`: every linear layer of each block,
+    with the experts of a mixture, each of which has adapters of its own, but without the router, which is frozen."""
     quantize: Literal["none", "int8", "nf4"] = "none"
     """Quantisation of the frozen matrices under the adapters. int8: one scale per output. nf4: 4 bits, one scale per
     64 weights (QLoRA, https://arxiv.org/abs/2305.14314)."""

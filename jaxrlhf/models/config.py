@@ -157,6 +157,11 @@ class ModelConfig:
         return self.num_experts > 0 and self.router_aux_loss_coef > 0
 
     @property
+    def adapter_scale(self) -> float:
+        """The factor of the adapters' output."""
+        return self.adapters.scale if self.adapters else 1.0
+
+    @property
     def layer_ropes(self) -> tuple[Rope | None, ...]:
         """[L] The rotary embeddings of every layer."""
         with_rope = self.rope_layers or (True,) * self.num_layers

@@ -11,7 +11,6 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
@@ -27,16 +26,23 @@ LARGEST_BLOCK = 256  # rows
 
 
 class Experts(nn.Module):
-    """Router and gated MLPs in place of `Mlp`, with kernels [E, in, out]."""
+    """Router and gated MLPs in place of `Mlp`, with kernels [E, in, out].
+
+    With variables in the collection "lora", each expert's x W becomes x W + scale x A B, with A [E, in, r] and B
+    [E, r, out]. The kernels of the experts then have no gradient: they are frozen.
+    """
 
     model: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         m, width = self.model, x.shape[-1]
-        router = _Kernel((width, m.num_experts), name="router")()["kernel"]
+        router = _Kernel((width, m.num_experts), name="router")()
+        if "a" in router:
+            delta = m.adapter_scale * jnp.matmul(router["a"], router["b"], precision="highest")
+            router = {"kernel": router["kernel"].astype(jnp.float32) + delta}
         # the input is not rounded, as that could change the choice of experts; the weight is, as in an inference copy
-        router = router.astype(m.dtype).astype(jnp.float32)
+        router = router["kernel"].astype(m.dtype).astype(jnp.float32)
         probabilities = jax.nn.softmax(product("btd,de->bte", x, router, "float32"), axis=-1)
         shares, chosen = jax.lax.top_k(probabilities, m.experts_per_token)
         self.sow("intermediates", "routing", (probabilities, chosen))
@@ -59,17 +65,19 @@ def router_sums(
 
 
 class _Kernel(nn.Module):
-    """Kernels [..., in, out], packed (packed.py) or not, or their int8 form [..., out, in] with a scale per output."""
+    """Kernels [..., in, out], packed (packed.py) or not, or their int8 form [..., out, in] with a scale per output;
+    "a" and "b" of their adapters, if there are any."""
 
     shape: tuple[int, ...]
     int8: bool = False
 
     @nn.compact
     def __call__(self) -> Params:
+        adapters = dict(self.variables.get("lora", {}))
         if self.has_variable("params", "codes"):
-            return dict(self.variables["params"])
+            return {**self.variables["params"], **adapters}
         if not self.int8:
-            return {"kernel": self.param("kernel", nn.initializers.normal(0.02), self.shape)}
+            return {"kernel": self.param("kernel", nn.initializers.normal(0.02), self.shape), **adapters}
         *lead, inputs, outputs = self.shape
         kernel = self.param("kernel", nn.initializers.zeros, (*lead, outputs, inputs), jnp.int8)
         return {"kernel": kernel, "scale": self.param("scale", nn.initializers.ones, (*lead, outputs))}
@@ -77,7 +85,7 @@ class _Kernel(nn.Module):
 
 def _mixed_on_mesh(m: ModelConfig, x: Array, shares: Array, chosen: Array, weights: Params) -> Array:
     """`_mixed`, on the mesh of the model: each device sorts its own rows, and has a share of every expert's width."""
-    mixed = partial(_mixed, activation=m.activation, dtype=m.dtype)
+    mixed = partial(_mixed, activation=m.activation, dtype=m.dtype, adapter_scale=m.adapter_scale)
     if m.mesh is None or m.mesh.size == 1:
         return mixed(x, shares, chosen, weights)
     sizes, rows = m.mesh.shape, row_axes(m.mesh)
@@ -85,15 +93,13 @@ def _mixed_on_mesh(m: ModelConfig, x: Array, shares: Array, chosen: Array, weigh
     by_row = P(rows if split else None)
     packed = "codes" in weights["gate"]  # blocks of inputs share a scale, and a share of the width may cut them
     width = "tensor" if m.mlp_size % sizes["tensor"] == 0 and not packed else None
-    kernel_specs = {"gate": P(None, None, width), "up": P(None, None, width), "down": P(None, width)}
-    if m.kernels == "int8":
-        kernel_specs = {"gate": P(None, width), "up": P(None, width), "down": P(None, None, width)}
-    scale_specs = {"gate": P(None, width), "up": P(None, width), "down": P()}
+    first, last, turned = P(None, width), P(None, None, width), m.kernels == "int8"
+    outputs_split = {"kernel": first if turned else last, "scale": first, "b": last}
+    inputs_split = {"kernel": last if turned else first, "a": first}
     specs = {
-        name: {"kernel": kernel_specs[name]} | ({"scale": scale_specs[name]} if "scale" in weight else {})
+        name: {leaf: (inputs_split if name == "down" else outputs_split).get(leaf, P()) for leaf in weight}
         for name, weight in weights.items()
     }
-    specs = jax.tree.map(lambda _: P(), weights) if packed else specs
 
     def local(x: Array, shares: Array, chosen: Array, weights: Params) -> Array:
         y = mixed(x, shares, chosen, weights)
@@ -113,6 +119,7 @@ def _mixed(
     *,
     activation: str,
     dtype: str,
+    adapter_scale: float,
 ) -> Float[Array, "B T D"]:
     """Sum of the outputs of every token's chosen experts, times their shares."""
     experts, k, width = len(jax.tree.leaves(weights)[0]), chosen.shape[-1], x.shape[-1]
@@ -129,7 +136,8 @@ def _mixed(
     repeated = jnp.repeat(x.reshape(-1, width), k, axis=0)
     filled = jnp.zeros((blocks * block, width), x.dtype).at[row].set(repeated, unique_indices=True)
     expert_of_block = jnp.searchsorted(ends, jnp.arange(blocks) * block, side="right").clip(max=experts - 1)
-    y = cast(Array, _blocks(filled.reshape(blocks, block, width), expert_of_block, weights, activation, dtype))
+    filled = filled.reshape(blocks, block, width)
+    y = cast(Array, _blocks(filled, expert_of_block, *_by_training(weights), activation, dtype, adapter_scale))
     y = y.reshape(-1, width).at[row].get(unique_indices=True, mode="promise_in_bounds")
     return jnp.sum(y.reshape(*chosen.shape, width) * shares[..., None], axis=-2)
 
@@ -146,74 +154,81 @@ def _power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
-def _expert(x: Float[Array, "b D"], weights: Params, activation: str, dtype: str) -> Float[Array, "b D"]:
+def _by_training(weights: Params) -> tuple[Params, Params]:
+    """(frozen, trained) parts of the weights: under adapters only those train, and kernels in fewer bits never do."""
+    adapters = {name: {leaf: weight[leaf] for leaf in "ab"} for name, weight in weights.items() if "a" in weight}
+    rest = {name: {leaf: w for leaf, w in weight.items() if leaf not in ("a", "b")} for name, weight in weights.items()}
+    return (rest, adapters) if adapters or set(rest["gate"]) != {"kernel"} else ({}, rest)
+
+
+def _expert(
+    x: Float[Array, "b D"], frozen: Params, trained: Params, activation: str, dtype: str, adapter_scale: float
+) -> Float[Array, "b D"]:
     """One gated MLP."""
 
-    def times(x: Array, weight: Params) -> Array:
-        if "scale" in weight:
+    def times(x: Array, name: str) -> Array:
+        weight, adapter = frozen.get(name) or trained[name], trained.get(name, {})
+        if "kernel" in weight and "scale" in weight:
             return int8_product(x, weight["kernel"], weight["scale"])
-        return product("bi,io->bo", x, weight["kernel"], dtype)
+        y = product("bi,io->bo", x, unpack(weight) if "codes" in weight else weight["kernel"], dtype)
+        if "a" in adapter:
+            low = product("bi,ir->br", x, adapter["a"], dtype)
+            y = y + adapter_scale * product("br,ro->bo", low, adapter["b"], dtype)
+        return y
 
-    weights = {name: {"kernel": unpack(weight)} if "codes" in weight else weight for name, weight in weights.items()}
-
-    return times(ACTIVATIONS[activation](times(x, weights["gate"])) * times(x, weights["up"]), weights["down"])
+    return times(ACTIVATIONS[activation](times(x, "gate")) * times(x, "up"), "down")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _blocks(
-    x: Float[Array, "blocks b D"], expert: Int[Array, " blocks"], weights: Params, activation: str, dtype: str
+    x: Float[Array, "blocks b D"],
+    expert: Int[Array, " blocks"],
+    frozen: Params,
+    trained: Params,
+    activation: str,
+    dtype: str,
+    adapter_scale: float,
 ) -> Float[Array, "blocks b D"]:
-    """Each block through its expert."""
-    weights = _rounded(weights, dtype)
+    """Each block through its expert; without a gradient for what is frozen."""
+    frozen, trained = _rounded(frozen, dtype), _rounded(trained, dtype)
 
     def step(carry: None, block: tuple[Array, Array]) -> tuple[None, Array]:
-        return None, _expert(block[0], _of(block[1], weights), activation, dtype)
+        x, expert = block
+        return None, _expert(x, _of(expert, frozen), _of(expert, trained), activation, dtype, adapter_scale)
 
     return jax.lax.scan(step, None, (x, expert))[1]
 
 
-def _blocks_forward(x, expert, weights, activation, dtype):
-    return _blocks(x, expert, weights, activation, dtype), (x, expert, weights)
+def _blocks_forward(x, expert, frozen, trained, *static):
+    return _blocks(x, expert, frozen, trained, *static), (x, expert, frozen, trained)
 
 
-def _blocks_backward(activation, dtype, residuals, cotangent):
+def _blocks_backward(activation, dtype, adapter_scale, residuals, cotangent):
     # By jax's own rule, every block would add a gradient of all experts, nearly all of it zero.
-    x, expert, weights = residuals
-    rounded = _rounded(weights, dtype)
-    if "codes" in weights["gate"]:  # they do not train
-
-        def of_input(carry, block):
-            x, expert, cotangent = block
-            return carry, jax.vjp(lambda x: _expert(x, _of(expert, weights), activation, dtype), x)[1](cotangent)[0]
-
-        return jax.lax.scan(of_input, None, (x, expert, cotangent))[1], None, jax.tree.map(_no_gradient, weights)
+    x, expert, frozen, trained = residuals
+    frozen, rounded = _rounded(frozen, dtype), _rounded(trained, dtype)
 
     def step(sums, block):
         x, expert, cotangent = block
+        fixed = _of(expert, frozen)
         # in float32, as the gradient of a weight would be rounded to the dtype of the weight
         of_expert = jax.tree.map(lambda w: w.astype(jnp.float32), _of(expert, rounded))
-        _, pull = jax.vjp(lambda x, weights: _expert(x, weights, activation, dtype), x, of_expert)
+        _, pull = jax.vjp(lambda x, own: _expert(x, fixed, own, activation, dtype, adapter_scale), x, of_expert)
         grad_x, grads = pull(cotangent)
         return jax.tree.map(lambda total, grad: total.at[expert].add(grad), sums, grads), grad_x
 
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), trained)
     sums, grad_x = jax.lax.scan(step, zeros, (x, expert, cotangent))
-    return grad_x, None, jax.tree.map(lambda total, w: total.astype(w.dtype), sums, weights)
+    return grad_x, None, None, jax.tree.map(lambda total, w: total.astype(w.dtype), sums, trained)
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def _rounded(weights: Params, dtype: str) -> Params:
-    """Kernels in the dtype of products, so that a block does not convert them again; but int8 and packed ones."""
-    if set(weights["gate"]) != {"kernel"}:
-        return weights
-    return jax.tree.map(lambda w: w.astype(dtype), weights)
-
-
-def _no_gradient(leaf: Array) -> Array | np.ndarray:
-    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jnp.zeros_like(leaf) if is_float else np.zeros(leaf.shape, jax.dtypes.float0)
+    """Kernels and adapters in the dtype of products, so that a block does not convert them again; but int8 and packed
+    ones."""
+    return {name: w if "scale" in w else jax.tree.map(lambda x: x.astype(dtype), w) for name, w in weights.items()}
 
 
 def _of(expert: Array, weights: Params) -> Params:

@@ -21,6 +21,14 @@ def with_adapters(model: ModelConfig, lora: LoRA, added: tuple[int, ...] = ()) -
     modules = peft.modules(model, lora.target_modules)
     if lora.layers and lora.layers[1] > model.num_layers:
         raise ConfigError(f"lora.layers is {list(lora.layers)}, and the model has {model.num_layers} layers")
+    if any(peft.of_experts(module) for module in modules):
+        for option, value in (("dropout", lora.dropout), ("use_dora", lora.use_dora)):
+            if value:
+                raise ConfigError(
+                    f"lora.{option} is {value}, and lora.target_modules ({', '.join(lora.target_modules)}) includes "
+                    f"the experts of a {model.family}, whose adapters cannot have it, as in PEFT; leave it out, or let "
+                    "lora.target_modules name the attention matrices alone, [q_proj, k_proj, v_proj, o_proj]"
+                )
     adapters = Adapters(lora.rank, lora.alpha, lora.use_rslora, lora.dropout, lora.layers, added)
     model = dataclasses.replace(model, adapters=adapters)
     if not any(last > first for first, last in (model.adapted_in(module[0]) for module in modules)):

@@ -179,3 +179,95 @@ def test_decoding_with_a_cache_equals_forward_in_every_copy(model, big_weights, 
         found = np.concatenate([first, last], axis=1)
         real = np.asarray(mask)
         assert np.abs(found - whole)[real].mean() < tolerance
+
+
+RANK, ADAPTERS = 3, models.Adapters(3, 6.0)  # a scale of 2
+
+
+@pytest.fixture(scope="module")
+def adapters(weights):
+    def normal(*shape):
+        return generator.normal(0, 0.2, shape).astype(np.float32)
+
+    generator = np.random.default_rng(2)
+    shapes = {name: weights[name]["kernel"].shape for name in ("gate", "up", "down")}
+    return {name: {"a": normal(e, i, RANK), "b": normal(e, RANK, o)} for name, (e, i, o) in shapes.items()}
+
+
+def with_adapters(model, weights, adapters, x):
+    return experts.Experts(dataclasses.replace(model, adapters=ADAPTERS)).apply(
+        {"params": jax.tree.map(jnp.asarray, weights), "lora": adapters}, jnp.asarray(x)
+    )
+
+
+def summed(weights, adapters):
+    """W + 2 A B of every expert that has adapters."""
+    deltas = {name: 2 * adapter["a"] @ adapter["b"] for name, adapter in adapters.items()}
+    return {name: {"kernel": tree["kernel"] + deltas.get(name, 0)} for name, tree in weights.items()}
+
+
+def test_a_token_gets_the_adapters_of_its_experts(model, weights, adapters, x):
+    exact = jax.tree.map(lambda w: w.astype(np.float64), (weights, adapters))
+    for chosen in (("gate", "up", "down"), ("down",)):
+        some = {name: adapters[name] for name in chosen}
+        expected = by_hand(summed(exact[0], {name: exact[1][name] for name in chosen}), x, 3, True)
+        np.testing.assert_allclose(with_adapters(model, weights, some, x), expected, atol=1e-5, rtol=1e-5)
+
+
+def of_adapters(function, weights, adapters, x):
+    """Gradients of a sum of `function(weights, adapters, x)` for all three."""
+    return jax.jit(jax.grad(lambda *given: jnp.sum(jnp.sin(function(*given))), (0, 1, 2)))(weights, adapters, x)
+
+
+def test_gradients_of_adapters_are_those_of_all_experts_for_all_tokens(model, weights, adapters, x):
+    of_base, *ours = of_adapters(partial(with_adapters, model), weights, adapters, x)
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda w: w.astype(np.float64), (weights, adapters, x))
+        whole, *expected = of_adapters(lambda w, a, x: dense(model, summed(w, a), x), *exact)
+    assert expected[1].dtype == np.float64
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4), ours, expected)
+    np.testing.assert_allclose(of_base["router"]["kernel"], whole["router"]["kernel"], atol=1e-4, rtol=1e-4)
+    assert all(not np.any(of_base[name]["kernel"]) for name in adapters), "the experts themselves are frozen"
+
+
+@pytest.mark.parametrize("bits", [None, "nf4"])
+def test_a_mesh_changes_nothing_for_adapters(model, weights, adapters, x, bits):
+    mesh = sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
+    base = jax.tree.map(lambda w: jnp.asarray(w)[None], weights)
+    if bits:
+        base = lora.pack({"layers": {"experts": base}}, bits, double=True)["layers"]["experts"]
+    stacked = {"layers": {"experts": base}, "lora": {"layers": {"experts": jax.tree.map(lambda w: w[None], adapters)}}}
+    places = sharding.shardings(stacked, mesh)
+    split = places["lora"]["layers"]["experts"]
+    assert {"fsdp", "tensor"} <= set(split["gate"]["b"].spec) & set(split["down"]["a"].spec)
+    placed = jax.tree.map(lambda w, place: jax.device_put(w, place)[0], stacked, places)
+    rows = jax.device_put(x, jax.sharding.NamedSharding(mesh, sharding.ROWS))
+    results = []
+    for on, tree, tokens in ((None, jax.tree.map(lambda w: w[0], stacked), x), (mesh, placed, rows)):
+        function = partial(with_adapters, dataclasses.replace(model, mesh=on), tree["layers"]["experts"])
+        loss = jax.jit(jax.value_and_grad(lambda a, x, run=function: jnp.sum(jnp.sin(run(a, x))), (0, 1)))
+        results.append(loss(tree["lora"]["layers"]["experts"], tokens))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-4, rtol=2e-4), *results)
+
+
+def test_the_copy_that_samples_has_the_adapters_of_the_experts(model, big_weights, padded):
+    """Merged, and decoded token by token, where a few rows take few blocks."""
+    adapted = dataclasses.replace(model, adapters=ADAPTERS)
+    params = big_weights(adapted)
+    params["layers"]["experts"] = jax.tree.map(lambda w: w / 2, params["layers"]["experts"])
+    modules = [("attention", "q"), ("experts", "gate"), ("experts", "up"), ("experts", "down")]
+    added = lora.init(adapted, params, modules, jax.random.key(1), magnitudes=False)
+    generator = np.random.default_rng(3)
+    added = jax.tree.map(lambda x: x + generator.normal(0, 0.2, x.shape).astype(np.float32), added)
+    tokens, mask = padded([np.arange(1, 7), np.arange(3, 6)], "left", 7)
+    forward = jax.jit(models.forward, static_argnums=1)
+    whole = forward({**params, **added}, adapted, tokens, mask)
+    assert np.abs(forward(params, model, tokens, mask) - whole)[np.asarray(mask)].max() > 1e-2
+    inference, copy = inference_copy(adapted, {**params, **added}, "float32")
+    cache = models.empty_cache(inference, 2, 7)
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    step = jax.jit(models.forward_cached, static_argnums=1)
+    first, cache = step(copy, inference, tokens[:, :6], mask[:, :6], positions[:, :6], cache, 0)
+    last, _ = step(copy, inference, tokens[:, 6:], mask[:, 6:], positions[:, 6:], cache, 6)
+    found, real = np.concatenate([first, last], axis=1), np.asarray(mask)
+    np.testing.assert_allclose(found[real], np.asarray(whole)[real], atol=1e-4, rtol=1e-4)

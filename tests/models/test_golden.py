@@ -95,7 +95,7 @@ def test_classifier_matches_transformers(classifier, padded):
     np.testing.assert_allclose(models.scalar_head(params, model, last), score, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["gpt2-dora-rslora", "llama-lora"])
+@pytest.mark.parametrize("name", ["gpt2-dora-rslora", "llama-lora", "qwen3_moe-experts"])
 def test_adapters_match_peft(name, padded, tmp_path):
     """Merged as they are read, and beside their base. Rows of tokens are in them, with a tied head and without."""
     shutil.copytree(FIXTURES / "adapters" / name, tmp_path / name)

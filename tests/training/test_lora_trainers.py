@@ -1,6 +1,7 @@
 """Runs with adapters: only those train, one model lies under all roles, and what goes out is what was trained."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import pytest
 from support.runs import equal, length_reward, records, supervised_step
 
 import jaxrlhf
-from jaxrlhf import config
+from jaxrlhf import config, weights
+from jaxrlhf import lora as lora_params
 from jaxrlhf.errors import ConfigError, Preempted
 from jaxrlhf.rewards.sources.model import RewardModel
 from jaxrlhf.training.export import export, merge
@@ -46,6 +48,45 @@ def test_supervised_runs_learn_in_their_adapters_alone(kind, supervised, on_disk
     whole = merge(tmp_path / "run", tmp_path / "whole")
     equal(jaxrlhf.load(whole)[1], params)
     equal(jaxrlhf.load(trainer.save_pretrained(tmp_path / "again", merge_lora=True))[1], params)
+
+
+def test_the_experts_of_a_mixture_learn_in_adapters_over_a_packed_model(supervised, written, tmp_path):
+    shutil.copytree(written, tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors"))
+    file = tmp_path / "config" / "config.json"
+    mixture = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    names = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | names | mixture))
+    model, params = jaxrlhf.load(file.parent, init="random", key=jax.random.key(7))
+    tokenizer = jaxrlhf.load_tokenizer(file.parent, config.TokenizerSource())
+    base = weights.export(tmp_path / "base", model, params, source=file.parent, tokenizer=tokenizer)
+    options = supervised | {"model": config.ModelSource(path=str(base), router_aux_loss_coef=0.01)}
+    options |= {"lora": config.replace(LORA, quantize="nf4")}
+    after = []
+    for rows in (6, 2):
+        options |= {"train": config.replace(supervised["train"], micro_batch_size=rows)}
+        options |= {"optim": config.Optim(learning_rate=1e-2, eps=1e-3)}
+        trainer = SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / str(rows)), **options))
+        supervised_step(trainer, 0)
+        after.append(jax.device_get(trainer.state.value.params["policy"]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *after)
+    trainer = SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / "run"), **options))
+    before = jax.device_get((trainer.frozen, trainer.state.value.params["policy"]["lora"]["layers"]["experts"]))
+    trainer.train()
+    losses = [record["loss"] for record in records(tmp_path / "run")]
+    assert losses[-1] < losses[0]
+    equal(trainer.frozen, before[0])
+    assert "codes" in trainer.frozen["layers"]["experts"]["down"]
+    moved = trainer.state.value.params["policy"]["lora"]["layers"]["experts"]
+    assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(before[1]), strict=True))
+    assert "mlp.experts.down_proj" in (tmp_path / "run" / "export" / "adapter_config.json").read_text()
+    tree = jaxrlhf.load(tmp_path / "run")[1]["layers"]["experts"]
+    whole = jaxrlhf.load(trainer.save_pretrained(tmp_path / "whole", merge_lora=True))[1]["layers"]["experts"]
+    packed = lora_params.unpack(trainer.frozen)["layers"]["experts"]
+    merged, alone = (
+        each["down"]["kernel"] - under["down"]["kernel"]
+        for each, under in ((whole, packed), (tree, params["layers"]["experts"]))
+    )
+    np.testing.assert_allclose(merged, alone, atol=1e-5)
 
 
 def test_dropout_does_not_depend_on_the_micro_batch(supervised, on_disk, tmp_path):

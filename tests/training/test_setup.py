@@ -44,7 +44,18 @@ def test_the_load_balancing_loss_has_the_weight_of_the_option_or_of_the_file(tmp
         model_of(FIXTURES / "llama", router_aux_loss_coef=0.3)
 
 
-@pytest.mark.parametrize("target", ["gate_proj", "experts.down_proj", "mlp.gate"])
-def test_adapters_of_experts_are_refused(target):
-    with pytest.raises(ConfigError, match=f"'{target}' belongs to the experts.*q_proj.*without lora.enabled"):
+@pytest.mark.parametrize("target", ["gate", "mlp.gate", "mlp.gate.weight"])
+def test_adapters_of_the_router_are_refused(target):
+    with pytest.raises(ConfigError, match=f"'{target}' is the router of a qwen3_moe.*q_proj.*without lora.enabled"):
         model_of(FIXTURES / "qwen3_moe", config.LoRA(enabled=True, target_modules=(target,)))
+
+
+@pytest.mark.parametrize(("option", "value"), [("dropout", 0.1), ("use_dora", True)])
+@pytest.mark.parametrize("target", ["all-linear", "experts.down_proj"])
+def test_adapters_of_experts_have_neither_dropout_nor_magnitudes(option, value, target):
+    def model(*targets):
+        return model_of(FIXTURES / "olmoe", config.LoRA(enabled=True, target_modules=targets, **{option: value}))
+
+    with pytest.raises(ConfigError, match=rf"lora.{option} is {value}.*{target}.*experts of a olmoe.*\[q_proj, "):
+        model("q_proj", target)
+    assert model("q_proj", "k_proj", "v_proj", "o_proj").adapters is not None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jaxrlhf.weights.peft import keys
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
+safetensors = pytest.importorskip("safetensors.torch")
 pytestmark = pytest.mark.parity
 
 TOKENS = np.array([[5, 9, 33, 4, 17, 60, 2, 8], [3, 3, 21, 50, 11, 7, 40, 12]])
@@ -27,7 +29,8 @@ TARGETS = {
     "gpt2": ["c_attn", "c_proj"],
     "gpt_neox": ["query_key_value", "dense_4h_to_h"],
     "phi3": ["qkv_proj", "gate_up_proj", "o_proj"],
-    "qwen3_moe": ["q_proj", "o_proj"],
+    "qwen3_moe": ["q_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    "olmoe": ["up_proj", "o_proj"],
 }
 LLAMA = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -49,6 +52,7 @@ CONFIGS = {
     "gpt_neox": {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"},
     "phi3": LLAMA | {"pad_token_id": 0, "eos_token_id": 2},
     "qwen3_moe": LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    "olmoe": LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16, "pad_token_id": 0},
     "qwen3_5_text": LLAMA
     | {"head_dim": 8, "layer_types": ["linear_attention", "full_attention", "linear_attention"], "rms_norm_eps": 1e-2}
     | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5},
@@ -146,7 +150,6 @@ BY_FAMILY = list(OPTIONS)[: list(OPTIONS).index("dropout")]  # the others do not
     [
         *((f, o) for f in ("gpt2", "qwen2") for o in BY_FAMILY),
         *((f, o) for f in ("gpt_neox", "phi3") for o in ("plain", "dora", "all-linear", "tokens")),
-        ("qwen3_moe", "plain"),
         *(("llama", o) for o in OPTIONS),
         *(("gemma3_text", o) for o in ("plain", "tokens", "tied tokens")),  # the embedding is scaled
         ("olmo2", "dora"),
@@ -154,8 +157,11 @@ BY_FAMILY = list(OPTIONS)[: list(OPTIONS).index("dropout")]  # the others do not
     ],
 )
 def test_a_folder_that_peft_wrote(family, name, folders, tmp_path):
-    folder = folders / family
-    model = adapted(folder, **OPTIONS[name])
+    agrees_with_what_peft_wrote(folders / family, OPTIONS[name], tmp_path)
+
+
+def agrees_with_what_peft_wrote(folder, options, tmp_path):
+    model = adapted(folder, **options)
     model.save_pretrained(tmp_path)
     expected = outputs(model)
     whole, params = jaxrlhf.load(tmp_path, dtype="float32")
@@ -211,11 +217,51 @@ def test_what_is_not_implemented_is_refused_by_name_with_a_remedy(name, folders,
     assert "merge" in message or "train plain LoRA" in message
 
 
+GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+OF_EXPERTS = {
+    "attention": {"target_modules": ["q_proj", "o_proj"]},
+    "all-linear": {"target_modules": "all-linear"},  # with the router
+    "one": {"target_modules": [], "target_parameters": [DOWN]},
+    "other": {"target_modules": ["q_proj"], "target_parameters": [GATE_UP], "use_rslora": True},
+    "of one layer": {"target_modules": [], "target_parameters": [f"layers.1.{GATE_UP}", f"layers.2.{DOWN}"]},
+    "patterns": {
+        "target_modules": [],
+        "target_parameters": [DOWN, "mlp.gate.weight", "self_attn.v_proj.weight"],
+        "rank_pattern": {"down_proj": 2, "gate.weight": 3},
+        "alpha_pattern": {r".*\.1\.mlp\.experts\.down_proj": 5, "v_proj.weight": 3},
+    },
+    "old names": {"target_modules": ["gate_proj", "up_proj", "down_proj", "k_proj"]},
+}
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_adapters_of_experts_are_refused_by_name(folders, tmp_path):
-    adapted(folders / "qwen3_moe", target_modules="all-linear").save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="target_parameters is .*gate_up_proj.*merge"):
-        jaxrlhf.load(tmp_path)
+@pytest.mark.parametrize(
+    ("family", "name"), [*(("qwen3_moe", name) for name in OF_EXPERTS), ("olmoe", "all-linear"), ("olmoe", "one")]
+)
+def test_adapters_of_experts_that_peft_wrote(family, name, folders, tmp_path):
+    agrees_with_what_peft_wrote(folders / family, OF_EXPERTS[name], tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_the_linear_layers_that_experts_were(folders, tmp_path):
+    """As under transformers 4, an A and a B for each matrix of each expert, which PEFT still reads."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"gate_proj": (32, 16), "up_proj": (32, 16), "down_proj": (16, 32)}
+    stored = {}
+    for layer, expert, (name, (width_in, width_out)) in itertools.product(range(3), range(4), shapes.items()):
+        rank = 2 if name == "down_proj" else 4
+        prefix = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{name}"
+        stored[f"{prefix}.lora_A.weight"] = 0.3 * torch.randn(rank, width_in, generator=generator)
+        stored[f"{prefix}.lora_B.weight"] = 0.3 * torch.randn(width_out, rank, generator=generator)
+    safetensors.save_file(stored, tmp_path / "adapter_model.safetensors")
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=list(shapes), rank_pattern={"down_proj": 2},
+        base_model_name_or_path=str(folders / "qwen3_moe"), inference_mode=True,
+    )  # fmt: skip
+    settings.save_pretrained(tmp_path)
+    expected = outputs(peft.PeftModel.from_pretrained(theirs(folders / "qwen3_moe"), tmp_path).eval())
+    whole, params = jaxrlhf.load(tmp_path, dtype="float32")
+    np.testing.assert_allclose(run(params, whole), expected, **CLOSE)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -258,6 +304,7 @@ def test_a_classifier_that_peft_wrote(family, folders, tmp_path):
         *((f, "plain") for f in FAMILIES),
         *((f, o) for f in ("gpt2", "llama") for o in ("rslora", "dora", "layers", "tokens")),
         *((f, "dora") for f in ("gpt_neox", "phi3")),
+        ("qwen3_moe", "layers"),
     ],
 )
 @pytest.mark.parametrize("head", ["lm", "linear"])

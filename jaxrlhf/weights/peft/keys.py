@@ -9,6 +9,7 @@ from jaxrlhf.weights.fields import Fields
 USED = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "rank_pattern",
     "alpha_pattern", "use_dora", "bias", "modules_to_save", "trainable_token_indices", "init_lora_weights",
+    "target_parameters",
 }  # fmt: skip
 
 WITHOUT_EFFECT = {
@@ -39,7 +40,6 @@ REFUSED = {
     "arrow_config": f"a router chooses between adapters for every token; {_PLAIN}",
     "layer_replication": f"the model repeats layers of its base model; {MERGE}",
     "lora_bias": f"{MERGE} (PEFT can where the matrices have biases)",
-    "target_parameters": MERGE,
     "use_bdlora": MERGE,
     "kasa_config": f"the base model's weights are truncated too; {MERGE}",
     "megatron_config": "export the adapters with the tensor names of transformers",

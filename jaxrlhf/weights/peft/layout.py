@@ -13,14 +13,12 @@ from jaxrlhf.models import ModelConfig, init
 from jaxrlhf.weights import safetensors
 from jaxrlhf.weights.fields import Fields
 from jaxrlhf.weights.mapping import leaf_at
-from jaxrlhf.weights.names import projections
-from jaxrlhf.weights.peft import keys
+from jaxrlhf.weights.peft import experts, keys
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 ALL = "all-linear"
-_EXPERTS = ("gate", "gate_proj", "up_proj", "gate_up_proj", "down_proj", "experts", "mlp")
 PREFIX = "base_model.model."
 SCORES = (f"{PREFIX}score.weight", f"{PREFIX}score.modules_to_save.weight")
 
@@ -28,19 +26,20 @@ SCORES = (f"{PREFIX}score.weight", f"{PREFIX}score.modules_to_save.weight")
 def modules(model: ModelConfig, targets: Sequence[str]) -> list[Module]:
     """The matrices of a layer that `targets` name, as in PEFT ("q_proj", "self_attn.q_proj"), or `all-linear`.
 
-    Experts and router of a mixture of experts take no adapters. Raises ConfigError listing the known names if a target
-    matches no matrix.
+    Those of the experts of a mixture have the names of their parameters in transformers ("mlp.experts.gate_up_proj",
+    "down_proj") or of the linear layers in older versions ("gate_proj"). The router takes no adapters. Raises
+    ConfigError listing the known names if a target matches no matrix.
     """
-    matrices = projections(model)
+    matrices = experts.projections(model)
+    router = matrices.pop(experts.ROUTER, None)
     known = list(dict.fromkeys(name.rpartition(".")[2] for name in matrices))
     result: dict[Module, None] = {}
     for target in targets:
         matches = [paths for name, paths in matrices.items() if target == ALL or f".{name}".endswith(f".{target}")]
-        if not matches and model.num_experts and target.rpartition(".")[2] in _EXPERTS:
+        if not matches and router and f".{experts.ROUTER}".endswith(f".{target.removesuffix('.weight')}"):
             raise ConfigError(
-                f"lora.target_modules: '{target}' belongs to the experts and the router of a {model.family}, for which "
-                f"adapters are not implemented; name others of {', '.join(known)}, or train the whole model, without "
-                "lora.enabled"
+                f"lora.target_modules: '{target}' is the router of a {model.family}, which is frozen under adapters; "
+                f"name others of {', '.join(known)}, or train the whole model, without lora.enabled"
             )
         if not matches:
             raise ConfigError(
@@ -110,4 +109,4 @@ def widths(model: ModelConfig, paths: Sequence[Module]) -> tuple[int, list[int]]
     """(inputs, outputs of each) of the matrices at `paths`, which share their inputs."""
     layers = jax.eval_shape(lambda: init(model, jax.random.key(0)))["layers"]
     shapes = [leaf_at(layers, path)["kernel"].shape for path in paths]
-    return shapes[0][1], [shape[2] for shape in shapes]
+    return shapes[0][-2], [shape[-1] for shape in shapes]

@@ -18,8 +18,8 @@ from jaxrlhf.weights import safetensors
 from jaxrlhf.weights.families import multimodal, tensor_names
 from jaxrlhf.weights.fields import Fields
 from jaxrlhf.weights.mapping import set_leaf
-from jaxrlhf.weights.names import layer_prefix, part_of, projections
-from jaxrlhf.weights.peft import token_rows
+from jaxrlhf.weights.names import layer_prefix
+from jaxrlhf.weights.peft import experts, token_rows
 from jaxrlhf.weights.peft.keys import MERGE
 from jaxrlhf.weights.peft.layout import PREFIX, SCORES, read_fields, scan, widths
 
@@ -30,7 +30,8 @@ _PARTS = {
     "lora_magnitude_vector": "magnitude",
 }
 _TRAINING_ONLY = ("lora_velora_embed", "lora_monteclora_sampler")  # tensors without effect on the outputs
-Parts = dict[str, np.ndarray]  # of one matrix, as stored: "a" [r, in], "b" [out, r] and, for DoRA, "magnitude" [out]
+Parts = dict[str, np.ndarray]
+"""Of one matrix: "a" [r, in], "b" [out, r] and, for DoRA, "magnitude" [out]; of experts [E, r, in], [E, out, r]."""
 
 
 def read(folder: Path, model: ModelConfig) -> tuple[Adapters, Params]:
@@ -43,38 +44,62 @@ def read(folder: Path, model: ModelConfig) -> tuple[Adapters, Params]:
     """
     fields = read_fields(folder)
     adapters = Adapters(fields.integer("r"), fields.number("lora_alpha"), fields.boolean("use_rslora", False))
-    kinds = ["a", "b", *(["magnitude"] if fields.boolean("use_dora", False) else [])]
+    with_magnitudes = fields.boolean("use_dora", False)
     tokens = token_rows.indices(fields, model)
-    matrices, row_tensors = projections(model), token_rows.row_tensors(model)
+    matrices, row_tensors = experts.projections(model), token_rows.row_tensors(model)
+    targets = experts.parameters(fields, model)
     by_module: dict[str, dict[int, Parts]] = defaultdict(lambda: defaultdict(dict))
+    singles: dict[tuple[str, int], dict[str, dict[int, np.ndarray]]] = defaultdict(lambda: defaultdict(dict))
     score: Params = {}
     row_arrays: dict[str, np.ndarray] = {}
     problems = []
-    for full_name, entry in scan(folder).items():
+    entries = scan(folder)
+    modules = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in entries}
+    for full_name, entry in entries.items():
         name = multimodal.text_name(full_name.removeprefix(PREFIX), tensor_names(model).decoder)
-        if location := _location(name, model, matrices):
-            module, layer, part = location
+        if location := _location(name, model, matrices, modules, targets):
+            module, layer, part, expert = location
             array = safetensors.read(entry).astype(np.float32)
-            by_module[module][layer][part] = array.reshape(-1) if part == "magnitude" else array
+            if expert is not None:
+                singles[module, layer][part][expert] = array
+            elif experts.of_experts(matrices[module][0]):
+                by_module[module][layer][part] = experts.separated(part, array, model.num_experts)
+            else:
+                by_module[module][layer][part] = array.reshape(-1) if part == "magnitude" else array
         elif model.head == "linear" and full_name in SCORES:
             score = {"score": {"kernel": jnp.asarray(safetensors.read(entry).astype(np.float32).T)}}
         elif full_name.startswith(PREFIX) and name in row_tensors:
             row_arrays[name] = safetensors.read(entry).astype(np.float32)
         elif not any(part in name for part in _TRAINING_ONLY):
             problems.append(f"unexpected: {full_name} {list(entry.shape)}")
+    for (module, layer), given in singles.items():
+        by_module[module][layer], different = experts.together(given, model.num_experts)
+        problems += [f"{problem}: layer {layer}, {module}" for problem in different]
     ranks, alphas = _patterns(fields, "rank_pattern"), _patterns(fields, "alpha_pattern")
 
     def configured(module: str, layer: int) -> Adapters:
-        name = f"{layer_prefix(model, layer)}{module}"
-        rank, alpha = _pattern(ranks, name, adapters.rank), _pattern(alphas, name, adapters.alpha)
+        prefix = layer_prefix(model, layer)
+        names = [f"{prefix}{module}"]
+        if experts.targeted(f"{names[0]}.weight", targets):
+            names = [f"{names[0]}.weight"]
+        elif (module, layer) in singles:
+            names = [f"{prefix}{experts.single_name(module, expert)}" for expert in range(model.num_experts)]
+        found = {(_pattern(ranks, name, adapters.rank), _pattern(alphas, name, adapters.alpha)) for name in names}
+        if len(found) > 1:
+            fields.refuse("rank_pattern", f"the same rank and alpha for all experts; {MERGE}")
+        ((rank, alpha),) = found
         return dataclasses.replace(adapters, rank=int(rank), alpha=float(alpha))
 
     for module, by_layer in by_module.items():
         inputs, outputs = widths(model, matrices[module])
         for layer, parts in by_layer.items():
             rank = configured(module, layer).rank
-            shapes = {"a": (rank, inputs), "b": (sum(outputs), rank), "magnitude": (sum(outputs),)}
-            problems += _part_problems(f"layer {layer}, {module}", parts, {part: shapes[part] for part in kinds})
+            shapes: dict[str, tuple[int, ...]] = {"a": (rank, inputs), "b": (sum(outputs), rank)}
+            if experts.of_experts(matrices[module][0]):
+                shapes = {part: (model.num_experts, *shape) for part, shape in shapes.items()}
+            elif with_magnitudes:
+                shapes["magnitude"] = (sum(outputs),)
+            problems += _part_problems(f"layer {layer}, {module}", parts, shapes)
     rows, row_problems = token_rows.from_tensors(row_arrays, tokens, model)
     problems += row_problems
     if problems or not by_module:
@@ -90,7 +115,7 @@ def read(folder: Path, model: ModelConfig) -> tuple[Adapters, Params]:
         having = [layer for layer in model.layers_with(matrices[module][0][0]) if layer in layers]
         stacked = _stack(by_layer, {layer: configured(module, layer).scale / adapters.scale for layer in having})
         for path in matrices[module]:
-            part = part_of(model, "/".join(path))
+            part = experts.part(model, module, path)
             columns = slice(None) if part is None else part.columns
             leaf = {name: array if name == "a" else array[..., columns] for name, array in stacked.items()}
             set_leaf(tree, path, {name: jnp.array(array) for name, array in leaf.items()})
@@ -100,32 +125,42 @@ def read(folder: Path, model: ModelConfig) -> tuple[Adapters, Params]:
 
 
 def _stack(by_layer: dict[int, Parts], scales: dict[int, float]) -> Parts:
-    """Stack one matrix over the layers of `scales`: "a" [n, in, r], "b" [n, r, out] and "magnitude" [n, out].
+    """Stack one matrix over the layers of `scales`: "a" [n, in, r], "b" [n, r, out] and "magnitude" [n, out]; "a" and
+    "b" of experts have an axis E after the first.
 
     B is multiplied by its layer's scale; layers without adapters are zero, with a magnitude of NaN.
     """
-    max_rank = max(len(parts["a"]) for parts in by_layer.values())
+    max_rank = max(parts["a"].shape[-2] for parts in by_layer.values())
     first = next(iter(by_layer.values()))
     absent = {part: np.full_like(array, np.nan if part == "magnitude" else 0) for part, array in first.items()}
     stacked = defaultdict(list)
     for layer, scale in scales.items():
         parts = by_layer.get(layer, absent)
-        padding = (0, max_rank - len(parts["a"]))
-        stacked["a"].append(np.pad(parts["a"].T, ((0, 0), padding)))
-        stacked["b"].append(np.pad(parts["b"].T * scale, (padding, (0, 0))))
+        padding, whole = (0, max_rank - parts["a"].shape[-2]), (0, 0)
+        lead = [whole] * (parts["a"].ndim - 2)
+        stacked["a"].append(np.pad(parts["a"].swapaxes(-1, -2), [*lead, whole, padding]))
+        stacked["b"].append(np.pad(parts["b"].swapaxes(-1, -2) * scale, [*lead, padding, whole]))
         if "magnitude" in parts:
             stacked["magnitude"].append(parts["magnitude"])
     return {part: np.stack(arrays) for part, arrays in stacked.items()}
 
 
-def _location(name: str, model: ModelConfig, matrices: Mapping[str, list[Module]]) -> tuple[str, int, str] | None:
-    """(module, layer, part) of a tensor of the file; None if it is not an adapter of this model."""
+def _location(
+    name: str, model: ModelConfig, matrices: Mapping[str, list[Module]], modules: set[str], targets: list[str]
+) -> tuple[str, int, str, int | None] | None:
+    """(module, layer, part, number of the expert or None for all) of a tensor of the file; None if it is not an adapter
+    of this model. `modules` are those of all tensors, `targets` is `target_parameters`."""
     match = re.fullmatch(r"(.+?\.)(\d+)\.(.+?)\.(lora_.+)", name)
-    if match is None or match[4] not in _PARTS or match[3] not in matrices:
+    if match is None or match[4] not in _PARTS:
         return None
-    layer = int(match[2])
-    fits = layer in model.layers_with(matrices[match[3]][0][0]) and f"{match[1]}{layer}." == layer_prefix(model, layer)
-    return (match[3], layer, _PARTS[match[4]]) if fits else None
+    layer, part, prefix = int(match[2]), _PARTS[match[4]], f"{match[1]}{match[2]}."
+    expert, module = experts.single(match[3]) or (None, experts.module_of(match[3], prefix, modules, targets))
+    if module not in matrices:
+        return None
+    if experts.of_experts(matrices[module][0]) and (part == "magnitude" or (expert or 0) >= model.num_experts):
+        return None
+    fits = layer in model.layers_with(matrices[module][0][0]) and prefix == layer_prefix(model, layer)
+    return (module, layer, part, expert) if fits else None
 
 
 def _part_problems(where: str, parts: Parts, shapes: dict[str, tuple[int, ...]]) -> list[str]:
