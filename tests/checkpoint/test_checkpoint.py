@@ -1,6 +1,7 @@
 """Checkpoints: exact, atomic, checked, and still there after kill -9."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrlhf import checkpoint
-from jaxrlhf.checkpoint import Checkpoints
+from jaxrlhf.checkpoint import Checkpoints, storage
 from jaxrlhf.checkpoint.digest import digests, leaves_by_name
 from jaxrlhf.errors import StorageError
 from jaxrlhf.types import TrainState
@@ -209,6 +210,16 @@ def test_the_third_failed_save_in_a_row_raises(tmp_path, synchronous, caplog, ca
     assert sorted(os.listdir(tmp_path)) == ["1", "3"]
     assert checkpoints.restore(state)[0] == 3
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_device_that_fails_costs_a_save_and_says_so(tmp_path, monkeypatch, caplog):
+    checkpoints = filled(tmp_path, [1])
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_checkpoint", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+        checkpoints.save(2, state_of(2), {})
+        assert "checkpoint 2 was not saved" in caplog.text and "I/O error" in caplog.text
+    checkpoints.save(3, state_of(3), {}, block=True)
+    assert checkpoints.steps == [3] and checkpoints.restore(state_of(0))[0] == 3
 
 
 def test_a_failed_blocking_save_raises(tmp_path):

@@ -82,6 +82,21 @@ def test_an_export_that_never_had_sums_is_not_called_damaged(export, capsys):
     assert main(["verify", str(run)]) == 7
 
 
+def test_shards_that_are_missing_or_exchanged(tmp_path, capsys):
+    """Neither verified nor loaded."""
+    model, params = weights.load(RECORDED / "ppo" / "model")
+    folder = weights.export(tmp_path / "export", model, params, source=RECORDED / "ppo" / "model", max_shard_size=2000)
+    first, second, *_ = sorted(folder.glob("model-*.safetensors"))
+    content = first.read_bytes(), second.read_bytes()
+    first.write_bytes(content[1])
+    second.write_bytes(content[0])
+    for says in ("differs", "is missing"):
+        assert main(["verify", str(folder)]) == 7 and says in capsys.readouterr().out
+        with pytest.raises(DataError, match=first.name):
+            weights.load(folder)
+        first.unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize("run", sorted(path.name for path in RECORDED.iterdir()))
 def test_checkpoints_of_every_format_can_still_be_read(run, tmp_path, capsys):
     folder = shutil.copytree(RECORDED / run / "run", tmp_path / "run")
