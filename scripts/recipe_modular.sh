@@ -29,6 +29,9 @@ fi
 model=() sft=() reward=() ppo=()
 if [ -n "${MODEL:-}" ]; then
   model=(--model.path "$MODEL")
+  if [ -n "${QUICK:-}" ]; then
+    sft=(--train.max_steps 4) reward=(--train.max_steps 4) ppo=(--ppo.total_episodes 64)
+  fi
 else
   [ -d model ] || python "$scripts/stand_in.py" qwen3-0.6b-base model --text "$data/posts.jsonl" \
     --steps "$(quick 600 4)" ${TOKENIZER:+--tokenizer "$TOKENIZER"}

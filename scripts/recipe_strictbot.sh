@@ -36,6 +36,9 @@ if [ -z "${MODEL:-}" ]; then
   short=(--sampling.response_length 16)  # as long as most answers: with one padded length, half the programs
   ppo=(--optim.learning_rate 2e-3 --optim.schedule linear --ppo.micro_batch_size null --ppo.kl_coef 0.1
     --ppo.batch_size "$(quick 128 32)" --ppo.total_episodes "$(quick 6144 64)" --data.max_prompt_length 32)
+elif [ -n "${QUICK:-}" ]; then
+  sft=(--train.max_steps 4) reward=(--train.max_steps 4)
+  ppo=(--ppo.batch_size 32 --ppo.total_episodes 64)
 fi
 
 # Adapters that answer in StrictBot's form, and the reward model: an MLP head on the frozen SFT model.
