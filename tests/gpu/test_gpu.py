@@ -27,7 +27,8 @@ from jaxrlhf.types import Prompts
 
 pytestmark = pytest.mark.gpu
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "models"
-CASES = ("llama", "llama-llama3", "gpt2", "mistral-window", "qwen2", "qwen3")
+CASES = ("llama", "llama-llama3", "gpt2", "mistral-window", "qwen2", "qwen3", "gemma3", "phi3-longrope")
+CASES += ("qwen3_moe", "qwen3_5")
 REHEARSAL = "JAXRLHF_GPU_REHEARSAL"
 
 
