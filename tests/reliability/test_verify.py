@@ -97,7 +97,7 @@ def test_shards_that_are_missing_or_exchanged(tmp_path, capsys):
         first.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("run", sorted(path.name for path in RECORDED.iterdir()))
+@pytest.mark.parametrize("run", sorted(path.parent.name for path in RECORDED.glob("*/run")))
 def test_checkpoints_of_every_format_can_still_be_read(run, tmp_path, capsys):
     folder = shutil.copytree(RECORDED / run / "run", tmp_path / "run")
     assert main(["verify", str(folder)]) == 0

@@ -1,4 +1,7 @@
-"""A run that an earlier version of the package started and stopped is resumed by this one."""
+"""A run that an earlier version of the package started and stopped is resumed by this one.
+
+The run of PPO has most of what a checkpoint can hold; those of the other methods come from scripts/record_runs.py.
+"""
 
 import json
 import pathlib
@@ -11,9 +14,11 @@ from support.runs import length_reward, records
 
 from jaxrlhf import config
 from jaxrlhf.checkpoint.digest import digests, leaves_by_name
+from jaxrlhf.cli import main
 from jaxrlhf.training.ppo import PPOTrainer
 
-RECORDED = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "runs" / "ppo"
+RUNS = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "runs"
+RECORDED = RUNS / "ppo"
 """Four updates recorded at commit cabfee0 with jax 0.10.2 on a CPU. `run` was stopped after two of them; metrics and
 final state of the same run without a stop are in `expected.jsonl` and `digests.json`."""
 
@@ -70,3 +75,20 @@ def test_a_run_of_an_earlier_version_resumes(recorded, monkeypatch):
     if log == expected:
         bits = json.loads(pathlib.Path("digests.json").read_text())
         assert digests(leaves_by_name(jax.device_put(recorded.state.value))) == bits
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in RUNS.glob("*-*/run")))
+def test_a_run_of_each_method_resumes_with_its_own_config(name, tmp_path, monkeypatch):
+    for part in ("inputs", name):
+        shutil.copytree(RUNS / part, tmp_path / part)
+    monkeypatch.chdir(tmp_path / name)
+    method = json.loads(pathlib.Path("run/run.json").read_text())["method"]
+    expected = [json.loads(line) for line in pathlib.Path("expected.jsonl").read_text().splitlines()]
+    assert main([method, "run/config.yaml"]) == 0
+    log = records("run")
+    assert log[:2] == expected[:2], "the log is kept as it was"
+    assert [record["step"] for record in log] == [1, 2, 3, 4]
+    for record, before in zip(log, expected, strict=True):
+        for key, value in before.items():
+            np.testing.assert_allclose(record[key], value, rtol=2e-3, atol=2e-5, err_msg=key)
+    assert list(pathlib.Path("run/export").glob("*.safetensors"))
