@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -41,6 +42,7 @@ _OUT_OF_MEMORY = (
 
 
 _PACKAGE = Path(__file__).parents[1]
+_format_warning = warnings.formatwarning
 UNEXPECTED = 70
 """Exit code of an error that no part of the program expects (EX_SOFTWARE of sysexits.h)."""
 MESSAGE = 20_000
@@ -56,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in argv
+    if arguments is None:
+        warnings.formatwarning = warning_line
     if arguments is None and argv and argv[0] in USING_DEVICES and not _asks_for_help(argv):
         runtime.restart_with_huge_pages()
     try:
@@ -80,6 +84,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _end_all(error, _report(_unexpected(error, kept), UNEXPECTED, debug))
         once = user_error.in_all_processes
         return _end_all(user_error, _report(f"error: {user_error}", user_error.exit_code, debug, once=once))
+
+
+def warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """The text that a warning is printed as: of this package one like an error's, without a place in the code."""
+    if category is UserWarning and _PACKAGE in Path(filename).parents:
+        return f"jaxrlhf: {visible(redact(str(message)))}\n"
+    return _format_warning(message, category, filename, lineno, line)
 
 
 def _unexpected(error: Exception, kept: Path | None) -> str:

@@ -167,7 +167,12 @@ class ConfigReader:
                 section, _, leaf = key.partition(".")
                 doc = field_doc(self.annotations[section], leaf).removesuffix(" Required.")
                 self.problems.append((self._location(key), f"{key} is required. {doc}"))
-        needs_reward = method in ("ppo", "grpo") and (config is None or config.needs_reward)
+        if method not in ("ppo", "grpo"):
+            return
+        if config is None:  # an option that may replace the reward is set, rightly or not
+            needs_reward = not mapping.get("environment") and not is_set("grpo.rejected_text")
+        else:
+            needs_reward = config.needs_reward
         if needs_reward and not any(map(is_set, ("reward.model", "reward.function", "reward.components"))):
             message = (
                 "a reward is required: reward.model (a reward model's folder), reward.function (path.py:name), "

@@ -18,7 +18,7 @@ from jaxrlhf.errors import DataError, quoted, visible
 METHODS: dict[formats.Task, str] = {
     "sft": "sft",
     "pairs": "reward, dpo",
-    "prompts": "ppo, grpo",
+    "prompts": "ppo, grpo, distill --distill.lmbda 1",
     "labels": "reward --loss classification, dpo --dpo.loss kto",
     "scores": "reward --loss regression",
     "rankings": "reward --loss ranking",

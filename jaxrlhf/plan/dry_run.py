@@ -27,8 +27,8 @@ TOKENS = 300  # of a row
 def show(config: RunConfig, *, fresh: bool = False, colour: bool = False) -> None:
     """Print the resolved config, the run in words, its first batch, the memory and the least time it needs, and the
     files it would write. Raises what its trainer raises."""
+    trainer = abstract_trainer(replace(config, **{"model.merged_path": ""}))  # an error comes without the long config
     print(visible(config_text.dump(config)))
-    trainer = abstract_trainer(replace(config, **{"model.merged_path": ""}))
     print(visible(trainer.summary()))
     print("\n".join(first_batch(trainer, colour=colour)), flush=True)
     print("\n".join(needs(plan_of(trainer), trainer.total_steps, config.checkpoint.grace)), flush=True)

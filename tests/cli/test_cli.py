@@ -55,6 +55,20 @@ def test_help_and_config_errors_import_nothing_heavy(arguments, code):
     assert "Traceback" not in done.stderr
 
 
+def test_a_command_prints_warnings_of_the_package_as_plain_lines_and_others_as_python_does():
+    program = """
+import sys, warnings
+from jaxrlhf import cli
+sys.argv = ["jaxrlhf", "--version"]
+cli.main()
+warn = compile("import warnings; warnings.warn('two\\\\nlines', stacklevel=1)", cli.__file__, "exec")
+exec(warn, {"__name__": "x"})
+warnings.warn("elsewhere")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.startswith("jaxrlhf: two\nlines\n<string>:") and "UserWarning: elsewhere" in done.stderr
+
+
 def test_a_closed_output_pipe_is_no_error():
     command = [sys.executable, "-m", "jaxrlhf", "new", "ppo"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

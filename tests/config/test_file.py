@@ -157,6 +157,19 @@ def test_every_problem_is_listed_with_its_place(write):
         assert sum(line in f"{problem}" for problem in found) == 1, line
 
 
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("environment: {function: 'game.py:Game', max_turn: 3}", "environment.max_turn"),
+        ("environment: {funktion: 'game.py:Game'}", "environment.funktion"),
+        ("grpo: {method: online_dpo, rejected_text: no, num_generations: 1, gama: 1}", "grpo.gama"),
+    ],
+)
+def test_a_wrong_key_of_what_replaces_a_reward_is_the_only_problem(write, section, key):
+    (found,) = problems("grpo", write(f"model: {{path: m}}\ndata: {{path: d}}\n{section}\n"))
+    assert f"my.yaml:3: unknown key '{key}'" in found
+
+
 def test_a_path_where_a_section_stands_is_pointed_to_its_key(write):
     data = write("data: {path: d}\nmodel: some/folder\n")
     assert "my.yaml:2: model: must be a section" in problems("sft", data)[0]

@@ -238,6 +238,12 @@ def test_contradicting_options_are_refused_with_a_remedy(grpo, changes, said):
         config.GRPOConfig(**grpo | {"grpo": config.replace(grpo["grpo"], **changes)})
 
 
+def test_decoupling_a_single_reward_is_said_to_be_grpo(grpo):
+    options = grpo | {"grpo": config.replace(grpo["grpo"], method="gdpo", kl_coef=0.0)}
+    about = GRPOTrainer(config.GRPOConfig(**options), reward=coarse).summary()
+    assert "the reward has one component" in about and "those of grpo, normalised over the batch" in about
+
+
 def test_decoupled_rewards_refuse_what_shapes_their_sum(grpo):
     with pytest.raises(ValueError, match="make a penalty a component of reward.components"):
         config.GRPOConfig(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxrlhf import lora, models, weights
+from jaxrlhf import cli, lora, models, weights
 from jaxrlhf.errors import DataError
 from jaxrlhf.models import Adapters
 from jaxrlhf.weights import families, peft
@@ -47,8 +47,12 @@ def wrapped(folder, layout="older", more=(), **changes):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_text_model_is_read_and_exported_alone(layout, tmp_path):
     folder = wrapped(tmp_path / "in", layout)
-    with pytest.warns(UserWarning, match=r"2 tensors \(0.0 MB\) are left out: multi_modal_projector \(1\), vision"):
+    with pytest.warns(
+        UserWarning, match=r"2 tensors \(0.0 MB\) are left out: multi_modal_projector \(1\), vision"
+    ) as warned:
         model, params = weights.load(folder)
+    printed = cli.warning_line(*(getattr(warned[0], key) for key in ("message", "category", "filename", "lineno")))
+    assert printed == f"jaxrlhf: {warned[0].message}\n"
     plain, expected = weights.load(TEXT)
     assert model == plain
     jax.tree.map(np.testing.assert_array_equal, params, expected)

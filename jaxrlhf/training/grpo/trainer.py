@@ -112,6 +112,15 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
         rate = after.pop("policy/learning_rate")
         return seen, metrics | after | score_metrics(scores) | {"learning_rate": rate}
 
+    def _about(self) -> list[str]:
+        lines = super()._about()
+        if len(decoupled(self)) == 1:
+            lines.append(
+                "the reward has one component, and grpo.method gdpo treats several apart: its advantages are those of "
+                "grpo, normalised over the batch"
+            )
+        return lines
+
     def _update(
         self, rows: Sequence[PromptRow], step: int, session: Session | None = None, *, refills: int = 0
     ) -> tuple[ScoredRollout, GroupExperience, Metrics]:
