@@ -96,9 +96,9 @@ def test_a_game_of_several_turns_is_learnt(tmp_path):
     """Three numbers in two turns: two different guesses that ignore the hint find 2/3 of them."""
     task = toy_environments.guess(numbers=3, turns=2, games=700)._replace(warmup=5)
     model = toy_environments.supervised(tmp_path, task, control_tokens=True)
-    log = toy_environments.reinforce(tmp_path, task, "grpo", model, 40, seed=0)
+    log = toy_environments.reinforce(tmp_path, task, "grpo", model, 50, seed=0)
     start, end = (statistics.fmean(r["objective/scores"] for r in part) for part in (log[:3], log[-5:]))
-    assert start < 0.6 and end > 0.7, (start, end)
+    assert start < 0.6 and end > 0.8, (start, end)
 
 
 def test_the_model_reads_and_writes_a_symbol_at_a_time(tmp_path):
