@@ -133,7 +133,8 @@ def read_record(directory: Path, step: int) -> dict[str, Any]:
     try:  # a seal keeps accidents out, not forgers
         leaves: dict[str, Any] = {}
         for name, digest in record["leaves"].items():
-            set_leaf(leaves, tuple(name.split(".")), shape_of(digest))
+            typed_key = ":key<" in digest  # no dtype of NumPy
+            set_leaf(leaves, tuple(name.split(".")), None if typed_key else shape_of(digest))
         if not isinstance(record["metric"], float | int | None) or not isinstance(record["extra"], dict):
             raise TypeError("metric and extra must be a number and an object")
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -139,7 +139,7 @@ def test_time_of_a_run_adds_up_over_a_kill(ppo, tmp_path, capsys):
     seconds = train("run")
     run, logged = read("run")
     times = run["time"]
-    assert 0.75 * seconds < sum(times.values()) < seconds  # but for opening and closing the directory
+    assert 0.5 * seconds < sum(times.values()) < seconds  # but for opening and closing the directory
     assert times["reward"] >= 8 * 0.05 and times["save"] > 0 and times["compile"] > 0.1 and "lost" not in times
     assert sum(record["perf/time/reward"] for record in logged) == pytest.approx(times["reward"], abs=0.01)
     assert capsys.readouterr().out.count("\ntime: ") == 1
@@ -151,7 +151,7 @@ def test_time_of_a_run_adds_up_over_a_kill(ppo, tmp_path, capsys):
     times = read("killed")[0]["time"]
     assert times["lost"] == pytest.approx(sum(wallclock.of_record(logged[4]).values()), abs=0.01)
     assert times["restore"] > 0 and times["reward"] >= 8 * 0.05
-    assert before + 0.75 * seconds < sum(times.values()) < before + seconds
+    assert before + 0.5 * seconds < sum(times.values()) < before + seconds
     assert "\ntime: " in (printed := capsys.readouterr().out) and " in 2 starts; " in printed
     assert printed.index("warning: a step takes") < printed.index(" ppo step 5/8 ")  # its records tell
     assert printed.count("warning: a step takes") == 1
