@@ -2,10 +2,9 @@
 
 Adapters are a tree under "lora" of the parameters: {"layers": {module: {...: {"a" [n, in, r], "b" [n, r, out] and, for
 DoRA, "magnitude" [n, out]}}}}, over the n layers that have adapters; "a" [n, E, in, r] and "b" [n, E, r, out] for the E
-experts of a mixture. Trained tokens have {"rows": {"embedding" [k, D]
-and, for an untied head, "kernel" [D, k]}}, used in place of the base model's rows. Several such trees can share a base
-model, and the base model without any is the reference. `models.forward` runs base and adapters unmerged; `merge` adds
-them up for decoding and export.
+experts of a mixture. Trained tokens have {"rows": {"embedding" [k, D] and, for an untied head, "kernel" [D, k]}}, used
+in place of the base model's rows. Several such trees can share a base model, and the base model without any is the
+reference. `models.forward` runs base and adapters unmerged; `merge` adds them up for decoding and export.
 """
 
 from collections.abc import Iterable

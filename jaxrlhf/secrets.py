@@ -3,8 +3,7 @@ use.
 
 Hidden are the user name and password of a URL, the values of its query but those of HARMLESS, its fragment, the value
 of an option or keyword that is named like a secret, those of `headers` but HARMLESS_HEADERS, and everything that
-`remember` was given. A reference
-`${NAME}` to an environment variable is kept as it is: it is no secret.
+`remember` was given. A reference `${NAME}` to an environment variable is kept as it is: it is no secret.
 """
 
 import os

@@ -68,7 +68,7 @@ class Clock:
             self._parts.pop()
 
     def begin(self, part: Part) -> None:
-        """What is in no block is `part` from now on."""
+        """Count the time outside of `spent` blocks as that of `part`, from now on."""
         self._account()
         self._parts[0] = part
 

@@ -66,7 +66,7 @@ class Session:
         self._repeated = wallclock.REPEATED  # parts of the time since the last record that are lost if the run ends
         self.done = False
         self._length_known = False  # it has been said whether a step takes longer than the grace
-        self._saves: list[tuple[int, float]] = []  # step and seconds of the checkpoints of this start
+        self._saves: list[tuple[int, float]] = []  # step and seconds of the first two checkpoints of this start
         self._report_due = 0.0  # time when the next report may be written
 
     def resume(self) -> None:
@@ -234,12 +234,13 @@ class Session:
             self.logger.sync()
             self._checkpoints.save(step, self._state.value, self._identity, metric=metric, block=block)
         self._saved_at = time.monotonic()
-        self._saves.append((step, self._saved_at - started))
-        if len(self._saves) == 2 and not block:  # the first one takes longer
-            self._warn_of_costly_saves()
+        if len(self._saves) < 2:
+            self._saves.append((step, self._saved_at - started))
+            if len(self._saves) == 2 and not block:  # the first one takes longer
+                self._warn_of_costly_saves()
 
     def _warn_of_costly_saves(self) -> None:
-        """Say if the last two checkpoints were too close to each other for what they cost."""
+        """Say if the first two checkpoints were too close to each other for what they cost."""
         (before, _), (step, seconds) = self._saves
         length = wallclock.step_seconds(self.records(), ["training", "reward"])
         if length and step > before:
