@@ -11,6 +11,8 @@ import numpy as np
 from jaxrlhf import sharding
 from jaxrlhf.errors import StorageError
 
+EXPERTS = ".lora.layers.experts."  # in the names of adapters of experts and of their moments
+
 
 def leaves_by_name(tree: Any) -> dict[str, Any]:
     """Leaves by path ("params.policy.norm.scale"), without empty arrays."""
@@ -69,10 +71,19 @@ def check_leaves(checkpoint: str, stored: dict[str, str], template: dict[str, An
         "has in addition": sorted(found.keys() - expected.keys()),
         "differs in": [f"{name} ({found[name]}, now {expected[name]})" for name in changed],
     }
+    remedy = "Restore the config of that run, or start over with --fresh"
+    if [verb for verb, names in differences.items() if names] == ["lacks"] and all(
+        EXPERTS in name for name in differences["lacks"]
+    ):
+        remedy = (
+            "`all-linear` of lora.target_modules did not include the experts when that run was started. To resume it, "
+            "set lora.target_modules to the matrices that it trains, [q_proj, k_proj, v_proj, o_proj], in the "
+            "config.yaml of the run and in your config; or start over with --fresh"
+        )
     raise StorageError(
         f"{checkpoint} was written with another model or optimizer: it "
         + "; it ".join(f"{verb} {first_few(names)}" for verb, names in differences.items() if names)
-        + ". Restore the config of that run, or start over with --fresh"
+        + f". {remedy}"
     )
 
 
