@@ -10,6 +10,7 @@ import json
 import math
 import os
 import secrets
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,21 +211,28 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
     path, records = Path(path), []
     if not path.is_file():
         raise DataError(f"{path.parent} has no {path.name}: is it a run directory?")
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: not JSON ({first_line(error)})") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{path}:{number}: expected an object, found {quoted(record, 40)}")
-        if type(record.get("step")) is not int:
-            raise DataError(f"{path}:{number}: its step is {quoted(record.get('step'), 40)}, not a whole number")
-        wrong = {key for key, value in record.items() if _is_metric(key) and type(value) not in (int, float)}
-        try:
-            records.append({key: float(value) if key in wrong else value for key, value in record.items()})
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{path}:{number}: a metric is not a number ({first_line(error)})") from error
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                records.append(_record(line, f"{path}:{number}"))
     return records
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    """The record of a line. Records share the strings of their keys: a long run has many."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({first_line(error)})") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected an object, found {quoted(record, 40)}")
+    if type(record.get("step")) is not int:
+        raise DataError(f"{where}: its step is {quoted(record.get('step'), 40)}, not a whole number")
+    wrong = {key for key, value in record.items() if _is_metric(key) and type(value) not in (int, float)}
+    try:
+        return {sys.intern(key): float(value) if key in wrong else value for key, value in record.items()}
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{where}: a metric is not a number ({first_line(error)})") from error
 
 
 def _is_metric(key: str) -> bool:

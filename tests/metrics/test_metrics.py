@@ -101,6 +101,14 @@ def test_invalid_lines_are_refused_with_their_number(tmp_path):
         read_records(path)
 
 
+def test_records_of_a_long_run_share_their_keys(tmp_path):
+    """Strings of keys are half of the memory of a record."""
+    line = json.dumps({"step": 1, "objective/scores": 0.5})
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n{line}\n")
+    first, second = read_records(tmp_path / "metrics.jsonl")
+    assert all(mine is other for mine, other in zip(first, second, strict=True))
+
+
 def test_any_text_is_read_back_unchanged(tmp_path):
     text = "é 漢 \u202e \x1b[31m \u2028 \x85 \r\n [bold] \ud800"
     Logger(tmp_path, Logging(tensorboard=False, quiet=True), "ppo", 1).samples(1, [{"prompt": text, "completion": ""}])
