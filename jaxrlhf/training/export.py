@@ -17,9 +17,9 @@ from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.sources.model import RewardModel
 from jaxrlhf.training import facts, pretrained, setup
 from jaxrlhf.training.adapters import quantize, split_trainable
+from jaxrlhf.training.best import best_of
 from jaxrlhf.training.on_policy.policy import reference_dtype
 from jaxrlhf.training.ppo.critic import critic_model
-from jaxrlhf.training.session import best_of
 from jaxrlhf.types import Params
 
 Identity = dict[str, str]

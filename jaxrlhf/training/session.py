@@ -3,23 +3,22 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jaxrlhf import checkpoint, compilation, distributed, metrics, report, runs, sharding, stopping
-from jaxrlhf.config import DistillConfig, DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
-from jaxrlhf.config.spelling import did_you_mean
-from jaxrlhf.errors import ConfigError, Interrupted, Preempted, RewardError, StorageError
+from jaxrlhf.config import GRPOConfig
+from jaxrlhf.errors import Interrupted, Preempted, RewardError, StorageError
 from jaxrlhf.metrics.keys import EPOCHS
 from jaxrlhf.runs import wallclock
+from jaxrlhf.training.best import best_of, metric_of
 from jaxrlhf.training.health import Health
 from jaxrlhf.training.setup import RunConfig
 from jaxrlhf.training.state import State
+from jaxrlhf.training.timing import Timing
 
 Metrics = dict[str, Any]
-Best = Literal["min", "max"] | None
-LESS_IS_BETTER = ("eval/loss", "eval/nll_loss", "eval/entropy", "eval/ece", "eval/absolute_error", "eval/kl")
 TEMPLATE = "chat template"
 PENDING = "evaluation to come"
 """In a checkpoint: the record of its step, and samples, which are logged once the step has been evaluated."""
@@ -61,12 +60,10 @@ class Session:
         self._stop = distributed.Request()
         self._health = self._new_health([])
         self._saved_at = time.monotonic()  # or the start of the run
-        self.clock = wallclock.Clock()
-        self._times: wallclock.Times = {}  # of the run, up to the last record
+        self._timing = Timing(run, config, total_steps, self.note)
+        self.clock = self._timing.clock
         self._repeated = wallclock.REPEATED  # parts of the time since the last record that are lost if the run ends
         self.done = False
-        self._length_known = False  # it has been said whether a step takes longer than the grace
-        self._saves: list[tuple[int, float]] = []  # step and seconds of the first two checkpoints of this start
         self._report_due = 0.0  # time when the next report may be written
 
     def resume(self) -> None:
@@ -95,20 +92,11 @@ class Session:
         for note in self.run.notes:
             self.note(note)
         later = self.logger.rewind(step)
-        records, content = self.records(), self.run.content
-        self._times = wallclock.before(content["starts"][:-1], content.get("time", {}), records, later or ())
-        self._record_times(step=step, total_steps=self.total_steps)
+        records = self.records()
+        self._timing.resume(step, records, later or ())
         self._health = self._new_health(records)
         self.report()
-        if (seconds := wallclock.step_seconds(records, ["training"], self._seen_at_once)) is not None:
-            self._warn_of_long_steps(seconds)
         self.clock.begin("training")
-
-    def _record_times(self, **facts: Any) -> None:
-        """Write `facts` of this start to run.json, and what the time of the run was spent on."""
-        wallclock.add(self._times, self.clock.take())
-        self.run.content["time"] = {part: round(seconds, 3) for part, seconds in self._times.items()}
-        self.run.record(**facts)
 
     def _new_health(self, before: Sequence[Metrics]) -> Health:
         flat = self.config.alarms.flat_steps if isinstance(self.config, GRPOConfig) else 0
@@ -166,12 +154,17 @@ class Session:
         marks, lines = self.watch(values) if self.watch else ({}, [])
         idle, warnings = self._health(step, values)
         self.logger.log(step, values | marks | idle)
-        wallclock.add(self._times, wallclock.of_record(values))
+        self._timing.logged(values)
         for line in [*lines, *warnings]:
             self.note(f"step {step}: {line}")
         if any(key.startswith("eval/") for key in values):
             self.report(due=True)
         self._health.check()
+
+    def _flushed(self) -> Metrics:
+        """Write the queued metrics; returns the last record."""
+        self.flush()
+        return self._record
 
     def log_samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
         """Write and print sample completions of `step`, after its metrics."""
@@ -199,26 +192,11 @@ class Session:
         With an `evaluation` of the state (else empty) it is also saved if the run keeps its best state. Raises
         Preempted once the state is saved.
         """
-        if not self._length_known:
-            self.flush()  # waits for the step
-            seconds = wallclock.step_seconds([self._record], ["training"], self._seen_at_once) or 0.0
-            self._warn_of_long_steps(seconds + self.clock.since_taken("training"))
+        self._timing.end_step(self._flushed)
         saved = self.save_due(step, evaluated=bool(evaluation)) or self._minutes_passed()
         if saved:
             self.save(step, float(evaluation[self.metric]) if self.metric in evaluation else None)
         self.stop_if_asked(step, saved=saved)
-
-    def _warn_of_long_steps(self, seconds: float) -> None:
-        """Say, once, if a step takes longer than the time that a signal leaves: before the first step of a run that is
-        resumed, else after it. `seconds` is the time of a step in which no signal is seen."""
-        self._length_known, grace = True, self.config.checkpoint.grace
-        if seconds > grace:
-            self.note(
-                f"warning: a step takes {seconds:.0f} s besides its rewards, and a signal to stop is seen at its end, "
-                f"while checkpoint.grace is {grace:g}: a run that is killed then loses the steps since its last "
-                "checkpoint. Raise the time that your cluster grants and checkpoint.grace, save more often "
-                "(checkpoint.save_minutes), or make steps shorter"
-            )
 
     def _minutes_passed(self) -> bool:
         """Return True if a checkpoint is due by `checkpoint.save_minutes`, by the clock of process 0."""
@@ -234,27 +212,8 @@ class Session:
             self.logger.sync()
             self._checkpoints.save(step, self._state.value, self._identity, metric=metric, block=block)
         self._saved_at = time.monotonic()
-        if len(self._saves) < 2:
-            self._saves.append((step, self._saved_at - started))
-            if len(self._saves) == 2 and not block:  # the first one takes longer
-                self._warn_of_costly_saves()
-
-    def _warn_of_costly_saves(self) -> None:
-        """Say if the first two checkpoints were too close to each other for what they cost."""
-        (before, _), (step, seconds) = self._saves
-        length = wallclock.step_seconds(self.records(), ["training", "reward"])
-        if length and step > before:
-            warning = wallclock.costly_saves(seconds, length, step - before, self.total_steps - step)
-            if warning:
-                self.note(warning)
-
-    @property
-    def _seen_at_once(self) -> list[str]:
-        """Timings of a record, beside those of rewards, during which a signal is seen at once: rollouts in slots are
-        several programs."""
-        config = self.config
-        in_slots = isinstance(config, PPOConfig | GRPOConfig | DistillConfig) and config.rollout.slots
-        return ["perf/rollout_seconds"] if in_slots else []
+        if not block:
+            self._timing.saved(step, self._saved_at - started, self.records)
 
     def stopping(self) -> bool:
         """Return True if a signal asked the run to stop, in any process: all of them call this."""
@@ -365,22 +324,8 @@ class Session:
                 with self.clock.spent("save"):
                     self._checkpoints.close()
             finally:
-                self._end_clock()
-
-    def _end_clock(self) -> None:
-        """Write and print what the time of the run was spent on. What a run that is not done has begun since its last
-        record is lost."""
-        if "step" not in self.run.content["starts"][-1]:
-            return  # it could not be resumed
-        times = self.clock.take()
-        if not self.done:
-            wallclock.add(times, wallclock.of_record(self._pending[1]) if self._pending else {})
-            times = wallclock.repeated(times, self._repeated)
-        wallclock.add(self._times, times)
-        with contextlib.suppress(OSError):  # a full disk must not hide the original error
-            self._record_times()
-        starts, total = len(self.run.content["starts"]), sum(self._times.values())
-        self.note(wallclock.line(self._times, starts, metrics.duration(total)))
+                begun = self._pending[1] if self._pending else {}
+                self._timing.end(None if self.done else begun, self._repeated)
 
 
 @contextlib.contextmanager
@@ -402,46 +347,3 @@ def open_session(
             yield session
         session.flush()
         session.done = True
-
-
-def best_of(config: RunConfig) -> Best:
-    """The direction of the metric that ranks checkpoints; None if the run does not keep its best one."""
-    if isinstance(config, PPOConfig | GRPOConfig):
-        return config.validation.mode if config.validation.keep_best else None
-    if not config.train.keep_best:
-        return None
-    if config.train.mode != "auto":
-        return config.train.mode
-    return "min" if metric_of(config) in LESS_IS_BETTER else "max"
-
-
-def metric_of(config: RunConfig) -> str:
-    """The evaluation metric that ranks checkpoints."""
-    match config:
-        case PPOConfig() | GRPOConfig():
-            return config.validation.metric
-        case DPOConfig():
-            default = "eval/rewards/margins" if config.dpo.loss == "kto" else "eval/rewards/accuracies"
-        case RewardConfig():
-            default = "eval/loss" if config.loss == "regression" else "eval/accuracy"
-        case SFTConfig() | DistillConfig():
-            default = "eval/loss"
-    return config.train.metric or default
-
-
-def check_metric(
-    config: SFTConfig | RewardConfig | DPOConfig | DistillConfig, known: Collection[str], held_out: bool
-) -> None:
-    """Raise ConfigError for a `train.metric` that evaluations do not give (`known`: those they do), or if nothing is
-    held out to evaluate."""
-    metric = config.train.metric
-    if metric and not held_out:
-        raise ConfigError(
-            f"train.metric is '{metric}' but there are no held-out rows to measure it on; give "
-            "data.validation_path, data.validation_split or data.validation_fraction"
-        )
-    if metric and metric not in known:
-        raise ConfigError(
-            f"train.metric: no evaluation here gives '{metric}'{did_you_mean(metric, sorted(known))}; there are "
-            f"{', '.join(sorted(known))}"
-        )

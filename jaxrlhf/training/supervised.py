@@ -17,11 +17,12 @@ from jaxrlhf.models import for_length
 from jaxrlhf.training import by_length, pretrained, setup
 from jaxrlhf.training.abstract import build
 from jaxrlhf.training.adapters import add_adapters, split_trainable
+from jaxrlhf.training.best import check_metric, metric_of
 from jaxrlhf.training.by_length import Budget
 from jaxrlhf.training.facts import Origin
 from jaxrlhf.training.optim import make_optimizer, warmup_warnings
 from jaxrlhf.training.samples import Samples
-from jaxrlhf.training.session import TEMPLATE, Metrics, Session, check_metric, metric_of, open_session
+from jaxrlhf.training.session import TEMPLATE, Metrics, Session, open_session
 from jaxrlhf.training.state import State
 from jaxrlhf.training.step import Spec
 from jaxrlhf.types import Params

@@ -14,7 +14,6 @@ from jaxrlhf.data import kto
 from jaxrlhf.data.datasets import SFTRow
 from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted
 from jaxrlhf.plan.programs import abstract_trainer
-from jaxrlhf.training import session
 from jaxrlhf.training.dpo import reference
 from jaxrlhf.training.dpo.trainer import DPOTrainer, read_rows
 from jaxrlhf.training.dpo.update import beta_schedule, evaluation_keys
@@ -214,7 +213,7 @@ def test_rows_that_have_nothing_to_learn_from_are_counted_and_named(supervised, 
 @pytest.mark.parametrize(("loss", "less"), [("orpo", {"loss", "nll_loss"}), ("kto", {"loss", "kl"})])
 def test_the_best_state_has_the_least_loss_and_the_greatest_margin(loss, less):
     def best(metric):
-        return session.best_of(config.DPOConfig(dpo=config.DPO(loss=loss), train=config.Train(metric=metric)))
+        return best_of(config.DPOConfig(dpo=config.DPO(loss=loss), train=config.Train(metric=metric)))
 
     found = {key: best(f"eval/{key}") for key in evaluation_keys(config.DPO(loss=loss))}
     assert {key for key, mode in found.items() if mode == "min"} == less

@@ -18,7 +18,7 @@ from jaxrlhf.config import GRPOConfig, PPOConfig, replace
 from jaxrlhf.data.datasets import PromptRow, columns, prompt_rows, prompts_from_texts
 from jaxrlhf.environments.episodes import Environment, check_columns
 from jaxrlhf.environments.worker import open_environment
-from jaxrlhf.errors import ConfigError, RewardError
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import ModelConfig, for_length
 from jaxrlhf.rewards.compose import Scored, Scorer
 from jaxrlhf.rewards.sources.judge import Judge
@@ -28,6 +28,7 @@ from jaxrlhf.training.facts import Origin
 from jaxrlhf.training.on_policy import checks
 from jaxrlhf.training.on_policy.ahead import Ahead, Drawn, meshes
 from jaxrlhf.training.on_policy.alarms import Watch
+from jaxrlhf.training.on_policy.fixed_prompts import FixedPrompts
 from jaxrlhf.training.on_policy.policy import policy_params, reference_params, reference_teacher
 from jaxrlhf.training.on_policy.rollout import ScoredRollout, reference_stats
 from jaxrlhf.training.on_policy.sampler import Sampler
@@ -39,7 +40,6 @@ from jaxrlhf.training.state import State
 from jaxrlhf.types import Params, Rollout
 
 Config = TypeVar("Config", PPOConfig, GRPOConfig)
-FIXED = 4  # times at most that the first prompts of a run are completed again
 CALIBRATION = 2**31 - 1  # folded into the run's key in place of an update's number
 
 
@@ -107,6 +107,7 @@ class OnPolicyTrainer(Generic[Config]):
         self.teacher = reference_teacher(config, self.sampler)
         """The model of `reference.path`, None without one."""
         self.validator = Validator(config, held_out, self.sampler, self.scorer, self.keys[1], self.teacher)
+        self.fixed_prompts = FixedPrompts(config, self.scorer, self.total_steps, validated=bool(self.validator.rows))
         self._results: dict[str, float] = {}  # the record of the exported state, for the model card
         self._origin: Origin | None = None  # once `.train()` has opened the run
 
@@ -183,8 +184,8 @@ class OnPolicyTrainer(Generic[Config]):
             timings["perf/environment_seconds"] = self.environment.seconds
             rollout = dataclasses.replace(rollout, turn_rewards=None)
         batch = ScoredRollout(rows, completions, rollout, scored, timings)
-        if session and step == 0 and use == 0 and self._logs_fixed_prompts:
-            self._write_fixed_prompts(session, 0, batch.samples())
+        if session and step == 0 and use == 0 and self.fixed_prompts.enabled:
+            self.fixed_prompts.write(session, 0, rows, batch.samples())
         return batch
 
     def _drawn_ahead(self, ahead: Ahead, rows: Sequence[PromptRow], step: int, session: Session) -> Drawn:
@@ -337,45 +338,8 @@ class OnPolicyTrainer(Generic[Config]):
             session.log_samples(step, self._samples(step, batch))
             if isinstance(batch, ScoredRollout):
                 session.logger.histograms(step, batch.distributions())
-            self._log_fixed_prompts(session, step)
-
-    @property
-    def _logs_fixed_prompts(self) -> bool:
-        """True if the same prompts are completed again during the run: validation does it with held-out prompts."""
-        return self.config.logging.sample_every > 0 and not self.validator.rows
-
-    def _log_fixed_prompts(self, session: Session, step: int) -> None:
-        """Complete the first update's prompts again, with its random key, after update number `step` (from 1): at the
-        end and at one sample step in each quarter of the run. Only the policy differs from the first update's rollout,
-        which was written as step 0, and no further program is compiled.
-
-        Scored by reward models alone: other rewards are not called for a log, as they may keep count, cost or ask.
-        """
-        every, total = self.config.logging.sample_every, self.total_steps
-        quarters = [FIXED * number // total for number in (max(step - every, 0), step)]
-        if not self._logs_fixed_prompts or (step < total and quarters[0] == quarters[1]):
-            return
-        rows, scores = self.prompts(0), None
-        rollout, completions = self.generate(rows, 0)
-        if len(self.scorer.models) == len(self.scorer.components):
-            try:
-                scores = self.scorer.score_rows(rows, completions, rollout, step).as_list()
-            except RewardError as error:
-                session.note(f"the completions of the first prompts have no score: {error}")
-        samples: list[dict[str, Any]] = [
-            {"prompt": row.text, "completion": text} for row, text in zip(rows, completions, strict=True)
-        ]
-        for sample, score in zip(samples, scores or (), strict=False):
-            sample["score"] = score
-        self._write_fixed_prompts(session, step, samples)
-
-    def _write_fixed_prompts(self, session: Session, step: int, samples: list[dict[str, Any]]) -> None:
-        """Write the samples of the first prompts of the run, one of each, made after `step` updates from the prompts of
-        the first. The console shows those of the updates."""
-        rows = self.prompts(0)
-        first = {row.text: i for i, row in reversed([*enumerate(rows)])}
-        chosen = sorted(first.values())[: self.config.logging.num_samples]
-        session.logger.samples(step, [samples[i] for i in chosen], show=False)
+            if self.fixed_prompts.due(step):
+                self.fixed_prompts.log(session, step, self.prompts(0), self.generate)
 
     def _finish(self, session: Session) -> dict[str, float]:
         """Save the last state and export it, or the best one; returns the metrics of the last update."""
