@@ -14,6 +14,7 @@ from jaxrlhf.data import kto
 from jaxrlhf.data.datasets import SFTRow
 from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted
 from jaxrlhf.plan.programs import abstract_trainer
+from jaxrlhf.training.best import best_of
 from jaxrlhf.training.dpo import reference
 from jaxrlhf.training.dpo.trainer import DPOTrainer, read_rows
 from jaxrlhf.training.dpo.update import beta_schedule, evaluation_keys
