@@ -1,10 +1,18 @@
 """The command `chat`."""
 
+import json
 import sys
 
-from jaxrlhf.cli.models import Options, Overrides, announce_compilations, date_of_run, overrides_from_run
+from jaxrlhf.cli.models import (
+    Options,
+    Overrides,
+    announce_compilations,
+    date_of_run,
+    environment_of_run,
+    overrides_from_run,
+)
 from jaxrlhf.config.file import load_config
-from jaxrlhf.errors import JaxrlhfError
+from jaxrlhf.errors import ConfigError, JaxrlhfError
 
 RESPONSE_LENGTH = 256
 """Tokens of a reply, unless the options or the run say otherwise."""
@@ -15,6 +23,17 @@ def chat(options: Options, overrides: Overrides) -> None:
     run = overrides_from_run(options.model, *["sampling"] if asked else ["sampling", "reward"])
     run = [("sampling.response_length", str(RESPONSE_LENGTH)), *run, *date_of_run(options.model)]
     config = load_config("ppo", None, [*run, ("model.path", options.model), *overrides], partial=True)
+    if config.environment.function:
+        raise ConfigError(
+            f"chat plays no environment, and environment.function is {config.environment.function}; leave it out, or "
+            "use generate or evaluate, which play it"
+        )
+    if environment := dict(environment_of_run([options.model], overrides)).get("environment.function"):
+        print(
+            f"note: the run was trained with an environment, {json.loads(environment)}, which chat does not play: what "
+            "it would answer is yours to write. generate and evaluate play it",
+            file=sys.stderr,
+        )
     from jaxrlhf.chat.conversation import Conversation
     from jaxrlhf.chat.terminal import Terminal
 

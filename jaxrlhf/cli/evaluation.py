@@ -8,6 +8,7 @@ from jaxrlhf.cli.models import (
     Options,
     Overrides,
     date_of_run,
+    environment_of_run,
     notes_on_stderr,
     overrides_from_run,
     reward_of_run,
@@ -54,8 +55,8 @@ def compare(options: Options, overrides: Overrides) -> None:
 
 def _evaluation(options: Options, models: list[str], overrides: Overrides) -> tuple[list[Any], dict[str, Any]]:
     """Configs of `models` for evaluation on the same prompts, and what is asked of them. Sampling defaults to that of
-    the first model that was trained by PPO or GRPO, or else by SFT or DPO; the reward and the template of prompts to
-    those of the first run that has one."""
+    the first model that was trained by PPO or GRPO, or else by SFT or DPO; the reward, the environment and the template
+    of prompts to those of the first run that has one."""
     runs = (
         overrides_from_run(model, "sampling", methods=methods)
         for methods in (("ppo", "grpo"), ("sft", "dpo"))
@@ -64,6 +65,7 @@ def _evaluation(options: Options, models: list[str], overrides: Overrides) -> tu
     run = [*next(filter(None, runs), []), *date_of_run(*models), *template_of_run(*models)]
     if not any(key.startswith("reward.") for key, _ in overrides):
         run += reward_of_run(*models)
+    run += environment_of_run(models, overrides)
     overrides = [*run, ("data.path", options.prompts[0]), *overrides]
     configs = [load_config("ppo", None, [*overrides, ("model.path", path)], partial=True) for path in models]
     greedy = configs[0].sampling.greedy

@@ -52,7 +52,8 @@ def generate(options: Options, overrides: Overrides) -> int | None:
             raise ConfigError(f"generate: --{name.replace('_', '-')} needs --prompts FILE; it has no use with --prompt")
     if "\\n" in options.prompt and "\n" not in options.prompt:
         print("note: the prompt has a backslash and an n; a newline in bash is $'...\\n...'", file=sys.stderr)
-    config = load_config("ppo", None, [*overrides_from_run(options.model, "sampling"), *overrides], partial=True)
+    run = overrides_from_run(options.model, "sampling") + environment_of_run([options.model], overrides)
+    config = load_config("ppo", None, [*run, *overrides], partial=True)
     from jaxrlhf.evaluation import generation
 
     with notes_on_stderr(quiet=config.logging.quiet):
@@ -75,8 +76,9 @@ def _generate_selected(options: Options, overrides: Overrides) -> None:
     has_reward = reward or any(key.startswith("reward.") for key, _ in overrides)
     run = overrides_from_run(options.model, *["sampling"] if has_reward else ["sampling", "reward"])
     run += date_of_run(options.model) + template_of_run(options.model)
+    run += environment_of_run([options.model], overrides)
     config = load_config("ppo", None, [*run, *reward, *overrides], partial=True)
-    if not config.reward.parts():
+    if config.needs_reward and not config.reward.parts():
         raise ConfigError(
             "generate: --prompts selects completions by their reward; give --best-by FILE, a YAML file with a section "
             "`reward`, or --reward.model DIR or --reward.function path.py:name"
@@ -185,6 +187,15 @@ def reward_of_run(*models: str) -> Overrides:
     named = ("reward.model", "reward.function", "reward.components")
     rewards = (overrides_from_run(model, "reward", methods=("ppo", "grpo")) for model in models)
     return next((r for r in rewards if any(key in named and json.loads(value) for key, value in r)), [])
+
+
+def environment_of_run(models: Sequence[str], overrides: Overrides) -> Overrides:
+    """The environment of the first of `models` that is a run of PPO or GRPO with one, unless `overrides` name
+    another."""
+    if any(key == "environment.function" for key, _ in overrides):
+        return []
+    found = (overrides_from_run(model, "environment", methods=("ppo", "grpo")) for model in models)
+    return next((pairs for pairs in found if json.loads(dict(pairs).get("environment.function", '""'))), [])
 
 
 def template_of_run(*models: str) -> Overrides:

@@ -96,7 +96,8 @@ def compare_results(results: Sequence[Result], divergences: Sequence[Result | No
             "at_equal_tokens": equal[number],
         }
         models.append(entry)
-    shared = ("prompts_from", "references_from", "category_from", "reward", "weights", "sampling", "seed", "threshold")
+    shared = ("prompts_from", "references_from", "category_from", "reward")
+    shared += ("environment", "weights", "sampling", "seed", "threshold")
     return {
         **{name: first[name] for name in shared},
         "by": by,

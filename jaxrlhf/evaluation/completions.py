@@ -72,7 +72,8 @@ def check(
 
 
 def has_reward(config: PPOConfig, function: Callable[..., Any] | None = None) -> bool:
-    return bool(config.reward.parts(passed=function is not None))
+    """Return True if completions have a score: that of a reward, or of the turns of an environment."""
+    return bool(config.environment.function or config.reward.parts(passed=function is not None))
 
 
 def open_scorer(config: PPOConfig, questions: Questions, function: Callable[..., Any] | None = None) -> Scorer | None:
@@ -102,8 +103,8 @@ def complete(
             f"none of {count} completions has a score: all components of the reward with a weight returned None, or "
             "failed with on_error: skip"
         )
-    sections = text.as_mapping(config.reward), text.as_mapping(config.sampling)
-    reward, sampling = json.loads(json.dumps(sections))  # with lists in place of tuples
+    sections = [text.as_mapping(section) for section in (config.reward, config.environment, config.sampling)]
+    reward, environment, sampling = json.loads(json.dumps(sections))  # with lists in place of tuples
     files = list(dict.fromkeys(question.file for question in questions.questions))
     by = [questions.category_from] * bool(questions.category_from) + ["file"] * (len(files) > 1)
     result = {
@@ -112,6 +113,7 @@ def complete(
         "references_from": questions.references_from,
         "category_from": questions.category_from,
         "reward": reward,
+        "environment": environment,
         "weights": scorer.weights if scorer else {},
         "sampling": sampling,
         "seed": config.seed,

@@ -57,6 +57,8 @@ def statistics_lines(stats: Mapping[str, Any]) -> list[str]:
         f"{with_error({'mean': stats['tokens_mean'], 'standard_error': stats['tokens_standard_error']}, 1)} tokens, "
         f"finished {stats['finished']:.2f} [{low:.2f}, {high:.2f}]"
     )
+    if "turns" in stats:
+        lines["turns"] = f"{with_error(stats['turns'], 2)} of the model in each episode"
     lines["diversity"] = (
         f"distinct-1 {stats['distinct_1']:.2f}, distinct-2 {stats['distinct_2']:.2f}, "
         f"identical completions {stats['identical_completions']:.2f}"

@@ -1,5 +1,6 @@
 """Generation and scoring of completions of prompts, for evaluation and selection."""
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -11,19 +12,21 @@ import numpy as np
 
 from jaxrlhf import runtime, sharding, weights
 from jaxrlhf.config import ModelSource, PPOConfig
-from jaxrlhf.data import batching
+from jaxrlhf.data import batching, datasets
 from jaxrlhf.data.datasets import PromptRow, Split, prompt_rows
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
-from jaxrlhf.errors import DataError
+from jaxrlhf.environments.episodes import check_columns
+from jaxrlhf.environments.worker import WorkerEpisodes
+from jaxrlhf.errors import ConfigError, DataError
 from jaxrlhf.models import ModelConfig, for_length
 from jaxrlhf.rewards.compose import Scorer
-from jaxrlhf.rollout import decode, engine
+from jaxrlhf.rollout import decode, engine, turns
 from jaxrlhf.rollout.decode import Decoding
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.rollout.queue import PromptQueue
 from jaxrlhf.rollout.sampling import check_sampling
-from jaxrlhf.rollout.text import decode_completions
-from jaxrlhf.types import Params, Rollout
+from jaxrlhf.rollout.text import decode_completions, turn_texts
+from jaxrlhf.types import Params, Prompts, Rollout
 
 Completion = dict[str, Any]
 
@@ -55,13 +58,40 @@ def open_scorer(
     function: Callable[..., Any] | None,
     directory: Path | None = None,
 ) -> Scorer:
-    """Open the reward of a config and check that it can score these prompts; human scores are kept in `directory`.
+    """Open the reward of a config and check that it can score these prompts, and that its environment, if it has one,
+    can play them; human scores are kept in `directory`.
 
-    Raises what Scorer raises.
+    Raises what Scorer and `open_episodes` raise.
     """
-    scorer = Scorer(config.reward, tokenizer, function, directory=directory)
+    environment = config.environment
+    scorer = Scorer(
+        config.reward,
+        tokenizer,
+        function,
+        directory=directory,
+        required=config.needs_reward,
+        environment=environment,
+    )
     scorer.check_rows(rows)
+    if environment.function:
+        with open_episodes(config, rows):
+            pass
     return scorer
+
+
+@contextlib.contextmanager
+def open_episodes(config: PPOConfig, rows: Sequence[PromptRow]) -> Iterator[WorkerEpisodes]:
+    """The environment of a config in a process of its own, for the block. Raises ConfigError for one that was given in
+    Python, RewardError if it cannot be loaded or needs a column that the rows do not have."""
+    if config.environment.function == "passed":
+        raise ConfigError(
+            "environment.function is passed: the run was given its environment in Python, and its config does not "
+            "name it. Give its class (--environment.function FILE.py:NAME), or --environment.function '' for single "
+            "turns without it"
+        )
+    with contextlib.closing(WorkerEpisodes(config.environment)) as episodes:
+        check_columns(episodes.signature, datasets.columns(rows), episodes.name)
+        yield episodes
 
 
 def open_model(config: PPOConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, Params]:
@@ -110,17 +140,46 @@ def generate(
     """Generate `count` responses to each row, those of a row next to each other, as host arrays.
 
     `columns` is the minimum width of the prompts; calls with equal widths share their compiled programs. If all
-    responses fit in `rollout.slots`, a single program generates them together.
+    responses fit in `rollout.slots`, a single program generates them together. With an environment a response is an
+    episode; those of a row have the same seed. Raises what `open_episodes` does.
     """
-    width, responses = prompt_columns(config, model, rows), len(rows) * count
-    model = for_length(model, max(len(row.tokens) for row in rows) + config.sampling.response_length)
-    prompts = batching.prompts(rows, tokenizer.pad_id, width)
+    length = config.sampling.response_length
+    model = for_length(model, max(len(row.tokens) for row in rows) + length)
     key, stops = jax.random.key(config.seed), (tokenizer.stops(config.sampling.stop_strings), tokenizer.pad_id)
-    if responses <= config.rollout.slots:
-        engine.check_slots(model, responses, width + config.sampling.response_length)
-        return jax.device_get(decode.generate(params, model, prompts, key, config.sampling, *stops, group=count))
-    queue = PromptQueue(prompts, config.rollout.slots or config.ppo.batch_size, count, columns)
-    return engine.generate_in_slots(params, Decoding(model, config.sampling, *stops), queue, key)
+
+    def draw(prompts: Prompts, group: int) -> Rollout:
+        responses = len(prompts.index) * group
+        if responses <= config.rollout.slots:
+            engine.check_slots(model, responses, prompts.tokens.shape[1] + length)
+            return jax.device_get(decode.generate(params, model, prompts, key, config.sampling, *stops, group=group))
+        queue = PromptQueue(prompts, config.rollout.slots or config.ppo.batch_size, group, columns)
+        return engine.generate_in_slots(params, Decoding(model, config.sampling, *stops), queue, key)
+
+    width = prompt_columns(config, model, rows)
+    if not config.environment.function:
+        return draw(batching.prompts(rows, tokenizer.pad_id, width), count)
+    each = [row for row in rows for _ in range(count)]
+    prompts = batching.prompts(each, tokenizer.pad_id, width, [*range(count)] * len(rows))
+    with open_episodes(config, rows) as episodes:
+        return turns.play(
+            draw,
+            episodes,
+            config.environment,
+            each,
+            prompts,
+            turns.episode_seeds(prompts, key, count),
+            tokenizer,
+            length=length,
+            context=model.max_positions,
+            stop_strings=config.sampling.stop_strings,
+            group=count,
+        )
+
+
+def decoded(config: PPOConfig, tokenizer: Tokenizer, rollout: Rollout) -> tuple[Rollout, list[str]]:
+    """A rollout of `generate` cut at stop strings, which with an environment end turns and are cut already, and the
+    texts of its responses."""
+    return decode_completions(rollout, tokenizer, () if config.environment.function else config.sampling.stop_strings)
 
 
 def prompt_columns(config: PPOConfig, model: ModelConfig, rows: Sequence[PromptRow]) -> int:
@@ -135,20 +194,24 @@ def score_completions(
     """Decode and score the responses that `generate` returned for `rows`: a list of completions for each row.
 
     Yields batches of rows with at least `ppo.batch_size` responses. Without a `scorer` completions have no score;
-    with one, the score of an unscored completion is None, and so is that of a component.
+    with one, the score of an unscored completion is None, and so is that of a component. With an environment they have
+    `turns`, the texts of the policy and of the environment in turn, and their text is the one that rewards read.
     """
     count = len(rollout.index) // len(rows)
     rows_per_batch = -(-config.ppo.batch_size // count)
     for start in range(0, len(rows), rows_per_batch):
         batch = rows[start : start + rows_per_batch]
         span = slice(start * count, (start + len(batch)) * count)
-        part, texts = decode_completions(
-            jax.tree.map(lambda x, span=span: x[span], rollout), tokenizer, config.sampling.stop_strings
-        )
+        part, texts = decoded(config, tokenizer, jax.tree.map(lambda x, span=span: x[span], rollout))
         completions: list[Completion] = [
             {"text": text, "tokens": int(part.response_mask[i].sum()), "finished": bool(part.finished[i])}
             for i, text in enumerate(texts)
         ]
+        if config.environment.function:
+            for completion, said in zip(completions, turn_texts(part, tokenizer), strict=True):
+                completion["turns"] = said
+                if config.environment.completion == "last":
+                    completion["text"] = said[-1]
         if scorer is not None:
             repeated = [row for row in batch for _ in range(count)]
             scored = scorer.score_rows(repeated, texts, part)
@@ -185,4 +248,4 @@ def complete(config: PPOConfig, prompt: str, count: int) -> list[str]:
     config = dataclasses.replace(config, sampling=sampling)
     row = PromptRow(tokens=tokens, text=prompt, columns={}, index=0)
     rollout = generate(config, model, params, tokenizer, [row], count)
-    return [prompt + text for text in decode_completions(rollout, tokenizer, config.sampling.stop_strings)[1]]
+    return [prompt + text for text in decoded(config, tokenizer, rollout)[1]]

@@ -51,7 +51,8 @@ def by_group(prompts: Sequence[Prompt], key: str, threshold: float | None = None
 
 
 def measures(prompts: Sequence[Prompt], threshold: float | None = None) -> dict[str, Any]:
-    """Score, its components, length, finished responses, and BLEU and ROUGE-L of prompts that have a reference.
+    """Score, its components, length, finished responses, the policy's turns with an environment, and BLEU and ROUGE-L
+    of prompts that have a reference.
 
     Standard errors are those of the per-prompt means, because completions of one prompt are not independent.
     Statistics of scores are missing without a reward, and where all completions are unscored; unscored completions have
@@ -78,6 +79,8 @@ def measures(prompts: Sequence[Prompt], threshold: float | None = None) -> dict[
             if any(completion["components"][name] is not None for completion in completions)
         },
     }
+    if "turns" in completions[0]:  # the policy's and the environment's alternate
+        stats["turns"] = _over_prompts(prompts, lambda completion: (len(completion["turns"]) + 1) // 2)
     if with_reference := [prompt for prompt in prompts if prompt.get("reference") is not None]:
         stats["references"] = {
             "prompts": len(with_reference),

@@ -5,13 +5,17 @@ was sampled stays as it is, token for token; the environment's texts are tokenis
 turn reads everything before it again, as its prompt.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+import jax
 import numpy as np
+from jax import Array
 
 from jaxrlhf import distributed, sharding
 from jaxrlhf.config import Environment
+from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, columns
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import DataError
@@ -20,6 +24,7 @@ from jaxrlhf.types import Prompts, Rollout
 
 FEWER = 4
 """Rows that go on are generated in a quarter of the batch, a quarter of that and so on, once they fit there."""
+EPISODES = 2**31  # folded into the key of a rollout in place of a prompt's index
 _MARKER = "qzkmarkvx"
 
 
@@ -32,9 +37,16 @@ class Partner(Protocol):
     def step(self, rows: Sequence[int], completions: Sequence[str]) -> Sequence[tuple[str | None, float]]: ...
 
 
-Draw = Callable[[np.ndarray, list[list[int]], np.ndarray], Rollout]
-"""(rows, the tokens before the turn of each, how many of them are of the response) -> a turn of each, as
-`decode.generate` returns it with `Prompts.given`."""
+Draw = Callable[[Prompts, int], Rollout]
+"""(prompts, the number of rows that share the prefill of each) -> a turn of each row, as `decode.generate` returns
+it."""
+
+
+def episode_seeds(prompts: Prompts, key: Array, group: int) -> list[int]:
+    """The seed of each row's episode, the same in a group of responses: they differ by what the policy does."""
+    key = jax.random.fold_in(key, EPISODES)
+    seeds = jax.vmap(lambda i, s: jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, i), s)))
+    return sharding.fetch(seeds(np.asarray(prompts.index), np.asarray(prompts.sample) // group)).tolist()
 
 
 def play(
@@ -47,8 +59,10 @@ def play(
     tokenizer: Tokenizer,
     *,
     length: int,
+    context: int,
     stop_strings: Sequence[str],
-    shards: int,
+    group: int = 1,
+    shards: int = 1,
 ) -> Rollout:
     """Play an episode for each row and return the rollout, on the host, with `turn_rewards`.
 
@@ -59,6 +73,8 @@ def play(
     Args:
         prompts: the prompts of all rows, on the host.
         seeds: for the environment, one for each row.
+        context: the most tokens that the model reads.
+        group: number of rows next to each other with one prompt, whose first turns share its prefill.
         shards: number of parts that rows are split into.
     """
     count = len(rows)
@@ -71,7 +87,11 @@ def play(
     while len(going):
         filled = _filled(going, count, shards)
         contexts = [rows[i].tokens + tokens[i, : used[i]].tolist() for i in filled]
-        drawn = sharding.fetch(draw(filled, contexts, used[filled]))
+        each = 1 if used.any() else group
+        before = [dataclasses.replace(rows[i], tokens=ids) for i, ids in zip(filled, contexts, strict=True)][::each]
+        width = batching.bucket(max(map(len, contexts)), context)
+        turn = batching.prompts(before, tokenizer.pad_id, width, np.asarray(prompts.sample)[filled[::each]].tolist())
+        drawn = sharding.fetch(draw(dataclasses.replace(turn, given=used[filled[::each]]), each))
         if drawn.support is not None and support is None:
             support = np.zeros((count, *drawn.support.shape[1:]), np.uint8)
         ended, completions = [], []

@@ -53,6 +53,13 @@ def select(
         raise ConfigError(f"--out is {out}: give a file of its own whose name ends in .jsonl")
     if out.exists() and not fresh:
         raise StorageError(f"{out} exists; give another --out, or --fresh to overwrite it")
+    if config.environment.function and rule.keep != "prompts":
+        raise ConfigError(
+            f"--keep {rule.keep} writes completions to train on, and those of an environment "
+            f"({config.environment.function}) have its texts in them, which a model would learn to write itself; use "
+            "--keep prompts, which selects prompts by the scores of their episodes, or --environment.function '' for "
+            "single turns without it"
+        )
     if rule.keep == "pairs" and count < 2:
         raise ConfigError("--keep pairs needs two or more completions per prompt, for example --n 8")
     if config.sampling.greedy and count > 1:
@@ -115,7 +122,7 @@ def _stored(completion: Completion) -> Completion:
 
 def _settings(config: PPOConfig, rows: Sequence[PromptRow], count: int) -> dict[str, Any]:
     """Everything that determines completions and scores, except the code of reward functions."""
-    reward = text.as_mapping(config.reward)
+    reward, environment = text.as_mapping(config.reward), config.environment
     for component in [reward, *reward["components"]]:
         for name in CHANGEABLE:
             component.pop(name, None)
@@ -132,6 +139,7 @@ def _settings(config: PPOConfig, rows: Sequence[PromptRow], count: int) -> dict[
         "sampling": dataclasses.asdict(config.sampling),
         "rollout.dtype": config.rollout.dtype,
         "seed": config.seed,
+        **({"environment": dataclasses.asdict(environment) | {"timeout": None}} if environment.function else {}),
     }
 
 
@@ -147,8 +155,9 @@ def _content(path: str, revision: str | None) -> str:
 
 
 def code_hashes(config: PPOConfig) -> dict[str, str]:
-    """SHA-256 of each file that contains a reward function."""
-    files = [Path(component.function.rpartition(":")[0]) for component in config.reward.parts()]
+    """SHA-256 of each file that contains a reward function or the environment."""
+    named = [*(component.function for component in config.reward.parts()), config.environment.function]
+    files = [Path(function.rpartition(":")[0]) for function in named]
     return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.suffix == ".py"}
 
 

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 from jax import Array
 
 from jaxrlhf import memory, sharding
@@ -23,7 +22,6 @@ from jaxrlhf.rollout.text import decode_completions
 from jaxrlhf.training import setup
 from jaxrlhf.types import Params, Prompts, Rollout
 
-EPISODES = 2**31  # folded into the key of a rollout in place of a prompt's index
 LOWER = "data.max_prompt_length or sampling.response_length"
 
 
@@ -130,35 +128,20 @@ class Sampler:
 
         if self._environment is None:
             return draw(self.prompts_on_host(rows, group), group)
-        prompts, samples = self.prompts_on_host(rows), occurrences(rows)
-
-        def turn(chosen: np.ndarray, contexts: list[list[int]], given: np.ndarray) -> Rollout:
-            """The first turns of a group share the prefill of their prompt."""
-            each = 1 if given.any() else group
-            width = batching.bucket(max(map(len, contexts)), self.model.max_positions)
-            before = [dataclasses.replace(rows[i], tokens=ids) for i, ids in zip(chosen, contexts, strict=True)]
-            before = batching.prompts(
-                before[::each], self.tokenizer.pad_id, width, [samples[i] for i in chosen[::each]]
-            )
-            return draw(dataclasses.replace(before, given=given[::each]), each)
-
+        prompts = self.prompts_on_host(rows)
         return turns.play(
-            turn,
+            draw,
             *self._environment,
             rows,
             prompts,
-            self._seeds(prompts, key, 1 if greedy else self._group),
+            turns.episode_seeds(prompts, key, 1 if greedy else self._group),
             self.tokenizer,
             length=sampling.response_length,
+            context=self.model.max_positions,
             stop_strings=sampling.stop_strings,
+            group=group,
             shards=sharding.row_shards(self.mesh),
         )
-
-    def _seeds(self, prompts: Prompts, key: Array, group: int) -> list[int]:
-        """The seed of each row's episode, the same in a group of responses: they differ by what the policy does."""
-        key = jax.random.fold_in(key, EPISODES)
-        seeds = jax.vmap(lambda i, s: jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, i), s)))
-        return sharding.fetch(seeds(np.asarray(prompts.index), np.asarray(prompts.sample) // group)).tolist()
 
     def shared(self, rows: int) -> int:
         """The number of rows that share one prefill of their prompt: a group, if the mesh can split groups evenly."""
