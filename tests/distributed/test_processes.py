@@ -241,9 +241,9 @@ def test_a_signal_to_one_stops_all_and_a_killed_one_ends_all_and_the_run_goes_on
     settings = {
         "model": {"path": str(tiny_model), "init": "random"},
         "data": {"path": str(rows), "max_length": 16},
-        "train": {"batch_size": 8, "max_steps": 80, "num_train_epochs": 100},
+        "train": {"batch_size": 8, "max_steps": 40, "num_train_epochs": 100},
         "mesh": {"data": 4, "fsdp": 2},
-        "checkpoint": {"save_every": 10, "keep": 20},
+        "checkpoint": {"save_every": 5, "keep": 20},
         "logging": {"tensorboard": False, "report": False, "sample_every": 0},
     }
     path, run = tmp_path / "sft.yaml", tmp_path / "run"
@@ -256,24 +256,24 @@ def test_a_signal_to_one_stops_all_and_a_killed_one_ends_all_and_the_run_goes_on
     np.testing.assert_allclose([record["loss"] for record in _records(tmp_path / "whole")[:8]], losses, rtol=1e-5)
 
     first = Launched(path, run, tmp_path / "first.log")
-    first.wait_until(lambda: max(first.steps(), default=0) >= 12)
+    first.wait_until(lambda: max(first.steps(), default=0) >= 6)
     os.kill(first.child(1), signal.SIGTERM)
     assert first.wait() == 75, first.log.read_text()[-3000:]
     stopped = first.steps()[-1]
     saved = sorted(int(entry.name) for entry in (run / "checkpoints").iterdir() if entry.name.isdigit())
-    assert saved[-1] == stopped < 80
-    assert f"[0] jaxrlhf: stopped after step {stopped} of 80" in first.log.read_text()
+    assert saved[-1] == stopped < 40
+    assert f"[0] jaxrlhf: stopped after step {stopped} of 40" in first.log.read_text()
     assert first.log.read_text().count("stopped after step") == 1  # process 0 alone says so
 
     second = Launched(path, run, tmp_path / "second.log")
-    second.wait_until(lambda: max(second.steps(), default=0) >= stopped + 12)
+    second.wait_until(lambda: max(second.steps(), default=0) >= stopped + 6)
     os.kill(second.child(1), signal.SIGKILL)
     killed = time.monotonic()
     assert second.wait() == 128 + signal.SIGKILL
     assert time.monotonic() - killed < 3 * distributed.HEARTBEAT_TIMEOUT
     output = second.log.read_text()
     assert "process 1 was ended by signal 9 (SIGKILL)" in output
-    assert f"resuming at step {stopped} of 80" in output
+    assert f"resuming at step {stopped} of 40" in output
     said = "another process of this run is gone", "process 0 ends because", "detected fatal errors"  # the last by jax
     assert any(words in output for words in said), output[-3000:]
     assert "is killed" not in output

@@ -68,7 +68,7 @@ def test_between_updates_the_device_has_neither_moments_nor_reference(make, monk
 
 
 def test_a_device_that_does_not_reach_the_hosts_memory_is_refused_before_weights_are_read(make, monkeypatch):
-    monkeypatch.setattr(sharding, "HOST", "shelf")
+    monkeypatch.setattr(sharding.placement, "HOST", "shelf")
     monkeypatch.setattr(setup, "load_model", lambda *args, **keywords: pytest.fail("weights were read"))
     with pytest.raises(ConfigError, match=r"optim.offload is true, but jax's cpu backend .* no memory of kind shelf"):
         make(True)

@@ -23,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import commands as page_commands  # noqa: E402
 import stand_ins  # noqa: E402
 
-PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page_commands.runnable(page)]
+DOCS = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page_commands.runnable(page)]
+PAGES = [pytest.param(page, id=page.stem, marks=pytest.mark.long) for page in DOCS]
+PAGES.append(pytest.param(ROOT / "README.md", id="README", marks=pytest.mark.slow))
 RUNS = {  # that a page takes for granted: copies of those of the demo
     "evaluation.md": {"sft": "sft", "ppo": "ppo", "dpo": "sft", "grpo": "ppo", "reward": "reward"},
     "logging.md": {"ppo": "ppo", "grpo": "ppo", "reward": "reward"},
@@ -34,7 +36,7 @@ RUNS = {  # that a page takes for granted: copies of those of the demo
 HAPPY = "def happy(completions):\n    return [float(len(text) % 3 == 0) for text in completions]\n"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_first_five_minutes_of_the_readme():
     done = subprocess.run(
         ["bash", str(Path(__file__).with_name("first_five_minutes.sh"))], capture_output=True, text=True
@@ -98,8 +100,7 @@ def shortened(method, path, options, overrides, load=training._load_with_options
     return replace(config, **{"train.max_steps": 1, "data.max_rows": 60})
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_a_page_runs(page, world, tmp_path, monkeypatch, capsys):
     """Trainings are cut to one step; nothing else of a command is changed."""
     folder = shutil.copytree(world, tmp_path / "world")
@@ -108,7 +109,7 @@ def test_every_command_of_a_page_runs(page, world, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(folder)
     monkeypatch.setattr(training, "_load_with_options", shortened)
     for line in page_commands.runnable(page):
-        if line.startswith(page_commands.DEMO):  # its runs are there
+        if line.startswith((page_commands.DEMO, "source ")):  # the demo's runs are there; the shell's own command
             continue
         before, _, command = line.rpartition(" | ")
         words = shlex.split(command, comments=True)

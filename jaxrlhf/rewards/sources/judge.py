@@ -2,21 +2,20 @@
 
 import hashlib
 import json
-import math
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxrlhf import config, distributed, secrets, stopping
-from jaxrlhf.config.judge import SCORE_REGEX
 from jaxrlhf.errors import ConfigError, RewardError, counted, quoted
 from jaxrlhf.rewards.sources import answers, template
 from jaxrlhf.rewards.sources.http import Address, HTTPFailure, post
 from jaxrlhf.rewards.sources.protocol import ScoreRequest, SourceScores
+from jaxrlhf.rewards.sources.replies import content, last_number, number_in_json
 
 SYSTEM = (
     "You grade what a language model has written. Every text to grade or to compare with is given between a line "
@@ -152,7 +151,9 @@ class Judge:
         settings = self.settings
         try:
             score = (
-                _from_json(reply, settings.score_json) if settings.score_json else _last(reply, settings.score_regex)
+                number_in_json(reply, settings.score_json)
+                if settings.score_json
+                else last_number(reply, settings.score_regex)
             )
         except ValueError as error:
             return None, f"{error}: {quoted(reply, 200)}"
@@ -204,7 +205,7 @@ class Judge:
                 attempt_timeout=settings.request_timeout,
                 sleep=sleep,
             )
-            text, usage = _content(received)
+            text, usage = content(received)
         except HTTPFailure as error:
             raise HTTPFailure(secrets.redact(str(error)), about_request=error.about_request) from None
         counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
@@ -289,64 +290,3 @@ def between_marks(text: str) -> str:
     """A text between two lines that it cannot contain: their ID is a hash of the text."""
     mark = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
     return f"<text {mark}>\n{text}\n</text {mark}>"
-
-
-def _content(received: bytes) -> tuple[str, Mapping[str, Any]]:
-    """(text, usage) of a reply of the API. Raises HTTPFailure for anything else."""
-    try:
-        reply = json.loads(received)
-    except (ValueError, RecursionError):
-        raise HTTPFailure(f"answered with something other than JSON: {quoted(received)}") from None
-    try:
-        choice = reply["choices"][0]
-        text = choice["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        raise HTTPFailure(f"answered without choices[0].message.content: {quoted(reply)}") from None
-    if not isinstance(text, str) or not text.strip():
-        why = f"finish_reason {choice.get('finish_reason')!r}; if it is 'length', raise max_tokens"
-        raise HTTPFailure(f"answered without text ({why})", about_request=True)
-    usage = reply.get("usage")
-    return text, usage if isinstance(usage, dict) else {}
-
-
-def _last(reply: str, pattern: str) -> float:
-    """The number in the first group of the last match. Raises ValueError."""
-    matches = [match for match in re.finditer(pattern, reply) if match[1]]
-    if not matches:
-        asked = '"Score: NUMBER"' if pattern == SCORE_REGEX else f"a match of {pattern!r}"
-        raise ValueError(f"answered without {asked}")
-    return _number(matches[-1][1])
-
-
-def _from_json(reply: str, path: str) -> float:
-    """The number at the dotted `path` of the last JSON object in a reply that has it. Raises ValueError."""
-    decoder, found, start = json.JSONDecoder(), None, reply.find("{")
-    while start >= 0:
-        try:
-            value, end = decoder.raw_decode(reply, start)
-            found = _at(value, path.split("."), found)
-        except (ValueError, RecursionError):
-            end = start + 1
-        start = reply.find("{", end)
-    if found is None:
-        raise ValueError(f"answered without a JSON object that has '{path}'")
-    return _number(found)
-
-
-def _at(value: Any, path: Sequence[str], missing: Any) -> Any:
-    for part in path:
-        try:
-            value = value[int(part) if isinstance(value, list) else part]
-        except (KeyError, IndexError, TypeError, ValueError):
-            return missing
-    return value
-
-
-def _number(value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"answered {quoted(value)} where a number should be")
-    return number
