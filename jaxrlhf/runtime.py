@@ -4,11 +4,13 @@ Imports no jax. Variables that are already set in the environment are never chan
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import math
 import os
 import platform
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +25,39 @@ class Setting(NamedTuple):
     read: Literal["jax", "devices", "transformers"]
 
 
+class Processor(NamedTuple):
+    """The processor of this machine."""
+
+    name: str
+    cores: int
+    """Those that this process may run on."""
+    extensions: tuple[str, ...]
+    """Its instructions for matrix products, of EXTENSIONS."""
+    flags: str
+    """All instructions, as the system names them; "" if it does not."""
+
+    @property
+    def multiplies_bfloat16(self) -> bool:
+        """True if it has instructions for products of bfloat16. Without, they are slower than those of float32: 100
+        GFLOP/s where float32 has 170, on an EPYC with AVX2 (docs/performance.md)."""
+        return any("bfloat16" in name for name in self.extensions)
+
+    def __str__(self) -> str:
+        cores = f"{self.name}, {self.cores} core{'s' * (self.cores != 1)}"
+        return f"{cores}, with {', '.join(self.extensions)}" if self.extensions else cores
+
+
+EXTENSIONS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_bf16": "AVX-512 bfloat16",
+    "amx_bf16": "AMX bfloat16",
+    "asimd": "NEON",
+    "sve": "SVE",
+    "bf16": "NEON bfloat16",
+    "hw.optional.arm.FEAT_BF16": "NEON bfloat16",
+}
+"""Names of instructions for matrix products, by the flag of Linux (x86, then ARM) or the key of macOS."""
 OTHERS = ("JAX_PLATFORMS", "XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "HF_HUB_OFFLINE", "GLIBC_TUNABLES")
 """Variables that are not set here but reported if they are set."""
 
@@ -191,12 +226,35 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jaxrlhf")
 
 
+@functools.cache
+def processor() -> Processor:
+    """The processor of this machine, from /proc/cpuinfo or, on macOS, sysctl."""
+    name, flags = platform.processor() or platform.machine(), ""
+    with contextlib.suppress(OSError):
+        name, flags = _of_cpuinfo(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"), name)
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError):
+            keys = ["machdep.cpu.brand_string", "hw.optional.arm.FEAT_BF16"]
+            found = subprocess.run(["sysctl", *keys], capture_output=True, text=True, check=False).stdout
+            values = dict(line.split(": ", 1) for line in found.splitlines() if ": " in line)
+            name = values.get(keys[0], name)
+            on = [key for key, value in values.items() if value == "1"]
+            flags = " ".join((["asimd"] if platform.machine() == "arm64" else []) + on)
+    known = set(flags.split())
+    extensions = tuple(text for flag, text in EXTENSIONS.items() if flag in known)
+    return Processor(name, _processors(), extensions, flags)
+
+
+def _of_cpuinfo(text: str, name: str) -> tuple[str, str]:
+    """(name, flags) of the first processor in a /proc/cpuinfo; `name` if it has none, as on ARM."""
+    values: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        values.setdefault(key.strip(), value.strip())
+    return values.get("model name", name), values.get("flags") or values.get("Features", "")
+
+
 def _programs_directory() -> Path:
     """Cache folder of compiled programs, one per CPU type: a program for one may crash on another."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        cpu = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        cpu = platform.processor()
-    digest = hashlib.sha256(f"{platform.machine()} {cpu}".encode()).hexdigest()[:12]
-    return cache_directory() / f"xla-{digest}"
+    kind = f"{platform.machine()} {processor().flags}"
+    return cache_directory() / f"xla-{hashlib.sha256(kind.encode()).hexdigest()[:12]}"

@@ -23,7 +23,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import signal
 import statistics
 import sys
@@ -34,6 +33,8 @@ from typing import Any
 
 from bench_process import Contestant, Job, strong_knobs
 from bench_shapes import SHAPES, add_percentages, write_model
+
+from jaxrlhf import runtime
 
 BATCH = {
     "generate": 8, "engine": 128, "prefix": 16, "logprobs": 8, "sft": 8, "reward": 8, "dpo": 8, "ppo": 16,
@@ -279,13 +280,16 @@ def merge_limits(results: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """What the figures are worth without: processor, cores, memory, and whether others were at work."""
-    name = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    processor = runtime.processor()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     load = round(os.getloadavg()[2], 1)
-    return {"processor": name, "cores": os.cpu_count(), "memory_bytes": memory, "load_15_minutes": load}
+    return {
+        "processor": processor.name,
+        "instructions": list(processor.extensions),
+        "cores": processor.cores,
+        "memory_bytes": memory,
+        "load_15_minutes": load,
+    }
 
 
 def log(text: str) -> None:

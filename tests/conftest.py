@@ -1,6 +1,7 @@
 """Shared by all tests. What jax reads once is set here, before anything imports it."""
 
 import collections
+import ctypes
 import gc
 import json
 import os
@@ -124,8 +125,15 @@ def recurrent_model(tiny_model: pathlib.Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
-    """Programs are let go before they fill the process's table of memory maps (65,530 on Linux): XLA would crash."""
+    """Programs are let go before they fill the process's table of memory maps (65,530 on Linux), where XLA would crash,
+    or the memory that the workers share."""
     yield
-    maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+    process = pathlib.Path("/proc/self")
+    if not (process / "maps").exists():
+        return
+    resident = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if resident > 2.5e9 or len((process / "maps").read_bytes().splitlines()) > 20_000:
         jax.clear_caches()
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # glibc keeps what is freed
+            libc.malloc_trim(0)

@@ -1,6 +1,7 @@
 """What is set before jax starts: the environment wins, a container's share is kept, and late is said to be late."""
 
 import os
+import pathlib
 import platform
 import subprocess
 import sys
@@ -140,3 +141,36 @@ def test_compilers_without_an_accelerator_leave_jax_on_the_cpu(
         monkeypatch.delitem(sys.modules, name, raising=False)
     sys.path_importer_cache.clear()
     assert runtime._only_compilers(tmp_path / "root") is expected
+
+
+X86 = "processor\t: 0\nmodel name\t: AMD EPYC 7763\nflags\t\t: avx avx2 bmi2\n\nprocessor\t: 1\nmodel name\t: B\n"
+ARM = "processor\t: 0\nBogoMIPS\t: 243.75\nFeatures\t: fp asimd sve bf16 i8mm\nCPU implementer\t: 0x41\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name", "extensions", "bfloat16"),
+    [
+        (X86, "AMD EPYC 7763", ("AVX2",), False),
+        (X86.replace(" bmi2", " avx512f avx512_bf16"), "AMD EPYC 7763", ("AVX2", "AVX-512", "AVX-512 bfloat16"), True),
+        (X86.replace(" bmi2", " avx512f amx_bf16"), "AMD EPYC 7763", ("AVX2", "AVX-512", "AMX bfloat16"), True),
+        (ARM, "this machine", ("NEON", "SVE", "NEON bfloat16"), True),
+        ("", "this machine", (), False),
+    ],
+)
+def test_the_processor_is_told_by_its_instructions(cpuinfo, name, extensions, bfloat16, monkeypatch):
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda self, **_: cpuinfo)
+    monkeypatch.setattr(platform, "processor", lambda: "this machine")
+    monkeypatch.setattr(sys, "platform", "linux")
+    found = runtime.processor.__wrapped__()
+    assert (found.name, found.extensions, found.multiplies_bfloat16) == (name, extensions, bfloat16)
+    assert str(found).startswith(f"{name}, {found.cores} core")
+
+
+def test_the_processor_of_a_mac_is_told_by_sysctl(monkeypatch):
+    said = "machdep.cpu.brand_string: Apple M3\nhw.optional.arm.FEAT_BF16: 1\n"
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda self, **_: (_ for _ in ()).throw(FileNotFoundError()))
+    monkeypatch.setattr(runtime.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, said, ""))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    found = runtime.processor.__wrapped__()
+    assert (found.name, found.extensions) == ("Apple M3", ("NEON", "NEON bfloat16")) and found.multiplies_bfloat16

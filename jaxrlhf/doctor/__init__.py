@@ -48,7 +48,8 @@ def computer() -> list[str]:
     lines = [
         f"jaxrlhf {_version('jaxrlhf')}, python {platform.python_version()}, {platform.system()} {platform.machine()}",
         f"packages: {versions}",
-        f"devices: {len(devices)} x {', '.join(kinds)}; {os.cpu_count()} processors",
+        f"devices: {len(devices)} x {', '.join(kinds)}",
+        f"processor: {runtime.processor()}",
         f"processes: {_processes()}",
         f"memory: {_free_of(memory.free_on_host(), os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))}",
     ]

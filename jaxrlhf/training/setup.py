@@ -179,6 +179,23 @@ def fit_response(sampling: Sampling, prompt_length: int, model: ModelConfig) -> 
     return dataclasses.replace(sampling, response_length=min(sampling.response_length, room))
 
 
+def slow_products(config: RunConfig, model: ModelConfig, platform: str) -> list[str]:
+    """A warning if the run multiplies in bfloat16 on a processor without instructions for it."""
+    here = runtime.processor()
+    if platform != "cpu" or here.multiplies_bfloat16:
+        return []
+    dtypes = {"model.compute_dtype": model.dtype}
+    if isinstance(config, PPOConfig | GRPOConfig | DistillConfig):
+        dtypes["rollout.dtype"] = config.rollout.dtype
+    slow = [key for key, dtype in dtypes.items() if dtype == "bfloat16"]
+    if not slow:
+        return []
+    return [
+        f"warning: {' and '.join(slow)}: this processor ({here}) has no instructions for bfloat16, so its products are "
+        "slower than those of float32"
+    ]
+
+
 def describe(config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, report: Any, mesh: jax.sharding.Mesh) -> str:
     """Model, precision, devices, tokenizer and data of a run, one line each."""
     shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))
@@ -200,6 +217,7 @@ def describe(config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, report
         lines.append(f"adapters of rank {config.lora.rank}{new} train, {base} is frozen")
     count = jax.device_count() if sharding.is_here(mesh) else mesh.size
     lines.append(f"devices: {grid} of {count} {device.platform} ({device.device_kind})")
+    lines += slow_products(config, model, device.platform)
     paths = jax.tree_util.tree_leaves_with_path(shapes)
     whole = {
         note: sharding.path_of(keys)

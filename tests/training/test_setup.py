@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from support.tiny import tiny
 
-from jaxrlhf import config, sharding
+from jaxrlhf import config, runtime, sharding
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import Rope, for_length
-from jaxrlhf.training.setup import check_context, model_config
+from jaxrlhf.training.setup import check_context, model_config, slow_products
 
 FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "models"
 
@@ -59,3 +59,17 @@ def test_adapters_of_experts_have_neither_dropout_nor_magnitudes(option, value, 
     with pytest.raises(ConfigError, match=rf"lora.{option} is {value}.*{target}.*experts of a olmoe.*\[q_proj, "):
         model("q_proj", target)
     assert model("q_proj", "k_proj", "v_proj", "o_proj").adapters is not None
+
+
+def test_bfloat16_on_a_processor_without_it_is_warned_of(monkeypatch):
+    plain = runtime.Processor("AMD EPYC 7763", 2, ("AVX2",), "avx2")
+    settings = config.PPOConfig(model=config.ModelSource(path="m"), rollout=config.Generation(dtype="bfloat16"))
+    monkeypatch.setattr(runtime, "processor", lambda: plain)
+    (said,) = slow_products(settings, tiny(dtype="bfloat16"), "cpu")
+    assert "model.compute_dtype and rollout.dtype: this processor (AMD EPYC 7763, 2 cores, with AVX2)" in said
+    (said,) = slow_products(settings, tiny(), "cpu")
+    assert said.startswith("warning: rollout.dtype: ")
+    assert slow_products(settings, tiny(dtype="bfloat16"), "gpu") == []
+    able = plain._replace(extensions=("AVX2", "AVX-512", "AVX-512 bfloat16"))
+    monkeypatch.setattr(runtime, "processor", lambda: able)
+    assert slow_products(settings, tiny(dtype="bfloat16"), "cpu") == []
