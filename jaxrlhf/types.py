@@ -207,6 +207,7 @@ class Experience:
     lam_alpha: float | None = field(default=None, metadata={"static": True})  # of a lam that depends on the length
     token_scores: Array | None = None  # f32 [B, R]   scores of single tokens, in addition to `scores`
     features: Array | None = None  # f32 [B, R + 1, D]   hidden states of a frozen critic trunk
+    ref_hidden: Array | None = None  # [B, R, D]   the reference's hidden states, with kl_estimator: exact
     weights: Array | None = None  # f32 [B, R]   token weights that correct for a sampler that is not pi_old
 
 
@@ -223,6 +224,7 @@ class GroupExperience:
     old_logprobs: Array | None  # f32 [B, R]   None: the policy's own, for a single optimizer step
     ref_logprobs: Array | None  # f32 [B, R]   None: no reference
     entropy: Array | None = None  # f32 [B, R]   of pi_old, if tokens are selected by it
+    ref_hidden: Array | None = None  # [B, R, D]   the reference's hidden states, with kl_estimator: exact
 
 
 @jax.tree_util.register_dataclass

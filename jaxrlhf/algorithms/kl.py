@@ -7,7 +7,8 @@ d = log pi(a) - log ref(a), a ~ pi. k1, k2 and k3 are elementwise and take no ma
     in the loss      k2 has the gradient of the KL, k3 only with importance weights. The expected
                      gradient of k1 is 0.
 
-The config refuses the other combinations.
+The config refuses the other combinations. `kl_estimator: exact` estimates nothing: it is the divergence over the whole
+vocabulary (distillation.py) in each context of the rollout.
 """
 
 from typing import Literal

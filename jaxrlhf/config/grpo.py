@@ -39,10 +39,11 @@ class GRPO(OnPolicy):
     remain."""
     kl_coef: NonNegative | None = None
     """KL penalty coefficient. 0: no reference model is loaded. None: the method's default."""
-    kl_estimator: Literal["k1", "k2", "k3"] | None = None
-    """Estimator of the KL per token, with d = log pi - log ref. For methods with the KL in the loss: k2 = d^2 / 2, or
-    k3 = exp(-d) - 1 + d with importance weights pi / pi_old. For methods with it in the reward (rloo, reinforce_pp):
-    k1 = d. None: k3 in the loss, k1 in the reward."""
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] | None = None
+    """Estimator of the KL per token, with d = log pi - log ref. For methods with the KL in the loss: k2 = d^2 / 2, k3 =
+    exp(-d) - 1 + d with importance weights pi / pi_old, or exact, the divergence `kl_beta` over the whole vocabulary in
+    place of an estimate from the sampled token. For methods with it in the reward (rloo, reinforce_pp): k1 = d. None:
+    k3 in the loss, k1 in the reward."""
     cliprange: PositiveFraction | None = None
     """Lower clip range: the ratio pi / pi_old is clipped to at least 1 - cliprange. In cispo it bounds the importance
     weights from below; 1: no bound. None: the method's default."""
@@ -101,6 +102,10 @@ class GRPO(OnPolicy):
         low = self.recipe.cliprange if self.cliprange is None else self.cliprange
         high = (self.cliprange or self.recipe.cliprange_high) if self.cliprange_high is None else self.cliprange_high
         return low or 1.0, high or 1.0
+
+    @property
+    def has_exact_kl(self) -> bool:
+        return self.kl_estimator == "exact"
 
     @property
     def kl_weight(self) -> float:

@@ -148,6 +148,9 @@ class OnPolicy:
     update. Affects memory and speed, not the result."""
     log_ratio_clamp: Positive = 20.0
     """Clamp on |log pi - log pi_old|, so that the ratio stays finite; tokens beyond it have no gradient."""
+    kl_beta: Fraction = 1.0
+    """Divergence of `kl_estimator: exact`. 1: reverse KL(policy, reference). 0: forward KL(reference, policy). Between:
+    generalised Jensen-Shannon divergence, as `distill.beta`."""
     sampler_correction: Literal["none", "truncate", "sequence_truncate", "mask", "sequence_mask", "token_mask"] = "none"
     """Importance correction if the sampler's log-probs differ from those of training (ratio = pi_old / pi_sampler),
     e.g. because of precision. truncate: weight each token by its ratio (gspo, luspo and gmpo: each response by the
@@ -170,6 +173,11 @@ class OnPolicy:
     def group(self) -> int:
         """Completions per prompt of an update."""
         return 1
+
+    @property
+    def has_exact_kl(self) -> bool:
+        """Return True if the KL is computed over the whole vocabulary (`kl_estimator: exact`)."""
+        return False
 
     @property
     def optimizer_steps(self) -> int:
@@ -198,6 +206,7 @@ WRONG_KL = {
     ("k1", "loss"): "its expected gradient is zero and would not hold the policy; use k2, k3, or a KL in the reward",
     ("k2", "reward"): _REWARD_HAS_NO_GRADIENT,
     ("k3", "reward"): _REWARD_HAS_NO_GRADIENT,
+    ("exact", "reward"): _REWARD_HAS_NO_GRADIENT,
 }
 """Why a (kl_estimator, kl_in) combination has a wrong gradient."""
 
@@ -306,7 +315,20 @@ class OnPolicyConfig(BaseConfig):
         check_divides(f"{method}.local_rollout_forward_batch_size", annotation_rows, total, batch_size)
 
     def _check_reference(self) -> None:
-        reference = self.reference
+        reference, method = self.reference, self.method
+        if not self.settings.has_exact_kl:
+            if self.settings.kl_beta != 1:
+                raise ValueError(f"{method}.kl_beta is set, and it is an option of {method}.kl_estimator: exact")
+        elif self.sampling.renormalise_logprobs:
+            raise ValueError(
+                f"{method}.kl_estimator is exact, a divergence over the whole vocabulary, and "
+                "sampling.renormalise_logprobs leaves out what sampling filters; leave one of them out"
+            )
+        elif reference.offload:
+            raise ValueError(
+                f"{method}.kl_estimator is exact, so every update uses the reference's output layer; set "
+                "reference.offload to false"
+            )
         if reference.sync_alpha < 1 and reference.dtype == "bfloat16":
             raise ValueError(
                 "reference.dtype is bfloat16 with reference.sync_alpha below 1: small moves would be rounded away; "

@@ -71,10 +71,11 @@ class PPO(OnPolicy):
     1, -0.2, 0.2) * batch_size / kl_horizon."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Apply the KL penalty in the reward (subtracted from each token's) or in the loss (as an added term)."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of the KL per token, with d = log pi - log ref. k1 = d for `kl_in: reward`; k2 = d^2 / 2, or k3 =
-    exp(-d) - 1 + d with importance weights pi / pi_old, for `kl_in: loss`. Other combinations have a wrong gradient and
-    are rejected."""
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
+    """Estimator of the KL per token, with d = log pi - log ref. k1 = d for `kl_in: reward`. For `kl_in: loss`: k2 =
+    d^2 / 2, k3 = exp(-d) - 1 + d with importance weights pi / pi_old, or exact, the divergence `kl_beta` over the whole
+    vocabulary in place of an estimate from the sampled token. Other combinations have a wrong gradient and are
+    rejected."""
     cliprange: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.2
     """PPO clip range: the probability ratio is clipped to [1 - cliprange, 1 + cliprange]."""
     cliprange_high: Positive | None = None
@@ -114,6 +115,10 @@ class PPO(OnPolicy):
         return self.num_generations
 
     @property
+    def has_exact_kl(self) -> bool:
+        return self.kl_estimator == "exact"
+
+    @property
     def optimizer_steps(self) -> int:
         """Optimizer steps of a pass over an experience."""
         return self.num_ppo_epochs * self.num_mini_batches
@@ -121,6 +126,11 @@ class PPO(OnPolicy):
     def __post_init__(self) -> None:
         if reason := WRONG_KL.get((self.kl_estimator, self.kl_in)):
             raise ValueError(f"ppo.kl_estimator {self.kl_estimator} does not go with ppo.kl_in {self.kl_in}: {reason}")
+        if self.has_exact_kl and self.replay:
+            raise ValueError(
+                f"ppo.kl_estimator is exact and ppo.replay {self.replay}: the reference's hidden states would be kept "
+                "for every past rollout; use k3, or set replay to 0"
+            )
         if self.lam_alpha is not None and self.lam != 0.95:
             raise ValueError(f"ppo.lam is {self.lam:g}, and ppo.lam_alpha replaces it; leave one of them out")
         if self.batch_size % self.num_generations:

@@ -118,7 +118,7 @@ METRICS: dict[str, str] = {
     "policy/entropy_avg": "mean over response tokens and optimizer steps of the entropy of the policy, nats",
     "loss/policy_avg": "policy loss (PPO's, or that of grpo.method), mean over response tokens and optimizer steps",
     "loss/value_avg": "clipped value loss, half the squared error, mean over response tokens and optimizer steps",
-    "loss/kl_avg": "with kl_in: loss, mean over response tokens and optimizer steps of k2 or pi / pi_old * k3",
+    "loss/kl_avg": "with kl_in: loss, mean over response tokens and optimizer steps of k2, pi / pi_old * k3 or exact",
     "val/clipfrac_avg": "share of response tokens where clipping raises the value loss, mean over optimizer steps",
     "val/ratio": "mean over response tokens and optimizer steps of pi / pi_old",
     "val/ratio_var": "variance over response tokens of pi / pi_old, mean over optimizer steps",

@@ -232,7 +232,7 @@ def _compile_on_policy(trainer: PPOTrainer | GRPOTrainer, programs: Programs) ->
             other_scores = [None, sharding.put_rows(np.zeros((size, len(weights)), np.float32), trainer.mesh)]
     args = without_moments(state), frozen, rollout, scores
     experience, _ = programs.compile(module.annotate, *args, *other_scores, spec=trainer.spec)
-    used = {role: frozen[role] for role in ("policy", "critic") if role in frozen}
+    used = {role: frozen[role] for role in trainer.spec.update_roles}
     programs.compile(module.update, state, used, experience, KEY, spec=trainer.spec)
 
 

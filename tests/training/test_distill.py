@@ -17,7 +17,8 @@ from jaxrlhf.algorithms.distillation import token_divergences
 from jaxrlhf.errors import ConfigError, DataError, Preempted
 from jaxrlhf.models import forward, init, lm_logits
 from jaxrlhf.training.distill.trainer import DistillTrainer
-from jaxrlhf.training.distill.update import Objective, divergence_sums, loss, update
+from jaxrlhf.training.distill.update import Objective, loss, update
+from jaxrlhf.training.divergence import Predictor, divergence_sums
 from jaxrlhf.training.step import gradients
 from jaxrlhf.types import Batch
 
@@ -77,10 +78,11 @@ def test_logits_of_the_whole_batch_never_exist(tiny_model):
     params = jax.eval_shape(lambda: init(model, jax.random.key(0)))
     hidden = jax.ShapeDtypeStruct((rows, columns, model.hidden_size), jnp.float32)
     mask = jax.ShapeDtypeStruct((rows, columns), jnp.bool_)
-    objective = Objective(config.Distill(), model)
 
     def total(params, teacher, hidden, mask):
-        return divergence_sums(params, teacher, hidden, hidden, mask, model=model, objective=objective)["loss"]
+        return divergence_sums(Predictor(params, model, hidden), Predictor(teacher, model, hidden), mask, 0.5, 1.0)[
+            "loss"
+        ]
 
     made = largest_array(jax.make_jaxpr(jax.grad(total))(params, params, hidden, mask).jaxpr)
     assert made <= 4 * size * model.hidden_size, "the gradient of the embedding is the largest array"

@@ -66,7 +66,8 @@ def run(problem, grpo, scores=SCORES, *, rollout=None, key=KEY, mesh=None, rejec
     greedy = GREEDY if grpo.recipe.advantage == "greedy" else None
     components = COMPONENTS if grpo.recipe.advantage == "decoupled" else None
     compared, before = grpo_update.annotate(state, frozen, rollout, scores, greedy, components, spec=roles)
-    state, after = grpo_update.update(state, {"policy": {}}, compared, key, spec=roles)
+    used = {role: frozen[role] for role in roles.update_roles}
+    state, after = grpo_update.update(state, used, compared, key, spec=roles)
     return state.params["policy"], compared, before | after
 
 

@@ -54,8 +54,8 @@ def surrogate(
     selected: Selected,
     grpo: GRPO,
 ) -> tuple[Array, Metrics]:
-    """The policy loss on `selected` tokens, plus the KL if it is in the loss, with the same token weights. All arrays
-    are [B, R]."""
+    """The policy loss on `selected` tokens, plus the KL if it is in the loss and estimated from the sampled tokens,
+    with the same token weights. All arrays are [B, R]."""
     mask, recipe = part.rollout.response_mask, grpo.recipe
     clip = Clip(*grpo.clip, dual=None, log_ratio=grpo.log_ratio_clamp)
     policy_weights = weights if selected.trained is None else masked.keep(weights, selected.trained)
@@ -78,8 +78,8 @@ def surrogate(
             loss, metrics = reinforce_loss(logprobs, part.advantages, mask, count, policy_weights)
         case "dpo":
             raise AssertionError("pairs use `preference`")
-    if grpo.has_reference and recipe.kl_in == "loss":
-        assert part.ref_logprobs is not None and grpo.kl_estimator != "k1"
+    if grpo.has_reference and recipe.kl_in == "loss" and not grpo.has_exact_kl:
+        assert part.ref_logprobs is not None and grpo.kl_estimator not in ("k1", "exact")
         estimator = grpo.kl_estimator or "k3"
         kl, kl_metrics = kl_loss(logprobs, old_logprobs, part.ref_logprobs, mask, count, estimator, weights)
         loss, metrics = loss + kl_coef * kl, metrics | kl_metrics

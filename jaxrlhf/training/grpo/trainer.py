@@ -106,7 +106,7 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
             seen = filled(state, frozen, experience, spec=self.spec)
         if config.reference.offload:  # it leaves the device before moments and gradients come
             jax.block_until_ready(experience)
-        frozen = {"policy": self.frozen["policy"]}
+        frozen = {role: self.frozen[role] for role in self.spec.update_roles}
         state = dataclasses.replace(self.state.ready, score_stats=stats)
         self.state.value, after = update(state, frozen, experience, self.key(step, 1), spec=self.spec)
         rate = after.pop("policy/learning_rate")

@@ -15,12 +15,13 @@ from jaxrlhf.algorithms.grpo import token_weights
 from jaxrlhf.algorithms.kl import k1, k3
 from jaxrlhf.algorithms.ppo import finalize_metrics, response_metrics, token_rewards
 from jaxrlhf.config import GRPO
-from jaxrlhf.logprobs import response_states_with_router
+from jaxrlhf.logprobs import response_states, response_states_with_router
 from jaxrlhf.training.grpo.loss import Selected, preference, select, surrogate
 from jaxrlhf.training.on_policy.policy import policy_params, reference_params
 from jaxrlhf.training.on_policy.update import (
     UpdateSpec,
     budget,
+    exact_kl,
     sampler_gap,
     sampler_weights,
     sequence_logprobs,
@@ -39,6 +40,10 @@ class GRPOSpec(UpdateSpec):
     response_length: int
     rejected: tuple[int, ...] = ()  # the tokens of grpo.rejected_text
     reward_weights: tuple[float, ...] = ()  # gdpo: of the components of the reward
+
+    @property
+    def update_roles(self) -> tuple[str, ...]:
+        return ("policy", "reference") if self.grpo.has_exact_kl else ("policy",)
 
     @property
     def annotates_policy(self) -> bool:
@@ -87,16 +92,19 @@ def annotate(
     if grpo.has_reference:
         scored["reference"] = reference_params(state, frozen)
 
-    def logprobs(part: Rollout) -> dict[str, tuple[Array, Array]]:
-        models = {"policy": spec.policy, "reference": spec.reference_model}
-        return {
-            role: sequence_logprobs(params, models[role], part, spec.temperature) for role, params in scored.items()
-        }
+    def logprobs(part: Rollout) -> dict[str, tuple[Array, Array, Array | None]]:
+        """Log-probs and entropy by each role, and hidden states of the reference if the update needs them."""
+        found, models = {}, {"policy": spec.policy, "reference": spec.reference_model}
+        for role, params in scored.items():
+            hidden = response_states(params, models[role], part)
+            kept = hidden[:, :-1] if role == "reference" and grpo.has_exact_kl else None
+            found[role] = *sequence_logprobs(params, models[role], part, spec.temperature, hidden=hidden), kept
+        return found
 
     parts = budget(grpo, spec.mesh) or count // grpo.annotation_rows(len(scores))
     found = map_rows(logprobs, rows, parts) if scored else {}
-    old, entropy = found.get("policy", (None, None))
-    ref, _ = found.get("reference", (None, None))
+    old, entropy, _ = found.get("policy", (None, None, None))
+    ref, _, ref_hidden = found.get("reference", (None, None, None))
     if valid is not None:
         assert ref is not None
         return GroupExperience(rollout, valid, None, ref.reshape(-1, 2, ref.shape[-1])), metrics
@@ -109,7 +117,8 @@ def annotate(
         rollout = dataclasses.replace(rollout, response_mask=kept)
         advantages, old, ref = jax.tree.map(lambda x: masked.keep(x, kept), (advantages, old, ref))
         metrics["tokens/masked"] = 1 - jnp.sum(masked.rows(kept)) / jnp.maximum(jnp.sum(~unscored), 1)
-    return GroupExperience(rollout, advantages, old, ref, entropy if grpo.top_entropy_quantile < 1 else None), metrics
+    entropy = entropy if grpo.top_entropy_quantile < 1 else None
+    return GroupExperience(rollout, advantages, old, ref, entropy, ref_hidden), metrics
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -255,6 +264,7 @@ def update(
     num_micro = each * (2 if paired else 1) // (grpo.micro_batch_size or each * (2 if paired else 1))
     num_micro = budget(grpo, spec.mesh) or num_micro
     number, kl_coef, control = state.step, state.kl_coef, state.entropy
+    reference = reference_params(state, frozen) if grpo.has_exact_kl else {}
     entropy_coef = grpo.entropy_coef if control is None else control.applied
     order_key, selection_key = jax.random.split(key) if grpo.recipe.loss == "clip_cov" else (key, key)
     selected = select(experience, selection_key, grpo)
@@ -282,13 +292,15 @@ def update(
         policy = policy_params(params, frozen)
         if paired:
             rollout, ref = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (part.rollout, part.ref_logprobs))
-            logprobs, entropy, router = _logprobs(policy, rollout, spec)
+            logprobs, entropy, router, _ = _logprobs(policy, rollout, spec)
             value, metrics = preference(logprobs, part, count, grpo)
             if spec.rejected:  # every second response was not sampled
                 rollout, logprobs, entropy, ref = jax.tree.map(lambda x: x[::2], (rollout, logprobs, entropy, ref))
             return value, metrics | router | policy_metrics(rollout, logprobs, entropy, ref, *size, grpo)
         mask = part.rollout.response_mask
-        logprobs, entropy, router = _logprobs(policy, part.rollout, spec, entropy_gradient=grpo.has_entropy_bonus)
+        logprobs, entropy, router, hidden = _logprobs(
+            policy, part.rollout, spec, entropy_gradient=grpo.has_entropy_bonus
+        )
         old_metrics, old = {}, part.old_logprobs
         if old is None:
             old = jax.lax.stop_gradient(logprobs)
@@ -301,6 +313,9 @@ def update(
         if grpo.sampler_correction != "none":
             weights *= sampler_correction(part.rollout, old, grpo)[0]
         value, metrics = surrogate(logprobs, old, part, count, weights, kl_coef, selected, grpo)
+        if grpo.has_exact_kl:
+            kl, kl_metrics = exact_kl(policy, reference, hidden, part.ref_hidden, mask, count, spec, grpo, weights)
+            value, metrics = value + kl_coef * kl, metrics | kl_metrics
         if grpo.has_entropy_bonus:
             value -= entropy_coef * masked.total(entropy, mask) / count
         for name, tokens in selected._asdict().items():
@@ -346,10 +361,11 @@ def _size(mask: Array) -> _Size:
 
 def _logprobs(
     params: Params, rollout: Rollout, spec: GRPOSpec, *, entropy_gradient: bool = False
-) -> tuple[Array, Array, dict[str, Array]]:
-    """(log-probs, entropy) of every response token, f32 [B, R], and the router's sums."""
+) -> tuple[Array, Array, dict[str, Array], Array]:
+    """(log-probs, entropy) of every response token, f32 [B, R], the router's sums, and the hidden states [B, R + 1,
+    D]."""
     hidden, router = response_states_with_router(params, spec.policy, rollout)
     logprobs, entropy = sequence_logprobs(
         params, spec.policy, rollout, spec.temperature, hidden=hidden, entropy_gradient=entropy_gradient
     )
-    return logprobs, entropy, router
+    return logprobs, entropy, router, hidden

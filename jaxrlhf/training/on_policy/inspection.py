@@ -143,6 +143,7 @@ def inspect(
 def on_host(experience: Experience | GroupExperience) -> Any:
     """The experience in NumPy arrays [B, ...], a pair of responses in two rows, without what only an update reads."""
     rollout = dataclasses.replace(experience.rollout, support=None)
+    experience = dataclasses.replace(experience, ref_hidden=None)
     if isinstance(experience, Experience):
         return sharding.fetch(dataclasses.replace(experience, rollout=rollout, features=None, weights=None))
     paired = rollout.tokens.ndim == 3

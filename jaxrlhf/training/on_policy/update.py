@@ -15,7 +15,9 @@ from jaxrlhf.config.on_policy import OnPolicy
 from jaxrlhf.logprobs import response_states, response_tokens, token_logprobs
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.training.by_length import Budget
+from jaxrlhf.training.divergence import Predictor, divergence_sums
 from jaxrlhf.training.optim import Optimizer
+from jaxrlhf.training.step import Metrics
 from jaxrlhf.types import Params, Rollout, TrainState
 
 
@@ -33,6 +35,11 @@ class UpdateSpec:
     @property
     def reference_model(self) -> ModelConfig:
         return self.teacher or self.policy
+
+    @property
+    def update_roles(self) -> tuple[str, ...]:
+        """The roles whose frozen parameters `update` uses."""
+        raise NotImplementedError
 
 
 def sequence_logprobs(
@@ -56,6 +63,26 @@ def sequence_logprobs(
         params, model, hidden[:, :-1], response_tokens(rollout), temperature, rollout.support, entropy_gradient
     )
     return masked.keep(logprobs, mask), masked.keep(entropy, mask)
+
+
+def exact_kl(
+    params: Params,
+    reference: Params,
+    hidden: Array,
+    ref_hidden: Array | None,
+    mask: Array,
+    count: Array,
+    spec: UpdateSpec,
+    settings: OnPolicy,
+    weights: Array | None = None,
+) -> tuple[Array, Metrics]:
+    """`algorithms.kl.kl_loss` with the divergence `settings.kl_beta` over the whole vocabulary, which needs no
+    importance weights, from the hidden states of the policy [B, R + 1, D] and of the reference [B, R, D]."""
+    assert ref_hidden is not None
+    policy = Predictor(params, spec.policy, hidden[:, :-1])
+    other = Predictor(reference, spec.reference_model, ref_hidden)
+    loss = divergence_sums(policy, other, mask, settings.kl_beta, spec.temperature, weights)["loss"] / count
+    return loss, {"loss/kl_avg": loss}
 
 
 def sampler_gap(rollout: Rollout, logprobs: Array) -> Array:

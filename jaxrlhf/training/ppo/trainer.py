@@ -108,7 +108,7 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
             seen = filled(state, frozen, experience, spec=self.spec)
         if config.reference.offload:  # it leaves the device before moments and gradients come
             jax.block_until_ready(experience)
-        frozen = {role: self.frozen[role] for role in ("policy", "critic")}
+        frozen = {role: self.frozen[role] for role in self.spec.update_roles}
         state = dataclasses.replace(self.state.ready, score_stats=stats)
         train = update_with_replay if config.ppo.replay else update
         self.state.value, after = train(state, frozen, experience, self.key(step, 1), spec=self.spec)

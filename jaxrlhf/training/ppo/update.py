@@ -22,6 +22,7 @@ from jaxrlhf.training.on_policy.policy import policy_params, reference_params
 from jaxrlhf.training.on_policy.update import (
     UpdateSpec,
     budget,
+    exact_kl,
     sampler_gap,
     sampler_weights,
     sequence_logprobs,
@@ -43,6 +44,10 @@ class PPOSpec(UpdateSpec):
     ppo: PPO
     trunk: Trunk
     warmup_updates: int = 0  # updates that train the critic alone
+
+    @property
+    def update_roles(self) -> tuple[str, ...]:
+        return ("policy", "critic", "reference") if self.ppo.has_exact_kl else ("policy", "critic")
 
     def one_step(self, batch: int) -> bool:
         """Return True if the update is one forward pass and optimizer step, where pi_old = stop_gradient(pi).
@@ -67,9 +72,10 @@ class Predictions(NamedTuple):
 
 def predict(
     params: dict[str, Params], frozen: dict[str, Params], rollout: Rollout, features: Array | None, spec: PPOSpec
-) -> tuple[Predictions, dict[str, Array]]:
+) -> tuple[Predictions, dict[str, Array], Array]:
     """One forward pass of policy and critic each; of the critic only its head if `features`, the states of a frozen
-    trunk [B, R + 1, D], are given or it shares the policy's trunk. The second result are the sums of their routers."""
+    trunk [B, R + 1, D], are given or it shares the policy's trunk. Also the sums of their routers, and the hidden
+    states of the policy [B, R + 1, D]."""
     policy = policy_params(params, frozen)
     hidden, router = response_states_with_router(policy, spec.policy, rollout)
     entropy_gradient = spec.ppo.entropy_coef > 0
@@ -86,7 +92,7 @@ def predict(
     mask = rollout.response_mask
     length = jnp.max(jnp.where(mask, 1 + jnp.arange(mask.shape[1]), 0), axis=1, keepdims=True)
     last_values = jnp.take_along_axis(values, length, axis=1)[:, 0]
-    return Predictions(logprobs, entropy, masked.keep(values[:, :-1], mask), last_values), router
+    return Predictions(logprobs, entropy, masked.keep(values[:, :-1], mask), last_values), router, hidden
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -108,19 +114,20 @@ def annotate(
     """
     batch, reference = scores.shape[0], reference_params(state, frozen)
 
-    def forward(part: Rollout) -> tuple[Array, Array | None, Predictions | None]:
+    def forward(part: Rollout) -> tuple[Array, Array | None, Array | None, Predictions | None]:
         hidden = response_states(reference, spec.reference_model, part)
         ref_logprobs, _ = sequence_logprobs(reference, spec.reference_model, part, spec.temperature, hidden=hidden)
-        features = None
+        ref_hidden, features = hidden[:, :-1] if spec.ppo.has_exact_kl else None, None
         if spec.trunk in ("reference", "frozen"):
             features = hidden if spec.trunk == "reference" else response_states(frozen["critic"], spec.critic, part)
         if spec.one_step(batch):
-            return ref_logprobs, features, None
-        return ref_logprobs, features, predict(state.params, frozen, part, features, spec)[0]
+            return ref_logprobs, ref_hidden, features, None
+        return ref_logprobs, ref_hidden, features, predict(state.params, frozen, part, features, spec)[0]
 
     parts = budget(spec.ppo, spec.mesh) or batch // spec.ppo.annotation_rows(batch)
-    ref_logprobs, features, predictions = map_rows(forward, rollout, parts)
-    experience = blank_experience(rollout, scores, ref_logprobs, spec.ppo, token_scores=token_scores, features=features)
+    ref_logprobs, ref_hidden, features, predictions = map_rows(forward, rollout, parts)
+    known = {"token_scores": token_scores, "features": features, "ref_hidden": ref_hidden}
+    experience = blank_experience(rollout, scores, ref_logprobs, spec.ppo, **known)
     if predictions is None:
         return experience, {}
     return fill_experience(experience, predictions, state.kl_coef, spec.ppo)
@@ -255,10 +262,11 @@ def update(
     ppo, batch = spec.ppo, experience.scores.shape[0]
     num_micro = budget(ppo, spec.mesh) or batch // ppo.num_mini_batches // ppo.micro_rows(batch)
     replayed, kl_coef, warmup = ended is not None, state.kl_coef, state.step < spec.warmup_updates
+    reference = reference_params(state, frozen) if ppo.has_exact_kl else {}
 
     def loss(params: dict[str, Params], part: Experience, count: Array) -> tuple[Array, Metrics]:
         mask, metrics = part.rollout.response_mask, {}
-        new, router = predict(params, frozen, part.rollout, part.features, spec)
+        new, router, hidden = predict(params, frozen, part.rollout, part.features, spec)
         if spec.one_step(batch):
             part, metrics = fill_experience(part, new, kl_coef, ppo)
         clip = Clip(ppo.cliprange, ppo.cliprange_high or ppo.cliprange, ppo.dual_clip, ppo.log_ratio_clamp)
@@ -272,7 +280,12 @@ def update(
             total -= ppo.entropy_coef * entropy
         if ppo.kl_in == "loss":
             assert ppo.kl_estimator != "k1"
-            kl, kl_metrics = kl_loss(new.logprobs, part.old_logprobs, part.ref_logprobs, mask, count, ppo.kl_estimator)
+            if ppo.kl_estimator == "exact":
+                models = policy_params(params, frozen), reference
+                kl, kl_metrics = exact_kl(*models, hidden, part.ref_hidden, mask, count, spec, ppo)
+            else:
+                estimator = ppo.kl_estimator
+                kl, kl_metrics = kl_loss(new.logprobs, part.old_logprobs, part.ref_logprobs, mask, count, estimator)
             total, metrics = total + kl_coef * kl, metrics | kl_metrics
         return total, {
             **policy_metrics,
