@@ -108,27 +108,32 @@ def config_of(folder: Path, case: str, layers: int | None = None, layout: str = 
     return load_config("ppo", None, list(options.items()))
 
 
+DECODING = "_admit", "_advance"  # programs of a rollout
+
+
 class _Done(Exception):
     pass
 
 
 class _WithoutDecoding(Traced):
-    """Compiles all programs but `generate`."""
+    """Compiles all programs but those of DECODING."""
 
     def compile(self, program: Any, *args: Any, **kwargs: Any) -> Any:
-        if program.__name__ == "generate":
+        if program.__name__ in DECODING:
             return super().compile(program, *args, **kwargs)
         return Programs.compile(self, program, *args, **kwargs)
 
 
 class _OnlyDecoding(Traced):
-    """Compiles `generate` alone, and ends with it."""
+    """Compiles those of DECODING alone, and ends with the last."""
 
     def compile(self, program: Any, *args: Any, **kwargs: Any) -> Any:
-        if program.__name__ == "generate":
-            Programs.compile(self, program, *args, **kwargs)
+        if program.__name__ not in DECODING:
+            return super().compile(program, *args, **kwargs)
+        outputs = Programs.compile(self, program, *args, **kwargs)
+        if program.__name__ == DECODING[-1]:
             raise _Done
-        return super().compile(program, *args, **kwargs)
+        return outputs
 
 
 @dataclasses.dataclass
@@ -159,9 +164,9 @@ def decoding(folder: Path, case: str, target: targets.Target, layers: int, layou
         programs = _OnlyDecoding()
         with contextlib.suppress(_Done):
             compile_longest(trainer, programs)
-        one = programs["generate"][0]
-        beside = one.memory.temp_size_in_bytes + one.memory.output_size_in_bytes
-        return Row.of(Phase("rollout", {"beside": beside}, (one,), trainer.mesh, LENGTH - 1), target)
+        ran = *programs["admit"], *programs["advance"]
+        beside = max(plan.beside(one) for one in ran)
+        return Row.of(Phase("rollout", {"beside": beside}, ran, trainer.mesh, LENGTH - 1), target)
 
 
 def examine(case: str, folder: Path, *, compiled: bool) -> dict[str, Any]:
@@ -186,10 +191,8 @@ def examine(case: str, folder: Path, *, compiled: bool) -> dict[str, Any]:
             layers = SIZES[case.split("-")[0]]["num_hidden_layers"]
             steps = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
             rows[name] = few.further(more, steps)
-            # scratch is not linear in the depth: that of the deeper model, with the cache of all layers
-            cache = phase.bytes["keys and values"]
-            beside = more.total - cache * DEPTHS[1] / layers
-            rows[name].total = phase.total - phase.bytes["activations, rest"] + max(0.0, beside)
+            # scratch, to which the cache does not belong, is not linear in the depth: that of the deeper model
+            rows[name].total = phase.total - phase.bytes["activations, rest"] + more.total
         else:
             rows[name] = Row.of(phase, target)
     seconds = made.step_seconds(lambda phase: rows[phase.name].least)

@@ -20,7 +20,7 @@ from jaxrlhf.environments.worker import WorkerEpisodes
 from jaxrlhf.errors import ConfigError, DataError
 from jaxrlhf.models import ModelConfig, for_length
 from jaxrlhf.rewards.compose import Scorer
-from jaxrlhf.rollout import decode, engine, turns
+from jaxrlhf.rollout import engine, turns
 from jaxrlhf.rollout.decode import Decoding
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.rollout.queue import PromptQueue
@@ -140,20 +140,21 @@ def generate(
     """Generate `count` responses to each row, those of a row next to each other, as host arrays.
 
     `columns` is the minimum width of the prompts; calls with equal widths share their compiled programs. If all
-    responses fit in `rollout.slots`, a single program generates them together. With an environment a response is an
+    responses fit in `rollout.slots`, they are generated together. With an environment a response is an
     episode; those of a row have the same seed. Raises what `open_episodes` does.
     """
     length = config.sampling.response_length
     model = for_length(model, max(len(row.tokens) for row in rows) + length)
-    key, stops = jax.random.key(config.seed), (tokenizer.stops(config.sampling.stop_strings), tokenizer.pad_id)
+    key, stops = jax.random.key(config.seed), tokenizer.stops(config.sampling.stop_strings)
+    decoding = Decoding(model, config.sampling, stops, tokenizer.pad_id)
 
     def draw(prompts: Prompts, group: int) -> Rollout:
         responses = len(prompts.index) * group
         if responses <= config.rollout.slots:
             engine.check_slots(model, responses, prompts.tokens.shape[1] + length)
-            return jax.device_get(decode.generate(params, model, prompts, key, config.sampling, *stops, group=group))
+            return jax.device_get(engine.generate_in_chunks(params, decoding, prompts, key, group))
         queue = PromptQueue(prompts, config.rollout.slots or config.ppo.batch_size, group, columns)
-        return engine.generate_in_slots(params, Decoding(model, config.sampling, *stops), queue, key)
+        return engine.generate_in_slots(params, decoding, queue, key)
 
     width = prompt_columns(config, model, rows)
     if not config.environment.function:

@@ -169,7 +169,7 @@ def size(*trees: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves.values())
 
 
-def _beside(one: Compiled) -> int:
+def beside(one: Compiled) -> int:
     """Bytes that a program needs besides its arguments: scratch, and results that alias no argument."""
     stats = one.memory
     return stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
@@ -202,7 +202,7 @@ def _phase(
     """A phase of programs that run one after another, `times` times. `known` is the part of the memory they need
     besides their arguments that has a name."""
     known = known or {}
-    rest = max(0, max((_beside(one) for one in ran), default=0) - sum(known.values()))
+    rest = max(0, max((beside(one) for one in ran), default=0) - sum(known.values()))
     return Phase(name, {**standing, **known, "activations, rest": rest}, tuple(ran), mesh, trips, times)
 
 
@@ -277,7 +277,7 @@ def _rollout_phase(name: str, standing: dict[str, int], copy: Params, sampler: S
     cached = {"keys and values": size(cache)}
     drawn = [one for program in ("generate", "admit", "advance") for one in found.get(program, ())]
     drawn = [one for one in drawn if jax.tree.leaves(one.outputs)[0].sharding.mesh == sampler.mesh]
-    if "advance" in found:  # an argument of that program
+    if "advance" in found and not isinstance(found, Traced):  # an argument of that program, which it writes to
         held, cached = held | cached, {}
     times = -(-sampler.batch // slots)
     return _phase(name, standing | held, drawn, cached, mesh=sampler.mesh, trips=length - 1, times=times)

@@ -35,7 +35,7 @@ from jaxrlhf.training.reward.trainer import RewardTrainer
 from jaxrlhf.training.samples import Samples
 from jaxrlhf.training.setup import RunConfig
 from jaxrlhf.training.sft import SFTTrainer
-from jaxrlhf.types import Batch, Params, Rollout
+from jaxrlhf.types import Batch, Params, Prompts, Rollout
 
 Trainer = SFTTrainer | RewardTrainer | DPOTrainer | PPOTrainer | GRPOTrainer | DistillTrainer
 KEY = jax.random.key(0)
@@ -259,15 +259,18 @@ def _compile_rollout(
     decoder_params = programs.compile(convert, policy, *(ahead or sampler).conversion)
     if ahead:
         decoder_params = sharding.with_shardings(decoder_params, ahead.shardings(decoder_params))
-    options = sampler.sampling, *sampler.stops
-    if not 0 < sampler.slots < len(rows):
-        rollout = programs.compile(generate, decoder_params, sampler.decoder, prompts, KEY, *options, group)
-        return jax.tree.map(lambda x: sharding.rows_shape(x, trainer.mesh), rollout) if ahead else rollout
-    queue = PromptQueue(sampler.prompts_on_host(rows, group), sampler.slots, group, sampler.columns)
-    decoding = Decoding(sampler.decoder, *options)
-    for program, args in engine.slot_programs(decoder_params, decoding, queue, KEY, sampler.mesh):
+    decoding = Decoding(sampler.decoder, sampler.sampling, *sampler.stops)
+    if 0 < sampler.slots < len(rows):
+        queue = PromptQueue(sampler.prompts_on_host(rows, group), sampler.slots, group, sampler.columns)
+        ran = engine.slot_programs(decoder_params, decoding, queue, KEY, sampler.mesh)
+    else:
+        ran = engine.chunk_programs(decoder_params, decoding, prompts, KEY, group, sampler.mesh)
+    for program, args in ran:
         programs.compile(program, *args)
-    shapes = jax.eval_shape(
-        lambda params: generate(params, sampler.decoder, prompts, KEY, *options, group), decoder_params
-    )
+    options = sampler.sampling, *sampler.stops
+
+    def rollout(params: Params, prompts: Prompts) -> Rollout:
+        return generate(params, sampler.decoder, prompts, KEY, *options, group)
+
+    shapes = jax.eval_shape(rollout, decoder_params, prompts)
     return jax.tree.map(lambda x: sharding.rows_shape(x, trainer.mesh), shapes)

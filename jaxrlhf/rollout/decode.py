@@ -1,7 +1,7 @@
 """Autoregressive generation: one prefill, then a loop that draws one token per row and step.
 
-`generate` runs a whole batch as one program. engine.py calls the same parts as separate programs and refills the slots
-of finished rows with waiting prompts.
+`generate` runs a whole batch as one program. engine.py calls the same parts as separate programs, which end after a
+number of tokens, and refills the slots of finished rows with waiting prompts.
 """
 
 import dataclasses
@@ -185,8 +185,10 @@ def draw_tokens(params: Params, decoding: Decoding, slots: Slots, hidden: Float[
     )
 
 
-def advance(params: Params, decoding: Decoding, slots: Slots, enough: Int[Array, ""] | int) -> Slots:
-    """Draw tokens until at least `enough` rows are idle."""
+def advance(
+    params: Params, decoding: Decoding, slots: Slots, enough: Int[Array, ""] | int, limit: int | None = None
+) -> Slots:
+    """Draw tokens, `limit` at most for a row, until at least `enough` rows are idle."""
     length = decoding.sampling.response_length
     prompt_columns = slots.cache.valid.shape[1] - length
 
@@ -201,7 +203,13 @@ def advance(params: Params, decoding: Decoding, slots: Slots, enough: Int[Array,
         slots = dataclasses.replace(slots, cache=cache, clock=slots.clock + 1)
         return draw_tokens(params, decoding, slots, hidden[:, 0])
 
-    return lax.while_loop(lambda slots: jnp.sum(~slots.busy) < enough, step, slots)
+    end = None if limit is None else slots.clock + limit
+
+    def unfinished(slots: Slots) -> Array:
+        waiting = jnp.sum(~slots.busy) < enough
+        return waiting if end is None else waiting & (slots.clock < end)
+
+    return lax.while_loop(unfinished, step, slots)
 
 
 def trim(rollout: Rollout) -> Rollout:

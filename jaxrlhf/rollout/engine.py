@@ -1,8 +1,8 @@
 """Generation for more prompts than fit at once: a finished row gives its slot to the next prompt.
 
 Three programs: `_admit` prefills a few prompts into free slots, `_advance` draws tokens until enough rows have ended,
-and `_select` shrinks the slots once no prompt is waiting. The host only assigns rows to slots; a response depends on
-its prompt and its key alone.
+CHUNK for a row at most, and `_select` shrinks the slots once no prompt is waiting. The host only assigns rows to slots;
+a response depends on its prompt and its key alone. `generate_in_chunks` runs the first two for a batch without slots.
 """
 
 import dataclasses
@@ -20,12 +20,60 @@ from jaxtyping import Array
 from jaxrlhf import distributed, memory, sharding
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import ModelConfig, empty_cache
-from jaxrlhf.rollout.decode import Decoding, advance, as_rollout, by_rows, empty_slots, start
+from jaxrlhf.rollout.decode import Decoding, advance, as_rollout, by_rows, empty_slots, generate, start
 from jaxrlhf.rollout.queue import PromptQueue, SlotTable
 from jaxrlhf.types import KVCache, Params, Prompts, Rollout, Slots, map_layers
 
 SHRINK = 4
 """With no prompt waiting, generation continues in a quarter of the slots once the busy rows fit there."""
+CHUNK = 64
+"""Tokens that a program draws for a row before the host looks for a request to stop."""
+
+
+def generate_in_chunks(
+    params: Params,
+    decoding: Decoding,
+    prompts: Prompts,
+    key: Array,
+    group: int = 1,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Rollout:
+    """Generate what `decode.generate` does, its rows spread over `mesh` if given, in programs that draw CHUNK tokens.
+
+    Responses of up to CHUNK tokens take a single program. Raises Interrupted after a request to stop, which is looked
+    for between programs.
+    """
+    distributed.check_stop()
+    if decoding.sampling.response_length <= CHUNK:
+        return generate(*_at_once(params, decoding, prompts, key, group))
+    rows = len(prompts.index) * group
+    state = _empty_slots(decoding, rows, prompts.tokens.shape[1], mesh)
+    state = _admit(params, decoding, state, prompts, None, key)
+    state = _advance_until(params, decoding, state, rows)
+    return _rollout(prompts, group, dataclasses.replace(state, cache=None))
+
+
+def chunk_programs(
+    params: Params,
+    decoding: Decoding,
+    prompts: Prompts,
+    key: Array,
+    group: int = 1,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """Yield (jitted function, arguments) of the programs that `generate_in_chunks` runs. Arguments as in
+    `slot_programs`."""
+    if decoding.sampling.response_length <= CHUNK:
+        yield generate, _at_once(params, decoding, prompts, key, group)
+        return
+    state = _slot_shapes(decoding, len(prompts.index) * group, prompts.tokens.shape[1], mesh)
+    yield _admit, (params, decoding, state, prompts, None, key)
+    yield _advance, (params, decoding, state, np.int32(0))
+
+
+def _at_once(params: Params, decoding: Decoding, prompts: Prompts, key: Array, group: int) -> tuple[Any, ...]:
+    """Arguments of `decode.generate`."""
+    return params, decoding.model, prompts, key, decoding.sampling, decoding.stop_ids, decoding.pad_id, group
 
 
 def generate_in_slots(
@@ -53,7 +101,6 @@ def generate_in_slots(
     rows = len(queue.prompts.index) * queue.group
     results = {name: np.zeros((rows, *getattr(state, name).shape[1:]), getattr(state, name).dtype) for name in names}
     while queue or table.busy:
-        distributed.check_stop()
         while queue and table.free >= queue.slots_needed(table.busy):
             admitted, starting = queue.take(table.free)
             state = _admit(params, decoding, state, admitted, table.assign(starting), key)
@@ -66,7 +113,7 @@ def generate_in_slots(
             enough = table.free + min(queue.slots_needed(table.busy), table.busy)
         else:
             enough = table.size - (smaller if table.busy > smaller else 0)
-        state = _advance(params, decoding, state, np.int32(enough))
+        state = _advance_until(params, decoding, state, enough)
         on_host = sharding.fetch({name: getattr(state, name) for name in names})
         busy = ~on_host["ended"] & (on_host["count"] < sampling.response_length)
         ended, ended_rows = table.release(busy)
@@ -83,9 +130,7 @@ def slot_programs(
 
     `params` may be arrays or ShapeDtypeStructs; the slots are ShapeDtypeStructs. Programs for fewer slots are left out.
     """
-    state = jax.eval_shape(lambda: empty_slots(decoding, queue.slots, queue.columns))
-    if mesh is not None:
-        state = sharding.with_shardings(state, _shardings(state, mesh))
+    state = _slot_shapes(decoding, queue.slots, queue.columns, mesh)
     widths = set()
     while queue:
         admitted, rows = queue.take(queue.slots)
@@ -134,6 +179,12 @@ def cache_shards(model: ModelConfig, mesh: jax.sharding.Mesh) -> int:
     return sharding.row_shards(mesh) * (tensor if model.num_kv_heads % tensor == 0 else 1)
 
 
+def _slot_shapes(decoding: Decoding, batch: int, columns: int, mesh: jax.sharding.Mesh | None) -> Slots:
+    """The shapes of `empty_slots`, with their shardings if there is a mesh."""
+    state = jax.eval_shape(lambda: empty_slots(decoding, batch, columns))
+    return state if mesh is None else sharding.with_shardings(state, _shardings(state, mesh))
+
+
 def _shardings(slots: Slots, mesh: jax.sharding.Mesh) -> Any:
     rows, replicated = NamedSharding(mesh, sharding.ROWS), NamedSharding(mesh, P())
     cache = _cache_shardings(slots.cache, mesh)
@@ -165,18 +216,23 @@ def _empty_slots(decoding: Decoding, batch: int, prompt_columns: int, mesh: jax.
 
 
 @partial(jax.jit, static_argnames="decoding", donate_argnames="slots")
-def _admit(params: Params, decoding: Decoding, slots: Slots, prompts: Prompts, targets: Array, key: Array) -> Slots:
-    """Prefill prompts [m] and start n rows of each in slots `targets` [m * n]; out-of-bounds targets are dropped."""
-    started = start(params, decoding, prompts, key, len(targets) // len(prompts.index))
+def _admit(
+    params: Params, decoding: Decoding, slots: Slots, prompts: Prompts, targets: Array | None, key: Array
+) -> Slots:
+    """Prefill prompts [m] and start n rows of each in slots `targets` [m * n], or, if it is None, in all slots in their
+    order; out-of-bounds targets are dropped."""
+    starting = len(slots.count) if targets is None else len(targets)
+    started = start(params, decoding, prompts, key, starting // len(prompts.index))
     length = slots.tokens.shape[1]
     columns = slots.cache.valid.shape[1] - length
     first = columns - prompts.tokens.shape[1]
+    rows = slice(None) if targets is None else targets
 
     def write(old: Array, new: Array) -> Array:
-        return old.at[targets].set(new, mode="drop")
+        return old.at[rows].set(new, mode="drop")
 
     def write_columns(old: Array, new: Array) -> Array:
-        return old.at[targets, :, first:columns].set(new, mode="drop")
+        return old.at[rows, :, first:columns].set(new, mode="drop")
 
     padding = ((0, 0), (first, length))
     cache = KVCache(
@@ -190,7 +246,26 @@ def _admit(params: Params, decoding: Decoding, slots: Slots, prompts: Prompts, t
     return dataclasses.replace(jax.tree.map(write, *by_row), clock=slots.clock, cache=cache)
 
 
-_advance = partial(jax.jit, static_argnames="decoding", donate_argnames="slots")(advance)
+def _advance_until(params: Params, decoding: Decoding, slots: Slots, enough: int) -> Slots:
+    """Draw tokens until at least `enough` rows are idle, in programs of CHUNK tokens. Raises Interrupted after a
+    request to stop."""
+    idle = -1
+    while idle < enough:
+        distributed.check_stop()
+        slots, idle = _advance(params, decoding, slots, np.int32(enough))
+    return slots
+
+
+@partial(jax.jit, static_argnames="decoding", donate_argnames="slots")
+def _advance(params: Params, decoding: Decoding, slots: Slots, enough: Array) -> tuple[Slots, Array]:
+    """Draw tokens, CHUNK at most for a row, until at least `enough` rows are idle; returns their number, too."""
+    slots = advance(params, decoding, slots, enough, CHUNK)
+    return slots, jnp.sum(~slots.busy)
+
+
+@partial(jax.jit, static_argnames="group")
+def _rollout(prompts: Prompts, group: int, slots: Slots) -> Rollout:
+    return as_rollout(jnp, prompts, group, slots.tokens, slots.logprobs, slots.count, slots.ended, slots.support)
 
 
 @partial(jax.jit, static_argnames="mesh")

@@ -4,8 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxrlhf import metrics, runs
-from jaxrlhf.config import DistillConfig, GRPOConfig, PPOConfig
+from jaxrlhf import distributed, metrics, runs
 from jaxrlhf.runs import wallclock
 from jaxrlhf.training.setup import RunConfig
 
@@ -75,11 +74,9 @@ class Timing:
 
     @property
     def _seen_at_once(self) -> list[str]:
-        """Timings of a record, beside those of rewards, during which a signal is seen at once: rollouts in slots are
-        several programs."""
-        config = self._config
-        in_slots = isinstance(config, PPOConfig | GRPOConfig | DistillConfig) and config.rollout.slots
-        return ["perf/rollout_seconds"] if in_slots else []
+        """Timings of a record, beside those of rewards, during which a signal is seen at once: rollouts are several
+        programs."""
+        return [] if distributed.count() > 1 else ["perf/rollout_seconds"]
 
     def _warn_of_long_steps(self, seconds: float) -> None:
         """Say, once, if a step takes longer than the time that a signal leaves: before the first step of a run that is

@@ -120,8 +120,12 @@ def test_a_signal_during_a_reward_ends_it(kind, ppo, serve, hang, tmp_path):
     assert records(tmp_path / "run") == records(tmp_path / "whole")
 
 
-def test_a_signal_during_a_rollout_in_slots_ends_it(ppo, tmp_path, monkeypatch):
-    ppo = config.replace(ppo, **{"rollout.slots": 8, "ppo.batch_size": 16, "ppo.total_episodes": 32})
+@pytest.mark.parametrize("slots", [0, 8])
+def test_a_signal_during_a_rollout_ends_it(slots, ppo, tmp_path, monkeypatch):
+    """All at once, in programs of two tokens, or in slots."""
+    monkeypatch.setattr(engine, "CHUNK", 2)
+    options = {"rollout.slots": slots, "ppo.batch_size": 16, "ppo.total_episodes": 32, "sampling.response_length": 9}
+    ppo = config.replace(ppo, **options)
     calls, advance = [], engine._advance
 
     def slow(*arguments):

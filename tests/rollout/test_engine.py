@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.tiny import tiny
+from support.traced import compilations
 
 from jaxrlhf import memory, models, sharding
 from jaxrlhf.config import Mesh, Sampling
@@ -115,3 +116,46 @@ def test_a_cache_beyond_memory_is_refused_with_the_number_that_fits(decoder, key
         in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=8)
     with pytest.raises(ConfigError, match="rollout.slots is 0"):
         in_slots(params, model, PROMPTS, key, SAMPLING, STOPS, PAD, slots=0)
+
+
+def one_program_and_chunks(monkeypatch, decoder, prompts, key, sampling, stop_ids=STOPS, group=1, mesh=None):
+    """A rollout of `generate`, and that of `generate_in_chunks` in three programs of eight tokens."""
+    monkeypatch.setattr(engine, "CHUNK", 8)
+    calls, advance = [], engine._advance
+    monkeypatch.setattr(engine, "_advance", lambda *given: calls.append(1) or advance(*given))
+    model, params = decoder
+    expected = generate(params, model, prompts, key, sampling, stop_ids, PAD, group)
+    with compilations() as count:
+        chunks = engine.generate_in_chunks(params, Decoding(model, sampling, stop_ids, PAD), prompts, key, group, mesh)
+    assert count["_admit"] == count["_advance"] == 1, count
+    assert len(calls) == 3 and int(np.asarray(expected.response_mask).sum(1).max()) > 16
+    return expected, chunks
+
+
+def identical(rollout, other):
+    for field in dataclasses.fields(rollout):
+        np.testing.assert_array_equal(getattr(rollout, field.name), getattr(other, field.name), err_msg=field.name)
+
+
+@pytest.mark.parametrize(("group", "stop_ids"), [(1, STOPS), (3, ())])
+def test_chunks_have_the_bits_of_one_program(decoder, key, group, stop_ids, monkeypatch):
+    sampling = dataclasses.replace(SAMPLING, top_k=8, renormalise_logprobs=True)
+    identical(*one_program_and_chunks(monkeypatch, decoder, PROMPTS, key, sampling, stop_ids, group))
+
+
+def test_chunks_continue_given_responses(decoder, key, monkeypatch):
+    given = np.array([0, 2, 1, 5, 9, 0, 7, 3, 1, 1, 2], np.int32)
+    prompts = dataclasses.replace(PROMPTS, given=given)
+    identical(*one_program_and_chunks(monkeypatch, decoder, prompts, key, SAMPLING, ()))
+
+
+@pytest.mark.parametrize("shape", [{"data": 4}, {"fsdp": 2, "tensor": 2}])
+def test_chunks_are_sharded_over_a_mesh(decoder, key, shape, monkeypatch):
+    model, params = decoder
+    mesh = sharding.make_mesh(Mesh(**shape), jax.devices()[:4])
+    prompts = jax.tree.map(lambda x: x[:8], PROMPTS)
+    placed = model, sharding.put_whole(params, mesh)
+    prompts = sharding.put_rows(prompts, mesh)
+    expected, chunks = one_program_and_chunks(monkeypatch, placed, prompts, key, SAMPLING, mesh=mesh)
+    same(chunks, expected)
+    assert chunks.tokens.sharding.is_equivalent_to(expected.tokens.sharding, 2)

@@ -1,38 +1,20 @@
 """Nothing compiles twice, and no update takes anything from the host."""
 
-import collections
-import contextlib
-
 import jax
 import pytest
 from support.runs import supervised_step
+from support.traced import compilations
 
 from jaxrlhf import config
 from jaxrlhf.errors import Preempted
+from jaxrlhf.rollout import engine
 from jaxrlhf.training.dpo.trainer import DPOTrainer
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.reward.trainer import RewardTrainer
 from jaxrlhf.training.sft import SFTTrainer
 
-COMPILED = "/jax/core/compile/backend_compile_duration"
 SUPERVISED = {"sft": (config.SFTConfig, SFTTrainer), "reward": (config.RewardConfig, RewardTrainer)}
 TRAINERS = SUPERVISED | {"dpo": (config.DPOConfig, DPOTrainer)}
-
-
-@contextlib.contextmanager
-def compilations():
-    """Programs that jax compiled (or took from its persistent cache) in the block: name -> how often."""
-    count = collections.Counter()
-
-    def listen(event, seconds, **about):
-        if event == COMPILED:
-            count[about["fun_name"].removeprefix("jit(").removesuffix(")")] += 1
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield count
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(autouse=True)
@@ -90,10 +72,16 @@ def test_supervised_programs_compile_once(method, make, stop_at_two):
 
 
 @pytest.mark.parametrize(
-    ("slots", "rollout", "offload"),
-    [(0, ("generate",), False), (3, ("_admit", "advance"), False), (0, (), True)],
+    ("slots", "chunk", "rollout", "offload"),
+    [
+        (0, 64, ("generate",), False),
+        (0, 2, ("_admit", "_advance", "_rollout"), False),
+        (3, 64, ("_admit", "_advance"), False),
+        (0, 64, (), True),
+    ],
 )
-def test_ppo_programs_compile_once(slots, rollout, offload, make, stop_at_two):
+def test_ppo_programs_compile_once(slots, chunk, rollout, offload, make, stop_at_two, monkeypatch):
+    monkeypatch.setattr(engine, "CHUNK", chunk)
     chosen = config.Generation(slots=slots)
     more = {"optim": config.Optim(offload=offload), "reference": config.Reference(offload=offload)}
     with compilations() as count:

@@ -14,7 +14,7 @@ from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rollout import engine, turns
-from jaxrlhf.rollout.decode import Decoding, generate, trim
+from jaxrlhf.rollout.decode import Decoding, trim
 from jaxrlhf.rollout.inference_copy import RolloutDType, convert, inference_model, split_axes
 from jaxrlhf.rollout.queue import PromptQueue
 from jaxrlhf.rollout.sampling import check_sampling
@@ -117,14 +117,14 @@ class Sampler:
         self, decoder_params: Params, rows: Sequence[PromptRow], key: Array, *, slots: int, group: int, greedy: bool
     ) -> Rollout:
         sampling = dataclasses.replace(self.sampling, greedy=greedy)
-        options = sampling, *self.stops
+        decoding = Decoding(self.decoder, sampling, *self.stops)
 
         def draw(prompts: Prompts, group: int) -> Rollout:
             prompts = sharding.put_rows(prompts, self.mesh)
             if not slots:
-                return generate(decoder_params, self.decoder, prompts, key, *options, group)
+                return engine.generate_in_chunks(decoder_params, decoding, prompts, key, group, self.mesh)
             queue = PromptQueue(prompts, slots, group, self.columns)
-            return engine.generate_in_slots(decoder_params, Decoding(self.decoder, *options), queue, key, self.mesh)
+            return engine.generate_in_slots(decoder_params, decoding, queue, key, self.mesh)
 
         if self._environment is None:
             return draw(self.prompts_on_host(rows, group), group)

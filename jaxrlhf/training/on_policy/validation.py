@@ -185,7 +185,7 @@ class Validator:
         the completions."""
         rows = [*self.rows, *[self.rows[-1]] * (-len(self.rows) % self._micro_rows)]
         slots = self._sampler.slots or self._sampler.batch
-        slots = 0 if len(rows) <= slots else slots  # all at once is a single program
+        slots = 0 if len(rows) <= slots else slots  # all at once needs no programs for fewer slots
         rollout, completions = self._sampler.decode(decoder_params, rows, self._key, slots=slots, greedy=greedy)
         return sharding.fetch(rollout), completions[: len(self.rows)]
 
