@@ -45,6 +45,7 @@ MOST_FAILURES = 20  # of a kind, after which there are no more trials of it
 METHODS = ("sft", "reward", "dpo", "ppo", "grpo")
 KINDS = {"kill": 6, "stop": 2, "full": 1, "owners": 1, "damage": 0}  # how often each is tried; damage runs beside
 FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["jaxrlhf.cli", "jaxrlhf.training", "orbax.checkpoint", "transformers", "datasets"])
 SCORE = "def score(prompts, completions):\n    return [len(text) % 7 / 7 for text in completions]\n"
 
 
@@ -115,14 +116,16 @@ class Bench:
             settings[method]["num_generations"] = 2
         return settings
 
-    def start(self, case: str, run: Path, *, cold: bool = False, limit: int | None = None) -> Any:
+    def start(
+        self, case: str, run: Path, *, cold: bool = False, limit: int | None = None, cores: int | None = None
+    ) -> Any:
         """Start or resume a run in a new process. `cold`: it compiles all programs; `limit`: bytes that a file can
-        have at most."""
+        have at most; `cores`: how many of the processor's it may use."""
         file = run.with_suffix(".yaml")
         file.write_text(yaml.safe_dump(self.settings(case, run)))
         programs = run.parent / f"cold {run.name}" if cold else self.cache
         command = [self.cases[case][0], str(file)]
-        process = FORKS.Process(target=run_command, args=(command, programs, limit, run.with_suffix(".log")))
+        process = FORKS.Process(target=run_command, args=(command, programs, limit, run.with_suffix(".log"), cores))
         process.start()
         return process
 
@@ -138,8 +141,10 @@ class Bench:
             return self._unbroken[case]
 
 
-def run_command(command: list[str], programs: Path, limit: int | None, log: Path) -> None:
+def run_command(command: list[str], programs: Path, limit: int | None, log: Path, cores: int | None) -> None:
     """In the new process: `jaxrlhf COMMAND`, with a cache of compiled programs in `programs`."""
+    if cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])  # before jax counts them
     import jax
 
     from jaxrlhf import cli
@@ -437,7 +442,6 @@ def main() -> int:
     options = parser.parse_args()
     started = time.monotonic()
     logging.disable()  # of what each damage makes of a restore
-    FORKS.set_forkserver_preload(["jaxrlhf.cli", "jaxrlhf.training", "orbax.checkpoint", "transformers", "datasets"])
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         bench = Bench(Path(folder))
         bench.prepare()

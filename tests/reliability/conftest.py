@@ -5,7 +5,10 @@ import pathlib
 
 import pytest
 
+import jaxrlhf
 from jaxrlhf import config
+
+WORDS = ("red", "green", "blue", "black", "white", "grey", "pink", "brown")
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +29,36 @@ def ppo(tiny_model: pathlib.Path, prompts: pathlib.Path, tmp_path: pathlib.Path)
         logging=config.Logging(quiet=True, tensorboard=False, num_samples=2, token_samples=0),
         checkpoint=config.Checkpoint(save_every=1),
     )
+
+
+@pytest.fixture
+def start(ppo, tmp_path):
+    """Make the run of a method in `tmp_path / "run"`, or go on with it."""
+    rows = [f'{{"prompt": "say {w} ", "completion": "{w}", "chosen": "{w}", "rejected": "no"}}\n' for w in WORDS]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    shared = {name: getattr(ppo, name) for name in ("run_dir", "model")} | {
+        "data": config.Data(path=str(tmp_path / "rows.jsonl"), validation_fraction=0.25),
+        "optim": config.Optim(learning_rate=1e-2, warmup_steps=2),
+        "checkpoint": config.Checkpoint(save_every=1, keep=1),
+        "logging": config.Logging(quiet=True, tensorboard=False, sample_every=2, num_samples=2, token_samples=0),
+    }
+    train = config.Train(batch_size=8, max_steps=3, num_train_epochs=9, eval_every=2, eval_batch_size=8)
+    sampling = config.Sampling(response_length=4)
+
+    def made(method):
+        match method:
+            case "sft":
+                return jaxrlhf.SFTTrainer(config.SFTConfig(**shared, train=train, sampling=sampling))
+            case "reward":
+                return jaxrlhf.RewardTrainer(config.RewardConfig(**shared, train=train))
+            case "dpo":
+                return jaxrlhf.DPOTrainer(config.DPOConfig(**shared, train=train))
+        sizes = {"batch_size": 8, "total_episodes": 24}
+        common = shared | {"sampling": sampling}
+        if method == "ppo":
+            run = jaxrlhf.PPOTrainer, config.PPOConfig(**common, ppo=config.PPO(**sizes))
+        else:
+            run = jaxrlhf.GRPOTrainer, config.GRPOConfig(**common, grpo=config.GRPO(**sizes, num_generations=2))
+        return run[0](run[1], reward=lambda prompts, completions: [len(set(text)) / 9 for text in completions])
+
+    return lambda method: made(method).train()

@@ -17,13 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.runs import records
+from support.runs import facts
 
-import jaxrlhf
-from jaxrlhf import config
 from jaxrlhf.checkpoint import TEMPORARY
 
-WORDS = ("red", "green", "blue", "black", "white", "grey", "pink", "brown")
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
 _watching: list[tuple[str, Callable[[str, str], None]]] = []
 _lock = threading.RLock()
@@ -73,43 +70,6 @@ def copied(run: Path, target: Path) -> None:
 def put_back(copy: Path, run: Path) -> None:
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(copy, run)
-
-
-def facts(run: Path) -> tuple:
-    return records(run), (run / "samples.jsonl").read_bytes(), (run / "export" / "model.safetensors").read_bytes()
-
-
-@pytest.fixture
-def start(ppo, tmp_path):
-    """Make the run of a method in `tmp_path / "run"`, or go on with it."""
-    rows = [f'{{"prompt": "say {w} ", "completion": "{w}", "chosen": "{w}", "rejected": "no"}}\n' for w in WORDS]
-    (tmp_path / "rows.jsonl").write_text("".join(rows))
-    shared = {name: getattr(ppo, name) for name in ("run_dir", "model")} | {
-        "data": config.Data(path=str(tmp_path / "rows.jsonl"), validation_fraction=0.25),
-        "optim": config.Optim(learning_rate=1e-2, warmup_steps=2),
-        "checkpoint": config.Checkpoint(save_every=1, keep=1),
-        "logging": config.Logging(quiet=True, tensorboard=False, sample_every=2, num_samples=2, token_samples=0),
-    }
-    train = config.Train(batch_size=8, max_steps=3, num_train_epochs=9, eval_every=2, eval_batch_size=8)
-    sampling = config.Sampling(response_length=4)
-
-    def made(method):
-        match method:
-            case "sft":
-                return jaxrlhf.SFTTrainer(config.SFTConfig(**shared, train=train, sampling=sampling))
-            case "reward":
-                return jaxrlhf.RewardTrainer(config.RewardConfig(**shared, train=train))
-            case "dpo":
-                return jaxrlhf.DPOTrainer(config.DPOConfig(**shared, train=train))
-        sizes = {"batch_size": 8, "total_episodes": 24}
-        common = shared | {"sampling": sampling}
-        if method == "ppo":
-            run = jaxrlhf.PPOTrainer, config.PPOConfig(**common, ppo=config.PPO(**sizes))
-        else:
-            run = jaxrlhf.GRPOTrainer, config.GRPOConfig(**common, grpo=config.GRPO(**sizes, num_generations=2))
-        return run[0](run[1], reward=lambda prompts, completions: [len(set(text)) / 9 for text in completions])
-
-    return lambda method: made(method).train()
 
 
 @pytest.mark.parametrize(("method", "kills"), [("sft", 3), ("reward", 2), ("dpo", 2), ("ppo", 12), ("grpo", 2)])

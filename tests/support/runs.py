@@ -27,6 +27,11 @@ def records(run: str | pathlib.Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines]
 
 
+def facts(run: pathlib.Path) -> tuple[Any, ...]:
+    """What has to be the same in equal runs: records without timings, samples, exported weights."""
+    return records(run), (run / "samples.jsonl").read_bytes(), (run / "export" / "model.safetensors").read_bytes()
+
+
 def equal(a: Any, b: Any) -> None:
     """Assert that two trees hold the same arrays, bit for bit."""
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
