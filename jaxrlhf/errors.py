@@ -34,9 +34,11 @@ def first_line(error: BaseException) -> str:
     return visible(shortened(lines[0] if lines else type(error).__name__, 240))
 
 
-def whole_message(error: BaseException) -> str:
-    """The message of an exception, `visible` and shortened in the middle if it is longer than 2,000 characters."""
-    return visible(shortened(_text(error), 2000))
+def kind_and_message(error: BaseException) -> str:
+    """Kind and message of an exception ("ValueError: ..."), or its kind alone if it has no message. The message is
+    `visible`, and shortened in the middle if it is longer than 2,000 characters."""
+    kind, message = type(error).__name__, visible(shortened(_text(error), 2000))
+    return f"{kind}: {message}" if message else kind
 
 
 def _text(error: BaseException) -> str:

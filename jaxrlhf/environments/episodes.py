@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxrlhf import stopping
-from jaxrlhf.errors import Interrupted, RewardError, quoted, whole_message
+from jaxrlhf.errors import Interrupted, RewardError, kind_and_message, quoted
 from jaxrlhf.rewards.functions import Signature, awaited, location
 from jaxrlhf.rewards.sources.protocol import to_float32
 
@@ -107,10 +107,7 @@ class Episodes:
 
     def _raised(self, method: str, error: BaseException, about: str) -> RewardError:
         place = location(error, getattr(self._environment, method))
-        return RewardError(
-            f"environment {self.name}: {method} raised {type(error).__name__}: {whole_message(error)}{place}; for "
-            f"{about}"
-        )
+        return RewardError(f"environment {self.name}: {method} raised {kind_and_message(error)}{place}; for {about}")
 
     def _reply(self, value: Any, about: str) -> Reply:
         prefix = f"environment {self.name}: step returned"

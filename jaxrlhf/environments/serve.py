@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxrlhf.environments.episodes import Episodes
-from jaxrlhf.errors import ConfigError, RewardError, whole_message
+from jaxrlhf.errors import ConfigError, RewardError, kind_and_message
 from jaxrlhf.rewards.functions import Signature, load_named, location
 from jaxrlhf.workers.serve import Message, serve
 
@@ -47,5 +47,5 @@ def load(spec: str, options: dict[str, Any]) -> Any:
         raise
     except (Exception, SystemExit) as error:
         raise RewardError(
-            f"environment {spec!r}: making it raised {type(error).__name__}: {whole_message(error)}{location(error)}"
+            f"environment {spec!r}: making it raised {kind_and_message(error)}{location(error)}"
         ) from error

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 from jaxrlhf import stopping
-from jaxrlhf.errors import ConfigError, Interrupted, RewardError, whole_message
+from jaxrlhf.errors import ConfigError, Interrupted, RewardError, kind_and_message
 from jaxrlhf.rewards.sources.protocol import ScoreRequest, SourceScores, parse_scores
 
 T = TypeVar("T")
@@ -119,9 +119,7 @@ class RewardFunction:
             ) from None
         except (Exception, SystemExit) as error:
             place = location(error, self.function)
-            raise RewardError(
-                f"{prefix} raised {type(error).__name__}: {whole_message(error)}{place}{request.error_suffix}"
-            ) from error
+            raise RewardError(f"{prefix} raised {kind_and_message(error)}{place}{request.error_suffix}") from error
         return parse_scores(returned, request, self.name, _defined_at(self.function))
 
 
@@ -190,9 +188,7 @@ def load_named(spec: str, kind: str) -> Any:
     except ConfigError as error:
         raise ConfigError(f"{kind} {spec!r}: {error}") from error
     except (Exception, SystemExit) as error:
-        raise RewardError(
-            f"{kind} {spec!r}: loading it raised {type(error).__name__}: {whole_message(error)}{location(error)}"
-        ) from error
+        raise RewardError(f"{kind} {spec!r}: loading it raised {kind_and_message(error)}{location(error)}") from error
     found = getattr(module, name, None)
     if found is None:
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

@@ -133,7 +133,7 @@ def test_every_problem_is_listed_with_its_place(write):
     path = write(
         "model:\n  path: m\n  remat: ful\nlearning_rate: 1e-4\n"
         "ppo:\n  batch_size: 1.5\n  batch_size: 2\n  kl_coef: -1\n"
-        "mesh: 3\noptim: {beta1: true, eps: [1]}\noptim.lr: 1\nsampling: {stop_token_ids: [1, x]}\n"
+        "mesh: 3\noptim: {beta1: true, beta2: '1e-5', eps: [1]}\noptim.lr: 1\nsampling: {stop_token_ids: [1, x]}\n"
     )
     expected = [
         "my.yaml:3: model.remat: 'ful' is not one of 'auto', 'none', 'full', 'dots'; did you mean 'full'?",
@@ -143,6 +143,7 @@ def test_every_problem_is_listed_with_its_place(write):
         "my.yaml:8: ppo.kl_coef: must be at least 0, got -1",
         "my.yaml:9: mesh: must be a section",
         "my.yaml:10: optim.beta1: must be a number, got 'true'",
+        "my.yaml:10: optim.beta2: must be a number, got '1e-5'",
         "my.yaml:10: optim.eps: must be a number, got the list [1]",
         "my.yaml:11: unknown key 'optim.lr'; did you mean 'optim.learning_rate'",
         "my.yaml:12: sampling.stop_token_ids.1: must be a whole number, got 'x'",
@@ -209,6 +210,7 @@ def test_what_is_given_of_a_section_leaves_the_rest_at_the_methods_defaults(writ
         ("model: !!python/name:os.system {}", "my.yaml:1: the YAML tag"),
         ("seed: !!python/object:x 3", "the YAML tag"),
         ("&a optim: &b\n  eps: *b\n", "alias"),
+        ("optim:\n\teps: 1\n", "my.yaml:2: not YAML: found character '\\t' that cannot start any token"),
     ],
 )
 def test_what_is_not_plain_yaml_is_refused(write, text, message):

@@ -19,7 +19,7 @@ from jaxrlhf.rewards.sources import model as reward_model
 from jaxrlhf.rewards.sources.model import RewardModel
 
 FUNCTIONS = """
-import asyncio, ctypes, math, os, signal, sys, time
+import asyncio, ctypes, math, os, resource, signal, sys, time
 def good(completions): return [float(len(c)) for c in completions]
 def raises(completions): return [float(c) for c in completions]
 def hangs(completions): time.sleep(60)
@@ -27,7 +27,11 @@ def leaves(completions): sys.exit(3)
 def exits(completions): os._exit(7)
 def crashes(completions): os.kill(os.getpid(), signal.SIGSEGV)
 def nan(completions): return [math.nan if i == 1 else 4.0 for i in range(len(completions))]
+def infinite(completions): return [math.inf if i == 1 else 4.0 for i in range(len(completions))]
 def short(completions): return [4.0]
+def starves(completions):
+    resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+    return bytes(2**40)
 def text(completions): return "high"
 def word(completions): return ["high" if i == 1 else 4.0 for i in range(len(completions))]
 def letters(tokens, per=1.0): return [[per * len(t) for t in row] for row in tokens]
@@ -140,6 +144,8 @@ FAILURES = {
     "exits": (r"ended its process with exit code 7; first completion: 'a cat.'", 3),
     "crashes": (r"was killed by SIGSEGV.*mine.py\", line 8 in crashes.*first completion: 'a cat.'", 3),
     "nan": (r"returned nan, not a finite float32, for completion 1: 'because it is so, they say.'", 1),
+    "infinite": (r"returned inf, not a finite float32, for completion 1: 'because it is so, they say.'", 1),
+    "starves": (r"raised MemoryError at .*mine.py:14; first completion: 'a cat.'", 3),
     "short": (r"returned 1 value for 3 completions; first completion: 'a cat.'", 3),
     "text": (r"returned a str for 3 completions; first completion: 'a cat.'", 3),
     "word": (r"returned 'high' \(str\), not a number, for completion 1: 'because it is so, they say.'", 1),
