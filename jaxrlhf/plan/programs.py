@@ -265,8 +265,9 @@ def _compile_rollout(
         ran = engine.slot_programs(decoder_params, decoding, queue, KEY, sampler.mesh)
     else:
         ran = engine.chunk_programs(decoder_params, decoding, prompts, KEY, group, sampler.mesh)
-    for program, args in ran:
-        programs.compile(program, *args)
+    *_, drawn = [programs.compile(program, *args) for program, args in ran]
+    if isinstance(drawn, Rollout) and not ahead:
+        return drawn
     options = sampler.sampling, *sampler.stops
 
     def rollout(params: Params, prompts: Prompts) -> Rollout:

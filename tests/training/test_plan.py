@@ -12,6 +12,7 @@ from jaxrlhf import cli, config, memory, plan
 from jaxrlhf.config import file as config_file
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.plan import costs, programs, report, targets, topology
+from jaxrlhf.rollout import engine
 from jaxrlhf.training.dpo.trainer import DPOTrainer
 from jaxrlhf.training.on_policy.sampler import Sampler
 from jaxrlhf.training.ppo.trainer import PPOTrainer
@@ -129,6 +130,21 @@ def test_a_plan_compiles_the_programs_that_the_run_calls(ppo, tmp_path):
     found = programs.compile_longest(trainer)
     assert {"convert", "generate", "annotate", "update"} <= found.keys()
     assert found["generate"][0].outputs.tokens.shape == (trainer.config.ppo.batch_size, widest)
+
+
+@pytest.mark.parametrize("kind", [programs.Programs, programs.Traced])
+def test_a_rollout_of_several_programs_is_planned_like_that_of_one(ppo, kind, monkeypatch):
+    trainer, rollouts = programs.abstract_trainer(config.PPOConfig(**ppo), length_reward), []
+    for chunk in (8, 2):
+        monkeypatch.setattr(engine, "CHUNK", chunk)
+        made = plan.plan_of(trainer, kind())
+        rollouts.append(next(phase for phase in made.phases if phase.name == "rollout"))
+    one, several = rollouts
+    assert [p.name for p in one.programs] == ["generate"] and [p.name for p in several.programs] == ["admit", "advance"]
+    assert several.bytes["keys and values"] == one.bytes["keys and values"]
+    assert several.total == pytest.approx(one.total, rel=0.1)
+    flops = [sum(p.flops * p.times for p in phase.products) for phase in rollouts]
+    assert flops[1] == pytest.approx(flops[0], rel=1e-6)
 
 
 def test_flops_follow_from_the_shapes(supervised):
