@@ -7,6 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 import torture
 
 from jaxrlhf.checkpoint import Checkpoints
@@ -21,6 +22,7 @@ def state_of(seed):
     return TrainState(jnp.int32(seed), {"policy": params}, {"policy": optax.adam(1e-3).init(params)}, jnp.float32(0.1))
 
 
+@pytest.mark.filterwarnings("ignore:coroutine")  # of Orbax, where a file cannot be read
 def test_damaged_checkpoints(tmp_path, caplog):
     whole, chance, outcomes = tmp_path / "whole", random.Random(0), []
     saved = Checkpoints(whole, keep=2, synchronous=True)
