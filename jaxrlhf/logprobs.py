@@ -170,7 +170,7 @@ class _Chunks:
             bits = lax.dynamic_slice_in_dim(share, self.start(chunk) // 8, math.ceil(self.width / 8), axis=3)
             inside &= jnp.unpackbits(bits, axis=-1, count=self.width).astype(bool)
         products = place(self.product(f"brd,{self.layout}->brtv", hidden, weight), self.model, *LOGITS)
-        return jnp.where(inside, finish_logits(products, self.model) / temperature, MASKED), products
+        return jnp.where(inside, finish_logits(products, self.model) * (1 / temperature), MASKED), products
 
     def grad_products(self, products: Array, grad_logits: Array) -> Array:
         """Gradient by the products of hidden states and weight, from that by the logits before the temperature."""
@@ -241,7 +241,7 @@ def _forward(chunks, weight, rows, hidden, targets, support, temperature):
 def _backward(chunks, residuals, cotangents):
     weight, rows, hidden, targets, support, temperature, total, entropy = residuals
     split = chunks.split(weight)
-    scale, entropy_scale = ((cotangent / temperature)[..., None, None] for cotangent in cotangents)
+    scale, entropy_scale = ((cotangent * (1 / temperature))[..., None, None] for cotangent in cotangents)
 
     def add(grads, chunk):
         grad_split, grad_hidden, grad_rows = grads

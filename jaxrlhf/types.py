@@ -202,13 +202,14 @@ class Experience:
     advantages: Array  # f32 [B, R]
     returns: Array  # f32 [B, R]
     bootstrap: Array  # f32 [B]   value after the last token of a truncated response; 0 if finished
-    gamma: float = field(metadata={"static": True})  # the discounting with which
-    lam: float = field(metadata={"static": True})  # the advantages were computed
-    lam_alpha: float | None = field(default=None, metadata={"static": True})  # of a lam that depends on the length
     token_scores: Array | None = None  # f32 [B, R]   scores of single tokens, in addition to `scores`
     features: Array | None = None  # f32 [B, R + 1, D]   hidden states of a frozen critic trunk
     ref_hidden: Array | None = None  # [B, R, D]   the reference's hidden states, with kl_estimator: exact
     weights: Array | None = None  # f32 [B, R]   token weights that correct for a sampler that is not pi_old
+    # the discounting with which the advantages were computed, for a reader; programs have it from their settings
+    gamma: float | None = field(default=None, metadata={"static": True})
+    lam: float | None = field(default=None, metadata={"static": True})
+    lam_alpha: float | None = field(default=None, metadata={"static": True})  # of a lam that depends on the length
 
 
 @jax.tree_util.register_dataclass

@@ -248,7 +248,8 @@ def supervised(job: Job, name: str) -> Repeat:
     said = jnp.ones(first.mask.shape, bool).at[:, : job.prompt].set(False)
     sides = (Batch(x, first.mask, said) for x in (first.tokens, tokens[job.batch :]))
     scored = dpo_update.Preferences(Pairs(*sides), jnp.zeros((job.batch, 2)), everywhere[:, 0, 0])
-    objective = {"sft": "nll", "dpo": (DPO(), 10**6), "reward": objective_of(RewardConfig())}[job.case]
+    preferences = DPO(), dpo_update.beta_schedule(DPO(), 10**6)
+    objective = {"sft": "nll", "dpo": preferences, "reward": objective_of(RewardConfig())}[job.case]
     spec = Spec(model, optimizer, job.batch // (job.micro_batch or job.batch), mesh, objective)
     update, batch = {"sft": (sft.update, first), "dpo": (dpo_update.update, scored), "reward": (reward.update, both)}[
         job.case

@@ -5,9 +5,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrlhf.algorithms.masked import Scalar
+from jaxrlhf.config.base import constant
+
 
 def token_divergences(
-    student: Float[Array, "*tokens V"], teacher: Float[Array, "*tokens V"], beta: float, temperature: float = 1.0
+    student: Float[Array, "*tokens V"], teacher: Float[Array, "*tokens V"], beta: Scalar, temperature: Scalar = 1.0
 ) -> dict[str, Float[Array, "*tokens"]]:
     """`loss`, `forward_kl` and `reverse_kl`, in nats, `entropy` and `teacher_entropy`, and `agreement` (1 where the
     most probable tokens are the same), for each token, from logits.
@@ -29,9 +32,9 @@ def token_divergences(
     def kl(a: Array, b: Array) -> Array:
         return jnp.sum(jnp.exp(a) * (a - b), axis=-1)
 
-    if beta == 0:
+    if constant(beta, 0):
         loss = kl(log_p, log_q)
-    elif beta == 1:
+    elif constant(beta, 1):
         loss = kl(log_q, log_p)
     else:
         log_m = jnp.logaddexp(jnp.log(beta) + log_p, jnp.log1p(-beta) + log_q)

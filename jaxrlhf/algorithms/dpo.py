@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.masked import Metrics, Scalar
 from jaxrlhf.algorithms.reward import smoothed
+from jaxrlhf.config.base import constant
 
 
 class Logprobs(NamedTuple):
@@ -47,7 +48,7 @@ class Divergence(NamedTuple):
     """
 
     name: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
-    alpha: float
+    alpha: Scalar
 
 
 Scores = tuple[Float[Array, " B"], Float[Array, " B"]]
@@ -65,7 +66,7 @@ def divergence_scores(log_ratio: Float[Array, "*shape"], divergence: Divergence)
     if divergence.name == "js_divergence":
         return jnp.log(2.0) + jax.nn.log_sigmoid(log_ratio)
     alpha = {"reverse_kl": 0.0, "forward_kl": 1.0}.get(divergence.name, divergence.alpha)
-    if alpha == 0:
+    if constant(alpha, 0):
         return log_ratio
     return -jnp.expm1(jnp.minimum(-alpha * log_ratio, 40.0)) / alpha
 

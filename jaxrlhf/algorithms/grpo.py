@@ -117,7 +117,7 @@ def sapo_loss(
     count: Scalar,
     clip: Clip,
     weights: Float[Array, "B R"],
-    temperatures: tuple[float, float],
+    temperatures: tuple[Scalar, Scalar],
 ) -> tuple[Float[Array, ""], Metrics]:
     """SAPO: a soft gate on the ratio in place of clipping (https://arxiv.org/abs/2511.20347).
 

@@ -66,7 +66,7 @@ def kl_loss(
 
 
 def adaptive_kl_coef(
-    kl_coef: Float[Array, ""], kl: Float[Array, ""], target: float | None, horizon: float, episodes: Scalar
+    kl_coef: Float[Array, ""], kl: Float[Array, ""], target: Scalar | None, horizon: Scalar, episodes: Scalar
 ) -> Float[Array, ""]:
     """KL coefficient after `episodes` responses with a mean KL of `kl` nats (https://arxiv.org/abs/1909.08593, 2.2).
 

@@ -58,7 +58,7 @@ def last(mask: Bool[Array, "B R"]) -> Bool[Array, "B R"]:
 
 
 def quantiles(
-    x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], probabilities: tuple[float, ...]
+    x: Float[Array, "*shape"], mask: Bool[Array, "*shape"], probabilities: tuple[Scalar, ...]
 ) -> Float[Array, " _"]:
     """Quantiles of `x` over the mask, one for each of `probabilities`; 0 if the mask is empty."""
     chex.assert_equal_shape([x, mask])

@@ -38,10 +38,10 @@ def token_rewards(
 class Clip(NamedTuple):
     """Limits on the ratio rho = pi / pi_old. `dual` is the dual clip of https://arxiv.org/abs/1912.09729, eq. 5."""
 
-    low: float  # rho is clipped at 1 - low
-    high: float  # rho is clipped at 1 + high
-    dual: float | None  # rho is clipped here if the advantage is negative; above 1
-    log_ratio: float  # |log rho| is clipped here, for numerical safety
+    low: Scalar  # rho is clipped at 1 - low
+    high: Scalar  # rho is clipped at 1 + high
+    dual: Scalar | None  # rho is clipped here if the advantage is negative; above 1
+    log_ratio: Scalar  # |log rho| is clipped here, for numerical safety
 
 
 def policy_loss(
@@ -66,11 +66,11 @@ def policy_loss(
     upper, lower = 1 + clip.high, 1 - clip.low
     above = (advantages > 0) & (log_ratio > jnp.log(upper))
     below = (advantages < 0) & (log_ratio < jnp.log(lower))
-    far = (advantages < 0) & (log_ratio > jnp.log(jnp.float32(clip.dual or jnp.inf)))
+    far = (advantages < 0) & (log_ratio > jnp.log(jnp.inf if clip.dual is None else clip.dual))
     clipped = above | below
     # exp() gets 0 for a clipped token: its gradient is 0 and must stay 0 where the ratio overflows (0 * inf is nan).
     limited = jnp.clip(jnp.where(clipped | far, 0.0, log_ratio), -clip.log_ratio, clip.log_ratio)
-    bound = jnp.where(above, upper, jnp.where(below, lower, clip.dual or 1.0))
+    bound = jnp.where(above, upper, jnp.where(below, lower, 1.0 if clip.dual is None else clip.dual))
     surrogate = advantages * jnp.where(clipped | far, bound, jnp.exp(limited))
     loss = -jnp.sum(surrogate if weights is None else surrogate * masked.keep(weights, mask)) / count
     metrics = ratio_metrics(log_ratio, mask, count, clip) | {
@@ -79,7 +79,7 @@ def policy_loss(
         "policy/clipfrac_high_avg": jnp.sum(above) / count,
         "policy/clipfrac_low_avg": jnp.sum(below) / count,
     }
-    return loss, metrics | ({"policy/dual_clipfrac_avg": jnp.sum(far) / count} if clip.dual else {})
+    return loss, metrics | ({"policy/dual_clipfrac_avg": jnp.sum(far) / count} if clip.dual is not None else {})
 
 
 def ratio_metrics(log_ratio: Float[Array, "B R"], mask: Bool[Array, "B R"], count: Scalar, clip: Clip) -> Metrics:

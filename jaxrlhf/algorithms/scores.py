@@ -10,7 +10,9 @@ from jaxtyping import Array, Bool, Float
 
 from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.advantages import VARIANCE_FLOOR
+from jaxrlhf.algorithms.masked import Scalar
 from jaxrlhf.config import Scores
+from jaxrlhf.config.base import constant
 
 
 class ScoreStats(NamedTuple):
@@ -47,23 +49,23 @@ def no_stats() -> ScoreStats:
     return ScoreStats(*(jnp.zeros((), jnp.float32) for _ in ScoreStats._fields))
 
 
-def overlong_penalty(lengths: Float[Array, " B"], longest: int, buffer: int, penalty: float) -> Float[Array, " B"]:
+def overlong_penalty(lengths: Float[Array, " B"], longest: int, buffer: Scalar, penalty: Scalar) -> Float[Array, " B"]:
     """Soft penalty (<= 0) on responses close to the length limit (https://arxiv.org/abs/2503.14476, eq. 13).
 
     0 up to `longest` - `buffer` tokens, then linear down to -`penalty` at `longest`.
     """
     chex.assert_rank(lengths, 1)
     over = (lengths - (longest - buffer)) / jnp.maximum(buffer, 1)
-    return -penalty * jnp.clip(over, 0.0, 1.0) if buffer else jnp.zeros_like(lengths)
+    return jnp.zeros_like(lengths) if constant(buffer, 0) else -penalty * jnp.clip(over, 0.0, 1.0)
 
 
-def missing_eos_penalty(finished: Bool[Array, " B"], penalty: float) -> Float[Array, " B"]:
+def missing_eos_penalty(finished: Bool[Array, " B"], penalty: Scalar) -> Float[Array, " B"]:
     """-`penalty` for responses that were truncated, 0 for finished ones."""
     chex.assert_rank(finished, 1)
     return jnp.where(finished, 0.0, -penalty)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "longest"))
+@functools.partial(jax.jit, static_argnames="longest")
 def shaped(
     scores: Float[Array, " B"],
     mask: Bool[Array, "B R"],

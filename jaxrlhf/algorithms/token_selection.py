@@ -11,7 +11,7 @@ from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.masked import Scalar
 
 
-def high_entropy(entropy: Float[Array, "B R"], mask: Bool[Array, "B R"], share: float) -> Bool[Array, "B R"]:
+def high_entropy(entropy: Float[Array, "B R"], mask: Bool[Array, "B R"], share: Scalar) -> Bool[Array, "B R"]:
     """The `share` of tokens with the highest entropy (https://arxiv.org/abs/2506.01939).
 
     As in TRL, tokens at or above the (1 - share) quantile, which is interpolated linearly: of equal entropies there

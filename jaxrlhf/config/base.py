@@ -82,6 +82,12 @@ def replace(config: T, **changes: Any) -> T:
     return dataclasses.replace(config, **fields)  # type: ignore[type-var]
 
 
+def constant(value: Any, number: int) -> bool:
+    """Return True if `value` is this number, in jitted programs too, where 0 and 1 are static and other numbers are
+    traced (`jaxrlhf.traced`)."""
+    return isinstance(value, int | float) and value == number
+
+
 def check_divides(key: str, value: int, of: str, total: int) -> None:
     """Raise ValueError unless the option `key` divides `total`, which the message calls `of`."""
     if total % value:

@@ -12,6 +12,7 @@ from jaxrlhf.config.base import (
     PositiveFraction,
     Real,
     Text,
+    constant,
     default_of,
     section,
 )
@@ -99,9 +100,9 @@ class GRPO(OnPolicy):
     @property
     def clip(self) -> tuple[float, float]:
         """Lower and upper clip range; (1, 1) if the loss has no ratio."""
-        low = self.recipe.cliprange if self.cliprange is None else self.cliprange
-        high = (self.cliprange or self.recipe.cliprange_high) if self.cliprange_high is None else self.cliprange_high
-        return low or 1.0, high or 1.0
+        low = next(x for x in (self.cliprange, self.recipe.cliprange, 1.0) if x is not None)
+        of_recipe = self.recipe.cliprange_high if self.cliprange is None else self.cliprange
+        return low, next(x for x in (self.cliprange_high, of_recipe, 1.0) if x is not None)
 
     @property
     def has_exact_kl(self) -> bool:
@@ -124,16 +125,16 @@ class GRPO(OnPolicy):
 
     @property
     def has_reference(self) -> bool:
-        return self.kl_weight > 0 or self.recipe.loss == "dpo"
+        return not constant(self.kl_weight, 0) or self.recipe.loss == "dpo"
 
     @property
     def has_entropy_bonus(self) -> bool:
-        return self.entropy_coef > 0 or self.entropy_target is not None
+        return not constant(self.entropy_coef, 0) or self.entropy_target is not None
 
     @property
     def selects_tokens(self) -> bool:
         """True if some tokens of a rollout are selected by their entropy or covariance."""
-        return self.top_entropy_quantile < 1 or self.recipe.loss in ("clip_cov", "kl_cov")
+        return not constant(self.top_entropy_quantile, 1) or self.recipe.loss in ("clip_cov", "kl_cov")
 
     @property
     def group(self) -> int:

@@ -167,7 +167,7 @@ class OnPolicy:
     @property
     def sampler_bounds(self) -> tuple[float, float]:
         """Lower and upper bound of the ratio in the sampler correction."""
-        return self.sampler_floor or 1 / self.sampler_cap, self.sampler_cap
+        return 1 / self.sampler_cap if self.sampler_floor is None else self.sampler_floor, self.sampler_cap
 
     @property
     def group(self) -> int:

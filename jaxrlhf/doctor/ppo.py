@@ -223,12 +223,12 @@ class Trial:
         """Run one update from the initial parameters, in micro-batches of `micro` rows (None: the full batch)."""
         assert self.trainer is not None and self.rollout is not None
         trainer, rollout = self.trainer, with_uneven_lengths(self.rollout, self.tokenizer.pad_id)
-        spec, state = trainer.spec, trainer.state.value
+        spec, ppo, state = trainer.spec, trainer.config.ppo, trainer.state.value
         start = self.start = self.start or jax.tree.map(np.array, state.params)
         fresh = jax.tree.map(lambda x: jnp.array(x, copy=True), start)
         optimizers = dict(spec.optimizers)
-        trainer.state = State(fresh, optimizers, spec.mesh, spec.ppo.kl_coef, score_stats=state.score_stats)
-        trainer.spec = dataclasses.replace(spec, ppo=dataclasses.replace(spec.ppo, micro_batch_size=micro))
+        trainer.state = State(fresh, optimizers, spec.mesh, ppo.kl_coef, score_stats=state.score_stats)
+        trainer.spec = dataclasses.replace(spec, ppo=dataclasses.replace(ppo, micro_batch_size=micro))
         experience, metrics = trainer.learn(rollout, np.linspace(-1, 1, ROWS), 0)
         divergence = jnp.max(jnp.abs(experience.old_logprobs - experience.ref_logprobs))
         self.measured.append({k: float(v) for k, v in (metrics | {"divergence": divergence}).items()})

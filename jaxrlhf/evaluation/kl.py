@@ -11,6 +11,7 @@ from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.evaluation.prompts import Questions
 from jaxrlhf.logprobs import response_states, token_logprobs
 from jaxrlhf.models import ModelConfig, for_length
+from jaxrlhf.traced import Number
 from jaxrlhf.types import Params, Rollout
 
 ROWS = 16  # per forward pass
@@ -28,15 +29,15 @@ def response_logprobs(params: Params, model: ModelConfig, rollout: Rollout, temp
     for start in range(0, count, ROWS):
         rows = np.minimum(np.arange(start, start + ROWS), count - 1)  # the last batch repeats a row: one program
         part = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], rollout)
-        sums.append(np.asarray(_sums(params, part, model=model, temperature=temperature), np.float64))
+        sums.append(np.asarray(_sums(params, part, model=model, temperature=Number(temperature)), np.float64))
     return np.concatenate(sums)[:count]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "temperature"))
-def _sums(params: Params, rollout: Rollout, *, model: ModelConfig, temperature: float) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="model")
+def _sums(params: Params, rollout: Rollout, *, model: ModelConfig, temperature: Number) -> jax.Array:
     hidden, mask = response_states(params, model, rollout)[:, :-1], rollout.response_mask
     targets = rollout.tokens[:, -mask.shape[1] :]
-    logprobs, _ = token_logprobs(params, model, hidden, targets, temperature, rollout.support)
+    logprobs, _ = token_logprobs(params, model, hidden, targets, temperature.value, rollout.support)
     return jnp.sum(masked.keep(logprobs, mask), axis=1)
 
 

@@ -18,11 +18,14 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxrlhf.config import Sampling
+from jaxrlhf.config.base import constant
 from jaxrlhf.models import ModelConfig, empty_cache, forward_cached, lm_logits
 from jaxrlhf.rollout.sampling import sample
+from jaxrlhf.traced import settings
 from jaxrlhf.types import KVCache, Params, Prompts, Rollout, Slots, map_layers
 
 
+@settings()
 @dataclass(frozen=True)
 class Decoding:
     """The model and the options of drawing tokens from it, for which generation programs are compiled."""
@@ -33,7 +36,7 @@ class Decoding:
     pad_id: int
 
 
-@partial(jax.jit, static_argnames=("model", "sampling", "stop_ids", "pad_id", "group"))
+@partial(jax.jit, static_argnames=("model", "stop_ids", "pad_id", "group"))
 def generate(
     params: Params,
     model: ModelConfig,
@@ -161,7 +164,7 @@ def draw_tokens(params: Params, decoding: Decoding, slots: Slots, hidden: Float[
     model, sampling = decoding.model, decoding.sampling
     stops = jnp.array(sorted({*decoding.stop_ids, *sampling.stop_token_ids}), jnp.int32)
     allowed = None
-    if len(stops) and sampling.min_length:
+    if len(stops) and not constant(sampling.min_length, 0):
         too_short = (slots.count < sampling.min_length)[:, None]
         allowed = ~(too_short & jnp.isin(jnp.arange(model.vocab_size), stops))
     keys = jax.vmap(jax.random.fold_in)(slots.keys, slots.count)

@@ -209,13 +209,13 @@ def _cache_shardings(cache: KVCache, mesh: jax.sharding.Mesh) -> Any:
     )
 
 
-@partial(jax.jit, static_argnames=("decoding", "batch", "prompt_columns", "mesh"))
+@partial(jax.jit, static_argnames=("batch", "prompt_columns", "mesh"))
 def _empty_slots(decoding: Decoding, batch: int, prompt_columns: int, mesh: jax.sharding.Mesh | None) -> Slots:
     slots = empty_slots(decoding, batch, prompt_columns)
     return slots if mesh is None else jax.lax.with_sharding_constraint(slots, _shardings(slots, mesh))
 
 
-@partial(jax.jit, static_argnames="decoding", donate_argnames="slots")
+@partial(jax.jit, donate_argnames="slots")
 def _admit(
     params: Params, decoding: Decoding, slots: Slots, prompts: Prompts, targets: Array | None, key: Array
 ) -> Slots:
@@ -256,7 +256,7 @@ def _advance_until(params: Params, decoding: Decoding, slots: Slots, enough: int
     return slots
 
 
-@partial(jax.jit, static_argnames="decoding", donate_argnames="slots")
+@partial(jax.jit, donate_argnames="slots")
 def _advance(params: Params, decoding: Decoding, slots: Slots, enough: Array) -> tuple[Slots, Array]:
     """Draw tokens, CHUNK at most for a row, until at least `enough` rows are idle; returns their number, too."""
     slots = advance(params, decoding, slots, enough, CHUNK)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrlhf.config import Sampling
+from jaxrlhf.config.base import constant
 from jaxrlhf.errors import ConfigError
 
 BLOCK = 256
@@ -43,7 +44,7 @@ def sample(
         marks the tokens left by bans and filters, and the log-probability is normalised over them: it is that of the
         distribution drawn from. `token_logprobs` returns the same value for the same token and support.
     """
-    scaled = logits / sampling.temperature
+    scaled = logits * (1 / sampling.temperature)
     candidates = scaled if allowed is None else jnp.where(allowed, scaled, -jnp.inf)
     top = jnp.max(candidates, axis=1, keepdims=True)
     odds = apply_filters(jnp.exp(candidates - top), sampling)
@@ -53,7 +54,7 @@ def sample(
         total = jnp.sum(odds, axis=1)
     else:
         tokens, total = inverse_cdf(odds, jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys))
-    filtered = sampling.top_k or sampling.top_p < 1 or sampling.min_p or allowed is not None
+    filtered = any(filters_of(sampling)) or allowed is not None
     if filtered and not sampling.renormalise_logprobs:
         normaliser = jax.nn.logsumexp(scaled, axis=1)
     else:  # normalised over the tokens drawn from, whose sum is known
@@ -62,20 +63,26 @@ def sample(
     return tokens.astype(jnp.int32), chosen - normaliser, odds > 0 if sampling.renormalise_logprobs else None
 
 
+def filters_of(sampling: Sampling) -> tuple[bool, bool, bool]:
+    """True for each of top-k, top-p and min-p that may remove tokens."""
+    return not constant(sampling.top_k, 0), not constant(sampling.top_p, 1), not constant(sampling.min_p, 0)
+
+
 def apply_filters(odds: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """Set `odds` (probabilities, each row divided by its largest) to 0 for tokens removed by top-k, top-p and min-p.
 
     A token is kept if fewer than top_k tokens are more likely, if the more likely ones together hold less than top_p of
     the mass left by top-k, and if it is at least min_p times as likely as the most likely one, which is always kept.
     """
-    if 0 < sampling.top_k < odds.shape[1]:
+    top_k, top_p, min_p = filters_of(sampling)
+    if top_k:
         threshold = _threshold(odds, lambda above: jnp.sum(above, axis=1) >= sampling.top_k)
         odds = jnp.where(_bits(odds) > threshold[:, None], odds, 0)
-    if sampling.top_p < 1:
+    if top_p:
         mass = sampling.top_p * jnp.sum(odds, axis=1)
         threshold = _threshold(odds, lambda above: jnp.sum(jnp.where(above, odds, 0), axis=1) >= mass)
         odds = jnp.where(_bits(odds) > threshold[:, None], odds, 0)
-    if sampling.min_p > 0:
+    if min_p:
         odds = jnp.where(odds >= sampling.min_p, odds, 0)
     return odds
 

@@ -97,7 +97,7 @@ def _read(
     return hidden[:, count - 1], cache
 
 
-@partial(jax.jit, static_argnames="decoding", donate_argnames="cache")
+@partial(jax.jit, donate_argnames="cache")
 def _first_token(params: Params, decoding: Decoding, cache: KVCache, hidden: Array, length: Array, key: Array) -> Slots:
     slots = dataclasses.replace(
         empty_slots(decoding, 1, 0),
@@ -109,7 +109,7 @@ def _first_token(params: Params, decoding: Decoding, cache: KVCache, hidden: Arr
     return draw_tokens(params, decoding, slots, hidden)
 
 
-@partial(jax.jit, static_argnames="decoding", donate_argnames="slots")
+@partial(jax.jit, donate_argnames="slots")
 def _advance(params: Params, decoding: Decoding, slots: Slots, tokens: Array) -> Slots:
     """Draw up to `tokens` tokens."""
 

@@ -11,6 +11,7 @@ from jax import Array
 from jaxrlhf import runtime
 from jaxrlhf.algorithms import masked
 from jaxrlhf.algorithms.distillation import token_divergences
+from jaxrlhf.algorithms.masked import Scalar
 from jaxrlhf.models import ModelConfig, lm_logits, place, row_axes
 from jaxrlhf.types import Params
 
@@ -27,8 +28,8 @@ def divergence_sums(
     student: Predictor,
     teacher: Predictor,
     mask: Array,
-    beta: float,
-    temperature: float,
+    beta: Scalar,
+    temperature: Scalar,
     weights: Array | None = None,
 ) -> dict[str, Array]:
     """`token_divergences` summed over the tokens of `mask` [B, T], times `weights` f32 [B, T] if there are any, a chunk

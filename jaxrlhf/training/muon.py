@@ -35,15 +35,15 @@ def kinds(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(kind, params)
 
 
-def scale_by_muon(momentum: float, dtype: str) -> optax.GradientTransformationExtraArgs:
+def scale_by_muon(momentum: float, rest: float, dtype: str) -> optax.GradientTransformationExtraArgs:
     """Muon for stacks of matrices [..., in, out], with moments in `dtype`, scaled to the size of AdamW's updates.
 
-        M <- momentum M + (1 - momentum) G
-        update = 0.2 sqrt(max(in, out)) NewtonSchulz(momentum M + (1 - momentum) G)
+        M <- momentum M + rest G
+        update = 0.2 sqrt(max(in, out)) NewtonSchulz(momentum M + rest G)
 
-    with bias corrections, as in `optax.contrib.muon`. The elements of an update have a root mean square of about 0.2,
-    as those of AdamW, so that a learning rate and weight decay serve both (https://arxiv.org/abs/2502.16982). Its
-    update takes `finite`; if that is False, moments and count stay unchanged.
+    with `rest` = 1 - momentum and with bias corrections, as in `optax.contrib.muon`. The elements of an update have a
+    root mean square of about 0.2, as those of AdamW, so that a learning rate and weight decay serve both
+    (https://arxiv.org/abs/2502.16982). Its update takes `finite`; if that is False, moments and count stay unchanged.
     """
 
     def init(params: Any) -> MomentumState:
@@ -54,14 +54,14 @@ def scale_by_muon(momentum: float, dtype: str) -> optax.GradientTransformationEx
         steps = state.steps + finite
 
         def average(m: Array, g: Array) -> Array:
-            return jnp.where(finite, momentum * m.astype(jnp.float32) + (1 - momentum) * g, m).astype(dtype)
+            return jnp.where(finite, momentum * m.astype(jnp.float32) + rest * g, m).astype(dtype)
 
         mu = jax.lax.optimization_barrier(jax.tree.map(average, state.mu, updates))  # updated in place, as in Adam
         ahead = optax.tree.bias_correction(optax.tree.cast(mu, jnp.float32), momentum, steps + 1)
         now = optax.tree.bias_correction(updates, momentum, steps)
 
         def orthogonal(m: Array, g: Array) -> Array:
-            direction = momentum * m + (1 - momentum) * g
+            direction = momentum * m + rest * g
             return RMS * max(m.shape[-2:]) ** 0.5 * _NEWTON_SCHULZ.update(direction, _NEWTON_SCHULZ.init(direction))[0]
 
         return jax.tree.map(orthogonal, ahead, now), MomentumState(steps, mu)

@@ -1,38 +1,83 @@
 """Optimizers: an optax chain from an `Optim` section."""
 
-import functools
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
 from jaxrlhf import sharding
 from jaxrlhf.config import Optim
+from jaxrlhf.config.base import constant
+from jaxrlhf.traced import settings
 from jaxrlhf.training.muon import kinds, scale_by_muon
 from jaxrlhf.types import Params
 
 DECAYED = ("kernel", "embedding", "/a", "/b")  # matrices, adapters included
 
 
-def schedule(config: Optim, learning_rate: float, total_steps: int) -> optax.Schedule:
+@settings("steps", "each")
+@dataclass(frozen=True, kw_only=True)
+class Ramp:
+    """A number by step, `factor` (`span` share + `end`): the share goes from 1 to 0 over `steps`, in a straight line or
+    as half a cosine."""
+
+    shape: Literal["constant", "linear", "cosine"]
+    factor: float = 1.0
+    span: float = 1.0
+    end: float = 0.0
+    steps: float = 1.0
+    each: float = 1.0  # part of the way of a step: 1 / steps, of half a cosine pi / steps
+
+    def __call__(self, step: ArrayLike) -> ArrayLike:
+        if self.shape == "constant":
+            return self.factor
+        done = jnp.clip(step, 0, self.steps)
+        straight = self.shape == "linear"
+        share = 1 - done * self.each if straight else 0.5 * (1 + jnp.cos(done * self.each))
+        return self.factor * (self.span * share + self.end)
+
+
+def ramp(shape: Literal["constant", "linear", "cosine"], start: float, end: float, steps: int) -> Ramp:
+    """A number that goes from `start` to `end` within `steps`, and stays there."""
+    inverse = np.float32(1) / np.float32(steps)
+    if shape == "constant":
+        return Ramp(shape=shape, factor=start)
+    if shape == "linear":
+        return Ramp(shape=shape, span=start - end, end=end, steps=float(steps), each=float(inverse))
+    each, share = float(np.float32(np.pi) * inverse), end / start
+    return Ramp(shape=shape, factor=start, span=1 - share, end=share, steps=float(steps), each=each)
+
+
+@settings("warmup_steps")
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Learning rate by optimizer step: a linear warm-up, then another ramp."""
+
+    warmup: Ramp | None
+    warmup_steps: float
+    after: Ramp
+
+    def __call__(self, step: ArrayLike) -> ArrayLike:
+        if self.warmup is None:
+            return self.after(step)
+        step = jnp.asarray(step)
+        return jnp.where(step < self.warmup_steps, self.warmup(step), self.after(step - self.warmup_steps))
+
+
+def schedule(config: Optim, learning_rate: float, total_steps: int) -> Schedule:
     """Learning rate by optimizer step: linear warm-up from 0, then `schedule`, with a decay to `final_lr_fraction`."""
-    final = learning_rate * config.final_lr_fraction
-    steps = max(total_steps - config.warmup_steps, 1)
-    after = {
-        "constant": optax.constant_schedule(learning_rate),
-        "linear": optax.linear_schedule(learning_rate, final, steps),
-        "cosine": optax.cosine_decay_schedule(learning_rate, steps, config.final_lr_fraction),
-    }[config.schedule]
-    if not config.warmup_steps:
-        return after
-    # Step 0 already moves: a warm-up of n reaches the full rate at step n.
-    warmup = optax.linear_schedule(learning_rate / (config.warmup_steps + 1), learning_rate, config.warmup_steps)
-    return optax.join_schedules([warmup, after], [config.warmup_steps])
+    final, warmup = learning_rate * config.final_lr_fraction, None
+    if config.warmup_steps:
+        # Step 0 already moves: a warm-up of n reaches the full rate at step n.
+        warmup = ramp("linear", learning_rate / (config.warmup_steps + 1), learning_rate, config.warmup_steps)
+    after = ramp(config.schedule, learning_rate, final, max(total_steps - config.warmup_steps, 1))
+    return Schedule(warmup=warmup, warmup_steps=float(config.warmup_steps), after=after)
 
 
 def warmup_warnings(config: Optim, steps: int) -> list[str]:
@@ -46,35 +91,66 @@ def warmup_warnings(config: Optim, steps: int) -> list[str]:
     ]
 
 
-@dataclass(frozen=True, eq=False)
-class Optimizer:
-    """A role's optimizer; compared by identity, so that it can be a static argument of jit."""
+class Average(NamedTuple):
+    """Coefficients of a moving average: decay old + rest new."""
 
-    chain: optax.GradientTransformationExtraArgs
+    decay: float
+    rest: float  # 1 - decay
+
+
+def average(decay: float) -> Average:
+    """The coefficients of a decay rate."""
+    return Average(decay, 1 - decay)  # in float64: in float32 1 - 0.999 is off by 5e-5
+
+
+@settings()
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """A role's optimizer."""
+
+    name: Literal["adamw", "muon"]
+    state_dtype: Literal["float32", "bfloat16"]
+    rate: Schedule
+    beta1: Average
+    beta2: Average
+    eps: float
+    momentum: Average
+    weight_decay: float
     max_grad_norm: float  # applied by training/step.py, which reports the norm before and after
-    rate: optax.Schedule
+
+    @property
+    def chain(self) -> optax.GradientTransformationExtraArgs:
+        scale = scale_by_adam(self.beta1, self.beta2, self.eps, self.state_dtype)
+        if self.name == "muon":
+            scale = optax.partition({"adamw": scale, "muon": scale_by_muon(*self.momentum, self.state_dtype)}, kinds)
+        decays = not constant(self.weight_decay, 0)
+        return optax.chain(
+            scale,
+            optax.add_decayed_weights(self.weight_decay, mask=_decayed) if decays else optax.identity(),
+            optax.scale_by_learning_rate(self.rate),
+        )
 
     def rate_of(self, opt_state: Any) -> Any:
         """The learning rate of the next step. Skipped steps do not count."""
         return self.rate(opt_state[-1].count)
 
 
-@functools.cache  # equal arguments give the same object, so that a second trainer reuses compiled programs
 def make_optimizer(config: Optim, learning_rate: float, total_steps: int) -> Optimizer:
     """AdamW (https://arxiv.org/abs/1711.05101) or Muon on a schedule; decay touches matrices and embeddings only."""
-    rate = schedule(config, learning_rate, total_steps)
-    scale = scale_by_adam(config.beta1, config.beta2, config.eps, config.state_dtype)
-    if config.name == "muon":
-        scale = optax.partition({"adamw": scale, "muon": scale_by_muon(config.momentum, config.state_dtype)}, kinds)
-    chain = optax.chain(
-        scale,
-        optax.add_decayed_weights(config.weight_decay, mask=_decayed) if config.weight_decay else optax.identity(),
-        optax.scale_by_learning_rate(rate),
+    return Optimizer(
+        name=config.name,
+        state_dtype=config.state_dtype,
+        rate=schedule(config, learning_rate, total_steps),
+        beta1=average(config.beta1),
+        beta2=average(config.beta2),
+        eps=config.eps,
+        momentum=average(config.momentum),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
     )
-    return Optimizer(chain, config.max_grad_norm, rate)
 
 
-def scale_by_adam(beta1: float, beta2: float, eps: float, dtype: str) -> optax.GradientTransformationExtraArgs:
+def scale_by_adam(beta1: Average, beta2: Average, eps: float, dtype: str) -> optax.GradientTransformationExtraArgs:
     """`optax.scale_by_adam` with moments in `dtype`, updated in place. Its update takes `finite`; if that is False,
     moments and count stay unchanged.
 
@@ -96,8 +172,8 @@ def scale_by_adam(beta1: float, beta2: float, eps: float, dtype: str) -> optax.G
         finite: Array = extra["finite"]
         count = state.count + finite
 
-        def moment(decay: float, old: Array, new: Array) -> Array:
-            return (1 - decay) * new + decay * old.astype(jnp.float32)
+        def moment(beta: Average, old: Array, new: Array) -> Array:
+            return beta.rest * new + beta.decay * old.astype(jnp.float32)
 
         def first(m: Array, g: Array) -> Array:
             return jnp.where(finite, moment(beta1, m, g).astype(dtype), m)
@@ -113,8 +189,8 @@ def scale_by_adam(beta1: float, beta2: float, eps: float, dtype: str) -> optax.G
         mu = jax.tree.map(first, state.mu, updates)
         nu = jax.tree_util.tree_map_with_path(second, state.nu, updates)
         mu, nu = jax.lax.optimization_barrier((mu, nu))
-        mean = optax.tree.bias_correction(optax.tree.cast(mu, jnp.float32), beta1, count)
-        square = optax.tree.bias_correction(optax.tree.cast(nu, jnp.float32), beta2, count)
+        mean = optax.tree.bias_correction(optax.tree.cast(mu, jnp.float32), beta1.decay, count)
+        square = optax.tree.bias_correction(optax.tree.cast(nu, jnp.float32), beta2.decay, count)
         updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square)
         return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 

@@ -34,7 +34,7 @@ def loss(
     return value, metrics | router
 
 
-@functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
+@functools.partial(jax.jit, donate_argnames="state")
 def update(
     state: TrainState, frozen: Params, batch: Batch, key: jax.Array, *, spec: Spec
 ) -> tuple[TrainState, Metrics]:

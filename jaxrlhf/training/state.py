@@ -13,17 +13,17 @@ from jaxrlhf.training.step import in_float32
 from jaxrlhf.types import Params, TrainState
 
 
-@functools.partial(jax.jit, static_argnames=("optimizers", "kl_coef", "mesh"), donate_argnames="params")
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="params")
 def _create(
     params: dict[str, Params],
     *,
-    optimizers: tuple[tuple[str, Optimizer], ...],
+    optimizers: dict[str, Optimizer],
     kl_coef: float,
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
     """The state of step 0, created sharded by one program; moments created eagerly would all be on one device."""
-    moments = {role: optimizer.chain.init(in_float32(params[role])) for role, optimizer in optimizers}
-    state = TrainState(step=jnp.int32(0), params=params, opt_state=moments, kl_coef=jnp.float32(kl_coef))
+    moments = {role: optimizer.chain.init(in_float32(params[role])) for role, optimizer in optimizers.items()}
+    state = TrainState(step=jnp.int32(0), params=params, opt_state=moments, kl_coef=jnp.asarray(kl_coef, jnp.float32))
     return sharding.constrain(state, mesh)
 
 
@@ -45,7 +45,7 @@ class State:
         offload: bool = False,
         **more: Any,
     ) -> None:
-        self._create = functools.partial(_create, optimizers=tuple(optimizers.items()), kl_coef=kl_coef, mesh=mesh)
+        self._create = functools.partial(_create, optimizers=optimizers, kl_coef=kl_coef, mesh=mesh)
         created = jax.eval_shape(self._create, params)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), more)
         created = dataclasses.replace(created, **shapes)

@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax import Array
 from jaxrlhf import sharding
 from jaxrlhf.algorithms.router import load_balancing_loss
 from jaxrlhf.models import ModelConfig
+from jaxrlhf.traced import settings
 from jaxrlhf.training import by_length
 from jaxrlhf.training.by_length import Budget
 from jaxrlhf.training.optim import Optimizer
@@ -152,8 +154,10 @@ def apply(
     return dataclasses.replace(state, params=params, opt_state=opt_state), metrics
 
 
-class Spec(NamedTuple):
-    """The static arguments of a supervised update."""
+@settings()
+@dataclass(frozen=True)
+class Spec:
+    """Settings of a supervised update."""
 
     model: ModelConfig
     optimizer: Optimizer

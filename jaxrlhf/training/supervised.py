@@ -89,7 +89,8 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
         """Read or initialise the parameters, and split them into `state`, with `more` fields, and `frozen`."""
         config = self.config
         optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
-        self.spec = Spec(self.model, optimizer, self._micro_batches, self.mesh, objective)
+        spec = Spec(self.model, optimizer, self._micro_batches, self.mesh, objective)
+        self.spec = sharding.put_whole(spec, self.mesh)
         params = setup.load_model(config, self.tokenizer, self.mesh, self.model.head)
         params = build(lambda p: add_adapters(p, self.model, config.lora, self._lora_key), self.mesh, params)
         trained, self.frozen = split_trainable(params, frozen_trunk or config.lora.enabled)

@@ -32,7 +32,7 @@ ARGUMENTS = {
     dpo.Loss: dpo.LOSSES["sigmoid"],
     scores.ScoreStats: STATS,
     config.Scores: config.Scores(normalise="running"),
-    tuple[float, ...]: (0.5,),
+    tuple[masked.Scalar, ...]: (0.5,),
     bool: True,
     int: 2,
     float: 0.5,

@@ -13,8 +13,8 @@ from jaxrlhf.rollout.sampling import BLOCK, apply_filters, check_sampling, inver
 
 ALMOST_ONE = 1 - 2.0**-23  # the largest uniform that jax.random draws
 inverse_cdf = jax.jit(inverse_cdf)
-apply_filters = jax.jit(apply_filters, static_argnames="sampling")
-sample = jax.jit(sample, static_argnames="sampling")
+apply_filters = jax.jit(apply_filters)
+sample = jax.jit(sample)
 FILTERS = [(1, 1.0, 0.0), (5, 1.0, 0.0), (39, 1.0, 0.0), (0, 2**-10, 0.0), (0, 0.5, 0.0), (0, 1.0, 2**-11)]
 FILTERS += [(0, 1.0, 0.5), (3, 0.75, 0.0), (5, 0.25, 0.125), (1000, 0.75, 2**-6)]
 

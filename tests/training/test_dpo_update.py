@@ -15,7 +15,7 @@ from jaxrlhf.config.dpo import REFERENCE_FREE, Loss
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PairRow, Report, SFTRow, Split
 from jaxrlhf.data.packing import pack
-from jaxrlhf.training.dpo.update import Preferences, kto_objective, objective, score, update
+from jaxrlhf.training.dpo.update import Preferences, beta_schedule, kto_objective, objective, score, update
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.state import State
 from jaxrlhf.training.step import Spec
@@ -64,7 +64,7 @@ def step(settings, batch, num_micro=1):
     """(gradient, metrics) of one update of a policy that begins as PARAMS."""
     running = RunningMean(jnp.float32(10), jnp.float32(0.25)) if "bco_pair" in settings.losses else None
     state = State({"policy": jax.tree.map(jnp.copy, PARAMS)}, {"policy": PLAIN}, MESH, score_stats=running).value
-    spec = Spec(MODEL, PLAIN, num_micro, MESH, (settings, 1))
+    spec = Spec(MODEL, PLAIN, num_micro, MESH, (settings, beta_schedule(settings, 1)))
     state, metrics = update(state, {}, jax.tree.map(jnp.asarray, batch), jax.random.key(1), spec=spec)
     if running:
         metrics["running"] = state.score_stats.mean

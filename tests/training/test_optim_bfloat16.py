@@ -10,7 +10,7 @@ from support.runs import records
 from jaxrlhf import config, sharding
 from jaxrlhf.config import Mesh, Optim
 from jaxrlhf.training import step
-from jaxrlhf.training.optim import make_optimizer, scale_by_adam, stochastic_round
+from jaxrlhf.training.optim import average, make_optimizer, scale_by_adam, stochastic_round
 from jaxrlhf.training.sft import SFTTrainer
 from jaxrlhf.types import TrainState
 
@@ -34,7 +34,7 @@ def test_rounding_goes_to_a_neighbour_and_has_no_bias():
 
 def test_the_second_moment_follows_its_average_where_rounding_to_nearest_would_stop():
     steps, beta2, width = 3000, 0.999, 4096
-    adam, grads = scale_by_adam(0.9, beta2, 1e-8, "bfloat16"), {"w": jnp.ones(width)}
+    adam, grads = scale_by_adam(average(0.9), average(beta2), 1e-8, "bfloat16"), {"w": jnp.ones(width)}
     state, _ = jax.lax.scan(
         lambda state, _: (adam.update(grads, state, finite=jnp.array(True))[1], None), adam.init(grads), length=steps
     )
@@ -45,7 +45,8 @@ def test_the_second_moment_follows_its_average_where_rounding_to_nearest_would_s
 
 def test_the_first_moment_is_that_of_optax_to_the_bit(key):
     """Given its moment in float32: from one in bfloat16 optax would make decay * moment in bfloat16 too."""
-    ours, theirs = scale_by_adam(0.9, 0.999, 1e-8, "bfloat16"), optax.scale_by_adam(mu_dtype=jnp.bfloat16)
+    ours = scale_by_adam(average(0.9), average(0.999), 1e-8, "bfloat16")
+    theirs = optax.scale_by_adam(mu_dtype=jnp.bfloat16)
     params = {"w": jnp.zeros((64, 64))}
     state, expected = ours.init(params), theirs.init(params)
     for i in range(5):

@@ -216,9 +216,10 @@ def test_each_program_compiles_once():
 def test_no_transfer_happens_inside_annotation_and_update():
     problem = case()
     state, key = problem.state(), jax.random.key(3)
+    spec = sharding.put_whole(problem.spec, problem.spec.mesh)  # as a trainer's
     with jax.transfer_guard("disallow"):
-        experience, _ = ppo_update.annotate(state, problem.frozen, problem.rollout, problem.scores, spec=problem.spec)
-        ppo_update.update(state, problem.frozen, experience, key, spec=problem.spec)
+        experience, _ = ppo_update.annotate(state, problem.frozen, problem.rollout, problem.scores, spec=spec)
+        ppo_update.update(state, problem.frozen, experience, key, spec=spec)
 
 
 def test_rows_may_be_on_any_device():

@@ -106,7 +106,7 @@ def supervised(method):
     reference, every = jnp.full((len(PAIRS), 2), -3.0), jnp.ones(len(PAIRS), bool)
     settings = config.dpo.DPO(loss="kto" if method == "kto" else "sigmoid")
     batch = dpo.Preferences(pairs, reference, every)
-    metrics = dpo.update(state, {}, batch, KEY, spec=spec((settings, 10)))[1]
+    metrics = dpo.update(state, {}, batch, KEY, spec=spec((settings, dpo.beta_schedule(settings, 10))))[1]
     return params, (pairs.chosen.tokens, pairs.chosen.mask) if method == "kto" else both(pairs), metrics
 
 

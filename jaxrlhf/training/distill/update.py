@@ -1,7 +1,7 @@
 """The jitted step of distillation."""
 
 import functools
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,16 @@ from jax import Array
 
 from jaxrlhf.config import Distill
 from jaxrlhf.models import ModelConfig, forward, forward_with_router
+from jaxrlhf.traced import settings
 from jaxrlhf.training.divergence import Predictor, divergence_sums
 from jaxrlhf.training.step import Metrics, Spec, supervised_step
 from jaxrlhf.types import Batch, Params, TrainState
 
 
-class Objective(NamedTuple):
-    """Static arguments of the loss besides the student."""
+@settings()
+@dataclass(frozen=True)
+class Objective:
+    """Settings of the loss besides the student."""
 
     distill: Distill
     teacher: ModelConfig
@@ -40,7 +43,7 @@ def loss(
     return metrics["loss"], named | router
 
 
-@functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
+@functools.partial(jax.jit, donate_argnames="state")
 def update(
     state: TrainState, frozen: Params, teacher: Params, batch: Batch, key: Array, *, spec: Spec
 ) -> tuple[TrainState, Metrics]:
@@ -55,7 +58,7 @@ def update(
     return state, metrics | {"num_tokens": tokens}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "objective"))
+@functools.partial(jax.jit, static_argnames="model")
 def evaluate(
     params: Params, teacher: Params, batch: Batch, *, model: ModelConfig, objective: Objective
 ) -> tuple[Array, Metrics]:

@@ -24,7 +24,15 @@ from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import Preempted
 from jaxrlhf.training import setup
 from jaxrlhf.training.dpo import reference
-from jaxrlhf.training.dpo.update import PairLogprobs, Preferences, evaluate, evaluation_keys, score, update
+from jaxrlhf.training.dpo.update import (
+    PairLogprobs,
+    Preferences,
+    beta_schedule,
+    evaluate,
+    evaluation_keys,
+    score,
+    update,
+)
 from jaxrlhf.training.samples import Samples
 from jaxrlhf.training.supervised import SupervisedTrainer
 from jaxrlhf.types import PackedPairs, Pairs, Params
@@ -62,7 +70,8 @@ class DPOTrainer(SupervisedTrainer[DPOConfig]):
         """True once the reference log-probs are known, or if the loss needs none."""
         self.samples = Samples(self.data, config, self.model, self.tokenizer, self.mesh)
         running = RunningMean(jnp.float32(0), jnp.float32(0)) if "bco_pair" in config.dpo.losses else None
-        self.load((config.dpo, self.total_steps), score_stats=sharding.put_whole(running, self.mesh))
+        objective = config.dpo, beta_schedule(config.dpo, self.total_steps)
+        self.load(objective, score_stats=sharding.put_whole(running, self.mesh))
 
     def _first_row(self) -> list[str]:
         first = self.data.train[0]
@@ -165,13 +174,13 @@ class DPOTrainer(SupervisedTrainer[DPOConfig]):
 
     def _evaluate(self) -> dict[str, float]:
         """Loss and metrics of the held-out rows; empty if there are none."""
-        rows, (settings, total_steps) = self.rows.validation, self.spec.objective
+        rows, (settings, schedule) = self.rows.validation, self.spec.objective
         if not rows:
             return {}
         state = self.state.value
         baseline = 0.0 if state.score_stats is None else state.score_stats.mean
         known = self.reference[len(self.rows.train) :], _desirable(rows), state.step, baseline
-        metrics = evaluate(self._logprobs(self.params, rows), *known, settings=settings, total_steps=total_steps)
+        metrics = evaluate(self._logprobs(self.params, rows), *known, settings=settings, schedule=schedule)
         return {f"eval/{key}": float(value) for key, value in metrics.items()}
 
 

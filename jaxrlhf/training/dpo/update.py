@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from jaxrlhf import sharding
@@ -15,8 +14,10 @@ from jaxrlhf.algorithms.dpo import LOSSES, Coefs, Divergence, Logprobs, per_toke
 from jaxrlhf.algorithms.masked import Scalar
 from jaxrlhf.algorithms.reference_free import orpo_loss, simpo_loss
 from jaxrlhf.config import DPO
+from jaxrlhf.config.base import constant
 from jaxrlhf.logprobs import token_logprobs
 from jaxrlhf.models import ModelConfig, forward_with_router
+from jaxrlhf.training.optim import Ramp, ramp
 from jaxrlhf.training.step import Metrics, Spec, map_rows, supervised_step
 from jaxrlhf.types import Batch, PackedPairs, Pairs, Params, TrainState
 
@@ -44,14 +45,10 @@ class PairLogprobs(NamedTuple):
     router: dict[str, Array] | None = None  # its sums as of `forward_with_router`, in training
 
 
-def beta_schedule(settings: DPO, total_steps: int) -> optax.Schedule:
+def beta_schedule(settings: DPO, total_steps: int) -> Ramp:
     """beta by optimizer step: constant, or linear or cosine decay to `beta_final` at the last step."""
-    steps = max(total_steps - 1, 1)
-    if settings.beta_final is None:
-        return optax.constant_schedule(settings.beta)
-    if settings.beta_schedule == "linear":
-        return optax.linear_schedule(settings.beta, settings.beta_final, steps)
-    return optax.cosine_decay_schedule(settings.beta, steps, settings.beta_final / settings.beta)
+    final = settings.beta if settings.beta_final is None else settings.beta_final
+    return ramp(settings.beta_schedule, settings.beta, final, max(total_steps - 1, 1))
 
 
 def _token_logprobs(
@@ -120,7 +117,7 @@ def _logprobs(params: Params, batch: Batch, model: ModelConfig, keys: Array | No
     return jnp.sum(logprobs, axis=1), router
 
 
-@functools.partial(jax.jit, static_argnames=("model", "settings"))
+@functools.partial(jax.jit, static_argnames="model")
 def score(params: Params, pairs: Pairs | PackedPairs, *, model: ModelConfig, settings: DPO) -> PairLogprobs:
     """`pair_logprobs` without dropout, for the reference and for held-out pairs."""
     return pair_logprobs(params, pairs, model, None, settings)._replace(router=None)
@@ -159,7 +156,7 @@ def objective(
         metrics |= {"loss": value}
         if weights is not None:
             metrics["pair_weights"] = masked.total(weights, mask) / count
-    if settings.sft_weight:
+    if not constant(settings.sft_weight, 0):
         unweighted = pairs.chosen if scored.plain is None else scored.plain.reshape(-1, 2)[:, 0]
         term = sft_term(unweighted, mask, chosen_tokens)
         value += settings.sft_weight * term
@@ -176,7 +173,7 @@ def kto_objective(
     return kto.kto_loss(logprobs, reference, desirable, every, count, kl, beta, *weights)
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "total_steps"))
+@jax.jit
 def evaluate(
     scored: PairLogprobs,
     reference: Array,
@@ -185,12 +182,12 @@ def evaluate(
     baseline: Scalar,
     *,
     settings: DPO,
-    total_steps: int,
+    schedule: Ramp,
 ) -> Metrics:
     """Loss and metrics of held-out rows after `step` steps, with the beta of the last one and the running mean of
     bco_pair. All rows are taken at once:
     some losses rank them, and the KL of kto is a mean."""
-    count, beta = jnp.sum(scored.valid), _beta(jnp.maximum(step - 1, 0), settings, total_steps)
+    count, beta = jnp.sum(scored.valid), _beta(jnp.maximum(step - 1, 0), schedule)
     if settings.loss == "kto":
         kl = kto.kl_baseline(scored.logprobs[:, 1], reference[:, 1], scored.valid)
         logprobs = scored.logprobs[:, 0], reference[:, 0]
@@ -206,20 +203,20 @@ def evaluation_keys(settings: DPO) -> list[str]:
     weight = jax.ShapeDtypeStruct((1,), jnp.float32) if settings.use_weighting else None
     valid = jax.ShapeDtypeStruct((1,), jnp.bool_)
     scored = PairLogprobs(row, jax.ShapeDtypeStruct((1, 2), jnp.int32), valid, None, weight)  # type: ignore[arg-type]
-    one = functools.partial(evaluate, settings=settings, total_steps=1)
+    one = functools.partial(evaluate, settings=settings, schedule=beta_schedule(settings, 1))
     return list(jax.eval_shape(one, scored, row, valid, jax.ShapeDtypeStruct((), jnp.int32), 0.0))
 
 
-@functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
+@functools.partial(jax.jit, donate_argnames="state")
 def update(
     state: TrainState, frozen: Params, batch: Preferences, key: Array, *, spec: Spec
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on `batch`. `frozen` is the base model under adapters, else empty; `key` is the run's. The
-    objective of `spec` is the settings and the number of steps of the run."""
-    model, (settings, total_steps) = spec.model, spec.objective
+    objective of `spec` is the settings and the schedule of beta."""
+    model, (settings, schedule) = spec.model, spec.objective
     valid, labelled = batch.pairs.valid, settings.loss == "kto"
     count, (chosen_tokens, rejected_tokens) = jnp.sum(valid), _tokens(batch.pairs)
-    beta, kl, stats = _beta(state.step, settings, total_steps), jnp.float32(0), state.score_stats
+    beta, kl, stats = _beta(state.step, schedule), jnp.float32(0), state.score_stats
     baseline = jnp.float32(0) if stats is None else stats.mean
     if labelled:
         policy = {**frozen, **state.params["policy"]}
@@ -248,8 +245,8 @@ def update(
     return state, metrics | {"num_tokens": tokens, "beta": beta}
 
 
-def _beta(step: Array, settings: DPO, total_steps: int) -> Array:
-    return jnp.asarray(beta_schedule(settings, total_steps)(step), jnp.float32)
+def _beta(step: Array, schedule: Ramp) -> Array:
+    return jnp.asarray(schedule(step), jnp.float32)
 
 
 def _tokens(pairs: Pairs | PackedPairs) -> tuple[Array, Array]:

@@ -11,6 +11,7 @@ from jaxrlhf.algorithms.grpo import cispo_loss, gmpo_loss, gspo_loss, kl_cov_los
 from jaxrlhf.algorithms.kl import kl_loss
 from jaxrlhf.algorithms.ppo import Clip, policy_loss
 from jaxrlhf.config import GRPO
+from jaxrlhf.config.base import constant
 from jaxrlhf.training.step import Metrics
 from jaxrlhf.types import GroupExperience
 
@@ -28,7 +29,7 @@ def select(experience: GroupExperience, key: Array, grpo: GRPO) -> Selected:
         return Selected()
     mask, old, trained, penalised = experience.rollout.response_mask, experience.old_logprobs, None, None
     assert old is not None
-    if grpo.top_entropy_quantile < 1:
+    if not constant(grpo.top_entropy_quantile, 1):
         assert experience.entropy is not None
         trained = token_selection.high_entropy(experience.entropy, mask, grpo.top_entropy_quantile)
     covariance = token_selection.covariances(old, experience.advantages, mask)

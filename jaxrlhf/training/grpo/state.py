@@ -58,7 +58,7 @@ def initial_state(
     )
     if not is_abstract(policy):
         sampler.check_memory()
-    return state, start.frozen, spec, start.digest
+    return state, start.frozen, sharding.put_whole(spec, mesh), start.digest
 
 
 def _entropy_control(grpo: GRPO) -> EntropyControl | None:

@@ -15,7 +15,9 @@ from jaxrlhf.algorithms.grpo import token_weights
 from jaxrlhf.algorithms.kl import k1, k3
 from jaxrlhf.algorithms.ppo import finalize_metrics, response_metrics, token_rewards
 from jaxrlhf.config import GRPO
+from jaxrlhf.config.base import constant
 from jaxrlhf.logprobs import response_states, response_states_with_router
+from jaxrlhf.traced import settings
 from jaxrlhf.training.grpo.loss import Selected, preference, select, surrogate
 from jaxrlhf.training.on_policy.policy import policy_params, reference_params
 from jaxrlhf.training.on_policy.update import (
@@ -32,9 +34,10 @@ from jaxrlhf.training.step import Metrics, apply, gradients, map_rows
 from jaxrlhf.types import GroupExperience, Params, Rollout, TrainState
 
 
+@settings()
 @dataclass(frozen=True, kw_only=True)
 class GRPOSpec(UpdateSpec):
-    """Static arguments of `annotate` and `update`."""
+    """Settings of `annotate` and `update`."""
 
     grpo: GRPO
     response_length: int
@@ -58,7 +61,7 @@ class GRPOSpec(UpdateSpec):
         return recipe.loss != "dpo" and (steps > 1 or kl_in_reward or grpo.selects_tokens)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
+@jax.jit
 def annotate(
     state: TrainState,
     frozen: dict[str, Params],
@@ -117,11 +120,11 @@ def annotate(
         rollout = dataclasses.replace(rollout, response_mask=kept)
         advantages, old, ref = jax.tree.map(lambda x: masked.keep(x, kept), (advantages, old, ref))
         metrics["tokens/masked"] = 1 - jnp.sum(masked.rows(kept)) / jnp.maximum(jnp.sum(~unscored), 1)
-    entropy = entropy if grpo.top_entropy_quantile < 1 else None
+    entropy = None if constant(grpo.top_entropy_quantile, 1) else entropy
     return GroupExperience(rollout, advantages, old, ref, entropy, ref_hidden), metrics
 
 
-@functools.partial(jax.jit, static_argnames="spec")
+@jax.jit
 def filled(
     state: TrainState, frozen: dict[str, Params], experience: GroupExperience, *, spec: GRPOSpec
 ) -> GroupExperience:
@@ -252,7 +255,7 @@ def sampler_correction(rollout: Rollout, logprobs: Array, grpo: GRPO) -> tuple[A
     return sampler_weights(gap, mask, grpo)
 
 
-@functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
+@functools.partial(jax.jit, donate_argnames="state")
 def update(
     state: TrainState, frozen: dict[str, Params], experience: GroupExperience, key: Array, *, spec: GRPOSpec
 ) -> tuple[TrainState, Metrics]:

@@ -15,6 +15,7 @@ from jaxrlhf.config import GRPOConfig, PPOConfig
 from jaxrlhf.logprobs import response_states
 from jaxrlhf.models import ModelConfig, lm_logits
 from jaxrlhf.rollout.text import token_pieces
+from jaxrlhf.traced import Number
 from jaxrlhf.training.on_policy.inspection import on_host, token_series
 from jaxrlhf.training.on_policy.rollout import ScoredRollout, padded_rollout
 from jaxrlhf.training.on_policy.sampler import Sampler
@@ -43,7 +44,7 @@ class TokenRecords:
     compiled in a run. Draws no random number and changes nothing."""
 
     def __init__(self, config: PPOConfig | GRPOConfig, sampler: Sampler) -> None:
-        self._sampler, self._temperature = sampler, config.sampling.temperature
+        self._sampler, self._temperature = sampler, Number(config.sampling.temperature)
         self.count = min(config.logging.token_samples, sampler.batch)
         self.tokenizer = sampler.tokenizer
         self._texts: dict[int, str] = {}
@@ -155,16 +156,16 @@ class TokenRecord(NamedTuple):
         ]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "temperature", "parts"))
-def look(policy: Params, rollout: Rollout, *, model: ModelConfig, temperature: float, parts: int) -> Look:
+@functools.partial(jax.jit, static_argnames=("model", "parts"))
+def look(policy: Params, rollout: Rollout, *, model: ModelConfig, temperature: Number, parts: int) -> Look:
     """Run a policy on the responses of a rollout, over `parts` micro-batches."""
 
     def states(part: Rollout) -> tuple[Array, Array]:
         hidden = response_states(policy, model, part)
-        return sequence_logprobs(policy, model, part, temperature, hidden=hidden)[0], hidden[:, :-1]
+        return sequence_logprobs(policy, model, part, temperature.value, hidden=hidden)[0], hidden[:, :-1]
 
     def alternatives(state: Array) -> tuple[Array, Array, Array]:
-        logprobs = jax.nn.log_softmax(lm_logits(policy, model, state) / temperature)
+        logprobs = jax.nn.log_softmax(lm_logits(policy, model, state) * (1 / temperature.value))
         entropy = -jnp.sum(jnp.exp(logprobs) * logprobs)
         return entropy, *jax.lax.top_k(logprobs, min(ALTERNATIVES, model.vocab_size))
 
@@ -175,12 +176,12 @@ def look(policy: Params, rollout: Rollout, *, model: ModelConfig, temperature: f
     return Look(logprobs, *(x.reshape(*logprobs.shape, *x.shape[1:]) for x in found))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "temperature"))
-def rollout_logprobs(policy: Params, rollout: Rollout, *, model: ModelConfig, temperature: float) -> Array:
+@functools.partial(jax.jit, static_argnames="model")
+def rollout_logprobs(policy: Params, rollout: Rollout, *, model: ModelConfig, temperature: Number) -> Array:
     """Log-probs of response tokens, f32 of the shape of the response mask, whose leading axes may be of pairs."""
     shape = rollout.response_mask.shape
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) - 1 :]), rollout)
-    return sequence_logprobs(policy, model, rows, temperature)[0].reshape(shape)
+    return sequence_logprobs(policy, model, rows, temperature.value)[0].reshape(shape)
 
 
 def _response(rollout: Rollout, i: int) -> list[int]:

@@ -23,6 +23,7 @@ from jaxrlhf.models import ModelConfig, for_length
 from jaxrlhf.rewards.compose import Scored, Scorer
 from jaxrlhf.rewards.sources.judge import Judge
 from jaxrlhf.rollout.turns import turn_metrics
+from jaxrlhf.traced import Number
 from jaxrlhf.training import pretrained, setup
 from jaxrlhf.training.facts import Origin
 from jaxrlhf.training.on_policy import checks
@@ -207,7 +208,8 @@ class OnPolicyTrainer(Generic[Config]):
     def logprobs(self, rollout: Rollout) -> jax.Array:
         """Log-probs of the response tokens of a rollout under the current policy, f32 of the shape of its
         `response_mask`, 0 outside it: after an update, those that `inspect` takes as `new_logprobs`."""
-        return rollout_logprobs(self.params, rollout, model=self.model, temperature=self.config.sampling.temperature)
+        temperature = Number(self.config.sampling.temperature)
+        return rollout_logprobs(self.params, rollout, model=self.model, temperature=temperature)
 
     def key(self, step: int, use: int) -> jax.Array:
         """The random key of update number `step` for a use: 0 the rollout, 1 the update, from 2 on further rollouts."""

@@ -1,7 +1,6 @@
 """Parts of the jitted updates that PPO and GRPO share."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 import jax
@@ -23,7 +22,7 @@ from jaxrlhf.types import Params, Rollout, TrainState
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateSpec:
-    """Static arguments of `annotate` and `update`."""
+    """Settings of `annotate` and `update`."""
 
     policy: ModelConfig
     optimizers: tuple[tuple[str, Optimizer], ...]
@@ -93,7 +92,7 @@ def sampler_gap(rollout: Rollout, logprobs: Array) -> Array:
 def sampler_weights(gap: Array, mask: Array, settings: OnPolicy) -> tuple[Array, Array]:
     """Importance weights for a sampler that differs from pi_old, by `settings.sampler_correction`, f32 [B, R], and
     which tokens were capped or dropped, bool [B, R]. `gap` [B, R] is `sampler_gap`."""
-    correction, (low, high) = settings.sampler_correction, map(math.log, settings.sampler_bounds)
+    correction, (low, high) = settings.sampler_correction, map(jnp.log, settings.sampler_bounds)
     assert correction != "none"
     if correction not in ("truncate", "token_mask"):
         gap = jnp.broadcast_to(jnp.sum(gap, axis=1, keepdims=True), gap.shape)

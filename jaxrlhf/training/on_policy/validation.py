@@ -25,6 +25,7 @@ from jaxrlhf.files import read_json, write_whole
 from jaxrlhf.metrics.keys import METRICS
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rewards.compose import Scorer
+from jaxrlhf.traced import Number
 from jaxrlhf.training.facts import BASELINE
 from jaxrlhf.training.on_policy.sampler import Sampler
 from jaxrlhf.training.on_policy.update import sequence_logprobs
@@ -201,7 +202,7 @@ class Validator:
     def _kl(self, policy: Params, reference: Params, rollout: Rollout) -> Array:
         placed = sharding.put_rows(rollout, self._sampler.mesh)
         parts = rollout.tokens.shape[0] // self._micro_rows
-        temperature = self.config.sampling.temperature
+        temperature = Number(self.config.sampling.temperature)
         return sequence_kl(policy, reference, placed, models=self._models, temperature=temperature, parts=parts)
 
 
@@ -211,21 +212,21 @@ def _mean(key: str, scores: Sequence[float | None]) -> dict[str, float]:
     return {key: float(np.mean(known, dtype=np.float32))} if known else {}
 
 
-@functools.partial(jax.jit, static_argnames=("models", "temperature", "parts"))
+@functools.partial(jax.jit, static_argnames=("models", "parts"))
 def sequence_kl(
     policy: Params,
     reference: Params,
     rollout: Rollout,
     *,
     models: tuple[ModelConfig, ModelConfig],
-    temperature: float,
+    temperature: Number,
     parts: int,
 ) -> Array:
     """The k1 estimate of KL(policy, reference) of each response, f32 [B], in nats, over `parts` micro-batches."""
 
     def kl(part: Rollout) -> Array:
         logprobs, ref_logprobs = (
-            sequence_logprobs(params, model, part, temperature)[0]
+            sequence_logprobs(params, model, part, temperature.value)[0]
             for params, model in zip((policy, reference), models, strict=True)
         )
         return jnp.sum(masked.keep(k1(logprobs, ref_logprobs), part.response_mask), axis=1)

@@ -37,7 +37,7 @@ def empty_replay(config: PPOConfig, spec: PPOSpec, width: tuple[int, int]) -> Ex
     )
     features = zeros(response + 1, spec.critic.hidden_size) if spec.trunk in ("reference", "frozen") else None
     weights = token if config.ppo.sampler_correction != "none" else None
-    return blank_experience(rollout, row, token, config.ppo, features=features, weights=weights)
+    return blank_experience(rollout, row, token, features=features, weights=weights)
 
 
 def update_with_replay(
@@ -60,7 +60,7 @@ def update_with_replay(
     return _finish(state, experience, spec=spec), _merge(records)
 
 
-@functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
+@functools.partial(jax.jit, donate_argnames="state")
 def _finish(state: TrainState, experience: Experience, *, spec: PPOSpec) -> TrainState:
     """Finish the update and keep its experience."""
     place = state.step % spec.ppo.replay

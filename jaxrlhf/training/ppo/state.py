@@ -80,7 +80,7 @@ def initial_state(
     )
     if not is_abstract(policy):
         sampler.check_memory()
-    return state, {**start.frozen, "critic": trunk}, spec, start.digest
+    return state, {**start.frozen, "critic": trunk}, sharding.put_whole(spec, mesh), start.digest
 
 
 def _replay(config: PPOConfig, spec: PPOSpec, sampler: Sampler, *, abstract: bool) -> Experience:

@@ -103,9 +103,10 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
             token_scores = sharding.put_rows(np.asarray(token_scores, np.float32), self.mesh)
         frozen = {role: sharding.to_device(part) for role, part in self.frozen.items()}
         experience, metrics = annotate(state, frozen, rollout, final_scores, token_scores, spec=self.spec)
-        seen = experience
+        seen, ppo = experience, config.ppo
         if fill and self.spec.one_step(len(scores)):
             seen = filled(state, frozen, experience, spec=self.spec)
+        seen = dataclasses.replace(seen, gamma=ppo.gamma, lam=ppo.lam, lam_alpha=ppo.lam_alpha)
         if config.reference.offload:  # it leaves the device before moments and gradients come
             jax.block_until_ready(experience)
         frozen = {role: self.frozen[role] for role in self.spec.update_roles}

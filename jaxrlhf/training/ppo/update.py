@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,10 @@ from jaxrlhf.algorithms.groups import rloo
 from jaxrlhf.algorithms.kl import adaptive_kl_coef, k1, kl_loss
 from jaxrlhf.algorithms.ppo import Clip, finalize_metrics, policy_loss, rollout_metrics, token_rewards, value_loss
 from jaxrlhf.config import PPO
+from jaxrlhf.config.base import constant
 from jaxrlhf.logprobs import response_states, response_states_with_router
 from jaxrlhf.models import ModelConfig, scalar_head
+from jaxrlhf.traced import settings
 from jaxrlhf.training.on_policy.policy import policy_params, reference_params
 from jaxrlhf.training.on_policy.update import (
     UpdateSpec,
@@ -36,9 +38,10 @@ from jaxrlhf.types import Experience, Params, Rollout, TrainState
 QUANTILES = (0.01, 0.5, 0.99)  # of the ratio pi_old / pi_sampler
 
 
+@settings("warmup_updates")
 @dataclass(frozen=True, kw_only=True)
 class PPOSpec(UpdateSpec):
-    """Static arguments of `annotate` and `update`."""
+    """Settings of `annotate` and `update`."""
 
     critic: ModelConfig
     ppo: PPO
@@ -78,7 +81,7 @@ def predict(
     states of the policy [B, R + 1, D]."""
     policy = policy_params(params, frozen)
     hidden, router = response_states_with_router(policy, spec.policy, rollout)
-    entropy_gradient = spec.ppo.entropy_coef > 0
+    entropy_gradient = not constant(spec.ppo.entropy_coef, 0)
     logprobs, entropy = sequence_logprobs(
         policy, spec.policy, rollout, spec.temperature, hidden=hidden, entropy_gradient=entropy_gradient
     )
@@ -95,7 +98,7 @@ def predict(
     return Predictions(logprobs, entropy, masked.keep(values[:, :-1], mask), last_values), router, hidden
 
 
-@functools.partial(jax.jit, static_argnames="spec")
+@jax.jit
 def annotate(
     state: TrainState,
     frozen: dict[str, Params],
@@ -127,15 +130,13 @@ def annotate(
     parts = budget(spec.ppo, spec.mesh) or batch // spec.ppo.annotation_rows(batch)
     ref_logprobs, ref_hidden, features, predictions = map_rows(forward, rollout, parts)
     known = {"token_scores": token_scores, "features": features, "ref_hidden": ref_hidden}
-    experience = blank_experience(rollout, scores, ref_logprobs, spec.ppo, **known)
+    experience = blank_experience(rollout, scores, ref_logprobs, **known)
     if predictions is None:
         return experience, {}
     return fill_experience(experience, predictions, state.kl_coef, spec.ppo)
 
 
-def blank_experience(
-    rollout: Rollout, scores: Array, ref_logprobs: Array, ppo: PPO, **known: Array | None
-) -> Experience:
+def blank_experience(rollout: Rollout, scores: Array, ref_logprobs: Array, **known: Any) -> Experience:
     """An experience in which all that `fill_experience` computes is 0."""
     blank = jnp.zeros_like(ref_logprobs)
     return Experience(
@@ -148,14 +149,11 @@ def blank_experience(
         advantages=blank,
         returns=blank,
         bootstrap=jnp.zeros_like(scores),
-        gamma=ppo.gamma,
-        lam=ppo.lam,
-        lam_alpha=ppo.lam_alpha,
         **known,
     )
 
 
-@functools.partial(jax.jit, static_argnames="spec")
+@jax.jit
 def filled(state: TrainState, frozen: dict[str, Params], experience: Experience, *, spec: PPOSpec) -> Experience:
     """The experience as an update of one step (`PPOSpec.one_step`) fills it, for a reader: `annotate` leaves that to
     `update`, which does not return it. Takes another forward pass of policy and critic."""
@@ -242,7 +240,7 @@ def _sampler_correction(rollout: Rollout, logprobs: Array, ppo: PPO) -> tuple[Ar
     return weights, metrics | {"val/sampler_corrected": jnp.sum(cut) / jnp.maximum(jnp.sum(mask), 1)}
 
 
-@functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
+@functools.partial(jax.jit, donate_argnames="state")
 def update(
     state: TrainState,
     frozen: dict[str, Params],
@@ -269,14 +267,15 @@ def update(
         new, router, hidden = predict(params, frozen, part.rollout, part.features, spec)
         if spec.one_step(batch):
             part, metrics = fill_experience(part, new, kl_coef, ppo)
-        clip = Clip(ppo.cliprange, ppo.cliprange_high or ppo.cliprange, ppo.dual_clip, ppo.log_ratio_clamp)
+        high = ppo.cliprange if ppo.cliprange_high is None else ppo.cliprange_high
+        clip = Clip(ppo.cliprange, high, ppo.dual_clip, ppo.log_ratio_clamp)
         policy, policy_metrics = policy_loss(
             new.logprobs, part.old_logprobs, part.advantages, mask, count, clip, part.weights
         )
         value, value_metrics = value_loss(new.values, part.values, part.returns, mask, count, ppo.cliprange_value)
         entropy = masked.total(new.entropy, mask) / count
         total = policy + ppo.vf_coef * value
-        if ppo.entropy_coef:
+        if not constant(ppo.entropy_coef, 0):
             total -= ppo.entropy_coef * entropy
         if ppo.kl_in == "loss":
             assert ppo.kl_estimator != "k1"
@@ -305,7 +304,7 @@ def update(
             {"router": spec.policy, "critic_router": spec.critic} if spec.trunk == "own" else {"router": spec.policy}
         )
         grads, metrics = gradients(lambda p, part: loss(p, part, count), state.params, chosen, num_micro, routers)
-        far = metrics["policy/kl_avg"] > ppo.target_kl if ppo.target_kl else jnp.array(False)
+        far = jnp.array(False) if ppo.target_kl is None else metrics["policy/kl_avg"] > ppo.target_kl
         accept = {"policy": used & ~far & ~warmup, "critic": used & ~far}
         state, norms = apply(state, grads, metrics.pop("loss"), spec.optimizers, accept)
         metrics["val/first_log_ratio_max"] = metrics["val/log_ratio_max"]
@@ -314,7 +313,7 @@ def update(
 
     def step(carry: tuple[TrainState, Array], rows: Array) -> tuple[tuple[TrainState, Array], Metrics]:
         state, ended = carry
-        if not ppo.target_kl:
+        if ppo.target_kl is None:
             state, _, metrics = mini_batch(state, rows)
             return (state, ended), metrics
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(mini_batch, state, rows)[2])

@@ -30,7 +30,7 @@ from jaxrlhf.training.supervised import SupervisedTrainer
 from jaxrlhf.types import PackedPairs, Params, Responses, TrainState
 
 
-@functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
+@functools.partial(jax.jit, donate_argnames="state")
 def update(
     state: TrainState, frozen: Params, batch: Responses | PackedPairs, key: jax.Array, *, spec: Spec
 ) -> tuple[TrainState, Metrics]:
