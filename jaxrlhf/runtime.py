@@ -188,6 +188,12 @@ def logits_alive(backend: str) -> int:
     return 2**20 if backend == "cpu" else 2**25
 
 
+def flops_of_compiling(backend: str) -> float:
+    """FLOPs that a device computes in about the time that it takes to compile the programs of an update: ten seconds on
+    a CPU at 100 GFLOP/s, a minute on an accelerator at 100 TFLOP/s."""
+    return 1e12 if backend == "cpu" else 6e15
+
+
 def _processors() -> int:
     """Number of processors this process may run on."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -1,8 +1,9 @@
 """Pad rows to numpy arrays on the host. Masks come from lengths, never from token ids."""
 
+import collections
 import dataclasses
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,6 +26,23 @@ def bucket(length: int, limit: int) -> int:
     while size < length:
         size += size // 2 if size & (size - 1) == 0 else size // 3
     return min(size, limit)
+
+
+def widths(longest: Iterable[int], limit: int, worth: float) -> tuple[int, ...]:
+    """Widths for batches whose longest rows have these lengths, narrowest first: of those of `bucket` the widest, and
+    others as long as each saves at least `worth` columns in all batches together."""
+    counts = collections.Counter(bucket(length, limit) for length in longest)
+
+    def columns(chosen: set[int]) -> int:
+        return sum(number * min(w for w in chosen if w >= width) for width, number in counts.items())
+
+    chosen = {max(counts)}
+    while others := counts.keys() - chosen:
+        best = min(others, key=lambda width: (columns({*chosen, width}), width))
+        if columns(chosen) - columns({*chosen, best}) < worth:
+            break
+        chosen.add(best)
+    return tuple(sorted(chosen))
 
 
 def batch(rows: Sequence[SFTRow], pad_id: int, length: int) -> Batch:

@@ -8,12 +8,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from jaxrlhf import runs, sharding, weights
+import jax
+
+from jaxrlhf import runs, runtime, sharding, weights
 from jaxrlhf.config import DistillConfig, DPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import Split
 from jaxrlhf.data.packing import pack
-from jaxrlhf.models import for_length
+from jaxrlhf.models import for_length, init
 from jaxrlhf.training import by_length, pretrained, setup
 from jaxrlhf.training.abstract import build
 from jaxrlhf.training.adapters import add_adapters, split_trainable
@@ -28,6 +30,7 @@ from jaxrlhf.training.step import Spec
 from jaxrlhf.types import Params
 
 Config = TypeVar("Config", SFTConfig, RewardConfig, DPOConfig, DistillConfig)
+LOOKED_AT = 256  # batches at most whose lengths decide on widths
 FEW_HELD_OUT = 5  # rows below which the best state is a matter of chance
 
 
@@ -84,6 +87,22 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
         self.total_steps = min(steps, train.max_steps or steps)
         """Optimizer steps of `.train()`; the last batch is filled up from the next epoch."""
         self.eval_every = train.eval_every or math.ceil(len(rows.train) / train.batch_size)
+        free = not (train.packing or sampled or train.micro_batch_tokens)
+        self.widths = self._few_widths(texts) if free else ()
+        """Columns of the texts of a batch, of which it takes the least that it fits in; empty: those of
+        `batching.bucket`."""
+
+    def _few_widths(self, texts: int) -> tuple[int, ...]:
+        """Widths of the batches of the run, without those that save less time than their programs take to compile. Of
+        the batches of a long run, LOOKED_AT are looked at."""
+        every = math.ceil(self.total_steps / LOOKED_AT)
+        steps = range(0, self.total_steps, every)
+        longest = [max(batching.row_length(self.rows.train[i]) for i in self.order(step)) for step in steps]
+        parameters = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: init(self.model, self.key))))
+        flops_of_column = 6 * parameters * texts * self.config.train.batch_size
+        worth = runtime.flops_of_compiling(self.model.platform) * self.mesh.size / flops_of_column
+        chosen = batching.widths(longest, self.model.max_positions, worth / every)
+        return tuple(sorted({*chosen, self._columns}))
 
     def load(self, objective: Any = None, *, frozen_trunk: bool = False, **more: Any) -> None:
         """Read or initialise the parameters, and split them into `state`, with `more` fields, and `frozen`."""
@@ -117,6 +136,8 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
         """Model, precision, devices, tokenizer and data, one line each, and warnings about a run that is too short."""
         config, train = self.config, self.config.train
         lines = [setup.describe(config, self.model, self.tokenizer, self.rows.report, self.mesh)]
+        if self.widths:
+            lines.append(f"width of batches: {' or '.join(map(str, self.widths))} tokens")
         if self.total_steps < (train.max_steps or 0):
             lines.append(
                 f"{self.total_steps} steps, fewer than train.max_steps ({train.max_steps}): train.num_train_epochs "
@@ -184,7 +205,9 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
 
     def padded_length(self, rows: Sequence[Any]) -> int:
         """Columns of a batch of these rows, unless they are packed."""
-        return batching.bucket(max(map(batching.row_length, rows)), self.model.max_positions)
+        longest = max(map(batching.row_length, rows))
+        fitting = (width for width in self.widths if width >= longest)
+        return next(fitting, batching.bucket(longest, self.model.max_positions))
 
     def save_pretrained(self, directory: str | Path, *, merge_lora: bool = False) -> Path:
         """Write the model, its config and its tokenizer in Hugging Face layout; only what trains of a LoRA run unless

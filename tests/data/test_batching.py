@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrlhf.data.batching import batch, bucket, pairs, prompts
+from jaxrlhf.data.batching import batch, bucket, pairs, prompts, widths
 from jaxrlhf.data.datasets import PairRow, PromptRow, SFTRow
 
 PAD = 7  # also a real token below: masks must come from lengths
@@ -51,3 +51,19 @@ def test_buckets_hold_the_batch_waste_little_and_are_few(length, extra):
 
 def test_two_sizes_per_doubling():
     assert sorted({bucket(n, 500) for n in range(1, 501)}) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 500]
+
+
+@given(longest=st.lists(st.integers(1, 500), min_size=1, max_size=60), worth=st.integers(0, 5000))
+@settings(max_examples=60, deadline=None)
+def test_few_widths_each_of_which_saves_what_it_is_worth(longest, worth):
+    def columns(chosen):
+        return sum(min(width for width in chosen if width >= length) for length in longest)
+
+    chosen, every = widths(longest, 500, worth), {bucket(length, 500) for length in longest}
+    assert list(chosen) == sorted(chosen) and {max(every)} <= {*chosen} <= every
+    assert widths(longest, 500, 0) == tuple(sorted(every))
+    assert widths(longest, 500, float("inf")) == (max(every),)
+    for width in every - {*chosen}:
+        assert columns(chosen) - columns({*chosen, width}) < worth
+    if len(chosen) > 1:
+        assert columns({max(chosen)}) - columns(chosen) >= worth * (len(chosen) - 1)

@@ -7,7 +7,7 @@ import pytest
 from support.runs import length_reward, supervised_step
 from support.traced import compilations
 
-from jaxrlhf import config
+from jaxrlhf import config, runtime
 from jaxrlhf.config import schema
 from jaxrlhf.errors import Preempted
 from jaxrlhf.rollout import engine
@@ -74,6 +74,20 @@ def test_supervised_programs_compile_once(method, make, stop_at_two):
         assert count["update"] == 1 and count["evaluate"] == 1, count
         make(method).train()  # resumes in the same process, and evaluates twice more
     assert count["update"] == 1 and count["evaluate"] == 1, count
+
+
+@pytest.mark.parametrize(("worth", "widths"), [(1e12, 1), (0.0, 3)])
+def test_a_width_is_compiled_if_it_saves_as_much_as_that_takes(worth, widths, supervised, tmp_path, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f'{{"prompt": "say red ", "completion": "{"o" * i}"}}\n' for i in range(1, 19)))
+    monkeypatch.setattr(runtime, "flops_of_compiling", lambda backend: worth)
+    options = {"run_dir": str(tmp_path / "run"), "data": config.Data(path=str(file), shuffle=False)}
+    trainer = SFTTrainer(config.SFTConfig(**supervised | options | {"train": config.Train(batch_size=6)}))
+    assert trainer.widths == (16, 24, 32)[-widths:]
+    assert f"width of batches: {' or '.join(map(str, trainer.widths))} tokens" in trainer.about()
+    with compilations() as count:
+        trainer.train()
+    assert count["update"] == widths, count
 
 
 @pytest.mark.parametrize(
