@@ -12,6 +12,8 @@ from jaxrlhf import sharding
 from jaxrlhf.errors import StorageError
 
 EXPERTS = ".lora.layers.experts."  # in the names of adapters of experts and of their moments
+SMALL = 2**18
+"""Elements of a leaf that the host sums up sooner than a program for its shape is compiled."""
 
 
 def leaves_by_name(tree: Any) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def digests(leaves: dict[str, Any]) -> dict[str, str]:
     changes the digest, as every multiplier is odd.
     """
     # One leaf at a time: each sums over devices, and XLA's CPU client deadlocks on many such programs at once.
-    sums = {name: jax.device_get(_weighted_sums(sharding.to_device(leaf))) for name, leaf in leaves.items()}
+    sums = {name: _sums_of(leaf) for name, leaf in leaves.items()}
     return {name: f"{int(a):08x}{int(b):08x}:{_dtype_and_shape(leaves[name])}" for name, (a, b) in sums.items()}
 
 
@@ -97,6 +99,18 @@ def _dtype_and_shape(leaf: Any) -> str:
     return f"{leaf.dtype}:{'x'.join(map(str, leaf.shape))}"
 
 
+def _sums_of(leaf: Any) -> np.ndarray:
+    """The two sums of a digest, uint32 [2]; those of a small leaf on the host, which compiles nothing."""
+    if leaf.size <= SMALL and (not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        values = np.ascontiguousarray(jax.device_get(leaf)).reshape(-1)
+        words = values.view(_word(values.dtype)).astype(np.uint32)
+        products = (words * factor for factor in _factors(np.arange(len(words), dtype=np.uint32)))
+        return np.stack([np.sum(product, dtype=np.uint32) for product in products])
+    return jax.device_get(_weighted_sums(sharding.to_device(leaf)))
+
+
 @jax.jit
 def _weighted_sums(x: jax.Array) -> jax.Array:  # uint32 [2]
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -104,9 +118,16 @@ def _weighted_sums(x: jax.Array) -> jax.Array:  # uint32 [2]
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     # elements of 8 bytes become two words on a new last axis
-    word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
-    index = sharding.element_indices(words.shape)
-    first = (index * np.uint32(0x9E3779B1) ^ (index >> 15)) | np.uint32(1)
-    second = (index * np.uint32(0x85EBCA77) + np.uint32(0xC2B2AE3D)) | np.uint32(1)
-    return jnp.stack([jnp.sum(words * first, dtype=jnp.uint32), jnp.sum(words * second, dtype=jnp.uint32)])
+    words = jax.lax.bitcast_convert_type(x, _word(x.dtype)).astype(jnp.uint32)
+    factors = _factors(sharding.element_indices(words.shape))
+    return jnp.stack([jnp.sum(words * factor, dtype=jnp.uint32) for factor in factors])
+
+
+def _word(dtype: Any) -> Any:
+    return {1: np.uint8, 2: np.uint16}.get(dtype.itemsize, np.uint32)
+
+
+def _factors(index: Any) -> tuple[Any, Any]:
+    """The odd multipliers of words with these numbers, uint32 arrays of jax or NumPy."""
+    first = (index * np.uint32(0x9E3779B1) ^ (index >> np.uint32(15))) | np.uint32(1)
+    return first, (index * np.uint32(0x85EBCA77) + np.uint32(0xC2B2AE3D)) | np.uint32(1)

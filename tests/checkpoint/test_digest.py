@@ -5,8 +5,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf.checkpoint import digest
 from jaxrlhf.checkpoint.digest import check_leaves, digests, leaves_by_name, with_seal
 from jaxrlhf.errors import StorageError
+
+
+@pytest.fixture(params=["host", "device"], autouse=True)
+def summed(request, monkeypatch):
+    """Where the digests of small leaves are computed: with the same results."""
+    if request.param == "device":
+        monkeypatch.setattr(digest, "SMALL", 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "int32", "uint8", "bool", "key"])
+def test_host_and_device_give_the_same_digests(dtype, monkeypatch):
+    for shape in ((), (1,), (7, 5), (3, 4, 5)):
+        numbers = 100 * np.random.default_rng(0).normal(size=shape)
+        x = jax.random.key(3) if dtype == "key" else jnp.asarray(numbers).astype(dtype)
+        found = set()
+        for small in (0, 2**18):
+            monkeypatch.setattr(digest, "SMALL", small)
+            found.add(digests({"x": x})["x"])
+        assert len(found) == 1, shape
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint8", "bool"])
