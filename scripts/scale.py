@@ -4,8 +4,9 @@
     JAX_PLATFORMS=cpu python scripts/scale.py                  # every case, an hour or two on two cores
     JAX_PLATFORMS=cpu python scripts/scale.py 70b-lora@h100:8  # cases by name
 
-The programs are those of `jaxrlhf plan --devices`, compiled for the target. Only decoding on a GPU, in which every
-layer is written out, is compiled with 2 and with 4 layers and extrapolated: layers are alike.
+The programs are those of `jaxrlhf plan --devices`, compiled for the target. Only decoding on a GPU and the copy of the
+model for it, in which every layer is written out, are compiled with 2 and with 4 layers and extrapolated: layers are
+alike.
 """
 
 import argparse
@@ -108,30 +109,29 @@ def config_of(folder: Path, case: str, layers: int | None = None, layout: str = 
     return load_config("ppo", None, list(options.items()))
 
 
-DECODING = "_admit", "_advance"  # programs of a rollout
-
-
 class _Done(Exception):
     pass
 
 
-class _WithoutDecoding(Traced):
-    """Compiles all programs but those of DECODING."""
+UNROLLED = {"copy for decoding": ("convert",), "rollout": ("_admit", "_advance")}
+"""By phase: programs in which every layer is written out on a GPU."""
+
+
+class _Scanned(Traced):
+    """Compiles all programs but those that are `UNROLLED`."""
 
     def compile(self, program: Any, *args: Any, **kwargs: Any) -> Any:
-        if program.__name__ in DECODING:
+        if any(program.__name__ in names for names in UNROLLED.values()):
             return super().compile(program, *args, **kwargs)
         return Programs.compile(self, program, *args, **kwargs)
 
 
-class _OnlyDecoding(Traced):
-    """Compiles those of DECODING alone, and ends with the last."""
+class _Unrolled(Programs):
+    """Compiles the `UNROLLED` programs alone, and ends with the last."""
 
     def compile(self, program: Any, *args: Any, **kwargs: Any) -> Any:
-        if program.__name__ not in DECODING:
-            return super().compile(program, *args, **kwargs)
-        outputs = Programs.compile(self, program, *args, **kwargs)
-        if program.__name__ == DECODING[-1]:
+        outputs = super().compile(program, *args, **kwargs)
+        if program.__name__ == UNROLLED["rollout"][-1]:
             raise _Done
         return outputs
 
@@ -157,44 +157,47 @@ class Row:
         return Row(*values)
 
 
-def decoding(folder: Path, case: str, target: targets.Target, layers: int, layout: str) -> Row:
-    """The rollout of a model of few layers."""
+def unrolled(folder: Path, case: str, target: targets.Target, layers: int, layout: str) -> dict[str, Row]:
+    """The phases of the `UNROLLED` programs with a model of few layers; their bytes are those beside the arguments."""
     with topology.on(target):
         trainer = abstract_trainer(config_of(folder, case, layers, layout))
-        programs = _OnlyDecoding()
+        programs = _Unrolled()
         with contextlib.suppress(_Done):
             compile_longest(trainer, programs)
-        ran = *programs["admit"], *programs["advance"]
-        beside = max(plan.beside(one) for one in ran)
-        return Row.of(Phase("rollout", {"beside": beside}, ran, trainer.mesh, LENGTH - 1), target)
+        rows = {}
+        for name, among in UNROLLED.items():
+            ran = tuple(one for program in among for one in programs[program.lstrip("_")])
+            beside = max(plan.beside(one) for one in ran)
+            rows[name] = Row.of(Phase(name, {"beside": beside}, ran, trainer.mesh, LENGTH - 1), target)
+        return rows
 
 
 def examine(case: str, folder: Path, *, compiled: bool) -> dict[str, Any]:
     """Plan a case, or estimate it without a compiler; figures by phase, bytes and seconds."""
-    started = time.time()
+    started, before = time.time(), time.process_time()
     target = targets.parse(case.split("@")[1])
     config, shallow = config_of(folder, case), compiled and target.accelerator.platform == "gpu"
     if compiled:
         with topology.on(target):
             trainer = abstract_trainer(config)
-            made = plan.plan_of(trainer, _WithoutDecoding() if shallow else None)
+            made = plan.plan_of(trainer, _Scanned() if shallow else None)
         assert isinstance(trainer, PPOTrainer)
         # "auto" would choose another layout for few layers
         layout = "sharded" if "fsdp" in trainer.sampler.conversion[-1] else "replicated"
     else:
         made, layout = plan.estimate(config, target), "auto"
-    found = {phase.name: phase for phase in made.phases}
-    rows = {}
-    for name, phase in found.items():
-        if name == "rollout" and shallow:
-            few, more = (decoding(folder, case, target, depth, layout) for depth in DEPTHS)
-            layers = SIZES[case.split("-")[0]]["num_hidden_layers"]
-            steps = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
-            rows[name] = few.further(more, steps)
-            # scratch, to which the cache does not belong, is not linear in the depth: that of the deeper model
-            rows[name].total = phase.total - phase.bytes["activations, rest"] + more.total
-        else:
-            rows[name] = Row.of(phase, target)
+    rows = {phase.name: Row.of(phase, target) for phase in made.phases}
+    if shallow:
+        few, more = (unrolled(folder, case, target, depth, layout) for depth in DEPTHS)
+        layers = SIZES[case.split("-")[0]]["num_hidden_layers"]
+        for phase in made.phases:
+            if phase.name not in few:
+                continue
+            name, known = phase.name, phase.total - phase.bytes["activations, rest"]
+            rows[name] = few[name].further(more[name], (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
+            if name == "rollout":  # scratch, to which the cache does not belong, is not linear in the depth
+                rows[name].total = more[name].total
+            rows[name].total += known
     seconds = made.step_seconds(lambda phase: rows[phase.name].least)
     used = roofline.utilisation(made.step, seconds, made.devices, target)
     return {
@@ -207,6 +210,7 @@ def examine(case: str, folder: Path, *, compiled: bool) -> dict[str, Any]:
         "seconds": seconds,
         "mfu": used,
         "minutes": (time.time() - started) / 60,
+        "processor_seconds": time.process_time() - before,
         "versions": {name: runtime.version(name) for name in ("jax", "libtpu", "jax-cuda13-plugin")},
     }
 
