@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxrlhf import errors, stopping
-from jaxrlhf.errors import ConfigError, JaxrlhfError, PeerLost, first_line, quoted, visible
+from jaxrlhf.errors import ConfigError, Interrupted, JaxrlhfError, PeerLost, first_line, quoted, visible
 
 T = TypeVar("T")
 START_TIMEOUT = 120
@@ -31,6 +31,7 @@ START_TIMEOUT = 120
 HEARTBEAT_TIMEOUT = 30
 """Seconds without a sign of life after which a process counts as dead, and the others end."""
 _ending = threading.Event()
+_asked: "Request | None" = None  # of the `stoppable` block
 _FAILED = "jaxrlhf/failed"  # key under which a process that ends with an error says so
 
 
@@ -209,10 +210,27 @@ def require_same_code() -> None:
     require_agreement("code", code | {"python": ".".join(map(str, sys.version_info[:3]))})
 
 
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Block that a request to stop in any process ends, by Interrupted in all of them, wherever `check_stop` is called
+    in it. `stopping.check` sees those of this process; with several it may be called in `shared` alone."""
+    global _asked
+    outer, _asked = _asked, Request()
+    try:
+        with stopping.armed():
+            check_stop()
+            yield
+    finally:
+        _asked = outer
+
+
 def check_stop() -> None:
-    """`stopping.check`, in a run of one process: several have to stop at the same place."""
+    """Raise Interrupted after a request to stop, in a `stoppable` block. With several processes it is a collective, and
+    sees the requests that were made before the last call in the block."""
     if count() == 1:
         stopping.check()
+    elif _asked is not None and _asked.seen(stopping.requested()):
+        raise Interrupted
 
 
 class Request:

@@ -13,7 +13,7 @@ from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.doctor import loss_mask
 from jaxrlhf.errors import visible
 from jaxrlhf.metrics.console import duration
-from jaxrlhf.plan import Plan, costs, plan_of
+from jaxrlhf.plan import Phase, Plan, costs, plan_of
 from jaxrlhf.plan.programs import Trainer, abstract_trainer
 from jaxrlhf.plan.report import available_memory
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
@@ -73,7 +73,7 @@ def _text(tokens: list[int], mask: list[bool], tokenizer: Tokenizer, *, colour: 
 
 def needs(plan: Plan, steps: int, grace: float) -> Iterator[str]:
     """The peak of memory, the size of a checkpoint, and the least time of a step and of all, with a warning if a step
-    takes longer than `grace` seconds."""
+    without its rollout takes longer than `grace` seconds."""
     available, peak = available_memory(plan.devices), plan.peak
     free = "the device does not report its free memory"
     if available.free is not None:
@@ -83,7 +83,11 @@ def needs(plan: Plan, steps: int, grace: float) -> Iterator[str]:
     yield f"\nmemory: at most {peak.total / 1e9:.2g} GB on each device, in the phase {peak.name}; {free}"
     yield f"a checkpoint is {plan.state / 1e9:.2g} GB; `jaxrlhf plan` shows the parts, and what saves memory"
     rates = costs.measure({product.dtype for phase in plan.step for product in phase.products})
-    seconds = plan.step_seconds(lambda phase: costs.least_seconds(phase.products, rates, phase.devices))
+
+    def least(phase: Phase) -> float:
+        return costs.least_seconds(phase.products, rates, phase.devices)
+
+    seconds = plan.step_seconds(least)
     speeds = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in sorted(rates.flops.items()))
     yield (
         f"time: about {seconds:.2g} s for the matrix products of a step whose rows are all as long as the longest, at "
@@ -91,10 +95,10 @@ def needs(plan: Plan, steps: int, grace: float) -> Iterator[str]:
         "else comes on top (compilation, other operations, reward functions, evaluation, saving) and is not estimated: "
         "a run prints its own estimate (eta) after the second step"
     )
-    if seconds > grace:
+    if plan.step_seconds(lambda phase: 0.0 if "rollout" in phase.name else least(phase)) > grace:
         yield (
-            f"warning: a step takes longer than checkpoint.grace ({grace:g} s): a signal to stop may be seen only at "
-            "its end, and a run that is killed loses the steps since its last checkpoint"
+            f"warning: a step, rollout aside, takes longer than checkpoint.grace ({grace:g} s): a signal to stop may "
+            "be seen only at its end, and a run that is killed loses the steps since its last checkpoint"
         )
 
 

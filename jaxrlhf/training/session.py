@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf import checkpoint, compilation, distributed, metrics, report, runs, sharding, stopping
+from jaxrlhf import checkpoint, compilation, distributed, metrics, report, runs, sharding
 from jaxrlhf.config import GRPOConfig
 from jaxrlhf.errors import Interrupted, Preempted, RewardError, StorageError
 from jaxrlhf.metrics.keys import EPOCHS
@@ -232,7 +232,7 @@ class Session:
         replaced it: a signal ends that wait, the state is saved, and Preempted raised. A RewardError is treated as in
         `save_on_reward_error`."""
         try:
-            with self.save_on_reward_error(step), stopping.armed():
+            with self.save_on_reward_error(step), distributed.stoppable():
                 yield
         except Interrupted:
             if not step:
@@ -251,7 +251,7 @@ class Session:
                 yield
             return
         try:
-            with self.clock.spent("evaluation"), stopping.armed():
+            with self.clock.spent("evaluation"), distributed.stoppable():
                 yield
         except Interrupted:
             self.flush()
@@ -267,7 +267,7 @@ class Session:
     def export(self, save: Callable[[Path], Path]) -> Path:
         """Write the export of a run whose last state is saved; returns its folder. Raises Preempted after a signal."""
         try:
-            with stopping.armed():
+            with distributed.stoppable():
                 folder = save(self.directory / "export")
                 self.note(f"exported to {folder}")
                 return folder

@@ -4,11 +4,13 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxrlhf import distributed, metrics, runs
+from jaxrlhf import metrics, runs
 from jaxrlhf.runs import wallclock
 from jaxrlhf.training.setup import RunConfig
 
 Record = Mapping[str, Any]
+SEEN_AT_ONCE = ("perf/rollout_seconds",)
+"""Timings of a record, beside those of rewards, during which a signal is seen at once."""
 
 
 class Timing:
@@ -26,7 +28,7 @@ class Timing:
         content = self._run.content
         self._times = wallclock.before(content["starts"][:-1], content.get("time", {}), kept, removed)
         self._write(step=step, total_steps=self._total_steps)
-        if (seconds := wallclock.step_seconds(kept, ["training"], self._seen_at_once)) is not None:
+        if (seconds := wallclock.step_seconds(kept, ["training"], SEEN_AT_ONCE)) is not None:
             self._warn_of_long_steps(seconds)
 
     def logged(self, record: Record) -> None:
@@ -36,7 +38,7 @@ class Timing:
     def end_step(self, record: Callable[[], Record]) -> None:
         """End a step: after the first one say if it takes too long. `record` waits for it and returns its record."""
         if not self._length_known:
-            seconds = wallclock.step_seconds([record()], ["training"], self._seen_at_once) or 0.0
+            seconds = wallclock.step_seconds([record()], ["training"], SEEN_AT_ONCE) or 0.0
             self._warn_of_long_steps(seconds + self.clock.since_taken("training"))
 
     def saved(self, step: int, seconds: float, records: Callable[[], Sequence[Record]]) -> None:
@@ -71,12 +73,6 @@ class Timing:
         wallclock.add(self._times, self.clock.take())
         self._run.content["time"] = {part: round(seconds, 3) for part, seconds in self._times.items()}
         self._run.record(**facts)
-
-    @property
-    def _seen_at_once(self) -> list[str]:
-        """Timings of a record, beside those of rewards, during which a signal is seen at once: rollouts are several
-        programs."""
-        return [] if distributed.count() > 1 else ["perf/rollout_seconds"]
 
     def _warn_of_long_steps(self, seconds: float) -> None:
         """Say, once, if a step takes longer than the time that a signal leaves: before the first step of a run that is

@@ -52,6 +52,7 @@ def write_file(file: Path, sources: Sequence[Source]) -> None:
     ordered = sorted(sources, key=lambda s: (-s.dtype.itemsize, s.name))
     if not distributed.is_primary():
         for source in ordered:
+            distributed.check_stop()
             source.read()
         return
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it

@@ -188,6 +188,14 @@ def test_an_error_of_the_reward_in_one_process_stops_all(together):
     assert "process 1: " in together[1][0]["reward_error"] and "no score today" in together[1][0]["reward_error"]
 
 
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_ppo_in_all_at_the_same_place(together):
+    """During the validation that follows it, or the next rollout."""
+    said = "stopped after step 1 of 2; run the same command again to resume"
+    for found in together[1]:
+        assert found["stopped"] == 2 * [[said, [1], True]]
+
+
 def _records(run: pathlib.Path) -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines]

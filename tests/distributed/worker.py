@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import sys
 import time
 from typing import Any
@@ -21,7 +22,7 @@ from jaxrlhf import PPOTrainer, config, runs, sharding, weights  # noqa: E402
 from jaxrlhf.checkpoint import Checkpoints  # noqa: E402
 from jaxrlhf.checkpoint.digest import digests, leaves_by_name  # noqa: E402
 from jaxrlhf.config.file import load_config  # noqa: E402
-from jaxrlhf.errors import ConfigError, DataError, RewardError  # noqa: E402
+from jaxrlhf.errors import ConfigError, DataError, Preempted, RewardError  # noqa: E402
 from jaxrlhf.training import setup  # noqa: E402
 from jaxrlhf.weights import safetensors  # noqa: E402
 
@@ -136,5 +137,27 @@ try:
     PPOTrainer(dataclasses.replace(ppo, run_dir=f"{ppo.run_dir}-failing"), failing).train()
 except RewardError as error:
     found["reward_error"] = str(error)
+
+# A signal to process 1 after the first update: before its validation, and after it
+found["stopped"] = []
+for end_first in (False, True):
+    stopped = dataclasses.replace(ppo, run_dir=f"{ppo.run_dir}-stopped-{end_first}")
+    trainer = PPOTrainer(stopped, reward)
+    end = trainer._end_update
+
+    def signalled(*arguments: Any, end: Any = end, end_first: bool = end_first) -> None:
+        end(*arguments) if end_first else None
+        if number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        end(*arguments) if not end_first else None
+
+    trainer._end_update = signalled
+    try:
+        trainer.train()
+    except Preempted as error:
+        saved = Checkpoints(f"{stopped.run_dir}/checkpoints", 3, True).steps
+        trainer = PPOTrainer(stopped, reward)
+        trainer.train()
+        found["stopped"].append([str(error), saved, digests(leaves_by_name(trainer.state.value)) == found["params"]])
 (folder / f"{number}.json").write_text(json.dumps(found))
 print("done", os.getpid())

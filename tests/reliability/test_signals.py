@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.runs import records
 
-from jaxrlhf import config, stopping
+from jaxrlhf import config, distributed, stopping
 from jaxrlhf.errors import Interrupted, Preempted
 from jaxrlhf.rewards.sources.worker import Worker
 from jaxrlhf.rollout import engine
@@ -249,7 +249,7 @@ def test_requests_are_seen_where_they_are_looked_for():
             assert stopping.requested()
             stopping.check()
         stopping.check()  # not armed
-        with pytest.raises(Interrupted), stopping.armed():
+        with pytest.raises(Interrupted), distributed.stoppable():
             raise AssertionError("it was asked for before")
     with stopping.handling(), stopping.armed():  # another run, which nobody has asked
         assert not stopping.requested()
