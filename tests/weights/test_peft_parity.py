@@ -51,6 +51,7 @@ CONFIGS = {
     "granite": LLAMA | {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     "gpt_neox": {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"},
     "phi3": LLAMA | {"pad_token_id": 0, "eos_token_id": 2},
+    "ministral3": LLAMA | {"head_dim": 8},
     "qwen3_moe": LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
     "olmoe": LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16, "pad_token_id": 0},
     "qwen3_5_text": LLAMA

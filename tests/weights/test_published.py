@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from support.published import OLMOE, PHI3_MINI_4K, PHI4_MINI, PYTHIA_70M, QWEN3_30B, QWEN35_27B
+from support.published import MINISTRAL_3B, OLMOE, PHI3_MINI_4K, PHI4_MINI, PYTHIA_70M, QWEN3_30B, QWEN35_27B
 
 from jaxrlhf import models
 from jaxrlhf.models import Rope
@@ -174,10 +174,113 @@ GRANITE_2B = {
     "torch_dtype": "bfloat16",
     "vocab_size": 49159,
 }
+GPT2 = {
+    "activation_function": "gelu_new",
+    "architectures": ["GPT2LMHeadModel"],
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2",
+    "n_ctx": 1024,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_positions": 1024,
+    "vocab_size": 50257,
+}
+QWEN25_05B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 24,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN3_06B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+MISTRAL_7B = {
+    "architectures": ["MistralForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32768,
+}
+LLAMA32_1B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
 LINEAR = Rope(theta=1e6, kind="linear", factor=8.0)
 YARN = Rope(theta=5e5, kind="yarn", factor=8.0, original_max_positions=8192, attention_factor=1.2079441541679836)
 # name: (config.json, parameters, some of what it says)
 PUBLISHED = {
+    "gpt2": (GPT2, 124_439_808, {"mlp_size": 3072, "tie_embeddings": True, "rope": None}),
+    "Llama-3.2-1B": (LLAMA32_1B, 1_235_814_400, {"head_dim": 64, "tie_embeddings": True}),
+    "Mistral-7B-v0.3": (MISTRAL_7B, 7_248_023_552, {"head_dim": 128, "sliding_window": None}),
+    "Ministral-3-3B": (MINISTRAL_3B, 3_429_006_336, {"head_dim": 128, "tie_embeddings": True}),
+    "Qwen2.5-0.5B": (QWEN25_05B, 494_032_768, {"head_dim": 64, "qkv_bias": True, "sliding_layers": (False,) * 24}),
+    "Qwen3-0.6B": (QWEN3_06B, 596_049_920, {"head_dim": 128, "qk_norm": True}),
     "Phi-3-mini-4k": (PHI3_MINI_4K, 3_821_079_552, {"sliding_window": 2047}),
     "Phi-4-mini": (PHI4_MINI, 3_836_021_760, {"num_kv_heads": 8}),
     "pythia-70m": (PYTHIA_70M, 70_426_624, {"parallel_residual": True}),
@@ -236,6 +339,11 @@ def test_what_a_published_file_says(name):
         assert [i for i, slides in enumerate(model.sliding_layers) if not slides] == [*range(5, model.num_layers, 6)]
     shapes = jax.eval_shape(lambda: models.init(model, jax.random.key(0)))
     assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(shapes)) == count
+
+
+def test_every_family_has_a_published_file():
+    parsed = {families.parse(config, name).family for name, (config, *_) in PUBLISHED.items()}
+    assert parsed == set(families.FAMILIES)
 
 
 @pytest.mark.parity
