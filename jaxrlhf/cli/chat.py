@@ -28,7 +28,8 @@ def chat(options: Options, overrides: Overrides) -> None:
             f"chat plays no environment, and environment.function is {config.environment.function}; leave it out, or "
             "use generate or evaluate, which play it"
         )
-    if environment := dict(environment_of_run([options.model], overrides)).get("environment.function"):
+    environment = dict(environment_of_run([options.model], overrides)).get("environment.function")
+    if environment:
         print(
             f"note: the run was trained with an environment, {json.loads(environment)}, which chat does not play: what "
             "it would answer is yours to write. generate and evaluate play it",
@@ -46,7 +47,7 @@ def chat(options: Options, overrides: Overrides) -> None:
                 if asked:
                     raise
                 print(f"note: replies are not scored, as the run's reward cannot be used: {error}", file=sys.stderr)
-        elif overrides_from_run(options.model, "reward", methods=("ppo", "grpo")):
+        elif not environment and overrides_from_run(options.model, "reward", methods=("ppo", "grpo")):
             print(
                 "note: replies are not scored: the run's config names no reward. If it was given in Python, give its "
                 "file and name: --reward.function FILE.py:NAME",

@@ -24,7 +24,8 @@ def after_training(config: Any) -> list[str]:
     export: Step = (("export", run, f"{run.rstrip('/')}-model", *merge), "the model in a folder of its own")
     match config:
         case PPOConfig() | GRPOConfig():
-            return _lines(report, compare, talk, export)
+            # chat plays no environment
+            return _lines(report, compare, *([] if config.environment.function else [talk]), export)
         case SFTConfig():
             reward = ("reward", "reward", "--model.path", run, "--data.path", "PAIRS.jsonl")
             ppo = ("ppo", "ppo", "--model.path", run, "--data.path", "PROMPTS.jsonl", "--reward.model", "REWARD_RUN")
