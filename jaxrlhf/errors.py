@@ -30,7 +30,8 @@ def shortened(text: str, width: int) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, `visible` and shortened in the middle if it is long, to quote in
     another message."""
-    lines = _text(error).strip(" \n\"'").splitlines()
+    text = _text(error).strip()
+    lines = (text.strip("\"'") if isinstance(error, KeyError) else text).splitlines()  # Python quotes the key
     return visible(shortened(lines[0] if lines else type(error).__name__, 240))
 
 

@@ -1,6 +1,7 @@
 """Atomic file writes, links that leave a folder, and JSON files that others have written."""
 
 import contextlib
+import errno
 import json
 import os
 from collections import Counter
@@ -78,6 +79,16 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def read_regular(file: Path, most: int = MAX_JSON) -> bytes:
+    """The content of a regular file of at most `most` bytes. Raises OSError, also for anything else: a named pipe would
+    wait for a writer, and a device has no end."""
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+    if (size := file.stat().st_size) > most:
+        raise OSError(errno.EFBIG, f"{size:,} bytes are more than the {most:,} allowed for this file", str(file))
+    return file.read_bytes()
 
 
 def read_json(file: Path) -> dict[str, Any]:

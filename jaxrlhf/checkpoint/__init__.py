@@ -21,6 +21,7 @@ from jaxrlhf.checkpoint import storage
 from jaxrlhf.checkpoint.digest import leaves_by_name, total_bytes
 from jaxrlhf.checkpoint.storage import TEMPORARY
 from jaxrlhf.errors import DamagedCheckpoint, StorageError
+from jaxrlhf.files import read_regular
 
 State = TypeVar("State")
 CORRUPT = "corrupt-"
@@ -282,6 +283,6 @@ class Checkpoints:
 
 def _recorded_reason(path: Path) -> str:
     try:
-        return (path / "reason.txt").read_text().strip()
+        return read_regular(path / "reason.txt").decode("utf-8", "replace").strip()
     except OSError:
         return "damaged"

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxrlhf import distributed
 from jaxrlhf.checkpoint.digest import check_leaves, digests, first_few, leaves_by_name, path_name, shape_of, with_seal
 from jaxrlhf.errors import DamagedCheckpoint, StorageError, first_line, quoted
+from jaxrlhf.files import read_regular
 from jaxrlhf.types import set_leaf
 
 State = TypeVar("State")
@@ -114,7 +115,7 @@ def verify(directory: Path, step: int) -> str:
 def read_record(directory: Path, step: int) -> dict[str, Any]:
     """Read the record of a checkpoint: `metric`, `extra`, and `leaves` (digests). Raises as `read_checkpoint` does."""
     try:
-        record = json.loads((directory / str(step) / "record" / "data.json").read_bytes())
+        record = json.loads(read_regular(directory / str(step) / "record" / "data.json"))
         intact = record["seal"] == with_seal(record)["seal"]
         written, version = record["step"], record["format"]
     except PermissionError as error:

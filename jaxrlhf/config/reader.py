@@ -106,8 +106,8 @@ class ConfigReader:
         _merge(target, leaf, value)
 
     def validate(self, mapping: dict[str, Any]) -> Any:
-        """The config, or None if there are problems. `${NAME}` in a value is the environment variable, except in texts
-        for a model; addresses and mappings keep it until they are used."""
+        """The config, or None if there are problems. `${NAME}` in a value is the environment variable, read as YAML if
+        the option takes no text, except in texts for a model; addresses and mappings keep it until they are used."""
         try:
             return pydantic.TypeAdapter(self.cls).validate_python(self._with_variables(mapping, ""))
         except pydantic.ValidationError as error:
@@ -131,8 +131,9 @@ class ConfigReader:
         if not isinstance(value, str) or annotation == Address or is_text(annotation):
             return value
         try:
-            return resolve(value, key)
-        except ConfigError as error:
+            found = resolve(value, key)
+            return found if found == value or str in allowed_types(annotation) else yaml12.load(found)
+        except (ConfigError, yaml.YAMLError) as error:
             self.problems.append((self._location(key), str(error)))
             return value
 

@@ -103,6 +103,14 @@ _EXPECTED = {
 }
 
 
+_OPTIONS = {
+    "dpo.loss=wpo": "dpo.use_weighting, with any loss",
+    "dpo.loss=ld_dpo": "dpo.ld_alpha, with any loss",
+    "dpo.loss=lddpo": "dpo.ld_alpha, with any loss",
+}
+"""Methods that are looked for among the values of an option."""
+
+
 def message(cls: type, error: Any) -> str:
     """All problems of a pydantic ValidationError of a config class, each with its key, the value and what to do."""
     problems = [(key, problem(cls, key, item)) for key, item in located(error)]
@@ -137,6 +145,8 @@ def problem(cls: type, key: str, error: Any) -> str:
         first = next(iter(dataclasses.fields(cls))).name
         return f"{show(value)} has no name; options are given by name, {first}=... for example"
     text = f"{key}: {describe(error)}"
+    if kind == "literal_error" and (option := _OPTIONS.get(f"{key}={value}".lower().replace("-", "_"))):
+        return f"{text.partition('; did you mean')[0]}; it is an option of its own: {option}"
     if kind == "dataclass_type" and isinstance(value, str) and f"{key}.path" in known_keys(cls, key):
         return f"{text}; did you mean '{key}.path'?"
     if kind == "dataclass_type" and isinstance(value, list | tuple) and f"{key}.mix" in known_keys(cls, key):

@@ -32,6 +32,9 @@ def suggestions(wrong: str, known: Sequence[str], count: int = 3) -> list[str]:
 
 
 def _ratio(a: str, b: str) -> float:
+    """Similarity from 0 to 1; letters in another order are closer than other letters."""
+    if a != b and sorted(a) == sorted(b):
+        return 0.9
     return difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()
 
 

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import io
 import json
+import logging
 import re
 import sys
 import time
@@ -59,6 +60,7 @@ class TensorBoard:
     def __init__(self, directory: Path, purge_step: int | None = None) -> None:
         self._directory, self._purge_step = directory, purge_step
         self._writer: Any = None
+        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # the run names such numbers itself
         self._flushed = 0.0
 
     def scalars(self, step: int, numbers: Mapping[str, float]) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from jaxrlhf.files import read_regular
+
 POSITIVE = (
     "amazing awesome beautiful best better brilliant calm clear clever comfortable confident delicious delightful easy "
     "elegant enjoy enjoyed excellent fair fantastic favourite favorite fine fresh friend friendly fun funny generous "
@@ -102,7 +104,7 @@ def _words(path: str, built_in: str) -> frozenset[str]:
     """Entries of the word list file, or of `built_in` if there is no path."""
     if not path:
         return frozenset(built_in.split())
-    lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    lines = read_regular(Path(path).expanduser()).decode("utf-8").splitlines()
     entries = frozenset(filter(None, (line.partition("#")[0].strip().casefold() for line in lines)))
     if not entries:
         raise ValueError(f"the word list {path} has no entries")

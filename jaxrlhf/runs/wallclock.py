@@ -23,7 +23,7 @@ NAMES: dict[Part, str] = {
     "compile": "compiling",
     "save": "saving",
     "restore": "restoring",
-    "lost": "lost to restarts",
+    "lost": "lost in unfinished steps",
     "other": "other",
 }
 PREFIX = "perf/time/"

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from jaxrlhf.errors import DataError, StorageError, counted
-from jaxrlhf.files import write_whole
+from jaxrlhf.files import check_links, read_regular, write_whole
 
 SUMS = "SHA256SUMS"
 SENTENCE = f"{SUMS} has a hash of each of its files; jaxrlhf verify and sha256sum -c {SUMS} compare them."
@@ -23,13 +23,17 @@ def write(folder: Path) -> None:
 def check(folder: Path) -> str:
     """Compare the files of an export with its SHA256SUMS; returns a sentence on what was compared.
 
-    Raises StorageError that lists the files that are missing, differ or are not in the list; also if there is no list
-    and the model card says that there was one. DataError if there is none, and no sign of one: a folder of an earlier
-    version, or of another program.
+    Raises StorageError that lists the files that are missing, differ or are not in the list; also for a link that leads
+    out of the folder, or if there is no list and the model card says that there was one. DataError if there is none,
+    and no sign of one: a folder of an earlier version, or of another program.
     """
     file = folder / SUMS
     try:
-        text = file.read_text(encoding="utf-8")
+        check_links(folder, subfolders=True)
+    except DataError as error:
+        raise StorageError(str(error)) from error
+    try:
+        text = read_regular(file).decode("utf-8")
         lines = [_LINE.fullmatch(line) for line in text.splitlines()]
     except FileNotFoundError as error:
         if _had_sums(folder):
@@ -56,7 +60,7 @@ def check(folder: Path) -> str:
 
 def _had_sums(folder: Path) -> bool:
     with contextlib.suppress(OSError):
-        return SENTENCE in (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+        return SENTENCE in read_regular(folder / "README.md").decode("utf-8", "replace")
     return False
 
 

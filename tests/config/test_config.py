@@ -9,6 +9,8 @@ import pytest
 from jaxrlhf.config import (
     PPO,
     Component,
+    DPOConfig,
+    GRPOConfig,
     ModelSource,
     PPOConfig,
     RewardSource,
@@ -45,6 +47,8 @@ from jaxrlhf.errors import ConfigError
         ),
         (lambda: Sampling(temperature="1"), "temperature: must be a number, got '1'"),  # type: ignore[arg-type]
         (lambda: ModelSource(path=pathlib.Path("m")), "path: must be text, got PosixPath('m'); write str(path)"),  # type: ignore[arg-type]
+        (lambda: replace(GRPOConfig(), **{"grpo.method": "gpdo"}), "; did you mean 'gdpo'?"),
+        (lambda: replace(DPOConfig(), **{"dpo.loss": "WPO"}), "an option of its own: dpo.use_weighting, with any loss"),
         (
             lambda: ModelSource(remat="ful"),  # type: ignore[arg-type]
             "remat: 'ful' is not one of 'auto', 'none', 'full', 'dots'; did you mean 'full'?",

@@ -117,6 +117,14 @@ def test_variables_in_a_config_file(tmp_path, monkeypatch):
     loaded = load_config("sft", file, [("model.path", "${SCRATCH}/$${x}")])
     assert (loaded.run_dir, loaded.model.path) == ("/fast/run", "/fast/${x}")
     assert loaded.data.template == "{prompt} costs ${SCRATCH}", "the text for a model"
+    monkeypatch.setenv("LR", "1e-3")
+    monkeypatch.setenv("ON", "true")
+    file.write_text("model: {path: m}\ndata: {path: a.jsonl}\nlora: {enabled: '${ON}'}\n")
+    loaded = load_config("sft", file, [("optim.learning_rate", "${LR}"), ("run_dir", "${LR}")])
+    assert (loaded.optim.learning_rate, loaded.lora.enabled, loaded.run_dir) == (1e-3, True, "1e-3")
+    monkeypatch.setenv("LR", "fast")
+    with pytest.raises(ConfigError, match="optim.learning_rate: must be a number, got 'fast'"):
+        load_config("sft", file, [("optim.learning_rate", "${LR}")])
     file.write_text("model: {path: m}\ndata:\n  path: ${NOPE}/a.jsonl\n")
     with pytest.raises(ConfigError, match=r"c.yaml:3: data.path has \$\{NOPE\}.*no environment variable NOPE"):
         load_config("sft", file)

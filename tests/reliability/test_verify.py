@@ -1,6 +1,7 @@
 """`jaxrlhf verify`, and the sums of an export."""
 
 import hashlib
+import os
 import pathlib
 import shutil
 import subprocess
@@ -63,6 +64,28 @@ def test_a_damaged_export(export, capsys, damage, says):
         sums.check(export)
     assert main(["verify", str(export)]) == 7
     assert f"DAMAGED {export}" in capsys.readouterr().out
+
+
+def test_named_pipes_are_not_waited_for(export, capsys):
+    run = export.parent / "run"
+    shutil.copytree(RECORDED / "ppo" / "run", run)
+    for file in (export / sums.SUMS, run / "checkpoints" / "2" / "record" / "data.json"):
+        file.unlink()
+        os.mkfifo(file)
+        assert main(["verify", str(export if file.parent == export else run)]) == 7
+        assert "not a regular file" in capsys.readouterr().out
+    (export / sums.SUMS).unlink()
+    card = export / "README.md"
+    card.unlink()
+    os.mkfifo(card)
+    assert main(["verify", str(export)]) == 4
+
+
+def test_a_link_out_of_an_export_is_not_followed(export, tmp_path, capsys):
+    (tmp_path / "private").write_text("secret")
+    (export / "notes.txt").symlink_to(tmp_path / "private")
+    assert main(["verify", str(export)]) == 7
+    assert "outside the folder" in capsys.readouterr().out
 
 
 def test_an_export_that_never_had_sums_is_not_called_damaged(export, capsys):

@@ -105,7 +105,9 @@ def test_costly_checkpoints_are_warned_of():
 
 def test_the_line_names_all_parts_that_can_be_seen():
     times = {"training": 70.0, "compile": 14.0, "save": 0.4, "lost": 15.6}
-    assert wallclock.line(times, 1, "1m40s") == "time: 1m40s; training 70 %, compiling 14 %, lost to restarts 16 %"
+    assert (
+        wallclock.line(times, 1, "1m40s") == "time: 1m40s; training 70 %, compiling 14 %, lost in unfinished steps 16 %"
+    )
     assert wallclock.line(times, 3, "1m40s").startswith("time: 1m40s in 3 starts; ")
 
 

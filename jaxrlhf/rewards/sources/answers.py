@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.errors import StorageError
+from jaxrlhf.files import read_regular
+
+LARGEST = 1 << 32  # bytes of a file of answers
 
 
 def read(files: Iterable[Path]) -> dict[str, Any]:
@@ -15,7 +18,7 @@ def read(files: Iterable[Path]) -> dict[str, Any]:
     answers = {}
     for file in files:
         try:
-            lines = file.read_bytes().splitlines() if file.exists() else []
+            lines = read_regular(file, LARGEST).splitlines() if file.exists() else []
         except OSError as error:
             raise StorageError(f"{file} cannot be read: {error.strerror or error}") from error
         for line in lines:

@@ -69,9 +69,10 @@ class Judge:
         asked = self._ask_all({"": body})
         reason = asked.failures.get("") or self._score_or_reason(asked.replies[""])[1]
         if reason:
+            it = "it" if "" in asked.failures else f"asked about the completion {SAMPLE!r}, it"
             raise RewardError(
-                f"reward {self.name} cannot judge: asked about the completion {SAMPLE!r} it {reason}. The run has not "
-                "begun; start the server, or correct reward.components"
+                f"reward {self.name} cannot judge: {it} {reason}. The run has not begun; start the server, or correct "
+                "reward.components"
             )
 
     def __call__(self, request: ScoreRequest) -> SourceScores:
