@@ -104,9 +104,9 @@ _EXPECTED = {
 
 
 _OPTIONS = {
-    "dpo.loss=wpo": "dpo.use_weighting, with any loss",
-    "dpo.loss=ld_dpo": "dpo.ld_alpha, with any loss",
-    "dpo.loss=lddpo": "dpo.ld_alpha, with any loss",
+    "loss=wpo": "dpo.use_weighting, with any loss",
+    "loss=ld_dpo": "dpo.ld_alpha, with any loss",
+    "loss=lddpo": "dpo.ld_alpha, with any loss",
 }
 """Methods that are looked for among the values of an option."""
 
@@ -145,7 +145,9 @@ def problem(cls: type, key: str, error: Any) -> str:
         first = next(iter(dataclasses.fields(cls))).name
         return f"{show(value)} has no name; options are given by name, {first}=... for example"
     text = f"{key}: {describe(error)}"
-    if kind == "literal_error" and (option := _OPTIONS.get(f"{key}={value}".lower().replace("-", "_"))):
+    if kind == "literal_error" and (
+        option := _OPTIONS.get(f"{key.rpartition('.')[2]}={value}".lower().replace("-", "_"))
+    ):
         return f"{text.partition('; did you mean')[0]}; it is an option of its own: {option}"
     if kind == "dataclass_type" and isinstance(value, str) and f"{key}.path" in known_keys(cls, key):
         return f"{text}; did you mean '{key}.path'?"
