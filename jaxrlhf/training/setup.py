@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -24,6 +24,7 @@ from jaxrlhf.config import (
     Sampling,
     SFTConfig,
 )
+from jaxrlhf.data import batching
 from jaxrlhf.data.tokenizer import Tokenizer, check_vocab
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import ModelConfig, cudnn_trouble, init
@@ -32,6 +33,9 @@ from jaxrlhf.training.adapters import with_adapters
 from jaxrlhf.types import Params
 
 RunConfig = SFTConfig | RewardConfig | DPOConfig | PPOConfig | GRPOConfig | DistillConfig
+
+LOOKED_AT = 256
+"""Batches at most whose lengths decide on the widths of a run."""
 
 
 def keys(seed: int) -> jax.Array:
@@ -156,6 +160,18 @@ def check_data(model: ModelConfig, *parts: Sequence[Any]) -> None:
 def params_fingerprint(params: Any) -> str:
     """A hash of frozen parameters."""
     return hashlib.sha256(repr(sorted(digests(leaves_by_name(params)).items())).encode()).hexdigest()
+
+
+def few_widths(
+    longest_at: Callable[[int], int], steps: int, rows: int, model: ModelConfig, mesh: jax.sharding.Mesh, limit: int
+) -> tuple[int, ...]:
+    """Widths for the batches of a run, at most `limit`, without those that save less time than their programs take to
+    compile. `longest_at(step)` are the tokens of the longest row of a step's batch, of which LOOKED_AT are looked at;
+    `rows` is the number of texts that a step trains on."""
+    every = -(-steps // LOOKED_AT)
+    parameters = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: init(model, jax.random.key(0)))))
+    worth = runtime.flops_of_compiling(model.platform) * mesh.size / (6 * parameters * rows)
+    return batching.widths(map(longest_at, range(0, steps, every)), limit, worth / every)
 
 
 def check_context(length: int, model: ModelConfig, what: str, lower: str) -> None:

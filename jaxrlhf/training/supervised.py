@@ -8,14 +8,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-import jax
-
-from jaxrlhf import runs, runtime, sharding, weights
+from jaxrlhf import runs, sharding, weights
 from jaxrlhf.config import DistillConfig, DPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import Split
 from jaxrlhf.data.packing import pack
-from jaxrlhf.models import for_length, init
+from jaxrlhf.models import for_length
 from jaxrlhf.training import by_length, pretrained, setup
 from jaxrlhf.training.abstract import build
 from jaxrlhf.training.adapters import add_adapters, split_trainable
@@ -30,7 +28,6 @@ from jaxrlhf.training.step import Spec
 from jaxrlhf.types import Params
 
 Config = TypeVar("Config", SFTConfig, RewardConfig, DPOConfig, DistillConfig)
-LOOKED_AT = 256  # batches at most whose lengths decide on widths
 FEW_HELD_OUT = 5  # rows below which the best state is a matter of chance
 
 
@@ -93,15 +90,11 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
         `batching.bucket`."""
 
     def _few_widths(self, texts: int) -> tuple[int, ...]:
-        """Widths of the batches of the run, without those that save less time than their programs take to compile. Of
-        the batches of a long run, LOOKED_AT are looked at."""
-        every = math.ceil(self.total_steps / LOOKED_AT)
-        steps = range(0, self.total_steps, every)
-        longest = [max(batching.row_length(self.rows.train[i]) for i in self.order(step)) for step in steps]
-        parameters = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: init(self.model, self.key))))
-        flops_of_column = 6 * parameters * texts * self.config.train.batch_size
-        worth = runtime.flops_of_compiling(self.model.platform) * self.mesh.size / flops_of_column
-        chosen = batching.widths(longest, self.model.max_positions, worth / every)
+        def longest(step: int) -> int:
+            return max(batching.row_length(self.rows.train[i]) for i in self.order(step))
+
+        rows, limit = texts * self.config.train.batch_size, self.model.max_positions
+        chosen = setup.few_widths(longest, self.total_steps, rows, self.model, self.mesh, limit)
         return tuple(sorted({*chosen, self._columns}))
 
     def load(self, objective: Any = None, *, frozen_trunk: bool = False, **more: Any) -> None:

@@ -90,6 +90,20 @@ def test_a_width_is_compiled_if_it_saves_as_much_as_that_takes(worth, widths, su
     assert count["update"] == widths, count
 
 
+@pytest.mark.parametrize(("worth", "widths"), [(1e12, 1), (0.0, 3)])
+def test_a_width_of_prompts_is_compiled_if_it_saves_as_much(worth, widths, ppo, tmp_path, monkeypatch):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f'{{"prompt": "say {"o" * i}"}}\n' for i in range(1, 25)))
+    monkeypatch.setattr(runtime, "flops_of_compiling", lambda backend: worth)
+    options = {"run_dir": str(tmp_path / "run"), "data": config.Data(path=str(file), shuffle=False)}
+    options["ppo"] = config.PPO(batch_size=8, total_episodes=24)
+    options["sampling"] = config.Sampling(response_length=7)  # odd, so that `trim` leaves the responses as they are
+    with compilations() as count:
+        PPOTrainer(config.PPOConfig(**ppo | options), reward=length_reward).train()
+    expected = dict.fromkeys(("generate", "annotate", "update"), widths)
+    assert {name: count[name] for name in expected} == expected, count
+
+
 @pytest.mark.parametrize(
     ("slots", "chunk", "rollout", "offload"),
     [

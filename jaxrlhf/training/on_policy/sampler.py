@@ -27,7 +27,8 @@ LOWER = "data.max_prompt_length or sampling.response_length"
 
 class Sampler:
     """Generates the responses of an update, a group of them to each prompt. `longest` is the number of tokens of the
-    longest known prompt (0: none is known).
+    longest known prompt (0: none is known), and `widths` are the columns that prompts are padded to, narrowest first,
+    where they fit (the others: `batching.bucket`).
 
     Raises ConfigError for what the model cannot do: prompts and responses beyond its context, filters beyond its
     vocabulary.
@@ -41,10 +42,11 @@ class Sampler:
         mesh: jax.sharding.Mesh,
         longest: int,
         environment: tuple[turns.Partner, Environment] | None = None,
+        widths: Sequence[int] = (),
     ) -> None:
         self.sampling, self.model, self.tokenizer, self.mesh = config.sampling, model, tokenizer, mesh
         self.batch, self._group, self.longest = config.settings.batch_size, config.settings.group, longest
-        self._environment = environment
+        self._environment, self._widths = environment, widths
         dtype: RolloutDType = model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
         self.decoder = inference_model(model, dtype)
         """The model that decodes."""
@@ -156,7 +158,8 @@ class Sampler:
         """`prompts` as arrays of NumPy."""
         longest = max(len(row.tokens) for row in rows)
         self._check_context(longest)
-        length = batching.bucket(longest, self.model.max_positions - self.sampling.response_length)
+        fitting = (width for width in self._widths if width >= longest)
+        length = next(fitting, batching.bucket(longest, self.model.max_positions - self.sampling.response_length))
         return batching.prompts(rows[::group], self.tokenizer.pad_id, length, occurrences(rows)[::group])
 
     def _check_context(self, longest: int) -> None:

@@ -85,11 +85,15 @@ class OnPolicyTrainer(Generic[Config]):
         if self.environment and train:
             check_columns(self.environment.signature, columns(train), self.environment.name)
         played = (self.environment, config.environment) if self.environment else None
-        self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, longest, played)
+        self.total_steps = self._total_steps()
+        widths = self._few_widths(longest) if train else ()
+        self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, longest, played, widths)
         self.ahead: Ahead | None = None
         if rollout_mesh is not None:
             there = dataclasses.replace(self.model, mesh=rollout_mesh)
-            self.ahead = Ahead(Sampler(config, there, self.tokenizer, rollout_mesh, longest), self.sampler)
+            self.ahead = Ahead(
+                Sampler(config, there, self.tokenizer, rollout_mesh, longest, None, widths), self.sampler
+            )
         directory, required = Path(config.run_dir), config.needs_reward
         self.scorer = Scorer(
             config.reward,
@@ -100,7 +104,6 @@ class OnPolicyTrainer(Generic[Config]):
             required=required,
             environment=config.environment,
         )
-        self.total_steps = self._total_steps()
         checks.check_run(config, self.mesh, self.sampler.columns + config.sampling.response_length)
         if train:
             self.scorer.check_rows(train)
@@ -397,6 +400,18 @@ class OnPolicyTrainer(Generic[Config]):
         asked = [f"{name}{f' ({n} criteria)' if n > 1 else ''}" for name, n in collections.Counter(asked).items()]
         asked += ["a person"] if self.scorer.has_human else []
         return [*about, *(f"{who} is asked about completions: {', '.join(parts)}; once each" for who in asked)]
+
+    def _few_widths(self, longest: int) -> tuple[int, ...]:
+        """Columns of the prompts of the run, the longest of which has so many tokens. An update annotates rows and
+        trains on them in each pass."""
+        settings = self.config.settings
+        rows = settings.batch_size * (1 + settings.optimizer_steps // settings.num_mini_batches)
+        limit = max(self.model.max_positions - self.config.sampling.response_length, longest)
+
+        def longest_at(step: int) -> int:
+            return max(len(row.tokens) for row in self.prompts(step))
+
+        return setup.few_widths(longest_at, self.total_steps, rows, self.model, self.mesh, limit)
 
     def _total_steps(self) -> int:
         settings = self.config.settings
