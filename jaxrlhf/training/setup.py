@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrlhf import distributed, runtime, sharding, weights
 from jaxrlhf.checkpoint.digest import digests, leaves_by_name
@@ -38,9 +39,14 @@ LOOKED_AT = 256
 """Batches at most whose lengths decide on the widths of a run."""
 
 
-def keys(seed: int) -> jax.Array:
-    """The random keys [4] of a run: for new parameters, the run itself, the critic, adapters."""
-    return jax.random.split(jax.random.key(seed), 4)
+def keys(seed: int) -> tuple[jax.Array, ...]:
+    """The four random keys of a run: for new parameters, the run itself, the critic, adapters."""
+    return _keys(np.uint32(seed))
+
+
+@jax.jit  # one program in place of those of its parts
+def _keys(seed: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(jax.random.split(jax.random.key(seed), 4))
 
 
 def model_config(

@@ -21,7 +21,12 @@ from jaxrlhf.types import Params
 
 
 def initial_state(
-    config: GRPOConfig, sampler: Sampler, scorer: Scorer, teacher: ModelConfig | None, updates: int, keys: Array
+    config: GRPOConfig,
+    sampler: Sampler,
+    scorer: Scorer,
+    teacher: ModelConfig | None,
+    updates: int,
+    keys: tuple[Array, ...],
 ) -> tuple[State, dict[str, Params], GRPOSpec, str]:
     """Load the models; returns (state, frozen parameters by role, spec, hash of the reference) of a run of so many
     `updates`. With adapters, the base model is the reference, unless there is a `teacher`; there is none where

@@ -24,7 +24,12 @@ from jaxrlhf.types import Experience, Params
 
 
 def initial_state(
-    config: PPOConfig, sampler: Sampler, scorer: Scorer, teacher: ModelConfig | None, updates: int, keys: Array
+    config: PPOConfig,
+    sampler: Sampler,
+    scorer: Scorer,
+    teacher: ModelConfig | None,
+    updates: int,
+    keys: tuple[Array, ...],
 ) -> tuple[State, dict[str, Params], PPOSpec, str]:
     """Load the models; returns (state, frozen parameters by role, spec, hash of the reference) of a run of so many
     `updates`. With adapters, the base model is shared by policy, critic and, without a `teacher`, reference.
