@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrlhf import config
 from jaxrlhf.config.base import constant
@@ -42,6 +43,14 @@ def settings(*always: str) -> Callable[[type[T]], type[T]]:
         return cls
 
     return register
+
+
+def place(value: T, mesh: jax.sharding.Mesh) -> T:
+    """Settings with their numbers on the devices of a mesh, so that a step takes nothing from the host. They stay
+    Python's for a mesh whose devices are not all of this process."""
+    if not set(mesh.devices.flat) <= {*jax.local_devices()}:
+        return value
+    return jax.device_put(value, NamedSharding(mesh, PartitionSpec()))
 
 
 def _flatten(value: Any) -> tuple[tuple[Any, ...], _Node]:

@@ -37,10 +37,10 @@ def put_whole(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def _put(tree: Any, to: NamedSharding) -> Any:
-    """Arrays with this sharding; on a mesh that is not here, their shapes, and Python's numbers as they are."""
+    """Arrays with this sharding; on a mesh that is not here, their shapes."""
     if next(iter(to.device_set)) in jax.devices():
         return place(tree, jax.tree.map(lambda _: to, tree))
-    return jax.tree.map(lambda x: x if isinstance(x, int | float) else with_shardings(x, to), tree)
+    return jax.tree.map(lambda x: with_shardings(x, to), tree)
 
 
 def place(tree: Any, shardings: Any) -> Any:

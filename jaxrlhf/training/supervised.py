@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from jaxrlhf import runs, sharding, weights
+from jaxrlhf import runs, sharding, traced, weights
 from jaxrlhf.config import DistillConfig, DPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import Split
@@ -102,7 +102,7 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
         config = self.config
         optimizer = make_optimizer(config.optim, config.optim.learning_rate, self.total_steps)
         spec = Spec(self.model, optimizer, self._micro_batches, self.mesh, objective)
-        self.spec = sharding.put_whole(spec, self.mesh)
+        self.spec = traced.place(spec, self.mesh)
         params = setup.load_model(config, self.tokenizer, self.mesh, self.model.head)
         params = build(lambda p: add_adapters(p, self.model, config.lora, self._lora_key), self.mesh, params)
         trained, self.frozen = split_trainable(params, frozen_trunk or config.lora.enabled)

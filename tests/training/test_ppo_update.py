@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.ppo_case import MODEL, STOPS, B, R, V, case, close
 
-from jaxrlhf import sharding
+from jaxrlhf import sharding, traced
 from jaxrlhf.config import PPO, Mesh
 from jaxrlhf.logprobs import response_states
 from jaxrlhf.models import lm_logits
@@ -216,7 +216,7 @@ def test_each_program_compiles_once():
 def test_no_transfer_happens_inside_annotation_and_update():
     problem = case()
     state, key = problem.state(), jax.random.key(3)
-    spec = sharding.put_whole(problem.spec, problem.spec.mesh)  # as a trainer's
+    spec = traced.place(problem.spec, problem.spec.mesh)  # as a trainer's
     with jax.transfer_guard("disallow"):
         experience, _ = ppo_update.annotate(state, problem.frozen, problem.rollout, problem.scores, spec=spec)
         ppo_update.update(state, problem.frozen, experience, key, spec=spec)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrlhf import sharding
+from jaxrlhf import sharding, traced
 from jaxrlhf.algorithms.entropy import EntropyControl
 from jaxrlhf.algorithms.scores import no_stats
 from jaxrlhf.config import GRPO, GRPOConfig
@@ -63,7 +63,7 @@ def initial_state(
     )
     if not is_abstract(policy):
         sampler.check_memory()
-    return state, start.frozen, sharding.put_whole(spec, mesh), start.digest
+    return state, start.frozen, traced.place(spec, mesh), start.digest
 
 
 def _entropy_control(grpo: GRPO) -> EntropyControl | None:

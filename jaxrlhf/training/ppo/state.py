@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxrlhf import sharding
+from jaxrlhf import sharding, traced
 from jaxrlhf.algorithms.scores import no_stats
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.errors import ConfigError
@@ -85,7 +85,7 @@ def initial_state(
     )
     if not is_abstract(policy):
         sampler.check_memory()
-    return state, {**start.frozen, "critic": trunk}, sharding.put_whole(spec, mesh), start.digest
+    return state, {**start.frozen, "critic": trunk}, traced.place(spec, mesh), start.digest
 
 
 def _replay(config: PPOConfig, spec: PPOSpec, sampler: Sampler, *, abstract: bool) -> Experience:
