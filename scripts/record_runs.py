@@ -40,6 +40,17 @@ LORA = {"lora": {"enabled": True, "rank": 2, "target_modules": ["q_proj", "v_pro
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", TRAIN),
     "sft-lora": ("sft", TRAIN | LORA),
+    "sft-muon": ("sft", TRAIN | {"optim": {"name": "muon", "learning_rate": 1e-2}}),
+    "distill": (
+        "distill",
+        TRAIN
+        | {
+            "model": {"path": "../inputs/model", "init": "random"},
+            "teacher": {"path": "../inputs/model"},
+            "distill": {"lmbda": 0.5},
+            "sampling": {"response_length": 8},
+        },
+    ),
     "reward-frozen": ("reward", TRAIN | {"frozen_trunk": True}),
     "dpo-lora": ("dpo", TRAIN | LORA),
     "grpo-lora": (
