@@ -34,6 +34,7 @@ def evaluated(model: str) -> dict:
         "model": f"runs/{model}{HOSTILE if model == 'one' else ''}",
         **shared,
         "reward": {"function": HOSTILE},
+        "environment": {"function": ""},
         "weights": {"r": 1.0},
         "sampling": {"greedy": False, "temperature": 1.0},
         "threshold": 1.0,
