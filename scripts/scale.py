@@ -61,7 +61,7 @@ CASES: dict[str, str] = {
     "70b-full@v5e:16x16": "fsdp=32 tensor=8",
     "70b-full@v5p:4x4x4": "fsdp=16 tensor=4",
     "70b-lora@h100:8": "tensor=8",
-    "70b-lora@h100:64": "fsdp=8 tensor=8",
+    "70b-lora@h100:64": "replica=8 tensor=8",
     "70b-lora@v5p:2x2x4": "fsdp=4 tensor=4",
 }
 """Mesh by case: size, parameters that are trained, devices."""

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrlhf.config import Sampling
 from jaxrlhf.config.base import constant
-from jaxrlhf.models import ModelConfig, empty_cache, forward_cached, lm_logits
+from jaxrlhf.models import ModelConfig, empty_cache, forward_cached, lm_logits, place
 from jaxrlhf.rollout.sampling import sample
 from jaxrlhf.traced import settings
 from jaxrlhf.types import KVCache, Params, Prompts, Rollout, Slots, map_layers
@@ -172,16 +172,19 @@ def draw_tokens(params: Params, decoding: Decoding, slots: Slots, hidden: Float[
     busy, rows = slots.busy, jnp.arange(len(tokens))
     column = jnp.where(busy, slots.count, sampling.response_length)  # out of bounds for idle rows: nothing is written
 
+    def split(array: Array) -> Array:  # left to choose, XLA keeps some whole on every device and gathers each token
+        return place(array, model, "rows", *[None] * (array.ndim - 1))
+
     def write(array: Array, values: Array) -> Array:
-        return array.at[rows, column].set(values, mode="drop")
+        return split(array.at[rows, column].set(values, mode="drop"))
 
     packed = slots.support
     if packed is not None and support is not None:
         packed = write(packed, jnp.packbits(support, axis=1))
     return dataclasses.replace(
         slots,
-        count=slots.count + busy,
-        ended=slots.ended | (busy & jnp.isin(tokens, stops)),
+        count=split(slots.count + busy),
+        ended=split(slots.ended | (busy & jnp.isin(tokens, stops))),
         tokens=write(slots.tokens, tokens),
         logprobs=write(slots.logprobs, logprobs),
         support=packed,
