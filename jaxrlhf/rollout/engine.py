@@ -40,11 +40,11 @@ def generate_in_chunks(
 ) -> Rollout:
     """Generate what `decode.generate` does, its rows spread over `mesh` if given, in programs that draw CHUNK tokens.
 
-    Responses of up to CHUNK tokens take a single program. Raises Interrupted after a request to stop, which is looked
-    for between programs.
+    Responses of up to CHUNK tokens, and all on TPUs, take a single program. Raises Interrupted after a request to stop,
+    which is looked for between programs.
     """
     distributed.check_stop()
-    if decoding.sampling.response_length <= CHUNK:
+    if _is_one_program(decoding):
         return generate(*_at_once(params, decoding, prompts, key, group))
     rows = len(prompts.index) * group
     state = _empty_slots(decoding, rows, prompts.tokens.shape[1], mesh)
@@ -63,12 +63,17 @@ def chunk_programs(
 ) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
     """Yield (jitted function, arguments) of the programs that `generate_in_chunks` runs. Arguments as in
     `slot_programs`."""
-    if decoding.sampling.response_length <= CHUNK:
+    if _is_one_program(decoding):
         yield generate, _at_once(params, decoding, prompts, key, group)
         return
     state = _slot_shapes(decoding, len(prompts.index) * group, prompts.tokens.shape[1], mesh)
     yield _admit, (params, decoding, state, prompts, None, key)
     yield _advance, (params, decoding, state, np.int32(0))
+
+
+def _is_one_program(decoding: Decoding) -> bool:
+    # Inside its loop a TPU's compiler gives the cache another layout: every program would begin and end with a copy.
+    return decoding.model.platform == "tpu" or decoding.sampling.response_length <= CHUNK
 
 
 def _at_once(params: Params, decoding: Decoding, prompts: Prompts, key: Array, group: int) -> tuple[Any, ...]:

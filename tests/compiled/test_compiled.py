@@ -74,9 +74,10 @@ RUNS = {
         {"lora": ADAPTERS | {"quantize": "nf4"}, "rollout": {"dtype": "int8", "slots": 32}},
     ),
 }
-SCRATCH = {"h100:8": 0.5, "v5e:2x4": 2.5}
-"""Of decoding, at most, in multiples of a device's keys and values, which are an argument: a TPU pads the 64 numbers of
-a head to 128, and has a matrix of all layers in two layouts at the start."""
+SCRATCH = {"h100:8": 0.5, "v5e:2x4": 3.5}
+"""Of decoding, at most, in multiples of a device's keys and values. Those of GPUs are an argument; prefill may keep the
+float32 products of q, k and v of all layers besides, until they are written. On a TPU they are inside: it pads the 64
+numbers of a head to 128, and has a matrix of all layers in two layouts at the start."""
 WORKSPACE = {"h100:8": 32 * 2**20, "v5e:2x4": 0}
 """Bytes that XLA gives to cuBLAS on Hopper, whatever the program (`GetWorkspaceSize` in its gemm rewriter)."""
 SECONDS = 120
@@ -250,16 +251,20 @@ def test_ppo_of_a_real_size(target, devices, record, tmp_path):
     sizes = Sizes(rows=32, prompt=128, response=256)
     chosen = settings(config.PPOConfig, tmp_path, "fsdp", {}, SHAPES["S"], sizes)
     trainer, found = compiled_run("S", target, devices, record, chosen)
-    assert set(found.facts) == {"convert", "admit", "advance", "annotate", "update"}
+    decoding = ("generate",) if "v5e" in target else ("admit", "advance")
+    assert set(found.facts) == {"convert", *decoding, "annotate", "update"}
     for program, (facts,) in found.facts.items():
         what = f"S on {target}: {program}"
         check(what, facts, trainer, "fsdp", sizes)
         assert facts.seconds < SECONDS, f"{what}: compiling took {facts.seconds} s"
     model, columns = trainer.model, sizes.prompt + sizes.response
     cache = 2 * 2 * model.num_layers * sizes.rows // 8 * columns * model.num_kv_heads * model.head_dim
-    for (facts,) in (found.facts["admit"], found.facts["advance"]):
-        limit = SCRATCH[target] * cache + WORKSPACE[target]
-        assert facts.scratch < limit, f"{facts.scratch} bytes of scratch, {cache} of keys and values"
+    heads = model.num_heads + 2 * model.num_kv_heads
+    products = 4 * model.num_layers * sizes.rows // 8 * sizes.prompt * heads * model.head_dim
+    for program in decoding:
+        (facts,) = found.facts[program]
+        limit = SCRATCH[target] * cache + WORKSPACE[target] + (products if program == "admit" else 0)
+        assert facts.scratch < limit, f"{program}: {facts.scratch} bytes of scratch, {cache} of keys and values"
     logits = 4 * sizes.rows // 8 * sizes.response * model.vocab_size
     (facts,) = found.facts["annotate"]
     assert facts.scratch < logits, f"{facts.scratch} bytes of scratch; the logits of a device's rows are {logits}"

@@ -22,8 +22,11 @@ def size(tree) -> int:
 
 
 def device_bytes() -> int:
+    """Bytes of the buffers on devices; several arrays may share one."""
     gc.collect()
-    return size([x for x in jax.live_arrays() if x.sharding.memory_kind != sharding.HOST])
+    held = [x for x in jax.live_arrays() if x.sharding.memory_kind != sharding.HOST]
+    shards = [shard.data for x in held for shard in x.addressable_shards]
+    return sum({x.unsafe_buffer_pointer(): x.nbytes for x in shards}.values())
 
 
 @pytest.fixture
