@@ -252,8 +252,8 @@ def test_adapters_of_the_linear_layers_that_experts_were(folders, tmp_path):
     for layer, expert, (name, (width_in, width_out)) in itertools.product(range(3), range(4), shapes.items()):
         rank = 2 if name == "down_proj" else 4
         prefix = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{name}"
-        stored[f"{prefix}.lora_A.weight"] = 0.3 * torch.randn(rank, width_in, generator=generator)
-        stored[f"{prefix}.lora_B.weight"] = 0.3 * torch.randn(width_out, rank, generator=generator)
+        stored[f"{prefix}.lora_A.weight"] = 0.2 * torch.randn(rank, width_in, generator=generator)
+        stored[f"{prefix}.lora_B.weight"] = 0.2 * torch.randn(width_out, rank, generator=generator)
     safetensors.save_file(stored, tmp_path / "adapter_model.safetensors")
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=list(shapes), rank_pattern={"down_proj": 2},
