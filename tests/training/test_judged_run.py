@@ -34,7 +34,7 @@ def test_a_run_whose_judge_fails_goes_on_and_asks_nothing_twice(parts, tmp_path,
     def make(name):
         return GRPOTrainer(config.GRPOConfig(run_dir=str(tmp_path / name), **options))
 
-    with pytest.raises(RewardError, match="cannot judge: asked about .* it answered 503"):
+    with pytest.raises(RewardError, match="cannot judge: it answered 503"):
         make("parts")
     assert not (tmp_path / "parts").exists()
     down[:] = []
