@@ -140,6 +140,8 @@ class Checkpoints:
             (_, response), self._pending = self._pending, None
             with contextlib.suppress(Exception):  # the run ends with another error
                 response.result()
+        if self._last_failure and distributed.is_primary():
+            self.remove_unfinished()  # the other threads of a save that failed may have written on
 
     def restore(self, template: State) -> tuple[int, State, dict] | None:
         """Restore the newest intact checkpoint: (step, state, extra), or None if there has never been one.
