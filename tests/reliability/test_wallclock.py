@@ -3,6 +3,7 @@ import shutil
 import threading
 import time
 
+import jax
 import pytest
 
 from jaxrlhf import PPOTrainer, config
@@ -116,6 +117,7 @@ def test_parts_of_a_record_are_documented():
 
 
 def test_time_of_a_run_adds_up_over_a_kill(ppo, tmp_path, capsys):
+    jax.clear_caches()  # programs of another test would leave nothing to compile
     options = {"ppo.total_episodes": 64, "checkpoint.save_every": 4, "checkpoint.synchronous": "always"}
     ppo = config.replace(ppo, **options, **{"logging.quiet": False, "logging.report": False})
     calls = 0
