@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 
@@ -10,7 +9,8 @@ from jaxrlhf.config import Data
 from jaxrlhf.data import formats
 from jaxrlhf.data.datasets import PairRow, SFTRow, Split, pair_rows, train_validation_split
 from jaxrlhf.data.examples import Example
-from jaxrlhf.data.sources import Rows, read_rows
+from jaxrlhf.data.held_out import Lazy
+from jaxrlhf.data.sources import Rows, survey
 from jaxrlhf.data.tokenise import TokenisedExample
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.errors import DataError
@@ -44,7 +44,7 @@ def label_rows(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
     Raises ConfigError, and DataError, also if the training rows are all good or all bad."""
 
     def can_read(task: formats.Task) -> bool:
-        return all(formats.can_read(read_rows(source), task, source) for source in config.sources)
+        return all(formats.can_read(survey(source)[0], task, source) for source in config.sources)
 
     if not can_read("labels") and can_read("pairs"):
         return _labels_of_pairs(config, tokenizer)
@@ -64,16 +64,23 @@ def label_rows(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
 def _labels_of_pairs(config: Data, tokenizer: Tokenizer) -> Split[LabelledRow]:
     """All chosen responses, then all rejected ones, of each data set. Raises DataError and ConfigError."""
 
-    def labelled(pairs: Sequence[PairRow]) -> list[LabelledRow]:
-        good = [LabelledRow(pair.chosen.tokens, pair.chosen.loss_mask, True) for pair in pairs]
-        return good + [LabelledRow(pair.rejected.tokens, pair.rejected.loss_mask, False) for pair in pairs]
+    def labelled(pairs: Sequence[PairRow], sizes: Sequence[int]) -> Sequence[LabelledRow]:
+        chosen = np.repeat(np.tile([True, False], len(sizes)), np.repeat(sizes, 2))
+        parts = np.split(np.arange(len(pairs)), np.cumsum(sizes)[:-1])
+        numbers = np.concatenate([np.tile(part, 2) for part in parts])
+
+        def row(i: int) -> LabelledRow:
+            pair = pairs[numbers[i]]
+            response = pair.chosen if chosen[i] else pair.rejected
+            return LabelledRow(response.tokens, response.loss_mask, bool(chosen[i]))
+
+        return Lazy(len(numbers), row)
 
     split = pair_rows(config, tokenizer)
     parts = tuple(replace(part, rows=2 * part.rows, draws=2 * part.draws) for part in split.parts)
-    pairs = iter(split.train)
-    train = [row for size in split.sizes for row in labelled(list(islice(pairs, size)))]
+    train, held_out = labelled(split.train, split.sizes), labelled(split.validation, [len(split.validation)])
     split.report.notes.append(f"{len(train)} responses to train on: chosen ones are good, rejected ones are bad")
-    return Split(train, labelled(split.validation), split.report, parts)
+    return Split(train, held_out, split.report, parts)
 
 
 def score_rows(config: Data, tokenizer: Tokenizer) -> Split[ScoredRow]:

@@ -1,5 +1,6 @@
 """Rows from a token cache are the rows in memory: their order, their split, and what is reported."""
 
+import dataclasses
 import datetime
 import decimal
 import gzip
@@ -14,6 +15,7 @@ from jaxrlhf.config import Data
 from jaxrlhf.data import row_json, sources
 from jaxrlhf.data.batching import longest, texts
 from jaxrlhf.data.datasets import PromptRow, pair_rows, prompt_rows, sft_rows
+from jaxrlhf.data.kto import mismatched_pairs
 from jaxrlhf.data.labelled import label_rows, ranking_rows, score_rows
 from jaxrlhf.data.packing import pack
 from jaxrlhf.data.sources import chunks, read_rows, survey
@@ -79,6 +81,7 @@ def test_rows_and_report_are_those_in_memory(kind, split, file, base, tmp_path):
     [
         (score_rows, {"prompt": "q", "completion": " a", "score": 0.5}),
         (label_rows, {"prompt": "q", "completion": " a", "label": True}),
+        (label_rows, {"prompt": "q", "chosen": " a", "rejected": " b"}),
         (ranking_rows, {"prompt": "q", "responses": [" a", " b", " c"]}),
     ],
 )
@@ -87,7 +90,18 @@ def test_other_rows_come_back_whole(reader, columns, base, tmp_path):
     rows = [columns | {k: v for k, v in verdict.items() if k in columns} for verdict in verdicts]
     path = write(tmp_path / "rows.jsonl", rows)
     cached = reader(Data(path=path, token_cache=str(tmp_path / "cache")), base)
-    assert [*cached.train] == reader(Data(path=path), base).train
+    assert [*cached.train] == [*reader(Data(path=path), base).train]
+
+
+def test_kto_pairs_rows_of_the_cache_when_they_are_asked_for(base, tmp_path, monkeypatch):
+    rows = [{"prompt": f"q{i // 3}", "completion": f" a{i}", "label": i % 2 == 0} for i in range(20)]
+    data = Data(path=write(tmp_path / "rows.jsonl", rows), token_cache=str(tmp_path / "cache"))
+    cached, memory = (label_rows(config, base).train for config in (data, dataclasses.replace(data, token_cache="")))
+    pairs = mismatched_pairs(cached, 9)
+    assert [*pairs] == [*mismatched_pairs(memory, 9)]
+    read, decode = [], row_json.decode
+    monkeypatch.setattr(row_json, "decode", lambda line: read.append(line) or decode(line))
+    assert pairs[7].chosen == memory[7] and len(read) == 2
 
 
 def test_mixtures_and_other_files_are_cached_too(file, base, tmp_path):
