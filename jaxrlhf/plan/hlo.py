@@ -101,6 +101,9 @@ class _Reader:
             elif " = " in line and line.startswith("  "):
                 one = _instruction(line)
                 current[one.name] = one
+        starts = {name: c for name, c in self.computations.items() if any(map(_starts, c.values()))}
+        channels = {_channel(one) for computation in starts.values() for one in computation.values()}
+        self.starts, self.started = set(starts), channels - {None}
 
     def figures(self) -> Figures:
         return self._walk(self.entry, 1, fused=False)
@@ -113,7 +116,9 @@ class _Reader:
             if not fused and (cycles := re.search(r'"estimated_cycles":"(\d+)"', one.rest)):
                 found.cycles += times * int(cycles[1])
             if kind in COLLECTIVES:
-                found.collectives.append(self._collective(one, kind, name, times))
+                # on a TPU also in each fusion that it runs beside, and in the one that ends it
+                if name in self.starts or _channel(one) not in self.started:
+                    found.collectives.append(self._collective(one, kind, name, times))
             elif kind == "dot":
                 found.products.append(_dot(computation, one, times))
             elif kind == "convolution":
@@ -239,6 +244,17 @@ def _arrays(shape: str) -> list[Array]:
 
 def _array(computation: dict[str, Instruction], name: str) -> Array:
     return _arrays(computation[name].shape)[0]
+
+
+def _starts(one: Instruction) -> bool:
+    """True in the fusion that starts a collective on a TPU."""
+    return one.opcode == "custom-call" and 'custom_call_target="AsyncCollectiveStart"' in one.rest
+
+
+def _channel(one: Instruction) -> str | None:
+    """The channel of a collective."""
+    match = re.search(r"channel_id=(\d+)", one.rest)
+    return match[1] if match else None
 
 
 def _root(computation: dict[str, Instruction]) -> Instruction:

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 from bench_shapes import SHAPES, write_model
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from support import compiled
+from support import compiled, layers
 from support.compiled import Facts, Recorded, dims_of, size_of
 from support.runs import length_reward
 from support.tiny import tiny
 
 from jaxrlhf import config, models, sharding, weights
 from jaxrlhf.logprobs import SHARES, token_logprobs
-from jaxrlhf.plan import programs
+from jaxrlhf.plan import hlo, programs, roofline
 from jaxrlhf.rollout import engine
 from jaxrlhf.rollout.decode import Decoding, empty_slots
 from jaxrlhf.rollout.inference_copy import convert, inference_model
@@ -284,6 +284,19 @@ def test_the_record_is_what_the_compiler_makes(target, devices, record):
     assert made.products == {"f32 x f32": 1} and len(made.wide) == 1
     assert sum(made.collectives["all-gather"].values()) == 1
     assert dims_of(next(iter(made.collectives["all-gather"]))) == [64, 1536]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_bytes_that_a_program_sends_are_those_of_a_hand_count(target, devices):
+    """Its sibling that always runs reads a file: tests/plan/test_hlo.py."""
+    text = layers.lowered(devices(target)).compile().as_text()
+    sent, whole = roofline.traffic(hlo.read(text, layers.DEVICES, 99), (0,) * layers.DEVICES), layers.bytes_exchanged()
+    if target.startswith("h100"):  # which gathers backward what it recomputes with, once more
+        more = 2 * layers.LAYERS * layers.HIDDEN * (layers.HIDDEN + 2 * layers.INNER)
+        assert sent.near == 7 / 8 * (whole + more)
+    else:
+        assert 7 / 8 * whole <= sent.near <= 9 / 8 * whole
 
 
 def with_faults(devices: list[Any]) -> Any:

@@ -1,5 +1,7 @@
 """What is read from compiled programs, against programs whose collectives and products are known by hand."""
 
+import gzip
+import math
 from pathlib import Path
 
 import jax
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import layers
 
 from jaxrlhf.plan import hlo, roofline
 from jaxrlhf.plan.hlo import Collective
@@ -114,6 +117,29 @@ def test_the_forms_of_the_tpu_compiler():
     assert figures.cycles == 10 * 1000, "not those inside a fusion"
     (product,) = figures.products
     assert (product.flops, product.dtype, product.times) == (2 * 64 * 48 * 32, "bfloat16", 10)
+
+
+def test_a_collective_that_runs_beside_the_fusions_of_a_tpu_counts_once():
+    """One gather of a weight while four steps of another product, whose weight goes round in a ring, are computed."""
+    figures = hlo.read((FIXTURES / "tpu_async.txt").read_text(), 8, 99)
+    assert sorted(figures.collectives) == [
+        Collective("all-gather", 2 * 64 * 64, tuple(range(8)), 1),
+        Collective("collective-permute", 2 * 6 * 32, (0, 1), 4),
+    ]
+    (product,) = figures.products
+    assert (product.flops, product.times, figures.cycles) == (2 * 16 * 48 * 32, 4, 4 * 500)
+
+
+def test_an_update_on_a_tpu_sends_what_a_hand_count_says():
+    """As libtpu 0.0.42.1 compiled it for v5e:2x4, without metadata. It gathers and scatters whole, which takes 7/8 of
+    an array from a device, or in rings of 9 steps, of which each sends 1/8."""
+    text = gzip.decompress((FIXTURES / "tpu_layers.txt.gz").read_bytes()).decode()
+    figures, whole = hlo.read(text, layers.DEVICES, 99), layers.bytes_exchanged()
+    assert 7 / 8 * whole <= roofline.traffic(figures, (0,) * layers.DEVICES).near <= 9 / 8 * whole
+    positions = layers.ROWS * layers.TOKENS / layers.DEVICES
+    weights = layers.LAYERS * sum(math.prod(shape) for shape in layers.WEIGHTS.values())
+    down = layers.LAYERS * math.prod(layers.WEIGHTS["down"])
+    assert sum(p.flops * p.times for p in figures.products) == 2 * positions * (4 * weights - down)
 
 
 def test_a_batched_product_as_a_convolution_over_dilated_zeros_has_the_flops_of_the_product():
