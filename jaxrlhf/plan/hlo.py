@@ -25,6 +25,8 @@ class Array(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
+    on_chip: bool = False
+    """True in the memory of a TPU's core, which is faster than that of the device."""
 
     @property
     def bytes(self) -> float:
@@ -122,7 +124,7 @@ class _Reader:
             elif kind == "dot":
                 found.products.append(_dot(computation, one, times))
             elif kind == "convolution":
-                found.products.append(_convolution(computation, one, times))
+                found.products.append(_convolution(computation, one, times, fused=fused))
             elif kind == "custom-call" and "contracting_dimensions" in one.rest:
                 found.products.append(_gemm(computation, one, times))
             elif kind == "while":
@@ -238,8 +240,12 @@ def _closing(text: str, opening: int) -> int:
 
 def _arrays(shape: str) -> list[Array]:
     """The arrays of a shape, which may be a tuple."""
-    found = re.findall(r"([a-z]+\d*[a-z\d]*)\[([\d,]*)\]", shape)
-    return [Array(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims in found if dtype != "token"]
+    found = re.findall(r"([a-z]+\d*[a-z\d]*)\[([\d,]*)\](\{[^}]*\})?", shape)
+    return [
+        Array(dtype, tuple(map(int, filter(None, dims.split(",")))), "T(" in layout and "S(1)" in layout)
+        for dtype, dims, layout in found
+        if dtype != "token"
+    ]
 
 
 def _array(computation: dict[str, Instruction], name: str) -> Array:
@@ -284,7 +290,7 @@ def _numbers(rest: str, key: str) -> list[int]:
 
 
 def _product(left: Array, right: Array, result: Array, contracted: float, times: float) -> Product:
-    moved = left.bytes + right.bytes + result.bytes
+    moved = sum(array.bytes for array in (left, right, result) if not array.on_chip)
     dtype = DTYPES.get(right.dtype, right.dtype)
     return Product(2.0 * math.prod(result.shape) * contracted, moved, dtype, times)
 
@@ -302,10 +308,16 @@ def _gemm(computation: dict[str, Instruction], one: Instruction, times: float) -
     return _product(left, right, _arrays(one.shape)[0], contracted, times)
 
 
-def _convolution(computation: dict[str, Instruction], one: Instruction, times: float) -> Product:
+def _convolution(computation: dict[str, Instruction], one: Instruction, times: float, *, fused: bool) -> Product:
     """A TPU's form of a matrix product: batch dimensions are spatial ones, windows over zeros that dilate the input."""
     left, right = (_array(computation, name) for name in one.operands[:2])
     result = _arrays(one.shape)[0]
+    if fused:
+        left, right = (
+            array._replace(on_chip=_from_chip(computation, name))
+            for array, name in zip((left, right), one.operands, strict=False)
+        )
+        result = result._replace(on_chip=not _leaves_chip(computation, result))
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
     assert labels is not None
     inputs, kernel, outputs = labels.groups()
@@ -326,6 +338,22 @@ def _convolution(computation: dict[str, Instruction], one: Instruction, times: f
         valid = (at >= 0) & (at <= (size - 1) * int(dilate)) & (at % int(dilate) == 0)
         contracted *= valid.sum() / places  # of the places of the result, on average
     return _product(left, right, result, contracted, times)
+
+
+def _from_chip(computation: dict[str, Instruction], name: str) -> bool:
+    """True if a value of a fusion is computed from arrays on the chip alone."""
+    one = computation[name]
+    if one.opcode == "parameter":
+        return _arrays(one.shape)[0].on_chip
+    return all(_from_chip(computation, operand) for operand in one.operands)
+
+
+def _leaves_chip(computation: dict[str, Instruction], product: Array) -> bool:
+    """True if a fusion writes an array of the size of its product, or a larger one, to the memory of the device."""
+    root = _root(computation)
+    results = [computation[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    written = [_arrays(one.shape)[0] for one in results if one.opcode not in ("parameter", *COLLECTIVES)]
+    return any(not one.on_chip and math.prod(one.shape) >= math.prod(product.shape) for one in written)
 
 
 def _group(rest: str, devices: int) -> tuple[int, ...]:

@@ -119,7 +119,7 @@ def test_the_forms_of_the_tpu_compiler():
     assert (product.flops, product.dtype, product.times) == (2 * 64 * 48 * 32, "bfloat16", 10)
 
 
-def test_a_collective_that_runs_beside_the_fusions_of_a_tpu_counts_once():
+def test_what_runs_beside_the_fusions_of_a_tpu_counts_once_and_not_what_is_on_its_chip():
     """One gather of a weight while four steps of another product, whose weight goes round in a ring, are computed."""
     figures = hlo.read((FIXTURES / "tpu_async.txt").read_text(), 8, 99)
     assert sorted(figures.collectives) == [
@@ -128,6 +128,7 @@ def test_a_collective_that_runs_beside_the_fusions_of_a_tpu_counts_once():
     ]
     (product,) = figures.products
     assert (product.flops, product.times, figures.cycles) == (2 * 16 * 48 * 32, 4, 4 * 500)
+    assert product.bytes == 2 * 16 * 48 + 2 * 16 * 32, "without those of the weight, which is on the chip"
 
 
 def test_an_update_on_a_tpu_sends_what_a_hand_count_says():
