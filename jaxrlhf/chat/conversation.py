@@ -65,7 +65,9 @@ class Conversation:
         scorer = Scorer(self.config.reward, self.tokenizer)
         if scorer.has_human:
             raise ConfigError("reward: a chat cannot ask a person for scores; leave the component out")
-        scorer.check_rows([self._row([Turn("Hello")], self._prompt([Turn("Hello")]))])
+        rows = [self._row([Turn("Hello")], self._prompt([Turn("Hello")]))]
+        scorer.check_rows(rows)
+        scorer.probe_rows(rows)
         self.scorer = scorer
 
     def warm_up(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import jax
 
 from jaxrlhf import distributed, memory, sharding
-from jaxrlhf.checkpoint import storage
+from jaxrlhf.checkpoint import room, storage
 from jaxrlhf.checkpoint.digest import leaves_by_name, total_bytes
 from jaxrlhf.checkpoint.storage import TEMPORARY
 from jaxrlhf.errors import DamagedCheckpoint, StorageError
@@ -132,6 +132,11 @@ class Checkpoints:
             if distributed.is_primary():
                 self._prune()
 
+    def shortage(self, state: Any, number: int) -> str:
+        """The warning that the disk has no room for `number` checkpoints of `state`, those that are there included; ""
+        if it has."""
+        return room.shortage(self.directory, total_bytes(leaves_by_name(state)), number, len(self._steps_here()))
+
     def close(self) -> None:
         """`wait`; on several processes this one alone, which may have left the others."""
         if distributed.count() == 1:
@@ -236,10 +241,10 @@ class Checkpoints:
         self.remove_unfinished()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.directory).free
+            free = room.free(self.directory)
         except OSError as error:
             raise StorageError(storage.reason(error)) from error
-        needed = size + size // 20 + 2**20  # orbax compresses, but weights and moments hardly shrink
+        needed = room.needed(size)
         if free < needed:
             raise StorageError(f"it needs up to {needed / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free")
 

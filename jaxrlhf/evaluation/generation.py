@@ -73,6 +73,7 @@ def open_scorer(
         environment=environment,
     )
     scorer.check_rows(rows)
+    scorer.probe_rows(rows)
     if environment.function:
         with open_episodes(config, rows):
             pass

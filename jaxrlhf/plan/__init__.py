@@ -15,11 +15,12 @@ from typing import Any
 import jax
 
 from jaxrlhf import sharding
+from jaxrlhf.checkpoint.digest import leaves_by_name, total_bytes
 from jaxrlhf.compilation import Compiled
 from jaxrlhf.config import PPO, replace
 from jaxrlhf.logprobs import logits_bytes
 from jaxrlhf.plan import costs, hlo, topology
-from jaxrlhf.plan.programs import Programs, Traced, Trainer, abstract_trainer, compile_longest
+from jaxrlhf.plan.programs import SAMPLES, Programs, Traced, Trainer, abstract_trainer, compile_longest
 from jaxrlhf.plan.targets import Target
 from jaxrlhf.rollout import engine
 from jaxrlhf.training.distill.trainer import DistillTrainer
@@ -28,6 +29,7 @@ from jaxrlhf.training.grpo.trainer import GRPOTrainer
 from jaxrlhf.training.on_policy.sampler import Sampler
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.reward.trainer import RewardTrainer
+from jaxrlhf.training.samples import Samples
 from jaxrlhf.training.setup import RunConfig
 from jaxrlhf.training.sft import SFTTrainer
 from jaxrlhf.types import Params, TrainState
@@ -109,6 +111,7 @@ class Plan:
     about: str
     phases: tuple[Phase, ...]
     state: int  # bytes of a checkpoint on one device
+    checkpoint: int  # bytes of a checkpoint, of all devices together
     devices: int
 
     @property
@@ -160,7 +163,8 @@ def plan_of(trainer: Trainer, programs: Programs | None = None) -> Plan:
     if isinstance(trainer, PPOTrainer | GRPOTrainer) and trainer.ahead:
         about += f", the rollout on {trainer.ahead.sampler.mesh.size} devices of its own"
     devices = sum(mesh.size for mesh in {phase.mesh for phase in phases})
-    return Plan(about, phases, size(trainer.state.template), devices)
+    state = trainer.state.template
+    return Plan(about, phases, size(state), total_bytes(leaves_by_name(state)), devices)
 
 
 def size(*trees: Any) -> int:
@@ -216,9 +220,8 @@ def _supervised_phases(trainer: SFTTrainer | RewardTrainer | DPOTrainer, found: 
     yield phase("update", standing, found["update"], known)
     if scoring := found.get("evaluate") or found.get("score"):
         yield phase("evaluation", standing, scoring[-1:])
-    if not isinstance(trainer, RewardTrainer):
-        copy = {"decoding copy": size(found["convert"][0].outputs)}
-        yield phase("samples", standing | copy, found["generate"], trips=trainer.config.sampling.response_length)
+    if trainer.samples:
+        yield _samples_phase(standing, trainer.samples, found)
 
 
 def _distill_phases(trainer: DistillTrainer, found: Programs) -> Iterator[Phase]:
@@ -229,8 +232,8 @@ def _distill_phases(trainer: DistillTrainer, found: Programs) -> Iterator[Phase]
     yield phase("update", standing, found["update"], {"gradients": _gradients(state)})
     if scoring := found.get("evaluate"):
         yield phase("evaluation", standing, scoring)
-    copy = {"decoding copy": size(found["convert"][-1].outputs)}
-    yield phase("samples", standing | copy, found["generate"][-1:], trips=trainer.config.sampling.response_length)
+    if trainer.samples:
+        yield _samples_phase(standing, trainer.samples, found)
 
 
 def _on_policy_phases(trainer: PPOTrainer | GRPOTrainer, found: Programs) -> Iterator[Phase]:
@@ -269,7 +272,16 @@ def _on_policy_phases(trainer: PPOTrainer | GRPOTrainer, found: Programs) -> Ite
     yield phase("update", learning | experience, found["update"], known, times=1 + replay)
 
 
-def _rollout_phase(name: str, standing: dict[str, int], copy: Params, sampler: Sampler, found: Programs) -> Phase:
+def _samples_phase(standing: dict[str, int], samples: Samples, found: Programs) -> Phase:
+    """Drawing samples for the log."""
+    convert, *drawn = found[SAMPLES]
+    own = type(found)({one.name: [one] for one in drawn})
+    return _rollout_phase("samples", standing, convert.outputs, samples, own)
+
+
+def _rollout_phase(
+    name: str, standing: dict[str, int], copy: Params, sampler: Sampler | Samples, found: Programs
+) -> Phase:
     """The rollout on the devices of a sampler, which hold the copy and `standing`."""
     length, slots = sampler.sampling.response_length, min(sampler.slots or sampler.batch, sampler.batch)
     held = {"decoding copy": size(copy)}

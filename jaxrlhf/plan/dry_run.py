@@ -1,9 +1,11 @@
 """`--dry-run` of a trainer: what a run would do, need and write. Reads no weights and writes nothing."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf.checkpoint import room
 from jaxrlhf.config import replace
 from jaxrlhf.config import text as config_text
 from jaxrlhf.data import batching
@@ -11,11 +13,11 @@ from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.data.labelled import LabelledRow, ScoredRow
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.doctor import loss_mask
-from jaxrlhf.errors import visible
+from jaxrlhf.errors import counted, visible
 from jaxrlhf.metrics.console import duration
 from jaxrlhf.plan import Phase, Plan, costs, plan_of
 from jaxrlhf.plan.programs import Trainer, abstract_trainer
-from jaxrlhf.plan.report import available_memory
+from jaxrlhf.plan.report import available_memory, disk
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.setup import RunConfig
@@ -26,13 +28,18 @@ TOKENS = 300  # of a row
 
 def show(config: RunConfig, *, fresh: bool = False, colour: bool = False) -> None:
     """Print the resolved config, the run in words, its first batch, the memory and the least time it needs, and the
-    files it would write. Raises what its trainer raises."""
+    files it would write. Raises what its trainer raises; RewardError at the end if a server or judge is down."""
     trainer = abstract_trainer(replace(config, **{"model.merged_path": ""}))  # an error comes without the long config
     print(visible(config_text.dump(config)))
     print(visible(trainer.summary()))
     print("\n".join(first_batch(trainer, colour=colour)), flush=True)
-    print("\n".join(needs(plan_of(trainer), trainer.total_steps, config.checkpoint.grace)), flush=True)
-    print("\n".join(writes(config, fresh=fresh)))
+    plan = plan_of(trainer)
+    rates = costs.measure({product.dtype for phase in plan.step for product in phase.products})
+    print("\n".join(needs(plan, rates, trainer.total_steps, config.checkpoint.grace)), flush=True)
+    print("\n".join(checkpoints(plan, rates, config, fresh=fresh)), flush=True)
+    print("\n".join(writes(config, fresh=fresh)), flush=True)
+    if isinstance(trainer, PPOTrainer | GRPOTrainer) and trainer.data:
+        trainer.scorer.probe_rows(trainer.data.train)
 
 
 def first_batch(trainer: Trainer, *, colour: bool) -> Iterator[str]:
@@ -71,9 +78,9 @@ def _text(tokens: list[int], mask: list[bool], tokenizer: Tokenizer, *, colour: 
     return text + (f" ... ({len(tokens) - TOKENS} more tokens)" if len(tokens) > TOKENS else "")
 
 
-def needs(plan: Plan, steps: int, grace: float) -> Iterator[str]:
-    """The peak of memory, the size of a checkpoint, and the least time of a step and of all, with a warning if a step
-    without its rollout takes longer than `grace` seconds."""
+def needs(plan: Plan, rates: costs.Rates, steps: int, grace: float) -> Iterator[str]:
+    """The peak of memory, and the least time of a step and of all, with a warning if a step without its rollout takes
+    longer than `grace` seconds."""
     available, peak = available_memory(plan.devices), plan.peak
     free = "the device does not report its free memory"
     if available.free is not None:
@@ -81,12 +88,8 @@ def needs(plan: Plan, steps: int, grace: float) -> Iterator[str]:
         fits = "it fits" if available.fits(peak.total) else "it does NOT fit"
         free = f"{available.free / 1e9:.2f} GB are free{process}: {fits}"
     yield f"\nmemory: at most {peak.total / 1e9:.2g} GB on each device, in the phase {peak.name}; {free}"
-    yield f"a checkpoint is {plan.state / 1e9:.2g} GB; `jaxrlhf plan` shows the parts, and what saves memory"
-    rates = costs.measure({product.dtype for phase in plan.step for product in phase.products})
-
-    def least(phase: Phase) -> float:
-        return costs.least_seconds(phase.products, rates, phase.devices)
-
+    yield "`jaxrlhf plan` shows the parts, and what saves memory"
+    least = functools.partial(_least_seconds, rates=rates)
     seconds = plan.step_seconds(least)
     speeds = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in sorted(rates.flops.items()))
     yield (
@@ -100,6 +103,29 @@ def needs(plan: Plan, steps: int, grace: float) -> Iterator[str]:
             f"warning: a step, rollout aside, takes longer than checkpoint.grace ({grace:g} s): a signal to stop may "
             "be seen only at its end, and a run that is killed loses the steps since its last checkpoint"
         )
+
+
+def _least_seconds(phase: Phase, rates: costs.Rates) -> float:
+    return costs.least_seconds(phase.products, rates, phase.devices)
+
+
+def checkpoints(plan: Plan, rates: costs.Rates, config: RunConfig, *, fresh: bool) -> Iterator[str]:
+    """The size of a checkpoint, the time to write it beside that of the steps in between, and the room for those that
+    are kept."""
+    every, each = config.checkpoint.save_every, f"checkpoints: {plan.checkpoint / 1e9:.2g} GB each"
+    try:
+        speed = room.write_speed(Path(config.run_dir))
+    except OSError as error:
+        yield f"{each}; warning: no file can be written in {config.run_dir}: {error.strerror or error}"
+        return
+    where = "" if config.checkpoint.synchronous == "always" else " in the background"
+    steps = every * plan.step_seconds(functools.partial(_least_seconds, rates=rates))
+    beside = f", after every {counted(every, 'step')} of {steps / every:.2g} s or more" if every else ""
+    yield (
+        f"{each}, written in about {plan.checkpoint / speed:.2g} s{where}{beside}, at the {speed / 1e6:.0f} MB/s "
+        f"just measured on the disk of {config.run_dir}"
+    )
+    yield from disk(plan, config, fresh=fresh)
 
 
 def writes(config: RunConfig, *, fresh: bool) -> Iterator[str]:

@@ -39,6 +39,8 @@ from jaxrlhf.types import Batch, Params, Prompts, Rollout
 
 Trainer = SFTTrainer | RewardTrainer | DPOTrainer | PPOTrainer | GRPOTrainer | DistillTrainer
 KEY = jax.random.key(0)
+SAMPLES = "samples"
+"""Name of the programs that draw samples for the log, the conversion of the parameters first."""
 
 
 class Memory(NamedTuple):
@@ -195,8 +197,11 @@ def _compile_distill(trainer: DistillTrainer, programs: Programs) -> None:
 def _compile_samples(samples: Samples | None, params: Params, key: jax.Array, programs: Programs) -> None:
     if samples is None:
         return
-    decoder_params = programs.compile(convert, params, *samples.conversion)
-    programs.compile(generate, decoder_params, samples.decoder, samples.prompts, key, samples.sampling, *samples.stops)
+    own = type(programs)()
+    decoder_params = own.compile(convert, params, *samples.conversion)
+    for program, args in engine.chunk_programs(decoder_params, samples.decoding, samples.prompts, key, 1, samples.mesh):
+        own.compile(program, *args)
+    programs[SAMPLES] = [one for compiled in own.values() for one in compiled]
 
 
 def _compile_on_policy(trainer: PPOTrainer | GRPOTrainer, programs: Programs) -> None:

@@ -1,5 +1,6 @@
 """Output of `jaxrlhf plan`: memory per phase, whether it fits, minimum time of a step, and options that save memory."""
 
+import contextlib
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -10,10 +11,12 @@ from typing import Any
 import jax
 
 from jaxrlhf import memory, runtime, sharding
+from jaxrlhf.checkpoint import room
 from jaxrlhf.config import DType, GRPOConfig, PPOConfig, replace
 from jaxrlhf.errors import JaxrlhfError, first_line
 from jaxrlhf.plan import PARTS, Phase, Plan, RunConfig, costs, estimate, plan, roofline, topology
 from jaxrlhf.plan.targets import Target
+from jaxrlhf.training.best import checkpoints_at_once
 
 
 def process_bytes() -> int:
@@ -93,7 +96,7 @@ def text(plan: Plan, available: AvailableMemory, rates: costs.Rates) -> str:
             *lines,
             "",
             f"peak in {peak.name}: {peak.total / 1e9:.2f} GB{process}; {verdict}",
-            f"a checkpoint is {plan.state / 1e9:.2f} GB; a background save holds a copy of it in memory",
+            f"a checkpoint is {plan.checkpoint / 1e9:.2f} GB; a background save holds a copy of it in memory",
             "",
             table.line("minimum seconds", map(_seconds, seconds)),
             f"all phases once: at least {sum(seconds):.3g} s, counting only matrix products at the {speeds} and "
@@ -126,7 +129,7 @@ def target_text(plan: Plan, target: Target, compiler: str) -> str:
             lines += [f"the collectives of {', '.join(unread)} are not known: {reason}", ""]
     lines += [
         f"peak in {peak.name}: {peak.total / 1e9:.2f} GB of {usable / 1e9:.2f} GB that a run can use: {fits}",
-        f"a checkpoint is {plan.state / 1e9:.2f} GB of each device",
+        f"a checkpoint is {plan.checkpoint / 1e9:.2f} GB, {plan.state / 1e9:.2f} GB of each device",
         "",
     ]
     if any(phase.texts for phase in phases):
@@ -249,13 +252,28 @@ def savings(config: RunConfig, devices: int, target: Target | None = None) -> li
     return sorted(plans, key=lambda pair: pair[1].peak.total)
 
 
+def disk(plan: Plan, config: RunConfig, *, fresh: bool = False) -> list[str]:
+    """Lines about the checkpoints that the run has on disk at once, and the room there. `fresh`: not those of an
+    earlier start, which stay beside them."""
+    folder, number = Path(config.run_dir) / "checkpoints", checkpoints_at_once(config)
+    there = 0 if fresh or not folder.is_dir() else sum(path.name.isdecimal() for path in folder.iterdir())
+    best = " and the best" if number > config.checkpoint.keep + 1 else ""
+    line = (
+        f"up to {number} of them are on disk at once (the last {config.checkpoint.keep}{best}, and the next while it "
+        f"is written): {number * room.needed(plan.checkpoint) / 1e9:.2g} GB"
+    )
+    with contextlib.suppress(OSError):
+        line += f"; {room.free(folder) / 1e9:.2g} GB are free on the disk of {config.run_dir}"
+    return [line, *filter(None, [room.shortage(folder, plan.checkpoint, number, there)])]
+
+
 def examine(config: RunConfig, *, every_knob: bool) -> bool:
     """Print the plan of a run, with the options that save the most memory if it does not fit or `every_knob`. Returns
     True if it fits."""
     current = plan(config)
     available = available_memory(current.devices)
     dtypes = {product.dtype for phase in current.phases for product in phase.products}
-    print(text(current, available, costs.measure(dtypes)), flush=True)
+    print("\n".join([text(current, available, costs.measure(dtypes)), *disk(current, config)]), flush=True)
     fits = available.fits(current.peak.total)
     if every_knob or not fits:
         _show_savings(config, current, available, None)

@@ -148,10 +148,6 @@ class RewardComponent:
                 if isinstance(source, Endpoint) or source.signature.wants(name)
             }
             to_json_line(ScoreRequest(first_prompts, [], first_values), f"reward {source.name}")
-        if isinstance(source, Judge) and first_prompts:
-            row = {name: values[:1] for name, values in columns.items()}
-            first = ScoreRequest(_readable(first_prompts[:1], messages and messages[:1]), [SAMPLE], row)
-            distributed.on_primary(lambda: source.check(first))
         if isinstance(source, RewardModel) and not self.reads_rollout:
             source.check_readable(first_prompts)
             if source.tokenizer.has_chat and not self.config.template:  # its chat format must accept the conversations
@@ -159,6 +155,17 @@ class RewardComponent:
                 for prompt, turns in zip(first_prompts, conversations, strict=True):
                     turns = turns or [{"role": "user", "content": prompt}]
                     source.tokenizer.render([*turns, {"role": "assistant", "content": "Yes."}])
+
+    def probe(
+        self, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]], messages: Sequence[Messages | None] | None
+    ) -> None:
+        """See `Scorer.probe_rows`."""
+        source = self.source
+        if isinstance(source, Endpoint) and self.config.on_error == "fail":  # else it may come up later
+            distributed.on_primary(source.check)
+        if isinstance(source, Judge):
+            first = ScoreRequest(_readable(prompts, messages), [SAMPLE], columns)
+            distributed.on_primary(lambda: source.check(first))
 
     def score(
         self, request: ScoreRequest, rollout: Rollout, messages: Sequence[Messages | None] | None

@@ -203,7 +203,8 @@ class Scorer:
         """Check before generation that the prompts can be scored.
 
         Raises ConfigError for a template whose columns are missing, RewardError for a function whose columns are
-        missing or columns that cannot be sent to it, DataError for a model that cannot read the prompts.
+        missing or columns that cannot be sent to it, DataError for a model that cannot read the prompts. Nobody is
+        asked: `probe_rows` does.
         """
         if self._environment.function:
             columns = {**columns, "turns": [[text] for text in prompts]}
@@ -213,6 +214,15 @@ class Scorer:
     def check_rows(self, rows: Sequence[PromptRow]) -> None:
         """`check` for the prompts of rows of a data set."""
         self.check([row.text for row in rows], datasets.columns(rows), [row.messages for row in rows])
+
+    def probe_rows(self, rows: Sequence[PromptRow]) -> None:
+        """Check that the servers of the reward can be reached, and that judges grade a sample completion of the first
+        row. Raises RewardError."""
+        first, columns = rows[0], datasets.columns([rows[0]])
+        if self._environment.function:
+            columns = {**columns, "turns": [[first.text]]}
+        for component in self.components.values():
+            component.probe([first.text], columns, [first.messages])
 
     def score_rows(
         self, rows: Sequence[PromptRow], completions: Sequence[str], rollout: Rollout, step: int | None = None

@@ -23,6 +23,11 @@ def best_of(config: RunConfig) -> Best:
     return "min" if metric_of(config) in LESS_IS_BETTER else "max"
 
 
+def checkpoints_at_once(config: RunConfig) -> int:
+    """The most checkpoints that a run has on disk: the last ones, the best one, and the next while it is written."""
+    return config.checkpoint.keep + (best_of(config) is not None and config.data.holds_out) + 1
+
+
 def metric_of(config: RunConfig) -> str:
     """The evaluation metric that ranks checkpoints."""
     match config:

@@ -12,7 +12,8 @@ from jaxrlhf.data import batching
 from jaxrlhf.data.datasets import PromptRow, SFTRow, Split
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.models import ModelConfig, for_length
-from jaxrlhf.rollout.decode import generate
+from jaxrlhf.rollout import engine
+from jaxrlhf.rollout.decode import Decoding
 from jaxrlhf.rollout.inference_copy import convert, inference_model, split_axes
 from jaxrlhf.rollout.sampling import check_sampling
 from jaxrlhf.rollout.text import decode_completions
@@ -38,32 +39,37 @@ class Samples:
         check_sampling(config.sampling, model.vocab_size)
         examples = (rows.validation or rows.train)[: config.logging.num_samples]
         prompts = [_prompt(batching.texts(row)[0], index) for index, row in enumerate(examples)]
-        length = batching.bucket(max(len(row.tokens) for row in prompts), model.max_positions)
-        self.prompts = sharding.put_whole(batching.prompts(prompts, tokenizer.pad_id, length), mesh)
-        self.sampling = setup.fit_response(config.sampling, length, model)
-        model = for_length(model, length + self.sampling.response_length)
+        self.columns = batching.bucket(max(len(row.tokens) for row in prompts), model.max_positions)
+        self._count = len(prompts)
+        prompts += prompts[-1:] * (-len(prompts) % sharding.row_shards(mesh))  # filled up; their samples are cut off
+        self.batch, self.slots, self.mesh = len(prompts), 0, mesh
+        self.prompts = sharding.put_rows(batching.prompts(prompts, tokenizer.pad_id, self.columns), mesh)
+        self.sampling = setup.fit_response(config.sampling, self.columns, model)
+        model = for_length(model, self.columns + self.sampling.response_length)
         self.model, self.decoder, self.tokenizer = model, inference_model(model, model.dtype), tokenizer
         self.conversion = model, self.decoder, mesh, split_axes(self.decoder, mesh, "auto")
         """Arguments of `convert` besides the parameters."""
-        self.stops = tokenizer.stops(config.sampling.stop_strings), tokenizer.pad_id
+        self.decoding = Decoding(
+            self.decoder, self.sampling, tokenizer.stops(config.sampling.stop_strings), tokenizer.pad_id
+        )
 
-    def log_if_due(self, session: Session, step: int, params: Params, key: jax.Array) -> None:
-        """Log completions if they are due after `step`, drawn with the key of the run folded with `step`."""
-        if session.samples_due(step):
-            session.flush()
-            session.log_samples(step, self.draw(params, jax.random.fold_in(key, step)))
+    def log(self, session: Session, step: int, params: Params, key: jax.Array) -> None:
+        """Log completions of the state after `step`, drawn with the key of the run folded with `step`."""
+        session.flush()
+        session.log_samples(step, self.draw(params, jax.random.fold_in(key, step)))
 
     def draw(self, params: Params, key: jax.Array) -> list[dict[str, Any]]:
-        """A record {"prompt", "completion"} for each row."""
+        """A record {"prompt", "completion"} for each row. Raises Interrupted after a request to stop, which is looked
+        for between programs (`engine.generate_in_chunks`)."""
         decoder_params = convert(params, *self.conversion)
-        stops, strings = self.stops, self.sampling.stop_strings
-        rollout = generate(decoder_params, self.decoder, self.prompts, key, self.sampling, *stops)
-        _, completions = decode_completions(rollout, self.tokenizer, strings)
+        rollout = engine.generate_in_chunks(decoder_params, self.decoding, self.prompts, key, mesh=self.mesh)
+        _, completions = decode_completions(rollout, self.tokenizer, self.sampling.stop_strings)
         del decoder_params  # before its memory is given back
         memory.release_free_memory()
         rows = zip(*sharding.fetch((self.prompts.tokens, self.prompts.mask)), strict=True)
         prompts = [self.tokenizer.decode(tokens[mask].tolist()) for tokens, mask in rows]
-        return [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, completions, strict=True)]
+        pairs = zip(prompts[: self._count], completions[: self._count], strict=True)
+        return [{"prompt": prompt, "completion": text} for prompt, text in pairs]
 
 
 def _prompt(row: SFTRow | PromptRow, index: int) -> PromptRow:

@@ -12,7 +12,7 @@ from jaxrlhf.config import GRPOConfig
 from jaxrlhf.errors import Interrupted, Preempted, RewardError, StorageError
 from jaxrlhf.metrics.keys import EPOCHS
 from jaxrlhf.runs import wallclock
-from jaxrlhf.training.best import best_of, metric_of
+from jaxrlhf.training.best import best_of, checkpoints_at_once, metric_of
 from jaxrlhf.training.health import Health
 from jaxrlhf.training.setup import RunConfig
 from jaxrlhf.training.state import State
@@ -22,6 +22,8 @@ Metrics = dict[str, Any]
 TEMPLATE = "chat template"
 PENDING = "evaluation to come"
 """In a checkpoint: the record of its step, and samples, which are logged once the step has been evaluated."""
+UNDRAWN = "samples to come"
+"""In a checkpoint: the number of samples of its step that were logged before a signal ended the drawing of others."""
 REPORT_EVERY = 30.0  # least seconds between two reports of a run
 
 
@@ -57,6 +59,8 @@ class Session:
         self._record: Metrics = {}  # the last one
         self.pending: dict[str, Any] = {}
         """After `resume`: `record` and `samples` of its step, whose evaluation a signal ended."""
+        self.undrawn = False
+        """After `resume`: a signal ended the drawing of samples of its step, whose record is logged."""
         self._stop = distributed.Request()
         self._health = self._new_health([])
         self._saved_at = time.monotonic()  # or the start of the run
@@ -71,7 +75,7 @@ class Session:
         distributed.on_primary(self._checkpoints.remove_unfinished)
         with self.clock.spent("restore"):
             restored = self._checkpoints.restore(self._state.template)
-        step = 0
+        step, identity = 0, {}
         if restored:
             step, value, identity = restored
             changed = [name for name, digest in self._identity.items() if identity.get(name, digest) != digest]
@@ -81,7 +85,6 @@ class Session:
                     "or the model it names, has changed since. Restore the old one, or start over with --fresh"
                 )
             self._state.value = value
-            self.pending = identity.get(PENDING, {}) if not self.record_of(step) else {}
             finished = step == self.total_steps
             self.note(
                 f"already finished: step {step} of {self.total_steps} is done, so only the end is repeated (--fresh "
@@ -89,14 +92,30 @@ class Session:
                 if finished
                 else f"resuming at step {step} of {self.total_steps} (--fresh starts over)"
             )
-        for note in self.run.notes:
+        shortage = self._checkpoints.shortage(self._state.template, checkpoints_at_once(self.config))
+        shortage = shortage if step < self.total_steps else ""
+        for note in (*self.run.notes, *filter(None, [shortage])):
             self.note(note)
         later = self.logger.rewind(step)
         records = self.records()
+        self._find_pending(step, identity)
         self._timing.resume(step, records, later or ())
         self._health = self._new_health(records)
         self.report()
         self.clock.begin("training")
+
+    def _find_pending(self, step: int, extra: dict[str, Any]) -> None:
+        """Find out what a signal left undone of `step`. An earlier start may have made up for it since, and then have
+        been killed before its next checkpoint."""
+        if not self.record_of(step):
+            self.pending = extra.get(PENDING, {})
+        elif PENDING in extra or UNDRAWN in extra:
+            self.undrawn = self._samples_of(step) == extra.get(UNDRAWN, 0)
+
+    def _samples_of(self, step: int) -> int:
+        """Number of samples of a step that are logged."""
+        path = self.directory / metrics.SAMPLES_FILE
+        return distributed.on_primary(lambda: [row["step"] for row in metrics.read_records(path)].count(step))
 
     def _new_health(self, before: Sequence[Metrics]) -> Health:
         flat = self.config.alarms.flat_steps if isinstance(self.config, GRPOConfig) else 0
@@ -195,7 +214,7 @@ class Session:
         self._timing.end_step(self._flushed)
         saved = self.save_due(step, evaluated=bool(evaluation)) or self._minutes_passed()
         if saved:
-            self.save(step, float(evaluation[self.metric]) if self.metric in evaluation else None)
+            self.save(step, self._metric(evaluation))
         self.stop_if_asked(step, saved=saved)
 
     def _minutes_passed(self) -> bool:
@@ -254,12 +273,32 @@ class Session:
             with self.clock.spent("evaluation"), distributed.stoppable():
                 yield
         except Interrupted:
-            self.flush()
-            extra = {**self._identity, PENDING: {"record": values, "samples": list(samples)}}
-            with self.clock.spent("save"):
-                self._checkpoints.save(step, self._state.value, extra, block=True)
-            self._repeated = ("evaluation",)
+            self._save_unfinished(step, {PENDING: {"record": values, "samples": list(samples)}})
             raise self._preempted(step) from None
+
+    @contextlib.contextmanager
+    def sampling(self, step: int, evaluation: Metrics) -> Iterator[None]:
+        """Block that draws samples of the state after `step` steps, whose record is logged, and logs them at its end. A
+        signal ends it: the state, with its `evaluation` (else empty), is saved, Preempted raised, and a resumed run
+        draws them first (`undrawn`)."""
+        try:
+            with self.clock.spent("evaluation"), distributed.stoppable():
+                yield
+        except Interrupted:
+            self._save_unfinished(step, {UNDRAWN: self._samples_of(step)}, self._metric(evaluation))
+            raise self._preempted(step) from None
+
+    def _save_unfinished(self, step: int, left: dict[str, Any], metric: float | None = None) -> None:
+        """Save the state after `step` steps, and what is `left` to do for it when the run is resumed."""
+        self.flush()
+        with self.clock.spent("save"):
+            self.logger.sync()
+            self._checkpoints.save(step, self._state.value, self._identity | left, metric=metric, block=True)
+        self._repeated = ("evaluation",)
+
+    def _metric(self, evaluation: Metrics) -> float | None:
+        """The metric of an evaluation that ranks checkpoints; None if there is none."""
+        return float(evaluation[self.metric]) if self.metric in evaluation else None
 
     def _preempted(self, step: int) -> Preempted:
         return Preempted(f"stopped after step {step} of {self.total_steps}; run the same command again to resume")

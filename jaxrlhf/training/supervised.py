@@ -164,10 +164,13 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
         """Metrics of the held-out rows; empty if there are none."""
 
     def _resume(self, session: Session) -> None:
-        """Restore the newest state, and end its step if a signal has ended its evaluation."""
+        """Restore the newest state, and end its step if a signal has ended its evaluation or samples."""
         session.resume()
+        step = int(self.state.value.step)
         if session.pending:
-            self._end_step(session, int(self.state.value.step), session.pending["record"])
+            self._end_step(session, step, session.pending["record"])
+        elif session.undrawn:
+            self._log_samples(session, step, {})
 
     def _end_step(self, session: Session, step: int, metrics: Metrics) -> None:
         """Evaluate, log, sample and save what is due after step number `step` (from 1), whose metrics are given."""
@@ -176,10 +179,14 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
             with session.evaluating(step, metrics):
                 evaluation = self._evaluate()
         session.log(step, metrics | evaluation)
-        if self.samples:
-            with session.clock.spent("evaluation"):
-                self.samples.log_if_due(session, step, self.params, self.key)
+        self._log_samples(session, step, evaluation)
         session.save_if_due(step, evaluation)
+
+    def _log_samples(self, session: Session, step: int, evaluation: Metrics) -> None:
+        """Draw and log samples of the state after `step` if they are due; a run keeps its `evaluation`, too."""
+        if self.samples and session.samples_due(step):
+            with session.sampling(step, evaluation):
+                self.samples.log(session, step, self.params, self.key)
 
     def order(self, step: int) -> list[int]:
         """The numbers of the rows that a step trains on."""

@@ -44,6 +44,11 @@ def abstract_weights() -> Iterator[None]:
         _abstract.reset(token)
 
 
+def abstract_weights_wanted() -> bool:
+    """Return True in a block of `abstract_weights`."""
+    return _abstract.get()
+
+
 def load(
     path: str | Path,
     *,

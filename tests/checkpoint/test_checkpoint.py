@@ -23,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrlhf import checkpoint
-from jaxrlhf.checkpoint import Checkpoints, storage
+from jaxrlhf.checkpoint import Checkpoints, room, storage
 from jaxrlhf.checkpoint.digest import digests, leaves_by_name
 from jaxrlhf.errors import StorageError
 from jaxrlhf.types import TrainState
@@ -229,7 +229,7 @@ def test_a_failed_blocking_save_raises(tmp_path):
 
 
 def test_too_little_disk_space_is_noticed_before_writing(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     Checkpoints(tmp_path, keep=1, synchronous=True).save(1, state_of(1), {})
     assert "the disk has 0 MB free" in caplog.text and os.listdir(tmp_path) == []
 

@@ -482,7 +482,9 @@ def test_use_lora_enables_adapters(method, tiny_model, tmp_path, capsys):
     assert (again.lora.rank, again.model.path, again.data.path) == (3, str(tiny_model), str(data))
     first = {"sft": "1: ab[[cd</s>]]", "reward": "1 rejected: ab[[d</s>]]", "ppo": "1: ab\n"}[method]
     assert "first batch, " in shown and first in shown
-    assert re.search(r"memory: at most [\d.e-]+ GB .*: it fits\na checkpoint is", shown)
+    assert re.search(r"memory: at most [\d.e-]+ GB .*: it fits\n", shown)
+    assert re.search(r"checkpoints: [\d.e-]+ GB each, written in about [\d.e-]+ s in the background, after", shown)
+    assert "up to 3 of them are on disk at once" in shown
     steps = {"sft": 1, "reward": 1, "ppo": 64}[method]
     assert re.search(rf"time: about [\d.e-]+ s for the matrix products of a step .* for {steps} steps\.", shown)
     warned = "warning: a step, rollout aside, takes longer than checkpoint.grace (1e-09 s)" in shown
@@ -498,6 +500,7 @@ def test_plan_reports_a_run_that_fits(tiny_model, tmp_path, capsys):
     assert main(["plan", str(file), "--model.init", "random", "--use-lora"]) == 0
     shown = capsys.readouterr().out
     assert "frozen models" in shown and "it fits" in shown
+    assert "a checkpoint is " in shown and "up to 3 of them are on disk at once" in shown
 
 
 def test_export_merges_adapters_of_a_finished_run(tmp_path, monkeypatch, run, exported):

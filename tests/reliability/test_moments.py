@@ -9,6 +9,7 @@ import jax
 import pytest
 from support.runs import facts
 
+from jaxrlhf import PPOTrainer, checkpoint, config
 from jaxrlhf.checkpoint import storage
 from jaxrlhf.errors import Preempted, StorageError
 
@@ -100,6 +101,15 @@ def test_a_run_goes_on_when_a_full_disk_has_room_again(sft, whole, at_save, room
     assert "checkpoint 2 was not saved" in caplog.text
     assert facts(tmp_path / "run") == whole and saved(tmp_path / "run") == [3]
     assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))
+
+
+def test_a_disk_without_room_for_all_checkpoints_is_warned_of_at_the_start(ppo, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint.room, "free", lambda folder: 2_500_000)  # for one, of three with the next one
+    ppo = config.replace(ppo, **{"logging.quiet": False, "logging.report": False})
+    PPOTrainer(ppo, lambda prompts, completions: [len(set(text)) / 9 for text in completions]).train()
+    printed = capsys.readouterr().out
+    assert "warning: 3 checkpoints of" in printed and printed.count("checkpoint.keep") == 1
+    assert printed.index("warning: 3 checkpoints") < printed.index(" ppo step 1/2 ")
 
 
 def test_a_disk_that_stays_full_ends_a_run_which_goes_on_later(sft, whole, at_save, room, tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-from support.runs import records
+from support.runs import facts, records
 
 from jaxrlhf import config, distributed, stopping
 from jaxrlhf.errors import Interrupted, Preempted
 from jaxrlhf.rewards.sources.worker import Worker
 from jaxrlhf.rollout import engine
+from jaxrlhf.training.dpo.trainer import DPOTrainer
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.sft import SFTTrainer
 from jaxrlhf.weights import writer
@@ -204,6 +206,81 @@ def test_a_signal_during_an_evaluation_ends_it_and_it_is_made_up_for(method, ppo
     assert records(tmp_path / "run") == records(tmp_path / "whole")
     samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("run", "whole")]
     assert samples[0] == samples[1]
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Draw two tokens in a program; a signal comes before the program with the number that the test gives (0: none).
+    Returns the list of programs that have run."""
+    advance, calls = engine._advance, []
+
+    def watch(number):
+        calls.clear()
+
+        def counted(*arguments):
+            calls.append(1)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return advance(*arguments)
+
+        monkeypatch.setattr(engine, "CHUNK", 2)
+        monkeypatch.setattr(engine, "_advance", counted)
+        return calls
+
+    return watch
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_signal_while_samples_are_drawn_ends_it_and_the_resumed_run_draws_them(
+    method, start, signal_at, tmp_path, monkeypatch
+):
+    """In runs that keep their best state: the checkpoint has the result of the evaluation before. Then the same, and a
+    kill once the samples are drawn."""
+    run, moved = tmp_path / "run", tmp_path / "stopped"
+    programs = signal_at(0)
+    start(method)
+    each = len(programs) // 2  # for the samples of step 1, and those of step 2
+    assert each > 1
+    whole = facts(run)
+    shutil.rmtree(run)
+    programs = signal_at(each + 1)
+    with pytest.raises(Preempted, match="stopped after step 2 of 3; run the same command again"):
+        start(method)
+    assert len(programs) == each + 1  # the others of step 2 did not run
+    assert [record["step"] for record in records(run)] == [1, 2]
+    shutil.copytree(run, moved)
+    signal_at(0)
+    start(method)
+    assert facts(run) == whole
+
+    shutil.rmtree(run)
+    shutil.copytree(moved, run)
+    trainer = {"sft": SFTTrainer, "dpo": DPOTrainer}[method]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "batch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        start(method)
+    start(method)
+    assert facts(run) == whole
+
+
+def test_a_signal_while_the_first_prompts_are_completed_again_ends_it(ppo, signal_at, tmp_path):
+    """The samples of the update are logged before, and are not logged twice."""
+
+    def train(name):
+        options = {"logging.sample_every": 1, "checkpoint.save_every": 50, "run_dir": str(tmp_path / name)}
+        reward = lambda prompts, completions: [score(text) for text in completions]  # noqa: E731
+        PPOTrainer(config.replace(ppo, **options), reward).train()
+        return facts(tmp_path / name)
+
+    programs = signal_at(0)
+    whole = train("whole")
+    assert len(programs) == 8  # a rollout and the first prompts again, in each of two updates
+    programs = signal_at(3)
+    with pytest.raises(Preempted, match="stopped after step 1 of 2"):
+        train("run")
+    assert len(programs) == 3
+    signal_at(0)
+    assert train("run") == whole
 
 
 def test_before_the_first_step_there_is_nothing_to_save(ppo, tmp_path):

@@ -3,6 +3,7 @@
 import datetime
 import email.utils
 import json
+import socket
 import time
 
 import pytest
@@ -32,6 +33,46 @@ def test_the_request_has_all_fields_and_the_scores_are_read(serve):
         "completions": ["one", "two two"],
         "columns": {"answer": [1, 2]},
     }
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_a_server_is_connected_to_and_sent_nothing_before_a_run(serve):
+    url, seen = serve((500, "no"))
+    Endpoint(url, timeout=10).check()
+    assert not seen
+
+
+def test_a_server_that_is_down_is_named_without_its_secrets():
+    pauses, port = [], free_port()
+    source = Endpoint(f"http://me:hunter2@127.0.0.1:{port}/s?token=blue-whale", timeout=10, sleep=pauses.append)
+    with pytest.raises(RewardError, match="The run has not begun; start the server, or correct") as caught:
+        source.check()
+    message = str(caught.value)
+    assert message.startswith("reward http://") and f"@127.0.0.1:{port}/s?token=" in message
+    assert "cannot be reached: " in message and "refused" in message and "\n" not in message
+    assert "hunter2" not in message and "blue-whale" not in message
+    assert pauses == [0.25, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("url", ["http://no-such-host.invalid/", f"http://{'a' * 70}.org/"])
+def test_a_host_without_an_address_cannot_be_reached(url):
+    with pytest.raises(RewardError, match="cannot be reached"):
+        Endpoint(url, timeout=0.2).check()
+
+
+def test_the_proxy_is_connected_to_where_there_is_one(serve, monkeypatch):
+    url, _ = serve((200, ""))
+    monkeypatch.setenv("http_proxy", url.removesuffix("/score"))
+    monkeypatch.delenv("no_proxy", raising=False)
+    Endpoint("http://no-such-host.invalid/", timeout=0.2).check()
+    monkeypatch.setenv("no_proxy", "no-such-host.invalid")
+    with pytest.raises(RewardError, match="cannot be reached"):
+        Endpoint("http://no-such-host.invalid/", timeout=0.2).check()
 
 
 def test_server_errors_are_retried_with_growing_pauses(serve):

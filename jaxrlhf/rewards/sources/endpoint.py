@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 
 from jaxrlhf.errors import RewardError, quoted
 from jaxrlhf.rewards.functions import CallTimeout, call_with_timeout
-from jaxrlhf.rewards.sources.http import Address, HTTPFailure, post
+from jaxrlhf.rewards.sources.http import Address, HTTPFailure, connect, post
 from jaxrlhf.rewards.sources.protocol import ScoreRequest, SourceScores, parse_scores
 from jaxrlhf.rewards.sources.worker import to_json_line
 from jaxrlhf.secrets import redact
+
+CONNECT_SECONDS = 10.0
+"""Most seconds that a server may take to accept a connection before a run begins."""
 
 
 class Endpoint:
@@ -29,6 +32,15 @@ class Endpoint:
     ) -> None:
         self._address = Address.of(url, "url of a component of the reward", headers)
         self.name, self._timeout, self._sleep = self._address.shown, timeout, sleep
+
+    def check(self) -> None:
+        """Raise RewardError if the server cannot be connected to. Nothing is sent to it."""
+        try:
+            connect(self._address.url, min(self._timeout, CONNECT_SECONDS), sleep=self._sleep)
+        except HTTPFailure as error:
+            raise RewardError(
+                f"reward {self.name} {error}. The run has not begun; start the server, or correct reward.components"
+            ) from error
 
     def __call__(self, request: ScoreRequest) -> SourceScores:
         """Raises RewardError if no usable reply arrives in time."""

@@ -5,6 +5,7 @@ import datetime
 import email.utils
 import http.client
 import re
+import socket
 import time
 import urllib.error
 import urllib.parse
@@ -99,6 +100,25 @@ def post(
             raise HTTPFailure(secrets.redact(reason), about_request=about_request)
         sleep(pause)
     raise AssertionError
+
+
+def connect(url: str, seconds: float, *, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Connect to the server of a URL, or to the proxy for it, and hang up; nothing is sent. Retried like `post`, within
+    `seconds`. Raises HTTPFailure."""
+    parts, deadline = urllib.parse.urlsplit(url), time.monotonic() + seconds
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if proxy and not urllib.request.proxy_bypass(parts.netloc):
+        parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    for attempt in range(ATTEMPTS):
+        pause = FIRST_PAUSE * 2**attempt
+        try:
+            socket.create_connection((parts.hostname or "", port), max(deadline - time.monotonic(), 0.01)).close()
+            return
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that is none
+            if attempt + 1 == ATTEMPTS or time.monotonic() + pause >= deadline:
+                raise HTTPFailure(secrets.redact(f"cannot be reached: {first_line(error)}")) from error
+        sleep(pause)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

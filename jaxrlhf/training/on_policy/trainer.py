@@ -107,6 +107,8 @@ class OnPolicyTrainer(Generic[Config]):
         checks.check_run(config, self.mesh, self.sampler.columns + config.sampling.response_length)
         if train:
             self.scorer.check_rows(train)
+            if not weights.abstract_weights_wanted():  # a plan asks nobody
+                self.scorer.probe_rows(train)
         self.token_records = TokenRecords(config, self.sampler)
         self.teacher = reference_teacher(config, self.sampler)
         """The model of `reference.path`, None without one."""
@@ -270,6 +272,8 @@ class OnPolicyTrainer(Generic[Config]):
                         self.validator.start(session, step, self.params, lambda: self.reference)
             if session.pending:
                 self._end_update(session, step, session.pending["record"], session.pending["samples"])
+            elif session.undrawn:
+                self._log_fixed_prompts(session, step, {})
             yield session
 
     def _calibrate_scores(self) -> None:
@@ -300,8 +304,7 @@ class OnPolicyTrainer(Generic[Config]):
             samples = self._samples(step, batch)
             evaluation = self.validator.run(session, step, metrics, self.params, lambda: self.reference, samples)
         session.log(step, metrics | evaluation)
-        with session.clock.spent("evaluation"):
-            self._log_samples(session, step, batch)
+        self._log_samples(session, step, batch, evaluation)
         session.save_if_due(step, evaluation)
 
     def _samples(self, step: int, batch: ScoredRollout | Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
@@ -337,13 +340,21 @@ class OnPolicyTrainer(Generic[Config]):
             return None
         return self.token_records.before(self.params, batch)
 
-    def _log_samples(self, session: Session, step: int, batch: ScoredRollout | Sequence[dict[str, Any]]) -> None:
+    def _log_samples(
+        self, session: Session, step: int, batch: ScoredRollout | Sequence[dict[str, Any]], evaluation: Metrics
+    ) -> None:
         """Log sample completions of update number `step` (from 1) if they are due."""
         if self._samples_due(step):
-            session.log_samples(step, self._samples(step, batch))
-            if isinstance(batch, ScoredRollout):
-                session.logger.histograms(step, batch.distributions())
-            if self.fixed_prompts.due(step):
+            with session.clock.spent("evaluation"):
+                session.log_samples(step, self._samples(step, batch))
+                if isinstance(batch, ScoredRollout):
+                    session.logger.histograms(step, batch.distributions())
+            self._log_fixed_prompts(session, step, evaluation)
+
+    def _log_fixed_prompts(self, session: Session, step: int, evaluation: Metrics) -> None:
+        """Complete the prompts of the first update again after update number `step` (from 1), if it is due."""
+        if self.fixed_prompts.due(step):
+            with session.sampling(step, evaluation):
                 self.fixed_prompts.log(session, step, self.prompts(0), self.generate)
 
     def _finish(self, session: Session) -> dict[str, float]:
