@@ -22,11 +22,12 @@ import jax.numpy as jnp
 from jaxrlhf import distributed
 from jaxrlhf.checkpoint.digest import check_leaves, digests, first_few, leaves_by_name, path_name, shape_of, with_seal
 from jaxrlhf.errors import DamagedCheckpoint, StorageError, first_line, quoted
-from jaxrlhf.files import read_regular
+from jaxrlhf.files import read_regular, write_whole
 from jaxrlhf.types import set_leaf
 
 State = TypeVar("State")
 FORMAT = 1
+RECORD = "record/data.json"
 TEMPORARY = ".orbax-checkpoint-tmp"
 """Suffix of folders that are being written or deleted."""
 
@@ -115,7 +116,7 @@ def verify(directory: Path, step: int) -> str:
 def read_record(directory: Path, step: int) -> dict[str, Any]:
     """Read the record of a checkpoint: `metric`, `extra`, and `leaves` (digests). Raises as `read_checkpoint` does."""
     try:
-        record = json.loads(read_regular(directory / str(step) / "record" / "data.json"))
+        record = json.loads(read_regular(directory / str(step) / RECORD))
         intact = record["seal"] == with_seal(record)["seal"]
         written, version = record["step"], record["format"]
     except PermissionError as error:
@@ -141,6 +142,13 @@ def read_record(directory: Path, step: int) -> dict[str, Any]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedCheckpoint(f"its record does not describe a checkpoint ({reason(error)})") from error
     return record
+
+
+def write_metric(directory: Path, step: int, metric: float) -> None:
+    """Write the metric of a checkpoint into its record, in one atomic replacement. Raises as `read_record` does, and
+    StorageError if it cannot be written."""
+    record = with_seal(read_record(directory, step) | {"metric": metric})
+    write_whole(directory / str(step) / RECORD, json.dumps(record))
 
 
 def reason(error: BaseException) -> str:

@@ -111,6 +111,7 @@ class Session:
             self.pending = extra.get(PENDING, {})
         elif PENDING in extra or UNDRAWN in extra:
             self.undrawn = self._samples_of(step) == extra.get(UNDRAWN, 0)
+            self._checkpoints.save(step, self._state.value, extra, self._metric(self.record_of(step)))
 
     def _samples_of(self, step: int) -> int:
         """Number of samples of a step that are logged."""
@@ -262,10 +263,10 @@ class Session:
     @contextlib.contextmanager
     def evaluating(self, step: int, record: Metrics, samples: Sequence[dict[str, Any]] = ()) -> Iterator[None]:
         """Block that evaluates the state after `step` steps, whose `record` and `samples` are logged after it. A signal
-        ends it: the state is saved, Preempted raised, and a resumed run evaluates first (`pending`). It does not if the
-        run keeps its best state, whose checkpoint needs the result."""
+        ends it: the state is saved, Preempted raised, and a resumed run evaluates first (`pending`); the result becomes
+        that of the checkpoint."""
         values = {k: float(v) for k, v in sharding.fetch(record).items()}
-        if self.best or not all(math.isfinite(value) for value in values.values()):
+        if not all(math.isfinite(value) for value in values.values()):  # no JSON
             with self.clock.spent("evaluation"):
                 yield
             return

@@ -71,6 +71,8 @@ def together(tmp_path_factory: pytest.TempPathFactory, tiny_model: pathlib.Path)
     """The folder of two workers, what they found, and the parameters in FOLDER/weights."""
     folder = tmp_path_factory.mktemp("together")
     write_ppo(folder, tiny_model)
+    lines = [json.dumps({"prompt": f"{a}+{b}=", "completion": f"{a + b}."}) for a in range(4) for b in range(4)]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
     model, params = weights.load(tiny_model, init="random", key=jax.random.key(3))
     weights.export(folder / "weights", model, params)
     mesh = sharding.make_mesh(config.Mesh(data=1, fsdp=8))
@@ -194,6 +196,17 @@ def test_a_signal_to_one_process_stops_ppo_in_all_at_the_same_place(together):
     said = "stopped after step 1 of 2; run the same command again to resume"
     for found in together[1]:
         assert found["stopped"] == 2 * [[said, [1], True]]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_the_drawing_of_samples_in_all(together):
+    """The others see it at the second look after it, and the resumed run draws the samples."""
+    folder, found, _ = together
+    said = "stopped after step 1 of 2; run the same command again to resume, 2 programs"
+    assert [each["stopped_sampling"] for each in found] == [said, said]
+    assert runs.facts(folder / "sft-stopped") == runs.facts(folder / "sft")
+    samples = [json.loads(line) for line in (folder / "sft" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [1, 1, 1, 2, 2, 2]
 
 
 def _records(run: pathlib.Path) -> list[dict[str, Any]]:

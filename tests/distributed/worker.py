@@ -18,11 +18,12 @@ distributed.start(address, 2, number, heartbeat_timeout=20)
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from jaxrlhf import PPOTrainer, config, runs, sharding, weights  # noqa: E402
+from jaxrlhf import PPOTrainer, SFTTrainer, config, runs, sharding, weights  # noqa: E402
 from jaxrlhf.checkpoint import Checkpoints  # noqa: E402
 from jaxrlhf.checkpoint.digest import digests, leaves_by_name  # noqa: E402
 from jaxrlhf.config.file import load_config  # noqa: E402
 from jaxrlhf.errors import ConfigError, DataError, Preempted, RewardError  # noqa: E402
+from jaxrlhf.rollout import engine  # noqa: E402
 from jaxrlhf.training import setup  # noqa: E402
 from jaxrlhf.weights import safetensors  # noqa: E402
 
@@ -159,5 +160,34 @@ for end_first in (False, True):
         trainer = PPOTrainer(stopped, reward)
         trainer.train()
         found["stopped"].append([str(error), saved, digests(leaves_by_name(trainer.state.value)) == found["params"]])
+
+# A signal to process 1 while SFT draws samples after its first step, two tokens in a program
+engine.CHUNK, advance, calls = 2, engine._advance, []
+
+
+def signalled_once(*arguments: Any) -> Any:
+    calls.append(1)
+    if number and len(calls) == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return advance(*arguments)
+
+
+sft = config.SFTConfig(
+    model=ppo.model,
+    data=config.Data(path=str(folder / "rows.jsonl")),
+    mesh=config.Mesh(data=4, fsdp=2),
+    train=config.Train(batch_size=8, max_steps=2),
+    sampling=config.Sampling(response_length=9),
+    checkpoint=config.Checkpoint(save_every=5),
+    logging=config.Logging(tensorboard=False, report=False, sample_every=1, num_samples=3),
+)
+engine._advance = signalled_once
+found["stopped_sampling"] = ""
+try:
+    SFTTrainer(config.replace(sft, run_dir=str(folder / "sft-stopped"))).train()
+except Preempted as error:
+    found["stopped_sampling"] = f"{error}, {len(calls)} programs"
+for name in ("sft-stopped", "sft"):
+    SFTTrainer(config.replace(sft, run_dir=str(folder / name))).train()
 (folder / f"{number}.json").write_text(json.dumps(found))
 print("done", os.getpid())

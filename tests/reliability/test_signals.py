@@ -14,6 +14,7 @@ import pytest
 from support.runs import facts, records
 
 from jaxrlhf import config, distributed, stopping
+from jaxrlhf.checkpoint import storage
 from jaxrlhf.errors import Interrupted, Preempted
 from jaxrlhf.rewards.sources.worker import Worker
 from jaxrlhf.rollout import engine
@@ -147,6 +148,11 @@ def test_a_signal_during_a_rollout_ends_it(slots, ppo, tmp_path, monkeypatch):
     assert records(tmp_path / "run") == records(tmp_path / "whole")
 
 
+def metrics_of_checkpoints(run):
+    folder = run / "checkpoints"
+    return {step: storage.read_record(folder, int(step))["metric"] for step in os.listdir(folder) if step.isdigit()}
+
+
 def test_a_signal_during_the_export_leaves_no_part_of_one(ppo, tmp_path, monkeypatch):
     write, stopped = writer.write_file, []
 
@@ -167,9 +173,10 @@ def test_a_signal_during_the_export_leaves_no_part_of_one(ppo, tmp_path, monkeyp
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("keep_best", [False, True])
 @pytest.mark.parametrize("method", ["ppo", "sft"])
-def test_a_signal_during_an_evaluation_ends_it_and_it_is_made_up_for(method, ppo, rows, tmp_path, monkeypatch):
-    """In the second evaluation after the start; the resumed run begins with it."""
+def test_a_signal_during_an_evaluation_ends_it_and_it_is_made_up_for(method, keep_best, ppo, rows, tmp_path):
+    """In the second evaluation after the start; the resumed run begins with it, and the checkpoint gets its result."""
     calls, stop_at = [], 0
 
     def stop(value):
@@ -186,8 +193,9 @@ def test_a_signal_during_an_evaluation_ends_it_and_it_is_made_up_for(method, ppo
     def made(name):
         if method == "ppo":
             options = {"data.validation_fraction": 0.5, "validation.eval_steps": 1, "run_dir": str(tmp_path / name)}
-            return PPOTrainer(config.replace(ppo, **options, **{"checkpoint.save_every": 50}), reward=reward)
-        train = config.Train(batch_size=4, num_train_epochs=2, eval_batch_size=2, eval_every=1, keep_best=False)
+            options |= {"checkpoint.save_every": 50, "validation.keep_best": keep_best}
+            return PPOTrainer(config.replace(ppo, **options), reward=reward)
+        train = config.Train(batch_size=4, num_train_epochs=2, eval_batch_size=2, eval_every=1, keep_best=keep_best)
         data = config.Data(path=str(rows), validation_fraction=0.5)
         sections = {name: getattr(ppo, name) for name in ("model", "logging")}
         trainer = SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / name), train=train, data=data, **sections))
@@ -202,10 +210,21 @@ def test_a_signal_during_an_evaluation_ends_it_and_it_is_made_up_for(method, ppo
     with pytest.raises(Preempted, match=f"stopped after step {1 if method == 'ppo' else 2} of"):
         made("run").train()
     assert [r["step"] for r in records(tmp_path / "run")] == ([] if method == "ppo" else [1])
+    shutil.copytree(tmp_path / "run", tmp_path / "stopped")
     made("run").train()
-    assert records(tmp_path / "run") == records(tmp_path / "whole")
-    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("run", "whole")]
-    assert samples[0] == samples[1]
+    assert facts(tmp_path / "run") == facts(tmp_path / "whole")
+    if keep_best:
+        assert metrics_of_checkpoints(tmp_path / "run") == metrics_of_checkpoints(tmp_path / "whole")
+    if method == "sft":  # then killed between the record and the result in the checkpoint
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(tmp_path / "stopped", tmp_path / "run")
+        line = (tmp_path / "whole" / "metrics.jsonl").read_bytes().splitlines(keepends=True)[1]
+        with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+            file.write(line)
+        made("run").train()
+        assert facts(tmp_path / "run") == facts(tmp_path / "whole")
+        found = [metrics_of_checkpoints(tmp_path / name) for name in ("run", "whole")]
+        assert not keep_best or found[0] == found[1]
 
 
 @pytest.fixture

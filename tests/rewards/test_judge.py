@@ -10,6 +10,7 @@ import pytest
 from jaxrlhf import config
 from jaxrlhf.config import Component, RewardSource
 from jaxrlhf.config.text import dump
+from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.errors import ConfigError, RewardError
 from jaxrlhf.metrics.keys import definition
 from jaxrlhf.rewards.compose import Scorer
@@ -242,7 +243,8 @@ def test_a_judge_that_cannot_judge_is_refused_before_the_run(serve, policy_token
 
     def check(address):
         component = Component(judge=config.Judge(url=address, retries=0), on_error="skip")
-        Scorer(RewardSource(components=(component,)), policy_tokenizer, directory=tmp_path).check(["why?", "who?"], {})
+        scorer = Scorer(RewardSource(components=(component,)), policy_tokenizer, directory=tmp_path)
+        scorer.probe_rows([PromptRow(tokens=[1], text="why?", columns={}, index=0)])
 
     for problem in ("answered 503", "answered with something other than JSON", 'answered without "Score: NUMBER"'):
         with pytest.raises(RewardError, match=f"cannot judge: (asked about .*, )?it {problem}.*The run has not begun"):
