@@ -170,8 +170,9 @@ def resolve_dtype(requested: Literal["auto", "float32", "bfloat16"], backend: st
 
 
 def resolve_remat(requested: Literal["auto", "none", "full", "dots"], backend: str) -> Literal["none", "full", "dots"]:
-    """Resolve auto: full on a CPU (as fast in float32, faster in bfloat16), else none."""
-    auto = "full" if backend == "cpu" else "none"
+    """Resolve auto: full on a CPU (as fast in float32, faster in bfloat16); dots on a GPU, where an update launches a
+    fifth fewer kernels than with none, and keeps half as much (docs/performance.md); else none."""
+    auto = "full" if backend == "cpu" else "dots" if backend in ("gpu", "cuda") else "none"
     return auto if requested == "auto" else requested
 
 
@@ -181,6 +182,14 @@ def resolve_attention(
     """Resolve auto: cudnn for bfloat16 on an NVIDIA GPU (the caller still tries it out), else plain."""
     auto = "cudnn" if backend in ("gpu", "cuda") and dtype == "bfloat16" else "plain"
     return auto if requested == "auto" else requested
+
+
+def weights_left(backend: str, dtype: str, rows: int | None) -> bool:
+    """True where a product of so many rows (None: not known) is faster with the weight as the left operand: up to 32 in
+    float32 on a processor with AVX2 and without AVX-512 (docs/performance.md)."""
+    known = processor().extensions
+    few = rows is not None and rows <= 32
+    return backend == "cpu" and dtype == "float32" and few and "AVX2" in known and "AVX-512" not in known
 
 
 def logits_alive(backend: str) -> int:

@@ -131,7 +131,7 @@ def generation(job: Job, name: str) -> Repeat:
     prompts = random_prompts(job, job.batch)
 
     def copy():
-        return jax.block_until_ready(inference_copy(model, params, job.dtype))
+        return jax.block_until_ready(inference_copy(model, params, job.dtype, job.batch))
 
     def run(copied, length: int, seed: int) -> Rollout:
         small, weights_ = copied
@@ -161,7 +161,7 @@ def ragged(job: Job, name: str) -> Repeat:
     Probabilities of a random model are nearly uniform, so a token ends a response with probability 1 / `response`.
     """
     model, params = load(job)
-    small, copied = inference_copy(model, params, job.dtype)
+    small, copied = inference_copy(model, params, job.dtype, job.slots)
     stop_ids = tuple(range(0, model.vocab_size, job.response))
     sampling = Sampling(response_length=4 * job.response)
 

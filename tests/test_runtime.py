@@ -116,6 +116,14 @@ def test_auto_dtype_by_backend(requested, backend, dtype):
 
 
 @pytest.mark.parametrize(
+    ("requested", "backend", "remat"),
+    [("auto", "cpu", "full"), ("auto", "gpu", "dots"), ("auto", "tpu", "none"), ("none", "gpu", "none")],
+)
+def test_auto_remat_by_backend(requested, backend, remat):
+    assert runtime.resolve_remat(requested, backend) == remat
+
+
+@pytest.mark.parametrize(
     "plugins, libtpu, device, expected",
     [
         ([], False, "", False),  # plain jax
@@ -164,6 +172,25 @@ def test_the_processor_is_told_by_its_instructions(cpuinfo, name, extensions, bf
     found = runtime.processor.__wrapped__()
     assert (found.name, found.extensions, found.multiplies_bfloat16) == (name, extensions, bfloat16)
     assert str(found).startswith(f"{name}, {found.cores} core")
+
+
+@pytest.mark.parametrize(
+    ("extensions", "backend", "dtype", "rows", "left"),
+    [
+        (("AVX2",), "cpu", "float32", 32, True),
+        (("AVX2",), "cpu", "float32", 33, False),
+        (("AVX2",), "cpu", "float32", None, False),
+        (("AVX2",), "cpu", "bfloat16", 8, False),
+        (("AVX2",), "gpu", "float32", 8, False),
+        (("AVX2", "AVX-512"), "cpu", "float32", 8, False),
+        (("NEON",), "cpu", "float32", 8, False),
+    ],
+)
+def test_weights_are_on_the_left_where_that_was_measured_to_be_faster(
+    extensions, backend, dtype, rows, left, monkeypatch
+):
+    monkeypatch.setattr(runtime, "processor", lambda: runtime.Processor("a processor", 2, extensions, ""))
+    assert runtime.weights_left(backend, dtype, rows) is left
 
 
 def test_the_processor_of_a_mac_is_told_by_sysctl(monkeypatch):

@@ -126,7 +126,8 @@ def load_weights(source: ModelSource, seed: int, tokenizer: Tokenizer) -> tuple[
 
 def decoder(config: PPOConfig, model: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
     """The inference copy of a model of `load_model`, in the rollout dtype."""
-    return inference_copy(model, params, model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype)
+    dtype = model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
+    return inference_copy(model, params, dtype, config.rollout.slots or config.ppo.batch_size)
 
 
 def generate(

@@ -123,7 +123,7 @@ class ModelConfig:
     parallel_residual: bool = False  # the MLP reads the input of the layer, not that plus attention's output
     platform: Literal["cpu", "gpu", "tpu"] = "cpu"  # that computes it: sizes of chunks, layouts for decoding
     dtype: Literal["float32", "bfloat16"] = "float32"  # operands of matrix products; they accumulate in float32
-    kernels: Literal["float", "int8"] = "float"  # int8: for inference only, see rollout/inference_copy.py
+    kernels: Literal["float", "left", "int8"] = "float"  # left, int8: for inference only, see rollout/inference_copy.py
     remat: Literal["none", "full", "dots"] = "none"
     mesh: Mesh | None = None  # over which its parameters are sharded, see placement.py; None: one device, or not known
     attention: Literal["plain", "cudnn"] = "plain"  # for whole sequences; with a cache or a softcap always plain

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxrlhf.models.attention import softcapped
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.models.layers import along_last, int8_product, product
+from jaxrlhf.models.layers import along_last, int8_product, left_product, product
 from jaxrlhf.types import Params
 
 MLP_SIZES = (512, 256)
@@ -42,7 +42,7 @@ def _scalar_kernel(key: Array, size: int, outputs: int) -> Array:
 def lm_weight(params: Params, model: ModelConfig) -> tuple[Array, Array | None]:
     """(output weight, rows of it trained for the tokens of `model.adapters`, or None).
 
-    The weight is [V, D] if the embedding is tied, else [D, V]; the rows lie along its axis V.
+    The weight is [V, D] if the embedding is tied, or kernels are on the left, else [D, V]; rows lie along its axis V.
     """
     part, leaf = ("embed", "embedding") if model.tie_embeddings else ("lm_head", "kernel")
     return params[part][leaf], params.get("lora", {}).get("rows", {}).get(leaf)
@@ -55,6 +55,8 @@ def lm_logits(params: Params, model: ModelConfig, hidden: Float[Array, "*lead D"
         kernel = table["embedding" if model.tie_embeddings else "kernel"]
         return finish_logits(int8_product(hidden, kernel, table["scale"]), model)
     weight, rows = lm_weight(params, model)
+    if model.kernels == "left":
+        return finish_logits(left_product(hidden, weight, model.dtype), model)
     if rows is not None:  # inserted into the weight: a separate product would round differently
         assert model.adapters is not None
         tokens = jnp.array(model.adapters.tokens)

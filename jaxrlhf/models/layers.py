@@ -20,7 +20,7 @@ from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.experts import Experts
 from jaxrlhf.models.packed import packed_product, unpack
 from jaxrlhf.models.placement import place
-from jaxrlhf.models.product import along_last, int8_product, product
+from jaxrlhf.models.product import along_last, int8_product, left_product, product
 from jaxrlhf.models.rope import Rotation, rotate, rotate_queries
 from jaxrlhf.types import turned
 
@@ -38,7 +38,7 @@ def dropout(x: Float[Array, "B T I"], keys: Key[Array, " B"], rate: float, site:
 
 
 class Dense(nn.Module):
-    """x W (+ b), with W [in, out]; int8 kernels use `int8_product`, packed kernels packed.py.
+    """x W (+ b), with W [in, out]; int8 kernels use `int8_product`, left ones `left_product`, packed ones packed.py.
 
     With variables in the collection "lora": x W + scale x A B, where the x of A has dropout if `keys` are given; with a
     magnitude m, each output is multiplied by m / |W + scale A B| (DoRA, https://arxiv.org/abs/2402.09353, eq. 5, no
@@ -54,6 +54,9 @@ class Dense(nn.Module):
         if self.model.kernels == "int8":
             kernel = self.param("kernel", nn.initializers.zeros, (self.features, x.shape[-1]), jnp.int8)
             y = int8_product(x, kernel, self.param("scale", nn.initializers.ones, (self.features,)))
+        elif self.model.kernels == "left":
+            kernel = self.param("kernel", NORMAL, (self.features, x.shape[-1]))
+            y = left_product(x, kernel, self.model.dtype)
         elif self.has_variable("params", "codes"):
             packed = {k: v for k, v in self.variables["params"].items() if k != "bias"}
             y = packed_product(x, packed, self.model.dtype, self.model.mesh)

@@ -16,8 +16,9 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array
 
-from jaxrlhf import lora, sharding
+from jaxrlhf import lora, runtime, sharding
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import ModelConfig, adapters_of_all_layers, init, layer_of, unstack
 from jaxrlhf.sharding import path_of
@@ -29,12 +30,15 @@ SHARE = 1 / 4
 """Part of a device's memory that the copy may take on each device to be replicated by layout "auto"."""
 
 
-def inference_copy(model: ModelConfig, params: Params, dtype: RolloutDType) -> tuple[ModelConfig, Params]:
+def inference_copy(
+    model: ModelConfig, params: Params, dtype: RolloutDType, rows: int | None = None
+) -> tuple[ModelConfig, Params]:
     """Convert `model` and its stacked `params` for `forward_cached` and `generate`.
 
     `dtype` is the dtype of weights and product operands; norms and biases are not converted. int8 stores kernels and
     embeddings in 8 bits with one scale per output (per token in an embedding) and rounds activations to 8 bits per
-    position; attention is in bfloat16, or in float32 if `model` computes in float32.
+    position; attention is in bfloat16, or in float32 if `model` computes in float32. `rows` is the number of sequences
+    that will be decoded at a time: some processors multiply few rows faster in another layout (`runtime.weights_left`).
 
     Raises:
         ConfigError: another dtype.
@@ -43,18 +47,19 @@ def inference_copy(model: ModelConfig, params: Params, dtype: RolloutDType) -> t
         raise ConfigError(
             f"the dtype of an inference copy cannot be {dtype!r}; choose one of {', '.join(get_args(RolloutDType))}"
         )
-    inference = inference_model(model, dtype)
+    inference = inference_model(model, dtype, rows)
     return inference, convert(params, model, inference)
 
 
-def inference_model(model: ModelConfig, dtype: RolloutDType) -> ModelConfig:
+def inference_model(model: ModelConfig, dtype: RolloutDType, rows: int | None = None) -> ModelConfig:
     """Model config that `inference_copy` returns."""
+    left = runtime.weights_left(model.platform, dtype, rows)
     # on CPUs, XLA's float32 products read W[in, out] 20 % faster than W[out, in], the layout of an embedding
-    untie = model.tie_embeddings and dtype == "float32" and model.platform == "cpu"
+    untie = model.tie_embeddings and dtype == "float32" and model.platform == "cpu" and not left
     return dataclasses.replace(
         model,
         dtype=model.dtype if dtype == "int8" else dtype,
-        kernels="int8" if dtype == "int8" else "float",
+        kernels="int8" if dtype == "int8" else "left" if left else "float",
         tie_embeddings=model.tie_embeddings and not untie,
         remat="none",
         attention="plain",
@@ -82,7 +87,8 @@ def copy_shardings(copy: Params, inference: ModelConfig, mesh: jax.sharding.Mesh
 
     def place(keys, x):
         path, order = path_of(keys), [*range(x.ndim)]
-        if inference.kernels == "int8" and path.endswith("kernel"):  # transposed, see `_int8`
+        turned = {"float": False, "left": _turns(path, x), "int8": path.endswith("kernel")}
+        if turned[inference.kernels]:
             order[-2:] = order[:-3:-1]
         shape = tuple(x.shape[i] for i in order)
         unstacked = path.startswith("layers/") and not inference.scans_layers
@@ -119,7 +125,8 @@ def _converted(params: Params, model: ModelConfig, inference: ModelConfig) -> Pa
         params = unstack(params, model)
     if model.tie_embeddings and not inference.tie_embeddings:
         params = {**params, "lm_head": {"kernel": params["embed"]["embedding"].T}}
-    return _cast(params, inference.dtype)
+    params = _cast(params, inference.dtype)
+    return _left(params) if inference.kernels == "left" else params
 
 
 def _cast(params: Params, dtype: DTypeLike) -> Params:
@@ -127,6 +134,16 @@ def _cast(params: Params, dtype: DTypeLike) -> Params:
         return x.astype(dtype) if path_of(keys).endswith(("kernel", "embedding")) else x
 
     return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _left(params: Params) -> Params:
+    """Kernels [in, out] of unstacked layers as [out, in]."""
+    return jax.tree_util.tree_map_with_path(lambda keys, x: x.T if _turns(path_of(keys), x) else x, params)
+
+
+def _turns(path: str, x: Array) -> bool:
+    """True for the kernels that `_left` transposes: not those of experts, which are 3-dimensional, and of routers."""
+    return path.endswith("kernel") and x.ndim == 2 and "router" not in path
 
 
 def _merge_by_layer(params: Params, model: ModelConfig, dtype: DTypeLike) -> Params:

@@ -1,5 +1,7 @@
 import dataclasses
 import inspect
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +9,11 @@ import numpy as np
 import pytest
 from support.tiny import tiny
 
-from jaxrlhf import models
+from jaxrlhf import config, models, runtime, sharding
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.models.layers import int8_product
+from jaxrlhf.models.product import FEW, int8_product, left_product
 from jaxrlhf.rollout.inference_copy import inference_copy
+from jaxrlhf.training.on_policy.sampler import Sampler
 
 QWEN = tiny(
     family="qwen2",
@@ -61,6 +64,33 @@ def test_a_float32_copy_computes_what_the_model_does(model, key):
     np.testing.assert_allclose(logits(copy, inference, tokens), expected, atol=2e-5)
 
 
+AVX2 = runtime.Processor("a processor", 2, ("AVX2",), "avx2")
+EXPERTS = dataclasses.replace(QWEN, num_experts=4, experts_per_token=2)
+
+
+@pytest.mark.parametrize("model", [QWEN, GPT2, UNTIED, CAPPED, EXPERTS])
+@pytest.mark.parametrize("columns", [1, 9, 40])
+def test_a_copy_with_weights_on_the_left_computes_what_the_model_does(model, columns, key, monkeypatch):
+    monkeypatch.setattr(runtime, "processor", lambda: AVX2)
+    tokens = jax.random.randint(key, (3, columns), 0, 96)
+    params, expected = exact(model, key, tokens)
+    inference, copy = inference_copy(model, params, "float32", rows=3)
+    assert inference.kernels == "left"
+    assert copy["layers"][0]["attention"]["k"]["kernel"].shape == (model.num_kv_heads * model.head_dim, 64)
+    np.testing.assert_allclose(logits(copy, inference, tokens), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(("rows", "shape"), [(FEW, "96,64"), (FEW + 1, "65,96")])
+def test_xla_leaves_the_weight_on_the_left_of_few_rows(rows, shape):
+    """Inside a loop, where it turns the product of a weight and an activation around."""
+
+    def loop(x, kernel):
+        return jax.lax.fori_loop(0, 3, lambda _, x: jnp.tanh(left_product(x, kernel, "float32")) + x, x)
+
+    text = jax.jit(loop).lower(jnp.ones((rows, 96)), jnp.ones((96, 96))).compile().as_text()
+    assert re.findall(r"f32\[([\d,]*)\]\S* dot\(", text) == [shape]
+
+
 @MODELS
 def test_a_bfloat16_copy_computes_what_a_bfloat16_model_does(model, key):
     """Stored rounded or rounded at each product: the same numbers. Norms and biases stay unrounded in both."""
@@ -108,3 +138,13 @@ def test_the_copy_is_not_the_model(key):
 def test_another_dtype_is_refused():
     with pytest.raises(ConfigError, match="cannot be 'float16'; choose one of float32, bfloat16, int8"):
         inspect.unwrap(inference_copy)(QWEN, {}, "float16")  # without the tests' own type checks
+
+
+@pytest.mark.parametrize(("slots", "devices", "kernels"), [(0, 1, "float"), (0, 2, "left"), (32, 1, "left")])
+def test_a_run_counts_the_rows_that_a_device_decodes_at_a_time(slots, devices, kernels, monkeypatch):
+    monkeypatch.setattr(runtime, "processor", lambda: AVX2)
+    run = config.PPOConfig(ppo=config.PPO(batch_size=64), rollout=config.Generation(slots=slots))
+    tokenizer = SimpleNamespace(stops=lambda strings: (0,), pad_id=1)
+    mesh = sharding.make_mesh(config.Mesh(data=devices))
+    sampler = Sampler(run, QWEN, tokenizer, mesh, 0)  # type: ignore[arg-type]
+    assert sampler.decoder.kernels == kernels

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.tiny import tiny
 
-from jaxrlhf import models, sharding
+from jaxrlhf import models, runtime, sharding
 from jaxrlhf.config import Mesh, Sampling
 from jaxrlhf.rollout import engine, inference_copy
 from jaxrlhf.rollout.decode import Decoding, generate
@@ -147,6 +147,18 @@ def test_each_device_holds_its_share_of_the_copy(params, dtype, tied):
         assert len(matrices) == 2 * 7 + 1 + ("lm_head" in copy)
         for keys, x in matrices:
             assert x.addressable_shards[0].data.size * shares == x.size, (layout, sharding.path_of(keys))
+
+
+def test_weights_on_the_left_decode_the_same_on_a_mesh(params, expected, monkeypatch):
+    monkeypatch.setattr(runtime, "weights_left", lambda *_: True)
+    mesh, inference, copy = laid_out(params, Mesh(fsdp=2, tensor=4))
+    assert inference.kernels == "left"
+    placed = sharding.put_rows(prompts(), mesh)
+    together = generate(copy, inference, placed, jax.random.key(1), SAMPLING, STOPS, PAD)
+    np.testing.assert_array_equal(together.tokens, expected.tokens)
+    for keys, x in jax.tree_util.tree_leaves_with_path(copy):
+        if x.ndim > 1:
+            assert x.addressable_shards[0].data.size * 4 == x.size, sharding.path_of(keys)
 
 
 def test_int8_copies_decode_the_same_on_a_mesh(params, key):

@@ -48,7 +48,8 @@ class Sampler:
         self.batch, self._group, self.longest = config.settings.batch_size, config.settings.group, longest
         self._environment, self._widths = environment, widths
         dtype: RolloutDType = model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
-        self.decoder = inference_model(model, dtype)
+        rows = min(config.rollout.slots or self.batch, self.batch)
+        self.decoder = inference_model(model, dtype, -(-rows // sharding.row_shards(mesh)))
         """The model that decodes."""
         self.conversion = model, self.decoder, mesh, split_axes(self.decoder, mesh, config.rollout.layout)
         """Arguments of `convert` besides the parameters."""
