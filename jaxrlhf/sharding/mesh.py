@@ -41,9 +41,11 @@ def platform(mesh: jax.sharding.Mesh | None = None) -> Platform:
     return name if name in ("cpu", "tpu") else "gpu"
 
 
-def is_here(mesh: jax.sharding.Mesh) -> bool:
-    """Return True for a mesh of jax's own devices, False for one of a topology, which can hold no arrays."""
-    return mesh.devices.flat[0] in jax.devices()
+def is_here(mesh: jax.sharding.Mesh | None = None) -> bool:
+    """Return True for a mesh of jax's own devices, False for one of a topology, which can hold no arrays. Without a
+    mesh: for one that would be made now."""
+    devices = _devices.get() if mesh is None else mesh.devices.flat
+    return devices is None or devices[0] in jax.devices()
 
 
 def device_memory(mesh: jax.sharding.Mesh) -> int | None:

@@ -73,19 +73,19 @@ def model_config(
     added = tuple(range(tokenizer.size - tokenizer.added, tokenizer.size))
     sharding.check_heads(model, mesh, source.path)
     model = dataclasses.replace(with_adapters(model, lora, added), mesh=mesh if mesh.size > 1 else None)
-    return with_attention(model, source, trial=sharding.is_here(mesh))
+    return with_attention(model, source)
 
 
-def with_attention(model: ModelConfig, source: ModelSource, *, trial: bool = True) -> ModelConfig:
-    """The model with the attention that `source` asks for; ConfigError if that is cudnn and cannot be used. Without a
-    `trial`, cudnn is taken to work for the shapes that it has kernels for."""
+def with_attention(model: ModelConfig, source: ModelSource) -> ModelConfig:
+    """The model with the attention that `source` asks for; ConfigError if that is cudnn and cannot be used. For devices
+    that are not here (`sharding.on_devices`) it is taken to work for the shapes that it has kernels for."""
     kind = runtime.resolve_attention(source.attention, model.platform, model.dtype)
     if kind == "cudnn":
         reason = "it computes in bfloat16, and the model's products are in float32" * (model.dtype != "bfloat16")
         reason = reason or "the model caps its attention logits, for which it has no kernel" * bool(
             model.attention_softcap
         )
-        reason = reason or cudnn_trouble(model.num_heads, model.num_kv_heads, model.head_dim, trial)
+        reason = reason or cudnn_trouble(model.num_heads, model.num_kv_heads, model.head_dim, trial=sharding.is_here())
         if reason and source.attention == "cudnn":
             raise ConfigError(f"model.attention is cudnn, which cannot be used: {reason}. Use plain, or auto")
         kind = "plain" if reason else "cudnn"

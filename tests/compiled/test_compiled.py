@@ -265,9 +265,25 @@ def test_ppo_of_a_real_size(target, devices, record, tmp_path):
         (facts,) = found.facts[program]
         limit = SCRATCH[target] * cache + WORKSPACE[target] + (products if program == "admit" else 0)
         assert facts.scratch < limit, f"{program}: {facts.scratch} bytes of scratch, {cache} of keys and values"
+    if target.startswith("h100"):
+        check_kernels(found, model.num_layers)
     logits = 4 * sizes.rows // 8 * sizes.response * model.vocab_size
     (facts,) = found.facts["annotate"]
     assert facts.scratch < logits, f"{facts.scratch} bytes of scratch; the logits of a device's rows are {logits}"
+
+
+def check_kernels(found: Recorded, layers: int) -> None:
+    """Kernels that a GPU launches, each of which takes microseconds however little it computes: for a token of every
+    row, and for a layer of policy and critic, forward and backward. Both have cuDNN's attention."""
+    (decoding,), (update,) = found.facts["advance"], found.facts["update"]
+    ((_, step),) = decoding.loops
+    assert step <= 14.5 * layers, f"{step} kernels for a token"
+    passes = [kernels for count, kernels in update.loops if count == layers]
+    assert len(passes) == 4 and sum(passes) <= 2 * 92, (
+        f"{passes} kernels for a layer, forward and backward, of two roles"
+    )
+    attention = {name.split("$")[1]: count for name, count in update.kernels.items() if name.startswith("__cudnn$")}
+    assert attention == {"fmhaScaleBiasSoftmax": 4, "fmhaScaleBiasSoftmaxBackward": 2}  # and once more in the backward
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.config import ModelSource
+from jaxrlhf import sharding
+from jaxrlhf.config import Critic, ModelSource, PPOConfig
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import attention
+from jaxrlhf.training.ppo.critic import critic_model
 from jaxrlhf.training.setup import with_attention
 
 
@@ -85,3 +87,13 @@ def test_without_a_gpu_cudnn_is_refused_and_auto_is_plain(make, monkeypatch):
     with pytest.raises(ConfigError, match="caps its attention logits"):
         with_attention(capped, ModelSource(attention="cudnn"))
     attention.cudnn_trouble.cache_clear()
+
+
+def test_for_a_card_that_is_not_here_critics_are_compiled_with_cudnn_too(make):
+    policy = make(head_dim=8, dtype="bfloat16", platform="gpu", attention="cudnn")
+    reward = dataclasses.replace(policy, attention="plain", head="linear")
+    for init in ("policy", "reward"):
+        run = PPOConfig(critic=Critic(init=init))
+        assert critic_model(run, policy, reward).attention == "plain", "a trial failed"
+        with sharding.on_devices(["another device"]):
+            assert critic_model(run, policy, reward).attention == "cudnn"

@@ -54,6 +54,8 @@ class Facts:
     """Names of the matrix products that are computed in float32."""
     kernels: dict[str, int] = field(default_factory=dict)
     """Calls of libraries, by name."""
+    loops: list[list[int]] = field(default_factory=list)
+    """[passes, kernels of one pass] of every loop, those with the most kernels first; 0 passes if not known."""
     seconds: int = 0
     """Processor time of compiling, on the computer that wrote the record."""
     places: list[Any] = field(default_factory=list)
@@ -152,6 +154,7 @@ def _read(text: str, facts: Facts) -> None:
         if match := _INSTRUCTION.match(line):
             types[match["name"]] = match["type"]
             found.append(match)
+    facts.loops = _loops(text)
     copies = collections.Counter()
     for match in found:
         kind, rest = match["op"].removesuffix("-start"), match["rest"]
@@ -175,6 +178,28 @@ def _read(text: str, facts: Facts) -> None:
             _product(match, types, facts)
     largest = sorted(copies, key=lambda shape: -size_of(shape))[:12]
     facts.copies = {shape: copies[shape] for shape in largest}
+
+
+_NO_KERNEL = re.compile(
+    r"parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|opt-barrier|partition-id|"
+    r"replica-id|.*-done"
+)
+
+
+def _loops(text: str) -> list[list[int]]:
+    """`Facts.loops`, of optimised HLO. On a GPU an instruction of a loop's body is a kernel: fusions, products, copies,
+    collectives and calls of libraries."""
+    kernels, bodies, computation = collections.Counter(), {}, ""
+    for line in text.splitlines():
+        if match := _INSTRUCTION.match(line):
+            kernels[computation] += not _NO_KERNEL.fullmatch(match["op"])
+            if match["op"] == "while":
+                body = re.search(r"body=%?([\w.-]+)", line).group(1)  # type: ignore[union-attr]
+                passes = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+                bodies[body] = int(passes.group(1)) if passes else 0
+        elif match := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
+            computation = match[1]
+    return sorted(([passes, kernels[body]] for body, passes in bodies.items()), key=lambda loop: (-loop[1], loop[0]))
 
 
 def _product(match: re.Match[str], types: dict[str, str], facts: Facts) -> None:
