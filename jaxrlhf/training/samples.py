@@ -46,8 +46,8 @@ class Samples:
         self.prompts = sharding.put_rows(batching.prompts(prompts, tokenizer.pad_id, self.columns), mesh)
         self.sampling = setup.fit_response(config.sampling, self.columns, model)
         model = for_length(model, self.columns + self.sampling.response_length)
-        rows = self.batch // sharding.row_shards(mesh)
-        self.model, self.decoder, self.tokenizer = model, inference_model(model, model.dtype, rows), tokenizer
+        at_a_time = self.batch // sharding.row_shards(mesh)
+        self.model, self.decoder, self.tokenizer = model, inference_model(model, model.dtype, at_a_time), tokenizer
         self.conversion = model, self.decoder, mesh, split_axes(self.decoder, mesh, "auto")
         """Arguments of `convert` besides the parameters."""
         self.decoding = Decoding(

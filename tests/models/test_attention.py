@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf import sharding
-from jaxrlhf.config import Critic, ModelSource, PPOConfig
+from jaxrlhf.config import Critic, ModelSource, PPOConfig, RewardSource
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import attention
 from jaxrlhf.training.ppo.critic import critic_model
@@ -93,7 +93,7 @@ def test_for_a_card_that_is_not_here_critics_are_compiled_with_cudnn_too(make):
     policy = make(head_dim=8, dtype="bfloat16", platform="gpu", attention="cudnn")
     reward = dataclasses.replace(policy, attention="plain", head="linear")
     for init in ("policy", "reward"):
-        run = PPOConfig(critic=Critic(init=init))
+        run = PPOConfig(critic=Critic(init=init), reward=RewardSource(model="a folder"))
         assert critic_model(run, policy, reward).attention == "plain", "a trial failed"
         with sharding.on_devices(["another device"]):
             assert critic_model(run, policy, reward).attention == "cudnn"
