@@ -1,5 +1,6 @@
 """The programs of a run, compiled for the longest rows of its data without loading a model."""
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -197,7 +198,8 @@ def _compile_distill(trainer: DistillTrainer, programs: Programs) -> None:
 def _compile_samples(samples: Samples | None, params: Params, key: jax.Array, programs: Programs) -> None:
     if samples is None:
         return
-    own = type(programs)()
+    own = copy.copy(programs)  # of the same kind
+    own.clear()
     decoder_params = own.compile(convert, params, *samples.conversion)
     for program, args in engine.chunk_programs(decoder_params, samples.decoding, samples.prompts, key, 1, samples.mesh):
         own.compile(program, *args)

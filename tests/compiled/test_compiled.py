@@ -171,7 +171,7 @@ def test_every_trainer(run, target, devices, record, tmp_path):
     mesh, kind, options = RUNS[run]
     chosen = settings(kind, tmp_path, mesh, options, TINY, FEW)
     # samples for the log are made like rollouts, and evaluation is the forward half of an update
-    skip = () if hasattr(chosen, "rollout") else ("convert", "generate", "evaluate", "score")
+    skip = () if hasattr(chosen, "rollout") else ("convert", "generate", "admit", "advance", "evaluate", "score")
     trainer, found = compiled_run(run, target, devices, record, chosen, skip)
     for program, several in found.facts.items():
         for facts in several:
