@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxrlhf import runs
+from jaxrlhf import runs, runtime
 from jaxrlhf.config import Logging, Mesh, Optim, PPOConfig, SFTConfig, Train, replace
 from jaxrlhf.errors import Preempted, StorageError
 from jaxrlhf.runs import open_run
@@ -42,6 +42,7 @@ def test_files_of_a_run_directory(config):
     record = json.loads((run.directory / "run.json").read_text())
     assert record["method"] == "sft" and record["mesh"] == {"replica": 1, "data": 1, "fsdp": 1, "tensor": 1}
     assert record["versions"]["jax"] and record["starts"][0]["command"] == sys.argv
+    assert record["starts"][0]["processor"] == str(runtime.processor())
     assert record["starts"][0]["outcome"] == "done" and len(record["starts"][0]["config_sha256"]) == 64
     assert record["starts"][0]["peak_memory"].keys() == {"host", "device"}
 

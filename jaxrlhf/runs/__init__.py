@@ -22,7 +22,7 @@ from typing import Any, TextIO, TypeVar
 
 import yaml
 
-from jaxrlhf import checkpoint, distributed, memory, sharding, stopping
+from jaxrlhf import checkpoint, distributed, memory, runtime, sharding, stopping
 from jaxrlhf.config import replace, text, yaml12
 from jaxrlhf.config.reader import read_config
 from jaxrlhf.errors import Preempted, StorageError, first_line
@@ -68,8 +68,8 @@ class Run:
 def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
     """Lock `config.run_dir` and start or resume a run of the command `method` in it.
 
-    Writes config.yaml (every option, resolved) and run.json (versions, config hash, command, host, mesh, all starts,
-    each with its peak memory in bytes when it ends).
+    Writes config.yaml (every option, resolved) and run.json (versions, config hash, command, host, processor, mesh, all
+    starts, each with its peak memory in bytes when it ends).
     With `fresh` an existing run is first renamed to `<name>.old-<n>`. While the run is open, the first SIGTERM or
     SIGINT sets `run.stopping`; the second ends the process at once.
 
@@ -264,6 +264,7 @@ def _record(previous: dict[str, Any], config: Any, method: str) -> dict[str, Any
     start = {
         "time": _now(),
         "host": socket.gethostname(),
+        "processor": str(runtime.processor()),
         "process": os.getpid(),
         "command": redact_command(sys.argv),
         "directory": os.getcwd(),

@@ -13,6 +13,7 @@ _START: dict[str, type | tuple[type, ...]] = {
     "time": str,
     "end": str,
     "host": str,
+    "processor": str,
     "process": int,
     "processes": int,
     "command": list,
