@@ -9,6 +9,7 @@ Templates see what transformers shows them (https://huggingface.co/docs/transfor
 """
 
 import datetime
+import gc
 import json
 import resource
 import sys
@@ -54,7 +55,10 @@ class Templates:
 
     def __init__(self) -> None:
         self.environment = sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[Generation, ext.loopcontrols],
+            optimized=False,  # a compiled template would hold its constants, such as 'a' * 100000000
         )
         self.environment.filters["tojson"] = _to_json
         self.environment.globals |= {"raise_exception": _raise, "strftime_now": self._date}
@@ -102,7 +106,13 @@ def main(spec: str, options: dict[str, Any], parent: int) -> None:
             except Exception as error:  # a template can raise anything
                 return {"error": first_line(error)}
 
-        return {}, answer
+        def answer_and_forget(request: Message) -> Message:
+            reply = answer(request)
+            if "error" in reply:
+                gc.collect()  # the traceback and what it holds, which can be hundreds of megabytes
+            return reply
+
+        return {}, answer_and_forget
 
     serve(start, parent)
 

@@ -7,6 +7,9 @@ import json
 import time
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.bounded import MEMORY, bounded, resident
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from jaxrlhf.config import TokenizerSource
@@ -22,9 +25,25 @@ TALK = [
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "n": 1.5, "é": None}}}]
 
 
+SANE = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+
+
 def with_template(folder, tmp_path, template):
     (tmp_path / "t.jinja").write_text(template)
     return load_tokenizer(folder, TokenizerSource(chat_template=str(tmp_path / "t.jinja"), template_date="2026-01-02"))
+
+
+def theirs(made, template):
+    """What transformers makes of the conversation: (text, spans)."""
+    texts, spans = render_jinja_template(
+        conversations=[TALK],
+        tools=TOOLS,
+        chat_template=template.replace("strftime_now('%d %b %Y')", "'02 Jan 2026'"),
+        return_assistant_tokens_mask="generation %}" in template,
+        add_generation_prompt=False,
+        **{key: value for key, value in made._hf.special_tokens_map.items() if isinstance(value, str)},
+    )
+    return texts[0], [tuple(span) for span in spans[0]] if spans else []
 
 
 @pytest.mark.parametrize(
@@ -56,7 +75,7 @@ def test_a_template_that_runs_wild(tiny_model, tmp_path, monkeypatch, template, 
         with_template(tiny_model, tmp_path, template)
     assert says in str(caught.value) and len(str(caught.value)) < 600
     assert time.monotonic() - started < 20
-    sane = with_template(tiny_model, tmp_path, "{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    sane = with_template(tiny_model, tmp_path, SANE)
     assert sane.render(TALK) == "s</s>a\n</s>b</s>"
 
 
@@ -83,23 +102,99 @@ def test_a_template_that_is_no_text(tiny_model, tmp_path, template):
     ],
 )
 def test_conversations_are_rendered_as_transformers_renders_them(tiny_model, tmp_path, monkeypatch, template):
-    made = with_template(tiny_model, tmp_path, "{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    made = with_template(tiny_model, tmp_path, SANE)
     made._hf.chat_template = template
-    theirs, spans = render_jinja_template(
-        conversations=[TALK],
-        tools=TOOLS,
-        chat_template=template.replace("strftime_now('%d %b %Y')", "'02 Jan 2026'"),
-        return_assistant_tokens_mask="generation %}" in template,
-        add_generation_prompt=False,
-        **{key: value for key, value in made._hf.special_tokens_map.items() if isinstance(value, str)},
-    )
-    text, found = made.render_with_spans(TALK, TOOLS)
-    assert text == theirs[0]
-    assert found == ([tuple(span) for span in spans[0]] if spans else [])
+    assert made.render_with_spans(TALK, TOOLS) == theirs(made, template)
+
+
+VALUES = ("messages", "messages[0]", "m.content", "m['role']", "tools", "bos_token", "n.i", "loop.index", "f('b')")
+VALUES += (
+    "'a'",
+    "1",
+    "0.5",
+    "none",
+    "true",
+    "[]",
+    "{'a': 1}",
+    "range(9)",
+    "namespace(i=0)",
+    "x",
+    "raise_exception('no')",
+)
+VALUES += ("().__class__", "'%s' % m", "'a' * 99999999", "caller()", "'\\ud800'", "9 ** 99", "m.items() | list")
+FILTERS = (
+    "tojson",
+    "trim",
+    "upper",
+    "length",
+    "list",
+    "join",
+    "first",
+    "int",
+    "safe",
+    "map(attribute='role') | list",
+    "e",
+)
+EXPRESSIONS = st.recursive(
+    st.sampled_from(VALUES),
+    lambda some: (
+        st.builds("{} {} {}".format, some, st.sampled_from((*"+-~*/%<", "//", "**", "==", "in", "and", "is")), some)
+        | st.builds("{} | {}".format, some, st.sampled_from(FILTERS))
+        | st.builds("({} if {} else {})".format, some, some, some)
+        | st.builds("{}[{}:]".format, some, some)
+    ),
+    max_leaves=4,
+)
+BLOCKS = (
+    *(
+        "{{% for m in {0} %}}{1}{{% endfor %}}",
+        "{{% if {0} %}}{1}{{% else %}}{1}{{% endif %}}",
+        "{{%- set n.i = {0} %}}",
+    ),
+    *("{{% set n = namespace(i={0}) -%}}{1}", "{{% macro f(x) %}}{1}{{{{ {0} }}}}{{% endmacro %}}", "{{% break %}}{1}"),
+    *("{{% generation %}}{1}{{{{ {0} }}}}{{% endgeneration %}}", "{{% filter trim %}}{1}{{% endfilter %}}", "{1}{1}"),
+    *("{{% call f({0}) %}}{1}{{% endcall %}}", "{{% include {0} %}}", "{{# {1} #}}\n", "{{% raw %}}{1}{{% endraw %}}"),
+)
+TEMPLATES = st.recursive(
+    st.text(max_size=4)
+    | EXPRESSIONS.map("{{{{ {} }}}}".format)
+    | st.sampled_from(("{{", "%}", "{% if", "-}}", "\n  ")),
+    lambda some: st.builds(lambda block, *parts: block.format(*parts), st.sampled_from(BLOCKS), EXPRESSIONS, some),
+    max_leaves=3,
+)
+
+
+@pytest.fixture
+def made(tiny_model, tmp_path, monkeypatch):
+    """A tokenizer, and the memory of the process that has rendered a conversation for it."""
+    monkeypatch.setattr(chat_template, "SECONDS", 2.0)
+    found = with_template(tiny_model, tmp_path, SANE)
+    found.render(TALK)
+    return found, resident(chat_template._renderer._process.pid)
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+@settings(max_examples=150, deadline=None, suppress_health_check=[*HealthCheck])
+@given(TEMPLATES)
+def test_any_template_is_rendered_as_transformers_renders_it_or_refused(made, template):
+    (tokenizer, before), ours, reason = made, None, ""
+    tokenizer._hf.chat_template = template
+    try:
+        with bounded():
+            ours = tokenizer.render_with_spans(TALK, TOOLS)
+    except DataError as error:
+        reason = str(error)
+        assert reason.startswith("the chat template fails on a conversation")
+    assert resident(chat_template._renderer._process.pid) - before < MEMORY
+    try:
+        expected = theirs(tokenizer, template)
+    except Exception:
+        expected = None
+    assert ours == expected or "more than" in reason or "longer than" in reason
 
 
 def test_the_process_is_started_again_if_something_ends_it(tiny_model, tmp_path):
-    made = with_template(tiny_model, tmp_path, "{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    made = with_template(tiny_model, tmp_path, SANE)
     before = chat_template._renderer._process.pid
     chat_template._renderer._process.close()
     assert made.render(TALK) == "s</s>a\n</s>b</s>"

@@ -6,14 +6,16 @@ The reader of safetensors files is fuzzed in tests/weights/test_safetensors.py; 
 import copy
 import json
 import math
+import os
 import pathlib
-import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.bounded import MEMORY, bounded, resident
 
 from jaxrlhf.checkpoint import storage
 from jaxrlhf.checkpoint.digest import with_seal
@@ -27,7 +29,6 @@ from jaxrlhf.runs.record import read_record
 from jaxrlhf.weights import families, peft
 
 FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
-SECONDS = 5.0  # of processor time for a case; most of it is for imports
 FUZZ = settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
@@ -72,15 +73,41 @@ def changed(draw: Any, original: Any) -> Any:
 
 
 def quickly(read: Any, *errors: type[JaxrlhfError]) -> Any:
-    """What `read` returns, None if it raises one of `errors`. Any other exception fails the test."""
-    started = time.process_time()
+    """What `read` returns, None if it raises one of `errors`. Any other exception fails the test, and so does more than
+    2 s or 200 MB."""
     try:
-        return read()
+        with bounded():
+            return read()
     except errors as error:
         assert "\x1b" not in str(error) and len(str(error)) < 50_000
         return None
-    finally:
-        assert time.process_time() - started < SECONDS
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imported(tmp_path_factory):
+    """What readers import when they are first called."""
+    folder = tmp_path_factory.mktemp("imported")
+    (folder / "generation_config.json").write_text("{}")
+    generation_stops(folder, "m", None)
+    (folder / "rows.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError):
+        list(read_file(folder / "rows.parquet", Data()))
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    """The memory that all cases of a test together leave behind."""
+    before = resident(os.getpid())
+    yield
+    assert resident(os.getpid()) - before < MEMORY
+
+
+def test_what_takes_long_or_fills_the_memory_is_seen(monkeypatch):
+    with pytest.raises(AssertionError):
+        quickly(lambda: np.ones(int(1.2 * MEMORY), np.int8).sum())  # freed before it returns
+    monkeypatch.setattr("support.bounded.SECONDS", 0.01)
+    with pytest.raises(AssertionError):
+        quickly(lambda: sum(range(3_000_000)))
 
 
 CONFIGS = {
