@@ -4,8 +4,8 @@
     python scripts/soak.py --hours 0.1 --method grpo
 
 A small run with everything that repeats: checkpoints, validation, samples, records of tokens, the report, and a reward
-function in a worker process that is killed every KILL_EVERY seconds. The run has failed if what it holds in the last
-quarter of the time is more than in the second one (memory: by more than GROWTH).
+function in a worker process that is killed every KILL_EVERY seconds. The run has failed if what it holds grows after
+the first quarter of the time (see `grown`).
 """
 
 import argparse
@@ -27,7 +27,8 @@ from torture import Bench
 
 LOOK_EVERY = 5.0  # seconds
 KILL_EVERY = 60.0  # seconds
-GROWTH = 1.03  # of medians of memory; those of counts may not grow
+GROWTH = 1.03  # of medians of memory
+MOST_POINTS = 400  # of which all pairs are looked at
 QUANTITIES = ("RSS, MB", "anonymous memory, MB", "descriptors", "threads", "processes", "checkpoint folder, MB")
 
 
@@ -82,9 +83,26 @@ def quarters(looks: list[dict[str, float]]) -> dict[str, list[float]]:
     return {name: [statistics.median(look[name] for look in part) for part in parts] for name in QUANTITIES}
 
 
-def grown(medians: dict[str, list[float]]) -> list[str]:
-    """The quantities that are larger in the last quarter than in the second one: memory by more than GROWTH."""
-    return [name for name, (_, second, _, last) in medians.items() if last > second * (GROWTH if "MB" in name else 1.0)]
+def grown(looks: list[dict[str, float]]) -> list[str]:
+    """The quantities that grow after the first quarter of the time: memory if its median in the last quarter is more
+    than GROWTH times that in the second one, counts if their trend is at least 1 and more than they change all the time
+    (their interquartile range in the second quarter; threads come and go with the checkpoints)."""
+    second, found = looks[len(looks) // 4 : len(looks) // 2], []
+    for name, (_, before, _, last) in quarters(looks).items():
+        if "MB" in name:
+            found += [name] if last > before * GROWTH else []
+        else:
+            low, _, high = statistics.quantiles([look[name] for look in second], n=4)
+            rise = trend([look[name] for look in looks[len(looks) // 4 :]])
+            found += [name] if rise > max(high - low, 0.99) else []
+    return found
+
+
+def trend(values: list[float]) -> float:
+    """The rise from the first to the last of the values, along the median slope of their pairs (Theil and Sen)."""
+    places = range(0, len(values), max(1, len(values) // MOST_POINTS))
+    slopes = [(values[j] - values[i]) / (j - i) for i in places for j in places if j > i]
+    return statistics.median(slopes) * (len(values) - 1)
 
 
 def table(medians: dict[str, list[float]], facts: str) -> str:
@@ -135,9 +153,10 @@ def main() -> int:
         facts = f"{steps:,} updates, {killed} kills of a worker; bytes per update: {written}"
         print(table(medians, facts))
         options.output.write_text(json.dumps({"facts": facts, "medians": medians, "looks": looks}))
-        if grown(medians):
-            print(f"it grew: {', '.join(grown(medians))}")
-        return int(bool(grown(medians)))
+        grew = grown(looks)
+        if grew:
+            print(f"it grew: {', '.join(grew)}")
+        return int(bool(grew))
 
 
 if __name__ == "__main__":

@@ -57,15 +57,23 @@ def test_a_file_is_damaged_in_every_way(tmp_path):
     assert seen == {"a bit", "a byte", "a zeroed block", "cut off", "longer", "empty", "removed"}
 
 
-def test_growth_is_seen_and_a_start_is_not():
-    looks = [dict.fromkeys(soak.QUANTITIES, 100.0) | {"threads": 40.0} for _ in range(40)]
-    for look in looks[:10]:
-        look["RSS, MB"] = 60.0  # before all programs are compiled
-    assert soak.grown(soak.quarters(looks)) == []
+def test_growth_is_seen_and_neither_a_start_nor_what_comes_and_goes():
+    chance = random.Random(0)
+    looks = [dict.fromkeys(soak.QUANTITIES, 100.0) for _ in range(200)]
     for i, look in enumerate(looks):
-        look["descriptors"] += i // 10
-        look["RSS, MB"] += i / 4
-    assert soak.grown(soak.quarters(looks)) == ["RSS, MB", "descriptors"]
+        look["threads"] = chance.choice((24.0, 27.0, 30.0, 36.0)) + (i // 50 == 2)  # more of them in the third quarter
+        look["RSS, MB"] -= 40 * (i < 50)  # before all programs are compiled
+    assert soak.grown(looks) == []
+    for i, look in enumerate(looks):
+        look["descriptors"] += i // 50
+        look["threads"] += i // 10  # one more after every tenth look
+        look["RSS, MB"] += i / 20
+    assert soak.grown(looks) == ["RSS, MB", "descriptors", "threads"]
+
+
+@pytest.mark.parametrize(("values", "rise"), [([5.0] * 9, 0), ([0.0, 1, 2, 3], 3), ([0.0, 1, 90, 3, 4, 5, 6], 6)])
+def test_a_trend_is_a_line_through_all_but_outliers(values, rise):
+    assert soak.trend(values) == rise
 
 
 @pytest.mark.long
