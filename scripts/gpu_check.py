@@ -6,7 +6,8 @@
 Run it in an environment with jax for the GPU, jaxrlhf and pytest; with torch and transformers there too, Hugging Face's
 generate takes turns with ours. The parts, in order:
 
-    parity      pytest -m gpu: logits in float32 and bfloat16, decoding, cuDNN's attention, several GPUs against one
+    parity      pytest -m gpu: logits in float32 and bfloat16, decoding, cuDNN's attention, several GPUs against one,
+                a run that meets a full card
     generate-*  bench.py generate: tokens per second, decode_percent (the share of memory bandwidth in a decode step)
     ppo-*       bench.py ppo: seconds by phase, update_percent (of the matmul peak measured in the same minute)
     plan-*      bench.py plan: gigabytes by phase from `jaxrlhf plan`, and the card's peak in a PPO iteration
@@ -73,7 +74,7 @@ def parts(device: str, tiny: bool, work: Path) -> dict[str, Part]:
     """The parts by name. Their limits come to more than the whole: most take less."""
     tests = work / "parity.xml"
     pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"]
-    some = ["-k", "qwen2 or sharded"] if tiny else []
+    some = ["-k", "qwen2 or sharded or memory"] if tiny else []
     found = {"parity": Part([*pytest, *some, f"--junitxml={tests}"], 150, tests)}
     shapes = ("T",) if tiny else ("M", "L")
     has_torch = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
