@@ -9,6 +9,7 @@ collective: all processes call it, in the same order. With one process they do n
 import atexit
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -30,6 +31,9 @@ START_TIMEOUT = 120
 """Seconds for all processes to connect."""
 HEARTBEAT_TIMEOUT = 30
 """Seconds without a sign of life after which a process counts as dead, and the others end."""
+WAIT = 1.0
+"""Seconds between two looks at whether another process has failed."""
+_waits = itertools.count()  # the same in all processes
 _ending = threading.Event()
 _asked: "Request | None" = None  # of the `stoppable` block
 _FAILED = "jaxrlhf/failed"  # key under which a process that ends with an error says so
@@ -167,6 +171,31 @@ def shared(function: Callable[[], T]) -> list[T]:
             raised.in_all_processes = True
             raise raised
     return [result for result, _ in results]
+
+
+def wait_together(wait: Callable[[float | None], object]) -> None:
+    """Call `wait(seconds)`, which raises TimeoutError when they are over, until it returns. A collective.
+
+    What it waits for may itself wait for other processes. So if it raises another exception in one of them, the others
+    raise StorageError with its number and reason.
+    """
+    if count() == 1:
+        wait(None)
+        return
+    key = f"jaxrlhf/wait/{next(_waits)}"
+    while True:
+        started = time.monotonic()
+        try:
+            wait(WAIT)
+            return
+        except Exception as error:
+            if not isinstance(error, TimeoutError) or time.monotonic() - started < WAIT / 2:  # one of what waits
+                with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
+                    _client().key_value_set(key, json.dumps([index(), first_line(error)]))
+                raise
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is no such key
+            number, reason = json.loads(_client().key_value_try_get(key))
+            raise errors.StorageError(f"process {number}: {reason}")
 
 
 def on_primary(function: Callable[[], T]) -> T:

@@ -49,6 +49,26 @@ def _text(error: BaseException) -> str:
         return ""
 
 
+_SHORTAGE = (
+    "MemoryError",  # quoted in another message
+    "RESOURCE_EXHAUSTED",  # XLA
+    "can't start new thread",
+    "Cannot allocate memory",
+    "failed to map segment from shared object",  # the loader of a library
+)
+
+
+_OF_DISKS = ("No space left", "quota exceeded", "Too many open files")  # RESOURCE_EXHAUSTED to TensorStore
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Return True if an exception says that memory is short."""
+    text = _text(error)
+    if any(sign in text for sign in _OF_DISKS):
+        return False
+    return isinstance(error, MemoryError) or any(sign in text for sign in _SHORTAGE)
+
+
 def quoted(value: object, width: int = 80) -> str:
     """The repr of a value, truncated to `width` characters."""
     text = repr(value)

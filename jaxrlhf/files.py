@@ -61,6 +61,15 @@ def check_links(folder: Path, *, subfolders: bool = False) -> None:
 
 
 @contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Block in which an OSError, which names no file if a write has failed, becomes a StorageError with `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
 def atomic_open(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces `path` when the block ends, and is removed if the block raises.
 

@@ -20,7 +20,7 @@ from jaxrlhf import distributed, memory, sharding
 from jaxrlhf.checkpoint import room, storage
 from jaxrlhf.checkpoint.digest import leaves_by_name, total_bytes
 from jaxrlhf.checkpoint.storage import TEMPORARY
-from jaxrlhf.errors import DamagedCheckpoint, StorageError
+from jaxrlhf.errors import DamagedCheckpoint, OutOfMemory, StorageError, is_shortage
 from jaxrlhf.files import read_regular
 
 State = TypeVar("State")
@@ -88,6 +88,7 @@ class Checkpoints:
 
         Raises:
             StorageError: the save failed and `block` is set, or it was the third failure in a row.
+            OutOfMemory: the same, for lack of memory.
         """
         self.wait()
         if step in self.steps:
@@ -106,15 +107,14 @@ class Checkpoints:
                 if block or self._synchronous:
                     self.wait()
         if block and step not in self.steps:
-            raise StorageError(
-                f"{self._last_failure}; free disk space or choose another run_dir, then run the same command again"
-            )
+            raise self._failure("run the same command again")
 
     def wait(self) -> None:
         """Wait for the background save, if any, and delete checkpoints that are no longer kept.
 
         Raises:
             StorageError: that save failed, and so did the two before it.
+            OutOfMemory: the same, for lack of memory.
         """
         if self._pending is None:
             return
@@ -122,7 +122,7 @@ class Checkpoints:
 
         def finish() -> None:
             try:
-                response.result()
+                distributed.wait_together(response.result)
             except Exception as error:
                 raise StorageError(storage.reason(error)) from error
 
@@ -261,16 +261,22 @@ class Checkpoints:
 
     def _on_failure(self, step: int, error: Exception) -> None:
         """Remove partial files and warn, or stop the run after MAX_FAILURES."""
+        storage.release_threads()
         if distributed.is_primary():
             self.remove_unfinished()
         self._failures += 1
         self._last_failure = f"checkpoint {step} was not saved in {self.directory}: {storage.reason(error)}"
         if self._failures >= MAX_FAILURES:
-            raise StorageError(
-                f"{self._last_failure}; the last {self._failures} saves failed. Free disk space or choose another "
-                f"run_dir; the same command resumes from step {max(self.steps, default=0)}"
-            ) from error
+            self._last_failure += f"; the last {self._failures} saves failed"
+            resumed = f"the same command resumes from step {max(self.steps, default=0)}"
+            raise self._failure(resumed) from error
         _log.warning("%s. Training continues (failure %d of %d)", self._last_failure, self._failures, MAX_FAILURES)
+
+    def _failure(self, then: str) -> StorageError | OutOfMemory:
+        """The error that ends a run after failed saves, with the remedy and what to do `then`."""
+        if is_shortage(StorageError(self._last_failure)):
+            return OutOfMemory(f"{self._last_failure}. Use less memory (`jaxrlhf plan` shows how); then {then}")
+        return StorageError(f"{self._last_failure}. Free disk space or choose another run_dir; then {then}")
 
     def remove_unfinished(self) -> None:
         """Remove the folders of saves and deletions that a killed process has left. Only for the run itself, as a

@@ -8,10 +8,12 @@ Leaves are stored flat under their path ("params.policy.layers.mlp.up.kernel"), 
 container classes nor shardings.
 """
 
+import concurrent.futures.thread
 import functools
 import json
 import logging
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +21,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf import distributed
+from jaxrlhf import distributed, errors
 from jaxrlhf.checkpoint.digest import check_leaves, digests, first_few, leaves_by_name, path_name, shape_of, with_seal
 from jaxrlhf.errors import DamagedCheckpoint, StorageError, first_line, quoted
 from jaxrlhf.files import read_regular, write_whole
@@ -38,11 +40,32 @@ def make_record(step: int, leaves: dict[str, jax.Array], extra: dict, metric: fl
 
 
 def write_checkpoint(directory: Path, leaves: dict[str, jax.Array], record: dict[str, Any]) -> Any:
-    """Start writing a checkpoint in the background. `.result()` of the return value waits, and raises if it failed."""
+    """Start writing a checkpoint in the background. `.result()` of the return value waits, and raises if it failed.
+
+    Of a write that fails Orbax leaves threads which wait for each other for ten minutes. They are daemons, for which a
+    process does not wait when it ends, because the thread that starts them is one.
+    """
     ocp, context = _orbax()
-    with context:
-        path = directory / str(record["step"])
-        return ocp.save_checkpointables_async(path, {"state": leaves, "record": record})
+    started: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def start() -> None:
+        try:
+            with context:
+                path = directory / str(record["step"])
+                started.set_result(ocp.save_checkpointables_async(path, {"state": leaves, "record": record}))
+        except BaseException as error:
+            started.set_exception(error)
+
+    threading.Thread(target=start, daemon=True).start()
+    return started.result()
+
+
+def release_threads() -> None:
+    """After a write that failed: let this process end without the threads of Orbax that wait for another process."""
+    queues: Any = getattr(concurrent.futures.thread, "_threads_queues", {})  # Python joins these threads, daemons too
+    for thread in list(queues):
+        if thread.daemon:
+            queues.pop(thread, None)
 
 
 def read_checkpoint(directory: Path, step: int, template: State, partial: bool = False) -> tuple[State, dict]:
@@ -165,7 +188,7 @@ def _orbax() -> tuple[Any, Any]:
     absl_logging.set_verbosity(absl_logging.FATAL)
     # We get a failed read or write as an exception. Orbax's parallel tasks report it again: in asyncio's log, as
     # warnings, or, if their event loop has been closed, as exceptions that cannot be caught.
-    warnings.filterwarnings("ignore", "coroutine 'Store", RuntimeWarning)
+    warnings.filterwarnings("ignore", "coroutine '(Store|Orbax|Json)", RuntimeWarning)
     logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
     hook, ignored = sys.unraisablehook, ("Event loop is closed", "Encountered error while reading array")
     sys.unraisablehook = lambda args: None if str(args.exc_value).startswith(ignored) else hook(args)
@@ -192,5 +215,7 @@ def _root(error: BaseException) -> BaseException:
 def _is_shortage(error: Exception) -> bool:
     """True for errors unrelated to the content of a checkpoint: memory, permissions, open files."""
     cause = _root(error)
-    messages = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Permission denied", "Too many open files")
-    return isinstance(cause, MemoryError | PermissionError) or any(message in str(cause) for message in messages)
+    messages = ("PERMISSION_DENIED", "Permission denied", "Too many open files")
+    if errors.is_shortage(cause) or isinstance(cause, PermissionError):
+        return True
+    return any(message in str(cause) for message in messages)

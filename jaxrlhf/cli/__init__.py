@@ -26,6 +26,7 @@ from jaxrlhf.errors import (
     Preempted,
     StorageError,
     first_line,
+    is_shortage,
     shortened,
     visible,
 )
@@ -125,16 +126,16 @@ def _as_user_error(error: Exception) -> JaxrlhfError | None:
     """Convert an exception to the error shown to the user; None for bugs."""
     if isinstance(error, JaxrlhfError):
         return error
-    if isinstance(error, MemoryError):
-        return OutOfMemory(_OUT_OF_MEMORY.format(reason=error or "this computer has no more"))
     if (processes := _distributed()) and (lost := processes.lost_peer(error)):
         return lost
-    if "RESOURCE_EXHAUSTED" in str(error):
-        return OutOfMemory(_OUT_OF_MEMORY.format(reason=str(error).partition("\n")[0]))
+    if is_shortage(error):
+        return OutOfMemory(_OUT_OF_MEMORY.format(reason=str(error).partition("\n")[0] or "this computer has no more"))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"no space left to write {error.filename or 'a file'}; free some and run again")
     if isinstance(error, OSError) and error.filename is not None:
         return StorageError(f"{shortened(str(error.filename), 300)}: {error.strerror}")
+    if isinstance(error, OSError) and error.errno in (errno.EIO, errno.EROFS, errno.EFBIG):
+        return StorageError(f"a file cannot be written: {error.strerror}; see the log of the system for its disks")
     return None
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxrlhf.config import Logging
 from jaxrlhf.errors import DataError, counted, first_line, quoted
-from jaxrlhf.files import read_json, write_whole
+from jaxrlhf.files import read_json, write_whole, writing
 from jaxrlhf.metrics import sinks, tags
 from jaxrlhf.metrics.console import Console, duration
 from jaxrlhf.metrics.keys import EPOCHS, JUDGE, METRICS, REWARDS
@@ -35,9 +35,9 @@ TOKENS = "tokens"
 class Logger:
     """Write the records of one run. Files are flushed after every line, so a killed run loses no finished step.
 
-    A failure to write metrics.jsonl or samples.jsonl is raised. Any other sink that fails during the run is dropped,
-    with a note. Raises ConfigError if a sink that `config` asks for is not installed, or cannot start when it is
-    opened: by `rewind`, or else by the first record.
+    A failure to write metrics.jsonl or samples.jsonl is raised as StorageError. Any other sink that fails during the
+    run is dropped, with a note. Raises ConfigError if a sink that `config` asks for is not installed, or cannot start
+    when it is opened: by `rewind`, or else by the first record.
 
     Args:
         directory: the run directory.
@@ -64,16 +64,18 @@ class Logger:
         unknown = {key for key in record if not _is_metric(key)}
         assert not unknown, f"not in METRICS: {sorted(unknown)}"
         numbers = {key: _number(value) for key, value in record.items()}
-        self._metrics.write(_line({"step": step, **numbers}))
-        self._metrics.flush()
+        with writing(self._metrics.name):
+            self._metrics.write(_line({"step": step, **numbers}))
+            self._metrics.flush()
         tagged = tags.tagged(numbers, self._method, self._config.tags, self._config.tag_prefix)
         self._send(lambda sink: sink.scalars(step, tagged))
         self._console.progress(step, numbers)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]], *, show: bool = True) -> None:
         """Write rows ("prompt", "completion", and "score" or any other JSON value) and `show` the first few."""
-        self._samples.writelines(_line({"step": step, **row}) for row in rows)
-        self._samples.flush()
+        with writing(self._samples.name):
+            self._samples.writelines(_line({"step": step, **row}) for row in rows)
+            self._samples.flush()
         if rows:  # of one step there may be several kinds, which must not replace each other
             kind = "held_out_samples" if rows[0].get("held_out") else "samples" if show else "fixed_prompts"
             self._send(lambda sink: sink.samples(step, kind, rows))
@@ -102,8 +104,9 @@ class Logger:
     def sync(self) -> None:
         """Wait until all lines are on disk, as a checkpoint that follows counts on them."""
         for file in (self._metrics, self._samples):
-            file.flush()
-            os.fsync(file.fileno())
+            with writing(file.name):
+                file.flush()
+                os.fsync(file.fileno())
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Remove records after `step` before the run resumes from `step` (0: starts), and lines that cannot be read or

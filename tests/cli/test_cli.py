@@ -169,6 +169,9 @@ def fail_with(monkeypatch, error):
         (MemoryError("why"), 8),
         (RuntimeError("RESOURCE_EXHAUSTED: why"), 8),
         (OSError(errno.ENOSPC, "why", "file"), 7),
+        (OSError(errno.EIO, "why"), 7),
+        (RuntimeError("can't start new thread"), 8),
+        (ImportError("a.so: failed to map segment from shared object"), 8),
         (KeyboardInterrupt(), 130),
     ],
 )

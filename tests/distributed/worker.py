@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import logging
 import os
 import pathlib
+import resource
 import signal
 import sys
 import time
@@ -22,7 +24,7 @@ from jaxrlhf import PPOTrainer, SFTTrainer, config, runs, sharding, weights  # n
 from jaxrlhf.checkpoint import Checkpoints  # noqa: E402
 from jaxrlhf.checkpoint.digest import digests, leaves_by_name  # noqa: E402
 from jaxrlhf.config.file import load_config  # noqa: E402
-from jaxrlhf.errors import ConfigError, DataError, Preempted, RewardError  # noqa: E402
+from jaxrlhf.errors import ConfigError, DataError, Preempted, RewardError, StorageError  # noqa: E402
 from jaxrlhf.rollout import engine  # noqa: E402
 from jaxrlhf.training import setup  # noqa: E402
 from jaxrlhf.weights import safetensors  # noqa: E402
@@ -111,6 +113,27 @@ checkpoints = Checkpoints(folder / "checkpoints-of-2", 3, False)
 checkpoints.save(5, state, {"note": "two"})
 checkpoints.wait()
 found["steps"] = checkpoints.steps
+
+# A disk that is full for process 1, until the fourth save
+full = Checkpoints(folder / "checkpoints-full", 3, True)
+said: list[str] = []
+listener = logging.Handler()
+listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+logging.getLogger("jaxrlhf.checkpoint").addHandler(listener)
+room = resource.getrlimit(resource.RLIMIT_FSIZE)
+started = time.monotonic()
+for step in (6, 7, 8):
+    if number:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, room[1]))
+    try:
+        full.save(step, state, {})
+    except StorageError as error:
+        said.append(str(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, room)
+found["full_seconds"] = time.monotonic() - started
+full.save(9, state, {})
+found["full"], found["saved_later"] = said, full.steps
+logging.getLogger("jaxrlhf.checkpoint").removeHandler(listener)
 
 # PPO, with a reward that is told which rows each process has scored
 scored: list[int] = []

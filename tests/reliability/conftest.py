@@ -39,13 +39,13 @@ def start(ppo, tmp_path):
     shared = {name: getattr(ppo, name) for name in ("run_dir", "model")} | {
         "data": config.Data(path=str(tmp_path / "rows.jsonl"), validation_fraction=0.25),
         "optim": config.Optim(learning_rate=1e-2, warmup_steps=2),
-        "checkpoint": config.Checkpoint(save_every=1, keep=1),
         "logging": config.Logging(quiet=True, tensorboard=False, sample_every=2, num_samples=2, token_samples=0),
     }
-    train = config.Train(batch_size=8, max_steps=3, num_train_epochs=9, eval_every=2, eval_batch_size=8)
     sampling = config.Sampling(response_length=4)
 
-    def made(method):
+    def made(method, save_every=1, max_steps=3):
+        train = config.Train(batch_size=8, max_steps=max_steps, num_train_epochs=9, eval_every=2, eval_batch_size=8)
+        shared["checkpoint"] = config.Checkpoint(save_every=save_every, keep=1)
         match method:
             case "sft":
                 return jaxrlhf.SFTTrainer(config.SFTConfig(**shared, train=train, sampling=sampling))
@@ -61,4 +61,4 @@ def start(ppo, tmp_path):
             run = jaxrlhf.GRPOTrainer, config.GRPOConfig(**common, grpo=config.GRPO(**sizes, num_generations=2))
         return run[0](run[1], reward=lambda prompts, completions: [len(set(text)) / 9 for text in completions])
 
-    return lambda method: made(method).train()
+    return lambda method, **options: made(method, **options).train()
