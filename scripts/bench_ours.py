@@ -33,6 +33,14 @@ turns = Turns()  # after the restart, because it takes over standard output
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+
+try:
+    jax.devices()
+except (RuntimeError, AssertionError) as error:  # the latter where jax has no plugin for the platform
+    sys.exit(
+        f"jax finds no device for --device {job.device} here ({str(error) or 'no plugin is installed'}): nothing was "
+        'measured. A GPU needs its driver and pip install ".[cuda]"'
+    )
 from bench_memory import table  # noqa: E402
 
 from jaxrlhf import plan, sharding, weights  # noqa: E402

@@ -107,10 +107,14 @@ def check(chosen: dict[str, Part], args: argparse.Namespace, work: Path) -> int:
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "parts": {},
     }
+    missing = ""
+    if record["device"].get("platform") != args.device:
+        missing = f"jax has no {args.device}: {record['device']}"
+        print(f"{missing}; nothing is run", file=sys.stderr, flush=True)
     for name, part in chosen.items():
         left = args.seconds - (time.monotonic() - started)
-        if record["device"].get("platform") != args.device:
-            found = {"status": "failed", "error": f"jax has no {args.device}: {record['device']}"}
+        if missing:
+            found = {"status": "failed", "error": missing}
         elif left < LEAST:
             found = {"status": "left out", "error": f"{left:.0f} seconds were left"}
         else:

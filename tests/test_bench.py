@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench.py"
@@ -135,3 +136,12 @@ def test_a_contestant_that_dies_is_named_with_its_last_words():
     assert done.returncode == 1
     assert "bench: ours ended with status" in done.stderr
     assert "xla_no_such_flag" in done.stderr
+
+
+def test_a_device_that_is_not_here_is_named_and_nothing_is_measured():
+    if jax.default_backend() == "gpu":
+        pytest.skip("a GPU is here")
+    done = bench("generate", "--shape", "T", "--device", "gpu")
+    assert done.returncode == 1 and not done.stdout
+    assert "jax finds no device for --device gpu" in done.stderr and "nothing was measured" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -70,6 +70,19 @@ class Tpu:
         return self.id % 2, self.id % 8 // 2, 0
 
 
+@pytest.mark.parametrize(
+    "error", [AssertionError(), RuntimeError("Unknown backend cuda")], ids=["no plugin", "unknown"]
+)
+def test_a_platform_that_jax_does_not_have_is_refused_with_the_remedy(error, monkeypatch):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(ConfigError, match=r"no device \(JAX_PLATFORMS is cuda: .*pip install"):
+        sharding.make_mesh(config.Mesh())
+
+
 def test_outer_axes_go_across_the_slices_of_a_tpu_and_inner_ones_stay_within():
     devices = [Tpu(i) for i in range(32)]
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import distributed, memory, runtime, weights
+from jaxrlhf import distributed, memory, runtime, sharding, weights
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.tokenizer import check_vocab
 from jaxrlhf.doctor.data import examine_data
@@ -43,7 +43,7 @@ def examine(config: PPOConfig) -> bool:
 def computer() -> list[str]:
     """Versions, devices, memory, disk, hub access and environment settings, one per line."""
     versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
-    devices = jax.devices()
+    devices = sharding.available()
     kinds = sorted({f"{device.platform} ({device.device_kind})" for device in devices})
     lines = [
         f"jaxrlhf {_version('jaxrlhf')}, python {platform.python_version()}, {platform.system()} {platform.machine()}",

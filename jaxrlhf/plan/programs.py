@@ -39,7 +39,6 @@ from jaxrlhf.training.sft import SFTTrainer
 from jaxrlhf.types import Batch, Params, Prompts, Rollout
 
 Trainer = SFTTrainer | RewardTrainer | DPOTrainer | PPOTrainer | GRPOTrainer | DistillTrainer
-KEY = jax.random.key(0)
 SAMPLES = "samples"
 """Name of the programs that draw samples for the log, the conversion of the parameters first."""
 
@@ -240,7 +239,7 @@ def _compile_on_policy(trainer: PPOTrainer | GRPOTrainer, programs: Programs) ->
     args = without_moments(state), frozen, rollout, scores
     experience, _ = programs.compile(module.annotate, *args, *other_scores, spec=trainer.spec)
     used = {role: frozen[role] for role in trainer.spec.update_roles}
-    programs.compile(module.update, state, used, experience, KEY, spec=trainer.spec)
+    programs.compile(module.update, state, used, experience, jax.random.key(0), spec=trainer.spec)
 
 
 def rolls_out_where_it_trains(trainer: PPOTrainer | GRPOTrainer) -> bool:
@@ -269,16 +268,16 @@ def _compile_rollout(
     decoding = Decoding(sampler.decoder, sampler.sampling, *sampler.stops)
     if 0 < sampler.slots < len(rows):
         queue = PromptQueue(sampler.prompts_on_host(rows, group), sampler.slots, group, sampler.columns)
-        ran = engine.slot_programs(decoder_params, decoding, queue, KEY, sampler.mesh)
+        ran = engine.slot_programs(decoder_params, decoding, queue, jax.random.key(0), sampler.mesh)
     else:
-        ran = engine.chunk_programs(decoder_params, decoding, prompts, KEY, group, sampler.mesh)
+        ran = engine.chunk_programs(decoder_params, decoding, prompts, jax.random.key(0), group, sampler.mesh)
     *_, drawn = [programs.compile(program, *args) for program, args in ran]
     if isinstance(drawn, Rollout) and not ahead:
         return drawn
     options = sampler.sampling, *sampler.stops
 
     def rollout(params: Params, prompts: Prompts) -> Rollout:
-        return generate(params, sampler.decoder, prompts, KEY, *options, group)
+        return generate(params, sampler.decoder, prompts, jax.random.key(0), *options, group)
 
     shapes = jax.eval_shape(rollout, decoder_params, prompts)
     return jax.tree.map(lambda x: sharding.rows_shape(x, trainer.mesh), shapes)

@@ -121,6 +121,9 @@ def target_text(plan: Plan, target: Target, compiler: str) -> str:
     total = plan.step_seconds(lambda phase: roofline.least(phase, target).total)
     used = roofline.utilisation(plan.step, total, plan.devices, target)
     lines = [f"{plan.about}, on {plan.devices} x {one.title} ({target}); {compiler}", "", *lines, ""]
+    if plan.devices < target.devices:
+        used_part = f"the mesh uses {plan.devices} of the {target.devices} devices"
+        lines[1:1] = [f"{used_part}; a mesh with an axis of -1 would use all that the others leave"]
     if any(phase.fits_compiler for phase in phases):
         if refused := [phase.name for phase in phases if not phase.fits_compiler]:
             lines += [f"the compiler refused {', '.join(refused)}: it needs more memory than the device has", ""]

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -37,7 +38,7 @@ def on_devices(devices: Sequence[Any], memory: int | None = None) -> Iterator[No
 
 def platform(mesh: jax.sharding.Mesh | None = None) -> Platform:
     """The platform of a mesh's devices; without a mesh that of jax's own."""
-    name = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    name = (_own() if mesh is None else mesh.devices.flat)[0].platform
     return name if name in ("cpu", "tpu") else "gpu"
 
 
@@ -80,8 +81,22 @@ def mesh_sizes(shape: config.Mesh, devices: int) -> dict[str, int]:
 
 
 def available() -> Sequence[Any]:
-    """The devices that meshes are made of: jax's own, or those of `on_devices`."""
-    return _devices.get() or jax.devices()
+    """The devices that meshes are made of: jax's own, or those of `on_devices`.
+
+    Raises ConfigError if jax has none of the platform that JAX_PLATFORMS asks for.
+    """
+    return _devices.get() or _own()
+
+
+def _own() -> Sequence[Any]:
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where jax has no plugin for the platform
+        asked, reason = os.environ.get("JAX_PLATFORMS") or "not set", str(error) or "jax has no plugin for it"
+        raise ConfigError(
+            f"jax finds no device (JAX_PLATFORMS is {asked}: {reason}). Unset it to use "
+            'what is here; a GPU needs its driver and `pip install "jaxrlhf[cuda]"`, a TPU "jaxrlhf[tpu]"'
+        ) from error
 
 
 def make_mesh(shape: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:

@@ -45,7 +45,7 @@ def test_a_rehearsal_of_all_parts(tmp_path):
 
 def test_without_a_gpu_every_part_fails_and_says_so(tmp_path):
     done, found = checked(tmp_path / "out.json")
-    assert done.returncode == 1
+    assert done.returncode == 1 and "jax has no gpu" in done.stderr and "nothing is run" in done.stderr
     names = ["parity", "generate-M", "generate-L", "ppo-M", "ppo-L", "plan-M"]
     assert list(found["parts"]) == names
     assert all("jax has no gpu" in part["error"] for part in found["parts"].values())

@@ -202,7 +202,7 @@ def test_plans_of_supervised_runs_match_their_state(supervised, kind, trainer):
     assert made.peak.total > made.state and made.peak.name == "update"
 
 
-@pytest.mark.parametrize("slots, target", [(0, "v5e:2x4"), (4, "h100:8")])
+@pytest.mark.parametrize("slots, target", [(0, "v5e:2x4"), (4, "h100:16")])
 def test_without_its_compiler_a_target_is_planned_from_shapes(rewarded, tmp_path, slots, target, monkeypatch, capsys):
     """For any mesh of the target, with the state that the rules give a device, and said to be an estimate."""
     (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": "abcdefgh"}] * 8))
@@ -215,6 +215,7 @@ def test_without_its_compiler_a_target_is_planned_from_shapes(rewarded, tmp_path
     said = capsys.readouterr().out
     assert "estimated from shapes, because none" in said and "not compiled" in said
     assert f"({target})" in said and "it fits" in said and "published" in said and "all-gather" not in said
+    assert ("the mesh uses 8 of the 16 devices" in said) == (target == "h100:16")
     made = plan.estimate(told, parsed)
     assert made.state == there(PPOTrainer(told).state.value), "on eight CPU devices"
     update = next(phase for phase in made.phases if phase.name == "update")
