@@ -141,7 +141,7 @@ def _left(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(lambda keys, x: x.T if _turns(path_of(keys), x) else x, params)
 
 
-def _turns(path: str, x: Array) -> bool:
+def _turns(path: str, x: Array | jax.ShapeDtypeStruct) -> bool:
     """True for the kernels that `_left` transposes: not those of experts, which are 3-dimensional, and of routers."""
     return path.endswith("kernel") and x.ndim == 2 and "router" not in path
 
