@@ -123,7 +123,7 @@ def safetensors(folder: Path) -> tuple[list[bytes], Reader]:
     file = folder / "model.safetensors"
 
     def read(content: bytes) -> None:
-        if content[:1] and content[0] % 2 and b"}}" in content:
+        if content[:1] and content[0] % 2 and b"}}" in content[8:]:
             content = (content.rindex(b"}}") + 2 - 8).to_bytes(8, "little") + content[8:]
         file.write_bytes(content)
         for entry in reader.scan_folder(folder).values():
@@ -233,10 +233,10 @@ class Tally:
     def finish(self) -> None:
         """Print the result and end the process, which libFuzzer would not."""
         found = sum(count > 0 for count in self.crashes.values())
-        grown = (resident() - self.memory) / 2**20 if self.memory else 0.0
+        grown = f"grew by {(resident() - self.memory) / 2**20:.0f} MB" if self.memory else "was not measured"
         print(
             f"{self.name}: {self.executions:,} inputs in {(time.monotonic() - self.started) / 60:.1f} min, "
-            f"{found} crashes, {self.hangs} hangs (slowest {self.slowest:.2f} s), memory grew by {grown:.0f} MB",
+            f"{found} crashes, {self.hangs} hangs (slowest {self.slowest:.2f} s), memory {grown}",
             *(f"\n  {count} x {place}" for place, count in self.crashes.items() if count),
             flush=True,
         )
