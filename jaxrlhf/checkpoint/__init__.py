@@ -5,6 +5,7 @@ one before it is used. Only one run writes a directory, as it holds its lock (se
 the shards of its own devices; process 0 decides what depends on the content of the directory.
 """
 
+import concurrent.futures
 import contextlib
 import logging
 import os
@@ -99,7 +100,7 @@ class Checkpoints:
             record = storage.make_record(step, leaves, extra, metric)
             try:
                 distributed.on_primary(lambda: self._prepare(total_bytes(leaves)))
-                response = storage.write_checkpoint(self.directory, leaves, record)
+                response = self._start_writing(leaves, record)
             except Exception as error:
                 self._on_failure(step, error)
             else:
@@ -258,6 +259,18 @@ class Checkpoints:
         needed = room.needed(size)
         if free < needed:
             raise StorageError(f"it needs up to {needed / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free")
+
+    def _start_writing(self, leaves: dict[str, jax.Array], record: dict[str, Any]) -> Any:
+        """Start to write a checkpoint. With several processes an error is raised by the response, in `wait`, where the
+        others learn of it."""
+        try:
+            return storage.write_checkpoint(self.directory, leaves, record)
+        except Exception as error:
+            if distributed.count() == 1:
+                raise
+            response: concurrent.futures.Future[None] = concurrent.futures.Future()
+            response.set_exception(error)
+            return response
 
     def _on_failure(self, step: int, error: Exception) -> None:
         """Remove partial files and warn, or stop the run after MAX_FAILURES."""

@@ -56,7 +56,11 @@ def write_checkpoint(directory: Path, leaves: dict[str, jax.Array], record: dict
         except BaseException as error:
             started.set_exception(error)
 
-    threading.Thread(target=start, daemon=True).start()
+    try:
+        threading.Thread(target=start, daemon=True).start()
+    except RuntimeError as error:  # there can be no more threads
+        started.set_exception(error)
+    distributed.wait_together(started.result)
     return started.result()
 
 

@@ -1,5 +1,6 @@
 """One of several processes of a test: `worker.py NUMBER ADDRESS FOLDER`. Writes what it finds to FOLDER/NUMBER.json."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -21,7 +22,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from jaxrlhf import PPOTrainer, SFTTrainer, config, runs, sharding, weights  # noqa: E402
-from jaxrlhf.checkpoint import Checkpoints  # noqa: E402
+from jaxrlhf.checkpoint import Checkpoints, storage  # noqa: E402
 from jaxrlhf.checkpoint.digest import digests, leaves_by_name  # noqa: E402
 from jaxrlhf.config.file import load_config  # noqa: E402
 from jaxrlhf.errors import ConfigError, DataError, Preempted, RewardError, StorageError  # noqa: E402
@@ -132,8 +133,7 @@ for step in (6, 7, 8):
     resource.setrlimit(resource.RLIMIT_FSIZE, room)
 found["full_seconds"] = time.monotonic() - started
 full.save(9, state, {})
-found["full"], found["saved_later"] = said, full.steps
-logging.getLogger("jaxrlhf.checkpoint").removeHandler(listener)
+found["full"], found["saved_later"] = list(said), full.steps
 
 # PPO, with a reward that is told which rows each process has scored
 scored: list[int] = []
@@ -212,5 +212,13 @@ except Preempted as error:
     found["stopped_sampling"] = f"{error}, {len(calls)} programs"
 for name in ("sft-stopped", "sft"):
     SFTTrainer(config.replace(sft, run_dir=str(folder / name))).train()
+
+# A save that does not begin in process 1. Last, as Orbax counts saves, and has now counted differently
+said.clear()
+if number:
+    storage._orbax = lambda: (None, contextlib.nullcontext())
+full.save(10, state, {})
+full.wait()
+found["not_begun"] = said
 (folder / f"{number}.json").write_text(json.dumps(found))
 print("done", os.getpid())
