@@ -25,6 +25,9 @@ FilePath = Annotated[str, pydantic.AfterValidator(_usable_path)]
 """A path, or something else of which a path is one kind: a hub id, `path.py:name`."""
 Count = Annotated[int, Field(strict=True, ge=1, le=2**53)]  # larger ones are no whole numbers as floats
 Natural = Annotated[int, Field(strict=True, ge=0, le=2**53)]
+BatchSize = Annotated[int, Field(strict=True, ge=1, le=2**20)]  # far more are a slip, and lists that fill the memory
+Passes = Annotated[int, Field(strict=True, ge=1, le=2**16)]  # optimizer steps are counted in 32 bits
+Rank = Annotated[int, Field(strict=True, ge=1, le=2**16)]  # no model is so wide, and XLA aborts on sizes far beyond
 AxisSize = Annotated[int, Field(strict=True, ge=-1)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]  # PRNG keys keep 32 bits: larger seeds would collide
 Bool = Annotated[bool, Field(strict=True)]

@@ -3,11 +3,13 @@
 from typing import Literal
 
 from jaxrlhf.config.base import (
+    BatchSize,
     Bool,
     Count,
     FilePath,
     Natural,
     NonNegative,
+    Passes,
     Positive,
     PositiveFraction,
     Real,
@@ -27,11 +29,11 @@ class GRPO(OnPolicy):
 
     method: Method = "grpo"
     """Algorithm: sets the advantage estimator, the loss and its aggregation over tokens. See docs/grpo.md."""
-    batch_size: Count = 64
+    batch_size: BatchSize = 64
     """Completions per update; must be a multiple of num_generations."""
     num_generations: Count = 8
     """Completions per prompt (group size)."""
-    num_iterations: Count = 1
+    num_iterations: Passes = 1
     """Epochs over each rollout, each in a new order. More than one optimizer step per rollout needs an additional
     forward pass to compute the old log-probs."""
     max_refills: Natural | None = None

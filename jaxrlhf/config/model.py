@@ -7,13 +7,13 @@ from pydantic import Field
 
 from jaxrlhf.config.base import (
     Bool,
-    Count,
     DType,
     FilePath,
     FractionBelowOne,
     Natural,
     NonNegative,
     Positive,
+    Rank,
     section,
 )
 
@@ -53,7 +53,7 @@ class LoRA:
 
     enabled: Bool = False
     """Train adapters. `--use-lora` is short for it."""
-    rank: Count = 16
+    rank: Rank = 16
     """Rank of the adapter matrices."""
     alpha: Positive = 32.0
     """Scaling numerator: the adapter output is multiplied by alpha / rank."""

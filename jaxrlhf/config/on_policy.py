@@ -7,6 +7,7 @@ from pydantic import field_validator
 
 from jaxrlhf.config.base import (
     AboveOne,
+    BatchSize,
     Bool,
     Count,
     DType,
@@ -133,7 +134,7 @@ class OnPolicy:
     """Total number of completions to generate and train on."""
     num_train_epochs: Positive | None = None
     """Passes over the prompts; replaces total_episodes if set."""
-    batch_size: Count = 16
+    batch_size: BatchSize = 16
     """Completions per update."""
     num_mini_batches: Count = 1
     """Mini-batches (optimizer steps) per epoch; must divide batch_size."""

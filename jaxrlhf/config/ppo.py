@@ -12,6 +12,7 @@ from jaxrlhf.config.base import (
     Fraction,
     Natural,
     NonNegative,
+    Passes,
     Positive,
     PositiveFraction,
     section,
@@ -56,7 +57,7 @@ class PPO(OnPolicy):
     """Subtracted from the score before the rewards, so that the critic learns what is left. leave_one_out: the mean
     score of the other completions of the prompt (https://arxiv.org/abs/2402.14740); needs num_generations of 2 or
     more."""
-    num_ppo_epochs: Count = 4
+    num_ppo_epochs: Passes = 4
     """Epochs over each rollout, each in a new order."""
     replay: Natural = 0
     """Number of past rollouts to train on again after each new one. The ratio uses their original log-probs, which

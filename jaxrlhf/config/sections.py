@@ -10,6 +10,7 @@ from pydantic import Field
 from jaxrlhf.config.base import (
     AboveOne,
     AxisSize,
+    BatchSize,
     Bool,
     Count,
     FilePath,
@@ -237,7 +238,7 @@ class Train:
     """Passes over the data; may be fractional."""
     max_steps: Count | None = None
     """Maximum number of optimizer steps, even if epochs remain. None: no limit."""
-    batch_size: Count = 8
+    batch_size: BatchSize = 8
     """Rows per optimizer step, over all devices."""
     micro_batch_size: Count | None = None
     """Rows per forward pass (gradient accumulation); must divide batch_size. None: batch_size. Affects memory and
@@ -255,7 +256,7 @@ class Train:
     mode: Literal["auto", "max", "min"] = "auto"
     """Direction of `metric`: max if higher is better, min if lower. auto: min for a loss, entropy, error or KL,
     else max."""
-    eval_batch_size: Count = 16
+    eval_batch_size: BatchSize = 16
     """Rows per forward pass of evaluation."""
     packing: Bool = False
     """Pack several examples into each row of data.max_length tokens (pairs: twice that), with attention confined to

@@ -76,7 +76,7 @@ def _lines(path: Path, config: Data, *, limited: bool = True) -> Iterator[tuple[
     of any length if not `limited`."""
     compressed, unpacked = path.suffix == ".gz", 0
     most = max(UNPACKED, path.stat().st_size * config.max_gz_ratio)
-    longest = config.max_line_mb * 10**6 if limited else sys.maxsize - 1
+    longest = min(config.max_line_mb * 10**6 if limited else sys.maxsize, sys.maxsize - 1)
     with gzip.open(path) if compressed else path.open("rb") as file:
         for number in itertools.count(1):
             line = file.readline(min(longest, int(most) - unpacked if compressed else longest) + 1)

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxrlhf import sharding
 from jaxrlhf.config import Optim
 from jaxrlhf.config.base import constant
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.traced import settings
 from jaxrlhf.training.muon import kinds, scale_by_muon
 from jaxrlhf.types import Params
@@ -136,7 +137,15 @@ class Optimizer:
 
 
 def make_optimizer(config: Optim, learning_rate: float, total_steps: int) -> Optimizer:
-    """AdamW (https://arxiv.org/abs/1711.05101) or Muon on a schedule; decay touches matrices and embeddings only."""
+    """AdamW (https://arxiv.org/abs/1711.05101) or Muon on a schedule; decay touches matrices and embeddings only.
+
+    Raises ConfigError for more steps than can be counted.
+    """
+    if total_steps >= 2**31:
+        raise ConfigError(
+            f"the run would have {total_steps:.3g} optimizer steps, which are counted in 32 bits; give it fewer "
+            "epochs, steps or episodes"
+        )
     return Optimizer(
         name=config.name,
         state_dtype=config.state_dtype,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from jaxrlhf.errors import DataError
+from jaxrlhf.errors import DataError, quoted
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Fields:
 
     def refuse(self, key: str, expected: str) -> NoReturn:
         """Raise the DataError that `key` is not `expected`."""
-        actual = f"is {self.values[key]!r}" if key in self.values else "is missing"
+        actual = f"is {quoted(self.values[key], 200)}" if key in self.values else "is missing"
         raise DataError(f"{self.where}: {key} {actual}; expected {expected}")
 
     def refuse_if_set(self, key: str, advice: str) -> None:
         """Refuse a truthy value: an option that is not implemented."""
         if self.values.get(key):
-            raise DataError(f"{self.where}: {key} is {self.values[key]!r}, which is not supported; {advice}")
+            raise DataError(f"{self.where}: {key} is {quoted(self.values[key], 200)}, which is not supported; {advice}")
 
     def has(self, key: str) -> bool:
         return self.values.get(key) is not None

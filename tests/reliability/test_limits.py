@@ -1,17 +1,20 @@
-"""Data files that would fill the memory: the message names the line and the option that allows more."""
+"""Data files and options that would fill the memory: the message names the line and the option that allows more."""
 
 import gzip
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
+from jaxrlhf import PPOTrainer, config
 from jaxrlhf.config import Data
 from jaxrlhf.data import file_readers
 from jaxrlhf.data.file_readers import read_file
-from jaxrlhf.errors import DataError
+from jaxrlhf.errors import ConfigError, DataError
 from jaxrlhf.files import read_lines
+from jaxrlhf.training.ppo.state import passes
 
 
 def test_a_line_that_is_too_long_is_not_read_to_its_end(tmp_path):
@@ -79,3 +82,31 @@ def test_lines_of_a_file_up_to_a_length(tmp_path):
         assert list(read_lines(file, 4)) == ["ab\n", "cde\n", "\n", "f"]
     with (tmp_path / "f").open("rb") as file, pytest.raises(DataError, match="line 2 is longer than 3 bytes"):
         list(read_lines(file, 3))
+
+
+@pytest.mark.parametrize("first", [0, 1, 3, 12])
+@pytest.mark.parametrize("replay", [0, 1, 4, 20])
+def test_passes_of_a_run_are_counted_without_going_through_its_updates(first, replay):
+    assert passes(first, 9, replay) == sum(1 + min(number, replay) for number in range(first, 9))
+    assert passes(first, 2**53, replay) >= 2**53 - first
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ppo.batch_size": 2**30}, "batch_size: must be at most 1048576"),
+        ({"ppo.num_ppo_epochs": 2**53}, "num_ppo_epochs: must be at most 65536"),
+        ({"lora.rank": 2**53}, "rank: must be at most 65536"),
+        ({"ppo.total_episodes": 2**53}, r"the run would have 4.5e\+15 optimizer steps"),
+    ],
+)
+def test_numbers_that_no_run_can_have_are_refused_at_once(options, message, ppo):
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=message):
+        PPOTrainer(config.replace(ppo, **options), reward=lambda prompts, completions: [0.0 for _ in completions])
+    assert time.monotonic() - began < 30
+
+
+def test_any_limit_of_a_line_can_be_given(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    assert len(list(read_file(tmp_path / "rows.jsonl", Data(max_line_mb=2**53)))) == 1

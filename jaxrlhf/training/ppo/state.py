@@ -52,8 +52,7 @@ def initial_state(
 
     def optimizer_steps(first: int) -> int:
         """Steps from update number `first` on. A rollout can be replayed only once it exists."""
-        passes = sum(1 + min(number, ppo.replay) for number in range(first, updates))
-        return passes * ppo.optimizer_steps
+        return passes(first, updates, ppo.replay) * ppo.optimizer_steps
 
     rate, optim = config.optim.learning_rate, config.optim
     critic_optim = dataclasses.replace(optim, max_grad_norm=config.critic.max_grad_norm or optim.max_grad_norm)
@@ -101,3 +100,10 @@ def _replay(config: PPOConfig, spec: PPOSpec, sampler: Sampler, *, abstract: boo
     # np.array copies: each leaf is a buffer of its own, because the state is donated
     field = {"replay": jax.tree.map(lambda x: np.array(x), empty_replay(config, spec, width))}
     return sharding.place(field, sharding.shardings(field, spec.mesh))["replay"]
+
+
+def passes(first: int, updates: int, replay: int) -> int:
+    """Passes over experiences in the updates numbered `first` to `updates` - 1: number n has one over its own, and one
+    over each of the last min(n, replay)."""
+    full = max(first, replay)  # from here on there are `replay` of them
+    return max(updates - first, 0) + sum(range(first, min(updates, replay))) + max(updates - full, 0) * replay
