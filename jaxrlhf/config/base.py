@@ -32,6 +32,7 @@ AxisSize = Annotated[int, Field(strict=True, ge=-1)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]  # PRNG keys keep 32 bits: larger seeds would collide
 Bool = Annotated[bool, Field(strict=True)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+LearningRate = Annotated[float, Field(strict=True, ge=2**-126, allow_inf_nan=False)]  # smaller ones are 0 in float32
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]

@@ -10,6 +10,7 @@ from jaxrlhf.config.base import (
     Count,
     FilePath,
     Fraction,
+    LearningRate,
     Natural,
     NonNegative,
     Passes,
@@ -33,7 +34,7 @@ class Critic:
     copy."""
     head: Literal["linear", "mlp"] = "linear"
     """Architecture of the value head."""
-    learning_rate: Positive | None = None
+    learning_rate: LearningRate | None = None
     """Learning rate of the critic. None: optim.learning_rate."""
     max_grad_norm: Positive | None = None
     """Maximum gradient norm of the critic. None: optim.max_grad_norm."""

@@ -16,6 +16,7 @@ from jaxrlhf.config.base import (
     FilePath,
     Fraction,
     FractionBelowOne,
+    LearningRate,
     Natural,
     NonNegative,
     Positive,
@@ -192,7 +193,7 @@ class Optim:
     """Optimizer. muon: orthogonalised momentum for the matrices of layers (https://arxiv.org/abs/2502.16982), AdamW for
     everything else. Its updates have the size of AdamW's in long runs, so begin with the same learning_rate; short runs
     may need two to four times it. Takes less memory: one moment per matrix."""
-    learning_rate: Positive = 1e-5
+    learning_rate: LearningRate = 1e-5
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Schedule after warmup; linear and cosine decay to `final_lr_fraction` at the last step."""

@@ -9,6 +9,7 @@ import gzip
 import json
 import math
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrlhf.config import Logging
-from jaxrlhf.errors import DataError, counted, first_line, quoted
+from jaxrlhf.errors import DataError, StorageError, counted, first_line, quoted
 from jaxrlhf.files import read_json, write_whole, writing
 from jaxrlhf.metrics import sinks, tags
 from jaxrlhf.metrics.console import Console, duration
@@ -150,6 +151,9 @@ class Logger:
         self._console.close()
 
     def _open(self) -> None:
+        for path in (self._directory / METRICS_FILE, self._directory / SAMPLES_FILE):
+            if path.exists() and not path.is_file():  # a named pipe would wait for a reader
+                raise StorageError(f"{path} is not a regular file; move it away, and run the same command again")
         # A lone surrogate, which UTF-8 cannot encode, is written as its JSON escape \udxxx.
         self._metrics, self._samples = (
             open(self._directory / name, "a", encoding="utf-8", errors="backslashreplace", newline="\n")  # noqa: SIM115
@@ -279,14 +283,22 @@ def _lines_up_to(path: Path, step: int, *, every: bool) -> tuple[list[bytes], _F
     kept: list[bytes] = []
     later: list[dict[str, Any]] = []
     last, done, unreadable, repeated = -1, -1, 0, 0
+
+    def lost(line: bytes) -> bool:
+        """True if an unreadable line seems to be of a step up to `step`: by what is left of it, or by its place."""
+        begun = re.match(rb'{"step": (\d{1,15})[,}]', line)
+        return int(begun[1]) <= step if begun else last < step
+
     *lines, torn = path.read_bytes().split(b"\n")
     for line in lines:
         try:
             record = json.loads(line)
             number = record["step"]
+            if type(number) is not int:
+                raise TypeError("a step is a whole number")
             further = number > last or (number == last and not every)
         except (ValueError, KeyError, TypeError, RecursionError):
-            unreadable += last < step
+            unreadable += lost(line)
             continue
         if not further:
             done = last
@@ -298,4 +310,4 @@ def _lines_up_to(path: Path, step: int, *, every: bool) -> tuple[list[bytes], _F
             kept.append(line + b"\n")
         else:
             later.append(record)
-    return kept, _Found(last, later, unreadable + bool(torn and last < step), repeated)
+    return kept, _Found(last, later, unreadable + bool(torn and lost(torn)), repeated)

@@ -96,6 +96,7 @@ def test_passes_of_a_run_are_counted_without_going_through_its_updates(first, re
     [
         ({"ppo.batch_size": 2**30}, "batch_size: must be at most 1048576"),
         ({"ppo.num_ppo_epochs": 2**53}, "num_ppo_epochs: must be at most 65536"),
+        ({"optim.learning_rate": 1e-39}, "learning_rate: must be at least 1.17"),
         ({"lora.rank": 2**53}, "rank: must be at most 65536"),
         ({"ppo.total_episodes": 2**53}, r"the run would have 4.5e\+15 optimizer steps"),
     ],

@@ -6,6 +6,7 @@ import os
 import pytest
 
 from jaxrlhf.config import Logging
+from jaxrlhf.errors import StorageError
 from jaxrlhf.metrics import METRICS_FILE, SAMPLES_FILE, Logger, read_records
 
 QUIET = Logging(tensorboard=False)
@@ -63,6 +64,24 @@ def test_records_that_are_gone_or_cannot_be_read_are_counted(tmp_path, capsys):
     assert (tmp_path / METRICS_FILE).read_bytes() == lines[0] + lines[3]
 
 
+def test_a_torn_sample_of_the_last_step_is_a_loss_and_one_of_a_later_step_is_none(tmp_path, capsys):
+    _, samples = written(tmp_path)
+    later = samples[:-30] + b"\n" + b'{"step": 7, "pro'
+    for content, lost in ((samples[:-30], 1), (samples + b'{"step": 7, "pro', 0), (later, 1)):
+        (tmp_path / SAMPLES_FILE).write_bytes(content)
+        notes = resumed(tmp_path, 6, capsys)
+        assert len(notes) == lost and all("samples.jsonl, up to step 6: 1 line could not be read" in n for n in notes)
+
+
+def test_a_step_that_is_no_whole_number_costs_its_own_line_alone(tmp_path, capsys):
+    metrics, _ = written(tmp_path)
+    for step in (b"1e400", b"7.5", b"true", b'"3"', b"null"):
+        (tmp_path / METRICS_FILE).write_bytes(metrics.replace(b'"step": 3,', b'"step": ' + step + b","))
+        (note,) = resumed(tmp_path, 6, capsys)
+        assert "1 line could not be read; the records of 1 step are missing" in note
+        assert [record["step"] for record in read_records(tmp_path / METRICS_FILE)] == [1, 2, 4, 5, 6]
+
+
 def test_a_doubled_log_is_kept_once(tmp_path, capsys):
     metrics, samples = written(tmp_path)
     (tmp_path / METRICS_FILE).write_bytes(metrics + metrics)
@@ -91,3 +110,10 @@ def test_lines_are_on_disk_before_a_checkpoint_counts_on_them(tmp_path, monkeypa
     length = len(json.dumps({"step": 1, "loss": 1.0})) + 1
     files = {METRICS_FILE: length, SAMPLES_FILE: 0}
     assert synced == {(tmp_path / name).stat().st_ino: size for name, size in files.items()}
+
+
+@pytest.mark.parametrize("name", [METRICS_FILE, SAMPLES_FILE])
+def test_a_pipe_in_place_of_a_log_is_refused_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(StorageError, match=f"{name} is not a regular file"):
+        Logger(tmp_path, QUIET, "sft", 10)
