@@ -161,7 +161,10 @@ class Attention(nn.Module):
             k, v = (turned(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)) for x in cache)
         fused = m.attention == "cudnn" and cache is None and m.attention_softcap is None and fits_cudnn(q)
         attention = partial(cudnn_attend, mesh=m.mesh) if fused else partial(attend, softcap=m.attention_softcap)
-        y = attention(q, k, v, mask, m.dtype).reshape(*x.shape[:2], -1)
+        y = attention(q, k, v, mask, m.dtype)
+        if cache is None:
+            y = place(y, m, "rows", None, "tensor", None)
+        y = y.reshape(*x.shape[:2], -1)
         if gate is not None:
             y = y * jax.nn.sigmoid(gate.reshape(y.shape))
         return Dense(x.shape[-1], m.attention_out_bias, m, name="o")(y, keys), cache
