@@ -55,7 +55,7 @@ class Conversation:
         self._count = 0  # replies drawn, also those undone
         self._interrupted = False
         self.scorer: Scorer | None = None
-        self._model, params = generation.open_model(config, self.tokenizer)
+        self._model, params = generation.open_model(config, self.tokenizer, 1)
         stops = self.tokenizer.stops(config.sampling.stop_strings)
         self._stream = Stream(params, Decoding(self._model, config.sampling, stops, self.tokenizer.pad_id))
         self._key = jax.random.key(config.seed)

@@ -56,7 +56,7 @@ def compare(
         config, questions = configs[number], asked[number]
         scorer = _scorer(scorers, config, questions, function)
         model, params = generation.load_model(config, questions.tokenizer)
-        decoder = generation.decoder(config, model, params)
+        decoder = generation.decoder(config, model, params, len(questions.rows) * num_completions)
         results[number], rollout = completions.complete(config, questions, num_completions, decoder, scorer, threshold)
         del decoder
         if number == 0:

@@ -52,7 +52,7 @@ def evaluate(
     questions = prompts.read(config, files, references, by, has_reward=has_reward(config, function))
     questions = questions.sample(num_prompts, config.seed)
     scorer = open_scorer(config, questions, function)
-    decoder = generation.open_model(config, questions.tokenizer)
+    decoder = generation.open_model(config, questions.tokenizer, len(questions.rows) * num_completions)
     return complete(config, questions, num_completions, decoder, scorer, threshold)[0]
 
 

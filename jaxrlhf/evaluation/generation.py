@@ -95,9 +95,9 @@ def open_episodes(config: PPOConfig, rows: Sequence[PromptRow]) -> Iterator[Work
         yield episodes
 
 
-def open_model(config: PPOConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, Params]:
-    """Load the language model of a config as an inference copy in its rollout dtype. Raises what `load_model` does."""
-    return decoder(config, *load_model(config, tokenizer))
+def open_model(config: PPOConfig, tokenizer: Tokenizer, responses: int) -> tuple[ModelConfig, Params]:
+    """Load the language model of a config as its `decoder` for so many responses. Raises what `load_model` does."""
+    return decoder(config, *load_model(config, tokenizer), responses)
 
 
 def load_model(config: PPOConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, Params]:
@@ -124,10 +124,11 @@ def load_weights(source: ModelSource, seed: int, tokenizer: Tokenizer) -> tuple[
     return model, params
 
 
-def decoder(config: PPOConfig, model: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The inference copy of a model of `load_model`, in the rollout dtype."""
+def decoder(config: PPOConfig, model: ModelConfig, params: Params, responses: int) -> tuple[ModelConfig, Params]:
+    """The inference copy of a model of `load_model`, in the rollout dtype, to generate `responses` in all."""
     dtype = model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
-    return inference_copy(model, params, dtype, config.rollout.slots or config.ppo.batch_size)
+    rows = min(config.rollout.slots or config.ppo.batch_size, responses)
+    return inference_copy(model, params, dtype, rows)
 
 
 def generate(
@@ -236,7 +237,7 @@ def complete(config: PPOConfig, prompt: str, count: int) -> list[str]:
     Raises DataError if the prompt fills the model's context.
     """
     tokenizer = weights.open_tokenizer(config.tokenizer, config.model)
-    model, params = open_model(config, tokenizer)
+    model, params = open_model(config, tokenizer, count)
     tokens = tokenizer.encode(prompt, special=True) if config.data.control_tokens else tokenizer.encode_prompt(prompt)
     room = model.max_positions - len(tokens)
     if room < 1:

@@ -94,7 +94,7 @@ def _complete(
     config: PPOConfig, tokenizer: Tokenizer, rows: Sequence[PromptRow], count: int, scorer: Scorer, log: Log
 ) -> None:
     """Generate and score completions of the rows that are not in the log yet."""
-    model, params = generation.open_model(config, tokenizer)
+    model, params = generation.open_model(config, tokenizer, len(rows) * count)
     columns = generation.prompt_columns(config, model, rows)
     size = -(-BATCHES * config.ppo.batch_size // count)
     scores = [score for group in log.read() for score in scores_of(group)]

@@ -62,7 +62,7 @@ def generated(settings, tokens):
     from jaxrlhf.data.datasets import PromptRow
     from jaxrlhf.rollout.text import decode_completions
 
-    model, params = generation.open_model(settings, conversation.tokenizer)
+    model, params = generation.open_model(settings, conversation.tokenizer, 1)
     row = PromptRow(tokens=tokens, text="", columns={}, index=0)
     rollout = generation.generate(settings, model, params, conversation.tokenizer, [row], 1)
     rollout, (text,) = decode_completions(rollout, conversation.tokenizer, settings.sampling.stop_strings)

@@ -108,7 +108,8 @@ def test_the_kl_is_the_mean_log_ratio_of_the_softmax_of_the_logits(result, confi
     second = configs(config, models)[1]
     asked = prompts.read(second, [], "right", "kind", has_reward=True).sample(5, config.seed)
     model, params = generation.load_model(second, asked.tokenizer)
-    rollout = generation.generate(second, *generation.decoder(second, model, params), asked.tokenizer, asked.rows, 3)
+    decoder = generation.decoder(second, model, params, 15)
+    rollout = generation.generate(second, *decoder, asked.tokenizer, asked.rows, 3)
     first_model, first = generation.load_model(config, asked.tokenizer)
 
     def logprobs(model, params):
@@ -154,7 +155,8 @@ def test_a_model_compared_with_itself_is_tied_at_a_kl_of_zero(config, models):
 def test_log_probabilities_do_not_depend_on_the_rows_beside(config, models, monkeypatch):
     asked = prompts.read(config, [], "", "", has_reward=True).sample(5, 0)
     model, params = generation.load_model(config, asked.tokenizer)
-    rollout = generation.generate(config, *generation.decoder(config, model, params), asked.tokenizer, asked.rows, 3)
+    decoder = generation.decoder(config, model, params, 15)
+    rollout = generation.generate(config, *decoder, asked.tokenizer, asked.rows, 3)
     whole = kl.response_logprobs(params, model, rollout, 0.8)
     monkeypatch.setattr(kl, "ROWS", 4)
     np.testing.assert_allclose(kl.response_logprobs(params, model, rollout, 0.8), whole, rtol=1e-5, atol=1e-6)

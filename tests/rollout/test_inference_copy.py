@@ -11,6 +11,7 @@ from support.tiny import tiny
 
 from jaxrlhf import config, models, runtime, sharding
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.evaluation import generation
 from jaxrlhf.models.product import FEW, int8_product, left_product
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.training.on_policy.sampler import Sampler
@@ -148,3 +149,15 @@ def test_a_run_counts_the_rows_that_a_device_decodes_at_a_time(slots, devices, k
     mesh = sharding.make_mesh(config.Mesh(data=devices))
     sampler = Sampler(run, QWEN, tokenizer, mesh, 0)  # type: ignore[arg-type]
     assert sampler.decoder.kernels == kernels
+
+
+@pytest.mark.parametrize(("count", "kernels"), [(32, "left"), (33, "float")])
+def test_a_command_counts_the_responses_that_it_was_asked_for(count, kernels, tiny_model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runtime, "processor", lambda: AVX2)
+    monkeypatch.setattr(generation, "generate", lambda _, model, *given: seen.append(model.kernels))
+    monkeypatch.setattr(generation, "decoded", lambda *given: (None, []))
+    source = config.ModelSource(path=str(tiny_model), init="random")
+    run = config.PPOConfig(model=source, ppo=config.PPO(batch_size=128), sampling=config.Sampling(response_length=8))
+    generation.complete(run, "a", count)
+    assert seen == [kernels]

@@ -122,7 +122,7 @@ def drawn(monkeypatch) -> list[int]:
                 group.append({"text": f" {row.index} {j}.", "tokens": 4, "finished": j > 0, "score": score})
             yield [group]
 
-    monkeypatch.setattr(generation, "open_model", lambda config, tokenizer: (None, None))
+    monkeypatch.setattr(generation, "open_model", lambda *given: (None, None))
     monkeypatch.setattr(generation, "prompt_columns", lambda *given: 0)
     monkeypatch.setattr(generation, "generate", lambda *given: None)
     monkeypatch.setattr(generation, "score_completions", judge)
