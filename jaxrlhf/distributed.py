@@ -189,7 +189,8 @@ def wait_together(wait: Callable[[float | None], object]) -> None:
             wait(WAIT)
             return
         except Exception as error:
-            if not isinstance(error, TimeoutError) or time.monotonic() - started < WAIT / 2:  # one of what waits
+            # a TimeoutError of the operation, not of this wait, comes early
+            if not isinstance(error, TimeoutError) or time.monotonic() - started < WAIT / 2:
                 with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
                     _client().key_value_set(key, json.dumps([index(), first_line(error)]))
                 raise

@@ -56,9 +56,8 @@ _SHORTAGE = (
     "Cannot allocate memory",
     "failed to map segment from shared object",  # the loader of a library
 )
-
-
-_OF_DISKS = ("No space left", "quota exceeded", "Too many open files")  # RESOURCE_EXHAUSTED to TensorStore
+# TensorStore reports these as RESOURCE_EXHAUSTED, too
+_OF_DISKS = ("No space left", "quota exceeded", "Too many open files")
 
 
 def is_shortage(error: BaseException) -> bool:

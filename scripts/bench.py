@@ -12,7 +12,7 @@ floors. Progress is printed to standard error, one JSON line to standard output:
                   the share of each kind of operation in the total time; case memory: gigabytes by variant
                   (bench_memory.py); second contestant of case plan: gigabytes by phase
     ratio         by peer: our tokens per second over theirs
-    limits        GF/s by dtype and GB/s, the highest measured in this run
+    limits        GFLOP/s by dtype and GB/s, the highest measured in this run
 
 floor_percent is the minimum time by FLOPs and bytes over the median; decode_percent is the same without prefill;
 update_percent is useful FLOPs of forward and backward (recomputation does not count) over the measured matmul peak.
@@ -269,7 +269,7 @@ def summary(contestant: Contestant, results: list[dict[str, Any]]) -> dict[str, 
 
 
 def merge_limits(results: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """The best of everybody's rates: GF/s by dtype, and GB/s under "read"."""
+    """The best of everybody's rates: GFLOP/s by dtype, and GB/s under "read"."""
     best: dict[str, float] = {}
     for result in (r for repetitions in results.values() for r in repetitions):
         for name, rate in result["rates"].items():

@@ -87,7 +87,7 @@ class Costs:
 
 
 def peak(dtype: str, limits: dict[str, float]) -> float:
-    """Peak GF/s of matrix products; int8 weights are compared with bfloat16."""
+    """Peak GFLOP/s of matrix products; int8 weights are compared with bfloat16."""
     return limits["bfloat16" if dtype == "int8" else dtype]
 
 
