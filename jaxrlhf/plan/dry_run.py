@@ -1,4 +1,5 @@
-"""`--dry-run` of a trainer: what a run would do, need and write. Reads no weights and writes nothing."""
+"""`--dry-run` of a trainer: what a run would do, need and write. Reads no weights and writes nothing of the run; the
+speed of the disk is measured with a file that has no name."""
 
 import functools
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from jaxrlhf.plan.report import available_memory, disk
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.setup import RunConfig
+from jaxrlhf.training.timing import interruptible_timings
 
 ROWS = 3  # of the first batch
 TOKENS = 300  # of a row
@@ -35,7 +37,7 @@ def show(config: RunConfig, *, fresh: bool = False, colour: bool = False) -> Non
     print("\n".join(first_batch(trainer, colour=colour)), flush=True)
     plan = plan_of(trainer)
     rates = costs.measure({product.dtype for phase in plan.step for product in phase.products})
-    print("\n".join(needs(plan, rates, trainer.total_steps, config.checkpoint.grace)), flush=True)
+    print("\n".join(needs(plan, rates, trainer.total_steps, config)), flush=True)
     print("\n".join(checkpoints(plan, rates, config, fresh=fresh)), flush=True)
     print("\n".join(writes(config, fresh=fresh)), flush=True)
     if isinstance(trainer, PPOTrainer | GRPOTrainer) and trainer.data:
@@ -78,9 +80,9 @@ def _text(tokens: list[int], mask: list[bool], tokenizer: Tokenizer, *, colour: 
     return text + (f" ... ({len(tokens) - TOKENS} more tokens)" if len(tokens) > TOKENS else "")
 
 
-def needs(plan: Plan, rates: costs.Rates, steps: int, grace: float) -> Iterator[str]:
-    """The peak of memory, and the least time of a step and of all, with a warning if a step without its rollout takes
-    longer than `grace` seconds."""
+def needs(plan: Plan, rates: costs.Rates, steps: int, config: RunConfig) -> Iterator[str]:
+    """The peak of memory, and the least time of a step and of all, with a warning if a step, without its rollout
+    where a signal to stop is seen in it, takes longer than `checkpoint.grace`."""
     available, peak = available_memory(plan.devices), plan.peak
     free = "the device does not report its free memory"
     if available.free is not None:
@@ -98,10 +100,12 @@ def needs(plan: Plan, rates: costs.Rates, steps: int, grace: float) -> Iterator[
         "else comes on top (compilation, other operations, reward functions, evaluation, saving) and is not estimated: "
         "a run prints its own estimate (eta) after the second step"
     )
-    if plan.step_seconds(lambda phase: 0.0 if "rollout" in phase.name else least(phase)) > grace:
+    apart, grace = bool(interruptible_timings(config)), config.checkpoint.grace
+    if plan.step_seconds(lambda phase: 0.0 if apart and "rollout" in phase.name else least(phase)) > grace:
         yield (
-            f"warning: a step, rollout aside, takes longer than checkpoint.grace ({grace:g} s): a signal to stop may "
-            "be seen only at its end, and a run that is killed loses the steps since its last checkpoint"
+            f"warning: a step{', rollout aside,' if apart else ''} takes longer than checkpoint.grace ({grace:g} s): "
+            "a signal to stop may be seen only at its end, and a run that is killed loses the steps since its last "
+            "checkpoint"
         )
 
 
@@ -143,4 +147,4 @@ def writes(config: RunConfig, *, fresh: bool) -> Iterator[str]:
         yield f"{directory} exists: with --fresh it would be renamed to {directory.name}.old-N"
     elif saved:
         yield f"{directory} has a run, saved at step {max(saved)}: it would be resumed (--fresh starts over)"
-    yield "nothing was written, and no weights were read"
+    yield "nothing of the run was written, and no weights were read"

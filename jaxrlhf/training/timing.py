@@ -4,13 +4,22 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxrlhf import metrics, runs
+from jaxrlhf import metrics, runs, sharding
+from jaxrlhf.config import DistillConfig, GRPOConfig, PPOConfig
 from jaxrlhf.runs import wallclock
 from jaxrlhf.training.setup import RunConfig
 
 Record = Mapping[str, Any]
-SEEN_AT_ONCE = ("perf/rollout_seconds",)
-"""Timings of a record, beside those of rewards, during which a signal is seen at once."""
+
+
+def interruptible_timings(config: RunConfig) -> tuple[str, ...]:
+    """Timings of a record, beside those of rewards, during which a signal to stop is seen: those of rollouts. On TPUs
+    a rollout without slots is one program (`engine.generate_in_chunks`), whose end a signal waits for."""
+    if not isinstance(config, PPOConfig | GRPOConfig | DistillConfig):
+        return ()
+    if sharding.platform() == "tpu" and not 0 < config.rollout.slots < config.settings.batch_size:
+        return ()
+    return ("perf/rollout_wait_seconds" if config.rollout.devices else "perf/rollout_seconds",)
 
 
 class Timing:
@@ -20,6 +29,7 @@ class Timing:
         self.clock = wallclock.Clock()
         self._run, self._config, self._total_steps, self._note = run, config, total_steps, note
         self._times: wallclock.Times = {}  # of the run, up to the last record
+        self._apart = interruptible_timings(config)
         self._length_known = False  # it has been said whether a step takes longer than the grace
         self._saves: list[tuple[int, float]] = []  # step and seconds of the first two checkpoints of this start
 
@@ -28,7 +38,7 @@ class Timing:
         content = self._run.content
         self._times = wallclock.before(content["starts"][:-1], content.get("time", {}), kept, removed)
         self._write(step=step, total_steps=self._total_steps)
-        if (seconds := wallclock.step_seconds(kept, ["training"], SEEN_AT_ONCE)) is not None:
+        if (seconds := wallclock.step_seconds(kept, ["training"], self._apart)) is not None:
             self._warn_of_long_steps(seconds)
 
     def logged(self, record: Record) -> None:
@@ -38,7 +48,7 @@ class Timing:
     def end_step(self, record: Callable[[], Record]) -> None:
         """End a step: after the first one say if it takes too long. `record` waits for it and returns its record."""
         if not self._length_known:
-            seconds = wallclock.step_seconds([record()], ["training"], SEEN_AT_ONCE) or 0.0
+            seconds = wallclock.step_seconds([record()], ["training"], self._apart) or 0.0
             self._warn_of_long_steps(seconds + self.clock.since_taken("training"))
 
     def saved(self, step: int, seconds: float, records: Callable[[], Sequence[Record]]) -> None:
@@ -79,8 +89,10 @@ class Timing:
         resumed, else after it. `seconds` is the time of a step in which no signal is seen."""
         self._length_known, grace = True, self._config.checkpoint.grace
         if seconds > grace:
+            apart = ["rollouts"] * bool(self._apart) + ["rewards"] * isinstance(self._config, PPOConfig | GRPOConfig)
+            besides = f" besides its {' and '.join(apart)}" if apart else ""
             self._note(
-                f"warning: a step takes {seconds:.0f} s besides its rewards, and a signal to stop is seen at its end, "
+                f"warning: a step takes {seconds:.0f} s{besides}, and a signal to stop is seen at its end, "
                 f"while checkpoint.grace is {grace:g}: a run that is killed then loses the steps since its last "
                 "checkpoint. Raise the time that your cluster grants and checkpoint.grace, save more often "
                 "(checkpoint.save_minutes), or make steps shorter"

@@ -3,12 +3,14 @@
 import socket
 from types import SimpleNamespace
 
+import jax
 import pytest
 
+from jaxrlhf import sharding
 from jaxrlhf.checkpoint import room
-from jaxrlhf.config import Component, GRPOConfig, RewardSource, SFTConfig, replace
+from jaxrlhf.config import GRPO, Component, Generation, GRPOConfig, RewardSource, SFTConfig, replace
 from jaxrlhf.errors import DataError, RewardError
-from jaxrlhf.plan import dry_run
+from jaxrlhf.plan import Phase, Plan, costs, dry_run
 from jaxrlhf.plan.programs import abstract_trainer
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
 
@@ -89,6 +91,30 @@ def test_a_folder_that_cannot_be_written_is_named(planned, monkeypatch):
     assert "2 GB each; warning: no file can be written in" in line and "Permission denied" in line
 
 
+@pytest.mark.parametrize(
+    ("platform", "slots", "seconds", "warning"),
+    [
+        ("cpu", 0, (40, 5), ""),
+        ("gpu", 0, (40, 31), "a step, rollout aside, takes longer"),
+        ("tpu", 0, (40, 5), "a step takes longer"),
+        ("tpu", 16, (40, 5), "a step takes longer"),  # slots for all responses at once are no slots
+        ("tpu", 8, (40, 5), ""),
+        ("tpu", 8, (40, 31), "a step, rollout aside, takes longer"),
+        ("tpu", 0, (20, 5), ""),
+    ],
+)
+def test_a_rollout_in_which_no_signal_is_seen_is_part_of_a_long_step(platform, slots, seconds, warning, monkeypatch):
+    """The grace is 30 s; on TPUs a signal is seen in rollouts with slots alone."""
+    monkeypatch.setattr(sharding, "platform", lambda mesh=None: platform)
+    monkeypatch.setattr(dry_run, "_least_seconds", lambda phase, rates: phase.times)
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    times = zip(("rollout", "update"), seconds, strict=True)
+    plan = Plan("", tuple(Phase(name, {}, (), mesh, times=time) for name, time in times), 0, 0, 1)
+    config = GRPOConfig(grpo=GRPO(batch_size=16), rollout=Generation(slots=slots))
+    *_, last = dry_run.needs(plan, costs.Rates({"float32": 1e9}, 1e9), 10, config)
+    assert last.startswith(f"warning: {warning} than checkpoint.grace (30 s)" if warning else "time: about ")
+
+
 def test_a_reward_server_that_is_down_is_the_last_line_and_a_plan_needs_none(tiny_model, tmp_path, monkeypatch, capsys):
     (tmp_path / "p.jsonl").write_text('{"prompt": "ab"}\n' * 4)
     with socket.socket() as free:
@@ -109,7 +135,7 @@ def test_a_reward_server_that_is_down_is_the_last_line_and_a_plan_needs_none(tin
     with pytest.raises(RewardError, match=message) as caught:
         dry_run.show(config)
     assert "\n" not in str(caught.value)
-    assert capsys.readouterr().out.endswith("nothing was written, and no weights were read\n")
+    assert capsys.readouterr().out.endswith("nothing of the run was written, and no weights were read\n")
     with pytest.raises(RewardError, match=message):
         GRPOTrainer(config)
     GRPOTrainer(replace(config, reward=RewardSource(components=(Component(url=url, on_error="skip"),))))

@@ -128,10 +128,17 @@ def test_pipes_and_devices_are_refused_and_never_waited_for(answers, tmp_path, t
     os.mkfifo(tmp_path / "p.jsonl")
     for path in ("p.jsonl", "/dev/zero"):
         code, said = answers("data", path)
-        assert code in (3, 4) and "not a file" in said, said
+        assert code == 4 and f"data {path}: is a named pipe or a device, and not a file" in said, said
     code, said = answers("sft", "p.jsonl", *GIVEN)
-    assert code == 3
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors", "adapter_config.json"):
+    assert code == 3 and "there is no config file p.jsonl" in said, said
+    messages = {
+        "config.json": "no config.json",
+        "generation_config.json": "generation_config.json: is not a file",
+        "tokenizer.json": "tokenizer.json is not a file",
+        "model.safetensors": "not a valid safetensors file: it is not a file",
+        "adapter_config.json": "no model.safetensors",  # it is no folder of adapters
+    }
+    for name, message in messages.items():
         folder = tmp_path / f"with-{name}"
         folder.mkdir()
         for file in tiny_model.iterdir():
@@ -139,10 +146,10 @@ def test_pipes_and_devices_are_refused_and_never_waited_for(answers, tmp_path, t
                 (folder / file.name).write_bytes(file.read_bytes())
         os.mkfifo(folder / name)
         code, said = answers("generate", str(folder), "--prompt", "a")
-        assert code == 4, (name, said)
+        assert code == 4 and message in said, (name, said)
     os.mkfifo(tmp_path / "t.jinja")
     code, said = answers("chat", str(tiny_model), "--tokenizer.chat_template", "t.jinja", "--model.init", "random")
-    assert (code == 4 and "no such file" in said) or "not" in said
+    assert code == 4 and "tokenizer.chat_template: 't.jinja' is not auto, none, chatml or a readable" in said, said
 
 
 RUN = {"method": "sft", "versions": {}, "starts": [{"time": "2026-01-01T00:00:00", "command": ["jaxrlhf"]}]}

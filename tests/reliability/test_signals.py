@@ -378,6 +378,7 @@ def test_a_long_step_is_warned_of(ppo, tmp_path, capsys):
     PPOTrainer(ppo, reward=lambda prompts, completions: [score(text) for text in completions]).train()
     printed = capsys.readouterr().out
     assert printed.count("warning: a step takes") == 1 and "checkpoint.grace is 0.0001" in printed
+    assert "s besides its rollouts and rewards, and a signal" in printed
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ import time
 import jax
 import pytest
 
-from jaxrlhf import PPOTrainer, config
+from jaxrlhf import PPOTrainer, config, sharding
 from jaxrlhf.metrics.keys import TIMES
 from jaxrlhf.runs import wallclock
 from jaxrlhf.runs.wallclock import Clock
+from jaxrlhf.training.timing import Timing
 from tests.support.runs import records
 
 
@@ -102,6 +103,39 @@ def test_costly_checkpoints_are_warned_of():
     warning = wallclock.costly_saves(save=2.0, step=1.0, interval=10, left=400)
     assert "waits 2 s" in warning and "every 10 steps of 1 s: 20% on top" in warning
     assert "checkpoint.save_every 20 or more" in warning
+
+
+@pytest.mark.parametrize(
+    ("platform", "rollout", "besides"),
+    [
+        ("cpu", {}, None),
+        ("gpu", {}, None),
+        ("tpu", {}, "100 s besides its rewards"),
+        ("tpu", {"rollout.slots": 8}, "100 s besides its rewards"),  # slots for all 8 responses at once are no slots
+        ("tpu", {"rollout.slots": 4}, None),
+        ("cpu", {"rollout.devices": 1}, "90 s besides its rollouts and rewards"),  # the rollout ran beside the update
+        ("tpu", {"rollout.devices": 1}, "100 s besides its rewards"),
+    ],
+)
+def test_a_rollout_counts_as_part_of_a_long_step_where_no_signal_is_seen_in_it(
+    platform, rollout, besides, ppo, now, monkeypatch
+):
+    """A step of 100 s of training, 80 of them a rollout, and a grace of 30 s."""
+    monkeypatch.setattr(sharding, "platform", lambda: platform)
+    record = {"step": 1, "perf/time/training": 100.0, "perf/time/reward": 50.0, "perf/rollout_seconds": 80.0}
+    record |= {"perf/rollout_wait_seconds": 10.0} if "rollout.devices" in rollout else {}
+    said: list[str] = []
+    ppo = config.replace(ppo, **{"ppo.sampler_correction": "truncate"}, **rollout)
+    Timing(None, ppo, 2, said.append).end_step(lambda: record)  # type: ignore[arg-type]
+    expected = [f"warning: a step takes {besides}, and a signal to stop is seen at its end"] if besides else []
+    assert [line.partition(", while ")[0] for line in said] == expected
+
+
+def test_a_long_step_without_rollouts_and_rewards_names_none(now):
+    said: list[str] = []
+    timing = Timing(None, config.SFTConfig(), 2, said.append)  # type: ignore[arg-type]
+    timing.end_step(lambda: {"step": 1, "perf/time/training": 31.0})
+    assert len(said) == 1 and said[0].startswith("warning: a step takes 31 s, and a signal")
 
 
 def test_the_line_names_all_parts_that_can_be_seen():
