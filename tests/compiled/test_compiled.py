@@ -74,6 +74,16 @@ RUNS = {
         {"lora": ADAPTERS | {"quantize": "nf4"}, "rollout": {"dtype": "int8", "slots": 32}},
     ),
 }
+FAMILIES = (
+    "gpt2", "llama-biases", "mistral-window", "qwen2", "qwen3-window-biases", "gemma2", "gemma3", "gpt_neox", "granite",
+    "ministral3-window", "olmo2", "olmo3", "olmoe", "phi3", "qwen3_5", "qwen3_moe", "smollm3-window",
+)  # fmt: skip
+ROUTER = "/experts/btd,de->bte", "/experts/bte,"
+DELTA = "/delta/while/", "/delta/...", "/delta/dot_general", "/delta/triangular_solve"
+IN_FLOAT32 = (*ROUTER, *DELTA)
+"""Products that are computed so on purpose: those of a router, and of the rule of a delta net."""
+ON_CHIP = ("olmo2", "olmo3", "olmoe")
+"""Families whose keys or values, which are small, a TPU brings to its on-chip memory before it decodes, and back."""
 SCRATCH = {"h100:8": 0.5, "v5e:2x4": 3.5}
 """Of decoding, at most, in multiples of a device's keys and values. Those of GPUs are an argument; prefill may keep the
 float32 products of q, k and v of all layers besides, until they are written. On a TPU they are inside: it pads the 64
@@ -182,7 +192,7 @@ def test_every_trainer(run, target, devices, record, tmp_path):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("family", ["gpt2", "llama-biases", "mistral-window", "qwen2", "qwen3-window-biases"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family, target, devices, record):
     """Gradients of log-probs, and a step of decoding, on one device."""
     (device, *_), platform = devices(target), "gpu" if target.startswith("h100") else "tpu"
@@ -214,12 +224,14 @@ def test_every_family(family, target, devices, record):
         "advance": engine._advance.lower(copy, decoding, slots, place(jax.ShapeDtypeStruct((), jnp.int32))),
     }.items():
         facts, what = compiled.recorded(f"{family}: {name}", lowered, target, record), f"{family} on {target}: {name}"
-        assert facts.products and not facts.wide, f"{what}: products of float32: {facts.wide}"
+        wide = [product for product in facts.wide if not any(part in product for part in IN_FLOAT32)]
+        assert facts.products and not wide, f"{what}: products of float32: {wide}"
         assert not facts.collectives, what
         assert facts.aliased == facts.donated, f"{what}: {facts.donated} arrays are donated, {facts.aliased} reused"
         if name == "advance":
             held = {tuple(sorted(x.shape)) for x in jax.tree.leaves((slots.cache.k, slots.cache.v))}
-            assert not held & {tuple(sorted(dims_of(shape))) for shape in facts.copies}, f"{what}: copies of a cache"
+            copied = sum(n for shape, n in facts.copies.items() if tuple(sorted(dims_of(shape))) in held)
+            assert copied <= (2 if platform == "tpu" and family in ON_CHIP else 0), f"{what}: copies of a cache"
 
 
 @pytest.mark.parametrize("target", TARGETS)
