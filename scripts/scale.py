@@ -1,7 +1,7 @@
 """Plan PPO of 8B and 70B models on GPUs and TPUs that are not here: a row of docs/scale.md for each case.
 
     pip install -e ".[plan-gpu,plan-tpu]"
-    JAX_PLATFORMS=cpu python scripts/scale.py                  # every case, an hour or two on two cores
+    JAX_PLATFORMS=cpu python scripts/scale.py                  # every case, most of an hour on two cores
     JAX_PLATFORMS=cpu python scripts/scale.py 70b-lora@h100:8  # cases by name
 
 The programs are those of `jaxrlhf plan --devices`, compiled for the target. Only decoding on a GPU and the copy of the
