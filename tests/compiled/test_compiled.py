@@ -67,6 +67,7 @@ RUNS = {
     "sft-int8-base": ("tensor", config.SFTConfig, {"lora": ADAPTERS | {"quantize": "int8"}}),
     "reward": ("fsdp", config.RewardConfig, {}),
     "dpo": ("data", config.DPOConfig, {}),
+    "distill": ("fsdp", config.DistillConfig, {}),
     "ppo": ("tensor", config.PPOConfig, {}),
     "grpo-nf4-base-int8-slots": (
         "fsdp",
@@ -115,6 +116,8 @@ def settings(
     else:
         sections["data"]["validation_fraction"] = 0.5
         sections["train"] = {"batch_size": sizes.rows, "eval_batch_size": sizes.rows, "max_steps": 1}
+    if issubclass(kind, config.DistillConfig):
+        sections |= {"teacher": {"path": str(folder / "model")}, "sampling": {"response_length": sizes.response}}
     return kind(**sections | options, mesh=MESHES[mesh])
 
 
