@@ -14,6 +14,7 @@ from support import layers
 
 from jaxrlhf.plan import hlo, roofline
 from jaxrlhf.plan.hlo import Collective
+from jaxrlhf.plan.hlo.collectives import group_of
 from jaxrlhf.plan.roofline import Sent
 
 
@@ -164,7 +165,7 @@ def test_a_batched_product_as_a_convolution_over_dilated_zeros_has_the_flops_of_
     ],
 )
 def test_groups_in_all_spellings(text, expected):
-    assert hlo._group(f", channel_id=1, {text}, dimensions={{0}}", 8) == expected
+    assert group_of(f", channel_id=1, {text}, dimensions={{0}}", 8) == expected
 
 
 HOSTS = (0, 0, 0, 0, 1, 1, 1, 1)
