@@ -61,6 +61,8 @@ EXTENSIONS = {
 OTHERS = ("JAX_PLATFORMS", "XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "HF_HUB_OFFLINE", "GLIBC_TUNABLES")
 """Variables that are not set here but reported if they are set."""
 
+LEFT_ROWS = 32
+"""Rows of a device up to which `weights_left` gains."""
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 _set_by_us: set[str] = set()
 
@@ -188,7 +190,7 @@ def weights_left(backend: str, dtype: str, rows: int | None) -> bool:
     """True where a product of so many rows (None: not known) is faster with the weight as the left operand: up to 32 in
     float32 on a processor with AVX2 and without AVX-512 (docs/performance.md)."""
     known = processor().extensions
-    few = rows is not None and rows <= 32
+    few = rows is not None and rows <= LEFT_ROWS
     return backend == "cpu" and dtype == "float32" and few and "AVX2" in known and "AVX-512" not in known
 
 

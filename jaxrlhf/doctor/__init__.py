@@ -62,12 +62,24 @@ def computer() -> list[str]:
         "hub: offline (HF_HUB_OFFLINE is set); local folders and cached repositories still work"
         if offline
         else "hub: online; set HF_HUB_OFFLINE=1 to use only local and cached files",
-        f"dtype auto: {runtime.resolve_dtype('auto', devices[0].platform)}",
+        *_chosen(devices[0].platform),
         *(f"setting {line}" for line in runtime.report()),
     ]
     if devices[0].platform == "cpu" and Path("/proc/driver/nvidia/version").exists():
         lines.append('note: this computer has an NVIDIA driver but jax finds no GPU; run: pip install "jaxrlhf[cuda]"')
     return lines
+
+
+def _chosen(platform: str) -> list[str]:
+    """Values of `auto` options on this kind of device, and the layout of an inference copy for few rows."""
+    dtype = runtime.resolve_dtype("auto", platform)
+    attention = runtime.resolve_attention("auto", platform, dtype)
+    left = runtime.weights_left(platform, dtype, runtime.LEFT_ROWS)
+    layout = f"left operand of products, for up to {runtime.LEFT_ROWS} rows" if left else "right operand of products"
+    return [
+        f"auto: dtype {dtype}, model.remat {runtime.resolve_remat('auto', platform)}, model.attention {attention}",
+        f"weights while decoding in {dtype}: {layout}",
+    ]
 
 
 def _processes() -> str:

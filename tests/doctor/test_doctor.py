@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxrlhf import distributed, doctor, weights
+from jaxrlhf import distributed, doctor, runtime, weights
 from jaxrlhf.cli import main
 
 
@@ -16,6 +16,12 @@ from jaxrlhf.cli import main
 def model_folder(tiny_model, tmp_path_factory) -> Path:
     model, params = weights.load(tiny_model, init="random", key=jax.random.key(1))
     return weights.export(tmp_path_factory.mktemp("models") / "m", model, params, source=tiny_model)
+
+
+@pytest.mark.parametrize(("extensions", "operand"), [(("AVX2",), "left"), (("AVX2", "AVX-512"), "right")])
+def test_it_says_where_the_weights_stand_while_decoding(extensions, operand, monkeypatch):
+    monkeypatch.setattr(runtime, "processor", lambda: runtime.Processor("a processor", 2, extensions, ""))
+    assert any(line.startswith(f"weights while decoding in float32: {operand} operand") for line in doctor.computer())
 
 
 def test_a_valid_model_passes_every_check(model_folder, capsys):
@@ -26,7 +32,7 @@ def test_a_valid_model_passes_every_check(model_folder, capsys):
     assert any(
         line.startswith("setting JAX_COMPILATION_CACHE_DIR=") and line.endswith("environment)") for line in lines
     )
-    assert "dtype auto: float32" in lines
+    assert "auto: dtype float32, model.remat full, model.attention plain" in lines
     checks = [line.split(":")[0] for line in lines if line.startswith(("ok", "FAIL", "skip"))]
     assert checks == [
         "ok    tokenizer",

@@ -26,7 +26,7 @@ from jaxrlhf.rollout.turns import turn_metrics
 from jaxrlhf.traced import Number
 from jaxrlhf.training import pretrained, setup
 from jaxrlhf.training.facts import Origin
-from jaxrlhf.training.on_policy import checks
+from jaxrlhf.training.on_policy import checks, prompts
 from jaxrlhf.training.on_policy.ahead import Ahead, Drawn, meshes
 from jaxrlhf.training.on_policy.alarms import Watch
 from jaxrlhf.training.on_policy.fixed_prompts import FixedPrompts
@@ -85,8 +85,8 @@ class OnPolicyTrainer(Generic[Config]):
         if self.environment and train:
             check_columns(self.environment.signature, columns(train), self.environment.name)
         played = (self.environment, config.environment) if self.environment else None
-        self.total_steps = self._total_steps()
-        widths = self._few_widths(longest) if train else ()
+        self.total_steps = prompts.total_steps(config, self.data)
+        widths = prompts.few_widths(config, self.data, longest, self.total_steps, self.model, self.mesh)
         self.sampler = Sampler(config, self.model, self.tokenizer, self.mesh, longest, played, widths)
         self.ahead: Ahead | None = None
         if rollout_mesh is not None:
@@ -224,10 +224,7 @@ class OnPolicyTrainer(Generic[Config]):
         """The prompts of update number `step`, each repeated `group` times, in the order that `seed` (default: the
         run's) gives."""
         assert self.data
-        config, group = self.config, self.config.settings.group
-        number = config.settings.batch_size // group
-        order = self.data.rows_at(step, number, config.seed if seed is None else seed, config.data.shuffle)
-        return [row for row in (self.data.train[i] for i in order) for _ in range(group)]
+        return prompts.at(self.config, self.data, step, seed)
 
     def _start_step(self, texts: Sequence[str], columns: dict[str, Sequence[Any]]) -> tuple[list[PromptRow], int]:
         """Prompts given in Python, each repeated for its group, and the number of the update on them. `columns` go to
@@ -318,15 +315,8 @@ class OnPolicyTrainer(Generic[Config]):
         return batch.metrics | {
             "episode": (step + 1) * self.config.settings.batch_size,
             "tokens/identical": 1 - len(set(batch.completions)) / len(batch.completions),
-            **self._epochs(step + 1),
+            **prompts.epochs(self.config, self.data, step + 1),
         }
-
-    def _epochs(self, updates: int) -> Metrics:
-        """Passes over each data set of a mixture after so many updates, refills aside."""
-        if not self.data or not self.data.parts:
-            return {}
-        settings = self.config.settings
-        return self.data.epochs(updates * (settings.batch_size // settings.group))
 
     def _samples_due(self, step: int) -> bool:
         """Return True if samples are due of update number `step` (from 1): the first, every `logging.sample_every`-th
@@ -411,27 +401,3 @@ class OnPolicyTrainer(Generic[Config]):
         asked = [f"{name}{f' ({n} criteria)' if n > 1 else ''}" for name, n in collections.Counter(asked).items()]
         asked += ["a person"] if self.scorer.has_human else []
         return [*about, *(f"{who} is asked about completions: {', '.join(parts)}; once each" for who in asked)]
-
-    def _few_widths(self, longest: int) -> tuple[int, ...]:
-        """Columns of the prompts of the run, the longest of which has so many tokens. An update annotates rows and
-        trains on them in each pass."""
-        settings = self.config.settings
-        rows = settings.batch_size * (1 + settings.optimizer_steps // settings.num_mini_batches)
-        limit = max(self.model.max_positions - self.config.sampling.response_length, longest)
-
-        def longest_at(step: int) -> int:
-            return max(len(row.tokens) for row in self.prompts(step))
-
-        return setup.few_widths(longest_at, self.total_steps, rows, self.model, self.mesh, limit)
-
-    def _total_steps(self) -> int:
-        settings = self.config.settings
-        if settings.num_train_epochs is None:
-            return -(-settings.total_episodes // settings.batch_size)
-        if not self.data:
-            raise ConfigError(
-                f"{self.config.method}.num_train_epochs counts passes over data.path, which is empty; use "
-                "total_episodes"
-            )
-        episodes = round(settings.num_train_epochs * len(self.data.train) * settings.group)
-        return max(1, -(-episodes // settings.batch_size))
