@@ -7,15 +7,17 @@ Models have random weights (bench_shapes.py). Every contestant loads and warms u
 its turns: repetitions alternate, A B A B. Before that, matrix products and memory of the machine are timed, for the
 floors. Progress is printed to standard error, one JSON line to standard output:
 
-    contestants   by name: seconds (median, min, max), tokens_per_second, peak_bytes, floor_percent, decode_percent,
-                  update_percent, phases (median seconds), rates, knobs, versions; with --profile, for jaxrlhf, profile:
-                  the share of each kind of operation in the total time; case memory: gigabytes by variant
-                  (bench_memory.py); second contestant of case plan: gigabytes by phase
-    ratio         by peer: our tokens per second over theirs
+    contestants   by name: seconds (median, min, max), tokens_per_second, waiting_percent, peak_bytes, floor_percent,
+                  decode_percent, update_percent, phases (median seconds), rates, knobs, versions, settings (of TRL);
+                  with --profile, for jaxrlhf, profile: the share of each kind of operation in the total time; case
+                  memory: gigabytes by variant (bench_memory.py); second contestant of case plan: gigabytes by phase
+    ratio         by peer: our tokens per second over theirs; of --strong under NAME-strong
     limits        GFLOP/s by dtype and GB/s, the highest measured in this run
 
 floor_percent is the minimum time by FLOPs and bytes over the median; decode_percent is the same without prefill;
 update_percent is useful FLOPs of forward and backward (recomputation does not count) over the measured matmul peak.
+waiting_percent is the share of the time in which its threads could have run but other processes had the processors: a
+figure of a busy machine, on which contestants with several threads that wait for one another lose most.
 docs/performance.md describes the measurements.
 """
 
@@ -43,8 +45,8 @@ BATCH = {
 CASES = ("limits", *BATCH)
 PEERS = {
     "hf": ("limits", "generate", "engine", "logprobs", "sft", "reward"),
-    "trl": ("ppo",),
-    "tunix": ("generate", "ppo"),
+    "trl": ("dpo", "ppo", "grpo"),
+    "tunix": ("generate", "dpo", "ppo", "grpo"),
 }
 OURS = {
     "engine": ("ours", "ours-static"),
@@ -102,7 +104,7 @@ def arguments() -> argparse.Namespace:
     add(
         "--lora-rank",
         type=int,
-        help="ppo, grpo: train LoRA adapters of this rank; ppo: also in the peer, and in all roles of jaxrlhf",
+        help="ppo, grpo: train LoRA adapters of this rank, also in TRL; ppo: in all roles of jaxrlhf",
     )
     add("--quantize", choices=("none", "int8", "nf4"), default="none", help="ppo, grpo: quantisation of our base model")
     add("--micro-batch", type=int, help="ppo, grpo, sft, reward, dpo: rows per forward pass, in both")
@@ -123,7 +125,11 @@ def arguments() -> argparse.Namespace:
     add("--peer-python", nargs="+", default=[sys.executable], help="Python of the peers: one, or one for each")
     add("--peer-dtype", choices=("float32", "bfloat16"), help="default: as --dtype, float32 for int8; trl: by autocast")
     add("--peer-checkpointing", action="store_true", help="use gradient checkpointing in the peer")
-    add("--strong", action="store_true", help="give torch peers MKL's fast path and huge pages: see strong_knobs")
+    add(
+        "--strong",
+        action="store_true",
+        help="also run torch peers with MKL's fast path and huge pages: see strong_knobs",
+    )
     add("--rounds", type=int, default=3)
     add("--apart", action="store_true", help="restart contestants for every repetition: one in memory at a time")
     add("--profile", action="store_true", help="measure our time by kind of operation; slightly slower")
@@ -146,6 +152,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--micro-batch {args.micro_batch} does not divide --batch {args.batch}")
     if args.case == "grpo" and args.batch % args.samples:
         parser.error(f"--samples {args.samples} does not divide --batch {args.batch}, which counts responses")
+    if args.lora_rank and "tunix" in args.peer:
+        parser.error("--peer tunix has no --lora-rank: it would train all its parameters")
     if args.quantize != "none" and not args.lora_rank:
         parser.error("--quantize is about what lies under adapters; give --lora-rank")
     if args.dtype == "int8" and args.case not in INT8:
@@ -202,16 +210,17 @@ def field(args: argparse.Namespace, job: Job, work: Path) -> list[Contestant]:
     for peer, python in zip(args.peer, pythons, strict=True):
         if job.case == "limits" and peer not in TORCH:
             continue
-        name = "hf" if job.case == "limits" else peer
-        strong = args.strong and peer in TORCH
-        chosen[name] = Contestant(
-            name,
-            [python, str(here / ("bench_tunix.py" if name == "tunix" else "bench_peers.py")), name],
-            environment | (strong_knobs(work) if strong else {}),
-            dataclasses.replace(job, dtype=theirs),
-            "strong" if strong else "stock",
-            work,
-        )
+        kind = "hf" if job.case == "limits" else peer
+        for knobs in ("stock", "strong") if args.strong and peer in TORCH else ("stock",):
+            name = kind if knobs == "stock" else f"{kind}-strong"
+            chosen[name] = Contestant(
+                name,
+                [python, str(here / ("bench_tunix.py" if kind == "tunix" else "bench_peers.py")), kind],
+                environment | (strong_knobs(work) if knobs == "strong" else {}),
+                dataclasses.replace(job, dtype=theirs),
+                knobs,
+                work,
+            )
     return list(chosen.values())
 
 
@@ -235,7 +244,8 @@ def run(contestants: list[Contestant], rounds: int, apart: bool) -> dict[str, li
                 time.sleep(SETTLE)
                 result = contestant.repeat()
                 results[contestant.name].append(result)
-                log(f"{contestant.job.case} {number + 1}/{rounds} {contestant.name}: {result['seconds']:.3f} s")
+                progress = f"{contestant.job.case} {number + 1}/{rounds} {contestant.name}"
+                log(f"{progress}: {result['seconds']:.3f} s, {100 * result['waiting']:.0f} % waiting")
                 if apart:
                     contestant.finish()
         for contestant in contestants if not apart else ():
@@ -257,6 +267,7 @@ def summary(contestant: Contestant, results: list[dict[str, Any]]) -> dict[str, 
             "max": round(max(seconds), 4),
         },
         "tokens_per_second": round(rate, 2),
+        "waiting_percent": round(100 * statistics.median(r["waiting"] for r in results), 1),
         "peak_bytes": contestant.peak_bytes,
     }
     for kind in ("phases", "rates", "profile"):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from bench_process import Job, Turns, peak_resident, timed
+from bench_process import Job, Turns, characters, peak_resident, timed
 from bench_shapes import SHAPES, gemms
 
 name, job = sys.argv[1], Job(**json.loads(sys.argv[2]))
@@ -238,8 +238,11 @@ def scoring(job: Job, name: str) -> Repeat:
 
 
 def supervised(job: Job, name: str) -> Repeat:
-    """Run an optimizer step of SFT on all tokens, of a reward model on pairs, or of DPO on pairs with precomputed
-    reference log-probs."""
+    """Run an optimizer step of SFT on all tokens, of a reward model on pairs, or of DPO on pairs.
+
+    DPO includes the log-probs of the reference (phase `reference`), which a run computes once for each pair: from the
+    policy, as before a first step.
+    """
     role, head = ("reward", "linear") if job.case == "reward" else ("policy", "lm")
     model, params = load(job, head)
     mesh = sharding.make_mesh(Mesh())
@@ -263,12 +266,19 @@ def supervised(job: Job, name: str) -> Repeat:
         job.case
     ]
 
+    def reference() -> None:
+        fixed = dataclasses.replace(model, remat="none")
+        jax.block_until_ready(dpo_update.score(state.value.params[role], scored.pairs, model=fixed, settings=DPO()))
+
     def step() -> None:
         state.value, _ = update(state.value, {}, batch, jax.random.key(0), spec=spec)
         jax.block_until_ready(state.value)
 
     def repeat() -> dict[str, Any]:
-        return {"seconds": timed(step)[0], "tokens": job.batch * width * (1 if job.case == "sft" else 2)}
+        tokens = job.batch * width * (1 if job.case == "sft" else 2)
+        phases = {"reference": timed(reference)[0]} if job.case == "dpo" else {}
+        phases["update"], _ = timed(step)
+        return {"seconds": sum(phases.values()), "tokens": tokens, "phases": phases}
 
     repeat()
     return repeat
@@ -279,15 +289,19 @@ def random_texts(job: Job) -> list[str]:
     return [" ".join(f"w{i}" for i in row) for row in random_tokens(job, job.batch, job.prompt)]
 
 
-def judged(job: Job) -> dict[str, Any]:
-    """Config sections shared by runs on random models: policy, reference, and a reward model in a folder."""
+def reward_model(job: Job) -> RewardSource:
+    """A random reward model in a folder."""
     judge = Path(job.work) / "reward"
     if not judge.exists():
         weights.export(judge, *load(dataclasses.replace(job, dtype="float32"), "linear"), source=job.model)
-    dtype = compute_dtype(job)
+    dtype = compute_dtype(job) if job.frozen_dtype == "auto" else job.frozen_dtype
+    return RewardSource(model=str(judge), model_dtype=dtype)
+
+
+def sections(job: Job) -> dict[str, Any]:
+    """Config sections shared by runs on random models."""
     return {
-        "model": ModelSource(path=job.model, init="random", compute_dtype=dtype, remat=job.remat),
-        "reward": RewardSource(model=str(judge), model_dtype=dtype if job.frozen_dtype == "auto" else job.frozen_dtype),
+        "model": ModelSource(path=job.model, init="random", compute_dtype=compute_dtype(job), remat=job.remat),
         "reference": Reference(dtype=job.frozen_dtype),
         "rollout": Generation(dtype=job.rollout_dtype),
         "sampling": Sampling(response_length=job.response, min_length=job.response),
@@ -304,7 +318,8 @@ def ppo_config(job: Job, as_a_run: bool = False) -> tuple[PPOConfig, list[str]]:
     config = PPOConfig(
         data=Data(path=str(file) if as_a_run else ""),
         ppo=PPO(batch_size=job.batch, num_ppo_epochs=job.epochs, micro_batch_size=job.micro_batch),
-        **judged(job),
+        reward=reward_model(job),
+        **sections(job),
     )
     return config, texts
 
@@ -332,11 +347,12 @@ def planned(job: Job, name: str) -> Repeat:
 
 
 def iteration(job: Job, name: str) -> Repeat:
-    """Run one iteration of PPO, or of GRPO with `samples` responses per prompt; phases: rollout, update, and scoring
-    (the reward model, and annotation before the update)."""
+    """Run one iteration of PPO with a reward model, or of GRPO with a reward function and `samples` responses per
+    prompt; phases: rollout, update, and scoring (the reward, and annotation before the update)."""
     if job.case == "grpo":
         sizes = {"batch_size": job.batch, "num_generations": job.samples, "micro_batch_size": job.micro_batch}
-        trainer = grpo.GRPOTrainer(GRPOConfig(grpo=GRPO(num_iterations=job.epochs, **sizes), **judged(job)))
+        config = GRPOConfig(grpo=GRPO(num_iterations=job.epochs, **sizes), **sections(job))
+        trainer = grpo.GRPOTrainer(config, reward=characters)
         module, step = grpo, functools.partial(trainer.grpo_step, random_texts(job)[:: job.samples])
     else:
         trainer, prompts = make_ppo(job)

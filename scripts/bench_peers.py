@@ -1,7 +1,7 @@
 """Torch peers of bench.py, which starts `bench_peers.py NAME JOB` in their own environment.
 
 hf    transformers: generate, and plain torch for scoring and training
-trl   trl.experimental.ppo, one iteration per turn
+trl   trl.experimental.ppo, DPOTrainer and GRPOTrainer, one iteration or optimizer step per turn
 """
 
 # pyright: reportMissingImports=false
@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_process import Job, Turns, peak_resident, timed
+from bench_process import Job, Turns, characters, peak_resident, timed
 from bench_shapes import SHAPES, gemms
 
 Repeat = Callable[[], dict[str, Any]]
 turns = Turns()
 name, job = sys.argv[1], Job(**json.loads(sys.argv[2]))
-if job.dtype == "bfloat16" and name == "trl":
+if job.dtype == "bfloat16" and job.case == "ppo" and name == "trl":
     # PPOConfig(bf16=True) does nothing here: that trainer creates its own Accelerator, which reads the environment
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
@@ -172,32 +172,71 @@ def supervised() -> Repeat:
     return lambda: {"seconds": timed(step)[0], "tokens": tokens.numel()}
 
 
-def trl_iterations() -> None:
-    """Run TRL's PPO. `train` runs all iterations; a callback after each reports it and waits for the next turn."""
+def trl_settings() -> dict[str, Any]:
+    """Training arguments of TRL's trainers: those of the job, and nothing written."""
+    micro = job.micro_batch or job.batch
+    return {
+        "output_dir": str(Path(job.work) / "trl"),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": job.batch // micro,
+        "learning_rate": 1e-6,
+        "gradient_checkpointing": job.checkpointing,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": job.device == "cpu",
+    }
+
+
+class Turn(transformers.TrainerCallback):
+    """Reports a turn of `steps` optimizer steps, after one to warm up, and waits for the next.
+
+    `report(start, end)` is the record of a turn by the times at which it was asked for and had ended.
+    """
+
+    def __init__(self, settings: dict[str, Any], report: Callable[[float, float], dict[str, Any]], steps: int = 1):
+        self.report, self.steps = report, steps
+        self.settings = {name: value for name, value in settings.items() if name != "output_dir"}
+        self.done, self.start = 0, 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.done += 1
+        if self.done % self.steps:
+            return
+        wait()
+        record = self.report(self.start, time.perf_counter())
+        if self.done > self.steps:
+            turns.say(**record)
+        else:
+            turns.ready("torch", "transformers", "trl", "accelerate", settings=self.settings)
+        if not turns.go():
+            turns.say(peak_bytes=peak_bytes())
+            os._exit(0)
+        self.start = time.perf_counter()
+
+
+def lora(task: str) -> Any:
+    import peft
+
+    assert job.lora_rank
+    return peft.LoraConfig(r=job.lora_rank, lora_alpha=2 * job.lora_rank, target_modules="all-linear", task_type=task)
+
+
+def trl_ppo() -> None:
+    """Run TRL's PPO. `train` runs all iterations."""
     import datasets
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
     rows = [{"input_ids": row.tolist()} for row in random_tokens(job.batch, job.prompt)]
-    micro = job.micro_batch or job.batch
-    config = PPOConfig(
-        output_dir=str(Path(job.work) / "trl"),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=job.batch // micro,
-        num_mini_batches=1,
-        num_ppo_epochs=job.epochs,
-        total_episodes=job.batch * (job.rounds + 2),
-        local_rollout_forward_batch_size=job.batch,
-        response_length=job.response,
-        temperature=1.0,
-        learning_rate=1e-6,
-        gradient_checkpointing=job.checkpointing,
-        num_sample_generations=0,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=job.device == "cpu",
-    )
+    settings = trl_settings() | {
+        "num_mini_batches": 1,
+        "num_ppo_epochs": job.epochs,
+        "total_episodes": job.batch * (job.rounds + 2),
+        "local_rollout_forward_batch_size": job.batch,
+        "response_length": job.response,
+        "temperature": 1.0,
+        "num_sample_generations": 0,
+    }
     clock = {"start": 0.0, "rollout": 0.0, "update": 0.0}
     generate = ppo_trainer.batch_generation
 
@@ -209,45 +248,29 @@ def trl_iterations() -> None:
         clock["update"] = 0.0
         return result
 
-    class Turn(transformers.TrainerCallback):
-        warm = False
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            wait()
-            end = time.perf_counter()
-            if self.warm:
-                phases = {
-                    "rollout": clock["rollout"] - clock["start"],
-                    "scoring": clock["update"] - clock["rollout"],
-                    "update": end - clock["update"],
-                }
-                tokens = job.batch * job.response
-                turns.say(seconds=end - clock["start"], tokens=tokens, phases=phases)
-            else:
-                turns.ready("torch", "transformers", "trl", "accelerate")
-                self.warm = True
-            if not turns.go():
-                turns.say(peak_bytes=peak_bytes())
-                os._exit(0)
+    def report(_: float, end: float) -> dict[str, Any]:
+        phases = {
+            "rollout": clock["rollout"] - clock["start"],
+            "scoring": clock["update"] - clock["rollout"],
+            "update": end - clock["update"],
+        }
+        return {"seconds": end - clock["start"], "tokens": job.batch * job.response, "phases": phases}
 
     ppo_trainer.batch_generation = rollout
     value, adapted = torch_model("SequenceClassification", "float32"), {}
-    if rank := job.lora_rank:
+    if job.lora_rank:
         import peft
-
-        def lora(task: str) -> Any:
-            return peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)
 
         value, adapted = peft.get_peft_model(value, lora("SEQ_CLS")), {"peft_config": lora("CAUSAL_LM")}
     trainer = PPOTrainer(
-        config,
-        tokenizer,
+        PPOConfig(**settings),
+        transformers.AutoTokenizer.from_pretrained(job.model),
         model=torch_model("CausalLM", "float32"),
         ref_model=None if adapted else torch_model("CausalLM", "float32"),  # the policy without its adapters
         reward_model=torch_model("SequenceClassification", "float32"),
         value_model=value,
         train_dataset=datasets.Dataset.from_list(rows),
-        callbacks=[Turn()],
+        callbacks=[Turn(settings, report)],
         **adapted,
     )
     accumulate = trainer.accelerator.accumulate
@@ -259,6 +282,103 @@ def trl_iterations() -> None:
         return accumulate(*models)
 
     trainer.accelerator.accumulate = updating
+    trainer.train()
+
+
+def trl_model() -> str:
+    """A folder with the tokenizer and a random model, from which these trainers also load the reference."""
+    folder = Path(job.work) / "trl-model"
+    if not folder.exists():
+        torch_model("CausalLM", "float32").save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(job.model).save_pretrained(folder)
+    return str(folder)
+
+
+def random_texts(rows: int, columns: int) -> list[str]:
+    return [" ".join(f"w{i}" for i in row) for row in random_tokens(rows, columns)]
+
+
+def clocked(owner: Any, method: str, spent: dict[str, float]) -> None:
+    """Make a method add its seconds to `spent`."""
+    inner = getattr(owner, method)
+
+    def outer(*args: Any, **kwargs: Any) -> Any:
+        def work() -> Any:
+            result = inner(*args, **kwargs)
+            wait()
+            return result
+
+        seconds, result = timed(work)
+        spent[method] = spent.get(method, 0.0) + seconds
+        return result
+
+    setattr(owner, method, outer)
+
+
+def trl_dpo() -> None:
+    """Run TRL's DPO, with the reference's forward pass in every step, and the response's end cut off by max_length."""
+    import datasets
+    from trl import DPOConfig, DPOTrainer
+
+    width = job.prompt + job.response
+    settings = trl_settings() | {"max_steps": job.rounds + 2, "max_length": width, "bf16": job.dtype == "bfloat16"}
+    spent: dict[str, float] = {}
+
+    def report(start: float, end: float) -> dict[str, Any]:
+        reference = spent.pop("forward")
+        phases = {"reference": reference, "update": end - start - reference}
+        return {"seconds": end - start, "tokens": 2 * job.batch * width, "phases": phases}
+
+    texts = random_texts(3 * job.batch, max(job.prompt, job.response))
+    sides = {"prompt": (job.prompt, ""), "chosen": (job.response, " "), "rejected": (job.response, " ")}
+    pairs = {
+        side: [before + " ".join(text.split()[:length]) for text in texts[i * job.batch : (i + 1) * job.batch]]
+        for i, (side, (length, before)) in enumerate(sides.items())
+    }
+    trainer = DPOTrainer(
+        trl_model(),
+        args=DPOConfig(**settings),
+        train_dataset=datasets.Dataset.from_dict({side: texts * (job.rounds + 2) for side, texts in pairs.items()}),
+        callbacks=[Turn(settings, report)],
+    )
+    clocked(trainer.ref_model, "forward", spent)
+    trainer.train()
+
+
+def trl_grpo() -> None:
+    """Run TRL's GRPO with the KL to a reference, each rollout trained on `epochs` times."""
+    import datasets
+    from trl import GRPOConfig, GRPOTrainer
+
+    settings = trl_settings() | {
+        "max_steps": job.epochs * (job.rounds + 2),
+        "num_generations": job.samples,
+        "num_iterations": job.epochs,
+        "max_completion_length": job.response,
+        "generation_kwargs": {"min_new_tokens": job.response},
+        "temperature": 1.0,
+        "beta": 0.04,
+        "loss_type": "grpo",
+        "bf16": job.dtype == "bfloat16",
+    }
+    spent: dict[str, float] = {}
+
+    def report(start: float, end: float) -> dict[str, Any]:
+        rollout, before = spent.pop("_generate"), spent.pop("_generate_and_score_completions")
+        phases = {"rollout": rollout, "scoring": before - rollout, "update": end - start - before}
+        return {"seconds": end - start, "tokens": job.batch * job.response, "phases": phases}
+
+    prompts = random_texts(job.batch // job.samples, job.prompt)
+    trainer = GRPOTrainer(
+        trl_model(),
+        characters,
+        args=GRPOConfig(**settings),
+        train_dataset=datasets.Dataset.from_dict({"prompt": prompts * (job.rounds + 2)}),
+        callbacks=[Turn(settings, report, steps=job.epochs)],
+        **({"peft_config": lora("CAUSAL_LM")} if job.lora_rank else {}),
+    )
+    for method in ("_generate", "_generate_and_score_completions"):
+        clocked(trainer, method, spent)
     trainer.train()
 
 
@@ -277,10 +397,11 @@ HF = {
     "sft": supervised,
     "reward": supervised,
 }
+TRL = {"dpo": trl_dpo, "ppo": trl_ppo, "grpo": trl_grpo}
 
 if __name__ == "__main__":
     if name == "trl":
-        trl_iterations()
+        TRL[job.case]()
     else:
         repeat = HF[job.case]()
         turns.ready("torch", "transformers")

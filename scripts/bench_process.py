@@ -4,6 +4,7 @@ A contestant writes a line of JSON when it is ready, another after every "go" on
 its peak memory. The output of libraries goes to standard error and into a file, which is shown if the process dies.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -75,9 +76,13 @@ class Contestant:
         self.about = self._read()
 
     def repeat(self) -> dict[str, Any]:
-        """Run one more repetition."""
+        """Run one more repetition. `waiting` is the share of the time in which its threads could have run and did not,
+        because the processors were busy with others (Linux)."""
+        ran, waited = self._scheduled()
         self._write("go")
-        return self._read()
+        result = self._read()
+        ran, waited = (after - before for after, before in zip(self._scheduled(), (ran, waited), strict=True))
+        return result | {"waiting": waited / max(ran + waited, 1)}
 
     def finish(self) -> None:
         """Read the peak memory and end the process."""
@@ -90,6 +95,15 @@ class Contestant:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+    def _scheduled(self) -> tuple[int, int]:
+        """Nanoseconds in which the threads that are alive have run, and have waited for a processor."""
+        assert self._process
+        totals = [0, 0]
+        for file in Path(f"/proc/{self._process.pid}/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError):  # the thread has ended
+                totals = [total + int(part) for total, part in zip(totals, file.read_text().split(), strict=False)]
+        return totals[0], totals[1]
 
     def _write(self, text: str) -> None:
         assert self._process and self._process.stdin
@@ -122,12 +136,13 @@ class Turns:
         os.dup2(2, 1)  # the output of libraries
         self._started = time.perf_counter()
 
-    def ready(self, *packages: str) -> None:
+    def ready(self, *packages: str, **about: Any) -> None:
         environment = {name: Path(os.environ[name]).name for name in ENVIRONMENT if os.environ.get(name)}
         self.say(
             ready_seconds=round(time.perf_counter() - self._started, 2),
             versions={name: metadata.version(name) for name in packages},
             environment=environment,
+            **about,
         )
 
     def go(self) -> bool:
@@ -143,6 +158,11 @@ class Turns:
         while self.go():
             self.say(**repeat())
         self.say(peak_bytes=peak_bytes())
+
+
+def characters(completions: list[str], **columns: Any) -> list[float]:
+    """Reward of case grpo: the number of characters of each completion."""
+    return [float(len(text)) for text in completions]
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:

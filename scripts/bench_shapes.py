@@ -123,12 +123,13 @@ def add_percentages(summary: dict[str, Any], job: Job, limits: dict[str, float])
         case "reward":
             floor = update = products(3 * 2 * value)
         case "dpo":
-            floor = update = products(3 * 2 * score)
+            update, updating = products(3 * 2 * score), phases.get("update", 0.0)
+            floor = products(2 * score) + update  # the reference's
         case "grpo":
             prompts = rows // job.samples  # each is prefilled once for all its responses
             update, updating = products(3 * job.epochs * score), phases.get("update", 0.0)
-            # With one step, only the reference and the reward model have a forward pass before it.
-            before = score + value + (score if job.epochs > 1 else 0.0)
+            # The reward is a function; with one step, only the reference has a forward pass before it.
+            before = score + (score if job.epochs > 1 else 0.0)
             floor = products(costs.forward(prompts, job.prompt, 1) + before) + decode + update
         case "ppo":
             update, updating = products(3 * job.epochs * (score + value)), phases.get("update", 0.0)

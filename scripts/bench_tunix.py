@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench_process import Job, Turns, peak_resident, timed
+from bench_process import Job, Turns, characters, peak_resident, timed
 from bench_shapes import SHAPES
 
 turns = Turns()
@@ -56,9 +56,12 @@ def make_model(param_dtype: str, tied: bool = True) -> Any:
     return qwen2.Qwen2(config, rngs=nnx.Rngs(0))
 
 
-def texts() -> list[str]:
-    rows = np.random.default_rng(0).integers(3, shape["vocab_size"], (job.batch, job.prompt))
-    return [" ".join(f"w{i}" for i in row) for row in rows]
+def random_tokens(rows: int, columns: int) -> Any:
+    return np.random.default_rng(0).integers(3, shape["vocab_size"], (rows, columns))
+
+
+def texts(rows: int) -> list[str]:
+    return [" ".join(f"w{i}" for i in row) for row in random_tokens(rows, job.prompt)]
 
 
 def generation() -> Callable[[], dict[str, Any]]:
@@ -68,7 +71,7 @@ def generation() -> Callable[[], dict[str, Any]]:
     slots = job.prompt + job.response + 1
     cache = CacheConfig(slots, config.num_layers, config.num_kv_heads, config.head_dim)
     sampler = Sampler(model, AutoTokenizer.from_pretrained(job.model), cache)
-    prompts, seed = texts(), 0
+    prompts, seed = texts(job.batch), 0
 
     def run(length: int) -> int:
         found = sampler(
@@ -93,15 +96,57 @@ def generation() -> Callable[[], dict[str, Any]]:
     return repeat
 
 
+def in_turns(parts: list[dict[str, Any]], tokens: int, trained: Callable[[], Any]) -> Iterator[dict[str, Any]]:
+    """Data of a learner, which takes all `parts` in a turn: reports each turn, once the state of the models `trained()`
+    is computed, and waits for the next. The first two warm up."""
+    started = 0.0
+    for turn in itertools.count(-1):
+        yield from parts
+        if turn < 0:
+            continue
+        jax.block_until_ready(jax.tree.leaves(trained()))
+        if turn > 0:
+            turns.say(seconds=time.perf_counter() - started, tokens=tokens)
+        else:
+            turns.ready(*PACKAGES)
+        if not turns.go():
+            turns.say(peak_bytes=peak_bytes())
+            os._exit(0)
+        started = time.perf_counter()
+
+
+def one_device() -> Any:
+    return jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def preferences() -> None:
+    """Run optimizer steps of tunix's DPO, with the reference's log-probs in each."""
+    from tunix.sft.dpo import dpo_trainer
+
+    micro, width = job.micro_batch or job.batch, job.prompt + job.response
+    config = dpo_trainer.DPOTrainingConfig(
+        eval_every_n_steps=10**9, max_steps=10**9, gradient_accumulation_steps=job.batch // micro
+    )
+    model, reference = make_model("float32"), make_model("float32")
+    trainer = dpo_trainer.DPOTrainer(model, reference, optax.adamw(1e-6, weight_decay=0.0), config)
+    rows = random_tokens(2 * job.batch, width).astype(np.int32)
+    prompts, chosen, rejected = rows[: job.batch, : job.prompt], *np.split(rows[:, job.prompt :], 2)
+    batch = {"prompt_ids": prompts, "chosen_ids": chosen, "rejected_ids": rejected}
+    batch |= {name.replace("ids", "mask"): np.ones_like(ids) for name, ids in batch.items()}
+    parts = [{k: v[start : start + micro] for k, v in batch.items()} for start in range(0, job.batch, micro)]
+    with one_device():
+        trainer.train(in_turns(parts, 2 * job.batch * width, lambda: nnx.state(trainer.model)))
+
+
 def iterations() -> None:
-    """Run tunix's PPO. The learner runs all iterations; its data iterator reports each and waits for the next turn."""
+    """Run iterations of tunix's PPO, or of its GRPO with a reward function."""
     from tunix.rl import rl_cluster, utils
+    from tunix.rl.grpo import grpo_learner
     from tunix.rl.ppo import ppo_learner
     from tunix.rl.rollout.base_rollout import RolloutConfig
 
-    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    micro = job.micro_batch or job.batch
-    roles = rl_cluster.Role
+    group = job.samples if job.case == "grpo" else 1  # batches are counted in prompts
+    mesh, roles = one_device(), rl_cluster.Role
     config = rl_cluster.ClusterConfig(
         role_to_mesh=dict.fromkeys((roles.ACTOR, roles.CRITIC, roles.REFERENCE, roles.REWARD, roles.ROLLOUT), mesh),
         rollout_config=RolloutConfig(
@@ -114,42 +159,37 @@ def iterations() -> None:
         ),
         training_config=rl_cluster.RLTrainingConfig(
             actor_optimizer=optax.adamw(1e-6, weight_decay=0.0),
-            critic_optimizer=optax.adamw(1e-6, weight_decay=0.0),
+            critic_optimizer=optax.adamw(1e-6, weight_decay=0.0) if job.case == "ppo" else None,
             eval_every_n_steps=10**9,
             max_steps=10**9,
-            mini_batch_size=job.batch,
-            train_micro_batch_size=micro,
+            mini_batch_size=job.batch // group,
+            train_micro_batch_size=(job.micro_batch or job.batch) // group,
         ),
     )
+    judges = {}
+    if job.case == "ppo":
+        names = "critic", "reward"
+        judges = {name: utils.create_critic_model(make_model("float32", tied=False)) for name in names}
     cluster = rl_cluster.RLCluster(
         actor=make_model("float32"),
-        critic=utils.create_critic_model(make_model("float32", tied=False)),
         reference=make_model("float32"),
-        reward=utils.create_critic_model(make_model("float32", tied=False)),
         tokenizer=AutoTokenizer.from_pretrained(job.model),
         cluster_config=config,
+        **judges,
     )
-    learner = ppo_learner.PPOLearner(cluster, ppo_learner.PPOConfig(num_iterations=job.epochs))
+    if job.case == "ppo":
+        learner = ppo_learner.PPOLearner(cluster, ppo_learner.PPOConfig(num_iterations=job.epochs))
+    else:
+        settings = grpo_learner.GRPOConfig(num_generations=group, num_iterations=job.epochs)
+        learner = grpo_learner.GRPOLearner(cluster, settings, characters)
 
-    def batches() -> Iterator[dict[str, Any]]:
-        prompts, started = np.array(texts()), 0.0
-        for turn in itertools.count(-1):  # two to warm up
-            yield {"prompts": prompts}
-            if turn < 0:
-                continue
-            trained = nnx.state(cluster.actor_trainer.model), nnx.state(cluster.critic_trainer.model)
-            jax.block_until_ready(jax.tree.leaves(trained))
-            if turn > 0:
-                turns.say(seconds=time.perf_counter() - started, tokens=job.batch * job.response)
-            else:
-                turns.ready(*PACKAGES)
-            if not turns.go():
-                turns.say(peak_bytes=peak_bytes())
-                os._exit(0)
-            started = time.perf_counter()
+    def trained() -> Any:
+        trainers = [cluster.actor_trainer] + ([cluster.critic_trainer] if judges else [])
+        return [nnx.state(trainer.model) for trainer in trainers]
 
+    prompts = {"prompts": np.array(texts(job.batch // group))}
     with mesh:
-        learner.train(batches())
+        learner.train(in_turns([prompts], job.batch * job.response, trained))
 
 
 def peak_bytes() -> int:
@@ -161,7 +201,9 @@ def peak_bytes() -> int:
 
 if __name__ == "__main__":
     os.chdir(Path(job.work))  # tunix writes logs to the working directory
-    if job.case == "ppo":
+    if job.case == "dpo":
+        preferences()
+    elif job.case in ("ppo", "grpo"):
         iterations()
     else:
         repeat = generation()

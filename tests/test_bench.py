@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jax
 import pytest
+from bench_process import Job, characters
+from bench_shapes import add_percentages
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench.py"
 RECORD = {
@@ -23,7 +25,22 @@ RECORD = {
     "contestants",
     "ratio",
 }
-CONTESTANT = {"seconds", "tokens_per_second", "peak_bytes", "knobs", "versions", "dtype", "environment"}
+CONTESTANT = {
+    "seconds",
+    "tokens_per_second",
+    "waiting_percent",
+    "peak_bytes",
+    "knobs",
+    "versions",
+    "dtype",
+    "environment",
+}
+PHASES = {
+    "sft": {"update"},
+    "dpo": {"reference", "update"},
+    "ppo": {"rollout", "scoring", "update"},
+    "grpo": {"rollout", "scoring", "update"},
+}
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -47,6 +64,7 @@ def record(*arguments: str) -> dict:
         assert set(contestant) >= CONTESTANT
         seconds = contestant["seconds"]
         assert 0 <= seconds["min"] <= seconds["median"] <= seconds["max"]
+        assert 0 <= contestant["waiting_percent"] <= 100
         assert contestant["peak_bytes"] > 0
         assert contestant["versions"]["jax"]
     return found
@@ -92,8 +110,8 @@ def test_other_cases(case, contestants):
     size = ("--batch", "4", "--prompt", "16", "--response", "8", "--slots", "2", "--samples", "2", "--rounds", "1")
     found = record(case, "--shape", "T", *size)
     assert list(found["contestants"]) == contestants
-    if case in ("ppo", "grpo"):
-        assert set(found["contestants"]["ours"]["phases"]) == {"rollout", "scoring", "update"}
+    if case in PHASES:
+        assert set(found["contestants"]["ours"]["phases"]) == PHASES[case]
     if case == "memory":
         sizes = found["contestants"]["ours"]["gigabytes"]
         whole, short, away = (sizes[name] for name in ("baseline", "optim.state_dtype bfloat16", "optim.offload"))
@@ -101,6 +119,20 @@ def test_other_cases(case, contestants):
         assert away == whole, "a CPU has no other memory to put the moments in"
     if case == "plan":
         assert set(found["contestants"]["planned"]["phases"]) >= {"rollout", "annotation", "update", "process", "peak"}
+
+
+def test_the_floor_of_dpo_has_the_forward_pass_of_the_reference():
+    """A forward pass of the reference beside one forward and two backward of the policy: 4 parts to 3."""
+    summary: dict = {"seconds": {"median": 4.0}, "phases": {"reference": 1.0, "update": 3.0}}
+    values = {"shape": "T", "dtype": "float32", "batch": 8, "prompt": 16, "response": 8}
+    job = Job(**dict.fromkeys(Job.__dataclass_fields__) | values | {"case": "dpo"})
+    add_percentages(summary, job, {"float32": 0.01, "bfloat16": 0.01, "read": 1.0})
+    assert summary["floor_percent"] == pytest.approx(summary["update_percent"], abs=0.11)
+    assert summary["floor_percent"] > 10
+
+
+def test_the_reward_of_grpo_differs_between_completions():
+    assert characters(prompts=["w3", "w3"], completions=["w4 w5", "w4 w567"], mode="train") == [5.0, 7.0]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +145,8 @@ def test_other_cases(case, contestants):
         (["grpo", "--samples", "3"], "--samples 3 does not divide --batch 16, which counts responses"),
         (["ppo", "--dtype", "int8"], "--dtype int8 is for generate, engine, prefix"),
         (["ppo", "--peer", "hf"], "--peer hf has no ppo; it has limits, generate"),
+        (["sft", "--peer", "trl"], "--peer trl has no sft; it has dpo, ppo, grpo"),
+        (["grpo", "--peer", "tunix", "--lora-rank", "4"], "--peer tunix has no --lora-rank"),
         (["generate", "--strong"], "give --peer hf or --peer trl"),
         (["generate", "--peer", "hf", "--peer-python", "/nowhere/python"], "there is no file /nowhere/python"),
     ],
