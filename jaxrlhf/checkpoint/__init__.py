@@ -83,9 +83,9 @@ class Checkpoints:
     def save(self, step: int, state: Any, extra: dict, metric: float | None = None, block: bool = False) -> None:
         """Save `state` (a pytree of jax arrays) and `extra` (JSON: data position, seed, ...) as checkpoint `step`.
 
-        The state may be donated once this returns. An existing checkpoint of the step is kept, and gets the `metric` if
-        it has none. After a failed save (e.g. a full disk) its partial files are removed and training continues with a
-        warning, unless `block` is set.
+        The state may be donated once this returns. An existing checkpoint of the step is kept, and gets the `extra`,
+        and the `metric` if it has none. After a failed save (e.g. a full disk) its partial files are removed and
+        training continues with a warning, unless `block` is set.
 
         Raises:
             StorageError: the save failed and `block` is set, or it was the third failure in a row.
@@ -93,8 +93,7 @@ class Checkpoints:
         """
         self.wait()
         if step in self.steps:
-            if metric is not None:
-                distributed.on_primary(lambda: self._add_metric(step, metric))
+            distributed.on_primary(lambda: self._update(step, extra, metric))
         else:
             leaves = leaves_by_name(state)
             record = storage.make_record(step, leaves, extra, metric)
@@ -240,13 +239,11 @@ class Checkpoints:
                 self._metrics[step] = None
         return self._metrics[step]
 
-    def _add_metric(self, step: int, metric: float) -> None:
-        if self._metric(step) is None:
-            try:
-                storage.write_metric(self.directory, step, metric)
-            except (DamagedCheckpoint, StorageError) as error:
-                _log.warning("checkpoint %d cannot be compared with others: %s", step, error)
-            self._metrics[step] = metric
+    def _update(self, step: int, extra: dict, metric: float | None) -> None:
+        try:
+            self._metrics[step] = storage.update_record(self.directory, step, extra, metric)
+        except (DamagedCheckpoint, StorageError) as error:
+            _log.warning("checkpoint %d keeps the record that it has: %s", step, error)
 
     def _prepare(self, size: int) -> None:
         """Make room for a checkpoint of `size` bytes. Raises StorageError."""

@@ -171,11 +171,14 @@ def read_record(directory: Path, step: int) -> dict[str, Any]:
     return record
 
 
-def write_metric(directory: Path, step: int, metric: float) -> None:
-    """Write the metric of a checkpoint into its record, in one atomic replacement. Raises as `read_record` does, and
-    StorageError if it cannot be written."""
-    record = with_seal(read_record(directory, step) | {"metric": metric})
-    write_whole(directory / str(step) / RECORD, json.dumps(record))
+def update_record(directory: Path, step: int, extra: dict, metric: float | None) -> float | None:
+    """Write `extra`, and `metric` if it has none, into the record of a checkpoint, in one atomic replacement; returns
+    its metric. Raises as `read_record` does, and StorageError if it cannot be written."""
+    old = read_record(directory, step)
+    new = with_seal(old | {"extra": extra, "metric": metric if old["metric"] is None else old["metric"]})
+    if new != old:
+        write_whole(directory / str(step) / RECORD, json.dumps(new))
+    return new["metric"]
 
 
 def reason(error: BaseException) -> str:

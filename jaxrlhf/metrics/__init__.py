@@ -1,29 +1,27 @@
 """Metrics of a run: one record per step, written to metrics.jsonl, TensorBoard, W&B, trackio and the console.
 
-`keys` defines every metric, `console` prints, `sinks` are the loggers besides the run's own files, `tags` names metrics
-there, `plots` draws, `tables` writes CSV.
+`keys` defines every metric, `lines` writes and reads those of the run's files, `console` prints, `sinks` are the other
+loggers, `tags` names metrics there, `plots` draws, `tables` writes CSV.
 """
 
 import contextlib
 import gzip
 import json
-import math
 import os
-import re
 import secrets
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jaxrlhf.config import Logging
-from jaxrlhf.errors import DataError, StorageError, counted, first_line, quoted
+from jaxrlhf.errors import StorageError, counted, first_line
 from jaxrlhf.files import read_json, write_whole, writing
-from jaxrlhf.metrics import sinks, tags
+from jaxrlhf.metrics import lines, sinks, tags
 from jaxrlhf.metrics.console import Console, duration
-from jaxrlhf.metrics.keys import EPOCHS, JUDGE, METRICS, REWARDS
+from jaxrlhf.metrics.keys import METRICS
+from jaxrlhf.metrics.lines import read_records
 from jaxrlhf.metrics.sinks import Sink
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
@@ -62,11 +60,11 @@ class Logger:
 
     def log(self, step: int, record: Mapping[str, Any]) -> None:
         """Write the record of `step` (1, 2, ...): numbers by their key in METRICS."""
-        unknown = {key for key in record if not _is_metric(key)}
+        unknown = {key for key in record if not lines.is_metric(key)}
         assert not unknown, f"not in METRICS: {sorted(unknown)}"
-        numbers = {key: _number(value) for key, value in record.items()}
+        numbers = {key: lines.number(value) for key, value in record.items()}
         with writing(self._metrics.name):
-            self._metrics.write(_line({"step": step, **numbers}))
+            self._metrics.write(lines.written({"step": step, **numbers}))
             self._metrics.flush()
         tagged = tags.tagged(numbers, self._method, self._config.tags, self._config.tag_prefix)
         self._send(lambda sink: sink.scalars(step, tagged))
@@ -75,7 +73,7 @@ class Logger:
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]], *, show: bool = True) -> None:
         """Write rows ("prompt", "completion", and "score" or any other JSON value) and `show` the first few."""
         with writing(self._samples.name):
-            self._samples.writelines(_line({"step": step, **row}) for row in rows)
+            self._samples.writelines(lines.written({"step": step, **row}) for row in rows)
             self._samples.flush()
         if rows:  # of one step there may be several kinds, which must not replace each other
             kind = "held_out_samples" if rows[0].get("held_out") else "samples" if show else "fixed_prompts"
@@ -93,10 +91,10 @@ class Logger:
 
     def tokens(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the token records of `step`, one row per sequence. Non-finite numbers are None in them."""
-        lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         write_whole(
             self._directory / TOKENS / f"step-{step:06d}.jsonl.gz",
-            gzip.compress(lines.encode("utf-8", "backslashreplace"), mtime=0),
+            gzip.compress(text.encode("utf-8", "backslashreplace"), mtime=0),
         )
         names = {"kl": "kl_per_token", "advantage": "advantage"}
         values = {tag: [x for row in rows for x in row.get(name, ())] for name, tag in names.items()}
@@ -109,36 +107,43 @@ class Logger:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def rewind(self, step: int) -> list[dict[str, Any]]:
+    def rewind(self, step: int, *, repeated: bool = False, samples: int | None = None) -> list[dict[str, Any]]:
         """Remove records after `step` before the run resumes from `step` (0: starts), and lines that cannot be read or
-        repeat earlier ones. Says what was wrong, and what is missing. Returns the records after `step`."""
+        repeat earlier ones. Says what was wrong, and what is missing. Returns the records that were removed.
+
+        repeated: the record and samples of `step` are written again: they are removed, too.
+        samples: the number of samples of `step` to keep if others of it are written again.
+        """
         for path in (self._directory / TOKENS).glob("step-*.jsonl.gz"):
             number = path.name.removeprefix("step-").removesuffix(".jsonl.gz")
             if number.isdecimal() and int(number) > step:  # other names are not ours
                 path.unlink()
         for file in (self._metrics, self._samples):
             file.close()
-        found, _ = (self._truncate(Path(file.name), step) for file in (self._metrics, self._samples))
+        end = step - repeated if step else -1
+        found, _ = (self._truncate(Path(file.name), end, samples) for file in (self._metrics, self._samples))
         self._open()
-        self._open_sinks(step, found.last)
+        self._open_sinks(end, found.last)
         return found.later
 
-    def _truncate(self, path: Path, step: int) -> "_Found":
-        """Keep the lines of `path` up to `step` (0: none), in one atomic replacement, and note what is wrong with them;
-        returns what was there."""
+    def _truncate(self, path: Path, end: int, samples: int | None) -> lines.Found:
+        """Keep the lines of `path` up to step `end` (-1: none), of its `samples` so many, in one atomic replacement,
+        and note what is wrong with them; returns what was there."""
         every = path.name == METRICS_FILE
-        kept, found = _lines_up_to(path, step, every=every)
+        kept, found = lines.up_to(path, end, every=every, of_end=None if every else samples)
         problems = []
         if found.unreadable:
             problems.append(f"{counted(found.unreadable, 'line')} could not be read")
+        if found.misplaced:
+            problems.append(f"{counted(found.misplaced, 'line')} had a step that does not fit its place")
         if found.repeated:
             problems.append(f"{counted(found.repeated, 'line')} repeated earlier ones")
-        if step and path.name in self._new:
+        if path.name in self._new:
             problems.append("it was missing")
-        elif every and (missing := step - len(kept)) > 0:
+        elif every and (missing := end - len(kept)) > 0:
             problems.append(f"the records of {counted(missing, 'step')} are missing")
-        if step and problems:
-            self.note(f"{path.name}, up to step {step}: {'; '.join(problems)}. The run goes on with what is left")
+        if end > 0 and problems:
+            self.note(f"{path.name}, up to step {end}: {'; '.join(problems)}. The run goes on with what is left")
         write_whole(path, b"".join(kept))
         return found
 
@@ -160,8 +165,8 @@ class Logger:
             for name in (METRICS_FILE, SAMPLES_FILE)
         )
 
-    def _open_sinks(self, step: int | None = None, sent: int = -1) -> None:
-        """Open the sinks of a run that resumes from `step`, after it has logged the steps up to `sent` before.
+    def _open_sinks(self, end: int | None = None, sent: int = -1) -> None:
+        """Open the sinks of a run that goes on after step `end` (-1: starts), and has logged the steps up to `sent`.
 
         A resumed run repeats its steps exactly. So trackers, which cannot forget, are not sent those again that they
         have.
@@ -169,9 +174,11 @@ class Logger:
         self._close_sinks()
         self._sinks = []
         if self._config.tensorboard:
-            self._sinks.append(sinks.TensorBoard(self._directory / "tensorboard", None if step is None else step + 1))
+            self._sinks.append(
+                sinks.TensorBoard(self._directory / "tensorboard", None if end is None else max(end, 0) + 1)
+            )
         file = self._directory / TRACKERS
-        known = read_json(file) if step and file.is_file() else {}
+        known = read_json(file) if end is not None and end >= 0 and file.is_file() else {}
         run_id = known.get("id") or secrets.token_hex(4)
         for kind, module in self._trackers.items():
             option, at = f"{kind}_project", sent if kind in known.get("trackers", ()) else -1
@@ -207,107 +214,3 @@ class Silence:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return contextlib.nullcontext if name == "paused" else lambda *_, **__: None
-
-
-def read_records(path: Path | str) -> list[dict[str, Any]]:
-    """Read the records of a metrics.jsonl or the rows of a samples.jsonl, except an incomplete last line.
-
-    "NaN", "Infinity" and "-Infinity" under a metric's key become floats. Raises DataError if the file is missing or a
-    line is not a JSON object with a step, or has something other than a number under a metric's key.
-    """
-    path, records = Path(path), []
-    if not path.is_file():
-        raise DataError(f"{path.parent} has no {path.name}: is it a run directory?")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.endswith(b"\n"):
-                records.append(_record(line, f"{path}:{number}"))
-    return records
-
-
-def _record(line: bytes, where: str) -> dict[str, Any]:
-    """The record of a line. Records share the strings of their keys: a long run has many."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({first_line(error)})") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected an object, found {quoted(record, 40)}")
-    if type(record.get("step")) is not int:
-        raise DataError(f"{where}: its step is {quoted(record.get('step'), 40)}, not a whole number")
-    wrong = {key for key, value in record.items() if _is_metric(key) and type(value) not in (int, float)}
-    try:
-        return {sys.intern(key): float(value) if key in wrong else value for key, value in record.items()}
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{where}: a metric is not a number ({first_line(error)})") from error
-
-
-def _is_metric(key: str) -> bool:
-    return key in METRICS or key.startswith((REWARDS, JUDGE, EPOCHS))
-
-
-def _number(value: Any) -> float | int:
-    """Convert a Python, NumPy or JAX scalar to a Python number, exactly (float32 as float64)."""
-    value = value.item() if hasattr(value, "item") else value
-    return value if isinstance(value, int) and not isinstance(value, bool) else float(value)
-
-
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(dict(record)), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """Replace non-finite floats, which JSON does not have, by strings."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-class _Found(NamedTuple):
-    """Lines of a log: the last step among them (-1: none), those after the step that was asked for, and how many cannot
-    be read or repeat earlier ones."""
-
-    last: int
-    later: list[dict[str, Any]]
-    unreadable: int
-    repeated: int
-
-
-def _lines_up_to(path: Path, step: int, *, every: bool) -> tuple[list[bytes], _Found]:
-    """The lines of a log up to `step`, in the order of their steps, and what was found. With `every` there is one line
-    for each step, otherwise there may be several, one after the other."""
-    kept: list[bytes] = []
-    later: list[dict[str, Any]] = []
-    last, done, unreadable, repeated = -1, -1, 0, 0
-
-    def lost(line: bytes) -> bool:
-        """True if an unreadable line seems to be of a step up to `step`: by what is left of it, or by its place."""
-        begun = re.match(rb'{"step": (\d{1,15})[,}]', line)
-        return int(begun[1]) <= step if begun else last < step
-
-    *lines, torn = path.read_bytes().split(b"\n")
-    for line in lines:
-        try:
-            record = json.loads(line)
-            number = record["step"]
-            if type(number) is not int:
-                raise TypeError("a step is a whole number")
-            further = number > last or (number == last and not every)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            unreadable += lost(line)
-            continue
-        if not further:
-            done = last
-        if number <= done:
-            repeated += number <= step
-            continue
-        last = number
-        if step and number <= step:
-            kept.append(line + b"\n")
-        else:
-            later.append(record)
-    return kept, _Found(last, later, unreadable + bool(torn and lost(torn)), repeated)

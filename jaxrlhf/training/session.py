@@ -21,9 +21,11 @@ from jaxrlhf.training.timing import Timing
 Metrics = dict[str, Any]
 TEMPLATE = "chat template"
 PENDING = "evaluation to come"
-"""In a checkpoint: the record of its step, and samples, which are logged once the step has been evaluated."""
+"""In a checkpoint: the record of its step, and samples, which are logged once the step has been evaluated. An earlier
+start may have done that and then have been killed before its next checkpoint: it is done again."""
 UNDRAWN = "samples to come"
-"""In a checkpoint: the number of samples of its step that were logged before a signal ended the drawing of others."""
+"""In a checkpoint: the number of samples of its step that were logged before a signal ended the drawing of others, and
+are kept when these are drawn."""
 REPORT_EVERY = 30.0  # least seconds between two reports of a run
 
 
@@ -96,22 +98,13 @@ class Session:
         shortage = shortage if step < self.total_steps else ""
         for note in (*self.run.notes, *filter(None, [shortage])):
             self.note(note)
-        later = self.logger.rewind(step)
+        self.pending, self.undrawn = _unfinished(identity), UNDRAWN in identity
+        later = self.logger.rewind(step, repeated=bool(self.pending), samples=identity.get(UNDRAWN))
         records = self.records()
-        self._find_pending(step, identity)
         self._timing.resume(step, records, later or ())
         self._health = self._new_health(records)
         self.report()
         self.clock.begin("training")
-
-    def _find_pending(self, step: int, extra: dict[str, Any]) -> None:
-        """Find out what a signal left undone of `step`. An earlier start may have made up for it since, and then have
-        been killed before its next checkpoint."""
-        if not self.record_of(step):
-            self.pending = extra.get(PENDING, {})
-        elif PENDING in extra or UNDRAWN in extra:
-            self.undrawn = self._samples_of(step) == extra.get(UNDRAWN, 0)
-            self._checkpoints.save(step, self._state.value, extra, self._metric(self.record_of(step)))
 
     def _samples_of(self, step: int) -> int:
         """Number of samples of a step that are logged."""
@@ -214,7 +207,7 @@ class Session:
         """
         self._timing.end_step(self._flushed)
         saved = self.save_due(step, evaluated=bool(evaluation)) or self._minutes_passed()
-        if saved:
+        if saved or self.pending:
             self.save(step, self._metric(evaluation))
         self.stop_if_asked(step, saved=saved)
 
@@ -231,6 +224,7 @@ class Session:
         with self.clock.spent("save"):
             self.logger.sync()
             self._checkpoints.save(step, self._state.value, self._identity, metric=metric, block=block)
+        self.pending, self.undrawn = {}, False
         self._saved_at = time.monotonic()
         if not block:
             self._timing.saved(step, self._saved_at - started, self.records)
@@ -266,15 +260,12 @@ class Session:
         ends it: the state is saved, Preempted raised, and a resumed run evaluates first (`pending`); the result becomes
         that of the checkpoint."""
         values = {k: float(v) for k, v in sharding.fetch(record).items()}
-        if not all(math.isfinite(value) for value in values.values()):  # no JSON
-            with self.clock.spent("evaluation"):
-                yield
-            return
         try:
             with self.clock.spent("evaluation"), distributed.stoppable():
                 yield
         except Interrupted:
-            self._save_unfinished(step, {PENDING: {"record": values, "samples": list(samples)}})
+            texts = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}  # JSON has only finite numbers
+            self._save_unfinished(step, {PENDING: {"record": texts, "samples": list(samples)}})
             raise self._preempted(step) from None
 
     @contextlib.contextmanager
@@ -288,6 +279,8 @@ class Session:
         except Interrupted:
             self._save_unfinished(step, {UNDRAWN: self._samples_of(step)}, self._metric(evaluation))
             raise self._preempted(step) from None
+        if self.undrawn:
+            self.save(step)
 
     def _save_unfinished(self, step: int, left: dict[str, Any], metric: float | None = None) -> None:
         """Save the state after `step` steps, and what is `left` to do for it when the run is resumed."""
@@ -387,3 +380,10 @@ def open_session(
             yield session
         session.flush()
         session.done = True
+
+
+def _unfinished(extra: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of an evaluation that a signal ended: `record` and `samples`; empty if there is none."""
+    if PENDING not in extra:
+        return {}
+    return extra[PENDING] | {"record": {key: float(value) for key, value in extra[PENDING]["record"].items()}}

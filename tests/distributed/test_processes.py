@@ -18,7 +18,7 @@ import yaml
 from support import runs
 
 from jaxrlhf import PPOTrainer, SFTTrainer, config, distributed, sharding, weights
-from jaxrlhf.checkpoint import Checkpoints
+from jaxrlhf.checkpoint import TEMPORARY, Checkpoints
 from jaxrlhf.checkpoint.digest import digests, leaves_by_name
 from jaxrlhf.cli import launch, main
 from jaxrlhf.config.file import load_config
@@ -264,11 +264,27 @@ class Launched:
                 return int(entry.name)
         raise AssertionError(f"no process {number}")
 
+    def unfinished(self) -> list[pathlib.Path]:
+        """The folder of a checkpoint that is being written, or was when a process was killed."""
+        return list((self.run / "checkpoints").glob(f"*{TEMPORARY}"))
 
-@pytest.mark.slow
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="finds processes in /proc")
-def test_a_signal_to_one_stops_all_a_killed_one_ends_all_and_a_halted_one_delays_them_bit_for_bit(tmp_path, tiny_model):
-    rows = tmp_path / "rows.jsonl"
+    def halt_during_a_save(self, number: int) -> int:
+        """Stop process `number` before it has written its part of a checkpoint; returns its process id."""
+        child = self.child(number)
+        while True:
+            self.wait_until(self.unfinished)
+            os.kill(child, signal.SIGSTOP)
+            time.sleep(1)
+            if self.unfinished():  # else the others needed nothing more from it
+                return child
+            os.kill(child, signal.SIGCONT)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """The config of an SFT run of 60 steps, and the folder of the run that two processes have made undisturbed."""
+    folder = tmp_path_factory.mktemp("sft")
+    rows = folder / "rows.jsonl"
     text = [json.dumps({"prompt": f"{a}+{b}=", "completion": f"{a + b}."}) for a in range(8) for b in range(4)]
     rows.write_text("\n".join(text) + "\n")
     settings = {
@@ -279,14 +295,29 @@ def test_a_signal_to_one_stops_all_a_killed_one_ends_all_and_a_halted_one_delays
         "checkpoint": {"save_every": 5, "keep": 20},
         "logging": {"tensorboard": False, "report": False, "sample_every": 0},
     }
-    path, run = tmp_path / "sft.yaml", tmp_path / "run"
+    path = folder / "sft.yaml"
     path.write_text(yaml.safe_dump(settings))
-
-    whole = Launched(path, tmp_path / "whole", tmp_path / "whole.log")
-    trainer = SFTTrainer(load_config("sft", path, [("run_dir", str(tmp_path / "alone"))]))
+    launched = Launched(path, folder / "whole", folder / "whole.log")
+    trainer = SFTTrainer(load_config("sft", path, [("run_dir", str(folder / "alone"))]))
     losses = [float(runs.supervised_step(trainer, step)["loss"]) for step in range(8)]  # in one process
-    assert whole.wait() == 0, whole.log.read_text()[-3000:]
-    np.testing.assert_allclose([record["loss"] for record in _records(tmp_path / "whole")[:8]], losses, rtol=1e-5)
+    assert launched.wait() == 0, launched.log.read_text()[-3000:]
+    np.testing.assert_allclose([record["loss"] for record in _records(launched.run)[:8]], losses, rtol=1e-5)
+    return path, launched.run
+
+
+def same_bytes(run: pathlib.Path, whole: pathlib.Path) -> None:
+    assert _records(run) == _records(whole)
+    ends = [(folder / "export" / "model.safetensors").read_bytes() for folder in (run, whole)]
+    assert ends[0] == ends[1]
+
+
+finds_processes = pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="finds processes in /proc")
+
+
+@pytest.mark.slow
+@finds_processes
+def test_a_signal_to_one_stops_all_a_killed_one_ends_all_and_a_halted_one_delays_them_bit_for_bit(tmp_path, whole):
+    path, run = whole[0], tmp_path / "run"
 
     first = Launched(path, run, tmp_path / "first.log")
     first.wait_until(lambda: max(first.steps(), default=0) >= 6)
@@ -325,9 +356,34 @@ def test_a_signal_to_one_stops_all_a_killed_one_ends_all_and_a_halted_one_delays
         assert max(last.steps()) <= halted + 2  # what it had begun
         os.kill(child, signal.SIGCONT)
     assert last.wait() == 0, last.log.read_text()[-3000:]
-    assert _records(run) == _records(tmp_path / "whole")
-    ends = [(folder / "export" / "model.safetensors").read_bytes() for folder in (run, tmp_path / "whole")]
-    assert ends[0] == ends[1]
+    same_bytes(run, whole[1])
+
+
+@pytest.mark.slow
+@finds_processes
+def test_one_that_is_killed_in_the_middle_of_a_save_ends_all_and_the_run_goes_on_bit_for_bit(tmp_path, whole):
+    """A worker, then the coordinator: of the checkpoint that was being written nothing is used."""
+    path, run = whole[0], tmp_path / "run"
+    for number in (1, 0):
+        killed = Launched(path, run, tmp_path / f"without {number}.log")
+        if number == 1:
+            killed.wait_until(lambda killed=killed: max(killed.steps(), default=0) > 6)  # there is a checkpoint
+        else:
+            killed.wait_until(lambda killed=killed: "resuming at step " in killed.log.read_text())
+        os.kill(killed.halt_during_a_save(number), signal.SIGKILL)
+        started = time.monotonic()
+        assert killed.wait() == 128 + signal.SIGKILL
+        assert time.monotonic() - started < 3 * distributed.HEARTBEAT_TIMEOUT
+        output = killed.log.read_text()
+        assert f"process {number} was ended by signal 9 (SIGKILL)" in output
+        assert "is killed" not in output  # the other one ended by itself
+        (part,) = killed.unfinished()
+        assert not part.with_name(part.name.removesuffix(TEMPORARY)).exists()
+    last = Launched(path, run, tmp_path / "last.log")
+    assert last.wait() == 0, last.log.read_text()[-3000:]
+    assert "resuming at step " in last.log.read_text()
+    assert not last.unfinished()
+    same_bytes(run, whole[1])
 
 
 def start_alone(*arguments: str, code: str = "", timeout: float = 120) -> subprocess.CompletedProcess[str]:

@@ -97,7 +97,7 @@ def test_invalid_lines_are_refused_with_their_number(tmp_path):
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: expected an object, found \[1\]"):
         read_records(path)
     path.write_text('{"step": 1, "loss": "high"}\n')
-    with pytest.raises(DataError, match=r"metrics\.jsonl:1: a metric is not a number"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl:1: 'loss' is 'high', not a number"):
         read_records(path)
 
 

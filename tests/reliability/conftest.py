@@ -3,10 +3,11 @@
 import json
 import pathlib
 
+import jax
 import pytest
 
 import jaxrlhf
-from jaxrlhf import config
+from jaxrlhf import config, weights
 
 WORDS = ("red", "green", "blue", "black", "white", "grey", "pink", "brown")
 
@@ -32,7 +33,7 @@ def ppo(tiny_model: pathlib.Path, prompts: pathlib.Path, tmp_path: pathlib.Path)
 
 
 @pytest.fixture
-def start(ppo, tmp_path):
+def start(ppo, tiny_model, tmp_path):
     """Make the run of a method in `tmp_path / "run"`, or go on with it."""
     rows = [f'{{"prompt": "say {w} ", "completion": "{w}", "chosen": "{w}", "rejected": "no"}}\n' for w in WORDS]
     (tmp_path / "rows.jsonl").write_text("".join(rows))
@@ -43,9 +44,13 @@ def start(ppo, tmp_path):
     }
     sampling = config.Sampling(response_length=4)
 
-    def made(method, save_every=1, max_steps=3):
+    def made(method, save_every=1, max_steps=3, lora=False):
         train = config.Train(batch_size=8, max_steps=max_steps, num_train_epochs=9, eval_every=2, eval_batch_size=8)
         shared["checkpoint"] = config.Checkpoint(save_every=save_every, keep=1)
+        if lora:  # on a model with weights; that of a run with random ones is exported whole
+            model, params = weights.load(tiny_model, init="random", key=jax.random.key(0))
+            base = weights.export(tmp_path / "base", model, params, source=tiny_model)
+            shared.update(model=config.ModelSource(path=str(base)), lora=config.LoRA(enabled=True, rank=2))
         match method:
             case "sft":
                 return jaxrlhf.SFTTrainer(config.SFTConfig(**shared, train=train, sampling=sampling))

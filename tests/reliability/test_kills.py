@@ -72,8 +72,14 @@ def put_back(copy: Path, run: Path) -> None:
     shutil.copytree(copy, run)
 
 
-@pytest.mark.parametrize(("method", "kills"), [("sft", 3), ("reward", 2), ("dpo", 2), ("ppo", 12), ("grpo", 2)])
-def test_whatever_a_kill_leaves_is_resumed(method, kills, start, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "lora", "kills"),
+    [
+        *[("sft", False, 3), ("reward", False, 2), ("dpo", False, 2), ("ppo", False, 12), ("grpo", False, 2)],
+        *[("dpo", True, 2), ("ppo", True, 2)],
+    ],
+)
+def test_whatever_a_kill_leaves_is_resumed(method, lora, kills, start, tmp_path):
     """About 50 kinds of change (the same file of another step is the same kind), copied at a random one of its kind;
     from the last of them, the export's name, and from others at random the run goes on."""
     run, chance, seen = tmp_path / "run", random.Random(method), {}
@@ -85,8 +91,9 @@ def test_whatever_a_kill_leaves_is_resumed(method, kills, start, tmp_path):
             copied(run, tmp_path / "copies" / str(list(seen).index(kind)))
 
     with watched(run, before):
-        start(method)
+        start(method, lora=lora)
     whole, kinds = facts(run), list(seen)
+    assert list(whole[-1]) == ["adapter_model.safetensors" if lora else "model.safetensors"]
     for part in (
         "/metrics.jsonl",
         "/.run.json.part",
@@ -97,7 +104,7 @@ def test_whatever_a_kill_leaves_is_resumed(method, kills, start, tmp_path):
         assert any(kind.endswith(part) for kind in kinds), part
     for kind in [*chance.sample(kinds[:-1], kills - 1), kinds[-1]]:
         put_back(tmp_path / "copies" / str(kinds.index(kind)), run)
-        start(method)
+        start(method, lora=lora)
         assert facts(run) == whole, kind
 
 

@@ -1,12 +1,13 @@
 """Logs that were lost, torn or doubled while a run was not running: resuming says so and goes on."""
 
 import json
+import math
 import os
 
 import pytest
 
 from jaxrlhf.config import Logging
-from jaxrlhf.errors import StorageError
+from jaxrlhf.errors import DataError, StorageError
 from jaxrlhf.metrics import METRICS_FILE, SAMPLES_FILE, Logger, read_records
 
 QUIET = Logging(tensorboard=False)
@@ -22,10 +23,10 @@ def written(folder, steps=6):
     return [(folder / name).read_bytes() for name in (METRICS_FILE, SAMPLES_FILE)]
 
 
-def resumed(folder, step, capsys):
+def resumed(folder, step, capsys, **options):
     capsys.readouterr()
     logger = Logger(folder, QUIET, "sft", 10)
-    logger.rewind(step)
+    logger.rewind(step, **options)
     logger.close()
     return [line for line in capsys.readouterr().out.splitlines() if ".jsonl" in line]
 
@@ -80,6 +81,75 @@ def test_a_step_that_is_no_whole_number_costs_its_own_line_alone(tmp_path, capsy
         (note,) = resumed(tmp_path, 6, capsys)
         assert "1 line could not be read; the records of 1 step are missing" in note
         assert [record["step"] for record in read_records(tmp_path / METRICS_FILE)] == [1, 2, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("at", "digits"), [(1, 7), (3, 93), (3, 1), (4, 40), (5, 2)])
+def test_a_wrong_digit_of_a_step_costs_its_own_line_alone(tmp_path, capsys, at, digits):
+    metrics, samples = written(tmp_path)
+    right, wrong = (b'"step": %d,' % step for step in (at, digits))
+    (tmp_path / METRICS_FILE).write_bytes(metrics.replace(right, wrong))
+    (tmp_path / SAMPLES_FILE).write_bytes(samples.replace(right, wrong, 1))
+    notes = resumed(tmp_path, 6, capsys)
+    assert ["1 line had a step that does not fit its place" in note for note in notes] == [True, True]
+    assert "the records of 1 step are missing" in notes[0] and "repeated" not in "".join(notes)
+    others = [line for line in metrics.splitlines(True) if right not in line]
+    assert (tmp_path / METRICS_FILE).read_bytes() == b"".join(others)
+    one = next(line for line in samples.splitlines(True) if right in line)
+    assert (tmp_path / SAMPLES_FILE).read_bytes() == samples.replace(one, b"", 1)
+
+
+def test_a_wrong_digit_between_samples_of_one_step(tmp_path, capsys):
+    """And a doubled log of few samples, where steps come twice, is none."""
+    steps = {(1, 1, 9, 1, 2): [1, 1, 1, 2], (1, 2, 1, 2): [1, 2], (1, 2, 3, 1, 2, 3): [1, 2, 3], (3, 1, 2): [1, 2]}
+    for found, kept in steps.items():
+        written(tmp_path)
+        (tmp_path / SAMPLES_FILE).write_text("".join(f'{{"step": {step}}}\n' for step in found))
+        assert len(resumed(tmp_path, 6, capsys)) == 1
+        assert [row["step"] for row in read_records(tmp_path / SAMPLES_FILE)] == kept, found
+
+
+@pytest.mark.parametrize("value", ['"0.5"', '"nan"', '"x"', "null", "[1]", "true", '{"a": 1}', "1" * 400, "9" * 5000])
+def test_a_metric_that_is_no_number_costs_its_own_line_alone(tmp_path, capsys, value):
+    metrics, _ = written(tmp_path)
+    lines = metrics.splitlines(True)
+    lines[2] = f'{{"step": 3, "loss": {value}}}\n'.encode()
+    (tmp_path / METRICS_FILE).write_bytes(b"".join(lines))
+    with pytest.raises(DataError, match=r"metrics.jsonl:3: "):
+        read_records(tmp_path / METRICS_FILE)
+    (note,) = resumed(tmp_path, 6, capsys)
+    assert "1 line could not be read; the records of 1 step are missing" in note
+    assert [record["step"] for record in read_records(tmp_path / METRICS_FILE)] == [1, 2, 4, 5, 6]
+
+
+def test_numbers_that_json_does_not_have_are_kept(tmp_path, capsys):
+    logger = Logger(tmp_path, QUIET, "sft", 10)
+    logger.rewind(0)
+    for step, loss in enumerate((math.nan, math.inf, -math.inf), 1):
+        logger.log(step, {"loss": loss})
+    logger.close()
+    assert resumed(tmp_path, 3, capsys) == []
+    assert repr([record["loss"] for record in read_records(tmp_path / METRICS_FILE)]) == "[nan, inf, -inf]"
+
+
+def test_what_is_written_again_is_removed_without_a_word(tmp_path, capsys):
+    metrics, samples = (content.splitlines(True) for content in written(tmp_path))
+    assert resumed(tmp_path, 6, capsys, samples=1) == []
+    assert (tmp_path / METRICS_FILE).read_bytes() == b"".join(metrics)
+    assert (tmp_path / SAMPLES_FILE).read_bytes() == b"".join(samples[:-1])
+    assert resumed(tmp_path, 6, capsys, repeated=True) == []
+    assert (tmp_path / METRICS_FILE).read_bytes() == b"".join(metrics[:-1])
+    assert (tmp_path / SAMPLES_FILE).read_bytes() == b"".join(samples[:-2])
+
+
+def test_samples_before_training_are_kept_if_the_first_step_is_written_again(tmp_path, capsys):
+    logger = Logger(tmp_path, QUIET, "ppo", 10)
+    logger.rewind(0)
+    logger.samples(0, [{"prompt": "p"}])
+    logger.log(1, {"loss": 1.0})
+    logger.close()
+    resumed(tmp_path, 1, capsys, repeated=True)
+    assert read_records(tmp_path / METRICS_FILE) == []
+    assert [row["step"] for row in read_records(tmp_path / SAMPLES_FILE)] == [0]
 
 
 def test_a_doubled_log_is_kept_once(tmp_path, capsys):

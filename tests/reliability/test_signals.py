@@ -1,6 +1,8 @@
 """A signal stops what waits, at once and without a loss: exit code 75, and the run goes on bit for bit."""
 
+import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 from support.runs import facts, records
 
-from jaxrlhf import config, distributed, stopping
+from jaxrlhf import config, distributed, metrics, stopping
 from jaxrlhf.checkpoint import storage
 from jaxrlhf.errors import Interrupted, Preempted
 from jaxrlhf.rewards.sources.worker import Worker
@@ -225,6 +227,106 @@ def test_a_signal_during_an_evaluation_ends_it_and_it_is_made_up_for(method, kee
         assert facts(tmp_path / "run") == facts(tmp_path / "whole")
         found = [metrics_of_checkpoints(tmp_path / name) for name in ("run", "whole")]
         assert not keep_best or found[0] == found[1]
+
+
+@pytest.fixture
+def validated(ppo, tmp_path):
+    """A function that makes a PPO run which validates and samples each of its two updates; a signal comes during the
+    validation of the first if a file asks for it."""
+    options = {"data.validation_fraction": 0.5, "validation.eval_steps": 1, "logging.sample_every": 1}
+    options |= {"checkpoint.save_every": 50}
+    asked, calls = tmp_path / "asked", []
+
+    def reward(prompts, completions):
+        calls.append(1)
+        if asked.exists() and len(calls) == 4:  # before training sampled and greedy completions; then of the update
+            asked.unlink()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+            stopping.check()
+        return [score(text) for text in completions]
+
+    def train(name, stopped=False):
+        calls.clear()
+        if stopped:
+            asked.touch()
+        PPOTrainer(config.replace(ppo, **options, run_dir=str(tmp_path / name)), reward=reward).train()
+
+    return train
+
+
+def killed_after(number, patch):
+    """End the run after `number` changes of its logs, the last of which is written."""
+    changes = []
+
+    def watched(method):
+        def write(self, *arguments, **options):
+            method(self, *arguments, **options)
+            changes.append(1)
+            if len(changes) == number:
+                raise KeyboardInterrupt
+
+        return write
+
+    for name in ("log", "samples"):
+        patch.setattr(metrics.Logger, name, watched(getattr(metrics.Logger, name)))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3], ids=["held-out samples", "record", "samples"])
+def test_a_kill_while_an_evaluation_is_made_up_for_neither_loses_nor_doubles_a_line(number, validated, tmp_path):
+    validated("whole")
+    with pytest.raises(Preempted, match="stopped after step 1 of 2"):
+        validated("run", stopped=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        killed_after(number, patch)
+        validated("run")
+    assert [record["step"] for record in records(tmp_path / "run")] == [1][: number - 1]
+    validated("run")
+    assert facts(tmp_path / "run") == facts(tmp_path / "whole")
+
+
+def test_an_evaluation_that_was_made_up_for_is_not_repeated(validated, tmp_path):
+    """A kill once the next update is logged, and no checkpoint since: its step alone is repeated."""
+    validated("whole")
+    with pytest.raises(Preempted):
+        validated("run", stopped=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        killed_after(4, patch)
+        validated("run")
+    extra = storage.read_record(tmp_path / "run" / "checkpoints", 1)["extra"]
+    assert "evaluation to come" not in extra and "prompts" in extra
+    validated("run")
+    assert facts(tmp_path / "run") == facts(tmp_path / "whole")
+
+
+def test_the_evaluation_of_a_step_that_is_not_finite_is_interrupted_and_made_up_for(ppo, rows, tmp_path, monkeypatch):
+    train = config.Train(batch_size=4, num_train_epochs=1, eval_batch_size=2, eval_every=1)
+    data = config.Data(path=str(rows), validation_fraction=0.5)
+    sections = {name: getattr(ppo, name) for name in ("model", "logging")}
+    end_step = SFTTrainer._end_step
+    strange = {"grad_norm": math.nan, "loss": math.inf, "learning_rate": 0.1}
+    monkeypatch.setattr(SFTTrainer, "_end_step", lambda self, s, at, found: end_step(self, s, at, found | strange))
+
+    def made(name):
+        return SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / name), train=train, data=data, **sections))
+
+    def stop(value):
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopping.check()
+        return value
+
+    made("whole").train()
+    trainer = made("run")
+    collate = trainer.eval_batches
+    trainer.eval_batches = lambda rows: map(stop, collate(rows))
+    with pytest.raises(Preempted, match="stopped after step 1 of"):
+        trainer.train()
+    assert records(tmp_path / "run") == []
+    monkeypatch.setattr(SFTTrainer, "_end_step", end_step)  # the record is that of the checkpoint
+    monkeypatch.setattr(SFTTrainer, "batch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with contextlib.suppress(KeyboardInterrupt):
+        made("run").train()
+    assert records(tmp_path / "run") == records(tmp_path / "whole")[:1]
 
 
 @pytest.fixture

@@ -28,8 +28,10 @@ def records(run: str | pathlib.Path) -> list[dict[str, Any]]:
 
 
 def facts(run: pathlib.Path) -> tuple[Any, ...]:
-    """What has to be the same in equal runs: records without timings, samples, exported weights."""
-    return records(run), (run / "samples.jsonl").read_bytes(), (run / "export" / "model.safetensors").read_bytes()
+    """What has to be the same in equal runs: records without timings, samples, exported weights or adapters."""
+    weights = {file.name: file.read_bytes() for file in (run / "export").glob("*.safetensors")}
+    assert weights, f"no weights in {run}/export"
+    return records(run), (run / "samples.jsonl").read_bytes(), weights
 
 
 def equal(a: Any, b: Any) -> None:
