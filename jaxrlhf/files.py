@@ -29,6 +29,23 @@ def path_problem(path: str) -> str:
     return f"has a part of {longest:,} bytes, and file names have at most {MAX_NAME}" if longest > MAX_NAME else ""
 
 
+def kind_of(path: Path) -> str:
+    """The kind of a path that is no regular file ("a named pipe"), to which a link may lead; "" if there is nothing."""
+    if not path.exists() or path.is_file():
+        return ""
+    if path.is_dir():
+        return "a folder"
+    return "a named pipe" if path.is_fifo() else "a socket" if path.is_socket() else "a device"
+
+
+def missing_or_kind(path: Path) -> str:
+    """The reason why a regular file cannot be read as one, to follow its name in a message; "" if it can."""
+    if path.is_file():
+        return ""
+    kind = kind_of(path)
+    return f"is {kind}, not a file" if kind else "there is no such file"
+
+
 def write_whole(path: Path, content: str | bytes, *, private: bool = False) -> Path:
     """Write `content` (text as UTF-8) to `path` atomically, creating its folder if needed, and return `path`.
 
@@ -93,8 +110,8 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
 def read_regular(file: Path, most: int = MAX_JSON) -> bytes:
     """The content of a regular file of at most `most` bytes. Raises OSError, also for anything else: a named pipe would
     wait for a writer, and a device has no end."""
-    if file.exists() and not file.is_file():
-        raise OSError(errno.EINVAL, "not a regular file", str(file))
+    if kind := kind_of(file):
+        raise OSError(errno.EINVAL, f"is {kind}, not a file", str(file))
     if (size := file.stat().st_size) > most:
         raise OSError(errno.EFBIG, f"{size:,} bytes are more than the {most:,} allowed for this file", str(file))
     return file.read_bytes()
@@ -103,8 +120,8 @@ def read_regular(file: Path, most: int = MAX_JSON) -> bytes:
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object without duplicate keys from a regular file of at most MAX_JSON bytes. Raises DataError."""
     try:
-        if not file.is_file():  # a named pipe would wait for a writer
-            raise DataError(f"{file}: {'is not a file' if file.exists() else 'there is no such file'}")
+        if problem := missing_or_kind(file):  # a named pipe would wait for a writer
+            raise DataError(f"{file}: {problem}")
         if (size := file.stat().st_size) > MAX_JSON:
             raise DataError(f"{file}: {size:,} bytes is more than the {MAX_JSON:,} allowed for this file")
         text = file.read_bytes()

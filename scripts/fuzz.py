@@ -1,6 +1,6 @@
 """Fuzz a reader of files that others have written, guided by the coverage of the code (needs `pip install atheris`).
 
-    python scripts/fuzz.py rows --minutes 10      # or: adapter, checkpoint, config, safetensors, template
+    python scripts/fuzz.py rows --minutes 10      # or: adapter, checkpoint, config, records, safetensors, template
 
 Inputs begin as valid files and are mutated. What counts: an exception that is not one of ours (a crash; its input is
 kept in `fuzz/`, one for each place in the code), a call that takes more than 2 s of processor time or 30 s in all (a
@@ -188,7 +188,52 @@ def checkpoint(folder: Path) -> tuple[list[bytes], Reader]:
     return [bytes([i]) + original[file] for i, file in enumerate(files)], read
 
 
-TARGETS = {made.__name__: made for made in (adapter, checkpoint, config, rows, safetensors, template)}
+def records(folder: Path) -> tuple[list[bytes], Reader]:
+    """What a run has recorded, without the arrays of its checkpoints. The first byte chooses: the record of a
+    checkpoint, as it is or sealed again; run.json; a log, which is also cut back to its second step."""
+    from jaxrlhf.checkpoint import storage
+    from jaxrlhf.checkpoint.digest import with_seal
+    from jaxrlhf.metrics import lines
+    from jaxrlhf.runs.record import read_record
+
+    source = FIXTURES / "runs" / "ppo" / "run"
+    stored = json.loads((source / "checkpoints" / "2" / storage.RECORD).read_bytes())
+    stored = with_seal(stored | {"leaves": dict(list(stored["leaves"].items())[:6])})
+    file = folder / "2" / storage.RECORD
+    file.parent.mkdir(parents=True)
+
+    def of_checkpoint(content: bytes) -> None:
+        file.write_bytes(content)
+        storage.stored_shapes(folder, 2, "params")
+
+    def sealed(content: bytes) -> None:
+        with contextlib.suppress(Exception):
+            content = json.dumps(with_seal(json.loads(content))).encode()
+        of_checkpoint(content)
+
+    def of_run(content: bytes) -> None:
+        (folder / "run.json").write_bytes(content)
+        read_record(folder)
+
+    def log(content: bytes) -> None:
+        (folder / "metrics.jsonl").write_bytes(content)
+        for every in (True, False):
+            kept, _ = lines.up_to(folder / "metrics.jsonl", 2, every=every, of_end=1)
+            (folder / "kept.jsonl").write_bytes(b"".join(kept))
+            assert all(record["step"] <= 2 for record in lines.read_records(folder / "kept.jsonl"))
+        lines.read_records(folder / "metrics.jsonl")
+
+    readers = (of_checkpoint, sealed, of_run, log)
+    originals = [json.dumps(stored).encode()] * 2
+    originals += [(source / name).read_bytes() for name in ("run.json", "metrics.jsonl")]
+
+    def read(content: bytes) -> None:
+        readers[content[0] % len(readers) if content else 0](content[1:])
+
+    return [bytes([i]) + original for i, original in enumerate(originals)], read
+
+
+TARGETS = {made.__name__: made for made in (adapter, checkpoint, config, records, rows, safetensors, template)}
 
 
 class Tally:

@@ -14,12 +14,15 @@ from jaxrlhf.config import text as config_text
 from jaxrlhf.config.file import METHODS, load_config, method_of, methods_with_sections, presets
 from jaxrlhf.config.spelling import did_you_mean
 from jaxrlhf.errors import ConfigError, OutOfMemory
+from jaxrlhf.files import kind_of
 
 
 def _config_path(given: str | None) -> Path | None:
     """The path of a config file or preset. Raises ConfigError if there is none of this name."""
     if given is None or Path(given).is_file():
         return Path(given) if given else None
+    if (kind := kind_of(Path(given))) and kind != "a folder":  # a preset may have the name of a folder
+        raise ConfigError(f"the config file {given} is {kind}, not a file")
     known, name = presets(), given.removesuffix(".yaml").rstrip("/")
     if name in known:
         return known[name]

@@ -1,7 +1,5 @@
 """Reads and validates one config, keeping the location of every key for error messages."""
 
-import errno
-import os
 import re
 import types
 import typing
@@ -15,6 +13,7 @@ import yaml
 from jaxrlhf.config import schema, yaml12
 from jaxrlhf.config.schema import Address, Text, allowed_types, element_class, field_doc, is_text, keys, show
 from jaxrlhf.errors import ConfigError, quoted
+from jaxrlhf.files import missing_or_kind
 from jaxrlhf.secrets import redact, redact_value, resolve
 
 MOST_PROBLEMS = 50
@@ -253,9 +252,8 @@ class ConfigReader:
 def read_config(path: Path) -> str:
     """The text of a config file. Raises ConfigError if it cannot be read or is longer than any config."""
     try:
-        if not path.is_file():  # a named pipe would wait for a writer
-            reason = "it is not a file" if path.exists() else os.strerror(errno.ENOENT)
-            raise ConfigError(f"cannot read the config file {path}: {reason}")
+        if problem := missing_or_kind(path):  # a named pipe would wait for a writer
+            raise ConfigError(f"cannot read the config file {path}: {problem}")
         if (size := path.stat().st_size) > 4 * yaml12.MAX_CHARACTERS:
             raise ConfigError(f"{path}: {size:,} bytes are more than any config has; is it a data file?")
         return path.read_text(encoding="utf-8")

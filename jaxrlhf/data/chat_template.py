@@ -12,6 +12,7 @@ from typing import Any
 from jaxrlhf.config import TokenizerSource
 from jaxrlhf.config.spelling import did_you_mean
 from jaxrlhf.errors import DataError, first_line, quoted
+from jaxrlhf.files import missing_or_kind
 from jaxrlhf.workers import WorkerProcess
 
 Template = str | dict[str, str]
@@ -103,9 +104,9 @@ def select_chat_template(hf: Any, source: TokenizerSource) -> Template | None:
 
 
 def _read_template(choice: str) -> str:
-    path, reason = Path(choice).expanduser(), "there is no such file"
+    path = Path(choice).expanduser()
     try:
-        if path.is_file():
+        if not (reason := missing_or_kind(path)):
             return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = str(error)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.errors import DataError, first_line
-from jaxrlhf.files import check_links, read_json
+from jaxrlhf.files import check_links, kind_of, read_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 FILES += ("merges.txt", "tokenizer.model", "chat_template.jinja")
@@ -32,8 +32,8 @@ def from_pretrained(name: str, revision: str | None) -> Any:
     if local and not any((folder / file).exists() for file in FILES):
         raise DataError(f"tokenizer {name}: the folder has no tokenizer files ({', '.join(FILES[:2])}, ...)")
     for file in FILES if local else ():
-        if (folder / file).exists() and not (folder / file).is_file():  # a named pipe would wait for a writer
-            raise DataError(f"tokenizer {name}: {file} is not a file")
+        if kind := kind_of(folder / file):  # a named pipe would wait for a writer
+            raise DataError(f"tokenizer {name}: {file} is {kind}, not a file")
     if not local and (folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
         raise DataError(f"tokenizer {name}: no such folder")
     if local:

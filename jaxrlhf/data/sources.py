@@ -12,9 +12,10 @@ from typing import Any
 
 from jaxrlhf.config import Data
 from jaxrlhf.config.spelling import did_you_mean_path
+from jaxrlhf.data import offline
 from jaxrlhf.data.file_readers import SUFFIXES, LocatedRows, Row, SourceLocation, is_data_file, read_file
 from jaxrlhf.errors import DataError, first_line
-from jaxrlhf.files import read_json
+from jaxrlhf.files import kind_of, read_json
 
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 _HELD_OUT = ("validation", "valid", "val", "test", "dev", "eval")  # in order of preference
@@ -203,7 +204,7 @@ def _open(source: str, config: Data) -> LocatedRows:
     elif path.is_file():
         yield from read_file(path, config)
     elif path.exists():
-        raise DataError(f"data {source}: is a named pipe or a device, and not a file; write the rows to a file first")
+        raise DataError(f"data {source}: is {kind_of(path)}, not a file; write the rows to a file first")
     elif _is_hub_id(source):
         yield from _hub(source, config)
     else:
@@ -256,13 +257,18 @@ def _hub(source: str, config: Data) -> LocatedRows:
 
 def _hub_dataset(source: str, config: Data) -> Any:
     import datasets
+    from datasets.config import HF_DATASETS_CACHE
 
     try:
         return datasets.load_dataset(source, config.subset or None, split=config.split, revision=config.revision)
     except Exception as error:  # network, name, split and script errors are all of different classes
+        switches, cache = (*offline.SWITCHES, "HF_DATASETS_OFFLINE"), str(HF_DATASETS_CACHE)
+        nearby = did_you_mean_path(Path(source).expanduser())
+        if "OfflineModeIsEnabled" in str(error) and (reason := offline.refusal("data set", cache, switches)):
+            raise DataError(f"data {source}: {reason}{nearby}") from error
         raise DataError(
             f"data {source}: no such file or folder here, and it could not be loaded from the hub "
-            f"({type(error).__name__}: {first_line(error)}){did_you_mean_path(Path(source).expanduser())}"
+            f"({type(error).__name__}: {first_line(error)}){nearby}"
         ) from error
 
 

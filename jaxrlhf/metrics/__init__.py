@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxrlhf.config import Logging
 from jaxrlhf.errors import StorageError, counted, first_line
-from jaxrlhf.files import read_json, write_whole, writing
+from jaxrlhf.files import kind_of, read_json, write_whole, writing
 from jaxrlhf.metrics import lines, sinks, tags
 from jaxrlhf.metrics.console import Console, duration
 from jaxrlhf.metrics.keys import METRICS
@@ -157,8 +157,8 @@ class Logger:
 
     def _open(self) -> None:
         for path in (self._directory / METRICS_FILE, self._directory / SAMPLES_FILE):
-            if path.exists() and not path.is_file():  # a named pipe would wait for a reader
-                raise StorageError(f"{path} is not a regular file; move it away, and run the same command again")
+            if kind := kind_of(path):  # a named pipe would wait for a reader
+                raise StorageError(f"{path} is {kind}, not a file; move it away, and run the same command again")
         # A lone surrogate, which UTF-8 cannot encode, is written as its JSON escape \udxxx.
         self._metrics, self._samples = (
             open(self._directory / name, "a", encoding="utf-8", errors="backslashreplace", newline="\n")  # noqa: SIM115

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxrlhf.errors import DataError, first_line, quoted
+from jaxrlhf.files import kind_of
 from jaxrlhf.metrics.keys import EPOCHS, JUDGE, METRICS, REWARDS
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -41,7 +42,9 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
     line is not a JSON object with a step, or has something other than a number under a metric's key.
     """
     path, records = Path(path), []
-    if not path.is_file():
+    if kind := kind_of(path):
+        raise DataError(f"{path}: is {kind}, not a file")
+    if not path.exists():
         raise DataError(f"{path.parent} has no {path.name}: is it a run directory?")
     with path.open("rb") as file:
         for at, line in enumerate(file, 1):

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from jaxrlhf import stopping
 from jaxrlhf.errors import ConfigError, Interrupted, RewardError, kind_and_message
+from jaxrlhf.files import kind_of
 from jaxrlhf.rewards.sources.protocol import ScoreRequest, SourceScores, parse_scores
 
 T = TypeVar("T")
@@ -178,6 +179,8 @@ def load_named(spec: str, kind: str) -> Any:
     if not source or not name:
         raise RewardError(f"{kind} {spec!r}: write it as path.py:name or package.module:name")
     is_file = source.endswith(".py")
+    if is_file and (found := kind_of(Path(source))):  # a named pipe would wait for a writer
+        raise RewardError(f"{kind} {spec!r}: {source} is {found}, not a file")
     if is_file and not Path(source).is_file():
         place = "" if Path(source).is_absolute() else f" in {os.getcwd()}"
         raise RewardError(f"{kind} {spec!r}: there is no file {source}{place}{_did_you_mean_path(source)}")

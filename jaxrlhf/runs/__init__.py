@@ -26,12 +26,17 @@ from jaxrlhf import checkpoint, distributed, memory, runtime, sharding, stopping
 from jaxrlhf.config import replace, text, yaml12
 from jaxrlhf.config.reader import read_config
 from jaxrlhf.errors import Preempted, StorageError, first_line
-from jaxrlhf.files import write_whole
+from jaxrlhf.files import kind_of, write_whole
+from jaxrlhf.metrics import METRICS_FILE, SAMPLES_FILE, TOKENS, TRACKERS
 from jaxrlhf.runs.record import read_record
 from jaxrlhf.runs.resume import check_resume, flatten, versions
 from jaxrlhf.secrets import redact, redact_command
 
 T = TypeVar("T")
+FILES = ("config.yaml", "run.json", "report.html", "validation.json", "human.jsonl")
+FILES += (METRICS_FILE, SAMPLES_FILE, TRACKERS)
+FOLDERS = ("checkpoints", "export", "logs", "tensorboard", TOKENS)
+"""Names in a run directory."""
 opened: Path | None = None
 """Directory of the run that this process opened last."""
 
@@ -85,6 +90,7 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
                 with _lock(directory):
                     _move_aside(directory)
             held.enter_context(_lock(directory))
+            _check_entries(directory)
             _remove_unfinished(directory)
             resumed = checkpoint.exists(directory / "checkpoints")
             previous, notes = check_resume(directory, config, method) if resumed else ({}, ())
@@ -151,6 +157,7 @@ def check_run_directory(config: Any, method: str, fresh: bool) -> None:
     def check() -> None:
         if directory.is_dir() and not fresh:
             with _lock(directory):
+                _check_entries(directory)
                 if checkpoint.exists(directory / "checkpoints"):
                     check_resume(directory, config, method)
 
@@ -232,6 +239,19 @@ def _lock(directory: Path) -> TextIO:
     file.write(f"host {socket.gethostname()}, process {os.getpid()}")
     file.flush()
     return file
+
+
+def _check_entries(directory: Path) -> None:
+    """Raise StorageError if something else has the name of a file or folder of a run, which would fail when it is
+    written, perhaps hours later."""
+    for name in (*FILES, *FOLDERS):
+        path, wanted = directory / name, "folder" if name in FOLDERS else "file"
+        found = "a file" if path.is_file() else kind_of(path)
+        if found and found != f"a {wanted}":
+            raise StorageError(
+                f"{path} is {found}, and a run has a {wanted} of that name; move it away, and run the same command "
+                "again"
+            )
 
 
 def _remove_unfinished(directory: Path) -> None:

@@ -63,6 +63,7 @@ class Session:
         """After `resume`: `record` and `samples` of its step, whose evaluation a signal ended."""
         self.undrawn = False
         """After `resume`: a signal ended the drawing of samples of its step, whose record is logged."""
+        self._left: dict[str, Any] = {}  # the same, as it is in the checkpoint, until it is done
         self._stop = distributed.Request()
         self._health = self._new_health([])
         self._saved_at = time.monotonic()  # or the start of the run
@@ -98,7 +99,8 @@ class Session:
         shortage = shortage if step < self.total_steps else ""
         for note in (*self.run.notes, *filter(None, [shortage])):
             self.note(note)
-        self.pending, self.undrawn = _unfinished(identity), UNDRAWN in identity
+        self._left = {name: identity[name] for name in (PENDING, UNDRAWN) if name in identity}
+        self.pending, self.undrawn = _evaluation_left(identity), UNDRAWN in identity
         later = self.logger.rewind(step, repeated=bool(self.pending), samples=identity.get(UNDRAWN))
         records = self.records()
         self._timing.resume(step, records, later or ())
@@ -206,8 +208,9 @@ class Session:
         Preempted once the state is saved.
         """
         self._timing.end_step(self._flushed)
-        saved = self.save_due(step, evaluated=bool(evaluation)) or self._minutes_passed()
-        if saved or self.pending:
+        saved = self.save_due(step, evaluated=bool(evaluation)) or self._minutes_passed() or bool(self._left)
+        self._left = {}
+        if saved:
             self.save(step, self._metric(evaluation))
         self.stop_if_asked(step, saved=saved)
 
@@ -223,8 +226,7 @@ class Session:
         started = time.monotonic()
         with self.clock.spent("save"):
             self.logger.sync()
-            self._checkpoints.save(step, self._state.value, self._identity, metric=metric, block=block)
-        self.pending, self.undrawn = {}, False
+            self._checkpoints.save(step, self._state.value, self._identity | self._left, metric=metric, block=block)
         self._saved_at = time.monotonic()
         if not block:
             self._timing.saved(step, self._saved_at - started, self.records)
@@ -279,7 +281,8 @@ class Session:
         except Interrupted:
             self._save_unfinished(step, {UNDRAWN: self._samples_of(step)}, self._metric(evaluation))
             raise self._preempted(step) from None
-        if self.undrawn:
+        if UNDRAWN in self._left:
+            self._left = {}
             self.save(step)
 
     def _save_unfinished(self, step: int, left: dict[str, Any], metric: float | None = None) -> None:
@@ -320,6 +323,7 @@ class Session:
                 raise RewardError(f"{error}\nNothing has been trained yet") from error
             if record:
                 self.log(step, record)
+                self._left = {}
             self.save(step, block=True)
             raise RewardError(
                 f"{error}\n{step} updates are saved. Fix the reward and run the same command again to resume."
@@ -382,7 +386,7 @@ def open_session(
         session.done = True
 
 
-def _unfinished(extra: dict[str, Any]) -> dict[str, Any]:
+def _evaluation_left(extra: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of an evaluation that a signal ended: `record` and `samples`; empty if there is none."""
     if PENDING not in extra:
         return {}

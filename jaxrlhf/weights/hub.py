@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from jaxrlhf.data import hf_tokenizer, tokenizer
+from jaxrlhf.data import hf_tokenizer, offline, tokenizer
 from jaxrlhf.errors import DataError, first_line, quoted
-from jaxrlhf.files import check_links, path_problem
+from jaxrlhf.files import check_links, kind_of, path_problem
 from jaxrlhf.weights import peft, safetensors
 
 CARD = "README.md"
@@ -75,6 +75,9 @@ def listing(folder: Path) -> str:
 
 def _resolve_local(folder: Path, weights: bool) -> Path:
     for candidate in (folder, folder / "export"):
+        for file in (candidate / CONFIG, candidate / peft.CONFIG):
+            if kind := kind_of(file):  # a named pipe would wait for a writer
+                raise DataError(f"{file}: is {kind}, not a file")
         if (candidate / CONFIG).is_file() or (candidate / peft.CONFIG).is_file():
             if candidate != folder and candidate.is_symlink():
                 check_links(folder)
@@ -126,10 +129,13 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     except errors.RevisionNotFoundError as error:
         raise DataError(f"hub model '{name}': has no revision '{revision}' (branch, tag or commit)") from error
     except Exception as error:  # network and disk errors of several libraries
+        missing = isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled)
+        if missing and (reason := offline.refusal("model", huggingface_hub.constants.HF_HUB_CACHE)):
+            raise DataError(f"model '{name}'{at}: {reason}") from error
         raise DataError(
             f"'{name}': there is no such folder here, the hub's cache does not hold it{at}, and the hub could not be "
             f"asked ({type(error).__name__}: {first_line(error)}). "
-            "Check the network (and HF_HUB_OFFLINE), or give the path of a local folder"
+            "Check the network, or give the path of a local folder"
         ) from error
     if peft.is_adapter(_checked(folder)):
         return folder

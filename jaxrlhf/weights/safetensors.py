@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.errors import DataError
-from jaxrlhf.files import MAX_JSON, parse_json, read_json
+from jaxrlhf.files import MAX_JSON, kind_of, parse_json, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -68,8 +68,8 @@ def scan(file: Path) -> dict[str, Entry]:
     outside DTYPES, or if the byte ranges overlap, leave a hole, or do not end at the end of the file.
     """
     try:
-        if file.exists() and not file.is_file():  # a named pipe would wait for a writer
-            _refuse(file, "it is not a file")
+        if kind := kind_of(file):  # a named pipe would wait for a writer
+            _refuse(file, f"it is {kind}")
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -134,7 +134,7 @@ def scan_folder(folder: Path) -> dict[str, Entry]:
     for shard in sorted(shards):
         if not _SHARD_NAME.fullmatch(shard):
             raise DataError(f"{file}: shard {shard!r} is not a plain *.safetensors file name; no shard was read")
-    if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
+    if missing := sorted(shard for shard in shards if not (folder / shard).exists()):
         raise DataError(f"{folder}: the index names missing shards: {', '.join(missing)}; complete the folder")
     by_shard = {shard: scan(folder / shard) for shard in sorted(shards)}
     stored = {(name, shard) for shard, entries in by_shard.items() for name in entries}

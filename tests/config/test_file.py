@@ -220,7 +220,7 @@ def test_what_is_not_plain_yaml_is_refused(write, text, message):
 
 
 def test_a_missing_file_and_bytes_that_are_not_text(tmp_path):
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match="none.yaml: there is no such file"):
         load_config("sft", tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"run_dir: caf\xe9\n")
     with pytest.raises(ConfigError, match="UTF-8"):

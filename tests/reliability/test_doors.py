@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
+from jaxrlhf import runs
 from jaxrlhf.cli import main
 
 LONG = "x" * 300
@@ -124,19 +126,21 @@ def test_a_config_that_is_meant_to_break_its_reader(answers, tmp_path, text, say
     assert len(said) < 30_000
 
 
-def test_pipes_and_devices_are_refused_and_never_waited_for(answers, tmp_path, tiny_model):
+def test_pipes_and_devices_are_refused_and_never_waited_for(answers, tmp_path, tiny_model, prompts):
     os.mkfifo(tmp_path / "p.jsonl")
-    for path in ("p.jsonl", "/dev/zero"):
+    for path, kind in (("p.jsonl", "a named pipe"), ("/dev/zero", "a device")):
         code, said = answers("data", path)
-        assert code == 4 and f"data {path}: is a named pipe or a device, and not a file" in said, said
-    code, said = answers("sft", "p.jsonl", *GIVEN)
-    assert code == 3 and "there is no config file p.jsonl" in said, said
+        assert code == 4 and f"data {path}: is {kind}, not a file" in said, said
+        code, said = answers("sft", path, *GIVEN)
+        assert code == 3 and f"the config file {path} is {kind}, not a file" in said, said
     messages = {
-        "config.json": "no config.json",
-        "generation_config.json": "generation_config.json: is not a file",
-        "tokenizer.json": "tokenizer.json is not a file",
-        "model.safetensors": "not a valid safetensors file: it is not a file",
-        "adapter_config.json": "no model.safetensors",  # it is no folder of adapters
+        "config.json": "config.json: is a named pipe, not a file",
+        "generation_config.json": "generation_config.json: is a named pipe, not a file",
+        "tokenizer.json": "tokenizer.json is a named pipe, not a file",
+        "chat_template.jinja": "chat_template.jinja is a named pipe, not a file",
+        "model.safetensors": "not a valid safetensors file: it is a named pipe",
+        "model.safetensors.index.json": "model.safetensors.index.json: is a named pipe, not a file",
+        "adapter_config.json": "adapter_config.json: is a named pipe, not a file",
     }
     for name, message in messages.items():
         folder = tmp_path / f"with-{name}"
@@ -149,7 +153,40 @@ def test_pipes_and_devices_are_refused_and_never_waited_for(answers, tmp_path, t
         assert code == 4 and message in said, (name, said)
     os.mkfifo(tmp_path / "t.jinja")
     code, said = answers("chat", str(tiny_model), "--tokenizer.chat_template", "t.jinja", "--model.init", "random")
-    assert code == 4 and "tokenizer.chat_template: 't.jinja' is not auto, none, chatml or a readable" in said, said
+    assert code == 4 and "'t.jinja' is not auto, none, chatml or a readable" in said, said
+    assert "(is a named pipe, not a file)" in said, said
+    os.mkfifo(tmp_path / "r.py")
+    given = ["--model.path", str(tiny_model), "--model.init", "random", "--data.path", str(prompts)]
+    code, said = answers("ppo", *given, "--sampling.response_length", "4", "--reward.function", "r.py:f")
+    assert code == 5 and "r.py is a named pipe, not a file" in said, said
+
+
+def test_a_folder_in_place_of_a_file_of_a_model(answers, tmp_path, tiny_model):
+    for name, message in (
+        ("config.json", "config.json: is a folder"),
+        ("tokenizer.json", "tokenizer.json is a folder"),
+    ):
+        folder = tmp_path / f"with-{name}"
+        shutil.copytree(tiny_model, folder)
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        code, said = answers("generate", str(folder), "--prompt", "a")
+        assert code == 4 and f"{message}, not a file" in said, said
+
+
+@pytest.mark.parametrize("name", [*runs.FILES, *runs.FOLDERS])
+def test_something_else_with_the_name_of_a_file_or_folder_of_a_run_is_refused_at_the_start(answers, tmp_path, name):
+    """Before the model and the data are looked for, which do not exist."""
+    (tmp_path / "run").mkdir()
+    if name in runs.FILES:
+        (tmp_path / "run" / name).mkdir()
+    else:
+        (tmp_path / "run" / name).write_text("")
+    code, said = answers("sft", *GIVEN, "--run-dir", "run")
+    wanted = ["folder", "file"][:: 1 if name in runs.FILES else -1]
+    assert code == 7 and f"{name} is a {wanted[0]}, and a run has a {wanted[1]} of that name; move it away" in said, (
+        said
+    )
 
 
 RUN = {"method": "sft", "versions": {}, "starts": [{"time": "2026-01-01T00:00:00", "command": ["jaxrlhf"]}]}
@@ -197,6 +234,7 @@ def test_a_run_record_of_other_types(answers, tmp_path, record):
         '{"step": "a"}\n',
         '{"step": 1, "loss": [1]}\n',
         '{"step": 1, "loss": "x"}\n',
+        '{"step": 1, "loss": true}\n',
         '{"step": 1, "loss": null}\n',
         '{"step": ' + "9" * 5000 + "}\n",
     ],

@@ -185,5 +185,5 @@ def test_lines_are_on_disk_before_a_checkpoint_counts_on_them(tmp_path, monkeypa
 @pytest.mark.parametrize("name", [METRICS_FILE, SAMPLES_FILE])
 def test_a_pipe_in_place_of_a_log_is_refused_and_not_waited_for(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(StorageError, match=f"{name} is not a regular file"):
+    with pytest.raises(StorageError, match=f"{name} is a named pipe, not a file"):
         Logger(tmp_path, QUIET, "sft", 10)

@@ -21,6 +21,7 @@ from jaxrlhf.errors import Interrupted, Preempted
 from jaxrlhf.rewards.sources.worker import Worker
 from jaxrlhf.rollout import engine
 from jaxrlhf.training.dpo.trainer import DPOTrainer
+from jaxrlhf.training.on_policy.validation import Validator
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.sft import SFTTrainer
 from jaxrlhf.weights import writer
@@ -281,6 +282,22 @@ def test_a_kill_while_an_evaluation_is_made_up_for_neither_loses_nor_doubles_a_l
         killed_after(number, patch)
         validated("run")
     assert [record["step"] for record in records(tmp_path / "run")] == [1][: number - 1]
+    validated("run")
+    assert facts(tmp_path / "run") == facts(tmp_path / "whole")
+
+
+def test_a_signal_before_an_evaluation_is_made_up_for_loses_nothing(validated, tmp_path, monkeypatch):
+    validated("whole")
+    with pytest.raises(Preempted):
+        validated("run", stopped=True)
+
+    def start(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopping.check()
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="stopped after step 1 of 2"):
+        patch.setattr(Validator, "start", start)
+        validated("run")
     validated("run")
     assert facts(tmp_path / "run") == facts(tmp_path / "whole")
 

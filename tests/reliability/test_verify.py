@@ -73,7 +73,7 @@ def test_named_pipes_are_not_waited_for(export, capsys):
         file.unlink()
         os.mkfifo(file)
         assert main(["verify", str(export if file.parent == export else run)]) == 7
-        assert "not a regular file" in capsys.readouterr().out
+        assert "is a named pipe, not a file" in capsys.readouterr().out
     (export / sums.SUMS).unlink()
     card = export / "README.md"
     card.unlink()

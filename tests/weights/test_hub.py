@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import huggingface_hub
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ import safetensors.numpy
 from huggingface_hub import errors
 
 from jaxrlhf import lora, models, sharding, weights
-from jaxrlhf.config import Mesh
+from jaxrlhf.config import Data, Mesh
+from jaxrlhf.data import sources
 from jaxrlhf.errors import ConfigError, DataError
 from jaxrlhf.weights import peft
 
@@ -134,7 +136,7 @@ def bare(kind: type[Exception]) -> Exception:
         (bare(errors.GatedRepoError), "consent.*hf auth login"),
         (bare(errors.RepositoryNotFoundError), "no such folder here and no such model"),
         (bare(errors.RevisionNotFoundError), "no revision 'r1'"),
-        (errors.LocalEntryNotFoundError("offline"), "could not be asked.*HF_HUB_OFFLINE"),
+        (errors.LocalEntryNotFoundError("offline"), "at revision 'r1': .* and HF_HUB_OFFLINE keeps the hub from"),
         (ConnectionError("no route\nsecond line"), "no route\\). Check the network"),
     ],
 )
@@ -152,8 +154,27 @@ def test_offline_with_an_empty_cache_is_one_clear_message(tmp_path):
     code = "from jaxrlhf import weights\nweights.load('org/model')"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert "DataError: 'org/model': there is no such folder here" in done.stderr
-    assert "HF_HUB_OFFLINE" in done.stderr
+    (said,) = (line for line in done.stderr.splitlines() if "DataError: " in line)
+    assert said.endswith(
+        f"model 'org/model': there is nothing of that name here, the hub's cache ({tmp_path}/hub) holds no such model, "
+        "and HF_HUB_OFFLINE keeps the hub from being asked. Run the command once with a network and without "
+        "HF_HUB_OFFLINE, which fills the cache, or give the path of a local copy"
+    )
+
+
+@pytest.mark.parametrize("switch", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"])
+def test_data_offline_with_an_empty_cache_are_one_clear_message(tmp_path, monkeypatch, switch):
+    def fail(*arguments, **options):
+        raise ConnectionError("Couldn't reach 'org/rows' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match=r"data org/rows: no such file .*OfflineModeIsEnabled"):
+        sources.read_rows(Data(path="org/rows"))
+    monkeypatch.setenv(switch, "1")
+    with pytest.raises(DataError, match=f"holds no such data set, and {switch} keeps the hub from") as caught:
+        sources.read_rows(Data(path="org/rows"))
+    assert "OfflineModeIsEnabled" not in str(caught.value)
 
 
 def test_a_hub_model_without_safetensors_is_refused(tmp_path, monkeypatch):
