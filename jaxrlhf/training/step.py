@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -106,6 +107,34 @@ def _summed(loss: Loss, params: Params, batch: Any, num_micro: int | Budget) -> 
     zeros = jax.tree.map(jnp.zeros_like, in_float32(params))
     grads, stacked = jax.lax.scan(micro, zeros, to_micro_batches(batch, num_micro))
     return grads, {k: v.max(0) if k.endswith("_max") else v.sum(0) for k, v in stacked.items()}
+
+
+def gradients_in_turn(
+    losses: Mapping[str, tuple[Loss, Mapping[str, ModelConfig]]],
+    params: dict[str, Params],
+    batch: Any,
+    num_micro: int | Budget,
+) -> tuple[dict[str, Params], Metrics]:
+    """`gradients` of the sum of several losses by role, each of which, with its routers, depends on the parameters of
+    its role alone. Those of a role are computed after those of the one before, so that the activations of only one are
+    in memory."""
+    grads: dict[str, Params] = {}
+    metrics: Metrics = {"loss": jnp.float32(0)}
+    for role, (loss, routers) in losses.items():
+        computed = jax.jit(partial(gradients, loss, num_micro=num_micro, routers=routers))
+        args = {role: params[role]}, batch
+        if grads:
+            # Never true, which XLA does not know: on a CPU it ignores `optimization_barrier`, and sets aside the
+            # activations of all roles, filled with zeros, before the first forward pass.
+            skip = sum(optax.tree.norm(known) for known in grads.values()) < 0
+            shapes = jax.eval_shape(computed, *args)
+            zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            new, of_role = jax.lax.cond(skip, lambda *_, zeros=zeros: zeros(), computed, *args)
+        else:
+            new, of_role = computed(*args)
+        grads |= new
+        metrics |= of_role | {"loss": metrics["loss"] + of_role["loss"]}
+    return grads, metrics
 
 
 def dropout_keys(model: ModelConfig, key: Array, step: Array, *, rows: int) -> Array | None:

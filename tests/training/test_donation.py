@@ -37,20 +37,22 @@ def param_shapes(model, lora):
     return abstract.abstract_call(lambda: adapters.add_adapters(models.init(model, KEY), model, lora, KEY), MESH)
 
 
-def supervised(method, model, lora, optimizer):
-    """(program, state, other arguments, static ones) of a step on B rows."""
+def supervised(method, model, lora, optimizer, rows=B, response=R):
+    """(program, state, other arguments, static ones) of a step on `rows`."""
     role, program = {"sft": ("policy", sft.update), "reward": ("reward", trainer.update)}[method]
     trained, frozen = adapters.split_trainable(param_shapes(model, lora), lora.enabled)
     state = State({role: trained}, {role: optimizer}, MESH).template
-    rows = Batch(array("int32", B, P + R), array("bool", B, P + R), array("bool", B, P + R))
+    size = rows, P + response
+    batch = Batch(array("int32", *size), array("bool", *size), array("bool", *size))
     spec = Spec(model, optimizer, 1, MESH, loss.objective_of(RewardConfig()) if method == "reward" else "nll")
     if method == "sft":
-        return program, state, (frozen, rows, KEY), {"spec": spec}
+        return program, state, (frozen, batch, KEY), {"spec": spec}
     pairs = array("int32", B, 2, P + R), array("bool", B, 2, P + R), array("bool", B, 2), array("float32", B)
     return program, state, (frozen, Responses(*pairs), KEY), {"spec": spec}
 
 
-def ppo(model, lora, optimizer):
+def ppo(model, lora, optimizer, response=R):
+    """The same of two mini-batches, of B rows together."""
     config = PPOConfig(ppo=PPO(batch_size=B, num_mini_batches=2, num_ppo_epochs=2), lora=lora)
     policy = param_shapes(model, lora)
     trained, base = adapters.split_trainable(policy, lora.enabled)
@@ -71,10 +73,9 @@ def ppo(model, lora, optimizer):
     )
     state = State({"policy": trained, "critic": critic}, optimizers, MESH, 0.1).template
     frozen = {"policy": base, "reference": base or policy, "critic": trunk}
-    token, row = array("float32", B, R), array("int32", B)
-    rollout = Rollout(
-        array("int32", B, P + R), array("bool", B, P + R), array("bool", B, R), token, array("bool", B), row, row
-    )
+    token, row = array("float32", B, response), array("int32", B)
+    mask, of_responses = array("bool", B, P + response), array("bool", B, response)
+    rollout = Rollout(array("int32", B, P + response), mask, of_responses, token, array("bool", B), row, row)
     scores = array("float32", B)
     experience, _ = jax.eval_shape(lambda *args: ppo_update.annotate(*args, spec=roles), state, frozen, rollout, scores)
     return ppo_update.update, state, (frozen, experience, KEY), {"spec": roles}
@@ -98,3 +99,18 @@ def test_a_step_holds_one_copy_of_the_state_and_one_of_the_gradients(method, lor
     kept = gradients * (2 if storage == "bfloat16" else 3)  # parameters and both moments
     assert kept <= memory.alias_size_in_bytes <= 1.01 * kept
     assert memory.temp_size_in_bytes < 1.25 * gradients, "activations are a few hundredths; a copy would be 0.5 or 1"
+
+
+def test_activations_of_policy_and_critic_are_not_in_memory_together():
+    """Those of SFT on as many rows tell how large the policy's are."""
+    model, lora = dataclasses.replace(DEEP, remat="none"), LoRA()
+    optimizer = make_optimizer(Optim(), 1e-5, 10)
+    rest = []
+    for made in (supervised("sft", model, lora, optimizer, 1, 252), ppo(model, lora, optimizer, 252)):
+        program, state, args, static = made
+        memory = program.lower(state, *args, **static).compile().memory_analysis()
+        gradients = sum(4 * x.size for x in jax.tree.leaves(state.params))
+        rest.append(memory.temp_size_in_bytes - gradients)
+    alone, together = rest
+    assert alone > 2e7, "enough to see"
+    assert together < 1.3 * alone

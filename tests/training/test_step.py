@@ -43,6 +43,33 @@ def test_micro_batches_add_up_to_the_batch(problem, parts):
     np.testing.assert_allclose(metrics["worst_max"], np.abs(error).max(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_gradients_in_turn_are_those_of_the_sum(problem, parts):
+    params, batch = problem
+    count = jnp.sum(batch["mask"])
+
+    def loss(role, factor):
+        def of_role(roles, rows):
+            assert roles.keys() == {role}
+            value, metrics = squares(roles[role], rows, count)
+            return factor * value, {f"{role}/{key}": x for key, x in metrics.items()}
+
+        return of_role, {}
+
+    roles = {"policy": params, "critic": {"w": 3 * params["w"]}, "other": {"w": 5 * params["w"]}}
+    factors = {"policy": 1.0, "critic": 0.5, "other": 2.0}
+    losses = {role: loss(role, factor) for role, factor in factors.items()}
+    grads, metrics = jax.jit(lambda *args: step.gradients_in_turn(losses, *args, parts))(roles, batch)
+    total = 0
+    for role, factor in factors.items():
+        x, y = np.asarray(batch["x"])[batch["mask"]], np.asarray(batch["y"])[batch["mask"]]
+        error = x @ np.asarray(roles[role]["w"]) - y
+        total += factor * np.mean(error**2)
+        np.testing.assert_allclose(grads[role]["w"], factor * 2 * x.T @ error / len(y), rtol=1e-5)
+        np.testing.assert_allclose(metrics[f"{role}/mse"], np.mean(error**2), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
+
+
 def test_split_and_join_are_inverse():
     tree = {"a": jnp.arange(24).reshape(12, 2), "b": jnp.arange(12)}
     assert jax.tree.all(jax.tree.map(jnp.array_equal, step.from_micro_batches(step.to_micro_batches(tree, 4)), tree))

@@ -1,8 +1,8 @@
 """The jitted programs of a PPO update: `annotate` turns a scored rollout into experience, `update` trains on it."""
 
 import dataclasses
-import functools
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +32,7 @@ from jaxrlhf.training.on_policy.update import (
     sync_reference,
 )
 from jaxrlhf.training.ppo.critic import Trunk
-from jaxrlhf.training.step import Metrics, apply, gradients, map_rows
+from jaxrlhf.training.step import Metrics, apply, gradients, gradients_in_turn, map_rows
 from jaxrlhf.types import Experience, Params, Rollout, TrainState
 
 QUANTILES = (0.01, 0.5, 0.99)  # of the ratio pi_old / pi_sampler
@@ -79,23 +79,40 @@ def predict(
     """One forward pass of policy and critic each; of the critic only its head if `features`, the states of a frozen
     trunk [B, R + 1, D], are given or it shares the policy's trunk. Also the sums of their routers, and the hidden
     states of the policy [B, R + 1, D]."""
+    logprobs, entropy, router, hidden = _predict_tokens(params, frozen, rollout, spec)
+    values, last_values, of_critic = _predict_values(
+        params, frozen, rollout, hidden if spec.trunk == "shared" else features, spec
+    )
+    return Predictions(logprobs, entropy, values, last_values), router | of_critic, hidden
+
+
+def _predict_tokens(
+    params: dict[str, Params], frozen: dict[str, Params], rollout: Rollout, spec: PPOSpec
+) -> tuple[Array, Array, dict[str, Array], Array]:
+    """The policy's part of `predict`: log-probs, entropy, sums of its router, hidden states."""
     policy = policy_params(params, frozen)
     hidden, router = response_states_with_router(policy, spec.policy, rollout)
     entropy_gradient = not constant(spec.ppo.entropy_coef, 0)
     logprobs, entropy = sequence_logprobs(
         policy, spec.policy, rollout, spec.temperature, hidden=hidden, entropy_gradient=entropy_gradient
     )
-    if spec.trunk == "shared":
-        features = hidden
-    elif features is None:
+    return logprobs, entropy, router, hidden
+
+
+def _predict_values(
+    params: dict[str, Params], frozen: dict[str, Params], rollout: Rollout, features: Array | None, spec: PPOSpec
+) -> tuple[Array, Array, dict[str, Array]]:
+    """The critic's part of `predict`: values, last values, sums of its router."""
+    router = {}
+    if features is None:
         critic = {**frozen["critic"], **params["critic"]}
         features, of_critic = response_states_with_router(critic, spec.critic, rollout)
-        router |= {f"critic_{name}": sums for name, sums in of_critic.items()}
+        router = {f"critic_{name}": sums for name, sums in of_critic.items()}
     values = scalar_head(params["critic"], spec.critic, features)
     mask = rollout.response_mask
     length = jnp.max(jnp.where(mask, 1 + jnp.arange(mask.shape[1]), 0), axis=1, keepdims=True)
     last_values = jnp.take_along_axis(values, length, axis=1)[:, 0]
-    return Predictions(logprobs, entropy, masked.keep(values[:, :-1], mask), last_values), router, hidden
+    return masked.keep(values[:, :-1], mask), last_values, router
 
 
 @jax.jit
@@ -240,7 +257,7 @@ def _sampler_correction(rollout: Rollout, logprobs: Array, ppo: PPO) -> tuple[Ar
     return weights, metrics | {"val/sampler_corrected": jnp.sum(cut) / jnp.maximum(jnp.sum(mask), 1)}
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@partial(jax.jit, donate_argnames="state")
 def update(
     state: TrainState,
     frozen: dict[str, Params],
@@ -262,19 +279,14 @@ def update(
     replayed, kl_coef, warmup = ended is not None, state.kl_coef, state.step < spec.warmup_updates
     reference = reference_params(state, frozen) if ppo.has_exact_kl else {}
 
-    def loss(params: dict[str, Params], part: Experience, count: Array) -> tuple[Array, Metrics]:
-        mask, metrics = part.rollout.response_mask, {}
-        new, router, hidden = predict(params, frozen, part.rollout, part.features, spec)
-        if spec.one_step(batch):
-            part, metrics = fill_experience(part, new, kl_coef, ppo)
+    def of_policy(params: dict[str, Params], part: Experience, count: Array, new: Any = None) -> tuple[Array, Metrics]:
+        """The policy's loss of some rows, from its predictions if they are known."""
+        mask = part.rollout.response_mask
+        logprobs, entropies, router, hidden = new or _predict_tokens(params, frozen, part.rollout, spec)
         high = ppo.cliprange if ppo.cliprange_high is None else ppo.cliprange_high
         clip = Clip(ppo.cliprange, high, ppo.dual_clip, ppo.log_ratio_clamp)
-        policy, policy_metrics = policy_loss(
-            new.logprobs, part.old_logprobs, part.advantages, mask, count, clip, part.weights
-        )
-        value, value_metrics = value_loss(new.values, part.values, part.returns, mask, count, ppo.cliprange_value)
-        entropy = masked.total(new.entropy, mask) / count
-        total = policy + ppo.vf_coef * value
+        total, metrics = policy_loss(logprobs, part.old_logprobs, part.advantages, mask, count, clip, part.weights)
+        entropy = masked.total(entropies, mask) / count
         if not constant(ppo.entropy_coef, 0):
             total -= ppo.entropy_coef * entropy
         if ppo.kl_in == "loss":
@@ -284,26 +296,47 @@ def update(
                 kl, kl_metrics = exact_kl(*models, hidden, part.ref_hidden, mask, count, spec, ppo)
             else:
                 estimator = ppo.kl_estimator
-                kl, kl_metrics = kl_loss(new.logprobs, part.old_logprobs, part.ref_logprobs, mask, count, estimator)
+                kl, kl_metrics = kl_loss(logprobs, part.old_logprobs, part.ref_logprobs, mask, count, estimator)
             total, metrics = total + kl_coef * kl, metrics | kl_metrics
         return total, {
-            **policy_metrics,
-            **value_metrics,
             **metrics,
             **router,
             "policy/entropy_avg": entropy,
-            "val/log_ratio_max": jnp.max(jnp.abs(new.logprobs - part.old_logprobs)),
+            "val/log_ratio_max": jnp.max(jnp.abs(logprobs - part.old_logprobs)),
         }
+
+    def of_critic(params: dict[str, Params], part: Experience, count: Array, new: Any = None) -> tuple[Array, Metrics]:
+        """The critic's loss of some rows, from its predictions if they are known."""
+        values, _, router = new or _predict_values(params, frozen, part.rollout, part.features, spec)
+        mask = part.rollout.response_mask
+        loss, metrics = value_loss(values, part.values, part.returns, mask, count, ppo.cliprange_value)
+        return ppo.vf_coef * loss, metrics | router
+
+    def of_both(params: dict[str, Params], part: Experience, count: Array) -> tuple[Array, Metrics]:
+        """Both losses, where they need each other's predictions or share a trunk."""
+        rollout, metrics = part.rollout, {}
+        tokens = _predict_tokens(params, frozen, rollout, spec)
+        features = tokens[-1] if spec.trunk == "shared" else part.features
+        values = _predict_values(params, frozen, rollout, features, spec)
+        if spec.one_step(batch):
+            part, metrics = fill_experience(part, Predictions(*tokens[:2], *values[:2]), kl_coef, ppo)
+        policy, policy_metrics = of_policy(params, part, count, tokens)
+        critic, critic_metrics = of_critic(params, part, count, values)
+        return policy + critic, metrics | policy_metrics | critic_metrics
 
     def mini_batch(state: TrainState, rows: Array) -> tuple[TrainState, Array, Metrics]:
         """One optimizer step, and whether it was skipped for `target_kl`."""
         chosen = jax.tree.map(lambda x: x[rows], experience)
         count = jnp.sum(chosen.rollout.response_mask)
         used, count = count > 0, jnp.maximum(count, 1)
-        routers = (
-            {"router": spec.policy, "critic_router": spec.critic} if spec.trunk == "own" else {"router": spec.policy}
-        )
-        grads, metrics = gradients(lambda p, part: loss(p, part, count), state.params, chosen, num_micro, routers)
+        routers = {"router": spec.policy}, {"critic_router": spec.critic} if spec.trunk == "own" else {}
+        if spec.trunk == "own" and not spec.one_step(batch):
+            losses = {"policy": (of_policy, routers[0]), "critic": (of_critic, routers[1])}
+            losses = {role: (partial(loss, count=count), own) for role, (loss, own) in losses.items()}
+            grads, metrics = gradients_in_turn(losses, state.params, chosen, num_micro)
+        else:
+            both = routers[0] | routers[1]
+            grads, metrics = gradients(partial(of_both, count=count), state.params, chosen, num_micro, both)
         far = jnp.array(False) if ppo.target_kl is None else metrics["policy/kl_avg"] > ppo.target_kl
         accept = {"policy": used & ~far & ~warmup, "critic": used & ~far}
         state, norms = apply(state, grads, metrics.pop("loss"), spec.optimizers, accept)
