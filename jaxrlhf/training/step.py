@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -114,6 +113,7 @@ def gradients_in_turn(
     params: dict[str, Params],
     batch: Any,
     num_micro: int | Budget,
+    mesh: jax.sharding.Mesh,
 ) -> tuple[dict[str, Params], Metrics]:
     """`gradients` of the sum of several losses by role, each of which, with its routers, depends on the parameters of
     its role alone. Those of a role are computed after those of the one before, so that the activations of only one are
@@ -121,15 +121,24 @@ def gradients_in_turn(
     grads: dict[str, Params] = {}
     metrics: Metrics = {"loss": jnp.float32(0)}
     for role, (loss, routers) in losses.items():
-        computed = jax.jit(partial(gradients, loss, num_micro=num_micro, routers=routers))
+
+        @jax.jit  # traced once, for the shapes and the branch
+        def computed(params: Params, batch: Any, loss: Any = loss, routers: Any = routers) -> tuple[Params, Metrics]:
+            new, of_role = gradients(loss, params, batch, num_micro, routers)
+            return sharding.constrain(new, mesh), of_role  # in a branch XLA would have them whole on every device
+
         args = {role: params[role]}, batch
         if grads:
             # Never true, which XLA does not know: on a CPU it ignores `optimization_barrier`, and sets aside the
             # activations of all roles, filled with zeros, before the first forward pass.
             skip = sum(optax.tree.norm(known) for known in grads.values()) < 0
             shapes = jax.eval_shape(computed, *args)
-            zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            new, of_role = jax.lax.cond(skip, lambda *_, zeros=zeros: zeros(), computed, *args)
+
+            def zeros(*_: Any, shapes: Any = shapes) -> tuple[Params, Metrics]:
+                new, of_role = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+                return sharding.constrain(new, mesh), of_role
+
+            new, of_role = jax.lax.cond(skip, zeros, computed, *args)
         else:
             new, of_role = computed(*args)
         grads |= new

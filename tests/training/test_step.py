@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrlhf.config import Optim
+from jaxrlhf.config import Mesh, Optim
+from jaxrlhf.sharding import make_mesh
 from jaxrlhf.training import step
 from jaxrlhf.training.optim import make_optimizer, schedule
 from jaxrlhf.types import TrainState
@@ -59,7 +60,9 @@ def test_gradients_in_turn_are_those_of_the_sum(problem, parts):
     roles = {"policy": params, "critic": {"w": 3 * params["w"]}, "other": {"w": 5 * params["w"]}}
     factors = {"policy": 1.0, "critic": 0.5, "other": 2.0}
     losses = {role: loss(role, factor) for role, factor in factors.items()}
-    grads, metrics = jax.jit(lambda *args: step.gradients_in_turn(losses, *args, parts))(roles, batch)
+    grads, metrics = jax.jit(lambda *args: step.gradients_in_turn(losses, *args, parts, make_mesh(Mesh())))(
+        roles, batch
+    )
     total = 0
     for role, factor in factors.items():
         x, y = np.asarray(batch["x"])[batch["mask"]], np.asarray(batch["y"])[batch["mask"]]

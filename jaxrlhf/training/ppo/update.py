@@ -333,7 +333,7 @@ def update(
         if spec.trunk == "own" and not spec.one_step(batch):
             losses = {"policy": (of_policy, routers[0]), "critic": (of_critic, routers[1])}
             losses = {role: (partial(loss, count=count), own) for role, (loss, own) in losses.items()}
-            grads, metrics = gradients_in_turn(losses, state.params, chosen, num_micro)
+            grads, metrics = gradients_in_turn(losses, state.params, chosen, num_micro, spec.mesh)
         else:
             both = routers[0] | routers[1]
             grads, metrics = gradients(partial(of_both, count=count), state.params, chosen, num_micro, both)
