@@ -172,7 +172,7 @@ def resolve_dtype(requested: Literal["auto", "float32", "bfloat16"], backend: st
 
 
 def resolve_remat(requested: Literal["auto", "none", "full", "dots"], backend: str) -> Literal["none", "full", "dots"]:
-    """Resolve auto: full on a CPU, for about half the memory of none and up to 15 % slower; dots on a GPU, where an
+    """Resolve auto: full on a CPU, for about half the memory of none in about the same time; dots on a GPU, where an
     update launches a fifth fewer kernels than with none, and keeps half as much; else none (docs/performance.md)."""
     auto = "full" if backend == "cpu" else "dots" if backend in ("gpu", "cuda") else "none"
     return auto if requested == "auto" else requested

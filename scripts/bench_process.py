@@ -78,10 +78,13 @@ class Contestant:
     def repeat(self) -> dict[str, Any]:
         """Run one more repetition. `waiting` is the share of the time in which its threads could have run and did not,
         because the processors were busy with others (Linux)."""
-        ran, waited = self._scheduled()
+        before = self._scheduled()
         self._write("go")
         result = self._read()
-        ran, waited = (after - before for after, before in zip(self._scheduled(), (ran, waited), strict=True))
+        ran, waited = 0, 0
+        for thread, (running, waiting) in self._scheduled().items():
+            ran_before, waited_before = before.get(thread, (0, 0))
+            ran, waited = ran + running - ran_before, waited + waiting - waited_before
         return result | {"waiting": waited / max(ran + waited, 1)}
 
     def finish(self) -> None:
@@ -96,14 +99,15 @@ class Contestant:
             self._process.wait()
             self._process = None
 
-    def _scheduled(self) -> tuple[int, int]:
-        """Nanoseconds in which the threads that are alive have run, and have waited for a processor."""
+    def _scheduled(self) -> dict[str, tuple[int, int]]:
+        """Nanoseconds for which each thread that is alive has run, and has waited for a processor."""
         assert self._process
-        totals = [0, 0]
+        found: dict[str, tuple[int, int]] = {}
         for file in Path(f"/proc/{self._process.pid}/task").glob("*/schedstat"):
             with contextlib.suppress(OSError):  # the thread has ended
-                totals = [total + int(part) for total, part in zip(totals, file.read_text().split(), strict=False)]
-        return totals[0], totals[1]
+                running, waiting, *_ = map(int, file.read_text().split())
+                found[file.parent.name] = running, waiting
+        return found
 
     def _write(self, text: str) -> None:
         assert self._process and self._process.stdin

@@ -38,8 +38,8 @@ class ModelSource:
     bfloat16 elsewhere."""
     remat: Literal["auto", "none", "full", "dots"] = "auto"
     """Gradient checkpointing: activations recomputed in the backward pass to save memory. none: nothing. full: whole
-    layers. dots: everything except matrix products. auto: full on CPU (for about half the
-    memory of none, up to 15 % slower), dots on GPU, none on TPU."""
+    layers. dots: everything except matrix products. auto: full on CPU (about half the memory of none, and as fast
+    within what could be measured), dots on GPU, none on TPU."""
     router_aux_loss_coef: NonNegative | None = None
     """Mixtures of experts: weight of the load-balancing loss of the router, in every method. None: that of config.json
     if its output_router_logits is true, else 0."""

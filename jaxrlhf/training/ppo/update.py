@@ -329,14 +329,17 @@ def update(
         chosen = jax.tree.map(lambda x: x[rows], experience)
         count = jnp.sum(chosen.rollout.response_mask)
         used, count = count > 0, jnp.maximum(count, 1)
-        routers = {"router": spec.policy}, {"critic_router": spec.critic} if spec.trunk == "own" else {}
+        router = {"router": spec.policy}
+        critic_router = {"critic_router": spec.critic} if spec.trunk == "own" else {}
         if spec.trunk == "own" and not spec.one_step(batch):
-            losses = {"policy": (of_policy, routers[0]), "critic": (of_critic, routers[1])}
-            losses = {role: (partial(loss, count=count), own) for role, (loss, own) in losses.items()}
+            losses = {
+                "policy": (partial(of_policy, count=count), router),
+                "critic": (partial(of_critic, count=count), critic_router),
+            }
             grads, metrics = gradients_in_turn(losses, state.params, chosen, num_micro, spec.mesh)
         else:
-            both = routers[0] | routers[1]
-            grads, metrics = gradients(partial(of_both, count=count), state.params, chosen, num_micro, both)
+            loss = partial(of_both, count=count)
+            grads, metrics = gradients(loss, state.params, chosen, num_micro, router | critic_router)
         far = jnp.array(False) if ppo.target_kl is None else metrics["policy/kl_avg"] > ppo.target_kl
         accept = {"policy": used & ~far & ~warmup, "critic": used & ~far}
         state, norms = apply(state, grads, metrics.pop("loss"), spec.optimizers, accept)
