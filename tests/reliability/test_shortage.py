@@ -30,9 +30,10 @@ sys.exit(cli.main(["sft", sys.argv[1]]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited and read as on Linux")
-@pytest.mark.parametrize(("step", "more"), [(1, 2_000_000), (2, 4_000_000)])
+@pytest.mark.parametrize(("step", "more"), [(3, 2_000_000), (4, 4_000_000)])
 def test_a_run_whose_memory_is_limited_in_its_middle(step, more, start, tmp_path):
-    """Saves need threads, whose stacks take 8 MB each."""
+    """Saves need threads, whose stacks take 8 MB each. By then every program is compiled: LLVM ends the process (signal
+    6) if it has no memory for one."""
     start("sft", max_steps=6)
     whole = facts(tmp_path / "run")
     (tmp_path / "sft.yaml").write_text((tmp_path / "run" / "config.yaml").read_text())
@@ -42,8 +43,7 @@ def test_a_run_whose_memory_is_limited_in_its_middle(step, more, start, tmp_path
     assert done.returncode == 8 and "jaxrlhf: error: " in done.stderr, (done.returncode, done.stderr[-2000:])
     assert "can't start new thread" in done.stderr and "Use less memory" in done.stderr
     assert "Traceback" not in done.stderr
-    saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert saved == [str(step)]
+    assert max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == step
     start("sft", max_steps=6)
     assert facts(tmp_path / "run") == whole
 
