@@ -15,14 +15,14 @@ from jaxrlhf.training.ppo.trainer import PPOTrainer
 
 
 def test_each_epoch_of_each_update_shuffles_the_whole_batch_anew(monkeypatch):
-    seen, gradients = [], ppo_update.gradients
+    seen, gradients = [], ppo_update.gradients_in_turn
 
-    def spy(loss, params, batch, *others):
+    def spy(losses, params, batch, *others):
         jax.debug.callback(lambda rows: seen.append(np.array(rows)), batch.rollout.index, ordered=True)
-        return gradients(loss, params, batch, *others)
+        return gradients(losses, params, batch, *others)
 
     experience = case().run()[1]
-    monkeypatch.setattr(ppo_update, "gradients", spy)
+    monkeypatch.setattr(ppo_update, "gradients_in_turn", spy)
     problem = case(num_ppo_epochs=3, kl_coef=0.061)  # a coefficient of its own: a program of its own
     for key in (3, 4):
         ppo_update.update(problem.state(), problem.frozen, experience, jax.random.key(key), spec=problem.spec)
