@@ -35,7 +35,12 @@ _log = logging.getLogger(__name__)
 def exists(directory: Path | str) -> bool:
     """True if training has written to `directory`: a checkpoint, or one that was renamed as damaged."""
     directory = Path(directory)
-    return directory.is_dir() and any(p.name.isdigit() or p.name.startswith(CORRUPT) for p in directory.iterdir())
+    return directory.is_dir() and any(is_step(p.name) or p.name.startswith(CORRUPT) for p in directory.iterdir())
+
+
+def is_step(name: str) -> bool:
+    """True if this is the name of the folder of a checkpoint: the number of its step, as it is written."""
+    return name.isascii() and name.isdecimal() and name == str(int(name))
 
 
 def short_of_memory(state: Any) -> bool:
@@ -224,7 +229,7 @@ class Checkpoints:
     def _steps_here(self) -> list[int]:
         if not self.directory.is_dir():
             return []
-        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit() and p.is_dir())
+        return sorted(int(p.name) for p in self.directory.iterdir() if is_step(p.name) and p.is_dir())
 
     def _best_step_here(self) -> int | None:
         sign = -1.0 if self._best == "min" else 1.0

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,17 +25,13 @@ from jaxrlhf import checkpoint, distributed, memory, runtime, sharding, stopping
 from jaxrlhf.config import replace, text, yaml12
 from jaxrlhf.config.reader import read_config
 from jaxrlhf.errors import Preempted, StorageError, first_line
-from jaxrlhf.files import kind_of, write_whole
-from jaxrlhf.metrics import METRICS_FILE, SAMPLES_FILE, TOKENS, TRACKERS
+from jaxrlhf.files import write_whole
+from jaxrlhf.runs import entries
 from jaxrlhf.runs.record import read_record
 from jaxrlhf.runs.resume import check_resume, flatten, versions
 from jaxrlhf.secrets import redact, redact_command
 
 T = TypeVar("T")
-FILES = ("config.yaml", "run.json", "report.html", "validation.json", "human.jsonl")
-FILES += (METRICS_FILE, SAMPLES_FILE, TRACKERS)
-FOLDERS = ("checkpoints", "export", "logs", "tensorboard", TOKENS)
-"""Names in a run directory."""
 opened: Path | None = None
 """Directory of the run that this process opened last."""
 
@@ -52,6 +47,7 @@ class Run:
     """Messages for the user about this resume."""
     content: dict[str, Any]
     """Content of run.json."""
+    _saved: bool = False  # run.json says that there is a checkpoint
 
     @property
     def stopping(self) -> bool:
@@ -67,6 +63,15 @@ class Run:
         self.content["starts"][-1] |= facts
         if distributed.is_primary():
             write_whole(self.directory / "run.json", json.dumps(self.content, indent=1) + "\n", private=True)
+
+    def record_saved(self) -> None:
+        """Record in this start when its first checkpoint was seen, if there is one by now: `entries.check` relies on
+        it. A failure to write it is left to the next call."""
+        if self._saved or not distributed.is_primary() or not checkpoint.exists(self.directory / "checkpoints"):
+            return
+        with contextlib.suppress(OSError):
+            self.record(saved=self.content["starts"][-1].get("saved", _now()))
+            self._saved = True
 
 
 @contextlib.contextmanager
@@ -90,8 +95,8 @@ def open_run(config: Any, method: str, fresh: bool) -> Iterator[Run]:
                 with _lock(directory):
                     _move_aside(directory)
             held.enter_context(_lock(directory))
-            _check_entries(directory)
-            _remove_unfinished(directory)
+            entries.check(directory)
+            entries.remove_unfinished(directory)
             resumed = checkpoint.exists(directory / "checkpoints")
             previous, notes = check_resume(directory, config, method) if resumed else ({}, ())
             content = _record(previous, config, method)
@@ -157,7 +162,7 @@ def check_run_directory(config: Any, method: str, fresh: bool) -> None:
     def check() -> None:
         if directory.is_dir() and not fresh:
             with _lock(directory):
-                _check_entries(directory)
+                entries.check(directory)
                 if checkpoint.exists(directory / "checkpoints"):
                     check_resume(directory, config, method)
 
@@ -203,7 +208,7 @@ def typed_command(start: Mapping[str, Any]) -> list[str]:
 def is_open(directory: Path) -> bool:
     """Return True if a process has the run open. Does not change the directory."""
     try:
-        with open(directory / ".lock", "rb") as file:
+        with open(directory / entries.LOCK, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -214,10 +219,11 @@ def is_open(directory: Path) -> bool:
 
 def _lock(directory: Path) -> TextIO:
     """Create a run directory if needed and lock it, until the file is closed or the process ends."""
-    path = directory / ".lock"
+    path = directory / entries.LOCK
     try:
         while True:
             directory.mkdir(parents=True, exist_ok=True)
+            entries.check_kind(path, "file")
             file = open(path, "a+")  # noqa: SIM115 - closed by the caller
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -241,31 +247,9 @@ def _lock(directory: Path) -> TextIO:
     return file
 
 
-def _check_entries(directory: Path) -> None:
-    """Raise StorageError if something else has the name of a file or folder of a run, which would fail when it is
-    written, perhaps hours later."""
-    for name in (*FILES, *FOLDERS):
-        path, wanted = directory / name, "folder" if name in FOLDERS else "file"
-        found = "a file" if path.is_file() else kind_of(path)
-        if found and found != f"a {wanted}":
-            raise StorageError(
-                f"{path} is {found}, and a run has a {wanted} of that name; move it away, and run the same command "
-                "again"
-            )
-
-
-def _remove_unfinished(directory: Path) -> None:
-    """Remove files and exports that a killed process was writing."""
-    for path in (*directory.glob(".*.part"), *directory.glob("*/.*.part"), directory / ".export.partial"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
 def _move_aside(directory: Path) -> None:
     """Rename an existing run to `<name>.old-<n>`."""
-    content = {p.name for p in directory.iterdir()} - {".lock"}
+    content = {p.name for p in directory.iterdir()} - {entries.LOCK}
     if not content:
         return
     if not content & {"run.json", "config.yaml"}:

@@ -23,6 +23,7 @@ _START: dict[str, type | tuple[type, ...]] = {
     "error": str,
     "about": str,
     "step": int,
+    "saved": str,
     "total_steps": int,
     "peak_memory": dict,
 }

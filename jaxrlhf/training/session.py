@@ -174,6 +174,7 @@ class Session:
             self.note(f"step {step}: {line}")
         if any(key.startswith("eval/") for key in values):
             self.report(due=True)
+        self.run.record_saved()
         self._health.check()
 
     def _flushed(self) -> Metrics:
@@ -361,6 +362,7 @@ class Session:
                 with self.clock.spent("save"):
                     self._checkpoints.close()
             finally:
+                self.run.record_saved()
                 begun = self._pending[1] if self._pending else {}
                 self._timing.end(None if self.done else begun, self._repeated)
 

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from jaxrlhf import runs
 from jaxrlhf.cli import main
+from jaxrlhf.runs import entries
 
 LONG = "x" * 300
 GIVEN = ["--model.path", "m", "--data.path", "d"]
@@ -174,16 +174,16 @@ def test_a_folder_in_place_of_a_file_of_a_model(answers, tmp_path, tiny_model):
         assert code == 4 and f"{message}, not a file" in said, said
 
 
-@pytest.mark.parametrize("name", [*runs.FILES, *runs.FOLDERS])
+@pytest.mark.parametrize("name", [*entries.FILES, *entries.FOLDERS])
 def test_something_else_with_the_name_of_a_file_or_folder_of_a_run_is_refused_at_the_start(answers, tmp_path, name):
     """Before the model and the data are looked for, which do not exist."""
     (tmp_path / "run").mkdir()
-    if name in runs.FILES:
+    if name in entries.FILES:
         (tmp_path / "run" / name).mkdir()
     else:
         (tmp_path / "run" / name).write_text("")
     code, said = answers("sft", *GIVEN, "--run-dir", "run")
-    wanted = ["folder", "file"][:: 1 if name in runs.FILES else -1]
+    wanted = ["folder", "file"][:: 1 if name in entries.FILES else -1]
     assert code == 7 and f"{name} is a {wanted[0]}, and a run has a {wanted[1]} of that name; move it away" in said, (
         said
     )
