@@ -120,7 +120,7 @@ class Logger:
                 path.unlink()
         for file in (self._metrics, self._samples):
             file.close()
-        end = step - repeated if step else -1
+        end = -1 if step == 0 else step - 1 if repeated else step
         found, _ = (self._truncate(Path(file.name), end, samples) for file in (self._metrics, self._samples))
         self._open()
         self._open_sinks(end, found.last)

@@ -1,11 +1,11 @@
 """Lines of metrics.jsonl and samples.jsonl, JSON objects with a step: written, and read back from any file."""
 
+import bisect
 import json
 import math
 import re
 import sys
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,9 +54,8 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
 
 
 class Found(NamedTuple):
-    """Lines of a log: the last step among them (-1: none), the records that are not kept as they come later, and how
-    many lines cannot be read, have a step that does not lie between those of their neighbours, or repeat earlier
-    ones."""
+    """Lines of a log: the last step that was certainly logged (-1: none), the records that are not kept as they come
+    later, and how many lines cannot be read, have a step that does not fit its place, or repeat earlier ones."""
 
     last: int
     later: list[dict[str, Any]]
@@ -68,51 +67,86 @@ class Found(NamedTuple):
 def up_to(path: Path, end: int, *, every: bool, of_end: int | None = None) -> tuple[list[bytes], Found]:
     """The lines of a log up to step `end` (-1: none), in the order of their steps, and what was found. With `every`
     there is one line for each step, otherwise there may be several, one after the other; of those of `end` the first
-    `of_end` are kept (None: all)."""
+    `of_end` are kept (None: all).
+
+    Of the lines as many steps as possible are kept that rise from line to line. The others repeat them, as a whole or
+    up to the step where the log goes on, or are misplaced: digits of their step are wrong.
+    """
+    *lines, torn = path.read_bytes().split(b"\n")
+    steps: list[int | None] = []
+    records: dict[int, dict[str, Any]] = {}  # by line: those that may be later
+    for at, line in enumerate(lines):
+        record = _record_or_none(line)
+        steps.append(record["step"] if record else None)
+        if record and record["step"] >= end:
+            records[at] = record
+    chosen = _rising(steps)
+    known = {steps[at] for at in chosen}
     kept: list[bytes] = []
     later: list[dict[str, Any]] = []
-    last, done, unreadable, misplaced, repeated, number_of_end = -1, -1, 0, 0, 0, 0
+    last, unreadable, misplaced, repeated, number_of_end = -1, 0, 0, 0, 0
+    again: list[int] = []  # known steps that are not kept, since the last chosen one
 
     def lost(line: bytes) -> bool:
         """True if an unreadable line seems to be of a step up to `end`: by what is left of it, or by its place."""
         begun = re.match(rb'{"step": (\d{1,15})[,}]', line)
         return int(begun[1]) <= end if begun else last < end
 
-    *lines, torn = path.read_bytes().split(b"\n")
-    records = [_record_or_none(line) for line in lines]
-    strange = _misplaced({at: record["step"] for at, record in enumerate(records) if record}, repeats=not every)
-    for at, (line, record) in enumerate(zip(lines, records, strict=True)):
-        if record is None:
+    for at, (line, step) in enumerate(zip(lines, steps, strict=True)):
+        if step is None:
             unreadable += lost(line)
-            continue
-        if at in strange:
-            misplaced += last < end
-            continue
-        step = record["step"]
-        if step < last or (step == last and every):
-            done = last
-        if step <= done:
-            repeated += step <= end
-            continue
-        last = step
-        number_of_end += step == end
-        if step < end or (step == end and (of_end is None or number_of_end <= of_end)):
-            kept.append(line + b"\n")
+        elif at in chosen or (step == last and not every and not again):
+            if again and again[-1] != last:
+                misplaced += len(again) * (last < end)
+            else:
+                repeated += sum(one <= end for one in again)
+            last, again = step, []
+            number_of_end += step == end
+            if step < end or (step == end and (of_end is None or number_of_end <= of_end)):
+                kept.append(line + b"\n")
+            else:
+                later.append(records[at])
+        elif step in known:
+            again.append(step)
         else:
-            later.append(record)
-    return kept, Found(last, later, unreadable + bool(torn and lost(torn)), misplaced, repeated)
+            misplaced += last < end
+    repeated += sum(one <= end for one in again)
+    certain = _certain([step for at in sorted(chosen) if (step := steps[at]) is not None], end)
+    return kept, Found(certain, later, unreadable + bool(torn and lost(torn)), misplaced, repeated)
 
 
-def _misplaced(steps: Mapping[int, int], *, repeats: bool) -> set[int]:
-    """Places of the steps that do not lie between their neighbours, while these are in order: a digit of them is wrong.
-    With `repeats` the neighbours may be equal, if no other step is the same."""
-    numbers, found = list(steps.values()), set()
-    times = Counter(numbers)
-    for at, before, here, after in zip(steps, [0, *numbers], numbers, numbers[1:], strict=False):
-        equal = repeats and before == after and times[here] == 1
-        if not before <= here <= after and (before < after or equal):
-            found.add(at)
-    return found
+def _rising(steps: Sequence[int | None]) -> set[int]:
+    """Places of the longest run of steps that rise (patience sorting); of several, one with small steps, which come
+    first."""
+    smallest: list[int] = []  # the smallest step that can be last in a rising run of 1, 2, ... steps, and its place
+    places: list[int] = []
+    before: list[int] = []
+    for at, step in enumerate(steps):
+        length = -1 if step is None else bisect.bisect_left(smallest, step)
+        before.append(places[length - 1] if length > 0 else -1)
+        if step is None:
+            continue
+        if length == len(smallest):
+            smallest.append(step)
+            places.append(at)
+        elif step < smallest[length]:  # of equal ones the first is kept
+            smallest[length], places[length] = step, at
+    chosen, at = set(), places[-1] if places else -1
+    while at >= 0:
+        chosen.add(at)
+        at = before[at]
+    return chosen
+
+
+def _certain(steps: Iterable[int], end: int) -> int:
+    """The last of the rising `steps` (-1: none) that lies at or before `end`, or follows it without a gap: the digits
+    of one far beyond may be wrong."""
+    last = -1
+    for step in steps:
+        if step > max(last, end) + 1:
+            break
+        last = step
+    return last
 
 
 def _record_or_none(line: bytes) -> dict[str, Any] | None:
@@ -124,9 +158,10 @@ def _record_or_none(line: bytes) -> dict[str, Any] | None:
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
-    """The record of a line. Records share the strings of their keys: a long run has many. Raises DataError."""
+    """The record of a line in UTF-8, with or without its end or a byte order mark. Records share the strings of their
+    keys: a long run has many. Raises DataError."""
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode("utf-8-sig"))  # of bytes it would guess the encoding, line by line
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({first_line(error)})") from error
     if not isinstance(record, dict):

@@ -1,14 +1,16 @@
 """Logs that were lost, torn or doubled while a run was not running: resuming says so and goes on."""
 
+import itertools
 import json
 import math
 import os
+import tracemalloc
 
 import pytest
 
 from jaxrlhf.config import Logging
 from jaxrlhf.errors import DataError, StorageError
-from jaxrlhf.metrics import METRICS_FILE, SAMPLES_FILE, Logger, read_records
+from jaxrlhf.metrics import METRICS_FILE, SAMPLES_FILE, Logger, lines, read_records
 
 QUIET = Logging(tensorboard=False)
 
@@ -106,6 +108,86 @@ def test_a_wrong_digit_between_samples_of_one_step(tmp_path, capsys):
         (tmp_path / SAMPLES_FILE).write_text("".join(f'{{"step": {step}}}\n' for step in found))
         assert len(resumed(tmp_path, 6, capsys)) == 1
         assert [row["step"] for row in read_records(tmp_path / SAMPLES_FILE)] == kept, found
+
+
+@pytest.mark.parametrize(
+    ("found", "kept", "wrong"),
+    [
+        ([1, 2, 93, 94, 5, 6, 7], [1, 2, 5, 6, 7], 2),
+        ([91, 92, 3, 4], [3, 4], 2),
+        ([1, 92, 93, 94, 5, 6, 7], [1, 5, 6, 7], 3),
+        ([1, 2, 1, 2, 5, 6, 7], [1, 2, 5, 6, 7], 0),
+    ],
+)
+def test_wrong_steps_beside_each_other_cost_their_own_lines_alone(tmp_path, capsys, found, kept, wrong):
+    written(tmp_path)
+    (tmp_path / METRICS_FILE).write_text("".join(f'{{"step": {step}}}\n' for step in found))
+    (note,) = resumed(tmp_path, 7, capsys)
+    assert (f"{wrong} lines had a step that does not fit its place" if wrong else "2 lines repeated") in note
+    assert f"the records of {7 - len(kept)} step" in note
+    assert [record["step"] for record in read_records(tmp_path / METRICS_FILE)] == kept
+
+
+def test_as_many_steps_are_kept_as_rise(tmp_path):
+    """Of every log of up to 5 lines: its longest subsequence that rises, by trying all."""
+    path = tmp_path / METRICS_FILE
+    for count in range(6):
+        for found in itertools.product(range(1, 5), repeat=count):
+            path.write_text("".join(f'{{"step": {step}}}\n' for step in found))
+            rising = [part for n in range(count + 1) for part in itertools.combinations(found, n) if rises(part)]
+            kept, counts = lines.up_to(path, 4, every=True)
+            steps = tuple(json.loads(line)["step"] for line in kept)
+            assert rises(steps) and len(steps) == len(rising[-1])
+            assert counts.repeated + counts.misplaced <= count - len(steps)
+
+
+def rises(steps):
+    return all(a < b for a, b in itertools.pairwise(steps))
+
+
+@pytest.mark.parametrize(
+    ("found", "end", "last"),
+    [
+        ([1, 2, 3, 4, 5, 96], 4, 5),
+        ([1, 2, 3, 4, 95, 96], 4, 4),
+        ([1, 2, 3, 4, 5, 6], 4, 6),
+        ([50, 51, 52], 51, 52),
+        ([1, 9], 9, 9),
+        ([], 4, -1),
+    ],
+)
+def test_a_step_far_beyond_the_others_is_not_taken_for_the_last_that_trackers_have(tmp_path, found, end, last):
+    (tmp_path / METRICS_FILE).write_text("".join(f'{{"step": {step}}}\n' for step in found))
+    assert lines.up_to(tmp_path / METRICS_FILE, end, every=True)[1].last == last
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig"])
+def test_a_log_in_another_encoding(tmp_path, capsys, encoding):
+    """As a shell may write it: such lines count as unreadable; a byte order mark of UTF-8 does no harm."""
+    metrics, samples = written(tmp_path)
+    for name, content in ((METRICS_FILE, metrics), (SAMPLES_FILE, samples)):
+        (tmp_path / name).write_bytes(content.decode().encode(encoding))
+    notes = resumed(tmp_path, 6, capsys)
+    steps = [record["step"] for record in read_records(tmp_path / METRICS_FILE)]
+    if encoding == "utf-8-sig":
+        assert notes == [] and steps == [1, 2, 3, 4, 5, 6]
+    else:
+        assert len(notes) == 2 and all("lines could not be read" in note for note in notes) and steps == []
+        assert len(read_records(tmp_path / SAMPLES_FILE)) == 0
+
+
+def test_only_records_that_are_removed_are_held(tmp_path):
+    """At most twice the file, which is read whole, and little for each of its lines."""
+    path = tmp_path / SAMPLES_FILE
+    row = json.dumps({str(key): key for key in range(200)})[1:]
+    path.write_text("".join(f'{{"step": {step}, {row}\n' for step in range(1, 1001)))
+    tracemalloc.start()
+    try:
+        lines.up_to(path, 1000, every=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3.2 * path.stat().st_size
 
 
 @pytest.mark.parametrize("value", ['"0.5"', '"nan"', '"x"', "null", "[1]", "true", '{"a": 1}', "1" * 400, "9" * 5000])
