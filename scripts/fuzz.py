@@ -190,21 +190,26 @@ def checkpoint(folder: Path) -> tuple[list[bytes], Reader]:
 
 def records(folder: Path) -> tuple[list[bytes], Reader]:
     """What a run has recorded, without the arrays of its checkpoints. The first byte chooses: the record of a
-    checkpoint, as it is or sealed again; run.json; a log, which is also cut back to its second step."""
+    checkpoint, as it is or sealed again, with what it says is left to do; run.json; a log, which is also cut back to
+    its second step."""
     from jaxrlhf.checkpoint import storage
     from jaxrlhf.checkpoint.digest import with_seal
     from jaxrlhf.metrics import lines
     from jaxrlhf.runs.record import read_record
+    from jaxrlhf.training.unfinished import PENDING, UNDRAWN, left_to_do, pending
 
     source = FIXTURES / "runs" / "ppo" / "run"
     stored = json.loads((source / "checkpoints" / "2" / storage.RECORD).read_bytes())
-    stored = with_seal(stored | {"leaves": dict(list(stored["leaves"].items())[:6])})
+    left = {PENDING: {"record": {"loss": 1.5, "eval/loss": "nan"}, "samples": [{"prompt": "p"}]}, UNDRAWN: 1}
+    stored |= {"leaves": dict(list(stored["leaves"].items())[:6]), "extra": stored["extra"] | left}
+    stored = with_seal(stored)
     file = folder / "2" / storage.RECORD
     file.parent.mkdir(parents=True)
 
     def of_checkpoint(content: bytes) -> None:
         file.write_bytes(content)
         storage.stored_shapes(folder, 2, "params")
+        pending(left_to_do(storage.read_record(folder, 2)["extra"]))
 
     def sealed(content: bytes) -> None:
         with contextlib.suppress(Exception):
@@ -230,7 +235,8 @@ def records(folder: Path) -> tuple[list[bytes], Reader]:
     def read(content: bytes) -> None:
         readers[content[0] % len(readers) if content else 0](content[1:])
 
-    return [bytes([i]) + original for i, original in enumerate(originals)], read
+    seeds = [bytes([i]) + original for i, original in enumerate(originals)]
+    return [*seeds, bytes([3]) + originals[3].decode().encode("utf-16")], read
 
 
 TARGETS = {made.__name__: made for made in (adapter, checkpoint, config, records, rows, safetensors, template)}

@@ -294,10 +294,12 @@ class Checkpoints:
         return StorageError(f"{self._last_failure}. Free disk space or choose another run_dir; then {then}")
 
     def remove_unfinished(self) -> None:
-        """Remove the folders of saves and deletions that a killed process has left. Only for the run itself, as a
-        reader must not disturb a run that is saving."""
+        """Remove the folders of saves and deletions, and the files of records, that a killed process has left. Only for
+        the run itself, as a reader must not disturb a run that is saving."""
         for path in self.directory.glob(f"*{TEMPORARY}"):
             shutil.rmtree(path, ignore_errors=True)
+        for path in self.directory.glob(f"*/{Path(storage.RECORD).parent}/.*.part"):
+            path.unlink(missing_ok=True)
 
     def _prune(self) -> None:
         steps = self._steps_here()

@@ -182,8 +182,8 @@ def update_record(directory: Path, step: int, extra: dict, metric: float | None)
 
 
 def reason(error: BaseException) -> str:
-    """Root cause of an error, in one line."""
-    return first_line(_root(error))
+    """Root cause of an error, in one line, without the dot at its end."""
+    return first_line(_root(error)).removesuffix(".")
 
 
 @functools.cache
@@ -195,7 +195,7 @@ def _orbax() -> tuple[Any, Any]:
     absl_logging.set_verbosity(absl_logging.FATAL)
     # We get a failed read or write as an exception. Orbax's parallel tasks report it again: in asyncio's log, as
     # warnings, or, if their event loop has been closed, as exceptions that cannot be caught.
-    warnings.filterwarnings("ignore", "coroutine '(Store|Orbax|Json)", RuntimeWarning)
+    warnings.filterwarnings("ignore", "coroutine '(Store|Orbax|Json|_create_paths)", RuntimeWarning)
     logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
     hook, ignored = sys.unraisablehook, ("Event loop is closed", "Encountered error while reading array")
     sys.unraisablehook = lambda args: None if str(args.exc_value).startswith(ignored) else hook(args)

@@ -17,15 +17,10 @@ from jaxrlhf.training.health import Health
 from jaxrlhf.training.setup import RunConfig
 from jaxrlhf.training.state import State
 from jaxrlhf.training.timing import Timing
+from jaxrlhf.training.unfinished import PENDING, UNDRAWN, left_to_do, pending
 
 Metrics = dict[str, Any]
 TEMPLATE = "chat template"
-PENDING = "evaluation to come"
-"""In a checkpoint: the record of its step, and samples, which are logged once the step has been evaluated. An earlier
-start may have done that and then have been killed before its next checkpoint: it is done again."""
-UNDRAWN = "samples to come"
-"""In a checkpoint: the number of samples of its step that were logged before a signal ended the drawing of others, and
-are kept when these are drawn."""
 REPORT_EVERY = 30.0  # least seconds between two reports of a run
 
 
@@ -99,9 +94,9 @@ class Session:
         shortage = shortage if step < self.total_steps else ""
         for note in (*self.run.notes, *filter(None, [shortage])):
             self.note(note)
-        self._left = {name: identity[name] for name in (PENDING, UNDRAWN) if name in identity}
-        self.pending, self.undrawn = _evaluation_left(identity), UNDRAWN in identity
-        later = self.logger.rewind(step, repeated=bool(self.pending), samples=identity.get(UNDRAWN))
+        self._left = left_to_do(identity)
+        self.pending, self.undrawn = pending(self._left), UNDRAWN in self._left
+        later = self.logger.rewind(step, repeated=bool(self.pending), samples=self._left.get(UNDRAWN))
         records = self.records()
         self._timing.resume(step, records, later or ())
         self._health = self._new_health(records)
@@ -386,10 +381,3 @@ def open_session(
             yield session
         session.flush()
         session.done = True
-
-
-def _evaluation_left(extra: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of an evaluation that a signal ended: `record` and `samples`; empty if there is none."""
-    if PENDING not in extra:
-        return {}
-    return extra[PENDING] | {"record": {key: float(value) for key, value in extra[PENDING]["record"].items()}}

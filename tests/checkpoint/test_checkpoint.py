@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -220,6 +222,28 @@ def test_a_device_that_fails_costs_a_save_and_says_so(tmp_path, monkeypatch, cap
         assert "checkpoint 2 was not saved" in caplog.text and "I/O error" in caplog.text
     checkpoints.save(3, state_of(3), {}, block=True)
     assert checkpoints.steps == [3] and checkpoints.restore(state_of(0))[0] == 3
+
+
+def test_a_save_in_the_place_of_a_file(tmp_path, monkeypatch, caplog):
+    """One dot, and no word of the coroutine that Orbax leaves."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        storage._orbax.__wrapped__()  # sets the filters
+        (tmp_path / "1").write_text("")
+        Checkpoints(tmp_path, keep=1, synchronous=True).save(1, state_of(1), {})
+        gc.collect()
+    assert "already exists. Training continues" in caplog.text
+    assert not [str(warning.message) for warning in seen if "never awaited" in str(warning.message)]
+
+
+def test_what_a_kill_leaves_of_a_record_that_is_replaced_is_removed(tmp_path):
+    checkpoints = filled(tmp_path, [1])
+    left = tmp_path / "1" / "record" / ".data.json.part"
+    left.write_text("{")
+    files = {path for path in tmp_path.rglob("*") if path != left}
+    checkpoints.remove_unfinished()
+    assert set(tmp_path.rglob("*")) == files and checkpoints.restore(state_of(0))[0] == 1
 
 
 def test_a_failed_blocking_save_raises(tmp_path):

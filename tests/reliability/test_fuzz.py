@@ -26,6 +26,7 @@ from jaxrlhf.data.hf_tokenizer import generation_stops
 from jaxrlhf.errors import ConfigError, DamagedCheckpoint, DataError, JaxrlhfError, StorageError
 from jaxrlhf.metrics import read_records
 from jaxrlhf.runs.record import read_record
+from jaxrlhf.training.unfinished import PENDING, UNDRAWN, left_to_do, pending
 from jaxrlhf.weights import families, peft
 
 FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
@@ -170,6 +171,40 @@ def test_a_forged_record_of_a_checkpoint(tmp_path, change):
     target.write_text(json.dumps(with_seal(whole | change)))
     with pytest.raises(DamagedCheckpoint, match="does not describe a checkpoint|checkpoint of step"):
         storage.read_record(tmp_path, 2)
+
+
+LEFT = {PENDING: {"record": {"loss": 1.5, "eval/loss": "nan"}, "samples": [{"prompt": "p"}]}, UNDRAWN: 2, "data": "7f"}
+
+
+def test_what_is_left_to_do_for_a_step():
+    assert left_to_do(LEFT) == {name: LEFT[name] for name in (PENDING, UNDRAWN)} and left_to_do({"data": 5}) == {}
+    found = pending(LEFT)
+    assert found["record"]["loss"] == 1.5 and math.isnan(found["record"]["eval/loss"]) and pending({}) == {}
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        *({PENDING: value} for value in (5, None, [], "x", {}, {"record": {}}, {"samples": []})),
+        *(
+            {PENDING: {"record": record, "samples": []}}
+            for record in (5, [], {"x": 1.0}, {"loss": "x"}, {"loss": None})
+        ),
+        *({PENDING: {"record": {"loss": loss}, "samples": []}} for loss in (None, True, [1.0], 10**400)),
+        *({PENDING: {"record": {}, "samples": samples}} for samples in (5, {}, [5], [[]])),
+        *({UNDRAWN: value} for value in ("x", None, -1, True, 1.5, [1])),
+    ],
+    ids=str,
+)
+def test_forged_work_that_is_left_to_do(forged):
+    with pytest.raises(StorageError, match="the newest checkpoint has been changed: its '.* to come' is"):
+        left_to_do(forged)
+
+
+@FUZZ
+@given(changed(LEFT))
+def test_work_that_is_left_to_do(extra):
+    quickly(lambda: pending(left_to_do(extra)), StorageError)
 
 
 @FUZZ

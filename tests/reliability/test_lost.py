@@ -1,13 +1,15 @@
-"""Checkpoints that are gone: the run stops, and nothing that is left of it is replaced."""
+"""Checkpoints that are gone or forged: the run stops, and nothing that is left of it is replaced."""
 
 import json
 import shutil
 
 import pytest
 
+from jaxrlhf.checkpoint import storage
 from jaxrlhf.config import SFTConfig
 from jaxrlhf.errors import StorageError
 from jaxrlhf.runs import check_run_directory, open_run
+from jaxrlhf.training.unfinished import PENDING, UNDRAWN
 
 
 def content(folder):
@@ -37,6 +39,17 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(start, tmp_path):
     log = (run / "metrics.jsonl").read_bytes()
     start("sft")
     assert (run / "metrics.jsonl").read_bytes() == log
+
+
+def test_a_checkpoint_with_forged_work_left_to_do_stops_the_run(start, tmp_path):
+    start("sft")
+    checkpoints, log = tmp_path / "run" / "checkpoints", (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    extra = storage.read_record(checkpoints, 3)["extra"]
+    for forged in ({PENDING: 5}, {UNDRAWN: "x"}):
+        storage.update_record(checkpoints, 3, extra | forged, None)
+        with pytest.raises(StorageError, match="which no run writes; put an unchanged copy back"):
+            start("sft")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == log
 
 
 @pytest.mark.parametrize("fact", [{"saved": "2026-01-01T00:00:00"}, {"step": 3}, "export"])
