@@ -72,7 +72,9 @@ def up_to(path: Path, end: int, *, every: bool, of_end: int | None = None) -> tu
     Of the lines as many steps as possible are kept that rise from line to line. The others repeat them, as a whole or
     up to the step where the log goes on, or are misplaced: digits of their step are wrong.
     """
-    *lines, torn = path.read_bytes().split(b"\n")
+    with path.open("rb") as file:
+        lines = list(file)
+    torn = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
     steps: list[int | None] = []
     records: dict[int, dict[str, Any]] = {}  # by line: those that may be later
     for at, line in enumerate(lines):
@@ -103,7 +105,7 @@ def up_to(path: Path, end: int, *, every: bool, of_end: int | None = None) -> tu
             last, again = step, []
             number_of_end += step == end
             if step < end or (step == end and (of_end is None or number_of_end <= of_end)):
-                kept.append(line + b"\n")
+                kept.append(line)
             else:
                 later.append(records[at])
         elif step in known:
