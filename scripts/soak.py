@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -29,7 +30,16 @@ LOOK_EVERY = 5.0  # seconds
 KILL_EVERY = 60.0  # seconds
 GROWTH = 1.03  # of medians of memory
 MOST_POINTS = 400  # of which all pairs are looked at
-QUANTITIES = ("RSS, MB", "anonymous memory, MB", "descriptors", "threads", "processes", "checkpoint folder, MB")
+PROGRAMS = "programs compiled"
+QUANTITIES = (
+    "RSS, MB",
+    "anonymous memory, MB",
+    "descriptors",
+    "threads",
+    "processes",
+    "checkpoint folder, MB",
+    PROGRAMS,
+)
 
 
 def settings(bench: Bench, method: str, run: Path) -> dict[str, Any]:
@@ -53,8 +63,8 @@ def family(pid: int) -> list[int]:
     return found
 
 
-def look(pid: int, run: Path) -> dict[str, float]:
-    """What the run holds now: its own process, and the number of its processes."""
+def look(pid: int, run: Path, log: Path) -> dict[str, float]:
+    """What the run holds now: its own process, the number of its processes, and of the programs that its log names."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return {
         "RSS, MB": int(status["VmRSS"].split()[0]) / 1024,
@@ -63,6 +73,7 @@ def look(pid: int, run: Path) -> dict[str, float]:
         "threads": int(status["Threads"]),
         "processes": len(family(pid)),
         "checkpoint folder, MB": size(run / "checkpoints") / 2**20,
+        PROGRAMS: len(re.findall(r"^(?:compiled|loaded) jit", log.read_text(errors="replace"), re.MULTILINE)),
     }
 
 
@@ -86,12 +97,17 @@ def quarters(looks: list[dict[str, float]]) -> dict[str, list[float]]:
 def grown(looks: list[dict[str, float]]) -> list[str]:
     """The quantities that grow after the first quarter of the time: memory if its median in the last quarter is more
     than GROWTH times that in the second one, counts if their trend is at least 1 and more than they change all the time
-    (their interquartile range in the second quarter; threads come and go with the checkpoints)."""
+    (their interquartile range in the second quarter; threads come and go with the checkpoints). For memory the time
+    begins with the last program that was compiled, unless that was in the last quarter: a width that few batches have
+    may come late."""
     second, found = looks[len(looks) // 4 : len(looks) // 2], []
-    for name, (_, before, _, last) in quarters(looks).items():
+    after = [look for look in looks if look[PROGRAMS] == looks[-1][PROGRAMS]]
+    memory = quarters(after if len(after) >= len(looks) // 4 else looks)
+    for name in QUANTITIES:
         if "MB" in name:
+            _, before, _, last = memory[name]
             found += [name] if last > before * GROWTH else []
-        else:
+        elif name != PROGRAMS:
             low, _, high = statistics.quantiles([look[name] for look in second], n=4)
             rise = trend([look[name] for look in looks[len(looks) // 4 :]])
             found += [name] if rise > max(high - low, 0.99) else []
@@ -133,7 +149,7 @@ def main() -> int:
             while process.poll() is None and time.monotonic() - started < 3600 * options.hours:
                 time.sleep(LOOK_EVERY)
                 if process.poll() is None and (run / "metrics.jsonl").exists():
-                    looks.append(look(process.pid, run))
+                    looks.append(look(process.pid, run, log))
                 if time.monotonic() - started > KILL_EVERY * (killed + 1):
                     children = family(process.pid)[1:]
                     if children:

@@ -63,12 +63,13 @@ def test_growth_is_seen_and_neither_a_start_nor_what_comes_and_goes():
     looks = [dict.fromkeys(soak.QUANTITIES, 100.0) for _ in range(200)]
     for i, look in enumerate(looks):
         look["threads"] = chance.choice((24.0, 27.0, 30.0, 36.0)) + (i // 50 == 2)  # more of them in the third quarter
-        look["RSS, MB"] -= 40 * (i < 50)  # before all programs are compiled
+        look["RSS, MB"] -= 40 * (i < 120)  # before all programs are compiled
+        look[soak.PROGRAMS] -= i < 120
     assert soak.grown(looks) == []
     for i, look in enumerate(looks):
         look["descriptors"] += i // 50
         look["threads"] += i // 10  # one more after every tenth look
-        look["RSS, MB"] += i / 20
+        look["RSS, MB"] += i / 8
     assert soak.grown(looks) == ["RSS, MB", "descriptors", "threads"]
 
 

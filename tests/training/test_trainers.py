@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import errno
 import json
 
 import jax
@@ -11,7 +12,7 @@ from support.recorded_runs import page_data
 from support.runs import equal, length_reward, records
 
 import jaxrlhf
-from jaxrlhf import config, sharding
+from jaxrlhf import config, report, sharding
 from jaxrlhf.data.tokenizer import load_tokenizer
 from jaxrlhf.errors import ConfigError, DataError, NumericsError, Preempted, RewardError, StorageError
 from jaxrlhf.rewards.sources.model import RewardModel
@@ -56,12 +57,15 @@ def test_sft_learns_its_rows_and_leaves_a_model(supervised, tmp_path):
     assert page["reproduce"]["export"] == str(export) and page["reproduce"]["checkpoints"][-1] == "24"
 
 
-def test_a_report_that_cannot_be_written_is_a_note(supervised, tmp_path, capsys):
+def test_a_report_that_cannot_be_written_is_a_note(supervised, tmp_path, capsys, monkeypatch):
+    def full(directory):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report, "write", full)
     options = supervised | {
         "train": config.Train(batch_size=6, max_steps=1),
         "logging": config.Logging(tensorboard=False),
     }
-    (tmp_path / "run" / "report.html" / "in the way").mkdir(parents=True)
     assert SFTTrainer(config.SFTConfig(run_dir=str(tmp_path / "run"), **options)).train()["loss"] > 0
     assert "report.html could not be written" in capsys.readouterr().out
     quiet = options | {"logging": config.Logging(tensorboard=False, report=False)}
