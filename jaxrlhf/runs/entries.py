@@ -1,4 +1,4 @@
-"""What lies in a run directory: checked before a run starts, and cleaned of what a killed process has left."""
+"""Checks of the files and folders of a run directory before a run starts, and removal of unfinished ones."""
 
 import os
 import shutil

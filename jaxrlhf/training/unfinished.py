@@ -1,4 +1,4 @@
-"""What a checkpoint says is left to do for its step, whose evaluation or samples a signal ended."""
+"""Notes in a checkpoint of an evaluation or samples of its step that a signal ended, for the resumed run to finish."""
 
 from collections.abc import Mapping
 from typing import Any
