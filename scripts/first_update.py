@@ -8,8 +8,9 @@ together, to the end of
 
     imports     of Python's modules
     loading     tokenizer, prompts, models and their fingerprints
-    rollout     the first responses and their scores, with the compilation of their programs
-    update      annotation, update and the first records
+    rollout     the first responses and their scores, with the compilation of their programs and, in other threads, of
+                those of the update
+    update      what is left of that, annotation, update and the first records
 """
 
 import argparse

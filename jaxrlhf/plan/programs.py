@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrlhf import sharding, weights
@@ -17,7 +16,7 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.plan import costs
 from jaxrlhf.rewards.sources.model import sequence_scores_jit, token_scores_jit
 from jaxrlhf.rollout import engine
-from jaxrlhf.rollout.decode import Decoding, generate
+from jaxrlhf.rollout.decode import Decoding
 from jaxrlhf.rollout.inference_copy import convert, copy_shardings
 from jaxrlhf.rollout.queue import PromptQueue
 from jaxrlhf.training import sft
@@ -25,18 +24,15 @@ from jaxrlhf.training.distill import update as distill_update
 from jaxrlhf.training.distill.trainer import DistillTrainer
 from jaxrlhf.training.dpo import update as dpo_update
 from jaxrlhf.training.dpo.trainer import DPOTrainer
-from jaxrlhf.training.grpo import update as grpo_update
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
 from jaxrlhf.training.on_policy.ahead import Ahead
-from jaxrlhf.training.on_policy.update import without_moments
-from jaxrlhf.training.ppo import update as ppo_update
 from jaxrlhf.training.ppo.trainer import PPOTrainer
 from jaxrlhf.training.reward import trainer as reward
 from jaxrlhf.training.reward.trainer import RewardTrainer
 from jaxrlhf.training.samples import Samples
 from jaxrlhf.training.setup import RunConfig
 from jaxrlhf.training.sft import SFTTrainer
-from jaxrlhf.types import Batch, Params, Prompts, Rollout
+from jaxrlhf.types import Batch, Params, Rollout
 
 Trainer = SFTTrainer | RewardTrainer | DPOTrainer | PPOTrainer | GRPOTrainer | DistillTrainer
 SAMPLES = "samples"
@@ -209,9 +205,8 @@ def _compile_on_policy(trainer: PPOTrainer | GRPOTrainer, programs: Programs) ->
     if not trainer.data:
         raise ConfigError("data.path is empty: how long prompts are decides what an update needs; give a file of them")
     sampling, size = trainer.config.sampling, trainer.config.settings.batch_size
-    state, frozen = trainer.state.template, trainer.frozen
     rows = batching.longest(trainer.data.train, size)
-    policy = {**frozen["policy"], **state.params["policy"]}
+    policy = {**trainer.frozen["policy"], **trainer.state.template.params["policy"]}
     rollout = _compile_rollout(trainer, trainer.ahead, policy, rows, programs)
     if trainer.ahead and rolls_out_where_it_trains(trainer):
         _compile_rollout(trainer, None, policy, rows, programs)
@@ -221,25 +216,9 @@ def _compile_on_policy(trainer: PPOTrainer | GRPOTrainer, programs: Programs) ->
         if model is not None:
             program = token_scores_jit if component.per_token else sequence_scores_jit
             programs.compile(program, model.params, model.model, *model.padded_rows(columns))
-    scores = sharding.put_rows(np.zeros(size, np.float32), trainer.mesh)
-    other_scores: list[Any] = []  # PPO: of single tokens; GRPO: of greedy responses and of components
-    if isinstance(trainer, PPOTrainer):
-        module = ppo_update
-        if state.replay is not None:  # rollouts are padded to the width of the kept ones
-            one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state.replay.rollout)
-            rollout = jax.tree.map(lambda x: sharding.rows_shape(x, trainer.mesh), one)
-        if trainer.scorer.per_token:
-            other_scores = [sharding.put_rows(np.zeros((size, sampling.response_length), np.float32), trainer.mesh)]
-    else:
-        module = grpo_update
-        if trainer.config.grpo.recipe.advantage == "greedy":
-            other_scores = [scores]
-        if weights := trainer.spec.reward_weights:
-            other_scores = [None, sharding.put_rows(np.zeros((size, len(weights)), np.float32), trainer.mesh)]
-    args = without_moments(state), frozen, rollout, scores
-    experience, _ = programs.compile(module.annotate, *args, *other_scores, spec=trainer.spec)
-    used = {role: frozen[role] for role in trainer.spec.update_roles}
-    programs.compile(module.update, state, used, experience, jax.random.key(0), spec=trainer.spec)
+    annotate, update = trainer.programs
+    experience, _ = programs.compile(annotate, *trainer.annotate_arguments(rollout), spec=trainer.spec)
+    programs.compile(update, *trainer.update_arguments(experience), spec=trainer.spec)
 
 
 def rolls_out_where_it_trains(trainer: PPOTrainer | GRPOTrainer) -> bool:
@@ -271,13 +250,6 @@ def _compile_rollout(
         ran = engine.slot_programs(decoder_params, decoding, queue, jax.random.key(0), sampler.mesh)
     else:
         ran = engine.chunk_programs(decoder_params, decoding, prompts, jax.random.key(0), group, sampler.mesh)
-    *_, drawn = [programs.compile(program, *args) for program, args in ran]
-    if isinstance(drawn, Rollout) and not ahead:
-        return drawn
-    options = sampler.sampling, *sampler.stops
-
-    def rollout(params: Params, prompts: Prompts) -> Rollout:
-        return generate(params, sampler.decoder, prompts, jax.random.key(0), *options, group)
-
-    shapes = jax.eval_shape(rollout, decoder_params, prompts)
-    return jax.tree.map(lambda x: sharding.rows_shape(x, trainer.mesh), shapes)
+    for program, args in ran:
+        programs.compile(program, *args)
+    return trainer.sampler.shapes(rows)

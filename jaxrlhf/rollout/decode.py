@@ -120,6 +120,16 @@ def as_rollout(
     )
 
 
+def rollout_shapes(decoding: Decoding, prompts: Prompts, group: int) -> Rollout:
+    """The shapes of what `generate` returns for prompts, arrays or shapes."""
+
+    def rollout(prompts: Prompts) -> Rollout:
+        slots = empty_slots(decoding, len(prompts.index) * group, 0)
+        return as_rollout(jnp, prompts, group, slots.tokens, slots.logprobs, slots.count, slots.ended, slots.support)
+
+    return jax.eval_shape(rollout, prompts)
+
+
 def empty_slots(decoding: Decoding, batch: int, prompt_columns: int) -> Slots:
     """`batch` free slots, with cache space for prompts of `prompt_columns` tokens."""
     length = decoding.sampling.response_length

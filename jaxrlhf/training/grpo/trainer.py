@@ -13,7 +13,7 @@ from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.environments.episodes import Environment
 from jaxrlhf.training.grpo.rollouts import decoupled, rollout_with_greedy, rollout_with_refills
 from jaxrlhf.training.grpo.state import initial_state
-from jaxrlhf.training.grpo.update import annotate, filled, update
+from jaxrlhf.training.grpo.update import GRPOSpec, annotate, filled, update
 from jaxrlhf.training.on_policy.rollout import (
     ScoredRollout,
     leave_out_unscored,
@@ -36,6 +36,9 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
     `.train()` runs `config`; `.grpo_step(prompts)` is one update on prompts of your own; `.save_pretrained(directory)`.
     Errors in the config, the data or the models are raised here, before training begins.
     """
+
+    programs = annotate, update
+    spec: GRPOSpec
 
     def __init__(
         self,
@@ -112,6 +115,13 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
         rate = after.pop("policy/learning_rate")
         return seen, metrics | after | score_metrics(scores) | {"learning_rate": rate}
 
+    def annotate_arguments(self, rollout: Rollout) -> tuple[Any, ...]:
+        size, components = self.config.grpo.batch_size, len(self.spec.reward_weights)
+        scores = sharding.put_rows(np.zeros(size, np.float32), self.mesh)
+        baseline = scores if self.config.grpo.recipe.advantage == "greedy" else None
+        apart = sharding.put_rows(np.zeros((size, components), np.float32), self.mesh) if components else None
+        return without_moments(self.state.template), self.frozen, rollout, scores, baseline, apart
+
     def _about(self) -> list[str]:
         lines = super()._about()
         if len(decoupled(self)) == 1:
@@ -133,6 +143,7 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
         else:
             batch = self.generate_and_score(rows, step, session)
         record = self._token_record(session, step + 1, batch)
+        self._await_programs(session)
         names = decoupled(self)
         components = np.stack([batch.scored.components[name] for name in names], axis=1) if names else None
         experience, metrics = self.learn(

@@ -14,7 +14,7 @@ from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rollout import engine, turns
-from jaxrlhf.rollout.decode import Decoding, trim
+from jaxrlhf.rollout.decode import Decoding, rollout_shapes, trim
 from jaxrlhf.rollout.inference_copy import RolloutDType, convert, inference_model, split_axes
 from jaxrlhf.rollout.queue import PromptQueue
 from jaxrlhf.rollout.sampling import check_sampling
@@ -92,10 +92,14 @@ class Sampler:
         """A rollout that was drawn, here or on another mesh, cut at stop strings and put on this mesh, and its
         completions."""
         rollout, completions = self._completions(rollout)
-        devices = set(self.mesh.devices.flat)
-        if not isinstance(rollout.tokens, Array) or rollout.tokens.sharding.device_set != devices:
-            rollout = sharding.put_rows(jax.device_get(rollout), self.mesh)
-        return trim(rollout), completions
+        return sharding.put_rows(trim(rollout), self.mesh), completions
+
+    def shapes(self, rows: Sequence[PromptRow]) -> Rollout:
+        """The shapes of a rollout of `rows` on the mesh, of responses of full length."""
+        group = self.shared(len(rows))
+        decoding = Decoding(self.decoder, self.sampling, *self.stops)
+        rollout = rollout_shapes(decoding, self.prompts_on_host(rows, group), group)
+        return jax.tree.map(lambda x: sharding.rows_shape(x, self.mesh), rollout)
 
     def decode(
         self,

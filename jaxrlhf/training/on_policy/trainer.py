@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ from jaxrlhf.rollout.turns import turn_metrics
 from jaxrlhf.traced import Number
 from jaxrlhf.training import pretrained, setup
 from jaxrlhf.training.facts import Origin
-from jaxrlhf.training.on_policy import checks, prompts
+from jaxrlhf.training.on_policy import checks, early, prompts
 from jaxrlhf.training.on_policy.ahead import Ahead, Drawn, meshes
 from jaxrlhf.training.on_policy.alarms import Watch
 from jaxrlhf.training.on_policy.fixed_prompts import FixedPrompts
@@ -45,8 +45,8 @@ CALIBRATION = 2**31 - 1  # folded into the run's key in place of an update's num
 
 
 class OnPolicyTrainer(Generic[Config]):
-    """Prompts, sampler, reward, validation and export of an on-policy run. A subclass sets `state`, `frozen` and
-    `reference_hash`.
+    """Prompts, sampler, reward, validation and export of an on-policy run. A subclass sets `state`, `frozen`, `spec`,
+    `reference_hash` and `programs`.
 
     Raises ConfigError for contradictions of the config, the data and the model descriptions, before weights are read.
     """
@@ -55,6 +55,10 @@ class OnPolicyTrainer(Generic[Config]):
     frozen: dict[str, Params]
     """Parameters that do not train, by role."""
     reference_hash: str
+    spec: Any
+    """The `UpdateSpec` of the method."""
+    programs: ClassVar[tuple[Any, Any]]
+    """The jitted functions `annotate` and `update`."""
 
     def __init__(
         self,
@@ -116,6 +120,7 @@ class OnPolicyTrainer(Generic[Config]):
         self.fixed_prompts = FixedPrompts(config, self.scorer, self.total_steps, validated=bool(self.validator.rows))
         self._results: dict[str, float] = {}  # the record of the exported state, for the model card
         self._origin: Origin | None = None  # once `.train()` has opened the run
+        self._early: early.Early | None = None
 
     @property
     def params(self) -> Params:
@@ -216,6 +221,17 @@ class OnPolicyTrainer(Generic[Config]):
         temperature = Number(self.config.sampling.temperature)
         return rollout_logprobs(self.params, rollout, model=self.model, temperature=temperature)
 
+    def annotate_arguments(self, rollout: Rollout) -> tuple[Any, ...]:
+        """The arguments of `annotate`, besides `spec`, for a rollout of arrays or shapes; with shapes in place of the
+        state, and zeros of scores."""
+        raise NotImplementedError
+
+    def update_arguments(self, experience: Any) -> tuple[Any, ...]:
+        """The arguments of `update`, besides `spec`, for an experience of arrays or shapes; with shapes in place of the
+        state, and another key."""
+        used = {role: self.frozen[role] for role in self.spec.update_roles}
+        return self.state.template, used, experience, jax.random.key(0)
+
     def key(self, step: int, use: int) -> jax.Array:
         """The random key of update number `step` for a use: 0 the rollout, 1 the update, from 2 on further rollouts."""
         return jax.random.fold_in(jax.random.fold_in(self.keys[1], step), use)
@@ -262,16 +278,43 @@ class OnPolicyTrainer(Generic[Config]):
             rows, before = config.settings.batch_size, session.records()
             session.watch = Watch(config.alarms, rows, before, kl_option=config.kl_option)
             step = int(self.state.value.step)
-            with session.interruptible(step):
-                self._calibrate_scores()
-                if self.validator.rows:
-                    with session.clock.spent("evaluation"):
-                        self.validator.start(session, step, self.params, lambda: self.reference)
-            if session.pending:
-                self._end_update(session, step, session.pending["record"], session.pending["samples"])
-            elif session.undrawn:
-                self._log_fixed_prompts(session, step, {})
-            yield session
+            with self._compiling_early(step):
+                with session.interruptible(step):
+                    self._calibrate_scores()
+                    if self.validator.rows:
+                        with session.clock.spent("evaluation"):
+                            self.validator.start(session, step, self.params, lambda: self.reference)
+                if session.pending:
+                    self._end_update(session, step, session.pending["record"], session.pending["samples"])
+                elif session.undrawn:
+                    self._log_fixed_prompts(session, step, {})
+                yield session
+
+    @contextlib.contextmanager
+    def _compiling_early(self, step: int) -> Iterator[None]:
+        """Block at whose beginning the programs of update number `step` begin to be compiled, where that gains
+        (`early.gains`) and their arguments are known."""
+        unknown = self.environment or self.ahead or self.config.reference.offload
+        if step == self.total_steps or unknown or not early.gains(self.mesh):
+            yield
+            return
+        rows = self.prompts(step)
+        self._early = early.Early(
+            self.programs,
+            lambda: self.annotate_arguments(self.sampler.shapes(rows)),
+            self.update_arguments,
+            self.spec,
+        )
+        try:
+            yield
+        finally:
+            self._early.close()
+
+    def _await_programs(self, session: Session | None) -> None:
+        """Wait for programs that are being compiled early; the session may be asked to stop meanwhile."""
+        if session and self._early:
+            with session.clock.spent("compile"):
+                self._early.wait()
 
     def _calibrate_scores(self) -> None:
         """With `scores.normalise: reference`, measure mean and deviation of the scores of the initial policy, once."""

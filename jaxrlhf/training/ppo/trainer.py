@@ -25,7 +25,7 @@ from jaxrlhf.training.on_policy.update import without_moments
 from jaxrlhf.training.ppo.critic import critic_params
 from jaxrlhf.training.ppo.replay import update_with_replay
 from jaxrlhf.training.ppo.state import initial_state
-from jaxrlhf.training.ppo.update import annotate, filled, update
+from jaxrlhf.training.ppo.update import PPOSpec, annotate, filled, update
 from jaxrlhf.training.session import Metrics, Session
 from jaxrlhf.types import Experience, Rollout
 
@@ -39,6 +39,9 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
     `.train()` runs `config`; `.ppo_step(prompts)` is one update on prompts of your own; `.save_pretrained(directory)`.
     Errors in the config, the data or the models are raised here, before training begins.
     """
+
+    programs = annotate, update
+    spec: PPOSpec
 
     def __init__(
         self,
@@ -116,6 +119,16 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
         rate = after.pop("policy/learning_rate")
         return seen, metrics | after | score_metrics(scores) | {"learning_rate": rate}
 
+    def annotate_arguments(self, rollout: Rollout) -> tuple[Any, ...]:
+        state, size = self.state.template, self.config.ppo.batch_size
+        if state.replay is not None:  # rollouts are padded to the width of the kept ones
+            one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state.replay.rollout)
+            rollout = jax.tree.map(lambda x: sharding.rows_shape(x, self.mesh), one)
+        scores, of_tokens = np.zeros(size, np.float32), None
+        if self.scorer.per_token:
+            of_tokens = np.zeros(rollout.response_mask.shape, np.float32)
+        return without_moments(state), self.frozen, rollout, *sharding.put_rows((scores, of_tokens), self.mesh)
+
     def save_pretrained(
         self, directory: str | Path, role: Literal["policy", "critic"] = "policy", *, merge_lora: bool = False
     ) -> Path:
@@ -137,6 +150,7 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
         """Update number `step` on a response to each prompt."""
         batch = self.generate_and_score(rows, step, session)
         record = self._token_record(session, step + 1, batch)
+        self._await_programs(session)
         experience, metrics = self.learn(
             batch.rollout,
             batch.scored.scores,

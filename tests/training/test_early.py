@@ -1,0 +1,99 @@
+"""The programs of the first update are compiled in other threads, and found when it calls them."""
+
+import threading
+from concurrent import futures
+
+import jax
+import pytest
+from support.runs import length_reward
+
+from jaxrlhf import config, runtime, stopping
+from jaxrlhf.errors import Interrupted
+from jaxrlhf.sharding import make_mesh
+from jaxrlhf.training.grpo.trainer import GRPOTrainer
+from jaxrlhf.training.on_policy import early
+from jaxrlhf.training.ppo.trainer import PPOTrainer
+
+
+@pytest.fixture
+def threads():
+    """Names of the threads in which each program was compiled, in a process that has compiled none."""
+    jax.clear_caches()
+    found: dict[str, list[str]] = {}
+
+    def listen(event, seconds, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            name = about["fun_name"].removeprefix("jit(").removesuffix(")")
+            found.setdefault(name, []).append(threading.current_thread().name.split("_")[0])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def options(ppo, tmp_path, monkeypatch):
+    known = runtime.processor()
+    monkeypatch.setattr(runtime, "processor", lambda: known._replace(cores=2))
+    return ppo | {
+        "run_dir": str(tmp_path / "run"),
+        "ppo": config.PPO(batch_size=4, total_episodes=8),
+        "sampling": config.Sampling(response_length=7),  # odd, so that `trim` leaves the responses as they are
+        "logging": config.Logging(quiet=True, tensorboard=False, sample_every=0),
+    }
+
+
+PPO_RUNS = {
+    "plain": {},
+    "replay": {"ppo": config.PPO(batch_size=4, total_episodes=8, replay=1)},
+    "support": {"sampling": config.Sampling(response_length=7, top_k=5, renormalise_logprobs=True)},
+    "slots": {"rollout": config.Generation(slots=2)},
+}
+
+
+@pytest.mark.parametrize("run", PPO_RUNS)
+def test_ppo_finds_programs_that_other_threads_compiled(run, options, threads):
+    PPOTrainer(config.PPOConfig(**options | PPO_RUNS[run]), reward=length_reward).train()
+    replays = ["MainThread"] if run == "replay" else []  # a program of their own
+    assert threads["annotate"] == ["compile"] and threads["update"] == ["compile", *replays]
+
+
+@pytest.mark.parametrize("method", ["grpo", "remax"])
+def test_grpo_finds_them_too(method, options, threads):
+    del options["ppo"]
+    grpo = config.GRPO(method=method, batch_size=4, num_generations=2, total_episodes=8)
+    GRPOTrainer(config.GRPOConfig(**options, grpo=grpo), reward=length_reward).train()
+    assert threads["annotate"] == threads["update"] == ["compile"]
+
+
+def test_a_program_that_could_not_be_compiled_is_compiled_when_it_is_called(options, threads, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(early, "compile_shapes", broken)
+    PPOTrainer(config.PPOConfig(**options), reward=length_reward).train()
+    assert threads["annotate"] == threads["update"] == ["MainThread"]
+
+
+def test_a_step_of_ones_own_prompts_compiles_nothing_ahead(options, threads):
+    PPOTrainer(config.PPOConfig(**options), reward=length_reward).ppo_step(["say red"] * 4)
+    assert threads["annotate"] == threads["update"] == ["MainThread"]
+
+
+def test_a_request_to_stop_ends_the_wait():
+    waiting = early.Early.__new__(early.Early)
+    waiting._begun = [futures.Future()]  # never done
+    stopping.request()
+    try:
+        with stopping.armed(), pytest.raises(Interrupted):
+            waiting.wait()
+    finally:
+        stopping.request(False)
+
+
+def test_only_where_it_gains(monkeypatch):
+    known, one, two = runtime.processor(), make_mesh(config.Mesh(data=1)), make_mesh(config.Mesh(data=2))
+    monkeypatch.setattr(runtime, "processor", lambda: known._replace(cores=2))
+    assert early.gains(one) and not early.gains(two)
+    monkeypatch.setattr(runtime, "processor", lambda: known._replace(cores=1))
+    assert not early.gains(one)
