@@ -57,11 +57,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Every error is a message on standard error. The traceback is in logs/error.txt of the run, if one was open, and that
     of an unexpected error without a run in the cache folder.
     """
-    argv = list(sys.argv[1:] if arguments is None else arguments)
+    code = _run(list(sys.argv[1:] if arguments is None else arguments), of_process=arguments is None)
+    early = sys.modules.get("jaxrlhf.training.on_policy.early")
+    if arguments is None and early and early.unfinished():  # of a run that has ended before its first update
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(argv: list[str], *, of_process: bool) -> int:
+    """`main`, but for its end. `of_process`: these are the arguments that the process was started with."""
     debug = "--debug" in argv
-    if arguments is None:
+    if of_process:
         warnings.formatwarning = warning_line
-    if arguments is None and argv and argv[0] in USING_DEVICES and not _asks_for_help(argv):
+    if of_process and argv and argv[0] in USING_DEVICES and not _asks_for_help(argv):
         runtime.restart_with_huge_pages()
     try:
         code = _dispatch([argument for argument in argv if argument != "--debug"])

@@ -1,5 +1,8 @@
 """The programs of the first update are compiled in other threads, and found when it calls them."""
 
+import itertools
+import subprocess
+import sys
 import threading
 from concurrent import futures
 
@@ -21,7 +24,7 @@ def threads():
     jax.clear_caches()
     found: dict[str, list[str]] = {}
 
-    def listen(event, seconds, **about):
+    def listen(event, duration_secs, **about):
         if event == "/jax/core/compile/backend_compile_duration":
             name = about["fun_name"].removeprefix("jit(").removesuffix(")")
             found.setdefault(name, []).append(threading.current_thread().name.split("_")[0])
@@ -89,6 +92,37 @@ def test_a_request_to_stop_ends_the_wait():
             waiting.wait()
     finally:
         stopping.request(False)
+
+
+WAITING = """
+import sys, time
+from jaxrlhf import runtime
+from jaxrlhf.cli import main
+from jaxrlhf.training.on_policy import early
+
+known = runtime.processor()
+runtime.processor = lambda: known._replace(cores=2)
+early.compile_shapes = lambda *args, **kwargs: (print("compiling", flush=True), time.sleep(300))
+sys.exit(main())
+"""
+
+
+def test_a_command_that_is_stopped_does_not_wait_for_a_program(tiny_model, rows, tmp_path):
+    file = tmp_path / "reward.py"
+    file.write_text("def reward(prompts, completions):\n    return [0.0] * len(completions)\n")
+    options = {"model.path": tiny_model, "model.init": "random", "data.path": rows, "reward.function": f"{file}:reward"}
+    options |= {"ppo.batch_size": 4, "sampling.response_length": 4, "run_dir": tmp_path / "run", "mesh.data": 1}
+    arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    command = [sys.executable, "-c", WAITING, "ppo", *arguments]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert started.stdout
+    lines = iter(started.stdout)
+    printed = "".join(itertools.takewhile(lambda line: line != "compiling\n", lines))
+    started.terminate()
+    try:
+        assert started.wait(120) == 75, printed + "".join(lines)
+    finally:
+        started.kill()
 
 
 def test_only_where_it_gains(monkeypatch):

@@ -11,6 +11,7 @@ from jaxrlhf import runtime, sharding, stopping
 from jaxrlhf.compilation import compile_shapes
 
 Arguments = tuple[Any, ...]
+_unfinished: set[futures.Future[Any]] = set()
 
 
 def gains(mesh: jax.sharding.Mesh) -> bool:
@@ -18,6 +19,11 @@ def gains(mesh: jax.sharding.Mesh) -> bool:
     program takes one. Not for several devices, where how programs split their results is known only when they are
     compiled."""
     return sharding.platform(mesh) == "cpu" and mesh.size == 1 and runtime.processor().cores > 1
+
+
+def unfinished() -> bool:
+    """Return True while programs are being compiled, for which Python would wait at its end."""
+    return bool(_unfinished)
 
 
 class Early:
@@ -41,12 +47,18 @@ class Early:
             experience, _ = jax.eval_shape(lambda *args: annotate(*args, spec=spec), *arguments)
             whole = jax.sharding.NamedSharding(spec.mesh, jax.sharding.PartitionSpec())
             experience = sharding.with_shardings(experience, jax.tree.map(lambda _: whole, experience))
-            self._begun.append(self._threads.submit(compile_shapes, update, *of_update(experience), spec=spec))
+            self._begin(lambda: compile_shapes(update, *of_update(experience), spec=spec))
             compile_shapes(annotate, *arguments, spec=spec)
 
         self._threads = futures.ThreadPoolExecutor(2, thread_name_prefix="compile")
         self._begun: list[futures.Future[Any]] = []
-        self._begun.append(self._threads.submit(annotation))
+        self._begin(annotation)
+
+    def _begin(self, work: Callable[[], Any]) -> None:
+        future = self._threads.submit(work)
+        self._begun.append(future)
+        _unfinished.add(future)
+        future.add_done_callback(_unfinished.discard)
 
     def wait(self) -> None:
         """Wait until both are compiled. Raises Interrupted after a request to stop, in a block that it may end."""
@@ -54,5 +66,5 @@ class Early:
             stopping.wait(lambda seconds, one=future: bool(futures.wait([one], seconds).done), math.inf)
 
     def close(self) -> None:
-        """Begin nothing else. What is being compiled cannot be stopped: the process ends after it."""
+        """Begin nothing else. What is being compiled cannot be stopped (`unfinished`)."""
         self._threads.shutdown(wait=False, cancel_futures=True)
