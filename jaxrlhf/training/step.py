@@ -51,7 +51,8 @@ def gradients(
     """Gradients and metrics of `loss(params, batch)` over `num_micro` micro-batches, or those of a budget.
 
     `loss` is a sum over rows divided by a count of the WHOLE batch, so micro-batches add up to the undivided result.
-    Metrics whose key ends in `_max` are combined by maximum, all others by addition.
+    Metrics whose key ends in `_max` are combined by maximum, all others by addition; but those in `_rows` (not with a
+    budget) have the rows as their first axis, and are put together in the order of the batch.
 
     `routers` are models by the key of their `router_sums` among the metrics ("router", "critic_router"). Those that
     balance their experts add the load-balancing loss of the whole batch, times its coefficient, to the loss but not to
@@ -104,8 +105,14 @@ def _summed(loss: Loss, params: Params, batch: Any, num_micro: int | Budget) -> 
         return jax.tree.map(jnp.add, grads, new), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, in_float32(params))
+
+    def combined(key: str, parts: Any) -> Any:
+        if key.endswith("_rows"):
+            return from_micro_batches(parts)
+        return parts.max(0) if key.endswith("_max") else parts.sum(0)
+
     grads, stacked = jax.lax.scan(micro, zeros, to_micro_batches(batch, num_micro))
-    return grads, {k: v.max(0) if k.endswith("_max") else v.sum(0) for k, v in stacked.items()}
+    return grads, {key: combined(key, parts) for key, parts in stacked.items()}
 
 
 def gradients_in_turn(

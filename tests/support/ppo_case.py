@@ -13,6 +13,7 @@ from jaxrlhf.models import init
 from jaxrlhf.rollout.decode import generate
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.training import setup
+from jaxrlhf.training.on_policy.update import take_rows
 from jaxrlhf.training.optim import make_optimizer
 from jaxrlhf.training.ppo import critic as ppo_critic
 from jaxrlhf.training.ppo import replay as ppo_replay
@@ -79,6 +80,8 @@ class Case:
         )
         train = ppo_replay.update_with_replay if self.spec.ppo.replay else ppo_update.update
         state, after = train(state, self.frozen, experience, jax.random.key(3), spec=self.spec)
+        known = {key.removesuffix("_rows"): values for key, values in take_rows(after).items()}
+        experience = dataclasses.replace(experience, **known)
         return state, experience, before | after
 
 

@@ -89,8 +89,8 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
         """Compute the advantages of a rollout with scores f32 [B] and train on it: update number `step`. Returns the
         experience and the metrics. `greedy` is the greedy response to each row's prompt and its score, for ReMax,
         and `components` f32 [B, K] the scores of each component of the reward, in the order of `Scorer.summed`, for
-        GDPO. A response whose score is nan, or that of its greedy response, is left out. With `fill` the experience has
-        the policy's log-probs also where the update does without them (`GRPOSpec.annotates_policy`)."""
+        GDPO. A response whose score is nan, or that of its greedy response, is left out. The experience has the
+        policy's log-probs before the update if a program computes them, and with `fill` always."""
         config, state = self.config, without_moments(self.state.value)
         scores = scores if greedy is None else np.where(np.isnan(greedy[1]), np.nan, scores)
         rollout = leave_out_unscored(rollout, scores, self.tokenizer.pad_id, self.mesh)
@@ -105,13 +105,15 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
             components = sharding.put_rows(np.asarray(components, np.float32), self.mesh)
         experience, metrics = annotate(state, frozen, rollout, final_scores, baseline, components, spec=self.spec)
         seen = experience
-        if fill and not self.spec.annotates_policy:
+        if fill and not self.spec.annotates_policy and not self.spec.returns_logprobs:
             seen = filled(state, frozen, experience, spec=self.spec)
         if config.reference.offload:  # it leaves the device before moments and gradients come
             jax.block_until_ready(experience)
         frozen = {role: self.frozen[role] for role in self.spec.update_roles}
         state = dataclasses.replace(self.state.ready, score_stats=stats)
         self.state.value, after = update(state, frozen, experience, self.key(step, 1), spec=self.spec)
+        if self.spec.returns_logprobs:
+            seen = dataclasses.replace(seen, old_logprobs=after.pop("old_logprobs_rows"))
         rate = after.pop("policy/learning_rate")
         return seen, metrics | after | score_metrics(scores) | {"learning_rate": rate}
 

@@ -24,11 +24,13 @@ from jaxrlhf.training.on_policy.update import (
     UpdateSpec,
     budget,
     exact_kl,
+    in_batch_order,
     sampler_gap,
     sampler_weights,
     sequence_logprobs,
     shuffled_rows,
     sync_reference,
+    take_rows,
 )
 from jaxrlhf.training.step import Metrics, apply, gradients, map_rows
 from jaxrlhf.types import GroupExperience, Params, Rollout, TrainState
@@ -59,6 +61,11 @@ class GRPOSpec(UpdateSpec):
         steps = grpo.optimizer_steps
         kl_in_reward = grpo.has_reference and recipe.kl_in == "reward"
         return recipe.loss != "dpo" and (steps > 1 or kl_in_reward or grpo.selects_tokens)
+
+    @property
+    def returns_logprobs(self) -> bool:
+        """Return True if `update` returns the policy's log-probs before it, from its only step."""
+        return not self.annotates_policy and self.grpo.optimizer_steps == 1 and not self.grpo.micro_batch_tokens
 
 
 @jax.jit
@@ -129,7 +136,7 @@ def filled(
     state: TrainState, frozen: dict[str, Params], experience: GroupExperience, *, spec: GRPOSpec
 ) -> GroupExperience:
     """The experience with the policy's log-probs, for a reader, where the update does without them
-    (`GRPOSpec.annotates_policy`). Takes another forward pass of the policy."""
+    (`GRPOSpec.annotates_policy`) and does not return them. Takes another forward pass of the policy."""
     shape = experience.rollout.response_mask.shape
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) - 1 :]), experience.rollout)
     policy, batch = policy_params(state.params, frozen), shape[0]
@@ -260,7 +267,9 @@ def update(
     state: TrainState, frozen: dict[str, Params], experience: GroupExperience, key: Array, *, spec: GRPOSpec
 ) -> tuple[TrainState, Metrics]:
     """Train on the experience for `num_iterations` passes, each over `num_mini_batches` freshly shuffled mini-batches
-    of rows, or of pairs. A mini-batch without a scored response is skipped."""
+    of rows, or of pairs. A mini-batch without a scored response is skipped. If the update needs no old log-probs
+    (`GRPOSpec.annotates_policy`) and is one step, without a token budget, they are returned: the metrics have
+    `old_logprobs_rows`, f32 [B, R] or of pairs [n, 2, R]."""
     grpo, items = spec.grpo, experience.advantages.shape[0]
     paired = grpo.recipe.loss == "dpo"
     each = items // grpo.num_mini_batches
@@ -286,17 +295,26 @@ def update(
         )
         used = jnp.any(mask)
         state, norms = apply(state, grads, metrics.pop("loss"), spec.optimizers, {"policy": used})
+        known = take_rows(metrics)
         metrics = metrics if "val/ratio_spread" not in metrics else finalize_metrics(metrics)
-        return sharding.constrain(state, spec.mesh), metrics | norms | {"policy/steps": used.astype(jnp.float32)}
+        steps = {"policy/steps": used.astype(jnp.float32)}
+        return sharding.constrain(state, spec.mesh), metrics | norms | known | steps
 
     def loss(
         params: dict[str, Params], part: GroupExperience, selected: Selected, count: Array, size: _Size
     ) -> tuple[Array, Metrics]:
         policy = policy_params(params, frozen)
+
+        def known(logprobs: Array) -> Metrics:
+            if not spec.returns_logprobs:
+                return {}
+            return {"old_logprobs_rows": jax.lax.stop_gradient(logprobs).reshape(part.rollout.response_mask.shape)}
+
         if paired:
             rollout, ref = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (part.rollout, part.ref_logprobs))
             logprobs, entropy, router, _ = _logprobs(policy, rollout, spec)
             value, metrics = preference(logprobs, part, count, grpo)
+            metrics |= known(logprobs)
             if spec.rejected:  # every second response was not sampled
                 rollout, logprobs, entropy, ref = jax.tree.map(lambda x: x[::2], (rollout, logprobs, entropy, ref))
             return value, metrics | router | policy_metrics(rollout, logprobs, entropy, ref, *size, grpo)
@@ -304,11 +322,11 @@ def update(
         logprobs, entropy, router, hidden = _logprobs(
             policy, part.rollout, spec, entropy_gradient=grpo.has_entropy_bonus
         )
-        old_metrics, old = {}, part.old_logprobs
+        old_metrics, old = known(logprobs), part.old_logprobs
         if old is None:
             old = jax.lax.stop_gradient(logprobs)
             measured = jax.lax.stop_gradient(entropy)
-            old_metrics = policy_metrics(part.rollout, old, measured, part.ref_logprobs, *size, grpo)
+            old_metrics |= policy_metrics(part.rollout, old, measured, part.ref_logprobs, *size, grpo)
         normalise, longest = grpo.recipe.normalise, spec.response_length
         if normalise == "sum":
             normalise, longest = "constant", 1
@@ -331,6 +349,7 @@ def update(
 
     orders = shuffled_rows(order_key, grpo.num_iterations, items, grpo.num_mini_batches)
     state, stacked = jax.lax.scan(mini_batch, state, orders)
+    known = in_batch_order(take_rows(stacked), orders[0])
     of_old = "objective/", "val/sampler"  # those of the first step, where pi is pi_old
     used = stacked.pop("policy/steps")
     first = jnp.argmax(used)
@@ -347,7 +366,7 @@ def update(
     state = dataclasses.replace(
         state, step=number + 1, reference=sync_reference(state, number, spec.reference), entropy=control
     )
-    return sharding.constrain(state, spec.mesh), metrics
+    return sharding.constrain(state, spec.mesh), metrics | known
 
 
 class _Size(NamedTuple):

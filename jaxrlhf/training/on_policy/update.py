@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +123,16 @@ def shuffled_rows(key: Array, epochs: int, rows: int, num_mini_batches: int) -> 
     epoch."""
     keys = jax.random.split(key, epochs)
     return jax.vmap(lambda k: jax.random.permutation(k, rows))(keys).reshape(-1, rows // num_mini_batches)
+
+
+def take_rows(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Remove and return the metrics of rows (see `training.step.gradients`)."""
+    return {key: metrics.pop(key) for key in list(metrics) if key.endswith("_rows")}
+
+
+def in_batch_order(known: dict[str, Any], order: Array) -> dict[str, Any]:
+    """Metrics of rows [1, B, ...] of an update whose only mini-batch are the rows in this order."""
+    return jax.tree.map(lambda x: x[0][jnp.argsort(order)], known)
 
 
 def sync_reference(state: TrainState, update: Array, config: Reference) -> Params | None:

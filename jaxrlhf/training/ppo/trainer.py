@@ -21,11 +21,11 @@ from jaxrlhf.training.on_policy.rollout import (
     shape_scores,
 )
 from jaxrlhf.training.on_policy.trainer import OnPolicyTrainer
-from jaxrlhf.training.on_policy.update import without_moments
+from jaxrlhf.training.on_policy.update import take_rows, without_moments
 from jaxrlhf.training.ppo.critic import critic_params
 from jaxrlhf.training.ppo.replay import update_with_replay
 from jaxrlhf.training.ppo.state import initial_state
-from jaxrlhf.training.ppo.update import PPOSpec, annotate, filled, update
+from jaxrlhf.training.ppo.update import PPOSpec, annotate, update
 from jaxrlhf.training.session import Metrics, Session
 from jaxrlhf.types import Experience, Rollout
 
@@ -90,13 +90,10 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
         scores: np.ndarray,
         step: int,
         token_scores: np.ndarray | None = None,
-        *,
-        fill: bool = False,
     ) -> tuple[Experience, Metrics]:
         """Annotate a rollout with scores f32 [B], and f32 [B, R] of single tokens, and train on it: update number
-        `step`. Returns the experience and the metrics. A response whose score is nan is left out. With `fill` the
-        experience is also complete where the update is one step (`PPOSpec.one_step`)."""
-        config, state = self.config, without_moments(self.state.value)
+        `step`. Returns the experience and the metrics. A response whose score is nan is left out."""
+        config, state, ppo = self.config, without_moments(self.state.value), self.config.ppo
         rollout = leave_out_unscored(rollout, scores, self.tokenizer.pad_id, self.mesh)
         if config.ppo.replay:
             width = self.sampler.columns, config.sampling.response_length
@@ -106,18 +103,18 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
             token_scores = sharding.put_rows(np.asarray(token_scores, np.float32), self.mesh)
         frozen = {role: sharding.to_device(part) for role, part in self.frozen.items()}
         experience, metrics = annotate(state, frozen, rollout, final_scores, token_scores, spec=self.spec)
-        seen, ppo = experience, config.ppo
-        if fill and self.spec.one_step(len(scores)):
-            seen = filled(state, frozen, experience, spec=self.spec)
-        seen = dataclasses.replace(seen, gamma=ppo.gamma, lam=ppo.lam, lam_alpha=ppo.lam_alpha)
         if config.reference.offload:  # it leaves the device before moments and gradients come
             jax.block_until_ready(experience)
         frozen = {role: self.frozen[role] for role in self.spec.update_roles}
         state = dataclasses.replace(self.state.ready, score_stats=stats)
         train = update_with_replay if config.ppo.replay else update
         self.state.value, after = train(state, frozen, experience, self.key(step, 1), spec=self.spec)
+        known = {key.removesuffix("_rows"): values for key, values in take_rows(after).items()}
+        experience = dataclasses.replace(
+            experience, **known, token_scores=None, gamma=ppo.gamma, lam=ppo.lam, lam_alpha=ppo.lam_alpha
+        )
         rate = after.pop("policy/learning_rate")
-        return seen, metrics | after | score_metrics(scores) | {"learning_rate": rate}
+        return experience, metrics | after | score_metrics(scores) | {"learning_rate": rate}
 
     def annotate_arguments(self, rollout: Rollout) -> tuple[Any, ...]:
         state, size = self.state.template, self.config.ppo.batch_size
@@ -151,13 +148,7 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
         batch = self.generate_and_score(rows, step, session)
         record = self._token_record(session, step + 1, batch)
         self._await_programs(session)
-        experience, metrics = self.learn(
-            batch.rollout,
-            batch.scored.scores,
-            step,
-            batch.scored.token_scores,
-            fill=session is None or record is not None,
-        )
+        experience, metrics = self.learn(batch.rollout, batch.scored.scores, step, batch.scored.token_scores)
         if session and record:
             session.log_tokens(step + 1, record.after(self.params, experience, step + 1))
         return batch, experience, metrics | batch.scored.metrics

@@ -25,16 +25,20 @@ from jaxrlhf.training.on_policy.update import (
     UpdateSpec,
     budget,
     exact_kl,
+    in_batch_order,
     sampler_gap,
     sampler_weights,
     sequence_logprobs,
     shuffled_rows,
     sync_reference,
+    take_rows,
 )
 from jaxrlhf.training.ppo.critic import Trunk
 from jaxrlhf.training.step import Metrics, apply, gradients, gradients_in_turn, map_rows
 from jaxrlhf.types import Experience, Params, Rollout, TrainState
 
+FILLED = ("old_logprobs", "values", "rewards", "advantages", "returns", "bootstrap", "weights")
+"""Fields of an experience that `fill_experience` computes."""
 QUANTILES = (0.01, 0.5, 0.99)  # of the ratio pi_old / pi_sampler
 
 
@@ -170,20 +174,6 @@ def blank_experience(rollout: Rollout, scores: Array, ref_logprobs: Array, **kno
     )
 
 
-@jax.jit
-def filled(state: TrainState, frozen: dict[str, Params], experience: Experience, *, spec: PPOSpec) -> Experience:
-    """The experience as an update of one step (`PPOSpec.one_step`) fills it, for a reader: `annotate` leaves that to
-    `update`, which does not return it. Takes another forward pass of policy and critic."""
-
-    def forward(part: tuple[Rollout, Array | None]) -> Predictions:
-        return predict(state.params, frozen, *part, spec)[0]
-
-    batch = experience.scores.shape[0]
-    rows = experience.rollout, experience.features
-    predictions = map_rows(forward, rows, batch // spec.ppo.annotation_rows(batch))
-    return fill_experience(experience, predictions, state.kl_coef, spec.ppo)[0]
-
-
 def fill_experience(
     experience: Experience, predictions: Predictions, kl_coef: Array, ppo: PPO
 ) -> tuple[Experience, Metrics]:
@@ -272,7 +262,8 @@ def update(
     A mini-batch whose policy is further than `target_kl` from pi_old is skipped, and so are those after it; one without
     a scored response is skipped alone. With `ppo.replay` this is one of several calls of an update: parameters and
     optimizer state change, the rest is left to `finish_update`, and the metrics have `ended`, bool []. For a replayed
-    experience `ended` is that of the call before; its mini-batches that are too far are skipped alone.
+    experience `ended` is that of the call before; its mini-batches that are too far are skipped alone. If the update is
+    one step (`PPOSpec.one_step`), the metrics also have the fields of the filled experience, as `values_rows`.
     """
     ppo, batch = spec.ppo, experience.scores.shape[0]
     num_micro = budget(ppo, spec.mesh) or batch // ppo.num_mini_batches // ppo.micro_rows(batch)
@@ -320,6 +311,7 @@ def update(
         values = _predict_values(params, frozen, rollout, features, spec)
         if spec.one_step(batch):
             part, metrics = fill_experience(part, Predictions(*tokens[:2], *values[:2]), kl_coef, ppo)
+            metrics |= {f"{name}_rows": getattr(part, name) for name in FILLED if getattr(part, name) is not None}
         policy, policy_metrics = of_policy(params, part, count, tokens)
         critic, critic_metrics = of_critic(params, part, count, values)
         return policy + critic, metrics | policy_metrics | critic_metrics
@@ -345,7 +337,8 @@ def update(
         state, norms = apply(state, grads, metrics.pop("loss"), spec.optimizers, accept)
         metrics["val/first_log_ratio_max"] = metrics["val/log_ratio_max"]
         metrics["policy/steps"] = used.astype(jnp.float32)
-        return sharding.constrain(state, spec.mesh), far, finalize_metrics(metrics) | norms
+        known = take_rows(metrics)
+        return sharding.constrain(state, spec.mesh), far, finalize_metrics(metrics) | norms | known
 
     def step(carry: tuple[TrainState, Array], rows: Array) -> tuple[tuple[TrainState, Array], Metrics]:
         state, ended = carry
@@ -359,7 +352,8 @@ def update(
     orders = shuffled_rows(key, ppo.num_ppo_epochs, batch, ppo.num_mini_batches)
     start = jnp.array(False) if ended is None else ended
     (state, ended), stacked = jax.lax.scan(step, (state, start), orders)
-    metrics = merge_metrics(stacked, stacked["policy/steps"])
+    known = in_batch_order(take_rows(stacked), orders[0])
+    metrics = merge_metrics(stacked, stacked["policy/steps"]) | known
     if ppo.replay:
         return sharding.constrain(state, spec.mesh), metrics | {"ended": ended}
     return sharding.constrain(finish_update(state, experience, metrics.get("objective/kl"), spec), spec.mesh), metrics
