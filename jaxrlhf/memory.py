@@ -6,6 +6,9 @@ from pathlib import Path
 
 import jax
 
+WORTH_RELEASING = 2**26
+"""Bytes from which on freed memory is returned to the system."""
+
 
 def free_on_host(group: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Host memory still available to a process in the cgroup `group`; None where unknown (not Linux)."""
@@ -44,12 +47,14 @@ def peak_on_devices() -> int | None:
     return max((peak for peak in peaks if peak is not None), default=None)
 
 
-def release_free_memory() -> None:
-    """Return memory that this process has freed to the system.
+def release_free_memory(freed: int) -> None:
+    """Return memory that this process has freed to the system, if `freed`, the bytes it has freed last, are worth it.
 
     glibc keeps freed blocks below 32 MB, such as the layers of an inference copy, which would add to the memory of the
-    following update. Does nothing on other C libraries.
+    following update. Looking for them takes 10 ms or more. Does nothing on other C libraries.
     """
+    if freed < WORTH_RELEASING:
+        return
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

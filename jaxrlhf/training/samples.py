@@ -65,8 +65,9 @@ class Samples:
         decoder_params = convert(params, *self.conversion)
         rollout = engine.generate_in_chunks(decoder_params, self.decoding, self.prompts, key, mesh=self.mesh)
         _, completions = decode_completions(rollout, self.tokenizer, self.sampling.stop_strings)
+        size = sum(x.nbytes for x in jax.tree.leaves(decoder_params))
         del decoder_params  # before its memory is given back
-        memory.release_free_memory()
+        memory.release_free_memory(size)
         rows = zip(*sharding.fetch((self.prompts.tokens, self.prompts.mask)), strict=True)
         prompts = [self.tokenizer.decode(tokens[mask].tolist()) for tokens, mask in rows]
         pairs = zip(prompts[: self._count], completions[: self._count], strict=True)

@@ -79,9 +79,11 @@ class Sampler:
         """A response to each row's prompt, all at once or in `rollout.slots`: the rollout and its completions."""
         decoder_params = self.inference_copy(params)
         rollout = self.draw(decoder_params, rows, key, greedy=greedy)
-        del decoder_params  # before its memory is given back
-        memory.release_free_memory()
-        return self.finished(rollout)
+        size = sum(x.nbytes for x in jax.tree.leaves(decoder_params))
+        del decoder_params  # but the device still uses it until the rollout is there
+        finished = self.finished(rollout)
+        memory.release_free_memory(size)
+        return finished
 
     def draw(self, decoder_params: Params, rows: Sequence[PromptRow], key: Array, *, greedy: bool = False) -> Rollout:
         """`generate` with an inference copy, up to the rollout as it was drawn: on the host if there are slots."""
