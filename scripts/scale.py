@@ -127,13 +127,12 @@ class _Scanned(Traced):
 
 
 class _Unrolled(Programs):
-    """Compiles the `UNROLLED` programs alone, and ends with the last."""
+    """Compiles the `UNROLLED` programs alone, and ends after the last."""
 
     def compile(self, program: Any, *args: Any, **kwargs: Any) -> Any:
-        outputs = super().compile(program, *args, **kwargs)
-        if program.__name__ == UNROLLED["rollout"][-1]:
+        if all(program.__name__ not in names for names in UNROLLED.values()):
             raise _Done
-        return outputs
+        return super().compile(program, *args, **kwargs)
 
 
 @dataclasses.dataclass
@@ -168,7 +167,8 @@ def unrolled(folder: Path, case: str, target: targets.Target, layers: int, layou
         for name, among in UNROLLED.items():
             ran = tuple(one for program in among for one in programs[program.lstrip("_")])
             beside = max(plan.beside(one) for one in ran)
-            rows[name] = Row.of(Phase(name, {"beside": beside}, ran, trainer.mesh, LENGTH - 1), target)
+            trips = (LENGTH - 1) / max(1, sum(one.name == "advance" for one in ran))  # of about equal length
+            rows[name] = Row.of(Phase(name, {"beside": beside}, ran, trainer.mesh, trips), target)
         return rows
 
 

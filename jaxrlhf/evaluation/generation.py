@@ -21,6 +21,7 @@ from jaxrlhf.errors import ConfigError, DataError
 from jaxrlhf.models import ModelConfig, for_length
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rollout import engine, turns
+from jaxrlhf.rollout.cache import check_slots
 from jaxrlhf.rollout.decode import Decoding
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.rollout.queue import PromptQueue
@@ -154,7 +155,7 @@ def generate(
     def draw(prompts: Prompts, group: int) -> Rollout:
         responses = len(prompts.index) * group
         if responses <= config.rollout.slots:
-            engine.check_slots(model, responses, prompts.tokens.shape[1] + length)
+            check_slots(model, responses, prompts.tokens.shape[1] + length)
             return jax.device_get(engine.generate_in_chunks(params, decoding, prompts, key, group))
         queue = PromptQueue(prompts, config.rollout.slots or config.ppo.batch_size, group, columns)
         return engine.generate_in_slots(params, decoding, queue, key)

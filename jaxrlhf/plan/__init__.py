@@ -22,7 +22,7 @@ from jaxrlhf.logprobs import logits_bytes
 from jaxrlhf.plan import costs, hlo, topology
 from jaxrlhf.plan.programs import SAMPLES, Programs, Traced, Trainer, abstract_trainer, compile_longest
 from jaxrlhf.plan.targets import Target
-from jaxrlhf.rollout import engine
+from jaxrlhf.rollout.cache import cache_shapes
 from jaxrlhf.training.distill.trainer import DistillTrainer
 from jaxrlhf.training.dpo.trainer import DPOTrainer
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
@@ -285,11 +285,13 @@ def _rollout_phase(
     """The rollout on the devices of a sampler, which hold the copy and `standing`."""
     length, slots = sampler.sampling.response_length, min(sampler.slots or sampler.batch, sampler.batch)
     held = {"decoding copy": size(copy)}
-    cache = engine.cache_shapes(sampler.decoder, slots, sampler.columns + length, sampler.mesh)
+    cache = cache_shapes(sampler.decoder, slots, sampler.columns + length, sampler.mesh)
     cached = {"keys and values": size(cache)}
     drawn = [one for program in ("generate", "admit", "advance") for one in found.get(program, ())]
     drawn = [one for one in drawn if jax.tree.leaves(one.outputs)[0].sharding.mesh == sampler.mesh]
     if "advance" in found and not isinstance(found, Traced):  # an argument of that program, which it writes to
         held, cached = held | cached, {}
     times = -(-sampler.batch // slots)
-    return _phase(name, standing | held, drawn, cached, mesh=sampler.mesh, trips=length - 1, times=times)
+    # programs with a cache that grows draw about as many tokens each
+    trips = (length - 1) / max(1, sum(one.name in ("generate", "advance") for one in drawn))
+    return _phase(name, standing | held, drawn, cached, mesh=sampler.mesh, trips=trips, times=times)

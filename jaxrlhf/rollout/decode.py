@@ -68,7 +68,7 @@ def generate(
     slots = start(params, decoding, prompts, key, group)
     length, batch = sampling.response_length, len(slots.count)
     slots = dataclasses.replace(slots, cache=widened(slots.cache, length))
-    slots = advance(params, decoding, slots, batch)
+    slots = advance(params, decoding, slots, batch, prompts.tokens.shape[1])
     return as_rollout(jnp, prompts, group, slots.tokens, slots.logprobs, slots.count, slots.ended, slots.support)
 
 
@@ -130,8 +130,9 @@ def rollout_shapes(decoding: Decoding, prompts: Prompts, group: int) -> Rollout:
     return jax.eval_shape(rollout, prompts)
 
 
-def empty_slots(decoding: Decoding, batch: int, prompt_columns: int) -> Slots:
-    """`batch` free slots, with cache space for prompts of `prompt_columns` tokens."""
+def empty_slots(decoding: Decoding, batch: int, prompt_columns: int, room: int | None = None) -> Slots:
+    """`batch` free slots, with cache space for prompts of `prompt_columns` tokens and `room` (None: all) of the
+    response."""
     length = decoding.sampling.response_length
     support_shape = batch, length, math.ceil(decoding.model.vocab_size / 8)
     return Slots(
@@ -143,7 +144,7 @@ def empty_slots(decoding: Decoding, batch: int, prompt_columns: int) -> Slots:
         tokens=jnp.full((batch, length), decoding.pad_id, jnp.int32),
         logprobs=jnp.zeros((batch, length), jnp.float32),
         support=jnp.zeros(support_shape, jnp.uint8) if decoding.sampling.renormalise_logprobs else None,
-        cache=empty_cache(decoding.model, batch, prompt_columns + length),
+        cache=empty_cache(decoding.model, batch, prompt_columns + (length if room is None else room)),
     )
 
 
@@ -202,11 +203,16 @@ def draw_tokens(params: Params, decoding: Decoding, slots: Slots, hidden: Float[
 
 
 def advance(
-    params: Params, decoding: Decoding, slots: Slots, enough: Int[Array, ""] | int, limit: int | None = None
+    params: Params,
+    decoding: Decoding,
+    slots: Slots,
+    enough: Int[Array, ""] | int,
+    prompt_columns: int,
+    limit: int | None = None,
 ) -> Slots:
-    """Draw tokens, `limit` at most for a row, until at least `enough` rows are idle."""
+    """Draw tokens, `limit` at most for a row, until at least `enough` rows are idle. The cache may have fewer than R
+    columns after the `prompt_columns` as long as the clock stays below their number, which is not checked."""
     length = decoding.sampling.response_length
-    prompt_columns = slots.cache.valid.shape[1] - length
 
     def step(slots: Slots) -> Slots:
         """Feed each row's last token and draw its next one. Idle rows do not change."""

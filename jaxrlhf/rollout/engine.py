@@ -2,7 +2,8 @@
 
 Three programs: `_admit` prefills a few prompts into free slots, `_advance` draws tokens until enough rows have ended,
 CHUNK for a row at most, and `_select` shrinks the slots once no prompt is waiting. The host only assigns rows to slots;
-a response depends on its prompt and its key alone. `generate_in_chunks` runs the first two for a batch without slots.
+a response depends on its prompt and its key alone. `generate_in_chunks` runs the first two for a batch without slots,
+with a cache that grows.
 """
 
 import dataclasses
@@ -13,14 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jaxrlhf import distributed, memory, sharding
-from jaxrlhf.errors import ConfigError
-from jaxrlhf.models import ModelConfig, empty_cache
-from jaxrlhf.rollout.decode import Decoding, advance, as_rollout, by_rows, empty_slots, generate, start
+from jaxrlhf import distributed, sharding
+from jaxrlhf.rollout.cache import check_slots, empty_slots, grown, slot_shapes, slot_shardings
+from jaxrlhf.rollout.decode import Decoding, advance, as_rollout, by_rows, generate, start
 from jaxrlhf.rollout.queue import PromptQueue, SlotTable
 from jaxrlhf.types import KVCache, Params, Prompts, Rollout, Slots, map_layers
 
@@ -28,6 +26,9 @@ SHRINK = 4
 """With no prompt waiting, generation continues in a quarter of the slots once the busy rows fit there."""
 CHUNK = 64
 """Tokens that a program draws for a row before the host looks for a request to stop."""
+PARTS = 4
+"""The most parts in which the cache of a batch grows, of at least two CHUNKs each. Each is a program of its own, which
+compiles in 1.6 s for 30 layers; growing to 256 tokens saves 0.4 s of a rollout of 8 rows (docs/performance.md)."""
 
 
 def generate_in_chunks(
@@ -47,9 +48,14 @@ def generate_in_chunks(
     if _is_one_program(decoding):
         return generate(*_at_once(params, decoding, prompts, key, group))
     rows = len(prompts.index) * group
-    state = _empty_slots(decoding, rows, prompts.tokens.shape[1], mesh)
-    state = _admit(params, decoding, state, prompts, None, key)
-    state = _advance_until(params, decoding, state, rows)
+    columns, (room, *wider) = prompts.tokens.shape[1], _rooms(decoding)
+    state = empty_slots(decoding, rows, columns, mesh, room)
+    state = _admit(params, decoding, state, prompts, None, key, columns)
+    state, idle = _advance_until(params, decoding, state, rows, columns, room)
+    for room in wider:
+        if idle < rows:
+            state = dataclasses.replace(state, cache=grown(state.cache, columns + room))
+            state, idle = _advance_until(params, decoding, state, rows, columns, room)
     return _rollout(prompts, group, dataclasses.replace(state, cache=None))
 
 
@@ -66,14 +72,24 @@ def chunk_programs(
     if _is_one_program(decoding):
         yield generate, _at_once(params, decoding, prompts, key, group)
         return
-    state = _slot_shapes(decoding, len(prompts.index) * group, prompts.tokens.shape[1], mesh)
-    yield _admit, (params, decoding, state, prompts, None, key)
-    yield _advance, (params, decoding, state, np.int32(0))
+    columns, rooms = prompts.tokens.shape[1], _rooms(decoding)
+    states = [slot_shapes(decoding, len(prompts.index) * group, columns, mesh, room) for room in rooms]
+    yield _admit, (params, decoding, states[0], prompts, None, key, columns)
+    for state in states:
+        yield _advance, (params, decoding, state, np.int32(0), columns)
 
 
 def _is_one_program(decoding: Decoding) -> bool:
     # Inside its loop a TPU's compiler gives the cache another layout: every program would begin and end with a copy.
     return decoding.model.platform == "tpu" or decoding.sampling.response_length <= CHUNK
+
+
+def _rooms(decoding: Decoding) -> tuple[int, ...]:
+    """Columns of the cache for responses, at first and each time it has grown: attention reads all columns, filled or
+    not."""
+    length = decoding.sampling.response_length
+    parts = max(1, min(PARTS, length // (2 * CHUNK)))
+    return (*(-(-i * length // (parts * CHUNK)) * CHUNK for i in range(1, parts)), length)
 
 
 def _at_once(params: Params, decoding: Decoding, prompts: Prompts, key: Array, group: int) -> tuple[Any, ...]:
@@ -100,7 +116,7 @@ def generate_in_slots(
     if mesh is not None:
         sharding.check_rows(queue.slots, mesh, "rollout.slots")
     shards = 1 if mesh is None else sharding.row_shards(mesh)
-    state = _empty_slots(decoding, queue.slots, queue.columns, mesh)
+    state = empty_slots(decoding, queue.slots, queue.columns, mesh)
     table = SlotTable(queue.slots)
     names = ("tokens", "logprobs", "count", "ended", *(("support",) if sampling.renormalise_logprobs else ()))
     rows = len(queue.prompts.index) * queue.group
@@ -108,7 +124,7 @@ def generate_in_slots(
     while queue or table.busy:
         while queue and table.free >= queue.slots_needed(table.busy):
             admitted, starting = queue.take(table.free)
-            state = _admit(params, decoding, state, admitted, table.assign(starting), key)
+            state = _admit(params, decoding, state, admitted, table.assign(starting), key, queue.columns)
         smaller = _fewer(table.size, shards)
         if not queue and 0 < table.busy <= smaller:
             state = _select(state, table.shrink(smaller), mesh)
@@ -118,7 +134,7 @@ def generate_in_slots(
             enough = table.free + min(queue.slots_needed(table.busy), table.busy)
         else:
             enough = table.size - (smaller if table.busy > smaller else 0)
-        state = _advance_until(params, decoding, state, enough)
+        state, _ = _advance_until(params, decoding, state, enough, queue.columns)
         on_host = sharding.fetch({name: getattr(state, name) for name in names})
         busy = ~on_host["ended"] & (on_host["count"] < sampling.response_length)
         ended, ended_rows = table.release(busy)
@@ -135,42 +151,14 @@ def slot_programs(
 
     `params` may be arrays or ShapeDtypeStructs; the slots are ShapeDtypeStructs. Programs for fewer slots are left out.
     """
-    state = _slot_shapes(decoding, queue.slots, queue.columns, mesh)
+    state = slot_shapes(decoding, queue.slots, queue.columns, mesh)
     widths = set()
     while queue:
         admitted, rows = queue.take(queue.slots)
         if admitted.tokens.shape[1] not in widths:
             widths.add(admitted.tokens.shape[1])
-            yield _admit, (params, decoding, state, admitted, np.zeros(len(rows), np.int32), key)
-    yield _advance, (params, decoding, state, np.int32(0))
-
-
-def check_slots(model: ModelConfig, slots: int, columns: int, mesh: jax.sharding.Mesh | None = None) -> None:
-    """Raise ConfigError for less than one slot, or if a cache [slots, columns] does not fit in device memory."""
-    if slots < 1:
-        raise ConfigError(f"rollout.slots is {slots}; it must be at least 1")
-    if mesh is not None and not sharding.is_here(mesh):
-        return  # `jaxrlhf plan` tells what its devices need
-    shards = 1
-    if mesh is not None and sharding.platform(mesh) != "cpu":  # CPU devices share memory
-        shards = cache_shards(model, mesh)
-    itemsize = jnp.dtype(model.dtype).itemsize
-    slot_bytes = 2 * len(model.layers_with("attention")) * model.num_kv_heads * columns * model.head_dim * itemsize
-    state = jax.eval_shape(lambda: empty_cache(model, 1, 0).states)
-    slot_bytes += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    free = memory.free_on_device()
-    if free is not None and slots * slot_bytes > (free := free * shards):
-        raise ConfigError(
-            f"{slots} slots of {columns} tokens need {slots * slot_bytes / 2**30:.1f} GiB for keys and values, but "
-            f"{free / 2**30:.1f} GiB are free; set rollout.slots to {max(1, int(0.8 * free / slot_bytes))} or less, or "
-            "lower sampling.response_length"
-        )
-
-
-def cache_shapes(model: ModelConfig, slots: int, columns: int, mesh: jax.sharding.Mesh) -> KVCache:
-    """The shapes of a cache [slots, columns], with their shardings."""
-    cache = jax.eval_shape(lambda: empty_cache(model, slots, columns))
-    return sharding.with_shardings(cache, _cache_shardings(cache, mesh))
+            yield _admit, (params, decoding, state, admitted, np.zeros(len(rows), np.int32), key, queue.columns)
+    yield _advance, (params, decoding, state, np.int32(0), queue.columns)
 
 
 def _fewer(slots: int, shards: int) -> int:
@@ -178,58 +166,20 @@ def _fewer(slots: int, shards: int) -> int:
     return slots // SHRINK // shards * shards
 
 
-def cache_shards(model: ModelConfig, mesh: jax.sharding.Mesh) -> int:
-    """Number of shards of the keys and values of a cache: rows, and heads if `tensor` divides them."""
-    tensor = mesh.shape["tensor"]
-    return sharding.row_shards(mesh) * (tensor if model.num_kv_heads % tensor == 0 else 1)
-
-
-def _slot_shapes(decoding: Decoding, batch: int, columns: int, mesh: jax.sharding.Mesh | None) -> Slots:
-    """The shapes of `empty_slots`, with their shardings if there is a mesh."""
-    state = jax.eval_shape(lambda: empty_slots(decoding, batch, columns))
-    return state if mesh is None else sharding.with_shardings(state, _shardings(state, mesh))
-
-
-def _shardings(slots: Slots, mesh: jax.sharding.Mesh) -> Any:
-    rows, replicated = NamedSharding(mesh, sharding.ROWS), NamedSharding(mesh, P())
-    cache = _cache_shardings(slots.cache, mesh)
-    return dataclasses.replace(jax.tree.map(lambda x: rows if x.ndim else replicated, slots), cache=cache)
-
-
-def _cache_shardings(cache: KVCache, mesh: jax.sharding.Mesh) -> Any:
-    """Rows are split like those of a batch, heads of keys, values and states over `tensor`."""
-    rows, tensor = NamedSharding(mesh, sharding.ROWS), mesh.shape["tensor"]
-
-    def heads(x: Any) -> NamedSharding:
-        split = ("tensor",) if tensor > 1 and x.shape[-3] % tensor == 0 else ()
-        if x.ndim == 5:  # stacked [L, S, K, B, H]
-            return NamedSharding(mesh, P(None, None, *(split or (None,)), *sharding.ROWS))
-        return NamedSharding(mesh, P(*sharding.ROWS, *split))
-
-    return dataclasses.replace(
-        jax.tree.map(lambda _: rows, cache),
-        k=jax.tree.map(heads, cache.k),
-        v=jax.tree.map(heads, cache.v),
-        states=tuple((rows, heads(state)) for _, state in cache.states),
-    )
-
-
-@partial(jax.jit, static_argnames=("batch", "prompt_columns", "mesh"))
-def _empty_slots(decoding: Decoding, batch: int, prompt_columns: int, mesh: jax.sharding.Mesh | None) -> Slots:
-    slots = empty_slots(decoding, batch, prompt_columns)
-    return slots if mesh is None else jax.lax.with_sharding_constraint(slots, _shardings(slots, mesh))
-
-
-@partial(jax.jit, donate_argnames="slots")
+@partial(jax.jit, donate_argnames="slots", static_argnames="columns")
 def _admit(
-    params: Params, decoding: Decoding, slots: Slots, prompts: Prompts, targets: Array | None, key: Array
+    params: Params,
+    decoding: Decoding,
+    slots: Slots,
+    prompts: Prompts,
+    targets: Array | None,
+    key: Array,
+    columns: int,
 ) -> Slots:
     """Prefill prompts [m] and start n rows of each in slots `targets` [m * n], or, if it is None, in all slots in their
-    order; out-of-bounds targets are dropped."""
+    order; out-of-bounds targets are dropped. `columns` of the cache are for prompts."""
     starting = len(slots.count) if targets is None else len(targets)
     started = start(params, decoding, prompts, key, starting // len(prompts.index))
-    length = slots.tokens.shape[1]
-    columns = slots.cache.valid.shape[1] - length
     first = columns - prompts.tokens.shape[1]
     rows = slice(None) if targets is None else targets
 
@@ -239,7 +189,7 @@ def _admit(
     def write_columns(old: Array, new: Array) -> Array:
         return old.at[rows, :, first:columns].set(new, mode="drop")
 
-    padding = ((0, 0), (first, length))
+    padding = ((0, 0), (first, slots.cache.valid.shape[1] - columns))
     cache = KVCache(
         k=map_layers(write_columns, slots.cache.k, started.cache.k),
         v=map_layers(write_columns, slots.cache.v, started.cache.v),
@@ -251,20 +201,22 @@ def _admit(
     return dataclasses.replace(jax.tree.map(write, *by_row), clock=slots.clock, cache=cache)
 
 
-def _advance_until(params: Params, decoding: Decoding, slots: Slots, enough: int) -> Slots:
-    """Draw tokens until at least `enough` rows are idle, in programs of CHUNK tokens. Raises Interrupted after a
-    request to stop."""
+def _advance_until(
+    params: Params, decoding: Decoding, slots: Slots, enough: int, columns: int, end: int | None = None
+) -> tuple[Slots, int]:
+    """Draw tokens until at least `enough` rows are idle, or the clock is at `end`, a multiple of CHUNK, in programs of
+    CHUNK tokens; returns the number of idle rows, too. Raises Interrupted after a request to stop."""
     idle = -1
-    while idle < enough:
+    while idle < enough and (end is None or int(slots.clock) < end):
         distributed.check_stop()
-        slots, idle = _advance(params, decoding, slots, np.int32(enough))
-    return slots
+        slots, idle = _advance(params, decoding, slots, np.int32(enough), columns)
+    return slots, int(idle)
 
 
-@partial(jax.jit, donate_argnames="slots")
-def _advance(params: Params, decoding: Decoding, slots: Slots, enough: Array) -> tuple[Slots, Array]:
+@partial(jax.jit, donate_argnames="slots", static_argnames="columns")
+def _advance(params: Params, decoding: Decoding, slots: Slots, enough: Array, columns: int) -> tuple[Slots, Array]:
     """Draw tokens, CHUNK at most for a row, until at least `enough` rows are idle; returns their number, too."""
-    slots = advance(params, decoding, slots, enough, CHUNK)
+    slots = advance(params, decoding, slots, enough, columns, CHUNK)
     return slots, jnp.sum(~slots.busy)
 
 
@@ -278,4 +230,4 @@ def _select(slots: Slots, kept: Array, mesh: jax.sharding.Mesh | None) -> Slots:
     """Keep the slots with the numbers `kept`, split over the mesh as before."""
     rest = jax.tree.map(lambda x: x[kept] if x.ndim else x, dataclasses.replace(slots, cache=None))
     fewer = dataclasses.replace(rest, cache=by_rows(lambda x: x[kept], slots.cache))
-    return fewer if mesh is None else jax.lax.with_sharding_constraint(fewer, _shardings(fewer, mesh))
+    return fewer if mesh is None else jax.lax.with_sharding_constraint(fewer, slot_shardings(fewer, mesh))

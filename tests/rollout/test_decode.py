@@ -308,7 +308,7 @@ def test_a_tick_of_the_engine_copies_no_cache(key):
     sampling = Sampling(response_length=512)
     decoding = decode.Decoding(model, sampling, STOPS, PAD)
     slots = decode.empty_slots(decoding, 16, 512)
-    compiled = engine._advance.lower(params, decoding, slots, np.int32(9)).compile()
+    compiled = engine._advance.lower(params, decoding, slots, np.int32(9), 512).compile()
     one = slots.cache.k[0].nbytes
     assert compiled.memory_analysis().temp_size_in_bytes < one / 2, "of four arrays as large as this one"
 

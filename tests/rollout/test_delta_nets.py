@@ -14,6 +14,7 @@ from jaxrlhf.config import Mesh, Sampling
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.logprobs import token_logprobs
 from jaxrlhf.rollout import engine, stream
+from jaxrlhf.rollout.cache import check_slots
 from jaxrlhf.rollout.decode import Decoding, generate
 from jaxrlhf.rollout.inference_copy import convert, inference_copy, inference_model
 from jaxrlhf.rollout.queue import PromptQueue
@@ -109,9 +110,9 @@ def test_smaller_copies_stay_close(params, dtype):
 def test_states_are_counted_where_a_cache_must_fit(monkeypatch):
     each = 2 * 2 * 4 * 40 * 4 + 4 * (3 * NET.channels + 4 * 6 * 4)  # one layer of each kind
     monkeypatch.setattr(memory, "free_on_device", lambda: 4 * each)
-    engine.check_slots(MODEL, 4, 40)
+    check_slots(MODEL, 4, 40)
     with pytest.raises(ConfigError, match="5 slots of 40 tokens need"):
-        engine.check_slots(MODEL, 5, 40)
+        check_slots(MODEL, 5, 40)
     monkeypatch.setattr(memory, "free_on_device", lambda: 4 * each - 1)
     with pytest.raises(ConfigError, match="4 slots of 40 tokens need"):
-        engine.check_slots(MODEL, 4, 40)
+        check_slots(MODEL, 4, 40)

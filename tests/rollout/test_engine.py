@@ -10,7 +10,7 @@ from support.traced import compilations
 from jaxrlhf import memory, models, sharding
 from jaxrlhf.config import Mesh, Sampling
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.rollout import engine
+from jaxrlhf.rollout import cache, engine
 from jaxrlhf.rollout.decode import Decoding, generate
 from jaxrlhf.rollout.inference_copy import inference_copy
 from jaxrlhf.rollout.queue import PromptQueue
@@ -159,3 +159,80 @@ def test_chunks_are_sharded_over_a_mesh(decoder, key, shape, monkeypatch):
     expected, chunks = one_program_and_chunks(monkeypatch, placed, prompts, key, SAMPLING, mesh=mesh)
     same(chunks, expected)
     assert chunks.tokens.sharding.is_equivalent_to(expected.tokens.sharding, 2)
+
+
+def grown(monkeypatch, decoder, prompts, key, sampling, stop_ids=(), group=1, mesh=None):
+    """A rollout of `generate`, that of `generate_in_chunks` in programs of four tokens, and the columns of the caches
+    that its programs decode with."""
+    monkeypatch.setattr(engine, "CHUNK", 4)
+    widths, advance = [], engine._advance
+
+    def watched(params, decoding, slots, *others):
+        widths.append({x.shape[2] for x in jax.tree.leaves((slots.cache.k, slots.cache.v))})
+        assert not any(x.is_deleted() for x in jax.tree.leaves(slots))
+        return advance(params, decoding, slots, *others)
+
+    monkeypatch.setattr(engine, "_advance", watched)
+    model, params = decoder
+    expected = generate(params, model, prompts, key, sampling, stop_ids, PAD, group)
+    chunks = engine.generate_in_chunks(params, Decoding(model, sampling, stop_ids, PAD), prompts, key, group, mesh)
+    assert all(len(each) == 1 for each in widths)
+    return expected, chunks, [each.pop() - prompts.tokens.shape[1] for each in widths]
+
+
+NET = models.DeltaNet(layers=(True, False), key_heads=2, value_heads=4, key_size=6, value_size=4, conv_width=4)
+FAMILIES = {
+    "windows": LLAMA,
+    "delta nets": tiny(
+        vocab_size=19, max_positions=128, delta=NET, attention_gate=True, norm="rmsnorm_1p", qk_norm=True
+    ),
+    "learned positions": tiny(vocab_size=19, max_positions=128, rope=None, norm="layernorm"),
+}
+
+
+@pytest.mark.parametrize("model", FAMILIES.values(), ids=FAMILIES)
+def test_a_cache_that_grows_changes_no_response(model, key, monkeypatch):
+    """Of 30 tokens, in three parts. A window of nine tokens begins after the columns of the prompt."""
+    params = jax.tree.map(lambda x: jnp.where(x == 1, x, 15 * x), models.init(model, jax.random.key(0)))
+    decoder = inference_copy(model, params, "float32")
+    sampling = Sampling(response_length=30, temperature=1.1, top_k=8, renormalise_logprobs=True)
+    expected, chunks, widths = grown(monkeypatch, decoder, PROMPTS, key, sampling, group=2)
+    same(chunks, expected)
+    assert widths == [12] * 3 + [20] * 2 + [30] * 3, widths
+
+
+@pytest.mark.parametrize(("drawn", "widths"), [(7, [12] * 2), (13, [12] * 3), (14, [12] * 3 + [20])])
+def test_a_cache_grows_only_while_rows_are_busy(drawn, widths, decoder, key, monkeypatch):
+    """Of 30 tokens all but `drawn` are given. The first is drawn from the prompt, so a full cache has room for one
+    more."""
+    given = np.full(len(PROMPTS.index), 30 - drawn, np.int32)
+    prompts = dataclasses.replace(PROMPTS, given=given)
+    sampling = Sampling(response_length=30, temperature=1.1)
+    expected, chunks, found = grown(monkeypatch, decoder, prompts, key, sampling)
+    same(chunks, expected)
+    assert found == widths, found
+
+
+@pytest.mark.parametrize("shape", [{"data": 2}, {"fsdp": 1, "tensor": 2}])
+def test_a_cache_that_grows_stays_split_over_a_mesh(shape, decoder, key, monkeypatch):
+    model, params = decoder
+    mesh = sharding.make_mesh(Mesh(**shape), jax.devices()[:2])
+    placed = model, sharding.put_whole(params, mesh)
+    prompts = sharding.put_rows(jax.tree.map(lambda x: x[:8], PROMPTS), mesh)
+    found, pad = [], cache._pad
+    monkeypatch.setattr(cache, "_pad", lambda *given: found.append((given[0], pad(*given))) or found[-1][1])
+    expected, chunks, widths = grown(monkeypatch, placed, prompts, key, Sampling(response_length=30), mesh=mesh)
+    same(chunks, expected)
+    assert widths[-1] == 30 and len(found) == 2 * (2 * model.num_layers + 2)
+    for before, after in found:
+        assert before.is_deleted() and after.sharding == before.sharding
+        assert after.ndim < 4 or not after.sharding.is_fully_replicated
+
+
+def test_rows_that_end_early_and_late_in_a_cache_that_grows(decoder, key, monkeypatch):
+    sampling = Sampling(response_length=30, temperature=1.1)
+    expected, chunks, widths = grown(monkeypatch, decoder, PROMPTS, key, sampling, (7,))
+    lengths = np.asarray(expected.response_mask).sum(1)
+    assert lengths.min() < 12 and lengths.max() > 20, lengths
+    same(chunks, expected)
+    assert widths[-1] == 30

@@ -13,6 +13,7 @@ from support.tiny import tiny
 from jaxrlhf import models, runtime, sharding
 from jaxrlhf.config import Mesh, Sampling
 from jaxrlhf.rollout import engine, inference_copy
+from jaxrlhf.rollout.cache import cache_shards
 from jaxrlhf.rollout.decode import Decoding, generate
 from jaxrlhf.rollout.inference_copy import Layout, RolloutDType, convert, inference_model, split_axes
 from jaxrlhf.rollout.queue import PromptQueue
@@ -185,7 +186,7 @@ def test_keys_and_values_are_split_over_rows_and_the_heads_that_tensor_divides(h
     model, mesh = dataclasses.replace(MODEL, num_kv_heads=heads), sharding.make_mesh(Mesh(fsdp=2, tensor=4))
     decoding = Decoding(inference_model(model, "float32"), SAMPLING, STOPS, PAD)
     queue = PromptQueue(prompts(), ROWS)
-    *_, (_, (_, _, slots, _)) = engine.slot_programs({}, decoding, queue, jax.random.key(0), mesh)
-    assert engine.cache_shards(model, mesh) == shares
+    *_, (_, (_, _, slots, *_)) = engine.slot_programs({}, decoding, queue, jax.random.key(0), mesh)
+    assert cache_shards(model, mesh) == shares
     for x in jax.tree.leaves((slots.cache.k, slots.cache.v)):
         assert math.prod(x.sharding.shard_shape(x.shape)) * shares == x.size

@@ -107,10 +107,10 @@ def test_a_width_of_prompts_is_compiled_if_it_saves_as_much(worth, widths, ppo, 
 @pytest.mark.parametrize(
     ("slots", "chunk", "rollout", "offload"),
     [
-        (0, 64, ("generate",), False),
-        (0, 2, ("_admit", "_advance", "_rollout"), False),
-        (3, 64, ("_admit", "_advance"), False),
-        (0, 64, (), True),
+        (0, 64, {"generate": 1}, False),
+        (0, 2, {"_admit": 1, "_advance": 2, "_rollout": 1}, False),  # with half of the cache, and all of it
+        (3, 64, {"_admit": 1, "_advance": 1}, False),
+        (0, 64, {}, True),
     ],
 )
 def test_ppo_programs_compile_once(slots, chunk, rollout, offload, make, stop_at_two, monkeypatch):
@@ -121,7 +121,7 @@ def test_ppo_programs_compile_once(slots, chunk, rollout, offload, make, stop_at
         with pytest.raises(Preempted):
             make("ppo", rollout=chosen, more=more).train()
         make("ppo", rollout=chosen, more=more).train()
-    expected = dict.fromkeys((*rollout, "annotate", "update"), 1)
+    expected = rollout | {"annotate": 1, "update": 1}
     assert {name: count[name] for name in expected} == expected, count
 
 

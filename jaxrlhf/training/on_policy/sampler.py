@@ -14,6 +14,7 @@ from jaxrlhf.data.datasets import PromptRow
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.models import ModelConfig
 from jaxrlhf.rollout import engine, turns
+from jaxrlhf.rollout.cache import check_slots
 from jaxrlhf.rollout.decode import Decoding, rollout_shapes, trim
 from jaxrlhf.rollout.inference_copy import RolloutDType, convert, inference_model, split_axes
 from jaxrlhf.rollout.queue import PromptQueue
@@ -67,7 +68,7 @@ class Sampler:
     def check_memory(self) -> None:
         """Raise ConfigError for more slots than the device has free memory for; call it when all else is loaded."""
         rows = min(self.slots or self.batch, self.batch)
-        engine.check_slots(self.decoder, rows, self.columns + self.sampling.response_length, self.mesh)
+        check_slots(self.decoder, rows, self.columns + self.sampling.response_length, self.mesh)
 
     def inference_copy(self, params: Params) -> Params:
         """The policy's parameters, prepared for decoding."""
