@@ -119,7 +119,10 @@ def _forward(
     full, windowed = _may_attend(model, positions, positions, mask, segments)
     turns, kinds = rotations(model, positions)
 
-    def layer(x, inputs, with_delta=False):
+    by_row = full, windowed, turns, mask, segments, keys
+
+    def layer(x, inputs, with_delta=False, rows=by_row):
+        full, windowed, turns, mask, segments, keys = rows
         weights, adapters, number, scale, sliding, kind = inputs
         layer_keys = None if keys is None else jax.vmap(partial(jax.random.fold_in, data=number))(keys)
         variables = {"params": weights, "lora": adapters}
@@ -141,12 +144,30 @@ def _forward(
     numbers, sliding = jnp.arange(model.num_layers), jnp.array(model.sliding_layers)
     inputs = params["layers"], adapters, numbers, scales, sliding, _traced(kinds, turns)
     x = place(_embed(params, model, tokens, positions), model, "rows", None, None)
-    if model.delta is None:
+    if model.rows_at_once is not None:
+        assert model.delta is None, "layers of one kind"
+        x, sums = jax.lax.scan(_rematerialised(_in_parts(layer, by_row, model), model), x, inputs)
+    elif model.delta is None:
         x, sums = jax.lax.scan(_rematerialised(layer, model), x, inputs)
     else:
         x, sums = _scan_periods(layer, model, x, inputs)
     x = _apply(Norm(model.norm, model.norm_eps), params["norm"], x)
     return x if back is None else jnp.take_along_axis(x, back[..., None], axis=1), sums
+
+
+def _in_parts(layer: Any, by_row: Any, model: ModelConfig) -> Any:
+    """The layer as a loop over parts of `rows_at_once` rows; `by_row` are its arguments for all rows. Each part is
+    rematerialised by itself, so that the activations of only one are in memory."""
+
+    def whole(x: Array, inputs: Any) -> tuple[Array, Any]:
+        def part(rows: Any) -> tuple[Array, Any]:
+            return layer(rows[0], inputs, rows=rows[1])
+
+        parts = jax.tree.map(lambda each: each.reshape(-1, model.rows_at_once, *each.shape[1:]), (x, by_row))
+        y, sums = jax.lax.map(_rematerialised(part, model), parts)
+        return y.reshape(x.shape), jax.tree.map(lambda each: jnp.sum(each, axis=0), sums)
+
+    return whole
 
 
 def _scan_periods(layer: Any, model: ModelConfig, x: Array, inputs: tuple[Any, ...]) -> tuple[Array, Any]:

@@ -63,6 +63,38 @@ def test_a_one_step_update_without_annotation_equals_one_with_it():
     close(fused["objective/kl"], annotated["objective/kl"])
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_micro_batches_inside_the_layers_are_those_of_the_whole_pass(passes):
+    """Without annotation by policy and critic if there is one step. A model that keeps activations has them outside."""
+    inside, outside = (case(micro_batch_size=2, num_ppo_epochs=passes, num_mini_batches=passes) for _ in range(2))
+    batch = 4 * passes  # few enough for this small model
+    for problem in (inside, outside):
+        problem.rollout, problem.scores = jax.tree.map(lambda x: x[:batch], (problem.rollout, problem.scores))
+    models = {"policy": inside.spec.policy, "critic": inside.spec.critic}
+    full = {role: dataclasses.replace(model, remat="full") for role, model in models.items()}
+    inside.spec = dataclasses.replace(inside.spec, **full)
+    params = inside.state().params
+    parted = ppo_update.with_parts_in_layers(inside.spec, params, inside.rollout)
+    assert parted.policy.rows_at_once == parted.critic.rows_at_once == 2 and parted.one_step(batch) == (passes == 1)
+    assert ppo_update.with_parts_in_layers(outside.spec, params, outside.rollout) == outside.spec
+    assert not outside.spec.one_step(batch)
+    (a, seen, metrics), (b, annotated, expected) = inside.run(), outside.run()
+    close(a.params, b.params, atol=2e-5)
+    close(seen, annotated, atol=1e-5)
+    close(metrics, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_many_rows_for_the_size_of_a_model_stay_in_micro_batches():
+    """The inputs of its layers would take more memory than its gradients."""
+    problem = case(micro_batch_size=2)
+    models = problem.spec.policy, problem.spec.critic
+    policy, critic = (dataclasses.replace(model, remat="full") for model in models)
+    spec = dataclasses.replace(problem.spec, policy=policy, critic=critic)
+    long = dataclasses.replace(problem.rollout, tokens=jnp.zeros((B, 1000), jnp.int32))
+    assert ppo_update.with_parts_in_layers(spec, problem.state().params, problem.rollout) != spec
+    assert ppo_update.with_parts_in_layers(spec, problem.state().params, long) == spec
+
+
 def test_score_lands_on_the_last_real_token_and_nowhere_else():
     problem = case(kl_coef=0.0)
     _, experience, _ = problem.run()

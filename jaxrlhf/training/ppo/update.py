@@ -17,7 +17,7 @@ from jaxrlhf.algorithms.kl import adaptive_kl_coef, k1, kl_loss
 from jaxrlhf.algorithms.ppo import Clip, finalize_metrics, policy_loss, rollout_metrics, token_rewards, value_loss
 from jaxrlhf.config import PPO
 from jaxrlhf.config.base import constant
-from jaxrlhf.logprobs import response_states, response_states_with_router
+from jaxrlhf.logprobs import logits_bytes, response_states, response_states_with_router
 from jaxrlhf.models import ModelConfig, scalar_head
 from jaxrlhf.traced import settings
 from jaxrlhf.training.on_policy.policy import policy_params, reference_params
@@ -61,11 +61,38 @@ class PPOSpec(UpdateSpec):
 
         Annotation then runs neither policy nor critic. An optimizer step in several micro-batches does not count:
         whitening needs every row's advantage before the first row's loss, so annotation runs, and its old_logprobs
-        equal those of the update to rounding (1e-5), not by definition.
+        equal those of the update to rounding (1e-5), not by definition. Micro-batches inside the layers
+        (`with_parts_in_layers`) do not divide the step.
         """
         ppo = self.ppo
-        whole = ppo.micro_rows(batch) == batch and not ppo.micro_batch_tokens
+        whole = (ppo.micro_rows(batch) == batch and not ppo.micro_batch_tokens) or (
+            self.policy.rows_at_once is not None and ppo.num_mini_batches == 1
+        )
         return ppo.num_ppo_epochs == 1 and whole and not ppo.replay
+
+
+def with_parts_in_layers(spec: PPOSpec, params: dict[str, Params], rollout: Rollout) -> PPOSpec:
+    """The spec with `rows_at_once` in policy and critic if an optimizer step in several micro-batches had better be one
+    pass over all its rows, whose layers compute a micro-batch at a time.
+
+    Gradients are then added up for a layer, not for the model, and an update of one step needs no annotation by policy
+    and critic. The inputs of all layers are kept for the backward pass: not if they, with the logits, need more memory
+    than the gradients that micro-batches would be added up in. Only on one CPU, where it was measured, and in float32:
+    in bfloat16 the products of the heads would be rounded otherwise than in annotation.
+    """
+    ppo, (batch, columns) = spec.ppo, rollout.tokens.shape
+    rows, micro = batch // ppo.num_mini_batches, ppo.micro_rows(batch)
+    models = spec.policy, spec.critic
+    simple = all(m.dtype == "float32" and m.remat == "full" and m.delta is None and not m.num_experts for m in models)
+    on_cpu = spec.policy.platform == "cpu" and spec.mesh.size == 1
+    if not on_cpu or not simple or spec.trunk != "own" or ppo.micro_batch_tokens or micro == rows:
+        return spec
+    inputs = sum(4 * rows * columns * m.hidden_size * m.num_layers for m in models)
+    logits = 4 * logits_bytes(spec.policy, rows * rollout.response_mask.shape[1])
+    if inputs + logits > 4 * sum(x.size for x in jax.tree.leaves(params)):
+        return spec
+    policy, critic = (dataclasses.replace(model, rows_at_once=micro) for model in models)
+    return dataclasses.replace(spec, policy=policy, critic=critic)
 
 
 class Predictions(NamedTuple):
@@ -137,6 +164,7 @@ def annotate(
     runs only here, and not at all if it is the reference's.
     """
     batch, reference = scores.shape[0], reference_params(state, frozen)
+    one_step = with_parts_in_layers(spec, state.params, rollout).one_step(batch)
 
     def forward(part: Rollout) -> tuple[Array, Array | None, Array | None, Predictions | None]:
         hidden = response_states(reference, spec.reference_model, part)
@@ -144,7 +172,7 @@ def annotate(
         ref_hidden, features = hidden[:, :-1] if spec.ppo.has_exact_kl else None, None
         if spec.trunk in ("reference", "frozen"):
             features = hidden if spec.trunk == "reference" else response_states(frozen["critic"], spec.critic, part)
-        if spec.one_step(batch):
+        if one_step:
             return ref_logprobs, ref_hidden, features, None
         return ref_logprobs, ref_hidden, features, predict(state.params, frozen, part, features, spec)[0]
 
@@ -267,6 +295,8 @@ def update(
     """
     ppo, batch = spec.ppo, experience.scores.shape[0]
     num_micro = budget(ppo, spec.mesh) or batch // ppo.num_mini_batches // ppo.micro_rows(batch)
+    spec = with_parts_in_layers(spec, state.params, experience.rollout)
+    num_micro = 1 if spec.policy.rows_at_once else num_micro
     replayed, kl_coef, warmup = ended is not None, state.kl_coef, state.step < spec.warmup_updates
     reference = reference_params(state, frozen) if ppo.has_exact_kl else {}
 
