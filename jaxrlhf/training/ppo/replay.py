@@ -9,7 +9,8 @@ from jax import Array
 
 from jaxrlhf import sharding
 from jaxrlhf.config import PPOConfig
-from jaxrlhf.training.ppo.update import PPOSpec, blank_experience, finish_update, merge_metrics, update
+from jaxrlhf.training.ppo.experience import blank_experience
+from jaxrlhf.training.ppo.update import PPOSpec, finish_update, merge_metrics, update
 from jaxrlhf.training.step import Metrics
 from jaxrlhf.types import Experience, Params, Rollout, TrainState
 
