@@ -107,8 +107,9 @@ def _duration(event: str, duration_secs: float, **about: str | int) -> None:
         before = state.get("traced", {}).get(name, 0.0) + state.get("lowered", 0.0)
         cached = state.get("cached", False)
         state.clear()
-        if _timers:
-            _timers[-1](before + duration_secs)
-        if before + duration_secs >= SLOW and _listeners:
+        for timer in _timers[-1:]:  # a copy: another thread may end the block
+            timer(before + duration_secs)
+        if before + duration_secs >= SLOW:
             verb, origin = ("loaded", " from the cache") if cached else ("compiled", "")
-            _listeners[-1](f"{verb} {name}{origin} in {duration_secs:.1f} s, after {before:.1f} s of tracing")
+            for listener in _listeners[-1:]:
+                listener(f"{verb} {name}{origin} in {duration_secs:.1f} s, after {before:.1f} s of tracing")

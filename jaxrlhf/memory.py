@@ -51,7 +51,7 @@ def release_free_memory(freed: int) -> None:
     """Return memory that this process has freed to the system, if `freed`, the bytes it has freed last, are worth it.
 
     glibc keeps freed blocks below 32 MB, such as the layers of an inference copy, which would add to the memory of the
-    following update. Looking for them takes 10 ms or more. Does nothing on other C libraries.
+    following update. Looking for them takes milliseconds. Does nothing on other C libraries.
     """
     if freed < WORTH_RELEASING:
         return

@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     of an unexpected error without a run in the cache folder.
     """
     code = _run(list(sys.argv[1:] if arguments is None else arguments), of_process=arguments is None)
-    early = sys.modules.get("jaxrlhf.training.on_policy.early")
-    if arguments is None and early and early.unfinished():  # of a run that has ended before its first update
+    precompile = sys.modules.get("jaxrlhf.training.on_policy.precompile")
+    if arguments is None and precompile and precompile.unfinished():  # of a run that has ended before its first update
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

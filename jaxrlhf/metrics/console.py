@@ -46,6 +46,7 @@ class Console:
         self._method, self._total, self._config = method, total, config
         self._labels = SUMMARY[method] | {metric: metric}
         self._first: int | None = None  # step of the first record
+        self._held: list[str] | None = None  # what is printed while the console is paused
         self._clock: tuple[int, float] | None = None  # step and time of the first record after the last compilation
         self._bar = _progress_bar(method, total) if sys.stdout.isatty() and not config.quiet else None
 
@@ -94,14 +95,19 @@ class Console:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Context in which nothing is drawn, so that other code can use the terminal."""
+        """Context in which nothing is drawn, so that other code can use the terminal; what is printed meanwhile, also
+        by other threads, comes after it."""
         if self._bar is not None:
             self._bar.stop()
+        self._held = held = []
         try:
             yield
         finally:
+            self._held = None
             if self._bar is not None:
                 self._bar.start()
+            for text in held:
+                self._print(text)
 
     def close(self) -> None:
         """Restore the terminal."""
@@ -109,7 +115,9 @@ class Console:
             self._bar.stop()
 
     def _print(self, text: str) -> None:
-        if self._bar is not None:
+        if self._held is not None:
+            self._held.append(text)
+        elif self._bar is not None:
             self._bar.console.print(visible(text), markup=False, highlight=False)
         elif not self._config.quiet:
             encoding = sys.stdout.encoding or "utf-8"

@@ -125,7 +125,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # operands of matrix products; they accumulate in float32
     kernels: Literal["float", "left", "int8"] = "float"  # left, int8: for inference only, see rollout/inference_copy.py
     remat: Literal["none", "full", "dots"] = "none"
-    rows_at_once: int | None = None  # of whole sequences that a layer computes, a divisor of the batch; None: all
+    micro_batch_rows: int | None = None  # of whole sequences that a layer computes, a divisor of the batch; None: all
     mesh: Mesh | None = None  # over which its parameters are sharded, see placement.py; None: one device, or not known
     attention: Literal["plain", "cudnn"] = "plain"  # for whole sequences; with a cache or a softcap always plain
     adapters: Adapters | None = None

@@ -144,9 +144,9 @@ def _forward(
     numbers, sliding = jnp.arange(model.num_layers), jnp.array(model.sliding_layers)
     inputs = params["layers"], adapters, numbers, scales, sliding, _traced(kinds, turns)
     x = place(_embed(params, model, tokens, positions), model, "rows", None, None)
-    if model.rows_at_once is not None:
+    if model.micro_batch_rows is not None:
         assert model.delta is None, "layers of one kind"
-        x, sums = jax.lax.scan(_rematerialised(_in_parts(layer, by_row, model), model), x, inputs)
+        x, sums = jax.lax.scan(_rematerialised(_in_micro_batches(layer, by_row, model), model), x, inputs)
     elif model.delta is None:
         x, sums = jax.lax.scan(_rematerialised(layer, model), x, inputs)
     else:
@@ -155,15 +155,15 @@ def _forward(
     return x if back is None else jnp.take_along_axis(x, back[..., None], axis=1), sums
 
 
-def _in_parts(layer: Any, by_row: Any, model: ModelConfig) -> Any:
-    """The layer as a loop over parts of `rows_at_once` rows; `by_row` are its arguments for all rows. Each part is
+def _in_micro_batches(layer: Any, by_row: Any, model: ModelConfig) -> Any:
+    """The layer as a loop over parts of `micro_batch_rows` rows; `by_row` are its arguments for all rows. Each part is
     rematerialised by itself, so that the activations of only one are in memory."""
 
     def whole(x: Array, inputs: Any) -> tuple[Array, Any]:
         def part(rows: Any) -> tuple[Array, Any]:
             return layer(rows[0], inputs, rows=rows[1])
 
-        parts = jax.tree.map(lambda each: each.reshape(-1, model.rows_at_once, *each.shape[1:]), (x, by_row))
+        parts = jax.tree.map(lambda each: each.reshape(-1, model.micro_batch_rows, *each.shape[1:]), (x, by_row))
         y, sums = jax.lax.map(_rematerialised(part, model), parts)
         return y.reshape(x.shape), jax.tree.map(lambda each: jnp.sum(each, axis=0), sums)
 

@@ -94,7 +94,7 @@ def _cache_shardings(cache: KVCache, mesh: jax.sharding.Mesh) -> Any:
     )
 
 
-def grown(cache: KVCache, columns: int) -> KVCache:
+def grow_cache(cache: KVCache, columns: int) -> KVCache:
     """A cache of unstacked layers with empty columns added at its end, up to `columns`. Its arrays are replaced one by
     one, so that memory never holds both caches. A state of a delta net has no columns."""
 
@@ -112,7 +112,7 @@ def grown(cache: KVCache, columns: int) -> KVCache:
     )
 
 
-@partial(jax.jit, static_argnames=("axis", "more", "placed"))
-def _pad(x: Array, axis: int, more: int, placed: jax.sharding.Sharding) -> Array:
+@partial(jax.jit, static_argnames=("axis", "more", "to"))
+def _pad(x: Array, axis: int, more: int, to: jax.sharding.Sharding) -> Array:
     padding = [(0, more if i == axis else 0) for i in range(x.ndim)]
-    return jax.lax.with_sharding_constraint(jnp.pad(x, padding), placed)
+    return jax.lax.with_sharding_constraint(jnp.pad(x, padding), to)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxrlhf import distributed, sharding
-from jaxrlhf.rollout.cache import check_slots, empty_slots, grown, slot_shapes, slot_shardings
+from jaxrlhf.rollout.cache import check_slots, empty_slots, grow_cache, slot_shapes, slot_shardings
 from jaxrlhf.rollout.decode import Decoding, advance, as_rollout, by_rows, generate, start
 from jaxrlhf.rollout.queue import PromptQueue, SlotTable
 from jaxrlhf.types import KVCache, Params, Prompts, Rollout, Slots, map_layers
@@ -53,9 +53,10 @@ def generate_in_chunks(
     state = _admit(params, decoding, state, prompts, None, key, columns)
     state, idle = _advance_until(params, decoding, state, rows, columns, room)
     for room in wider:
-        if idle < rows:
-            state = dataclasses.replace(state, cache=grown(state.cache, columns + room))
-            state, idle = _advance_until(params, decoding, state, rows, columns, room)
+        if idle == rows:
+            break
+        state = dataclasses.replace(state, cache=grow_cache(state.cache, columns + room))
+        state, idle = _advance_until(params, decoding, state, rows, columns, room)
     return _rollout(prompts, group, dataclasses.replace(state, cache=None))
 
 

@@ -74,9 +74,11 @@ def test_micro_batches_inside_the_layers_are_those_of_the_whole_pass(passes):
     full = {role: dataclasses.replace(model, remat="full") for role, model in models.items()}
     inside.spec = dataclasses.replace(inside.spec, **full)
     params = inside.state().params
-    parted = ppo_update.with_parts_in_layers(inside.spec, params, inside.rollout)
-    assert parted.policy.rows_at_once == parted.critic.rows_at_once == 2 and parted.one_step(batch) == (passes == 1)
-    assert ppo_update.with_parts_in_layers(outside.spec, params, outside.rollout) == outside.spec
+    parted = ppo_update.with_micro_batches_in_layers(inside.spec, params, inside.rollout)
+    assert parted.policy.micro_batch_rows == parted.critic.micro_batch_rows == 2 and parted.one_step(batch) == (
+        passes == 1
+    )
+    assert ppo_update.with_micro_batches_in_layers(outside.spec, params, outside.rollout) == outside.spec
     assert not outside.spec.one_step(batch)
     (a, seen, metrics), (b, annotated, expected) = inside.run(), outside.run()
     close(a.params, b.params, atol=2e-5)
@@ -91,8 +93,11 @@ def test_many_rows_for_the_size_of_a_model_stay_in_micro_batches():
     policy, critic = (dataclasses.replace(model, remat="full") for model in models)
     spec = dataclasses.replace(problem.spec, policy=policy, critic=critic)
     long = dataclasses.replace(problem.rollout, tokens=jnp.zeros((B, 1000), jnp.int32))
-    assert ppo_update.with_parts_in_layers(spec, problem.state().params, problem.rollout) != spec
-    assert ppo_update.with_parts_in_layers(spec, problem.state().params, long) == spec
+    params = problem.state().params
+    assert ppo_update.with_micro_batches_in_layers(spec, params, problem.rollout) != spec
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)  # whose gradients it would add up in bfloat16
+    assert ppo_update.with_micro_batches_in_layers(spec, rounded, problem.rollout) == spec
+    assert ppo_update.with_micro_batches_in_layers(spec, problem.state().params, long) == spec
 
 
 def test_score_lands_on_the_last_real_token_and_nowhere_else():

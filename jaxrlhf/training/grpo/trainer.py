@@ -145,7 +145,7 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
         else:
             batch = self.generate_and_score(rows, step, session)
         record = self._token_record(session, step + 1, batch)
-        self._await_programs(session)
+        self._await_programs(session, batch.rollout)
         names = decoupled(self)
         components = np.stack([batch.scored.components[name] for name in names], axis=1) if names else None
         experience, metrics = self.learn(

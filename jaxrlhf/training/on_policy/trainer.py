@@ -26,7 +26,7 @@ from jaxrlhf.rollout.turns import turn_metrics
 from jaxrlhf.traced import Number
 from jaxrlhf.training import pretrained, setup
 from jaxrlhf.training.facts import Origin
-from jaxrlhf.training.on_policy import checks, early, prompts
+from jaxrlhf.training.on_policy import checks, precompile, prompts
 from jaxrlhf.training.on_policy.ahead import Ahead, Drawn, meshes
 from jaxrlhf.training.on_policy.alarms import Watch
 from jaxrlhf.training.on_policy.fixed_prompts import FixedPrompts
@@ -120,7 +120,7 @@ class OnPolicyTrainer(Generic[Config]):
         self.fixed_prompts = FixedPrompts(config, self.scorer, self.total_steps, validated=bool(self.validator.rows))
         self._results: dict[str, float] = {}  # the record of the exported state, for the model card
         self._origin: Origin | None = None  # once `.train()` has opened the run
-        self._early: early.Early | None = None
+        self._compiler: precompile.BackgroundCompiler | None = None  # until the first update of `.train()`
 
     @property
     def params(self) -> Params:
@@ -278,7 +278,7 @@ class OnPolicyTrainer(Generic[Config]):
             rows, before = config.settings.batch_size, session.records()
             session.watch = Watch(config.alarms, rows, before, kl_option=config.kl_option)
             step = int(self.state.value.step)
-            with self._compiling_early(step):
+            with self._precompiling(step):
                 with session.interruptible(step):
                     self._calibrate_scores()
                     if self.validator.rows:
@@ -291,30 +291,30 @@ class OnPolicyTrainer(Generic[Config]):
                 yield session
 
     @contextlib.contextmanager
-    def _compiling_early(self, step: int) -> Iterator[None]:
-        """Block at whose beginning the programs of update number `step` begin to be compiled, where that gains
-        (`early.gains`) and their arguments are known."""
+    def _precompiling(self, step: int) -> Iterator[None]:
+        """Block in which the programs of update number `step` are compiled in the background, where that pays off and
+        their arguments are known."""
         unknown = self.environment or self.ahead or self.config.reference.offload
-        if step == self.total_steps or unknown or not early.gains(self.mesh):
+        if step == self.total_steps or unknown or not precompile.pays_off(self.mesh):
             yield
             return
-        rows = self.prompts(step)
-        self._early = early.Early(
-            self.programs,
-            lambda: self.annotate_arguments(self.sampler.shapes(rows)),
-            self.update_arguments,
-            self.spec,
+        rollout = self.sampler.shapes(self.prompts(step))
+        compiler = precompile.BackgroundCompiler(
+            self.programs, rollout, self.annotate_arguments, self.update_arguments, self.spec
         )
+        self._compiler = compiler
         try:
             yield
         finally:
-            self._early.close()
+            compiler.close()
 
-    def _await_programs(self, session: Session | None) -> None:
-        """Wait for programs that are being compiled early; the session may be asked to stop meanwhile."""
-        if session and self._early:
+    def _await_programs(self, session: Session | None, rollout: Rollout) -> None:
+        """Wait for the programs of an update on this rollout, if they are being compiled in the background; the session
+        may be asked to stop meanwhile."""
+        if session and self._compiler:
             with session.clock.spent("compile"):
-                self._early.wait()
+                self._compiler.wait(rollout)
+            self._compiler = None
 
     def _calibrate_scores(self) -> None:
         """With `scores.normalise: reference`, measure mean and deviation of the scores of the initial policy, once."""

@@ -147,7 +147,7 @@ class PPOTrainer(OnPolicyTrainer[PPOConfig]):
         """Update number `step` on a response to each prompt."""
         batch = self.generate_and_score(rows, step, session)
         record = self._token_record(session, step + 1, batch)
-        self._await_programs(session)
+        self._await_programs(session, batch.rollout)
         experience, metrics = self.learn(batch.rollout, batch.scored.scores, step, batch.scored.token_scores)
         if session and record:
             session.log_tokens(step + 1, record.after(self.params, experience, step + 1))

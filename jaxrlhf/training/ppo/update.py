@@ -55,28 +55,30 @@ class PPOSpec(UpdateSpec):
         Annotation then runs neither policy nor critic. An optimizer step in several micro-batches does not count:
         whitening needs every row's advantage before the first row's loss, so annotation runs, and its old_logprobs
         equal those of the update to rounding (1e-5), not by definition. Micro-batches inside the layers
-        (`with_parts_in_layers`) do not divide the step.
+        (`with_micro_batches_in_layers`) do not divide the step.
         """
         ppo = self.ppo
         whole = (ppo.micro_rows(batch) == batch and not ppo.micro_batch_tokens) or (
-            self.policy.rows_at_once is not None and ppo.num_mini_batches == 1
+            self.policy.micro_batch_rows is not None and ppo.num_mini_batches == 1
         )
         return ppo.num_ppo_epochs == 1 and whole and not ppo.replay
 
 
-def with_parts_in_layers(spec: PPOSpec, params: dict[str, Params], rollout: Rollout) -> PPOSpec:
-    """The spec with `rows_at_once` in policy and critic if an optimizer step in several micro-batches had better be one
-    pass over all its rows, whose layers compute a micro-batch at a time.
+def with_micro_batches_in_layers(spec: PPOSpec, params: dict[str, Params], rollout: Rollout) -> PPOSpec:
+    """The spec with `micro_batch_rows` in policy and critic if an optimizer step in several micro-batches had better be
+    one pass over all its rows, whose layers compute a micro-batch at a time.
 
     Gradients are then added up for a layer, not for the model, and an update of one step needs no annotation by policy
     and critic. The inputs of all layers are kept for the backward pass: not if they, with the logits, need more memory
     than the gradients that micro-batches would be added up in. Only on one CPU, where it was measured, and in float32:
-    in bfloat16 the products of the heads would be rounded otherwise than in annotation.
+    products of the heads in bfloat16 would be rounded otherwise than in annotation, and gradients of parameters in
+    bfloat16 would be added up in bfloat16.
     """
     ppo, (batch, columns) = spec.ppo, rollout.tokens.shape
     rows, micro = batch // ppo.num_mini_batches, ppo.micro_rows(batch)
     models = spec.policy, spec.critic
     simple = all(m.dtype == "float32" and m.remat == "full" and m.delta is None and not m.num_experts for m in models)
+    simple &= all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
     on_cpu = spec.policy.platform == "cpu" and spec.mesh.size == 1
     if not on_cpu or not simple or spec.trunk != "own" or ppo.micro_batch_tokens or micro == rows:
         return spec
@@ -84,7 +86,7 @@ def with_parts_in_layers(spec: PPOSpec, params: dict[str, Params], rollout: Roll
     logits = 4 * logits_bytes(spec.policy, rows * rollout.response_mask.shape[1])
     if inputs + logits > 4 * sum(x.size for x in jax.tree.leaves(params)):
         return spec
-    policy, critic = (dataclasses.replace(model, rows_at_once=micro) for model in models)
+    policy, critic = (dataclasses.replace(model, micro_batch_rows=micro) for model in models)
     return dataclasses.replace(spec, policy=policy, critic=critic)
 
 
@@ -148,7 +150,7 @@ def annotate(
     runs only here, and not at all if it is the reference's.
     """
     batch, reference = scores.shape[0], reference_params(state, frozen)
-    one_step = with_parts_in_layers(spec, state.params, rollout).one_step(batch)
+    one_step = with_micro_batches_in_layers(spec, state.params, rollout).one_step(batch)
 
     def forward(part: Rollout) -> tuple[Array, Array | None, Array | None, Predictions | None]:
         hidden = response_states(reference, spec.reference_model, part)
@@ -189,8 +191,8 @@ def update(
     """
     ppo, batch = spec.ppo, experience.scores.shape[0]
     num_micro = budget(ppo, spec.mesh) or batch // ppo.num_mini_batches // ppo.micro_rows(batch)
-    spec = with_parts_in_layers(spec, state.params, experience.rollout)
-    num_micro = 1 if spec.policy.rows_at_once else num_micro
+    spec = with_micro_batches_in_layers(spec, state.params, experience.rollout)
+    num_micro = 1 if spec.policy.micro_batch_rows else num_micro
     replayed, kl_coef, warmup = ended is not None, state.kl_coef, state.step < spec.warmup_updates
     reference = reference_params(state, frozen) if ppo.has_exact_kl else {}
 

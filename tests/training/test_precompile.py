@@ -7,6 +7,7 @@ import threading
 from concurrent import futures
 
 import jax
+import jax.numpy as jnp
 import pytest
 from support.runs import length_reward
 
@@ -14,8 +15,9 @@ from jaxrlhf import config, runtime, stopping
 from jaxrlhf.errors import Interrupted
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.training.grpo.trainer import GRPOTrainer
-from jaxrlhf.training.on_policy import early
+from jaxrlhf.training.on_policy import precompile
 from jaxrlhf.training.ppo.trainer import PPOTrainer
+from jaxrlhf.types import Rollout
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_a_program_that_could_not_be_compiled_is_compiled_when_it_is_called(opti
     def broken(*args, **kwargs):
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(early, "compile_shapes", broken)
+    monkeypatch.setattr(precompile, "compile_shapes", broken)
     PPOTrainer(config.PPOConfig(**options), reward=length_reward).train()
     assert threads["annotate"] == threads["update"] == ["MainThread"]
 
@@ -84,25 +86,32 @@ def test_a_step_of_ones_own_prompts_compiles_nothing_ahead(options, threads):
 
 
 def test_a_request_to_stop_ends_the_wait():
-    waiting = early.Early.__new__(early.Early)
-    waiting._begun = [futures.Future()]  # never done
+    waiting = precompile.BackgroundCompiler.__new__(precompile.BackgroundCompiler)
+    waiting._rollout, waiting._submitted = rollout(4), [futures.Future()]  # never done
     stopping.request()
     try:
         with stopping.armed(), pytest.raises(Interrupted):
-            waiting.wait()
+            waiting.wait(rollout(4))
     finally:
         stopping.request(False)
+    waiting.wait(rollout(2))  # another program
+
+
+def rollout(columns):
+    tokens, rows = jnp.zeros((3, 4 + columns), jnp.int32), jnp.zeros(3, jnp.int32)
+    response = jnp.zeros((3, columns))
+    return Rollout(tokens, tokens > 0, response > 0, response, rows > 0, rows, rows)
 
 
 WAITING = """
 import sys, time
 from jaxrlhf import runtime
 from jaxrlhf.cli import main
-from jaxrlhf.training.on_policy import early
+from jaxrlhf.training.on_policy import precompile
 
 known = runtime.processor()
 runtime.processor = lambda: known._replace(cores=2)
-early.compile_shapes = lambda *args, **kwargs: (print("compiling", flush=True), time.sleep(300))
+precompile.compile_shapes = lambda *args, **kwargs: (print("compiling", flush=True), time.sleep(300))
 sys.exit(main())
 """
 
@@ -128,6 +137,6 @@ def test_a_command_that_is_stopped_does_not_wait_for_a_program(tiny_model, rows,
 def test_only_where_it_gains(monkeypatch):
     known, one, two = runtime.processor(), make_mesh(config.Mesh(data=1)), make_mesh(config.Mesh(data=2))
     monkeypatch.setattr(runtime, "processor", lambda: known._replace(cores=2))
-    assert early.gains(one) and not early.gains(two)
+    assert precompile.pays_off(one) and not precompile.pays_off(two)
     monkeypatch.setattr(runtime, "processor", lambda: known._replace(cores=1))
-    assert not early.gains(one)
+    assert not precompile.pays_off(one)
