@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf import checkpoint, compilation, distributed, metrics, report, runs, sharding
+from jaxrlhf import checkpoint, compilation, distributed, memory, metrics, report, runs, sharding
 from jaxrlhf.config import GRPOConfig
 from jaxrlhf.errors import Interrupted, Preempted, RewardError, StorageError
 from jaxrlhf.metrics.keys import EPOCHS
@@ -126,6 +126,8 @@ class Session:
         try:
             with self.clock.spent("other"):
                 report.write(self.directory)
+                # it has read all records, which take about four times the memory of their text
+                memory.release_free_memory(4 * (self.directory / "metrics.jsonl").stat().st_size)
         except Exception as error:  # a run does not end for its report
             self.note(f"{self.directory / report.REPORT} could not be written: {type(error).__name__}: {error}")
         ended = time.monotonic()
