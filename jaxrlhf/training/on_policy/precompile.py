@@ -16,9 +16,9 @@ _unfinished: set[futures.Future[Any]] = set()
 
 
 def pays_off(mesh: jax.sharding.Mesh) -> bool:
-    """Return True if programs for the mesh are compiled in the background: for a CPU with more than one core, because
-    compiling a program takes one. Not for several devices, where how programs split their results is known only when
-    they are compiled."""
+    """Return True if programs for the mesh are compiled in the background: for a CPU with more than one core, of which
+    tracing and parts of XLA use only one. Not for several devices, where how programs split their results is known only
+    when they are compiled."""
     return sharding.platform(mesh) == "cpu" and mesh.size == 1 and runtime.processor().cores > 1
 
 
