@@ -124,15 +124,6 @@ class GRPOTrainer(OnPolicyTrainer[GRPOConfig]):
         apart = sharding.put_rows(np.zeros((size, components), np.float32), self.mesh) if components else None
         return without_moments(self.state.template), self.frozen, rollout, scores, baseline, apart
 
-    def _about(self) -> list[str]:
-        lines = super()._about()
-        if len(decoupled(self)) == 1:
-            lines.append(
-                "the reward has one component, and grpo.method gdpo treats several apart: its advantages are those of "
-                "grpo, normalised over the batch"
-            )
-        return lines
-
     def _update(
         self, rows: Sequence[PromptRow], step: int, session: Session | None = None, *, refills: int = 0
     ) -> tuple[ScoredRollout, GroupExperience, Metrics]:

@@ -1,6 +1,5 @@
 """The base of the PPO and GRPO trainers: everything of a run but its loop and its update."""
 
-import collections
 import contextlib
 import dataclasses
 import time
@@ -21,12 +20,11 @@ from jaxrlhf.environments.worker import open_environment
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import ModelConfig, for_length
 from jaxrlhf.rewards.compose import Scored, Scorer
-from jaxrlhf.rewards.sources.judge import Judge
 from jaxrlhf.rollout.turns import turn_metrics
 from jaxrlhf.traced import Number
 from jaxrlhf.training import pretrained, setup
 from jaxrlhf.training.facts import Origin
-from jaxrlhf.training.on_policy import checks, precompile, prompts
+from jaxrlhf.training.on_policy import checks, description, precompile, prompts
 from jaxrlhf.training.on_policy.ahead import Ahead, Drawn, meshes
 from jaxrlhf.training.on_policy.alarms import Watch
 from jaxrlhf.training.on_policy.fixed_prompts import FixedPrompts
@@ -35,7 +33,6 @@ from jaxrlhf.training.on_policy.rollout import ScoredRollout, reference_stats
 from jaxrlhf.training.on_policy.sampler import Sampler
 from jaxrlhf.training.on_policy.token_records import TokenRecord, TokenRecords, rollout_logprobs
 from jaxrlhf.training.on_policy.validation import Validator
-from jaxrlhf.training.optim import warmup_warnings
 from jaxrlhf.training.session import TEMPLATE, Metrics, Session, open_session
 from jaxrlhf.training.state import State
 from jaxrlhf.types import Params, Rollout
@@ -415,32 +412,11 @@ class OnPolicyTrainer(Generic[Config]):
         )
 
     def _about(self) -> list[str]:
-        """Model, devices and data of the run, options whose effect may surprise, and how many completions a person will
-        be asked to score, if any."""
-        config, size, total = self.config, self.config.settings.batch_size, self.total_steps
+        """Model, devices and data of the run, notes on its options, and who will be asked about completions."""
+        config, total = self.config, self.total_steps
         report = self.data.report if self.data else f"no data set: prompts come with {config.method}_step"
-        about = [setup.describe(config, self.model, self.tokenizer, report, self.mesh)]
-        about += warmup_warnings(config.optim, total * config.settings.optimizer_steps)
-        if config.lora.enabled and config.lora.dropout:
-            about.append(f"lora.dropout has no effect in {config.method}, whose rollout and update are without dropout")
-        if self.teacher:
-            about.append(f"KL to the teacher {config.reference.path}: {self.teacher.family}, {self.teacher.dtype}")
-        if self.environment:
-            limit = config.environment.max_turns
-            about.append(f"environment {self.environment.name}: up to {limit} turns of the policy in a response")
-        elif not self.scorer.components:
-            about.append("no reward: every response is preferred to grpo.rejected_text, and all scores are 0")
-        if penalty := config.scores.missing_eos_penalty:
-            about.append(f"{penalty:g} is subtracted from scores of truncated responses (scores.missing_eos_penalty)")
-        asked = [c.source.name for c in self.scorer.components.values() if isinstance(c.source, Judge)]
-        if not self.scorer.has_human and not asked:
-            return about
-        parts = [f"{size} in each of {total} updates"]
-        if self.validator.rows:
-            validations = 1 + sum(self.validator.due(step, total) for step in range(1, total + 1))
-            parts.append(f"{2 * len(self.validator.rows)} in each of {validations} validations")
-        if config.scores.normalise == "reference":
-            parts.append(f"{-(-config.scores.reference_samples // size) * size} before training, for scores.normalise")
-        asked = [f"{name}{f' ({n} criteria)' if n > 1 else ''}" for name, n in collections.Counter(asked).items()]
-        asked += ["a person"] if self.scorer.has_human else []
-        return [*about, *(f"{who} is asked about completions: {', '.join(parts)}; once each" for who in asked)]
+        return [
+            setup.describe(config, self.model, self.tokenizer, report, self.mesh),
+            *description.notes(config, total, self.scorer, self.environment, self.teacher),
+            *description.questions(config, total, self.scorer, self.validator),
+        ]
