@@ -192,7 +192,7 @@ def update(
     ppo, batch = spec.ppo, experience.scores.shape[0]
     num_micro = budget(ppo, spec.mesh) or batch // ppo.num_mini_batches // ppo.micro_rows(batch)
     spec = with_micro_batches_in_layers(spec, state.params, experience.rollout)
-    num_micro = 1 if spec.policy.micro_batch_rows else num_micro
+    num_micro, one_step = 1 if spec.policy.micro_batch_rows else num_micro, spec.one_step(batch)
     replayed, kl_coef, warmup = ended is not None, state.kl_coef, state.step < spec.warmup_updates
     reference = reference_params(state, frozen) if ppo.has_exact_kl else {}
 
@@ -235,7 +235,7 @@ def update(
         tokens = _predict_tokens(params, frozen, rollout, spec)
         features = tokens[-1] if spec.trunk == "shared" else part.features
         values = _predict_values(params, frozen, rollout, features, spec)
-        if spec.one_step(batch):
+        if one_step:
             part, metrics = fill_experience(part, Predictions(*tokens[:2], *values[:2]), kl_coef, ppo)
             metrics |= {f"{name}_rows": getattr(part, name) for name in FILLED if getattr(part, name) is not None}
         policy, policy_metrics = of_policy(params, part, count, tokens)
@@ -249,7 +249,7 @@ def update(
         used, count = count > 0, jnp.maximum(count, 1)
         router = {"router": spec.policy}
         critic_router = {"critic_router": spec.critic} if spec.trunk == "own" else {}
-        if spec.trunk == "own" and not spec.one_step(batch):
+        if spec.trunk == "own" and not one_step:
             losses = {
                 "policy": (partial(of_policy, count=count), router),
                 "critic": (partial(of_critic, count=count), critic_router),
