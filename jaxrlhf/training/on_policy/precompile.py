@@ -73,5 +73,6 @@ class BackgroundCompiler:
             stopping.wait(lambda seconds, one=future: bool(futures.wait([one], seconds).done), math.inf)
 
     def close(self) -> None:
-        """Begin nothing else. What is being compiled cannot be stopped (`unfinished`)."""
+        """Begin nothing else. What is being compiled cannot be stopped (`unfinished`), and Python waits for it at its
+        end: with daemon threads it would abort instead, when XLA asks for the interpreter again."""
         self._threads.shutdown(wait=False, cancel_futures=True)
