@@ -37,6 +37,11 @@ class Processor(NamedTuple):
     """All instructions, as the system names them; "" if it does not."""
 
     @property
+    def has_avx2_alone(self) -> bool:
+        """True if it has AVX2 without AVX-512."""
+        return "AVX2" in self.extensions and "AVX-512" not in self.extensions
+
+    @property
     def multiplies_bfloat16(self) -> bool:
         """True if it has instructions for products of bfloat16. Without, they are slower than those of float32: 100
         GFLOP/s where float32 has 170, on an EPYC with AVX2 (docs/performance.md)."""
@@ -63,6 +68,8 @@ OTHERS = ("JAX_PLATFORMS", "XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "HF_HUB
 
 LEFT_ROWS = 32
 """Rows of a device up to which `weights_left` gains."""
+KEPT_TOKENS = 2
+"""Tokens of a micro-batch up to which `keeps_products` is true, as a multiple of the model's hidden size."""
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 _set_by_us: set[str] = set()
 
@@ -173,9 +180,22 @@ def resolve_dtype(requested: Literal["auto", "float32", "bfloat16"], backend: st
 
 def resolve_remat(requested: Literal["auto", "none", "full", "dots"], backend: str) -> Literal["none", "full", "dots"]:
     """Resolve auto: full on a CPU, for about half the memory of none in about the same time; dots on a GPU, where an
-    update launches a fifth fewer kernels than with none, and keeps half as much; else none (docs/performance.md)."""
+    update launches a fifth fewer kernels than with none, and keeps half as much; else none (docs/performance.md). Where
+    `keeps_products`, supervised training takes dots in place of full."""
     auto = "full" if backend == "cpu" else "dots" if backend in ("gpu", "cuda") else "none"
     return auto if requested == "auto" else requested
+
+
+def keeps_products(backend: str, dtype: str, tokens: int, hidden_size: int) -> bool:
+    """True where a supervised step on micro-batches of so many tokens is faster if it keeps the results of products
+    (dots) than if it computes them again (full): in float32 on a processor with AVX2 and without AVX-512
+    (docs/performance.md).
+
+    False for more tokens than twice the hidden size. A token's results are about as many numbers as the layers have
+    parameters for each unit of the hidden size, so at most twice the memory of the parameters is kept.
+    """
+    few = tokens <= KEPT_TOKENS * hidden_size
+    return backend == "cpu" and dtype == "float32" and few and processor().has_avx2_alone
 
 
 def resolve_attention(
@@ -189,9 +209,8 @@ def resolve_attention(
 def weights_left(backend: str, dtype: str, rows: int | None) -> bool:
     """True where a product of so many rows (None: not known) is faster with the weight as the left operand: up to 32 in
     float32 on a processor with AVX2 and without AVX-512 (docs/performance.md)."""
-    known = processor().extensions
     few = rows is not None and rows <= LEFT_ROWS
-    return backend == "cpu" and dtype == "float32" and few and "AVX2" in known and "AVX-512" not in known
+    return backend == "cpu" and dtype == "float32" and few and processor().has_avx2_alone
 
 
 def logits_alive(backend: str) -> int:

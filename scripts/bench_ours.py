@@ -245,11 +245,14 @@ def supervised(job: Job, name: str) -> Repeat:
     """
     role, head = ("reward", "linear") if job.case == "reward" else ("policy", "lm")
     model, params = load(job, head)
+    width = job.prompt + job.response
+    tokens_at_once = (job.micro_batch or job.batch) * width * (1 if job.case == "sft" else 2)
+    if job.remat == "auto" and runtime.keeps_products(model.platform, model.dtype, tokens_at_once, model.hidden_size):
+        model = dataclasses.replace(model, remat="dots")  # as a run does
     mesh = sharding.make_mesh(Mesh())
     optimizer = make_optimizer(Optim(learning_rate=1e-6), 1e-6, 10**6)
     state = State({role: params}, {role: optimizer}, mesh)
     del params
-    width = job.prompt + job.response
     tokens = jnp.asarray(random_tokens(job, 2 * job.batch, width))
     learn = jnp.ones(tokens.shape, bool).at[:, 0].set(False)
     first = Batch(tokens[: job.batch], jnp.ones((job.batch, width), bool), learn[: job.batch])

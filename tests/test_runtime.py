@@ -193,6 +193,22 @@ def test_weights_are_on_the_left_where_that_was_measured_to_be_faster(
     assert runtime.weights_left(backend, dtype, rows) is left
 
 
+@pytest.mark.parametrize(
+    ("extensions", "backend", "dtype", "tokens", "kept"),
+    [
+        (("AVX2",), "cpu", "float32", 1152, True),
+        (("AVX2",), "cpu", "float32", 1153, False),
+        (("AVX2",), "cpu", "bfloat16", 8, False),
+        (("AVX2",), "gpu", "float32", 8, False),
+        (("AVX2", "AVX-512"), "cpu", "float32", 8, False),
+        (("NEON",), "cpu", "float32", 8, False),
+    ],
+)
+def test_products_are_kept_where_that_was_measured_to_be_faster(extensions, backend, dtype, tokens, kept, monkeypatch):
+    monkeypatch.setattr(runtime, "processor", lambda: runtime.Processor("a processor", 2, extensions, ""))
+    assert runtime.keeps_products(backend, dtype, tokens, hidden_size=576) is kept
+
+
 def test_the_processor_of_a_mac_is_told_by_sysctl(monkeypatch):
     said = "machdep.cpu.brand_string: Apple M3\nhw.optional.arm.FEAT_BF16: 1\n"
     monkeypatch.setattr(pathlib.Path, "read_text", lambda self, **_: (_ for _ in ()).throw(FileNotFoundError()))

@@ -76,8 +76,11 @@ def _chosen(platform: str) -> list[str]:
     attention = runtime.resolve_attention("auto", platform, dtype)
     left = runtime.weights_left(platform, dtype, runtime.LEFT_ROWS)
     layout = f"left operand of products, for up to {runtime.LEFT_ROWS} rows" if left else "right operand of products"
+    remat = runtime.resolve_remat("auto", platform)
+    if runtime.keeps_products(platform, dtype, 1, 1):
+        remat += f" (dots for supervised steps of up to {runtime.KEPT_TOKENS} x hidden_size tokens)"
     return [
-        f"auto: dtype {dtype}, model.remat {runtime.resolve_remat('auto', platform)}, model.attention {attention}",
+        f"auto: dtype {dtype}, model.remat {remat}, model.attention {attention}",
         f"weights while decoding in {dtype}: {layout}",
     ]
 

@@ -197,9 +197,16 @@ def knobs(config: RunConfig, devices: int, backend: sharding.Platform) -> list[K
     def is_wide(dtype: DType) -> bool:
         return runtime.resolve_dtype(dtype, backend) != "bfloat16"
 
+    may_keep_products = (
+        config.model.remat == "auto" and section == "train" and runtime.keeps_products(backend, "float32", 1, 1)
+    )
     candidates: list[tuple[bool, dict[str, Any], str]] = [
         (micro > row_shards, {f"{section}.micro_batch_size": row_shards}, slower),
-        (runtime.resolve_remat(config.model.remat, backend) != "full", {"model.remat": "full"}, slower),
+        (
+            runtime.resolve_remat(config.model.remat, backend) != "full" or may_keep_products,
+            {"model.remat": "full"},
+            slower,
+        ),
         (not lora.enabled, {"lora.enabled": True}, adapters),
         (lora.quantize == "none", {"lora.enabled": True, "lora.quantize": "nf4"}, f"{adapters}, on 4-bit weights"),
         (lora.enabled and is_wide(config.model.param_dtype), {"model.param_dtype": "bfloat16"}, rounded),

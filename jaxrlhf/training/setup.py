@@ -92,6 +92,14 @@ def with_attention(model: ModelConfig, source: ModelSource) -> ModelConfig:
     return dataclasses.replace(model, attention=kind)
 
 
+def with_kept_products(model: ModelConfig, config: RunConfig, tokens: int) -> ModelConfig:
+    """The model with `remat: dots` if that is what `model.remat: auto` stands for with micro-batches of so many
+    tokens: see `runtime.keeps_products`. Not under adapters: their state is small, and what is kept would not be."""
+    asked = config.model.remat == "auto" and not config.lora.enabled
+    kept = asked and runtime.keeps_products(model.platform, model.dtype, tokens, model.hidden_size)
+    return dataclasses.replace(model, remat="dots") if kept else model
+
+
 def load_model(config: RunConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh, head: str | None) -> Params:
     """The initial parameters of a run on the mesh, with rows for the tokens that the tokenizer has added.
 

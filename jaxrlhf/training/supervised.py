@@ -73,6 +73,10 @@ class SupervisedTrainer(abc.ABC, Generic[Config]):
         self._columns = batching.bucket(limit, context)
         self.width = texts * self._columns
         """Columns of all texts of the longest row together, or of every packed row."""
+        if not sampled:  # with rollouts between steps it was not measured
+            rows_at_once = train.micro_batch_size or train.batch_size
+            tokens = train.micro_batch_tokens or rows_at_once * self.width
+            self.model = setup.with_kept_products(self.model, self.config, tokens)
         if isinstance(self._micro_batches, Budget):
             texts = max(len(batching.texts(row)) for row in rows.train)
             by_length.shapes(self._micro_batches, self._columns, train.batch_size, texts)

@@ -24,6 +24,15 @@ def test_it_says_where_the_weights_stand_while_decoding(extensions, operand, mon
     assert any(line.startswith(f"weights while decoding in float32: {operand} operand") for line in doctor.computer())
 
 
+@pytest.mark.parametrize(
+    ("extensions", "remat"),
+    [(("AVX2",), "full (dots for supervised steps of up to 2 x hidden_size tokens)"), (("AVX2", "AVX-512"), "full")],
+)
+def test_it_says_which_processor_keeps_products(extensions, remat, monkeypatch):
+    monkeypatch.setattr(runtime, "processor", lambda: runtime.Processor("a processor", 2, extensions, ""))
+    assert f"auto: dtype float32, model.remat {remat}, model.attention plain" in doctor.computer()
+
+
 def test_a_valid_model_passes_every_check(model_folder, capsys):
     assert main(["doctor", str(model_folder)]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -8,7 +8,7 @@ import jax
 import pytest
 from support.runs import length_reward
 
-from jaxrlhf import cli, config, memory, plan
+from jaxrlhf import cli, config, memory, plan, runtime
 from jaxrlhf.config import file as config_file
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.plan import costs, programs, report, targets, topology
@@ -148,6 +148,37 @@ def test_a_rollout_of_several_programs_is_planned_like_that_of_one(ppo, kind, mo
     model, rows, length = trainer.model, trainer.config.ppo.batch_size, trainer.config.sampling.response_length
     column = 2 * 2 * model.num_layers * rows * model.num_heads * model.head_dim  # its products with queries and weights
     assert flops[0] - flops[1] == pytest.approx(column * length / 2 * (length - 1) / 2, rel=1e-6)
+
+
+def test_supervised_steps_keep_products_with_avx2_alone(supervised, monkeypatch):
+    """In micro-batches of few tokens, if model.remat is auto. The programs of the plan do too."""
+
+    def on(*extensions: str) -> None:
+        monkeypatch.setattr(runtime, "processor", lambda: runtime.Processor("a processor", 2, extensions, ""))
+
+    def chosen(**options) -> str:
+        trainer = programs.abstract_trainer(config.SFTConfig(**supervised | options))
+        assert trainer.spec.model.remat == trainer.model.remat
+        return trainer.model.remat
+
+    trainer = programs.abstract_trainer(config.SFTConfig(**supervised))
+    tokens = trainer.config.train.batch_size * trainer.width
+    on("AVX2")
+    monkeypatch.setattr(runtime, "KEPT_TOKENS", tokens / trainer.model.hidden_size)
+    assert chosen() == "dots"
+    assert chosen(model=dataclasses.replace(supervised["model"], remat="full")) == "full"
+    assert chosen(lora=config.LoRA(enabled=True, rank=2)) == "full"
+    monkeypatch.setattr(runtime, "KEPT_TOKENS", (tokens - 1) / trainer.model.hidden_size)
+    assert chosen() == "full"
+    assert chosen(train=dataclasses.replace(supervised["train"], micro_batch_size=1)) == "dots"
+
+    def saves() -> list[dict]:
+        return [knob.keys for knob in report.knobs(config.SFTConfig(**supervised), 1, "cpu")]
+
+    assert {"model.remat": "full"} in saves()
+    on("AVX2", "AVX-512")
+    assert chosen(train=dataclasses.replace(supervised["train"], micro_batch_size=1)) == "full"
+    assert {"model.remat": "full"} not in saves()
 
 
 def test_flops_follow_from_the_shapes(supervised):
