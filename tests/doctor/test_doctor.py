@@ -41,7 +41,7 @@ def test_a_valid_model_passes_every_check(model_folder, capsys):
     assert any(
         line.startswith("setting JAX_COMPILATION_CACHE_DIR=") and line.endswith("environment)") for line in lines
     )
-    assert "auto: dtype float32, model.remat full, model.attention plain" in lines
+    assert any(line.startswith("auto: dtype float32, model.remat full") for line in lines)
     checks = [line.split(":")[0] for line in lines if line.startswith(("ok", "FAIL", "skip"))]
     assert checks == [
         "ok    tokenizer",
