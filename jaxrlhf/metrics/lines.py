@@ -5,7 +5,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +41,12 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
     "NaN", "Infinity" and "-Infinity" under a metric's key become floats. Raises DataError if the file is missing or a
     line is not a JSON object with a step, or has something other than a number under a metric's key.
     """
-    path, records = Path(path), []
+    return list(iterate(path))
+
+
+def iterate(path: Path | str) -> Iterator[dict[str, Any]]:
+    """The records of `read_records`, one at a time."""
+    path = Path(path)
     if kind := kind_of(path):
         raise DataError(f"{path}: is {kind}, not a file")
     if not path.exists():
@@ -49,8 +54,7 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
     with path.open("rb") as file:
         for at, line in enumerate(file, 1):
             if line.endswith(b"\n"):
-                records.append(_record(line, f"{path}:{at}"))
-    return records
+                yield _record(line, f"{path}:{at}")
 
 
 class Found(NamedTuple):
@@ -168,7 +172,7 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: not JSON ({first_line(error)})") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected an object, found {quoted(record, 40)}")
-    if type(record.get("step")) is not int:
+    if type(record.get("step")) is not int or abs(record["step"]) >= LARGEST:
         raise DataError(f"{where}: its step is {quoted(record.get('step'), 40)}, not a whole number")
     return {sys.intern(key): _value(key, value, where) for key, value in record.items()}
 

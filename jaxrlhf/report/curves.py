@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxrlhf.metrics.columns import Columns
 from jaxrlhf.metrics.keys import EPOCHS, REWARDS, TIMES
 
 POINTS = 300
 """Points of a curve: more than a chart is pixels wide."""
-Record = Mapping[str, Any]
 Chart = tuple[str, str, tuple[str, ...]]  # title, unit, metrics
 GROUPS: dict[str, tuple[Chart, ...]] = {
     "Objective": (
@@ -70,11 +70,10 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
 HIDDEN: tuple[str, ...] = ("episode", "epoch", "skipped_updates")  # counted elsewhere on the page
 
 
-def charts(records: Sequence[Record], before: Mapping[str, float]) -> list[dict[str, Any]]:
+def charts(records: Columns, before: Mapping[str, float]) -> list[dict[str, Any]]:
     """Groups of charts of a run: [{"title", "charts": [{"title", "unit", "series"}]}]. `before` are the metrics of the
     initial policy, which stand at step 0. Metrics in no chart of GROUPS have one of their own, in the last group."""
-    logged = list(dict.fromkeys(key for record in records for key in record if key != "step"))
-    rows: list[Record] = [{"step": 0, **before}, *records] if before else list(records)
+    logged = records.keys
     groups: list[dict[str, Any]] = []
     used: set[str] = {*HIDDEN, *(key for key in logged if key.startswith(EPOCHS))}
     names = [key.removesuffix("/errors") for key in logged if key.startswith(REWARDS) and key.endswith("/errors")]
@@ -87,27 +86,29 @@ def charts(records: Sequence[Record], before: Mapping[str, float]) -> list[dict[
             if found and (
                 any(not key.startswith("eval/") for key in found) or all(key.startswith("eval/") for key in keys)
             ):
-                drawn.append(_chart(name, unit, found, rows))
+                drawn.append(_chart(name, unit, found, records, before))
                 used.update(found)
         if title == "Objective" and len(components) > 1:
-            drawn.append(_chart("Components of the score", "before their weights", components, rows))
+            drawn.append(_chart("Components of the score", "before their weights", components, records, before))
             used.update(components)
         if drawn:
             groups.append({"title": title, "charts": drawn})
     rest = [key for key in logged if key not in used and not key.startswith("alarm/")]
     if rest:
-        groups.append({"title": "Other metrics", "charts": [_chart(key, "", [key], rows) for key in sorted(rest)]})
+        groups.append(
+            {"title": "Other metrics", "charts": [_chart(key, "", [key], records, before) for key in sorted(rest)]}
+        )
     return groups
 
 
-def _chart(title: str, unit: str, keys: Sequence[str], rows: Sequence[Record]) -> dict[str, Any]:
-    return {"title": title, "unit": unit, "series": [series(key, rows) for key in keys]}
+def _chart(title: str, unit: str, keys: Sequence[str], records: Columns, before: Mapping[str, float]) -> dict[str, Any]:
+    return {"title": title, "unit": unit, "series": [series(key, records, before) for key in keys]}
 
 
-def series(key: str, rows: Sequence[Record]) -> dict[str, Any]:
+def series(key: str, records: Columns, before: Mapping[str, float]) -> dict[str, Any]:
     """A curve: {"label", "x", "y", "points"}; y is None where the value is not finite. Values measured now and then,
     on held-out rows, are single points."""
-    data = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), float | int)]
+    data = [*_at_start(before, key), *records.rows(key)]
     kept = thin([y for _, y in data])
     return {
         "label": key,
@@ -115,6 +116,11 @@ def series(key: str, rows: Sequence[Record]) -> dict[str, Any]:
         "y": [rounded(data[i][1]) for i in kept],
         "points": key.startswith("eval/"),
     }
+
+
+def _at_start(before: Mapping[str, float], *keys: str) -> list[tuple[Any, ...]]:
+    """The row of step 0, if `before` has all `keys`."""
+    return [(0, *(before[key] for key in keys))] if all(isinstance(before.get(k), float | int) for k in keys) else []
 
 
 def thin(values: Sequence[float], limit: int = POINTS) -> list[int]:
@@ -144,7 +150,7 @@ def rounded(value: float, digits: int = 5) -> float | int | None:
     return None if not math.isfinite(short) else int(short) if short.is_integer() and abs(short) < 1e9 else short
 
 
-def tradeoffs(records: Sequence[Record], before: Mapping[str, float]) -> list[dict[str, Any]]:
+def tradeoffs(records: Columns, before: Mapping[str, float]) -> list[dict[str, Any]]:
     """Score against KL and score against length, a point per record, training and held-out prompts."""
     found = []
     for title, unit, other, held_out in (
@@ -152,11 +158,8 @@ def tradeoffs(records: Sequence[Record], before: Mapping[str, float]) -> list[di
         ("Score against length", "mean length, tokens", "tokens/mean_length", "eval/mean_length"),
     ):
         points: list[tuple[int, float, float, int]] = []
-        for style, (x, y), rows in (
-            (0, (other, "objective/scores"), records),
-            (1, (held_out, "eval/scores"), [{"step": 0, **before}, *records]),
-        ):
-            some = [(row["step"], row[x], row[y], style) for row in rows if x in row and y in row]
+        for style, keys, start in ((0, (other, "objective/scores"), {}), (1, (held_out, "eval/scores"), before)):
+            some = [(*row, style) for row in [*_at_start(start, *keys), *records.rows(*keys)]]
             stride = -(-len(some) // POINTS) or 1
             points += some[::-1][::stride][::-1]  # the last one is always there
         points = [p for p in points if math.isfinite(p[1]) and math.isfinite(p[2])]

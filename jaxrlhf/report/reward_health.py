@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrlhf.metrics.columns import Columns
 from jaxrlhf.metrics.keys import REWARDS
 from jaxrlhf.metrics.statistics import correlation
 from jaxrlhf.report import curves, verdict
@@ -45,15 +46,14 @@ def score_histogram(
     }
 
 
-def components(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def components(records: Columns) -> list[dict[str, Any]]:
     """A row for each component of the score: first and last mean, and what was unscored, cut or failed."""
-    keys = {key for record in records for key in record if key.startswith(REWARDS) and key.endswith("/errors")}
+    keys = [key for key in records.keys if key.startswith(REWARDS) and key.endswith("/errors")]
     rows = []
     for name in sorted(key.split("/")[1] for key in keys):
 
         def values(part: str, suffix: str = "", name: str = name) -> list[float]:
-            key = f"{REWARDS}{name}{suffix}/{part}"
-            return [record[key] for record in records if isinstance(record.get(key), float | int)]
+            return [value for _, value in records.rows(f"{REWARDS}{name}{suffix}/{part}")]
 
         def last(*key: str) -> float | int | None:
             found = values(*key)
@@ -76,9 +76,7 @@ def components(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def correlations(
-    records: Sequence[Mapping[str, Any]], token_records: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def correlations(records: Columns, token_records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Correlations of score with length and KL: [{"name", "value", "count", "of"}]."""
     found = []
     scored = [r for r in token_records if isinstance(r.get("score"), float | int)]
@@ -88,7 +86,7 @@ def correlations(
             value = correlation(score, np.array([of(r) for r in scored], np.float64))
             found.append({"name": name, "value": value, "count": len(scored), "of": "recorded sequences"})
     for name, key in (("length", "tokens/mean_length"), ("KL", "objective/kl")):
-        rows = [(r["objective/scores"], r[key]) for r in records if "objective/scores" in r and key in r]
+        rows = [pair for _, *pair in records.rows("objective/scores", key)]
         rows = [row for row in rows if np.isfinite(row).all()]
         if len(rows) > 3:
             scores, others = np.array(rows, np.float64).T

@@ -18,6 +18,7 @@ from jaxrlhf.config.reader import read_config
 from jaxrlhf.errors import DataError, first_line
 from jaxrlhf.files import read_json, write_whole
 from jaxrlhf.metrics import read_records
+from jaxrlhf.metrics.columns import Columns, read_columns
 from jaxrlhf.metrics.keys import definition
 from jaxrlhf.report import curves, reward_health, tokens, verdict
 from jaxrlhf.report.page import page
@@ -51,7 +52,8 @@ def write(directory: Path, output: Path | None = None) -> Path:
 def collect(directory: Path) -> dict[str, Any]:
     """Data of the page, as a JSON value."""
     files = _Files(directory)
-    records, samples = files.lines("metrics.jsonl"), files.lines("samples.jsonl")
+    records = files.read("metrics.jsonl", read_columns, Columns())
+    samples = files.read("samples.jsonl", read_records, [])
     run = files.run()
     baseline, evaluation = (files.json(name) for name in ("validation.json", "evaluation.json"))
     config_text, config = files.config()
@@ -74,7 +76,7 @@ def collect(directory: Path) -> dict[str, Any]:
         "curves": curves.charts(records, before),
         "tradeoffs": curves.tradeoffs(records, before),
         "restarts": [start["step"] for start in trained[1:] if start.get("step")],
-        "definitions": {key: definition(key) for record in records for key in record if key != "step"},
+        "definitions": {key: definition(key) for key in records.keys},
         "samples": by_prompt(samples),
         "tokens": tokens.pack(token_records, cut),
         "scores": reward_health.score_histogram(samples, token_records),
@@ -98,23 +100,19 @@ class _Files:
             reason = "has no run.json, config.yaml or metrics.jsonl" if directory.is_dir() else "is not a directory"
             raise DataError(f"{directory} {reason}, so it is not a run directory{hint}")
 
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        records = self._try(name, read_records, [])
-        return [record for record in records if isinstance(record.get("step"), int)]
-
     def json(self, name: str) -> dict[str, Any]:
-        return self._try(name, read_json, {})
+        return self.read(name, read_json, {})
 
     def run(self) -> dict[str, Any]:
-        return self._try("run.json", lambda path: runs.read_record(path.parent), {})
+        return self.read("run.json", lambda path: runs.read_record(path.parent), {})
 
     def config(self) -> tuple[str, dict[str, Any]]:
         """config.yaml as text, and as a flat mapping of dotted keys."""
-        content = self._try("config.yaml", read_config, "")
-        value = self._try("config.yaml", lambda _: yaml12.load(content), {})
+        content = self.read("config.yaml", read_config, "")
+        value = self.read("config.yaml", lambda _: yaml12.load(content), {})
         return redact(content), runs.flatten(redact_value(value)) if isinstance(value, dict) else {}
 
-    def _try(self, name: str, reader: Callable[[Path], T], missing: T) -> T:
+    def read(self, name: str, reader: Callable[[Path], T], missing: T) -> T:
         path = self.directory / name
         if not path.is_file():
             return missing
@@ -130,9 +128,7 @@ def _was_finished(start: Mapping[str, Any]) -> bool:
     return bool(start.get("step")) and start.get("step") == start.get("total_steps")
 
 
-def _status(
-    directory: Path, starts: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]], method: str
-) -> dict[str, str]:
+def _status(directory: Path, starts: Sequence[Mapping[str, Any]], records: Columns, method: str) -> dict[str, str]:
     """{"kind": done, running, stopped or failed, "text": a sentence}."""
     last = starts[-1] if starts else {}
     step, total = (records[-1]["step"] if records else 0), last.get("total_steps")
@@ -158,7 +154,7 @@ def _status(
 
 
 def _facts(
-    records: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]], config: Mapping[str, Any], method: str
+    records: Columns, starts: Sequence[Mapping[str, Any]], config: Mapping[str, Any], method: str
 ) -> list[tuple[str, str]]:
     """[(name, value)] for the head of the page."""
     facts = []
@@ -180,7 +176,7 @@ def _facts(
         if isinstance(last.get("episode"), float | int):
             facts.append(("Responses", f"{last['episode']:,.0f}"))
         for key, name in (("tokens/generated", "Tokens generated"), ("num_tokens", "Tokens in the loss")):
-            if amount := sum(record.get(key, 0) for record in records):
+            if amount := sum(value for _, value in records.rows(key)):
                 facts.append((name, f"{amount:,.0f}"))
     if starts:
         facts.append(("Started", str(starts[0].get("time", "")).replace("T", " ")[:16]))
@@ -194,9 +190,7 @@ def _facts(
     return facts
 
 
-def _time(
-    run: Mapping[str, Any], starts: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]
-) -> list[tuple[str, float]]:
+def _time(run: Mapping[str, Any], starts: Sequence[Mapping[str, Any]], records: Columns) -> list[tuple[str, float]]:
     """[(what the wall-clock time was spent on, seconds)], the longest first."""
     times = wallclock.before(starts, run.get("time", {}), records, ()) if starts else {}
     named = [(wallclock.NAMES[part], times[part]) for part in wallclock.NAMES if part in times]
@@ -242,10 +236,12 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
-def _validations(records: Sequence[Mapping[str, Any]], before: Mapping[str, float]) -> list[dict[str, Any]]:
+def _validations(records: Columns, before: Mapping[str, float]) -> list[dict[str, Any]]:
     """The held-out metrics of the records that have any, evenly thinned, and those of the initial policy."""
-    rows = [row for row in [{"step": 0, **before}, *records] if any(key.startswith("eval/") for key in row)]
-    rows = [rows[i] for i in tokens.spread(len(rows), VALIDATIONS)]
+    measured = records.with_any(key for key in records.keys if key.startswith("eval/"))
+    rows = [{"step": 0, **before}] if any(key.startswith("eval/") for key in before) else []
+    kept = tokens.spread(len(rows) + len(measured), VALIDATIONS)
+    rows = [rows[i] if i < len(rows) else records[measured[i - len(rows)]] for i in kept]
     return [
         {"step": row["step"]} | {key: curves.rounded(row[key]) for key in row if key.startswith("eval/")}
         for row in rows

@@ -1,11 +1,12 @@
 """Verdict on a run in sentences, and warnings to read before trusting it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrlhf.metrics.columns import Columns
 from jaxrlhf.metrics.keys import METRICS, REWARDS
 from jaxrlhf.metrics.statistics import wilson
 
@@ -45,10 +46,9 @@ class Change(NamedTuple):
         return self.noise / math.sqrt(1 + 1 / self.window)
 
 
-def change(records: Sequence[Record], key: str) -> Change | None:
+def change(records: Columns, key: str) -> Change | None:
     """Change of a metric; None if fewer than two records have it."""
-    values = [record[key] for record in records if isinstance(record.get(key), float | int)]
-    values = np.array([value for value in values if math.isfinite(value)])
+    values = np.array([value for _, value in records.rows(key) if math.isfinite(value)])
     if len(values) < 2:
         return None
     last = window(len(values))
@@ -68,9 +68,7 @@ def show(value: float) -> str:
     return f"{value:.3g}".replace("-", MINUS)
 
 
-def verdict(
-    method: str, records: Sequence[Record], baseline: Mapping[str, Any], evaluation: Mapping[str, Any]
-) -> list[str]:
+def verdict(method: str, records: Columns, baseline: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:
     """Sentences about what training did, from its records; `baseline` is validation.json, `evaluation` evaluation.json,
     both perhaps empty."""
     if not records:
@@ -87,7 +85,7 @@ def verdict(
     return _sft(records, span)
 
 
-def _on_policy(records: Sequence[Record], baseline: Mapping[str, Any], span: str) -> list[str]:
+def _on_policy(records: Columns, baseline: Mapping[str, Any], span: str) -> list[str]:
     score, kl = change(records, "objective/scores"), change(records, "objective/kl")
     if score is None:
         only = records[-1].get("objective/scores")
@@ -99,7 +97,7 @@ def _on_policy(records: Sequence[Record], baseline: Mapping[str, Any], span: str
     else:
         distance = f", at a KL to the reference of {show(kl.last)} nats per response" if kl else ""
         sentences = [f"Score {score} over {span}{distance}."]
-    before, after = baseline.get("metrics", {}), _last_with(records, "eval/scores")
+    before, after = baseline.get("metrics", {}), records.last_with("eval/scores")
     if after:
         prompts = [s for s in baseline.get("scores", []) if s is not None]
         number = f"{len(prompts)} held-out prompts" if prompts else "held-out prompts"
@@ -120,7 +118,7 @@ def _on_policy(records: Sequence[Record], baseline: Mapping[str, Any], span: str
     return sentences
 
 
-def _reward(records: Sequence[Record], evaluation: Mapping[str, Any], span: str) -> list[str]:
+def _reward(records: Columns, evaluation: Mapping[str, Any], span: str) -> list[str]:
     sentences = []
     accuracy, loss = change(records, "accuracy"), change(records, "loss")
     if accuracy:
@@ -129,7 +127,7 @@ def _reward(records: Sequence[Record], evaluation: Mapping[str, Any], span: str)
         sentences.append(f"Training loss {loss} over {span}.")
     else:
         sentences.append(f"{span} logged: too few to tell anything.")
-    held_out = _last_with(records, "eval/accuracy")
+    held_out = records.last_with("eval/accuracy")
     share = evaluation.get("accuracy", held_out.get("eval/accuracy"))
     unit = "pairs" if "pairs" in evaluation else "responses"
     if isinstance(share, float | int):
@@ -142,12 +140,12 @@ def _reward(records: Sequence[Record], evaluation: Mapping[str, Any], span: str)
             name = evaluation.get("length_rule", "a rule of length alone")
             sentence += f'; the rule "{name}" judges {show(100 * rule)} % right'
         sentences.append(sentence + ".")
-    elif correlation := _last_with(records, "eval/correlation"):
+    elif correlation := records.last_with("eval/correlation"):
         sentences.append(f"On held-out rows score and target correlate at {show(correlation['eval/correlation'])}.")
     return sentences
 
 
-def _preferences(records: Sequence[Record], span: str) -> list[str]:
+def _preferences(records: Columns, span: str) -> list[str]:
     accuracy, margin = change(records, "rewards/accuracies"), change(records, "rewards/margins")
     loss = change(records, "loss")
     if accuracy and margin:
@@ -156,15 +154,15 @@ def _preferences(records: Sequence[Record], span: str) -> list[str]:
         sentences = [f"{'Margin of the implicit reward' if margin else 'Loss'} {margin or loss} over {span}."]
     else:
         sentences = [f"{span} logged: too few to tell anything."]
-    if after := _last_with(records, "eval/rewards/accuracies"):
+    if after := records.last_with("eval/rewards/accuracies"):
         sentences.append(f"On held-out pairs its accuracy is {show(100 * after['eval/rewards/accuracies'])} %.")
     return sentences
 
 
-def _sft(records: Sequence[Record], span: str) -> list[str]:
+def _sft(records: Columns, span: str) -> list[str]:
     loss = change(records, "loss")
     sentences = [f"Loss {loss} nats per token over {span}." if loss else f"{span} logged: too few to tell anything."]
-    evaluations = [(record["eval/loss"], record["step"]) for record in records if "eval/loss" in record]
+    evaluations = [(loss, step) for step, loss in records.rows("eval/loss")]
     if evaluations:
         last, best = evaluations[-1], min(evaluations)
         sentence = f"Held-out loss ended at {show(last[0])}"
@@ -174,38 +172,32 @@ def _sft(records: Sequence[Record], span: str) -> list[str]:
     return sentences
 
 
-def _last_with(records: Sequence[Record], key: str) -> Record:
-    return next((record for record in reversed(records) if key in record), {})
-
-
-def warnings(records: Sequence[Record]) -> list[str]:
+def warnings(records: Columns) -> list[str]:
     """Lines about skipped updates, alarms, failed rewards and degenerate responses."""
-    found = []
+    found, ends = [], records[-LAST:]
 
     def total(key: str) -> float:
-        return sum(v for record in records if isinstance(v := record.get(key, 0), float | int) and math.isfinite(v))
+        return sum(value for _, value in records.rows(key) if math.isfinite(value))
 
     def last(key: str) -> float:
-        values = [v for record in records[-LAST:] if isinstance(v := record.get(key), float | int)]
+        values = [record[key] for record in ends if key in record]
         return float(np.mean(values)) if values else math.nan
 
     if skipped := total("skipped_updates"):
-        steps = [record["step"] for record in records if record.get("skipped_updates")]
+        steps = [step for step, skipped in records.rows("skipped_updates") if skipped]
         found.append(
             f"{skipped:g} optimizer steps were skipped because loss or gradient was not finite (first at {steps[0]}, "
             f"last at {steps[-1]})."
         )
     for key in (key for key in METRICS if key.startswith("alarm/")):
-        if on := [record["step"] for record in records if record.get(key)]:
+        if on := [step for step, value in records.rows(key) if value]:
             meaning = METRICS[key].removeprefix("1 if ").removesuffix(", else 0").removesuffix(", else missing")
             meaning = f"{meaning[0].upper()}{meaning[1:]}"
             still = "still on" if records[-1].get(key) else f"last at step {on[-1]}"
             found.append(
                 f"Alarm: {meaning}. On in {len(on)} of {len(records)} records, first at step {on[0]}, {still}."
             )
-    names = {
-        key.split("/")[1] for record in records for key in record if key.startswith(REWARDS) and key.endswith("/errors")
-    }
+    names = {key.split("/")[1] for key in records.keys if key.startswith(REWARDS) and key.endswith("/errors")}
     for name in sorted(names):
         if errors := total(f"{REWARDS}{name}/errors"):
             found.append(f"The reward component {name} gave no usable answer to {errors:g} completions.")

@@ -17,6 +17,7 @@ from jaxrlhf import report
 from jaxrlhf.config import Component, Data, Environment, Judge, MixedSource, PPOConfig, RewardSource, text
 from jaxrlhf.config.file import METHODS
 from jaxrlhf.errors import DataError, StorageError
+from jaxrlhf.metrics.columns import Columns
 from jaxrlhf.metrics.keys import METRICS
 from jaxrlhf.report import curves, tokens, verdict
 from jaxrlhf.report.run import collect
@@ -139,14 +140,14 @@ def test_what_is_no_run_is_refused(tmp_path):
 def test_noise_is_not_called_progress():
     chance = random.Random(0)
     flat = [{"step": i, "objective/scores": chance.gauss(0, 1)} for i in range(50)]
-    assert "did not change beyond noise" in verdict.verdict("ppo", flat, {}, {})[0]
+    assert "did not change beyond noise" in verdict.verdict("ppo", Columns(flat), {}, {})[0]
     falling = [{"step": i, "objective/scores": -i + chance.gauss(0, 1), "objective/kl": 2.0} for i in range(50)]
     assert re.match(
-        r"Score fell from .* at a KL to the reference of 2 nats", verdict.verdict("ppo", falling, {}, {})[0]
+        r"Score fell from .* at a KL to the reference of 2 nats", verdict.verdict("ppo", Columns(falling), {}, {})[0]
     )
     # Two sigma: of 400 runs without progress about 5 % are called a change.
     runs = [[{"step": i, "loss": chance.gauss(0, 1)} for i in range(40)] for _ in range(400)]
-    called = sum("noise" not in str(verdict.change(run, "loss")) for run in runs)
+    called = sum("noise" not in str(verdict.change(Columns(run), "loss")) for run in runs)
     assert 5 <= called <= 45
 
 
@@ -159,7 +160,7 @@ def test_the_table_of_components_and_the_sentence_have_the_same_final_value(step
     ]
     write_lines(run / "metrics.jsonl", rows)
     (row,) = collect(run)["components"]
-    found = verdict.change(rows, "objective/scores")
+    found = verdict.change(Columns(rows), "objective/scores")
     assert row["first"] == 0 and row["last"] == curves.rounded(found.last if found else rows[-1]["objective/scores"])
 
 
@@ -167,7 +168,7 @@ def test_held_out_prompts_are_reported_with_an_interval():
     records = [{"step": i, "objective/scores": float(i)} for i in range(9)]
     records[-1] |= {"eval/scores": 3.0, "eval/win_rate": 0.75, "eval/gain": 2.0, "eval/heldout_gain": -1.0}
     baseline = {"scores": [1.0] * 40, "metrics": {"eval/scores": 1.0}}
-    sentences = verdict.verdict("ppo", records, baseline, {})
+    sentences = verdict.verdict("ppo", Columns(records), baseline, {})
     assert "On 40 held-out prompts the score went from 1 to 3" in sentences[1]
     assert "75 %" in sentences[1] and "59.8 to 85.8 %" in sentences[1]  # Wilson's interval of 30 of 40
     assert "disagrees" in sentences[2]
@@ -175,7 +176,7 @@ def test_held_out_prompts_are_reported_with_an_interval():
 
 def test_warnings_name_what_went_wrong():
     quiet = [record("ppo", step, 10, random.Random(step)) for step in range(1, 11)]
-    assert verdict.warnings(quiet) == []
+    assert verdict.warnings(Columns(quiet)) == []
     loud = [dict(row) for row in quiet]
     loud[3] |= {"skipped_updates": 2.0, "alarm/kl": 1.0}
     for row in loud[5:]:
@@ -186,7 +187,7 @@ def test_warnings_name_what_went_wrong():
             "objective/unscored": 0.25,
         }
         row |= {"groups/flat": 9.0, "groups/count": 10.0, "val/sampler_logprob_gap": 0.3}
-    text = "\n".join(verdict.warnings(loud))
+    text = "\n".join(verdict.warnings(Columns(loud)))
     for part in (
         "2 optimizer steps were skipped",
         "first at step 4, last at step 4",
@@ -199,7 +200,7 @@ def test_warnings_name_what_went_wrong():
         "KL to the reference is over",
     ):
         assert part in text
-    assert len(verdict.warnings(loud)) == 8
+    assert len(verdict.warnings(Columns(loud))) == 8
 
 
 @settings(max_examples=60, deadline=None)
@@ -353,7 +354,7 @@ def test_a_start_of_a_finished_run_is_no_restart_and_the_peak_is_of_all(tmp_path
 
 def test_a_metric_is_in_one_chart_and_held_out_rows_beside_training():
     def titles(**record):
-        groups = curves.charts([{"step": 1, **record}], {})
+        groups = curves.charts(Columns([{"step": 1, **record}]), {})
         return {chart["title"]: [s["label"] for s in chart["series"]] for group in groups for chart in group["charts"]}
 
     assert titles(**{"objective/kl": 1.0, "eval/kl": 1.0}) == {"KL to the reference": ["objective/kl", "eval/kl"]}
