@@ -43,14 +43,14 @@ class Columns(Sequence[dict[str, Any]]):
         """The metrics, in the order of their first records."""
         return list(self._columns)
 
-    def rows(self, *keys: str) -> list[tuple[Any, ...]]:
-        """(step, values) of the records that have all `keys`."""
+    def arrays(self, *keys: str) -> list[np.ndarray]:
+        """The steps of the records that have all `keys`, and their values of each."""
         if not self._columns.keys() >= set(keys):
-            return []
+            return [np.array([], np.int64), *(np.array([]) for _ in keys)]
         columns = [self._columns[key] for key in keys]
         shared = functools.reduce(np.intersect1d, [np.asarray(at) for at, _ in columns])
-        found = [np.asarray(values)[np.searchsorted(at, shared)].tolist() for at, values in columns]
-        return list(zip(np.asarray(self.steps)[shared].tolist(), *found, strict=True))
+        found = [np.asarray(values)[np.searchsorted(at, shared)] for at, values in columns]
+        return [np.asarray(self.steps)[shared], *found]
 
     def last_with(self, key: str) -> dict[str, Any]:
         """The last record that has a metric; empty if there is none."""

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxrlhf.metrics.columns import Columns
 from jaxrlhf.metrics.keys import EPOCHS, REWARDS, TIMES
 
@@ -108,22 +110,26 @@ def _chart(title: str, unit: str, keys: Sequence[str], records: Columns, before:
 def series(key: str, records: Columns, before: Mapping[str, float]) -> dict[str, Any]:
     """A curve: {"label", "x", "y", "points"}; y is None where the value is not finite. Values measured now and then,
     on held-out rows, are single points."""
-    data = [*_at_start(before, key), *records.rows(key)]
-    kept = thin([y for _, y in data])
+    steps, values = _from_start(records, before, key)
+    kept = thin(values)
     return {
         "label": key,
-        "x": [data[i][0] for i in kept],
-        "y": [rounded(data[i][1]) for i in kept],
+        "x": steps[kept].tolist(),
+        "y": [rounded(value) for value in values[kept].tolist()],
         "points": key.startswith("eval/"),
     }
 
 
-def _at_start(before: Mapping[str, float], *keys: str) -> list[tuple[Any, ...]]:
-    """The row of step 0, if `before` has all `keys`."""
-    return [(0, *(before[key] for key in keys))] if all(isinstance(before.get(k), float | int) for k in keys) else []
+def _from_start(records: Columns, before: Mapping[str, float], *keys: str) -> list[np.ndarray]:
+    """`records.arrays`, with step 0 if `before` has all `keys`."""
+    arrays = records.arrays(*keys)
+    if not all(isinstance(before.get(key), float | int) for key in keys):
+        return arrays
+    start = [0, *(before[key] for key in keys)]
+    return [np.concatenate([[first], array]) for first, array in zip(start, arrays, strict=True)]
 
 
-def thin(values: Sequence[float], limit: int = POINTS) -> list[int]:
+def thin(values: np.ndarray, limit: int = POINTS) -> list[int]:
     """The positions of at most `limit` values: the first, the last, and the lowest and highest of each stretch, so that
     no extreme is lost."""
     if len(values) <= limit:
@@ -131,9 +137,10 @@ def thin(values: Sequence[float], limit: int = POINTS) -> list[int]:
     stretches = (limit - 2) // 2
     kept = {0, len(values) - 1}
     for i in range(stretches):
-        stretch = range(i * len(values) // stretches, (i + 1) * len(values) // stretches)
-        finite = [k for k in stretch if math.isfinite(values[k])] or stretch
-        kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
+        begin, end = (k * len(values) // stretches for k in (i, i + 1))
+        places = begin + np.flatnonzero(np.isfinite(values[begin:end]))
+        if places.size:
+            kept |= {int(places[values[places].argmin()]), int(places[values[places].argmax()])}
     return sorted(kept)
 
 
@@ -159,9 +166,10 @@ def tradeoffs(records: Columns, before: Mapping[str, float]) -> list[dict[str, A
     ):
         points: list[tuple[int, float, float, int]] = []
         for style, keys, start in ((0, (other, "objective/scores"), {}), (1, (held_out, "eval/scores"), before)):
-            some = [(*row, style) for row in [*_at_start(start, *keys), *records.rows(*keys)]]
-            stride = -(-len(some) // POINTS) or 1
-            points += some[::-1][::stride][::-1]  # the last one is always there
+            arrays = _from_start(records, start, *keys)
+            stride = -(-len(arrays[0]) // POINTS) or 1
+            some = (array[::-1][::stride][::-1].tolist() for array in arrays)  # the last one is always there
+            points += [(*row, style) for row in zip(*some, strict=True)]
         points = [p for p in points if math.isfinite(p[1]) and math.isfinite(p[2])]
         if len(points) > 1:
             last = max(step for step, *_ in points) or 1

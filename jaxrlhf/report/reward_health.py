@@ -52,25 +52,25 @@ def components(records: Columns) -> list[dict[str, Any]]:
     rows = []
     for name in sorted(key.split("/")[1] for key in keys):
 
-        def values(part: str, suffix: str = "", name: str = name) -> list[float]:
-            return [value for _, value in records.rows(f"{REWARDS}{name}{suffix}/{part}")]
+        def values(part: str, suffix: str = "", name: str = name) -> np.ndarray:
+            return records.arrays(f"{REWARDS}{name}{suffix}/{part}")[1]
 
         def last(*key: str) -> float | int | None:
             found = values(*key)
             found = found[-verdict.window(len(found)) :]
-            return curves.rounded(float(np.mean(found))) if found else None
+            return curves.rounded(float(np.mean(found))) if found.size else None
 
         means = values("mean")
         rows.append(
             {
                 "name": name,
-                "first": curves.rounded(means[0]) if means else None,
+                "first": curves.rounded(means[0].item()) if means.size else None,
                 "last": last("mean"),
                 "std": last("std"),
                 "length": last("length_correlation"),
                 "unanswered": last("mean", "_unanswered"),
                 "truncated": last("mean", "_truncated"),
-                "errors": int(sum(values("errors"))),
+                "errors": int(values("errors").sum()),
             }
         )
     return rows
@@ -86,11 +86,11 @@ def correlations(records: Columns, token_records: Sequence[Mapping[str, Any]]) -
             value = correlation(score, np.array([of(r) for r in scored], np.float64))
             found.append({"name": name, "value": value, "count": len(scored), "of": "recorded sequences"})
     for name, key in (("length", "tokens/mean_length"), ("KL", "objective/kl")):
-        rows = [pair for _, *pair in records.rows("objective/scores", key)]
-        rows = [row for row in rows if np.isfinite(row).all()]
-        if len(rows) > 3:
-            scores, others = np.array(rows, np.float64).T
+        rows = np.array(records.arrays("objective/scores", key)[1:], np.float64)
+        rows = rows[:, np.isfinite(rows).all(axis=0)]
+        if rows.shape[1] > 3:
+            scores, others = rows
             found.append(
-                {"name": f"mean {name}", "value": correlation(scores, others), "count": len(rows), "of": "updates"}
+                {"name": f"mean {name}", "value": correlation(scores, others), "count": len(scores), "of": "updates"}
             )
     return found

@@ -176,7 +176,7 @@ def _facts(
         if isinstance(last.get("episode"), float | int):
             facts.append(("Responses", f"{last['episode']:,.0f}"))
         for key, name in (("tokens/generated", "Tokens generated"), ("num_tokens", "Tokens in the loss")):
-            if amount := sum(value for _, value in records.rows(key)):
+            if amount := records.arrays(key)[1].sum():
                 facts.append((name, f"{amount:,.0f}"))
     if starts:
         facts.append(("Started", str(starts[0].get("time", "")).replace("T", " ")[:16]))

@@ -48,7 +48,8 @@ class Change(NamedTuple):
 
 def change(records: Columns, key: str) -> Change | None:
     """Change of a metric; None if fewer than two records have it."""
-    values = np.array([value for _, value in records.rows(key) if math.isfinite(value)])
+    _, values = records.arrays(key)
+    values = values[np.isfinite(values)]
     if len(values) < 2:
         return None
     last = window(len(values))
@@ -162,12 +163,12 @@ def _preferences(records: Columns, span: str) -> list[str]:
 def _sft(records: Columns, span: str) -> list[str]:
     loss = change(records, "loss")
     sentences = [f"Loss {loss} nats per token over {span}." if loss else f"{span} logged: too few to tell anything."]
-    evaluations = [(loss, step) for step, loss in records.rows("eval/loss")]
-    if evaluations:
-        last, best = evaluations[-1], min(evaluations)
-        sentence = f"Held-out loss ended at {show(last[0])}"
-        if last[0] > 1.01 * best[0]:
-            sentence += f", above its best of {show(best[0])} at step {best[1]}: the last steps overfit"
+    steps, losses = records.arrays("eval/loss")
+    if losses.size:
+        last, best = losses[-1], losses.min()
+        sentence = f"Held-out loss ended at {show(last)}"
+        if last > 1.01 * best:
+            sentence += f", above its best of {show(best)} at step {steps[losses.argmin()]}: the last steps overfit"
         sentences.append(sentence + ".")
     return sentences
 
@@ -177,20 +178,25 @@ def warnings(records: Columns) -> list[str]:
     found, ends = [], records[-LAST:]
 
     def total(key: str) -> float:
-        return sum(value for _, value in records.rows(key) if math.isfinite(value))
+        _, values = records.arrays(key)
+        return float(values[np.isfinite(values)].sum())
+
+    def on_at(key: str) -> np.ndarray:
+        steps, values = records.arrays(key)
+        return steps[values != 0]
 
     def last(key: str) -> float:
         values = [record[key] for record in ends if key in record]
         return float(np.mean(values)) if values else math.nan
 
     if skipped := total("skipped_updates"):
-        steps = [step for step, skipped in records.rows("skipped_updates") if skipped]
+        steps = on_at("skipped_updates")
         found.append(
             f"{skipped:g} optimizer steps were skipped because loss or gradient was not finite (first at {steps[0]}, "
             f"last at {steps[-1]})."
         )
     for key in (key for key in METRICS if key.startswith("alarm/")):
-        if on := [step for step, value in records.rows(key) if value]:
+        if len(on := on_at(key)):
             meaning = METRICS[key].removeprefix("1 if ").removesuffix(", else 0").removesuffix(", else missing")
             meaning = f"{meaning[0].upper()}{meaning[1:]}"
             still = "still on" if records[-1].get(key) else f"last at step {on[-1]}"

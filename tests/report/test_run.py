@@ -209,7 +209,7 @@ def test_warnings_name_what_went_wrong():
     st.integers(4, 60),
 )
 def test_thinned_curves_keep_ends_and_extremes(values, limit):
-    kept = curves.thin(values, limit)
+    kept = curves.thin(np.array(values), limit)
     assert kept == sorted(set(kept)) and len(kept) <= max(limit, len(values) if len(values) <= limit else 0)
     finite = [v for v in values if math.isfinite(v)]
     if finite:
