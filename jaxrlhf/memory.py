@@ -47,8 +47,9 @@ def peak_on_devices() -> int | None:
     return max((peak for peak in peaks if peak is not None), default=None)
 
 
-def release_free_memory(freed: int) -> None:
-    """Return memory that this process has freed to the system, if `freed`, the bytes it has freed last, are worth it.
+def release_free_memory(freed: int = WORTH_RELEASING) -> None:
+    """Return memory that this process has freed to the system, if `freed`, the bytes it has freed last, are worth it;
+    they are by default.
 
     glibc keeps freed blocks below 32 MB, such as the layers of an inference copy, which would add to the memory of the
     following update. Looking for them takes milliseconds. Does nothing on other C libraries.

@@ -126,8 +126,7 @@ class Session:
         try:
             with self.clock.spent("other"):
                 report.write(self.directory)
-                # it has read all records, which take about four times the memory of their text
-                memory.release_free_memory(4 * (self.directory / "metrics.jsonl").stat().st_size)
+                memory.release_free_memory()  # columns of the log, of which glibc would keep some
         except Exception as error:  # a run does not end for its report
             self.note(f"{self.directory / report.REPORT} could not be written: {type(error).__name__}: {error}")
         ended = time.monotonic()

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -380,3 +381,20 @@ def test_early_and_late_scores_are_of_what_has_most(tmp_path):
     for step in (1, 2, 3):
         write_tokens(run, step, [token_record(step, i, ["a"], 1.0 * i) for i in range(4)])
     assert collect(run)["scores"]["of"] == "recorded sequences"
+
+
+def test_the_report_of_a_long_run_takes_little_memory(tmp_path):
+    """What it holds at once: a run writes its report again and again, and Python keeps a part of what that took."""
+    run = write_run(tmp_path / "run", "ppo", 1)
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+
+    def peak(steps):
+        write_lines(run / "metrics.jsonl", [first | {"step": step} for step in range(1, steps + 1)])
+        tracemalloc.start()
+        collect(run)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    short, long = peak(400), peak(2400)
+    assert long - short < 2000 * 25 * len(first)  # bytes; dicts take 60 for each number
