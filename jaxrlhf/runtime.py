@@ -70,6 +70,8 @@ LEFT_ROWS = 32
 """Rows of a device up to which `weights_left` gains."""
 KEPT_TOKENS = 2
 """Tokens of a micro-batch up to which `keeps_products` is true, as a multiple of the model's hidden size."""
+COLUMN_ROWS = 8
+"""Rows of a device from which on `keys_by_column` gains."""
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 _set_by_us: set[str] = set()
 
@@ -211,6 +213,13 @@ def weights_left(backend: str, dtype: str, rows: int | None) -> bool:
     float32 on a processor with AVX2 and without AVX-512 (docs/performance.md)."""
     few = rows is not None and rows <= LEFT_ROWS
     return backend == "cpu" and dtype == "float32" and few and processor().has_avx2_alone
+
+
+def keys_by_column(backend: str, dtype: str, rows: int | None) -> bool:
+    """True where attention of so many rows (None: not known) over a cache is faster with keys [H, S] in place of [S, H]
+    for a head: of 8 or more in float32 on a processor with AVX-512 (docs/performance.md)."""
+    many = rows is not None and rows >= COLUMN_ROWS
+    return backend == "cpu" and dtype == "float32" and many and "AVX-512" in processor().extensions
 
 
 def logits_alive(backend: str) -> int:

@@ -118,7 +118,8 @@ class KVCache:
     (models/delta.py) has a state of fixed size instead, which holds all the tokens read so far and cannot forget one.
     """
 
-    k: tuple[Array, ...] | Array  # per layer [B, K, S, H], twice as fast to read on a CPU as [B, S, K, H]
+    k: tuple[Array, ...] | Array  # per layer [B, K, S, H], or [B, K, H, S] (`ModelConfig.key_columns`): twice as
+    # fast to read on a CPU as [B, S, K, H]
     v: tuple[Array, ...] | Array  # stacked: [L, S, K, B, H], in which a TPU writes a slot of all rows in one place
     positions: Array  # int32 [B, S]
     valid: Array  # bool [B, S]   slots that hold a real token

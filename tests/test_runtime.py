@@ -209,6 +209,25 @@ def test_products_are_kept_where_that_was_measured_to_be_faster(extensions, back
     assert runtime.keeps_products(backend, dtype, tokens, hidden_size=576) is kept
 
 
+@pytest.mark.parametrize(
+    ("extensions", "backend", "dtype", "rows", "apart"),
+    [
+        (("AVX2", "AVX-512"), "cpu", "float32", 8, True),
+        (("AVX2", "AVX-512"), "cpu", "float32", 7, False),
+        (("AVX2", "AVX-512"), "cpu", "float32", None, False),
+        (("AVX2", "AVX-512"), "cpu", "bfloat16", 8, False),
+        (("AVX2", "AVX-512"), "gpu", "float32", 8, False),
+        (("AVX2",), "cpu", "float32", 8, False),
+        (("NEON",), "cpu", "float32", 8, False),
+    ],
+)
+def test_keys_are_stored_by_column_where_that_was_measured_to_be_faster(
+    extensions, backend, dtype, rows, apart, monkeypatch
+):
+    monkeypatch.setattr(runtime, "processor", lambda: runtime.Processor("a processor", 2, extensions, ""))
+    assert runtime.keys_by_column(backend, dtype, rows) is apart
+
+
 def test_the_processor_of_a_mac_is_told_by_sysctl(monkeypatch):
     said = "machdep.cpu.brand_string: Apple M3\nhw.optional.arm.FEAT_BF16: 1\n"
     monkeypatch.setattr(pathlib.Path, "read_text", lambda self, **_: (_ for _ in ()).throw(FileNotFoundError()))

@@ -22,20 +22,23 @@ TOLERANCE = 0.03  # relative to the largest absolute value: a few bfloat16 round
 
 def attend(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
+    k: Float[Array, "B K S H"] | Float[Array, "B K H S"],
     v: Float[Array, "B K S H"],
     mask: Bool[Array, "B T S"],
     dtype: DTypeLike,
     softcap: float | None = None,
+    columns_last: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention: query heads n*G .. n*G + G - 1 share key head n. `q` is already scaled.
+    With `columns_last` k is [B, K, H, S].
 
     With a `softcap` c the logits x become c tanh(x / c) (https://arxiv.org/abs/2408.00118, section 2).
     """
     batch, length, heads, head_dim = q.shape
     # Axes keep their order in all products and their gradients: XLA's bfloat16 code for CPUs requires it.
     grouped = q.reshape(batch, length, k.shape[1], -1, head_dim).transpose(0, 2, 3, 1, 4)
-    logits = softcapped(product("bkgth,bksh->bkgts", grouped, k, dtype), softcap)
+    keys = "bkhs" if columns_last else "bksh"
+    logits = softcapped(product(f"bkgth,{keys}->bkgts", grouped, k, dtype), softcap)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, MASKED), axis=-1)
     y = product("bkgts,bksh->bkgth", weights, v, dtype)
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)

@@ -124,6 +124,7 @@ class ModelConfig:
     platform: Literal["cpu", "gpu", "tpu"] = "cpu"  # that computes it: sizes of chunks, layouts for decoding
     dtype: Literal["float32", "bfloat16"] = "float32"  # operands of matrix products; they accumulate in float32
     kernels: Literal["float", "left", "int8"] = "float"  # left, int8: for inference only, see rollout/inference_copy.py
+    key_columns: Literal[2, 3] = 2  # axis of a layer's cached keys that has the columns: [B, K, S, H] or [B, K, H, S]
     remat: Literal["none", "full", "dots"] = "none"
     micro_batch_rows: int | None = None  # of whole sequences that a layer computes, a divisor of the batch; None: all
     mesh: Mesh | None = None  # over which its parameters are sharded, see placement.py; None: one device, or not known

@@ -150,7 +150,8 @@ class Attention(nn.Module):
             q = place(q, m, "rows", None, "tensor", None)
             k, v = (place(heads, m, "rows", "tensor", None, None) for heads in (k, v))
         elif layer is None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), slot, axis=2)
+            k = k.swapaxes(2, m.key_columns).astype(cache[0].dtype)
+            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, slot, axis=m.key_columns)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), slot, axis=2)
             cache = k, v
         else:
@@ -160,7 +161,9 @@ class Attention(nn.Module):
             cache = all_k, all_v
             k, v = (turned(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)) for x in cache)
         fused = m.attention == "cudnn" and cache is None and m.attention_softcap is None and fits_cudnn(q)
-        attention = partial(cudnn_attend, mesh=m.mesh) if fused else partial(attend, softcap=m.attention_softcap)
+        columns_last = cache is not None and m.key_columns == 3
+        plain = partial(attend, softcap=m.attention_softcap, columns_last=columns_last)
+        attention = partial(cudnn_attend, mesh=m.mesh) if fused else plain
         y = attention(q, k, v, mask, m.dtype)
         if cache is None:
             y = place(y, m, "rows", None, "tensor", None)

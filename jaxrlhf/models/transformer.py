@@ -219,10 +219,11 @@ def empty_cache(model: ModelConfig, batch: int, slots: int) -> KVCache:
     """Empty cache, with keys and values in `model.dtype`."""
     heads, width = model.num_kv_heads, model.head_dim
 
-    def zeros() -> tuple[Array, ...] | Array:
+    def zeros(columns: int) -> tuple[Array, ...] | Array:
         if model.scans_layers:
             return jnp.zeros((model.num_layers, slots, heads, batch, width), model.dtype)
-        return tuple(jnp.zeros((batch, heads, slots, width), model.dtype) for _ in model.layers_with("attention"))
+        shape = (slots, width) if columns == 2 else (width, slots)
+        return tuple(jnp.zeros((batch, heads, *shape), model.dtype) for _ in model.layers_with("attention"))
 
     def state() -> tuple[Array, Array]:
         net = model.delta
@@ -231,8 +232,8 @@ def empty_cache(model: ModelConfig, batch: int, slots: int) -> KVCache:
         return jnp.zeros((batch, net.conv_width - 1, net.channels)), jnp.zeros(shape)
 
     return KVCache(
-        k=zeros(),
-        v=zeros(),
+        k=zeros(model.key_columns),
+        v=zeros(2),
         positions=jnp.zeros((batch, slots), jnp.int32),
         valid=jnp.zeros((batch, slots), bool),
         states=tuple(state() for _ in model.layers_with("delta")),

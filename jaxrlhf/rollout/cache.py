@@ -94,7 +94,7 @@ def _cache_shardings(cache: KVCache, mesh: jax.sharding.Mesh) -> Any:
     )
 
 
-def grow_cache(cache: KVCache, columns: int) -> KVCache:
+def grow_cache(cache: KVCache, columns: int, model: ModelConfig) -> KVCache:
     """A cache of unstacked layers with empty columns added at its end, up to `columns`. Its arrays are replaced one by
     one, so that memory never holds both caches. A state of a delta net has no columns."""
 
@@ -105,7 +105,7 @@ def grow_cache(cache: KVCache, columns: int) -> KVCache:
 
     return dataclasses.replace(
         cache,
-        k=jax.tree.map(lambda x: widen(x, 2), cache.k),
+        k=jax.tree.map(lambda x: widen(x, model.key_columns), cache.k),
         v=jax.tree.map(lambda x: widen(x, 2), cache.v),
         positions=widen(cache.positions, 1),
         valid=widen(cache.valid, 1),

@@ -67,20 +67,20 @@ def generate(
     decoding = Decoding(model, sampling, stop_ids, pad_id)
     slots = start(params, decoding, prompts, key, group)
     length, batch = sampling.response_length, len(slots.count)
-    slots = dataclasses.replace(slots, cache=widened(slots.cache, length))
+    slots = dataclasses.replace(slots, cache=widened(slots.cache, length, model))
     slots = advance(params, decoding, slots, batch, prompts.tokens.shape[1])
     return as_rollout(jnp, prompts, group, slots.tokens, slots.logprobs, slots.count, slots.ended, slots.support)
 
 
-def widened(cache: KVCache, more: int) -> KVCache:
+def widened(cache: KVCache, more: int, model: ModelConfig) -> KVCache:
     """The cache with `more` empty columns."""
 
-    def pad(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))
+    def pad(x: Array, axis: int = 2) -> Array:
+        return jnp.pad(x, [(0, more if i == axis else 0) for i in range(4)])
 
     return dataclasses.replace(
         cache,
-        k=map_layers(pad, cache.k),
+        k=map_layers(partial(pad, axis=model.key_columns), cache.k),
         v=map_layers(pad, cache.v),
         positions=jnp.pad(cache.positions, ((0, 0), (0, more))),
         valid=jnp.pad(cache.valid, ((0, 0), (0, more))),

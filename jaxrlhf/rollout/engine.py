@@ -55,7 +55,7 @@ def generate_in_chunks(
     for room in wider:
         if idle == rows:
             break
-        state = dataclasses.replace(state, cache=grow_cache(state.cache, columns + room))
+        state = dataclasses.replace(state, cache=grow_cache(state.cache, columns + room, decoding.model))
         state, idle = _advance_until(params, decoding, state, rows, columns, room)
     return _rollout(prompts, group, dataclasses.replace(state, cache=None))
 
@@ -187,12 +187,13 @@ def _admit(
     def write(old: Array, new: Array) -> Array:
         return old.at[rows].set(new, mode="drop")
 
-    def write_columns(old: Array, new: Array) -> Array:
-        return old.at[rows, :, first:columns].set(new, mode="drop")
+    def write_columns(old: Array, new: Array, axis: int = 2) -> Array:
+        at = rows, *[slice(None)] * (axis - 1), slice(first, columns)
+        return old.at[at].set(new, mode="drop")
 
     padding = ((0, 0), (first, slots.cache.valid.shape[1] - columns))
     cache = KVCache(
-        k=map_layers(write_columns, slots.cache.k, started.cache.k),
+        k=map_layers(partial(write_columns, axis=decoding.model.key_columns), slots.cache.k, started.cache.k),
         v=map_layers(write_columns, slots.cache.v, started.cache.v),
         positions=write(slots.cache.positions, jnp.pad(started.cache.positions, padding)),
         valid=write(slots.cache.valid, jnp.pad(started.cache.valid, padding)),

@@ -38,7 +38,8 @@ def inference_copy(
     `dtype` is the dtype of weights and product operands; norms and biases are not converted. int8 stores kernels and
     embeddings in 8 bits with one scale per output (per token in an embedding) and rounds activations to 8 bits per
     position; attention is in bfloat16, or in float32 if `model` computes in float32. `rows` is the number of sequences
-    that will be decoded at a time: some processors multiply few rows faster in another layout (`runtime.weights_left`).
+    that will be decoded at a time: some processors are faster with other layouts of the weights of few rows
+    (`runtime.weights_left`) and of the keys of many (`runtime.keys_by_column`).
 
     Raises:
         ConfigError: another dtype.
@@ -56,9 +57,11 @@ def inference_model(model: ModelConfig, dtype: RolloutDType, rows: int | None = 
     left = runtime.weights_left(model.platform, dtype, rows)
     # on CPUs, XLA's float32 products read W[in, out] 20 % faster than W[out, in], the layout of an embedding
     untie = model.tie_embeddings and dtype == "float32" and model.platform == "cpu" and not left
+    computed = model.dtype if dtype == "int8" else dtype
     return dataclasses.replace(
         model,
-        dtype=model.dtype if dtype == "int8" else dtype,
+        dtype=computed,
+        key_columns=3 if runtime.keys_by_column(model.platform, computed, rows) else 2,
         kernels="int8" if dtype == "int8" else "left" if left else "float",
         tie_embeddings=model.tie_embeddings and not untie,
         remat="none",

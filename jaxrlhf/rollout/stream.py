@@ -64,7 +64,7 @@ class Stream:
         columns = before = self._cache.valid.shape[1]
         while columns < len(prompt) + max(self._decoding.sampling.response_length, PIECES[-1]):
             columns *= 2
-        cache = widened(self._cache, columns - before) if columns > before else self._cache
+        cache = widened(self._cache, columns - before, self._decoding.model) if columns > before else self._cache
         start = next((i for i, pair in enumerate(zip(prompt, self._read, strict=False)) if pair[0] != pair[1]), None)
         start = min(len(prompt), len(self._read)) if start is None else start
         start = min(start, len(prompt) - 1)  # the last token's hidden state is needed

@@ -17,12 +17,13 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-@pytest.mark.parametrize("softcap", [None, 1.5])
-def test_attention_against_a_loop(softcap):
+@pytest.mark.parametrize(("softcap", "columns_last"), [(None, False), (1.5, False), (None, True)])
+def test_attention_against_a_loop(softcap, columns_last):
     q, k, v = normal(2, 3, 4, 6), normal(2, 5, 2, 6, seed=1), normal(2, 5, 2, 6, seed=2)
     mask = np.random.default_rng(3).random((2, 3, 5)) < 0.6
     mask[:, :, 0] = True
-    found = attention.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(mask), "float32", softcap)
+    keys = k.transpose(0, 2, 3, 1) if columns_last else k.swapaxes(1, 2)
+    found = attention.attend(q, keys, v.swapaxes(1, 2), jnp.asarray(mask), "float32", softcap, columns_last)
     for b, t, n in np.ndindex(2, 3, 4):
         seen = np.flatnonzero(mask[b, t])
         logits = np.array([float(q[b, t, n] @ k[b, s, n // 2]) for s in seen])

@@ -301,10 +301,15 @@ def test_trim_drops_unused_columns(key):
     assert decode.trim(full) is full
 
 
-def test_a_tick_of_the_engine_copies_no_cache(key):
+EACH_LAYOUT = pytest.mark.parametrize("columns", [2, 3], ids=["keys by row", "keys by column"])
+
+
+@EACH_LAYOUT
+def test_a_tick_of_the_engine_copies_no_cache(columns, key):
     """In float32. XLA for CPUs rewrites a bfloat16 cache at every tick: docs/performance.md says what that costs."""
     model = dataclasses.replace(LLAMA, head_dim=32, num_kv_heads=4, sliding_window=None, sliding_layers=(False,) * 2)
     model, params = inference_copy(model, models.init(model, key), "float32")
+    model = dataclasses.replace(model, key_columns=columns)
     sampling = Sampling(response_length=512)
     decoding = decode.Decoding(model, sampling, STOPS, PAD)
     slots = decode.empty_slots(decoding, 16, 512)
@@ -313,14 +318,19 @@ def test_a_tick_of_the_engine_copies_no_cache(key):
     assert compiled.memory_analysis().temp_size_in_bytes < one / 2, "of four arrays as large as this one"
 
 
-def test_the_cache_is_updated_in_place(key):
+@EACH_LAYOUT
+def test_the_cache_is_updated_in_place(columns, key):
     """The loop holds one cache: memory beyond arguments and results is less than two, and no step copies one."""
     model = dataclasses.replace(LLAMA, head_dim=32, num_kv_heads=4, sliding_window=None, sliding_layers=(False,) * 2)
     model, params = inference_copy(model, models.init(model, key), "float32")
+    model = dataclasses.replace(model, key_columns=columns)
     compiled = decode.generate.lower(
         params, model, prompts_of([8] * 16), key, Sampling(response_length=120), STOPS, PAD
     ).compile()
     cache = 2 * model.num_layers * 16 * 4 * 128 * 32 * 4
     assert cache < compiled.memory_analysis().temp_size_in_bytes < 2 * cache
-    copies = [line for line in compiled.as_text().splitlines() if " copy(" in line and "f32[16,4,128,32]" in line]
+    shapes = "f32[16,4,128,32]", "f32[16,4,32,128]"
+    text = compiled.as_text()
+    assert (shapes[1] in text) == (columns == 3)
+    copies = [line for line in text.splitlines() if " copy(" in line and any(shape in line for shape in shapes)]
     assert not [line for line in copies if "while/body" in line], copies

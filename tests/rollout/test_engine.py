@@ -168,7 +168,8 @@ def grown(monkeypatch, decoder, prompts, key, sampling, stop_ids=(), group=1, me
     widths, advance = [], engine._advance
 
     def watched(params, decoding, slots, *others):
-        widths.append({x.shape[2] for x in jax.tree.leaves((slots.cache.k, slots.cache.v))})
+        columns = decoding.model.key_columns
+        widths.append({x.shape[columns] for x in slots.cache.k} | {x.shape[2] for x in slots.cache.v})
         assert not any(x.is_deleted() for x in jax.tree.leaves(slots))
         return advance(params, decoding, slots, *others)
 
@@ -236,3 +237,25 @@ def test_rows_that_end_early_and_late_in_a_cache_that_grows(decoder, key, monkey
     assert lengths.min() < 12 and lengths.max() > 20, lengths
     same(chunks, expected)
     assert widths[-1] == 30
+
+
+@pytest.mark.parametrize("way", ["at once", "in chunks", "in slots"])
+def test_the_layout_of_keys_changes_no_response(way, decoder, key, monkeypatch):
+    """In chunks the cache grows from 12 columns for responses to 20."""
+    monkeypatch.setattr(engine, "CHUNK", 4)
+    (model, params), prompts = decoder, prompts_of([3, 5, 4, 8, 7, 6], 8)
+
+    def rollout(columns):
+        laid = dataclasses.replace(model, key_columns=columns)
+        decoding = Decoding(laid, SAMPLING, STOPS, PAD)
+        shapes = {x.shape for x in jax.eval_shape(lambda: models.empty_cache(laid, 2, 5)).k}
+        if way == "at once":
+            return shapes, generate(params, laid, prompts, key, SAMPLING, STOPS, PAD)
+        if way == "in slots":
+            return shapes, engine.generate_in_slots(params, decoding, PromptQueue(prompts, 3), key)
+        return shapes, engine.generate_in_chunks(params, decoding, prompts, key)
+
+    (by_row, expected), (by_column, found) = rollout(2), rollout(3)
+    heads, width = model.num_kv_heads, model.head_dim
+    assert by_row == {(2, heads, 5, width)} and by_column == {(2, heads, width, 5)}
+    same(found, expected)

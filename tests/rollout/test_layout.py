@@ -162,6 +162,14 @@ def test_weights_on_the_left_decode_the_same_on_a_mesh(params, expected, monkeyp
             assert x.addressable_shards[0].data.size * 4 == x.size, sharding.path_of(keys)
 
 
+def test_keys_by_column_decode_the_same_on_a_mesh(params, expected):
+    mesh, inference, copy = laid_out(params, Mesh(fsdp=2, tensor=4))
+    inference = dataclasses.replace(inference, key_columns=3)
+    placed = sharding.put_rows(prompts(), mesh)
+    together = generate(copy, inference, placed, jax.random.key(1), SAMPLING, STOPS, PAD)
+    np.testing.assert_array_equal(together.tokens, expected.tokens)
+
+
 def test_int8_copies_decode_the_same_on_a_mesh(params, key):
     inference, copy = inference_copy.inference_copy(MODEL, params, "int8")
     alone = generate(copy, inference, prompts(), key, SAMPLING, STOPS, PAD)
