@@ -7,6 +7,7 @@ a run of several processes a caller of `check` tells the others, as `distributed
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ class _Requests:
     saved."""
 
     made = immediate = False
+    raised: type[BaseException] | None = None  # by the signal of an immediate request
     signals = 0  # since `made` was false
     depth = armed = raising = 0  # blocks that are open
 
@@ -39,20 +41,26 @@ _now = _Requests()
 def handling(*, immediate: bool = False) -> Iterator[None]:
     """Handle SIGTERM and SIGINT in the block: the first is a request to stop, the second ends the process at once.
 
-    With `immediate` the first SIGTERM raises Interrupted wherever the program is, and SIGINT is left as it was. Python
-    ignores exceptions in finalizers and callbacks of the garbage collector; if it was there, the next block that is
-    opened inside raises Interrupted. Other requests that an outer block has seen stay. Only in the main thread; in
-    another, signals are not handled.
+    With `immediate` the first SIGTERM raises Interrupted wherever the program is, and the first SIGINT
+    KeyboardInterrupt, unless SIGINT is ignored, as a shell arranges it for processes in the background. Python ignores
+    exceptions in finalizers and callbacks of the garbage collector; if it was there, the next block that is opened
+    inside raises it. The block raises it, too, if other code has made another exception of it. Other requests that an
+    outer block has seen stay. Only in the main thread; in another, signals are not handled.
     """
-    if _now.immediate and _now.made:
-        raise Interrupted
     if not _now.depth:
-        _now.made, _now.signals = False, 0
+        _now.made, _now.signals, _now.raised = False, 0, None
+    if _now.raised:
+        raise _now.raised
     before, _now.immediate = _now.immediate, immediate
     _now.depth += 1
     try:
-        with _handlers([signal.SIGTERM, *([] if immediate else [signal.SIGINT])]):
+        ignored = immediate and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        with _handlers([signal.SIGTERM, *([] if ignored else [signal.SIGINT])]):
             yield
+    except Exception as error:
+        if immediate and _now.raised and not isinstance(error, _now.raised):
+            raise _now.raised from error  # a module written in C that was being imported raises ImportError
+        raise
     finally:
         _now.depth -= 1
         _now.immediate = before
@@ -65,9 +73,18 @@ def _handlers(numbers: list[signal.Signals]) -> Iterator[None]:
         return
     numbers += [FORWARDED] if SUPERVISED in os.environ else []
     old = {number: signal.signal(number, _handle) for number in numbers}
+    hook = sys.unraisablehook
+    if _now.immediate:  # Python prints the traceback of an exception that it ignores
+
+        def quiet(ignored: Any) -> None:
+            if not (_now.raised and issubclass(ignored.exc_type, _now.raised)):
+                hook(ignored)
+
+        sys.unraisablehook = quiet
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in old.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: set by C code, which cannot be restored
 
@@ -80,7 +97,8 @@ def _handle(number: int, _frame: Any) -> None:
         return
     _now.made = True
     if _now.immediate:
-        raise Interrupted
+        _now.raised = KeyboardInterrupt if number == signal.SIGINT else Interrupted
+        raise _now.raised
     os.write(2, _NOTE)  # not print, which the handler may have interrupted
     if _now.armed and _now.raising:
         raise Interrupted

@@ -14,7 +14,7 @@ import jax
 import pytest
 import yaml
 
-from jaxrlhf import errors, runs, weights
+from jaxrlhf import __main__, cli, errors, runs, weights
 from jaxrlhf.cli import evaluation as commands_evaluation
 from jaxrlhf.cli import main, next_steps, training
 from jaxrlhf.cli import models as commands_models
@@ -28,6 +28,11 @@ from jaxrlhf.evaluation import comparison, comparison_console
 
 GIVEN = ["--model.path", "m", "--data.path", "d"]
 HEAVY = ("jax", "flax", "transformers", "datasets", "numpy", "orbax", "torch", "matplotlib")
+
+
+def test_ctrl_c_while_modules_are_imported_is_a_message(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "main", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert __main__.main() == 130 and capsys.readouterr().err == "jaxrlhf: interrupted\n"
 
 
 @pytest.mark.parametrize(

@@ -477,19 +477,37 @@ def test_requests_are_seen_where_they_are_looked_for():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with stopping.handling(immediate=True), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stopping.handling(immediate=True):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+    signal.signal(signal.SIGINT, handler)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_request_during_garbage_collection_is_not_lost():
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Interrupted), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_request_during_garbage_collection_is_not_lost(number, error):
     class Finalized:
         def __del__(self):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(0.01)  # the exception is raised here, and Python ignores it
 
     with stopping.handling(immediate=True):
         Finalized()
-        with pytest.raises(Interrupted), stopping.handling():
+        with pytest.raises(error), stopping.handling():
             raise AssertionError("it was asked for before")
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Interrupted), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_request_that_other_code_makes_another_error_of_is_one(number, error):
+    with pytest.raises(error), stopping.handling(immediate=True):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except BaseException as caught:
+            raise ImportError("Encountered an error while initializing the extension.") from caught
 
 
 def test_a_long_step_is_warned_of(ppo, tmp_path, capsys):
