@@ -128,6 +128,11 @@ class RewardComponent:
             )
 
     @property
+    def is_outside(self) -> bool:
+        """True if the source is in another process or on a server, so that a thread can wait for it."""
+        return isinstance(self.source, Worker | Endpoint | Judge)
+
+    @property
     def reads_rollout(self) -> bool:
         """True for a reward model that reads the token ids of the rollout."""
         return self.shares_tokenizer and not self.config.template

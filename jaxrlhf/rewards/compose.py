@@ -1,7 +1,9 @@
 """Reward of a run: the weighted sum of its components."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxrlhf import sharding
+from jaxrlhf import distributed, sharding
 from jaxrlhf.config import Component, Environment, RewardSource
 from jaxrlhf.data import datasets
 from jaxrlhf.data.datasets import PromptRow
@@ -18,6 +20,7 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.metrics.keys import JUDGE
 from jaxrlhf.metrics.statistics import correlation, deviation
 from jaxrlhf.rewards.component import ComponentScores, RewardComponent, open_source
+from jaxrlhf.rewards.functions import in_thread
 from jaxrlhf.rewards.sources.human import Human
 from jaxrlhf.rewards.sources.model import Messages, RewardModel
 from jaxrlhf.rewards.sources.protocol import ScoreRequest
@@ -112,6 +115,7 @@ class Scorer:
         self._tokenizer, self._environment = tokenizer, environment or Environment()
         self.components: dict[str, RewardComponent] = {}
         self._terms: list[_Term] = []
+        self._asked: list[futures.Future[list[ComponentScores]]] = []
         for term in config.parts(passed=function is not None):
             members = []
             for member in term.members():
@@ -255,7 +259,7 @@ class Scorer:
         needs_tokens = any(c.per_token and not isinstance(c.source, RewardModel) for c in self.components.values())
         tokens = token_texts(rollout, self._tokenizer) if needs_tokens else None
         request = ScoreRequest(list(prompts), list(completions), columns, tokens, step)
-        by_name = {name: c.score(request, rollout, messages) for name, c in self.components.items()}
+        by_name = self._component_scores(request, rollout, messages)
 
         scores, token_scores = np.zeros(len(completions), np.float32), None
         unscored = np.full(len(completions), bool(self._terms))
@@ -280,6 +284,25 @@ class Scorer:
         metrics = self._metrics(by_name, arrays, np.asarray(rollout.response_mask).sum(1))
         notes = tuple(component.note for component in by_name.values() if component.note)
         return Scored(np.where(unscored, np.float32(np.nan), scores), token_scores, arrays, metrics, notes)
+
+    def _component_scores(
+        self, request: ScoreRequest, rollout: Rollout, messages: Sequence[Messages | None] | None
+    ) -> dict[str, ComponentScores]:
+        """The scores of each component. Workers, servers and judges are all asked at the same time; those in this
+        process meanwhile score one after the other. The criteria of a judge, which share its `concurrency`, take turns,
+        and so do all components in a run of several processes, which exchange their parts in a fixed order."""
+
+        def score(term: _Term) -> list[ComponentScores]:
+            return [self.components[name].score(request, rollout, messages) for name in term.members]
+
+        futures.wait(self._asked)  # those of an earlier call that was left by an exception
+        outside = [term for term in self._terms if self.components[term.members[0]].is_outside]
+        if len(self._terms) == 1 or distributed.count() > 1:
+            outside = []
+        self._asked = [in_thread(functools.partial(score, term)) for term in outside]
+        found = {term.members[0]: score(term) for term in self._terms if term not in outside}
+        found |= {term.members[0]: asked.result() for term, asked in zip(outside, self._asked, strict=True)}
+        return {name: part for t in self._terms for name, part in zip(t.members, found[t.members[0]], strict=True)}
 
     def _component_arrays(self, by_name: Mapping[str, ComponentScores]) -> dict[str, np.ndarray]:
         """`Scored.components`, without the ensembles."""

@@ -131,6 +131,14 @@ class CallTimeout(Exception):
 def call_with_timeout(seconds: float | None, call: Callable[[], T]) -> T:
     """Run `call()` in a thread and return its result. Raises CallTimeout after `seconds`, and Interrupted after a
     request to stop; the thread keeps running."""
+    future = in_thread(call)
+    if not stopping.wait(lambda limit: bool(wait([future], limit).done), math.inf if seconds is None else seconds):
+        raise CallTimeout
+    return future.result()
+
+
+def in_thread(call: Callable[[], T]) -> Future[T]:
+    """Run `call()` in a thread that Python does not wait for at its end; returns its future result."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -140,9 +148,7 @@ def call_with_timeout(seconds: float | None, call: Callable[[], T]) -> T:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    if not stopping.wait(lambda limit: bool(wait([future], limit).done), math.inf if seconds is None else seconds):
-        raise CallTimeout
-    return future.result()
+    return future
 
 
 def awaited(result: Any) -> Any:

@@ -74,10 +74,13 @@ def hang(tmp_path):
 
 def components(kind, tmp_path, serve, hang):
     """(reward components, the Python function) of a kind of source that hangs in its second batch."""
-    if kind == "function":
+    if kind.startswith("function"):
         file = tmp_path / "r.py"
         file.write_text(HANGING)
-        return (config.Component(function=f"{file}:reward", options={"wait_for": str(tmp_path / "calls")}),), None
+        worker = config.Component(function=f"{file}:reward", options={"wait_for": str(tmp_path / "calls")})
+        if kind == "function":
+            return (worker,), None
+        return (worker, config.Component(function="passed", weight=0.5)), lambda completions: [*map(score, completions)]
 
     def answer(body):
         hang()
@@ -116,7 +119,7 @@ def stop_and_resume(made, tmp_path):
     return seconds
 
 
-@pytest.mark.parametrize("kind", ["function", "passed", "passed with a timeout", "url"])
+@pytest.mark.parametrize("kind", ["function", "function and another", "passed", "passed with a timeout", "url"])
 def test_a_signal_during_a_reward_ends_it(kind, ppo, serve, hang, tmp_path):
     parts, function = components(kind, tmp_path, serve, hang)
     ppo = config.replace(ppo, reward=config.RewardSource(components=parts), **{"checkpoint.save_every": 50})

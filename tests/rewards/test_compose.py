@@ -1,6 +1,7 @@
 """The score of a run: the weighted sum of its parts, with what went into it."""
 
 import shutil
+import sys
 import time
 
 import jax
@@ -60,6 +61,37 @@ def score(policy_tokenizer, make_rollout, talk):
         return scorer.score(talk.prompts, talk.completions, make_rollout(policy_tokenizer), columns or {}, step)
 
     return run
+
+
+def test_sources_outside_are_asked_while_others_score(policy_tokenizer, make_rollout, talk, tmp_path):
+    """Each waits for a sign of the others, which comes only if all are at work at the same time."""
+    (tmp_path / "meet.py").write_text(
+        "import pathlib, time\n"
+        "def reward(prompts, completions, name='', others=(), folder=''):\n"
+        "    pathlib.Path(folder, name).touch()\n"
+        "    deadline = time.monotonic() + 20\n"
+        "    while not all(pathlib.Path(folder, other).exists() for other in others):\n"
+        "        if time.monotonic() > deadline: return [0.0] * len(completions)\n"
+        "        time.sleep(0.01)\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    from meet import reward
+
+    sys.path.remove(str(tmp_path))
+    names = {"a", "b", "c"}
+    parts = tuple(
+        {
+            "function": "passed" if name == "b" else f"{tmp_path}/meet.py:reward",
+            "name": name,
+            "options": {"name": name, "others": sorted(names - {name}), "folder": str(tmp_path)},
+        }
+        for name in sorted(names)
+    )
+    scorer = Scorer(RewardSource(components=parts), policy_tokenizer, reward)
+    scored = scorer.score(talk.prompts, talk.completions, make_rollout(policy_tokenizer), {})
+    assert scored.scores.tolist() == [3.0] * 3
+    assert [name for name in scored.components if name in names] == ["a", "b", "c"]
 
 
 TWO = "jaxrlhf.rewards.text:matches"
