@@ -46,7 +46,8 @@ def settings(bench: Bench, method: str, run: Path) -> dict[str, Any]:
     """The config of the run, which ends when it is told to."""
     found = bench.settings(method, run)
     found[method]["total_episodes"] = 4 * 10**6
-    found["reward"] = {"components": [found["reward"] | {"on_error": "skip"}]}
+    # the responses of a batch whose worker is killed get a score of 0: an update without any score would end the run
+    found["reward"] = {"components": [found["reward"] | {"on_error": "value"}]}
     found["checkpoint"] = {"save_every": 20, "keep": 2}
     found["logging"] = {"tensorboard": True, "sample_every": 20, "num_samples": 4}
     found["validation"] = {"eval_steps": 50}

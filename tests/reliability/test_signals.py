@@ -51,6 +51,14 @@ def reward(prompts, completions, wait_for=""):
 """
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Handle SIGINT as Python does, even if the tests run in the background of a shell, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def rows(tmp_path):
     file = tmp_path / "rows.jsonl"
