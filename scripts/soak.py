@@ -47,7 +47,7 @@ def settings(bench: Bench, method: str, run: Path) -> dict[str, Any]:
     found = bench.settings(method, run)
     found[method]["total_episodes"] = 4 * 10**6
     # the responses of a batch whose worker is killed get a score of 0: an update without any score would end the run
-    found["reward"] = {"components": [found["reward"] | {"on_error": "value"}]}
+    found["reward"] = {"components": [found["reward"] | {"on_error": "value", "error_value": 0.0}]}
     found["checkpoint"] = {"save_every": 20, "keep": 2}
     found["logging"] = {"tensorboard": True, "sample_every": 20, "num_samples": 4}
     found["validation"] = {"eval_steps": 50}
