@@ -76,12 +76,14 @@ def _chosen(platform: str) -> list[str]:
     attention = runtime.resolve_attention("auto", platform, dtype)
     left = runtime.weights_left(platform, dtype, runtime.LEFT_ROWS)
     layout = f"left operand of products, for up to {runtime.LEFT_ROWS} rows" if left else "right operand of products"
+    by_column = runtime.keys_by_column(platform, dtype, runtime.COLUMN_ROWS)
+    keys = f"by column, from {runtime.COLUMN_ROWS} rows on" if by_column else "by row"
     remat = runtime.resolve_remat("auto", platform)
     if runtime.keeps_products(platform, dtype, 1, 1):
         remat += f" (dots for supervised steps of up to {runtime.KEPT_TOKENS} x hidden_size tokens)"
     return [
         f"auto: dtype {dtype}, model.remat {remat}, model.attention {attention}",
-        f"weights while decoding in {dtype}: {layout}",
+        f"weights while decoding in {dtype}: {layout}; keys of the cache: {keys}",
     ]
 
 

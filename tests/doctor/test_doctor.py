@@ -18,10 +18,16 @@ def model_folder(tiny_model, tmp_path_factory) -> Path:
     return weights.export(tmp_path_factory.mktemp("models") / "m", model, params, source=tiny_model)
 
 
-@pytest.mark.parametrize(("extensions", "operand"), [(("AVX2",), "left"), (("AVX2", "AVX-512"), "right")])
-def test_it_says_where_the_weights_stand_while_decoding(extensions, operand, monkeypatch):
+@pytest.mark.parametrize(
+    ("extensions", "operand", "keys"),
+    [(("AVX2",), "left", "by row"), (("AVX2", "AVX-512"), "right", "by column, from 8 rows on")],
+)
+def test_it_says_where_weights_and_keys_stand_while_decoding(extensions, operand, keys, monkeypatch):
     monkeypatch.setattr(runtime, "processor", lambda: runtime.Processor("a processor", 2, extensions, ""))
-    assert any(line.startswith(f"weights while decoding in float32: {operand} operand") for line in doctor.computer())
+    (line,) = (
+        line for line in doctor.computer() if line.startswith(f"weights while decoding in float32: {operand} op")
+    )
+    assert line.endswith(f"keys of the cache: {keys}")
 
 
 @pytest.mark.parametrize(
