@@ -44,8 +44,8 @@ def handling(*, immediate: bool = False) -> Iterator[None]:
     With `immediate` the first SIGTERM raises Interrupted wherever the program is, and the first SIGINT
     KeyboardInterrupt, unless SIGINT is ignored, as a shell arranges it for processes in the background. Python ignores
     exceptions in finalizers and callbacks of the garbage collector; if it was there, the next block that is opened
-    inside raises it. The block raises it, too, if other code has made another exception of it. Other requests that an
-    outer block has seen stay. Only in the main thread; in another, signals are not handled.
+    inside raises it, or the end of this one. An ImportError that other code has made of it becomes the exception again.
+    Other requests that an outer block has seen stay. Only in the main thread; in another, signals are not handled.
     """
     if not _now.depth:
         _now.made, _now.signals, _now.raised = False, 0, None
@@ -57,9 +57,11 @@ def handling(*, immediate: bool = False) -> Iterator[None]:
         ignored = immediate and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         with _handlers([signal.SIGTERM, *([] if ignored else [signal.SIGINT])]):
             yield
-    except Exception as error:
-        if immediate and _now.raised and not isinstance(error, _now.raised):
-            raise _now.raised from error  # a module written in C that was being imported raises ImportError
+            if immediate and _now.raised:
+                raise _now.raised
+    except ImportError as error:
+        if immediate and _now.raised:
+            raise _now.raised from error  # of a module written in C, whose initialisation it has ended
         raise
     finally:
         _now.depth -= 1

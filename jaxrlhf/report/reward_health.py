@@ -60,7 +60,7 @@ def components(records: Columns) -> list[dict[str, Any]]:
             found = found[-verdict.window(len(found)) :]
             return curves.rounded(float(np.mean(found))) if found.size else None
 
-        means = values("mean")
+        means, errors = values("mean"), values("errors")
         rows.append(
             {
                 "name": name,
@@ -70,7 +70,7 @@ def components(records: Columns) -> list[dict[str, Any]]:
                 "length": last("length_correlation"),
                 "unanswered": last("mean", "_unanswered"),
                 "truncated": last("mean", "_truncated"),
-                "errors": int(values("errors").sum()),
+                "errors": int(errors[np.isfinite(errors)].sum()),
             }
         )
     return rows

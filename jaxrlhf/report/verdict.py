@@ -104,8 +104,7 @@ def _on_policy(records: Columns, baseline: Mapping[str, Any], span: str) -> list
         number = f"{len(prompts)} held-out prompts" if prompts else "held-out prompts"
         start = f"went from {show(before['eval/scores'])} to" if "eval/scores" in before else "ended at"
         sentence = f"On {number} the score {start} {show(after['eval/scores'])}"
-        if "eval/win_rate" in after:
-            rate = after["eval/win_rate"]
+        if math.isfinite(rate := after.get("eval/win_rate", math.nan)):
             low, high = wilson(round(rate * len(prompts)), len(prompts))
             sentence += (
                 f", and the policy wins {show(100 * rate)} % of them against its initial state "
@@ -131,7 +130,7 @@ def _reward(records: Columns, evaluation: Mapping[str, Any], span: str) -> list[
     held_out = records.last_with("eval/accuracy")
     share = evaluation.get("accuracy", held_out.get("eval/accuracy"))
     unit = "pairs" if "pairs" in evaluation else "responses"
-    if isinstance(share, float | int):
+    if isinstance(share, float | int) and math.isfinite(share):
         sentence = f"It judges {show(100 * share)} % of the held-out rows right"
         if count := evaluation.get(unit, 0):
             low, high = wilson(round(share * count), count)
@@ -164,6 +163,8 @@ def _sft(records: Columns, span: str) -> list[str]:
     loss = change(records, "loss")
     sentences = [f"Loss {loss} nats per token over {span}." if loss else f"{span} logged: too few to tell anything."]
     steps, losses = records.arrays("eval/loss")
+    finite = np.isfinite(losses)
+    steps, losses = steps[finite], losses[finite]
     if losses.size:
         last, best = losses[-1], losses.min()
         sentence = f"Held-out loss ended at {show(last)}"

@@ -482,13 +482,13 @@ def test_requests_are_seen_where_they_are_looked_for():
         with pytest.raises(Interrupted), stopping.interruptible():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
-    with stopping.handling(immediate=True), pytest.raises(Interrupted):
+    with pytest.raises(Interrupted), stopping.handling(immediate=True):
         with stopping.handling():
             pass
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    with stopping.handling(immediate=True), pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), stopping.handling(immediate=True):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -505,10 +505,12 @@ def test_a_request_during_garbage_collection_is_not_lost(number, error):
             os.kill(os.getpid(), number)
             time.sleep(0.01)  # the exception is raised here, and Python ignores it
 
-    with stopping.handling(immediate=True):
+    with pytest.raises(error), stopping.handling(immediate=True):
         Finalized()
-        with pytest.raises(error), stopping.handling():
+        with stopping.handling():
             raise AssertionError("it was asked for before")
+    with pytest.raises(error), stopping.handling(immediate=True):
+        Finalized()
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Interrupted), (signal.SIGINT, KeyboardInterrupt)])
@@ -519,6 +521,12 @@ def test_a_request_that_other_code_makes_another_error_of_is_one(number, error):
             time.sleep(5)
         except BaseException as caught:
             raise ImportError("Encountered an error while initializing the extension.") from caught
+    with pytest.raises(ValueError, match="no such folder"), stopping.handling(immediate=True):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except error:
+            raise ValueError("no such folder") from None
 
 
 def test_a_long_step_is_warned_of(ppo, tmp_path, capsys):

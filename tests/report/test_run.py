@@ -20,7 +20,7 @@ from jaxrlhf.config.file import METHODS
 from jaxrlhf.errors import DataError, StorageError
 from jaxrlhf.metrics.columns import Columns
 from jaxrlhf.metrics.keys import METRICS
-from jaxrlhf.report import curves, tokens, verdict
+from jaxrlhf.report import curves, reward_health, tokens, verdict
 from jaxrlhf.report.run import collect
 
 
@@ -173,6 +173,18 @@ def test_held_out_prompts_are_reported_with_an_interval():
     assert "On 40 held-out prompts the score went from 1 to 3" in sentences[1]
     assert "75 %" in sentences[1] and "59.8 to 85.8 %" in sentences[1]  # Wilson's interval of 30 of 40
     assert "disagrees" in sentences[2]
+
+
+def test_what_is_not_finite_is_left_out_of_sentences(tmp_path):
+    records = [{"step": i, "objective/scores": 1.0, "rewards/m/mean": 1.0, "rewards/m/errors": 2} for i in (1, 2)]
+    records[1] |= {"rewards/m/errors": math.nan, "eval/scores": 2.0, "eval/win_rate": math.nan}
+    records = Columns(records)
+    (row,) = reward_health.components(records)
+    assert row["errors"] == 2
+    baseline = {"scores": [1.0] * 4, "metrics": {"eval/scores": 1.0}}
+    assert verdict.verdict("ppo", records, baseline, {})[1] == "On 4 held-out prompts the score went from 1 to 2."
+    losses = Columns([{"step": i, "loss": 1.0, "eval/loss": loss} for i, loss in enumerate((1.0, math.nan, 2.0))])
+    assert "above its best of 1 at step 0" in verdict.verdict("sft", losses, {}, {})[1]
 
 
 def test_warnings_name_what_went_wrong():
