@@ -141,6 +141,8 @@ def thin(values: np.ndarray, limit: int = POINTS) -> list[int]:
         places = begin + np.flatnonzero(np.isfinite(values[begin:end]))
         if places.size:
             kept |= {int(places[values[places].argmin()]), int(places[values[places].argmax()])}
+        else:  # the curve is broken there
+            kept.add(begin)
     return sorted(kept)
 
 

@@ -192,7 +192,13 @@ def _facts(
 
 def _time(run: Mapping[str, Any], starts: Sequence[Mapping[str, Any]], records: Columns) -> list[tuple[str, float]]:
     """[(what the wall-clock time was spent on, seconds)], the longest first."""
-    times = wallclock.before(starts, run.get("time", {}), records, ()) if starts else {}
+    begun = starts[-1].get("step", 0) if starts else 0
+    summed: dict[str, Any] = {"step": begun + 1}  # in one record: a run that goes on has thousands
+    for key in records.keys:
+        if key.startswith(wallclock.PREFIX):
+            steps, seconds = records.arrays(key)
+            summed[key] = float(seconds[steps > begun].sum())
+    times = wallclock.before(starts, run.get("time", {}), [summed], ()) if starts else {}
     named = [(wallclock.NAMES[part], times[part]) for part in wallclock.NAMES if part in times]
     return sorted(named, key=lambda pair: -pair[1])
 

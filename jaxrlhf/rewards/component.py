@@ -129,8 +129,11 @@ class RewardComponent:
 
     @property
     def is_outside(self) -> bool:
-        """True if the source is in another process or on a server, so that a thread can wait for it."""
-        return isinstance(self.source, Worker | Endpoint | Judge)
+        """True if the source is in another process or on a server, so that a thread can wait for it. Not while a worker
+        has to be started again: it would end with the thread that starts it (PR_SET_PDEATHSIG)."""
+        if isinstance(self.source, Worker):
+            return not self.source.ended
+        return isinstance(self.source, Endpoint | Judge)
 
     @property
     def reads_rollout(self) -> bool:

@@ -6,6 +6,7 @@ is known up to the last of them.
 """
 
 import contextlib
+import itertools
 import math
 import statistics
 import threading
@@ -134,7 +135,7 @@ def before(
     if not starts:  # nothing was saved: the run begins again
         return {"lost": total} if (total := sum(sum(of_record(r).values()) for r in removed)) else {}
     if "end" not in starts[-1] and "step" in starts[-1]:
-        for record in (*kept, *removed):
+        for record in itertools.chain(kept, removed):
             if record["step"] > starts[-1]["step"]:
                 add(total, of_record(record))
     for record in removed:

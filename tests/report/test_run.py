@@ -232,6 +232,13 @@ def test_thinned_curves_keep_ends_and_extremes(values, limit):
         assert kept[0] == 0 and kept[-1] == len(values) - 1
 
 
+def test_a_curve_is_broken_where_nothing_is_finite():
+    values = np.arange(3000.0)
+    values[1000:2000] = math.nan
+    kept = curves.thin(values, 60)
+    assert any(math.isnan(values[i]) for i in kept) and len(kept) <= 60
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.none() | st.floats(-(2.0**90), 2.0**90, width=32), max_size=30))
 def test_packed_numbers_have_sixteen_bits(values):
@@ -397,8 +404,8 @@ def test_early_and_late_scores_are_of_what_has_most(tmp_path):
 
 def test_the_report_of_a_long_run_takes_little_memory(tmp_path):
     """What it holds at once: a run writes its report again and again, and Python keeps a part of what that took."""
-    run = write_run(tmp_path / "run", "ppo", 1)
-    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    run = write_run(tmp_path / "run", "ppo", 1, outcome=None, step=0)  # which still runs
+    first = {"perf/time/training": 0.5} | json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
 
     def peak(steps):
         write_lines(run / "metrics.jsonl", [first | {"step": step} for step in range(1, steps + 1)])

@@ -1,6 +1,8 @@
 """The score of a run: the weighted sum of its parts, with what went into it."""
 
+import os
 import shutil
+import signal
 import sys
 import time
 
@@ -92,6 +94,25 @@ def test_sources_outside_are_asked_while_others_score(policy_tokenizer, make_rol
     scored = scorer.score(talk.prompts, talk.completions, make_rollout(policy_tokenizer), {})
     assert scored.scores.tolist() == [3.0] * 3
     assert [name for name in scored.components if name in names] == ["a", "b", "c"]
+
+
+def test_a_worker_that_was_started_again_beside_others_stays(functions, policy_tokenizer, make_rollout, talk):
+    parts = tuple({"function": f"{functions}:good", "name": name, "on_error": "skip"} for name in ("a", "b"))
+    scorer, rollout = Scorer(RewardSource(components=parts), policy_tokenizer), make_rollout(policy_tokenizer)
+    worker = scorer.components["a"].source
+
+    def scores():
+        return scorer.score(talk.prompts, talk.completions, rollout, {}).scores.tolist()
+
+    expected = [2.0 * len(completion) for completion in talk.completions]
+    assert scores() == expected
+    os.kill(worker.pid, signal.SIGKILL)
+    while not worker.ended:
+        time.sleep(0.01)
+    assert scores() == expected
+    pid = worker.pid
+    time.sleep(0.3)  # a signal of the kernel would come at the end of the thread
+    assert scores() == expected and scores() == expected and worker.pid == pid
 
 
 TWO = "jaxrlhf.rewards.text:matches"

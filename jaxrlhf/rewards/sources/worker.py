@@ -24,13 +24,18 @@ class Worker:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def ended(self) -> bool:
+        """True if the process has ended; the next call starts it again."""
+        return self._process.ended
+
     def close(self) -> None:
         self._process.close()
 
     def __call__(self, request: ScoreRequest) -> SourceScores:
         """Raises RewardError if the function raises, times out or crashes."""
         prefix = request.error_prefix(self.name)
-        if self._process.ended:
+        if self.ended:
             self._process.start()
         self.signature.check(request.columns, prefix, per_token=request.tokens is not None)
         columns = {name: values for name, values in request.columns.items() if self.signature.wants(name)}
