@@ -1,4 +1,4 @@
-"""The command: `jaxrlhf` and `python -m jaxrlhf`. It imports nothing before Ctrl-C is answered with a message."""
+"""The command: `jaxrlhf` and `python -m jaxrlhf`. The rest of the package is imported where Ctrl-C is handled."""
 
 import sys
 

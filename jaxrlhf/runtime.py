@@ -193,8 +193,8 @@ def keeps_products(backend: str, dtype: str, tokens: int, hidden_size: int) -> b
     (dots) than if it computes them again (full): in float32 on a processor with AVX2 and without AVX-512
     (docs/performance.md).
 
-    False for more tokens than twice the hidden size. A token's results are about as many numbers as the layers have
-    parameters for each unit of the hidden size, so at most twice the memory of the parameters is kept.
+    False for more tokens than twice the hidden size. The results kept for a token are about (parameters of the
+    layers) / hidden_size numbers, so at most twice the memory of the parameters is kept.
     """
     few = tokens <= KEPT_TOKENS * hidden_size
     return backend == "cpu" and dtype == "float32" and few and processor().has_avx2_alone

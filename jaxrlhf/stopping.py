@@ -42,9 +42,9 @@ def handling(*, immediate: bool = False) -> Iterator[None]:
     """Handle SIGTERM and SIGINT in the block: the first is a request to stop, the second ends the process at once.
 
     With `immediate` the first SIGTERM raises Interrupted wherever the program is, and the first SIGINT
-    KeyboardInterrupt, unless SIGINT is ignored, as a shell arranges it for processes in the background. Python ignores
-    exceptions in finalizers and callbacks of the garbage collector; if it was there, the next block that is opened
-    inside raises it, or the end of this one. An ImportError that other code has made of it becomes the exception again.
+    KeyboardInterrupt, unless SIGINT is ignored, as a shell arranges it for processes in the background. If Python has
+    ignored that exception, as in finalizers and callbacks of the garbage collector, it is raised again when the next
+    block is opened inside, or at the end of this one. If an import has made an ImportError of it, it is raised instead.
     Other requests that an outer block has seen stay. Only in the main thread; in another, signals are not handled.
     """
     if not _now.depth:

@@ -39,12 +39,13 @@ class Columns(Sequence[dict[str, Any]]):
         values.append(value)
 
     @property
-    def keys(self) -> list[str]:
-        """The metrics, in the order of their first records."""
+    def metrics(self) -> list[str]:
+        """Keys of the metrics, in the order of their first records."""
         return list(self._columns)
 
     def arrays(self, *keys: str) -> list[np.ndarray]:
-        """The steps of the records that have all `keys`, and their values of each."""
+        """The steps of the N records that have all `keys`, int64 [N], and for each key their values [N], int64 if all
+        are whole, else float64."""
         if not self._columns.keys() >= set(keys):
             return [np.array([], np.int64), *(np.array([]) for _ in keys)]
         columns = [self._columns[key] for key in keys]

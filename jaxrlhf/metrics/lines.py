@@ -173,7 +173,7 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected an object, found {quoted(record, 40)}")
     if type(record.get("step")) is not int or abs(record["step"]) >= LARGEST:
-        raise DataError(f"{where}: its step is {quoted(record.get('step'), 40)}, not a whole number")
+        raise DataError(f"{where}: its step is {quoted(record.get('step'), 40)}, not the number of a step")
     return {sys.intern(key): _value(key, value, where) for key, value in record.items()}
 
 

@@ -198,7 +198,10 @@ def knobs(config: RunConfig, devices: int, backend: sharding.Platform) -> list[K
         return runtime.resolve_dtype(dtype, backend) != "bfloat16"
 
     may_keep_products = (
-        config.model.remat == "auto" and section == "train" and runtime.keeps_products(backend, "float32", 1, 1)
+        config.model.remat == "auto"
+        and section == "train"
+        and not lora.enabled
+        and runtime.keeps_products(backend, "float32", 1, 1)
     )
     candidates: list[tuple[bool, dict[str, Any], str]] = [
         (micro > row_shards, {f"{section}.micro_batch_size": row_shards}, slower),

@@ -75,7 +75,7 @@ HIDDEN: tuple[str, ...] = ("episode", "epoch", "skipped_updates")  # counted els
 def charts(records: Columns, before: Mapping[str, float]) -> list[dict[str, Any]]:
     """Groups of charts of a run: [{"title", "charts": [{"title", "unit", "series"}]}]. `before` are the metrics of the
     initial policy, which stand at step 0. Metrics in no chart of GROUPS have one of their own, in the last group."""
-    logged = records.keys
+    logged = records.metrics
     groups: list[dict[str, Any]] = []
     used: set[str] = {*HIDDEN, *(key for key in logged if key.startswith(EPOCHS))}
     names = [key.removesuffix("/errors") for key in logged if key.startswith(REWARDS) and key.endswith("/errors")]
@@ -131,7 +131,7 @@ def _from_start(records: Columns, before: Mapping[str, float], *keys: str) -> li
 
 def thin(values: np.ndarray, limit: int = POINTS) -> list[int]:
     """The positions of at most `limit` values: the first, the last, and the lowest and highest of each stretch, so that
-    no extreme is lost."""
+    no extreme is lost; of a stretch where nothing is finite its first, which breaks the curve."""
     if len(values) <= limit:
         return list(range(len(values)))
     stretches = (limit - 2) // 2

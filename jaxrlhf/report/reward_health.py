@@ -48,7 +48,7 @@ def score_histogram(
 
 def components(records: Columns) -> list[dict[str, Any]]:
     """A row for each component of the score: first and last mean, and what was unscored, cut or failed."""
-    keys = [key for key in records.keys if key.startswith(REWARDS) and key.endswith("/errors")]
+    keys = [key for key in records.metrics if key.startswith(REWARDS) and key.endswith("/errors")]
     rows = []
     for name in sorted(key.split("/")[1] for key in keys):
 

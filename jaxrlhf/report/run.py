@@ -76,7 +76,7 @@ def collect(directory: Path) -> dict[str, Any]:
         "curves": curves.charts(records, before),
         "tradeoffs": curves.tradeoffs(records, before),
         "restarts": [start["step"] for start in trained[1:] if start.get("step")],
-        "definitions": {key: definition(key) for key in records.keys},
+        "definitions": {key: definition(key) for key in records.metrics},
         "samples": by_prompt(samples),
         "tokens": tokens.pack(token_records, cut),
         "scores": reward_health.score_histogram(samples, token_records),
@@ -194,7 +194,7 @@ def _time(run: Mapping[str, Any], starts: Sequence[Mapping[str, Any]], records: 
     """[(what the wall-clock time was spent on, seconds)], the longest first."""
     begun = starts[-1].get("step", 0) if starts else 0
     summed: dict[str, Any] = {"step": begun + 1}  # in one record: a run that goes on has thousands
-    for key in records.keys:
+    for key in records.metrics:
         if key.startswith(wallclock.PREFIX):
             steps, seconds = records.arrays(key)
             summed[key] = float(seconds[steps > begun].sum())
@@ -244,7 +244,7 @@ def _value(value: Any) -> str:
 
 def _validations(records: Columns, before: Mapping[str, float]) -> list[dict[str, Any]]:
     """The held-out metrics of the records that have any, evenly thinned, and those of the initial policy."""
-    measured = records.with_any(key for key in records.keys if key.startswith("eval/"))
+    measured = records.with_any(key for key in records.metrics if key.startswith("eval/"))
     rows = [{"step": 0, **before}] if any(key.startswith("eval/") for key in before) else []
     kept = tokens.spread(len(rows) + len(measured), VALIDATIONS)
     rows = [rows[i] if i < len(rows) else records[measured[i - len(rows)]] for i in kept]

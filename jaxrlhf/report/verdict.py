@@ -10,7 +10,6 @@ from jaxrlhf.metrics.columns import Columns
 from jaxrlhf.metrics.keys import METRICS, REWARDS
 from jaxrlhf.metrics.statistics import wilson
 
-Record = Mapping[str, Any]
 MINUS = "\u2212"
 LAST = 5
 """Records whose mean is the final value of a metric."""
@@ -204,7 +203,7 @@ def warnings(records: Columns) -> list[str]:
             found.append(
                 f"Alarm: {meaning}. On in {len(on)} of {len(records)} records, first at step {on[0]}, {still}."
             )
-    names = {key.split("/")[1] for key in records.keys if key.startswith(REWARDS) and key.endswith("/errors")}
+    names = {key.split("/")[1] for key in records.metrics if key.startswith(REWARDS) and key.endswith("/errors")}
     for name in sorted(names):
         if errors := total(f"{REWARDS}{name}/errors"):
             found.append(f"The reward component {name} gave no usable answer to {errors:g} completions.")

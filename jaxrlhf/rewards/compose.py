@@ -22,6 +22,7 @@ from jaxrlhf.metrics.statistics import correlation, deviation
 from jaxrlhf.rewards.component import ComponentScores, RewardComponent, open_source
 from jaxrlhf.rewards.functions import in_thread
 from jaxrlhf.rewards.sources.human import Human
+from jaxrlhf.rewards.sources.judge import Judge
 from jaxrlhf.rewards.sources.model import Messages, RewardModel
 from jaxrlhf.rewards.sources.protocol import ScoreRequest
 from jaxrlhf.rollout.text import token_texts, turn_texts
@@ -115,7 +116,7 @@ class Scorer:
         self._tokenizer, self._environment = tokenizer, environment or Environment()
         self.components: dict[str, RewardComponent] = {}
         self._terms: list[_Term] = []
-        self._asked: list[futures.Future[list[ComponentScores]]] = []
+        self._asked: list[futures.Future[dict[str, ComponentScores]]] = []
         for term in config.parts(passed=function is not None):
             members = []
             for member in term.members():
@@ -288,21 +289,28 @@ class Scorer:
     def _component_scores(
         self, request: ScoreRequest, rollout: Rollout, messages: Sequence[Messages | None] | None
     ) -> dict[str, ComponentScores]:
-        """The scores of each component. Workers, servers and judges are all asked at the same time; those in this
-        process meanwhile score one after the other. The criteria of a judge, which share its `concurrency`, take turns,
-        and so do all components in a run of several processes, which exchange their parts in a fixed order."""
+        """The scores of each component. Workers and servers are asked at the same time, each in a thread, and so are
+        judges, who take turns in one thread: they may share a server, and share a file of answers. The other components
+        follow one another in this thread meanwhile.
 
-        def score(term: _Term) -> list[ComponentScores]:
-            return [self.components[name].score(request, rollout, messages) for name in term.members]
+        One component after the other in a run of several processes, which exchange their parts in a fixed order, and
+        where a person is asked, whom the output of workers would interrupt.
+        """
+
+        def score(names: Sequence[str]) -> dict[str, ComponentScores]:
+            return {name: self.components[name].score(request, rollout, messages) for name in names}
 
         futures.wait(self._asked)  # those of an earlier call that was left by an exception
-        outside = [term for term in self._terms if self.components[term.members[0]].is_outside]
-        if len(self._terms) == 1 or distributed.count() > 1:
+        outside = [name for name, component in self.components.items() if component.is_outside]
+        if len(self.components) == 1 or distributed.count() > 1 or self.has_human:
             outside = []
-        self._asked = [in_thread(functools.partial(score, term)) for term in outside]
-        found = {term.members[0]: score(term) for term in self._terms if term not in outside}
-        found |= {term.members[0]: asked.result() for term, asked in zip(outside, self._asked, strict=True)}
-        return {name: part for t in self._terms for name, part in zip(t.members, found[t.members[0]], strict=True)}
+        judges = [name for name in outside if isinstance(self.components[name].source, Judge)]
+        asked = [[name] for name in outside if name not in judges] + ([judges] if judges else [])
+        self._asked = [in_thread(functools.partial(score, names)) for names in asked]
+        found = score([name for name in self.components if name not in outside])
+        for answers in self._asked:
+            found |= answers.result()
+        return {name: found[name] for name in self.components}
 
     def _component_arrays(self, by_name: Mapping[str, ComponentScores]) -> dict[str, np.ndarray]:
         """`Scored.components`, without the ensembles."""

@@ -100,7 +100,8 @@ class RewardFunction:
         """
         prefix = request.error_prefix(self.name)
         self.signature.check(request.columns, prefix, per_token=request.tokens is not None)
-        available = {**request.columns, "prompts": list(request.prompts), "completions": list(request.completions)}
+        columns = {name: list(values) for name, values in request.columns.items()}  # others may be reading them
+        available = {**columns, "prompts": list(request.prompts), "completions": list(request.completions)}
         if request.tokens is not None:
             available["tokens"] = [list(texts) for texts in request.tokens]
         arguments = {k: v for k, v in available.items() if self.signature.wants(k)} | self.options

@@ -21,7 +21,7 @@ def test_columns_have_the_numbers_of_the_records(rows, other):
     columns = Columns(rows)
     np.testing.assert_equal(list(columns), rows)
     np.testing.assert_equal(columns[-2:], rows[-2:])
-    assert columns.keys == list(dict.fromkeys(key for row in rows for key in row if key != "step"))
+    assert columns.metrics == list(dict.fromkeys(key for row in rows for key in row if key != "step"))
     for key in METRICS:
         having = [row for row in rows if key in row and other in row]
         steps, values, others = columns.arrays(key, other)
@@ -36,7 +36,7 @@ def test_columns_have_the_numbers_of_the_records(rows, other):
 def test_whole_numbers_stay_whole_and_what_is_no_number_is_left_out():
     columns = Columns([{"step": 1, "a": 123_456_789, "b": 2, "text": "x"}, {"step": 2, "a": 3, "b": math.nan}])
     assert (
-        columns.keys == ["a", "b"]
+        columns.metrics == ["a", "b"]
         and type(columns[0]["a"]) is int
         and columns[0] == {"step": 1, "a": 123_456_789, "b": 2}
     )

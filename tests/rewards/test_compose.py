@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 
 import jax
@@ -17,6 +18,7 @@ from jaxrlhf.errors import ConfigError, DataError, RewardError
 from jaxrlhf.logprobs import last_token_scores
 from jaxrlhf.metrics.statistics import correlation
 from jaxrlhf.models import forward
+from jaxrlhf.rewards.component import ComponentScores, RewardComponent
 from jaxrlhf.rewards.compose import Scorer
 from jaxrlhf.rewards.sources import model as reward_model
 from jaxrlhf.rewards.sources.model import RewardModel
@@ -113,6 +115,25 @@ def test_a_worker_that_was_started_again_beside_others_stays(functions, policy_t
     pid = worker.pid
     time.sleep(0.3)  # a signal of the kernel would come at the end of the thread
     assert scores() == expected and scores() == expected and worker.pid == pid
+
+
+@pytest.mark.parametrize("human", [False, True])
+def test_judges_take_turns_and_nothing_runs_while_a_person_is_asked(
+    human, functions, policy_tokenizer, make_rollout, talk, monkeypatch
+):
+    def score(self, request, *_):
+        threads[self.name] = threading.get_ident()
+        return ComponentScores(np.zeros(len(request.completions), np.float32), np.zeros(len(request.completions), bool))
+
+    threads = {}
+    judges = [{"judge": {"url": "http://127.0.0.1:9/v1", "model": "m"}, "name": name} for name in "ab"]
+    parts = [*judges, {"function": f"{functions}:good", "name": "c"}, {"function": "passed", "name": "d"}]
+    scorer = Scorer(RewardSource(components=tuple(parts)), policy_tokenizer, lengths)
+    monkeypatch.setattr(RewardComponent, "score", score)
+    monkeypatch.setattr(Scorer, "has_human", human)
+    scorer.score(talk.prompts, talk.completions, make_rollout(policy_tokenizer), {})
+    assert set(threads) == {"a", "b", "c", "d"} and threads["d"] == threading.get_ident()
+    assert threads["a"] == threads["b"] and len(set(threads.values())) == (1 if human else 3)
 
 
 TWO = "jaxrlhf.rewards.text:matches"
